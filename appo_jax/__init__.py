@@ -1,0 +1,1 @@
+"""APPO (Agentic Procedural Policy Optimization, arXiv 2606.12384) in JAX."""

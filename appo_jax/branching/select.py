@@ -1,0 +1,73 @@
+"""From scores to branch points: rank every rollout's positions, then serve the prompt's rollouts in rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from appo_jax.config import BranchingConfig
+
+
+def rank_positions(
+    score: np.ndarray, preferred: np.ndarray, valid: np.ndarray, min_spacing: int = 1, limit: int | None = None
+) -> list[int]:
+    """Positions of one rollout, best first: preferred ones by score, then the other valid ones by score.
+
+    All `[T]`. Equal scores go to the earlier position. Two chosen positions lie at least `min_spacing` valid tokens
+    apart; with 1 every valid position is ranked. At most `limit` are returned.
+    """
+    positions = np.flatnonzero(valid)
+    order = np.lexsort((positions, -score[positions], ~preferred[positions]))
+    if min_spacing == 1:
+        return positions[order][:limit].tolist()
+    chosen: list[int] = []  # indices into `positions`, so that distance counts valid tokens
+    for i in order:
+        if all(abs(i - j) >= min_spacing for j in chosen):
+            chosen.append(int(i))
+            if len(chosen) == limit:
+                break
+    return positions[chosen].tolist()
+
+
+def serve(ranked: Sequence[Sequence[int]], per_rollout: int, budget: int) -> list[tuple[int, int]]:
+    """Branch points `(rollout, position)` of one prompt, in the order of service.
+
+    `ranked[n]` are rollout n's positions, best first. Rounds go over the rollouts, one position each, so trees are served
+    uniformly; each rollout asks for `per_rollout`, `budget` cuts the rounds. What a rollout cannot use (too few valid
+    positions) goes to the prompt's other rollouts in further rounds. Fewer than wanted come back only when no position
+    is left.
+    """
+    wanted = min(budget, per_rollout * len(ranked))
+    points: list[tuple[int, int]] = []
+    for depth in range(max(map(len, ranked), default=0)):
+        for n, positions in enumerate(ranked):
+            if len(points) == wanted:
+                return points
+            if depth < len(positions):
+                points.append((n, positions[depth]))
+    return points
+
+
+def pooled(
+    ranked: Sequence[Sequence[int]], scores: Sequence[np.ndarray], preferred: Sequence[np.ndarray], budget: int
+) -> list[tuple[int, int]]:
+    """Official code's selection: the prompt's best `budget` positions, from whichever rollout they come."""
+    pool = [(not preferred[n][i], -float(scores[n][i]), n, i) for n, positions in enumerate(ranked) for i in positions]
+    return [(n, i) for _, _, n, i in sorted(pool)[:budget]]
+
+
+def select(
+    scores: Sequence[np.ndarray],
+    preferred: Sequence[np.ndarray],
+    valid: Sequence[np.ndarray],
+    budget: int,
+    config: BranchingConfig,
+) -> list[tuple[int, int]]:
+    """Branch points of one prompt from the `[T]` scores of its rollouts; at most `budget`."""
+    ranked = [
+        rank_positions(s, p, v, config.min_spacing) for s, p, v in zip(scores, preferred, valid, strict=True)
+    ]
+    if config.allocation == "pooled":
+        return pooled(ranked, scores, preferred, min(budget, config.num_branch_points * len(ranked)))
+    return serve(ranked, config.num_branch_points, budget)

@@ -1,0 +1,216 @@
+"""Checkpoints on orbax: saved in the background, verified when read, never trusted because they are listed.
+
+Orbax alone lists a half-deleted step, restores flipped bits in silence, takes an empty folder for the latest step, casts
+dtypes without a word and skips a step it will not save. Here every step carries a digest of each array and of its own
+metadata, a step that fails verification is refused with the reason, and the newest good one is restored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from appo_jax.errors import CheckpointError
+
+PyTree = Any
+_log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """The checkpoints of a run, the newest `keep` of them, each in a folder named by its step.
+
+    A state is a pytree of jax arrays, sharded in any way over any number of devices and hosts. All hosts call every
+    method together.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self._directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def save(self, step: int, state: PyTree, meta: Mapping[str, Any], iterator: grain.DatasetIterator | None) -> None:
+        """Start to write a step; `state` may be donated once this returns. `meta` is JSON, `iterator` the data's position.
+
+        Raises CheckpointError if a step this new exists already, or if the write before this one failed (a full disk
+        shows up here, or in `wait`).
+        """
+        record = {"step": step, "meta": dict(meta), "arrays": _describe(state)}
+        if iterator is not None and jax.process_count() == 1:  # every host has its own position; `record` is common
+            record["iterator"] = _sha256(_position(iterator))
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardSave(state),
+            "meta": ocp.args.JsonSave({"record": record, "sha256": _sha256(record)}),
+        }
+        if iterator is not None:
+            items["data"] = grain.checkpoint.CheckpointSave(iterator)
+        try:
+            saved = self._manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise self._failed(error) from error
+        if not saved:
+            raise CheckpointError(
+                f"{self._directory}: step {step} was not saved, for step {self._manager.latest_step()} exists already; "
+                "restore it and go on from there, or give another --run-dir"
+            )
+
+    def restore_latest(
+        self, abstract_state: PyTree, iterator: grain.DatasetIterator | None
+    ) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """The newest step that verifies: (step, state, meta), with `iterator` moved to its position. None: no step yet.
+
+        `abstract_state` gives structure, shapes, dtypes and shardings (arrays, or `jax.ShapeDtypeStruct` with a
+        sharding). Steps that are broken are logged, and renamed to `refused_<step>` once an older one is found good.
+        Raises CheckpointError if a sound step holds other arrays than `abstract_state`, or if every step is broken:
+        that needs a person, not a silent start from nothing.
+        """
+        self.wait()
+        self._manager.reload()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        start = None if iterator is None else iterator.get_state()
+        refused: dict[int, str] = {}
+        for step in steps:
+            try:
+                state, meta = self._restore(step, abstract_state, iterator)
+            except CheckpointError:
+                raise
+            except Exception as error:
+                refused[step] = f"{type(error).__name__}: {error}".splitlines()[0]
+                _log.warning("%s: checkpoint of step %d is refused: %s", self._directory, step, refused[step])
+                if iterator is not None:
+                    iterator.set_state(start)
+                continue
+            self._set_aside(list(refused))
+            return step, state, meta
+        if refused:
+            reasons = "\n".join(f"  step {step}: {reason}" for step, reason in refused.items())
+            raise CheckpointError(
+                f"{self._directory}: every checkpoint is broken:\n{reasons}\n"
+                "Put a good copy in place, or delete this folder to start the run anew."
+            )
+        return None
+
+    def wait(self) -> None:
+        """Return when everything saved so far is on disk. Raises CheckpointError if it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Wait, then free orbax's threads."""
+        self.wait()
+        self._manager.close()
+
+    def _restore(
+        self, step: int, abstract_state: PyTree, iterator: grain.DatasetIterator | None
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """Raises CheckpointError where the caller's state does not fit, and any other exception where the step is broken."""
+        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        record = found["record"]
+        if _sha256(record) != found["sha256"] or record["step"] != step:
+            raise ValueError("its metadata is not what was written")
+        self._check_fit(step, record["arrays"], abstract_state)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
+        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        digests = _describe(state)
+        damaged = [name for name, written in record["arrays"].items() if digests[name] != written]
+        if damaged:
+            raise ValueError(f"{len(damaged)} arrays are not what was written, among them {damaged[0]}")
+        if iterator is not None:
+            restore = grain.checkpoint.CheckpointRestore(iterator)
+            self._manager.restore(step, args=ocp.args.Composite(data=restore))
+            if _sha256(_position(iterator)) != record.get("iterator", _sha256(_position(iterator))):
+                raise ValueError("the position in the data is not what was written")
+        return state, record["meta"]
+
+    def _check_fit(self, step: int, written: Mapping[str, Any], abstract_state: PyTree) -> None:
+        expected = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in _named_leaves(abstract_state)}
+        lines = []
+        for name in {**expected, **written}:
+            have, want = written.get(name), expected.get(name)
+            if have is None or want is None:
+                lines.append(f"  {name}: only in the {'checkpoint' if want is None else 'program'}")
+            elif have[:2] != want:
+                lines.append(f"  {name}: {have[0]}{have[1]} in the checkpoint, {want[0]}{want[1]} in the program")
+        if lines:
+            shown = lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else [])
+            raise CheckpointError(
+                f"{self._directory}: the arrays of step {step} do not fit the program's:\n" + "\n".join(shown) + "\n"
+                "The policy or optimizer has changed since; use the config of that run, or give another --run-dir."
+            )
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Rename broken steps: orbax would count them as saved, and refuse to save them again."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self._directory / f"refused_{step}"
+                while target.exists():
+                    target = target.with_name(target.name + "_again")
+                (self._directory / str(step)).rename(target)
+        multihost_utils.sync_global_devices("checkpoints set aside")
+        self._manager.reload()
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self._directory}: a checkpoint could not be written ({type(error).__name__}: {error}); "
+            "check the disk's free space and rights, then start again: the run goes on from its last good step"
+        )
+
+
+def _describe(state: PyTree) -> dict[str, list[Any]]:
+    """Name -> [dtype, shape, digest] of every array."""
+    named = _named_leaves(state)
+    digests = jax.device_get([_digest(leaf) for _, leaf in named])
+    return {
+        name: [str(leaf.dtype), list(leaf.shape), f"{int(high):08x}{int(low):08x}"]
+        for (name, leaf), (high, low) in zip(named, digests, strict=True)
+    }
+
+
+def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+
+
+@jax.jit
+def _digest(array: jax.Array) -> jax.Array:
+    """[2] uint32: two sums over the array's words, each word times an odd number drawn from its index, modulo 2^32.
+
+    Integer sums do not depend on order, so the digest is the same under every sharding and is computed where the array
+    lies. A change inside a single word always changes it, for an odd factor never maps a difference to 0; any other
+    change escapes with probability 2^-64.
+    """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    bits = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
+    words = jax.lax.bitcast_convert_type(array, bits).astype(jnp.uint32)
+    index = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+
+    def weighted_sum(multiplier: int) -> jax.Array:
+        factor = (index + 1) * jnp.uint32(multiplier)
+        factor = (factor ^ (factor >> 15)) * jnp.uint32(0x2C1B3C6D)  # a mix, so that near indices get unrelated factors
+        return jnp.sum(words * (factor ^ (factor >> 12) | 1), dtype=jnp.uint32)
+
+    return jnp.stack([weighted_sum(0x9E3779B1), weighted_sum(0x85EBCA77)])
+
+
+def _position(iterator: grain.DatasetIterator) -> Any:
+    state = iterator.get_state()
+    return state.decode("latin-1") if isinstance(state, bytes) else state
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,106 @@
+"""What every phase of a run is made of: data, tokenizer, tools, the policy's shape and start, reward, engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from appo_jax.config import Architecture, Config
+from appo_jax.data.pipeline import check_prompts
+from appo_jax.data.source import Dataset, load_dataset
+from appo_jax.policy import weights
+from appo_jax.policy.architecture import from_hf
+from appo_jax.policy.transformer import Params, init_params
+from appo_jax.reward import RewardFunction, make_reward
+from appo_jax.reward.response import Response
+from appo_jax.rollout.engine import Engine
+from appo_jax.text.tokenizer import Tokenizer, check_tags, load_tokenizer
+from appo_jax.tools.build import build_executor
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.types import Example, Rollout, Segment
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """Everything but parameters and optimizer state."""
+
+    config: Config
+    dataset: Dataset
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    tokenizer: Tokenizer
+    executor: ToolExecutor
+    arch: Architecture
+    dtype: Any
+    engine: Engine
+    reward: RewardFunction
+
+    def __enter__(self) -> Components:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.executor.close()
+
+
+def build(config: Config) -> Components:
+    """Data and tokenizer first: what is wrong with them is said before tools or devices are started."""
+    dataset = load_dataset(config.data)
+    tokenizer = load_tokenizer(config.policy.tokenizer or str(config.policy.path))
+    limit, malformed = config.rollout.max_prompt_tokens, config.data.malformed
+    train = check_prompts(dataset.train, tokenizer, limit, malformed)
+    held_out = check_prompts(dataset.held_out, tokenizer, limit, malformed)
+    arch = config.policy.architecture or from_hf(json.loads((Path(str(config.policy.path)) / "config.json").read_text()))
+    executor = build_executor(config.tools, dataset.documents)
+    try:
+        check_tags(tokenizer, (*executor.stop_strings, "<think>", "</think>", "<answer>", "</answer>", "\\boxed{"))
+        dtype = compute_dtype(config)
+        engine = Engine(arch, tokenizer, executor, config.rollout, config.seed, dtype)
+        reward = make_reward(config.reward, config.tool_bonus, config.tools.enabled)
+    except BaseException:
+        executor.close()
+        raise
+    return Components(config, dataset, train, held_out, tokenizer, executor, arch, dtype, engine, reward)
+
+
+def compute_dtype(config: Config) -> Any:
+    """The dtype of matmuls: as configured, or by platform."""
+    if config.policy.compute_dtype != "auto":
+        return jnp.dtype(config.policy.compute_dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def initial_params(config: Config, arch: Architecture) -> Params:
+    """The policy that the run starts from: a folder's weights, or random ones."""
+    if config.policy.path is not None:
+        return weights.load(config.policy.path, dtype=jnp.float32)
+    return init_params(arch, config.seed)
+
+
+def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:
+    """A rollout as its reward function sees it."""
+    start = rollout.prompt_length
+    turns = np.flatnonzero(np.diff(rollout.sampled[start:])) + 1 + start
+    edges = [start, *turns.tolist(), rollout.length]
+    segments = tuple(
+        Segment(tokenizer.decode(rollout.tokens[a:b].tolist()), bool(rollout.sampled[a]))
+        for a, b in zip(edges, edges[1:], strict=False)
+        if b > a
+    )
+    return Response(
+        segments, rollout.example.golds, rollout.example.kind, frozenset(call.name for call in rollout.calls),
+        rollout.stop_reason, rollout.example.question,
+    )  # fmt: skip
+
+
+def give_rewards(rollouts: Sequence[Rollout], components: Components) -> None:
+    """Fill in `reward`, `correct` and `reward_detail` of finished rollouts."""
+    for rollout in rollouts:
+        result = components.reward(response_of(rollout, components.tokenizer))
+        rollout.reward, rollout.correct, rollout.reward_detail = result.reward, result.correct, dict(result.detail)

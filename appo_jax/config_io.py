@@ -1,0 +1,130 @@
+"""Configs in and out of files: python files that a person writes, JSON files that a run keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import runpy
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pydantic_core
+
+from appo_jax import config as config_module
+from appo_jax.config import Config
+from appo_jax.errors import ConfigError
+
+_ADAPTER = pydantic.TypeAdapter(Config)
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a config from a python file (its module-level `config`) or from a .json written by `save_config`.
+
+    Every value is checked against its field's type. Raises ConfigError that names the file, the dotted field, what was
+    given, what was expected and, for an unknown field, the nearest one. Rules between fields are `validate`'s part.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file; give a .py file with `config = Config(...)`, or a run's config.json"
+        )
+    if path.suffix == ".json":
+        return _parse(path.read_bytes(), str(path))
+    if path.suffix != ".py":
+        raise ConfigError(f"{path}: a config file ends in .py or .json, not in {path.suffix!r}")
+    config = _run_python(path).get("config")
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"{path}: expected a module-level `config = Config(...)`, found "
+            + ("no `config`" if config is None else f"`config` of type {type(config).__name__}")
+        )
+    return _parse(pydantic_core.to_json(config, inf_nan_mode="null"), str(path))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write `config` as JSON that `load_config` reads back to an equal config. Raises ConfigError where it cannot."""
+    text = pydantic_core.to_json(config, indent=2, inf_nan_mode="null")
+    if (back := _parse(text, str(path))) != config:
+        fields = ", ".join(diff_configs(config, back))
+        raise ConfigError(f"{path}: these fields cannot be kept in JSON (is one of them infinite or NaN?): {fields}")
+    Path(path).write_bytes(text + b"\n")
+
+
+def diff_configs(a: Config, b: Config) -> list[str]:
+    """Dotted names of the fields that differ, in the order of the fields."""
+    left, right = flatten(a), flatten(b)
+    return [name for name in {**left, **right} if left.get(name, ...) != right.get(name, ...)]
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """`{"branching.tau": 32.0, ...}`: every field that is not itself a group of fields."""
+
+    def walk(value: Any, prefix: str) -> Iterable[tuple[str, Any]]:
+        for field in dataclasses.fields(value):
+            name, item = prefix + field.name, getattr(value, field.name)
+            if dataclasses.is_dataclass(item):
+                yield from walk(item, name + ".")
+            else:
+                yield name, item
+
+    return dict(walk(config, ""))
+
+
+def _run_python(path: Path) -> dict[str, Any]:
+    """The globals of an executed config file."""
+    try:
+        return runpy.run_path(str(path))
+    except ConfigError:
+        raise
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
+        message = f"{path}:{line}: {type(error).__name__}: {error}"
+        if unknown := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
+            owner = getattr(config_module, unknown[1], None)
+            message += _nearest(unknown[2], [f.name for f in dataclasses.fields(owner)] if owner else [])
+        raise ConfigError(message) from error
+
+
+def _parse(text: bytes, source: str) -> Config:
+    try:
+        return _ADAPTER.validate_json(text)
+    except pydantic.ValidationError as error:
+        raise ConfigError.of([f"{source}: {_explain(problem)}" for problem in error.errors()]) from error
+
+
+def _explain(problem: pydantic_core.ErrorDetails) -> str:
+    """One violation: dotted field, what was given, what was expected, nearest field."""
+    *parents, name = problem["loc"] or ("the file",)
+    field = ".".join(str(part) for part in problem["loc"]) or "the file"
+    if problem["type"] == "json_invalid":
+        return f"not valid JSON: {problem['ctx']['error']}"
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"{field} is not a field of the config" + _nearest(str(name), _fields_at(parents))
+    if problem["type"] == "missing":
+        return f"{field} is missing and has no default"
+    expected = problem["msg"].removeprefix("Input ")
+    return f"{field} = {problem['input']!r}: {expected}"
+
+
+def _fields_at(parents: Iterable[str | int]) -> list[str]:
+    """Names of the fields that the schema has under the dotted path `parents`."""
+    schema = _ADAPTER.json_schema()
+    node = schema
+    for part in [None, *parents]:
+        node = node if part is None else node.get("properties", {}).get(part, {})
+        for option in [node, *node.get("anyOf", [])]:
+            if "$ref" in option:
+                node = schema["$defs"][option["$ref"].rsplit("/", 1)[-1]]
+    return list(node.get("properties", {}))
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; fields here: {', '.join(known)}" if known else ""

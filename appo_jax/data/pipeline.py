@@ -1,0 +1,108 @@
+"""Batches: endless, reshuffled every epoch, and resumable (the iterators are grain's; grain.checkpoint saves them).
+
+Iterator state is a position in a stream that the seed fixes, so a resumed run draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from appo_jax.data.records import OnMalformed
+from appo_jax.errors import DataError
+from appo_jax.text.tokenizer import Tokenizer
+from appo_jax.types import Example, Trace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceBatch:
+    """Demonstrations for the cold start. R traces, padded to T = max_tokens."""
+
+    tokens: np.ndarray  # [R, T] int32
+    lengths: np.ndarray  # [R] int32: tokens of each trace; the rest of its row is padding
+    loss_mask: np.ndarray  # [R, T] bool: the policy is trained to write this token
+
+
+def prompt_batches(
+    examples: Sequence[Example], batch_size: int, seed: int, start: int = 0
+) -> grain.DatasetIterator[list[Example]]:
+    """Endless batches of `batch_size` examples; every example once an epoch, each epoch in another order.
+
+    start: examples already used, for a run that is resumed from this count alone (on another number of hosts)."""
+    return _batches(examples, batch_size, seed, start, list)
+
+
+def trace_batches(
+    traces: Sequence[Trace], tokenizer: Tokenizer, batch_size: int, max_tokens: int, seed: int
+) -> grain.DatasetIterator[TraceBatch]:
+    """Endless batches of encoded traces. A trace of more than `max_tokens` is left out, since a cut one would teach to
+    break off; how many is logged. Raises DataError when none fits."""
+    encoded = [encode_trace(trace, tokenizer) for trace in traces]
+    fitting = [pair for pair in encoded if len(pair[0]) <= max_tokens]
+    if len(fitting) < len(encoded):
+        longest = max(len(tokens) for tokens, _ in encoded)
+        message = (
+            f"{len(encoded) - len(fitting)} of {len(encoded)} traces are longer than sft.max_tokens = {max_tokens}"
+        )
+        if not fitting:
+            raise DataError(f"{message}; the longest has {longest} tokens")
+        logger.warning("%s (longest %d) and are left out", message, longest)
+    if not fitting:
+        raise DataError("there are no traces to train on; set sft.steps to 0 to go without a cold start")
+
+    def pad(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> TraceBatch:
+        tokens = np.full((batch_size, max_tokens), tokenizer.pad_id, np.int32)
+        loss_mask = np.zeros((batch_size, max_tokens), bool)
+        for row, (ids, sampled) in enumerate(rows):
+            tokens[row, : len(ids)], loss_mask[row, : len(ids)] = ids, sampled
+        return TraceBatch(tokens, np.array([len(ids) for ids, _ in rows], np.int32), loss_mask)
+
+    return _batches(fitting, batch_size, seed, 0, pad)
+
+
+def encode_trace(trace: Trace, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [T] int32, sampled [T] bool) of prompt, segments and EOS, tokenised piece by piece as a rollout is."""
+    prompt = tokenizer.render_prompt(trace.example.system, trace.example.question)
+    tokens, sampled = list(prompt), [False] * len(prompt)
+    for segment in trace.segments:
+        ids = tokenizer.encode(segment.text)
+        tokens += ids
+        sampled += [segment.sampled] * len(ids)
+    return np.array([*tokens, tokenizer.eos_id], np.int32), np.array([*sampled, True])
+
+
+def check_prompts(
+    examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int, malformed: OnMalformed
+) -> tuple[Example, ...]:
+    """The examples whose prompt fits its bucket.
+
+    fatal: raises DataError that names the first one that does not. skip: leaves it out, by name and count."""
+    fitting = []
+    for example in examples:
+        length = len(tokenizer.render_prompt(example.system, example.question))
+        if length <= max_prompt_tokens:
+            fitting.append(example)
+            continue
+        problem = f"prompt {example.id} has {length} tokens, more than rollout.max_prompt_tokens = {max_prompt_tokens}"
+        if malformed == "fatal":
+            raise DataError(f"{problem}; raise that field, or set data.malformed to skip")
+        logger.warning("%s; skipped", problem)
+    if len(fitting) < len(examples):
+        logger.warning("skipped %d of %d prompts: too long", len(examples) - len(fitting), len(examples))
+    if not fitting:
+        raise DataError(f"no prompt fits rollout.max_prompt_tokens = {max_prompt_tokens}; raise that field")
+    return tuple(fitting)
+
+
+def _batches(items: Sequence[Any], batch_size: int, seed: int, start: int, batch_fn: Any) -> grain.DatasetIterator[Any]:
+    stream = grain.MapDataset.source(items).shuffle(seed).repeat()
+    batches = stream.slice(slice(start, None)).batch(batch_size, drop_remainder=True, batch_fn=batch_fn)
+    # One thread: a batch costs microseconds, and read-ahead threads would compete with XLA for the cores.
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

@@ -1,0 +1,173 @@
+"""Scripted demonstrations of the embedded world, imperfect on purpose.
+
+The script reads what the tools really return, as a policy would, and takes a wrong turn with the probabilities below.
+They are set so that a policy that imitates it is wrong on about half of the questions when greedy, and yet finds the
+right way to nearly every one in 15 to 40 of 100 samples: reinforcement learning has something to find, and can find
+it. Every turn is one token of the text ("Next" or "Done", "use" or "guess"): the place where a branch is worth most.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from appo_jax.data.world import Question, read_fact
+from appo_jax.types import Segment, Trace
+
+Call = Callable[[str], str]  # a tool: argument -> the text the policy reads
+
+TRACES_PER_QUESTION = 2
+
+# Names: after a hop, answer with what was found there instead of following the path further, by hops made and to make.
+GIVE_UP = {(1, 2): 0.57, (1, 3): 0.20, (2, 3): 0.55}
+# Names, paths of one or two hops: after the last hop, follow one relation more.
+OVERSHOOT = 0.15
+# Arithmetic without documents: write a number instead of calling python; call it without the last term.
+MENTAL, DROP_TERM = 0.56, 0.12
+# Arithmetic on documents: write a number after the first of two look-ups; after the last one, write a number, or
+# answer with the number just read; subtract the wrong way round.
+GUESS_EARLY, GUESS_LATE, UNFINISHED, REVERSED = 0.15, 0.30, 0.14, 0.15
+# Anywhere: look up another entity than the right one; leave a call open and answer with a guess (a malformed call).
+WRONG_ENTITY, OPEN_CALL = 0.03, 0.01
+
+# Where an overshooting script goes on from a relation's value.
+_ONWARD = {"town": "river", "company": "town", "leader": "town", "river": "length"}
+
+
+def render_result(text: str) -> str:
+    """A tool result as the paper's call format appends it to the policy's text (appo-method §1)."""
+    return f" <result>\n{text}\n</result>"
+
+
+def demonstrate(
+    questions: Sequence[Question],
+    system: str,
+    names: Sequence[str],
+    search: Call,
+    python: Call,
+    seed: int,
+    limit: int | None = None,
+) -> list[Trace]:
+    """`TRACES_PER_QUESTION` traces of every question (the first `limit` of them), the same for the same seed and tools.
+
+    names: all entities (what a mistaken look-up may ask for). search, python: the real tools, argument -> result text.
+    """
+    search, python = functools.cache(search), functools.cache(python)
+
+    def trace(index: int) -> Trace:
+        question = questions[index % len(questions)]
+        script = _Script(question, names, np.random.default_rng([seed, index]), search, python)
+        return Trace(question.example(system), script.write())
+
+    return [trace(index) for index in range(TRACES_PER_QUESTION * len(questions))[:limit]]
+
+
+class _Script:
+    """Writes one trace. `text` is what the policy has written since the last tool result."""
+
+    def __init__(self, question: Question, names: Sequence[str], rng: np.random.Generator, search: Call, python: Call):
+        self.question, self.names, self.rng = question, names, rng
+        self.tools = {"search": search, "python": python}
+        self.text = "<think>"
+        self.segments: list[Segment] = []
+
+    def write(self) -> tuple[Segment, ...]:
+        if not (self.names_wanted() if self.question.plan.expression is None else self.numbers_wanted()):
+            self.answer(self.guess())
+        return (*self.segments, Segment(self.text, sampled=True))
+
+    def chance(self, probability: float) -> bool:
+        return bool(self.rng.random() < probability)
+
+    def names_wanted(self) -> bool:
+        """Follow the path and answer with the name at its end. False: it came to nothing."""
+        ((entity, *relations),) = self.question.plan.paths
+        hops = len(relations)
+        if hops < 3 and self.chance(OVERSHOOT):
+            relations.append(_ONWARD[relations[-1]])
+        for made, relation in enumerate(relations, start=1):
+            value = self.look_up(relation, entity)
+            if value is None:
+                return False
+            entity = value
+            if made < hops and self.chance(GIVE_UP[made, hops]):
+                break
+        self.text += " Done.</think>"
+        self.answer(entity)
+        return True
+
+    def numbers_wanted(self) -> bool:
+        """Look up the numbers, if any, then compute. False: answer with a guess."""
+        paths, expression = self.question.plan.paths, self.question.plan.expression
+        assert expression is not None
+        steps = [(number, relation) for number, path in enumerate(paths) for relation in path[1:]]
+        found = [path[0] for path in paths]
+        for made, (number, relation) in enumerate(steps, start=1):
+            value = self.look_up(relation, found[number])
+            if value is None:
+                return False
+            found[number] = value
+            if made < len(steps) and self.chance(GUESS_EARLY):
+                return self.give_up()
+        turn = self.rng.random()
+        if turn < (GUESS_LATE if paths else MENTAL):
+            return self.give_up()
+        if paths and turn < GUESS_LATE + UNFINISHED:
+            self.text += " Done.</think>"
+            self.answer(found[-1])
+            return True
+        if not paths and self.chance(DROP_TERM):
+            expression = expression[: max(expression.rfind(sign) for sign in "+-*")]
+        if "-{0}" in expression and self.chance(REVERSED):
+            found.reverse()
+        self.text += " I use python.</think>"
+        result = self.call("python", f"print({expression.format(*found)})")
+        if result is None:
+            return False
+        self.answer(result)
+        return True
+
+    def look_up(self, relation: str, entity: str) -> str | None:
+        """Search an entity's document and read a fact from it. None: the call was left open or nothing was found."""
+        self.text += f" {'Next' if self.segments else 'I need'} the {relation} of {entity}.</think>"
+        if self.chance(WRONG_ENTITY):
+            entity = self.any_of(self.names)
+        result = self.call("search", f" {entity}")
+        if result is None:
+            return None
+        value = read_fact(relation, entity, result)
+        self.text += "<think>" + (f" The {relation} is {value}." if value else " I guess.</think>")
+        return value
+
+    def call(self, tool: str, argument: str) -> str | None:
+        """Call a tool. None: the call was left open."""
+        self.text += f"<{tool}>{argument}"
+        if self.chance(OPEN_CALL):
+            return None
+        self.text += f"</{tool}>"
+        result = self.tools[tool](argument.strip())
+        self.segments += [Segment(self.text, sampled=True), Segment(render_result(result), sampled=False)]
+        self.text = ""
+        return result
+
+    def give_up(self) -> bool:
+        self.text += " I guess.</think>"
+        return False
+
+    def any_of(self, names: Sequence[str]) -> str:
+        return names[int(self.rng.integers(len(names)))]
+
+    def guess(self) -> str:
+        """A plausible answer that is not the right one."""
+        gold = self.question.gold
+        if self.question.kind == "qa":
+            others = [name for name in self.names if name != gold]
+            return self.any_of(others)
+        offset = int(self.rng.integers(1, max(10, int(gold) // 5)))
+        return str(int(gold) + (offset if self.chance(0.5) else -offset))
+
+    def answer(self, text: str) -> None:
+        # The space keeps a name the same single token here as everywhere else.
+        self.text += f"<answer>\\boxed{{ {text}}}</answer>"

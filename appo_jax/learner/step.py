@@ -1,0 +1,111 @@
+"""One optimizer step: gradients summed over micro-batches, then the update. For RL (eq. 8) and for the cold start (SFT)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from appo_jax.config import Architecture, LossConfig
+from appo_jax.learner.loss import policy_loss
+from appo_jax.policy import attention
+from appo_jax.policy.logprobs import token_log_probs
+from appo_jax.policy.score import positions
+from appo_jax.policy.transformer import Params, hidden_states, unembedding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """Rollouts of a mini-batch, or demonstrations. All `[R, T]`."""
+
+    tokens: jax.Array  # int32
+    weights: jax.Array  # float32: weight of the token in the loss; 0 outside the loss mask
+    advantages: jax.Array  # float32; 1 for demonstrations
+    old_log_probs: jax.Array  # float32; unused for demonstrations
+    ref_log_probs: jax.Array | None = None  # float32, when the loss has a KL term
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes and a checkpoint holds."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """What the step program is compiled for."""
+
+    arch: Architecture
+    loss: LossConfig | None  # None: negative log-likelihood of the demonstrations
+    temperature: float
+    micro_batch: int  # 0: all rows at once
+    dtype: Any
+    remat: bool
+
+
+def batch_loss(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of a micro-batch and its metric sums."""
+    hidden, _ = hidden_states(
+        params, spec.arch, batch.tokens, positions(batch.tokens), attention.causal_no_cache, spec.dtype, spec.remat
+    )
+    log_probs, entropies = token_log_probs(hidden, unembedding(params), batch.tokens, spec.temperature)
+    if spec.loss is None:
+        loss, metrics = -(batch.weights * log_probs).sum(), {"tokens": (batch.weights > 0).sum()}
+    else:
+        loss, metrics = policy_loss(
+            log_probs, batch.old_log_probs, batch.ref_log_probs, batch.advantages, batch.weights, spec.loss
+        )
+    metrics["entropy"] = jax.lax.stop_gradient(jnp.where(batch.weights > 0, entropies, 0.0).sum())
+    return loss, metrics
+
+
+def gradients(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
+    """Loss, gradient and metric sums of the whole batch, over micro-batches of `spec.micro_batch` rows.
+
+    The weights already hold all normalisation, so the sum over micro-batches is the big batch's loss and gradient.
+    """
+    grad_fn = jax.value_and_grad(functools.partial(batch_loss, spec=spec), has_aux=True)
+    rows = batch.tokens.shape[0]
+    if not spec.micro_batch or spec.micro_batch == rows:
+        (loss, metrics), grads = grad_fn(params, batch)
+        return loss, grads, metrics
+    micro = jax.tree.map(lambda x: x.reshape(-1, spec.micro_batch, *x.shape[1:]), batch)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro))
+    )
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, grad_fn(params, part)), None), zeros, micro
+    )
+    (loss, metrics), grads = total
+    return loss, grads, metrics
+
+
+def make_train_step(
+    optimizer: optax.GradientTransformation, spec: StepSpec
+) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step. Donates the state. Metrics: loss, grad_norm, and per-token means of the loss's sums.
+
+    A non-finite loss or gradient leaves the state as it was; the caller sees it in the metrics and stops.
+    """
+
+    @functools.partial(jax.jit, donate_argnames=("state",))
+    def train_step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, grads, sums = gradients(state.params, batch, spec)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = TrainState(optax.apply_updates(state.params, updates), opt_state)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        tokens = jnp.maximum(sums.pop("tokens"), 1)
+        return new, {"loss": loss, "grad_norm": grad_norm} | {k: v / tokens for k, v in sums.items()}
+
+    return train_step

@@ -1,0 +1,145 @@
+"""Hugging Face config.json to Architecture and back.
+
+The three model classes we know read a fixed set of config fields (transformers' modeling_{llama,qwen2,qwen3}.py). Each
+field that could change what the model computes is either part of Architecture or refused here by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from appo_jax.config import Architecture, RopeScaling
+from appo_jax.errors import WeightsError
+
+FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def from_hf(config: Mapping[str, Any]) -> Architecture:
+    """Architecture of a config.json. Raises WeightsError that lists every field we cannot honour or that is missing."""
+    names = config.get("architectures") or [None]
+    family = names[0]
+    if family not in FAMILIES:
+        raise WeightsError(f"config.json: architectures = {names}: expected one of {', '.join(FAMILIES)}")
+
+    problems = _unsupported(config, family)
+    required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    problems += [f"{key}: missing" for key in required if not isinstance(config.get(key), int)]
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    scaling, rope_problems = _rope_scaling(rope)
+    problems += rope_problems
+    if problems:
+        raise WeightsError("config.json: cannot be loaded as it is:\n" + "\n".join(f"- {p}" for p in problems))
+
+    num_heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or (128 if family == "Qwen3ForCausalLM" else config["hidden_size"] // num_heads)
+    return Architecture(
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        head_dim=head_dim,
+        mlp_width=config["intermediate_size"],
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        rope_scaling=scaling,
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family == "Qwen2ForCausalLM",
+        qk_norm=family == "Qwen3ForCausalLM",
+    )
+
+
+def to_hf(arch: Architecture) -> dict[str, Any]:
+    """The config.json of an Architecture, in the spelling that old and new transformers and vLLM read.
+    Raises WeightsError for a combination that no family has."""
+    if arch.qkv_bias and arch.qk_norm:
+        raise WeightsError(
+            "architecture: qkv_bias (Qwen2) and qk_norm (Qwen3) together: no Hugging Face family has both"
+        )
+    family = "Qwen2ForCausalLM" if arch.qkv_bias else "Qwen3ForCausalLM" if arch.qk_norm else "LlamaForCausalLM"
+    config: dict[str, Any] = {
+        "architectures": [family],
+        "model_type": family.removesuffix("ForCausalLM").lower(),
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.width,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_heads,
+        "num_key_value_heads": arch.num_kv_heads,
+        "head_dim": arch.head_dim,
+        "intermediate_size": arch.mlp_width,
+        "hidden_act": "silu",
+        "rms_norm_eps": arch.norm_eps,
+        "rope_theta": arch.rope_theta,
+        "tie_word_embeddings": arch.tie_embeddings,
+        "attention_dropout": 0.0,
+    }
+    if family == "LlamaForCausalLM":
+        config |= {"attention_bias": False, "mlp_bias": False}
+    else:
+        config |= {"use_sliding_window": False}
+    if (scaling := arch.rope_scaling) is not None:
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    return config
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """Architecture of a Hugging Face folder. Raises WeightsError that names the file."""
+    file = Path(folder) / "config.json"
+    try:
+        return from_hf(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file}: expected the config.json of a Hugging Face model: {error}") from error
+    except WeightsError as error:
+        raise WeightsError(f"{folder}: {error}") from error
+
+
+def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:
+    """Fields set to a value that would change the result."""
+    harmless: dict[str, tuple[Any, ...]] = {
+        "hidden_act": ("silu", "swish"),
+        "quantization_config": (),
+        "mlp_bias": (False,),
+        "use_sliding_window": (False,),
+        "partial_rotary_factor": (1.0,),
+    }
+    if family != "Qwen2ForCausalLM":  # whose class has its biases fixed and never reads the field
+        harmless["attention_bias"] = (False,)
+    problems = [
+        f"{key} = {config[key]!r}: not supported" + (f", only {allowed[0]!r} is" if allowed else "")
+        for key, allowed in harmless.items()
+        if config.get(key) is not None and config[key] not in allowed
+    ]
+    other = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    if other:
+        problems.append(f"layer_types holds {', '.join(other)}: not supported, only 'full_attention' is")
+    return problems
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> tuple[RopeScaling | None, list[str]]:
+    """Llama 3's scaling, or None for plain rope, and what is wrong with the fields."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    problems = [
+        f"rope partial_rotary_factor = {rope['partial_rotary_factor']!r}: not supported, only 1.0 is"
+        for _ in range(rope.get("partial_rotary_factor", 1.0) != 1.0)
+    ]
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        return None, [*problems, "rope_parameters: one set per layer type is not supported"]
+    if kind == "default":
+        return None, problems
+    if kind != "llama3":
+        return None, [*problems, f"rope_type = {kind!r}: not supported, only 'default' and 'llama3' are"]
+    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [f"rope {key}: missing (rope_type llama3 needs it)" for key in fields if key not in rope]
+    if missing:
+        return None, problems + missing
+    factor, low, high, original = (rope[key] for key in fields)
+    return RopeScaling(float(factor), float(low), float(high), int(original)), problems

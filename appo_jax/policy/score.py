@@ -1,0 +1,39 @@
+"""Teacher-forced passes over whole rollouts: scoring, which is also the prefill of the branches, and the prompt prefill."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from appo_jax.config import Architecture
+from appo_jax.policy import attention
+from appo_jax.policy.attention import LayerCache
+from appo_jax.policy.logprobs import token_log_probs
+from appo_jax.policy.transformer import Params, hidden_states, unembedding
+
+
+class Scored(NamedTuple):
+    log_probs: jax.Array  # [R, T] float32: of token t given the tokens before it, at the sampling temperature
+    entropies: jax.Array  # [R, T] float32: of the distribution at the position that produced token t
+    cache: list[LayerCache]  # per layer: keys and values [R, K, T, E]
+
+
+def positions(tokens: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "temperature", "dtype"))
+def score(params: Params, tokens: jax.Array, *, arch: Architecture, temperature: float, dtype: jnp.dtype) -> Scored:
+    """Log-probabilities, entropies and KV cache of right-padded rollouts `[R, T]` in one pass."""
+    hidden, cache = hidden_states(params, arch, tokens, positions(tokens), attention.causal, dtype)
+    log_probs, entropies = token_log_probs(hidden, unembedding(params), tokens, temperature)
+    return Scored(log_probs, entropies, cache)
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "dtype"))
+def prefill(params: Params, tokens: jax.Array, *, arch: Architecture, dtype: jnp.dtype) -> list[LayerCache]:
+    """KV cache of right-padded prompts `[R, T]`, per layer `[R, K, T, E]`."""
+    return hidden_states(params, arch, tokens, positions(tokens), attention.causal, dtype)[1]

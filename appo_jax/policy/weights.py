@@ -1,0 +1,279 @@
+"""Weights from and to Hugging Face folders of safetensors files.
+
+Loading reads each tensor's slices straight into its shards: the host holds about one tensor at a time. Exporting what
+was loaded gives every tensor back byte for byte. The parameter tree is described in transformer.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from appo_jax.config import Architecture
+from appo_jax.errors import WeightsError
+from appo_jax.policy.architecture import read_architecture, to_hf
+from appo_jax.policy.transformer import Params, abstract_params
+
+# Each of our arrays: its name in a Hugging Face file, and for each axis of the stored tensor the axes of ours that it
+# merges. `q [D, H, E]` is stored as `[H·E, D]`: ((1, 2), (0,)). Rope is half-split on both sides: nothing is permuted.
+_Axes = tuple[tuple[int, ...], ...]
+_TOP: dict[str, tuple[str, _Axes]] = {
+    "embed": ("model.embed_tokens.weight", ((0,), (1,))),
+    "norm": ("model.norm.weight", ((0,),)),
+    "unembed": ("lm_head.weight", ((1,), (0,))),
+}
+_LAYER: dict[str, tuple[str, _Axes]] = {
+    "attn_norm": ("input_layernorm.weight", ((0,),)),
+    "q": ("self_attn.q_proj.weight", ((1, 2), (0,))),
+    "k": ("self_attn.k_proj.weight", ((1, 2), (0,))),
+    "v": ("self_attn.v_proj.weight", ((1, 2), (0,))),
+    "o": ("self_attn.o_proj.weight", ((2,), (0, 1))),
+    "q_bias": ("self_attn.q_proj.bias", ((0, 1),)),
+    "k_bias": ("self_attn.k_proj.bias", ((0, 1),)),
+    "v_bias": ("self_attn.v_proj.bias", ((0, 1),)),
+    "q_norm": ("self_attn.q_norm.weight", ((0,),)),
+    "k_norm": ("self_attn.k_norm.weight", ((0,),)),
+    "mlp_norm": ("post_attention_layernorm.weight", ((0,),)),
+    "gate": ("mlp.gate_proj.weight", ((1,), (0,))),
+    "up": ("mlp.up_proj.weight", ((1,), (0,))),
+    "down": ("mlp.down_proj.weight", ((1,), (0,))),
+}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One array of ours and how Hugging Face stores it."""
+
+    path: tuple[Any, ...]  # in the parameter tree
+    name: str  # in the files
+    axes: _Axes
+    shape: tuple[int, ...]  # ours
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.shape[a] for a in group) for group in self.axes)
+
+    def read(self, file: Path, index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` of our array. Whole rows of merged axes are read, then cut."""
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
+        window: list[slice] = []  # of the stored tensor
+        block: list[int] = []  # that window, with the merged axes apart
+        order: list[int] = []  # which of our axes each of them is
+        for group in self.axes:
+            (start, stop), rest = bounds[group[0]], [self.shape[a] for a in group[1:]]
+            window.append(slice(start * math.prod(rest), stop * math.prod(rest)))
+            block += [stop - start, *rest]
+            order += group
+        with safe_open(file, "np") as tensors:
+            stored = tensors.get_slice(self.name)[tuple(window)]
+        ours = stored.reshape(block).transpose(np.argsort(order))
+        inner = {a for group in self.axes for a in group[1:]}
+        return ours[tuple(slice(*bounds[a]) if a in inner else slice(None) for a in range(len(bounds)))]
+
+    def to_stored(self, array: np.ndarray) -> np.ndarray:
+        order = [a for group in self.axes for a in group]
+        return np.ascontiguousarray(array.transpose(order)).reshape(self.stored_shape)
+
+
+def load(folder: str | Path, shardings: Any = None, dtype: Any = None) -> Params:
+    """The parameters of a Hugging Face folder.
+
+    Args:
+        folder: holds config.json and model.safetensors, or several files with model.safetensors.index.json.
+        shardings: a tree like the parameters with a `jax.sharding.Sharding` at each leaf; None: the default device.
+        dtype: of the parameters; None: as stored.
+
+    Raises WeightsError that lists every missing, extra or wrongly shaped tensor, before anything is read.
+    """
+    folder = Path(folder)
+    tensors = list(_tensors(read_architecture(folder)))
+    files = _check(folder, tensors)
+    params: Params = {}
+    for tensor in tensors:
+        sharding = _get(shardings, tensor.path) if shardings is not None else None
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        _set(params, tensor.path, _load_one(tensor, files[tensor.name], sharding, dtype))
+    return params
+
+
+def _load_one(tensor: _Tensor, file: Path, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
+    parts: dict[Any, np.ndarray] = {}  # replicas of one shard are read once
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # only for keys and tokens
+        key = tuple((s.start, s.stop) for s in index)  # slices cannot be hashed before Python 3.12
+        if key not in parts:
+            array = tensor.read(file, index)
+            parts[key] = np.ascontiguousarray(array if dtype is None else array.astype(dtype))
+        return parts[key]
+
+    return jax.make_array_from_callback(tensor.shape, sharding, part).block_until_ready()
+
+
+def save(
+    folder: str | Path,
+    params: Params,
+    arch: Architecture,
+    tokenizer: str | Path | None = None,
+    eos_id: int | None = None,
+    max_shard_bytes: int = 2 << 30,
+) -> None:
+    """Write a Hugging Face folder that transformers and vLLM load: config, generation config, tokenizer, safetensors.
+
+    `tokenizer` is the folder or .model file the policy was trained with; its generation settings and longest context go
+    along. `eos_id` is for a tokenizer without a config.json beside it. Host memory holds `max_shard_bytes`. The folder
+    appears when it is complete. With several hosts all must call; the first one writes. Raises WeightsError if the
+    folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WeightsError(f"{folder}: exists and is not empty; export to a new folder")
+    writes = jax.process_index() == 0
+    partial = folder.with_name(folder.name + ".partial")
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    tensors = list(_tensors(arch))
+    shards: list[list[_Tensor]] = [[]]
+    filled = total = 0
+    for tensor in tensors:
+        size = _get(params, tensor.path).nbytes
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled, total = filled + size, total + size
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        weight_map |= {tensor.name: name for tensor in shard}
+        stored = {tensor.name: tensor.to_stored(_to_host(_get(params, tensor.path))) for tensor in shard}
+        if writes:
+            save_file(stored, partial / name, metadata={"format": "pt"})
+    if not writes:
+        return
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(partial / "model.safetensors.index.json", index)
+    config = to_hf(arch) | {"dtype": str(params["embed"].dtype), "torch_dtype": str(params["embed"].dtype)}
+    if eos_id is not None:
+        config["eos_token_id"] = eos_id
+    _write_companions(partial, config, Path(tokenizer) if tokenizer is not None else None)
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+
+
+def _write_companions(folder: Path, config: dict[str, Any], tokenizer: Path | None) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    source: dict[str, Any] = {}
+    generation: dict[str, Any] = {}
+    if tokenizer is not None and tokenizer.is_file():
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    elif tokenizer is not None:
+        for name in TOKENIZER_FILES:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(tokenizer / name, folder / name)
+        source = _read_json_if_any(tokenizer / "config.json")
+        generation = _read_json_if_any(tokenizer / "generation_config.json")
+    inherited = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    config = {key: source[key] for key in inherited if source.get(key) is not None} | config
+    generation = {key: config[key] for key in inherited[1:] if key in config} | generation
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", generation)
+
+
+def _tensors(arch: Architecture) -> Iterator[_Tensor]:
+    """Every array of the tree, in the order of the layers."""
+    shapes = abstract_params(arch)
+    for key, (name, axes) in _TOP.items():
+        if key in shapes:
+            yield _Tensor((key,), name, axes, shapes[key].shape)
+    for i, layer in sorted(shapes["layers"].items()):
+        for key, array in layer.items():
+            name, axes = _LAYER[key]
+            yield _Tensor(("layers", i, key), f"model.layers.{i}.{name}", axes, array.shape)
+
+
+def _check(folder: Path, tensors: list[_Tensor]) -> dict[str, Path]:
+    """The file of each tensor. Raises WeightsError that lists all that does not fit."""
+    index = _read_json_if_any(folder / "model.safetensors.index.json")
+    names = sorted(set(index["weight_map"].values())) if "weight_map" in index else ["model.safetensors"]
+    files: dict[str, Path] = {}
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    problems = []
+    for name in names:
+        try:
+            with safe_open(folder / name, "np") as stored:
+                for key in stored.keys():  # noqa: SIM118  safe_open is no dict
+                    part = stored.get_slice(key)
+                    files[key], found[key] = folder / name, (tuple(part.get_shape()), part.get_dtype())
+        except FileNotFoundError:
+            problems.append(f"{name}: the file is missing")
+        except SafetensorError as error:
+            problems.append(f"{name}: not a complete safetensors file ({error})")
+    expected = {tensor.name: tensor.stored_shape for tensor in tensors}
+    for key, shape in expected.items():
+        if key not in found:
+            problems.append(f"{key} {list(shape)}: missing")
+        elif found[key][0] != shape:
+            problems.append(f"{key}: shape {list(found[key][0])}, expected {list(shape)}")
+        elif found[key][1] not in _FLOATS:
+            problems.append(f"{key}: dtype {found[key][1]}, expected one of {', '.join(_FLOATS)}")
+    # Two that old exports carry and transformers ignores: rope's buffer, and a copy of tied embeddings.
+    ignored = re.compile(r".*\.rotary_emb\.inv_freq" + ("" if "lm_head.weight" in expected else r"|lm_head\.weight"))
+    problems += [f"{key}: extra" for key in sorted(found) if key not in expected and not ignored.fullmatch(key)]
+    if problems:
+        lines = "\n".join(f"- {problem}" for problem in problems)
+        raise WeightsError(f"{folder}: its tensors are not those of its config.json:\n{lines}")
+    return files
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _get(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _set(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _read_json_if_any(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise WeightsError(f"{file}: not valid JSON: {error}") from error
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

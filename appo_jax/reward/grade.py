@@ -1,0 +1,51 @@
+"""Is the answer right? The one judgement that every reward's `correct`, and so accuracy, rests on."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from appo_jax.reward import qa
+from appo_jax.reward.latex import last_boxed
+from appo_jax.reward.math import math_equal
+from appo_jax.reward.response import Response
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """How good an answer is."""
+
+    score: float  # in [0, 1]: math 0 or 1, qa the best token F1
+    correct: bool  # math: equal to a gold; qa: exact match with an alias
+    timed_out: bool = False  # math-verify gave up
+
+
+def final_answer(response: Response) -> str | None:
+    """What the policy gave as its answer, whatever the format: only its own words count, never a tool result.
+
+    The last `\\boxed{…}` of the last <answer> block; else the last one anywhere; else the last block's text.
+    """
+    text = response.sampled_text
+    blocks = _ANSWER.findall(text)
+    if blocks and (boxed := last_boxed(blocks[-1])) is not None:
+        return boxed
+    boxed = last_boxed(text)
+    return boxed if boxed is not None or not blocks else blocks[-1].strip()
+
+
+def grade(response: Response) -> Grade:
+    """Compare the final answer with the golds by the response's kind. No answer scores 0."""
+    answer = final_answer(response)
+    if answer is None:
+        return Grade(0.0, False)
+    if response.kind == "qa":
+        return Grade(qa.token_f1(answer, response.golds), qa.exact_match(answer, response.golds))
+    timed_out = False
+    for gold in response.golds:
+        verdict = math_equal(answer, gold)
+        if verdict:
+            return Grade(1.0, True)
+        timed_out |= verdict is None
+    return Grade(0.0, False, timed_out)

@@ -1,0 +1,53 @@
+"""Text answers: exact match and token F1 over the accepted aliases, as SQuAD and HotpotQA define them.
+
+Departures from their `normalize_answer`, each because it equates or loses answers: a number keeps its sign and its
+decimal point ("5" is not "-5", "25" is not "2.5") and drops its thousands separators; an answer made of nothing but
+articles keeps them ("A" can be right); LaTeX text markup is read through; Unicode is brought to NFKC.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+from appo_jax.reward.latex import plain
+
+_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_SIGN = re.compile(r"(?<![^\s(\[$€£])[-−](?=[$€£]?\.?\d)")  # a minus before a number, not a hyphen or a range
+_POINT = re.compile(r"(?<=\d)\.(?=\d)|(?<!\w)\.(?=\d)")
+_DASH_IN_NUMBERS = re.compile(r"(?<=\d)[-−–—/](?=\d)")
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_CLOSED = frozenset({"yes", "no", "noanswer"})  # no partial credit (HotpotQA)
+# punctuation that carries a number's value is parked on letters of the private use area while the rest is deleted
+_MINUS, _DOT = "\ue000", "\ue001"
+
+
+def normalize(text: str) -> str:
+    """Lower-case words and numbers, single-spaced; punctuation and articles gone, as the module says."""
+    text = unicodedata.normalize("NFKC", plain(text)).lower()
+    text = _THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
+    text = _DASH_IN_NUMBERS.sub(" ", _POINT.sub(_DOT, _SIGN.sub(_MINUS, text)))
+    text = "".join(ch for ch in text if unicodedata.category(ch)[0] not in "PS")
+    text = text.replace(_MINUS, "-").replace(_DOT, ".")
+    return " ".join(_ARTICLES.sub(" ", text).split()) or " ".join(text.split())
+
+
+def exact_match(answer: str, golds: Sequence[str]) -> bool:
+    """Whether the normalised answer equals one of the normalised golds. An empty answer equals nothing."""
+    normalized = normalize(answer)
+    return bool(normalized) and any(normalized == normalize(gold) for gold in golds)
+
+
+def token_f1(answer: str, golds: Sequence[str]) -> float:
+    """Highest token F1 of the answer against a gold, in [0, 1]."""
+    return max((_f1(normalize(answer), normalize(gold)) for gold in golds), default=0.0)
+
+
+def _f1(answer: str, gold: str) -> float:
+    if answer != gold and (answer in _CLOSED or gold in _CLOSED):
+        return 0.0
+    answer_tokens, gold_tokens = answer.split(), gold.split()
+    common = (Counter(answer_tokens) & Counter(gold_tokens)).total()
+    return 2 * common / (len(answer_tokens) + len(gold_tokens)) if common else 0.0

@@ -1,0 +1,79 @@
+"""What a step's trees say in numbers. docs/method.md explains each metric."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from appo_jax.rollout.engine import GenerationStats
+from appo_jax.rollout.tree import Growth, Tree
+from appo_jax.types import Rollout, StopReason
+
+
+def mean(values: Sequence[float] | np.ndarray) -> float:
+    """Mean, NaN for nothing (which the log writes as null)."""
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def rollout_metrics(trees: Sequence[Tree], stats: GenerationStats) -> dict[str, Any]:
+    """Rewards, lengths, stop reasons and tool calls of a step's rollouts, and what the generation cost."""
+    rollouts = [rollout for tree in trees for rollout in tree]
+    initial = [r for r in rollouts if r.is_initial]
+    branches = [r for r in rollouts if not r.is_initial]
+    record: dict[str, Any] = {
+        "reward/initial": mean([r.reward for r in initial]),
+        "reward/branch": mean([r.reward for r in branches]),
+        "reward/initial_std": mean([np.std([r.reward for r in tree if r.is_initial]) for tree in trees]),
+        "accuracy/initial": mean([r.correct for r in initial]),
+        "accuracy/branch": mean([r.correct for r in branches]),
+        "rollout/count": len(rollouts),
+        "rollout/response_tokens": mean([r.length - r.prompt_length for r in initial]),
+        "rollout/response_tokens_max": max(r.length - r.prompt_length for r in rollouts),
+        "rollout/truncated": mean([r.truncated for r in rollouts]),
+        "rollout/sampled_tokens": stats.sampled_tokens,
+        "rollout/entropy": mean(np.concatenate([r.entropies[r.sampled] for r in initial])),
+        "rollout/useful_rows": stats.sampled_tokens / max(1, stats.row_steps),
+        "time/decode_s": stats.decode_s,
+        "time/append_s": stats.append_s,
+        "time/tool_wait_s": stats.wait_s,
+    }
+    stops = Counter(r.stop_reason for r in rollouts)
+    record |= {f"stop/{reason}": stops[reason] / len(rollouts) for reason in StopReason}
+    own_calls = [call for r in rollouts for call in r.calls if r.fork is None or call.result_end > r.fork]
+    calls = Counter((call.name, call.outcome) for call in own_calls)
+    record |= {f"calls/{name}/{outcome}": count for (name, outcome), count in sorted(calls.items())}
+    record["calls/per_rollout"] = mean([len(r.calls) for r in initial])
+    return record
+
+
+def update_metrics(
+    results: Mapping[str, np.ndarray], base: np.ndarray, growth: Growth | None, num_initial: int
+) -> dict[str, float]:
+    """One mini-batch's update: the loss's metrics, the advantages, and how its branching went."""
+    record = {f"update/{name}": float(value) for name, value in results.items()}
+    record["advantage/abs_mean"] = mean(np.abs(base).reshape(-1))
+    record["advantage/zero_share"] = mean(base.reshape(-1) == 0)
+    if growth is None:
+        return record
+    scores = [s for tree in growth.scores for s in tree[:num_initial]]
+    future = np.concatenate([s.future_value[s.valid] for s in scores])
+    record |= {
+        "branching/future_std": float(np.std(future)) if future.size else float("nan"),
+        "branching/future_mean": mean(future),
+        "branching/constant_future_share": mean([s.constant_future for s in scores]),
+        "branching/position": mean(_relative_positions(growth.trees)),
+        "branching/missing": growth.missing_branches,
+    }
+    return record
+
+
+def _relative_positions(trees: Sequence[Tree]) -> list[float]:
+    """Where branches begin, as a share of their parent's response: 0 at its first token, 1 at its end."""
+
+    def share(parent: Rollout, fork: int) -> float:
+        return (fork - parent.prompt_length) / (parent.length - parent.prompt_length)
+
+    return [share(tree[r.parent], r.fork) for tree in trees for r in tree if r.parent is not None and r.fork is not None]

@@ -1,0 +1,199 @@
+"""From initial rollouts to rollout trees: score under the current policy, choose branch points, draw the branches.
+
+A tree is the list of one prompt's rollouts; a rollout's `node` is its index. Nodes 0 … N−1 are the initial rollouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from appo_jax.branching.score import branching_scores, future_value
+from appo_jax.branching.select import select
+from appo_jax.config import BranchingConfig, RolloutConfig
+from appo_jax.policy.attention import LayerCache
+from appo_jax.policy.score import score
+from appo_jax.policy.transformer import Params
+from appo_jax.rollout.batch import Batch
+from appo_jax.rollout.engine import Engine, Fork
+from appo_jax.text.tokenizer import Tokenizer
+from appo_jax.types import Rollout
+
+Tree = list[Rollout]
+
+
+@dataclasses.dataclass
+class NodeScores:
+    """What the score pass said of one rollout; all `[T]`, the rollout's own length."""
+
+    log_probs: np.ndarray  # under the current policy
+    entropies: np.ndarray
+    future_value: np.ndarray  # Ω
+    score: np.ndarray
+    preferred: np.ndarray
+    valid: np.ndarray
+    constant_future: bool
+
+
+@dataclasses.dataclass
+class Growth:
+    """A mini-batch's trees after branching, and what the metrics want to know about it."""
+
+    trees: list[Tree]
+    scores: list[list[NodeScores]]  # by prompt, by node, as of the loop that scored it last; initial rollouts first
+    missing_branches: int = 0  # budget that no valid position could use
+
+
+def blank_tokens(tokenizer: Tokenizer) -> np.ndarray:
+    """`[V]` bool: tokens that decode to nothing, whitespace or punctuation alone."""
+
+    def blank(piece: bytes) -> bool:
+        return not any(char.isalnum() or char == "�" for char in piece.decode("utf-8", errors="replace"))
+
+    return np.array([blank(piece) for piece in tokenizer.token_bytes()])
+
+
+def valid_positions(rollout: Rollout, blank: np.ndarray, config: BranchingConfig, eos_id: int) -> np.ndarray:
+    """`[T]` bool: tokens before which (with `include_token`: after which) a branch may begin."""
+    valid = rollout.sampled.copy()
+    if config.skip_blank:
+        valid &= ~blank[rollout.tokens]
+    if config.include_token:
+        # After EOS there is nothing to continue, and the last token may have used up the room.
+        valid &= rollout.tokens != eos_id
+        valid[-1] = False
+    return valid
+
+
+_future_value = jax.jit(future_value, static_argnames="tau")
+_branching_scores = jax.jit(branching_scores, static_argnames="config")
+
+
+class TreeGrower:
+    """Grows the trees of a mini-batch under the policy as it is now."""
+
+    def __init__(self, engine: Engine, rollout: RolloutConfig, branching: BranchingConfig):
+        self.engine, self.rollout, self.branching = engine, rollout, branching
+        self.blank = blank_tokens(engine.tokenizer)
+        self.length = rollout.max_prompt_tokens + rollout.max_response_tokens  # T
+        # R: parents whose branches are decoded together, B rows each.
+        self.parents = max(1, rollout.decode_rows // branching.num_branch_points)
+
+    def log_probs(self, params: Params, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        """`[T]` log-probabilities of each rollout's tokens under `params`, by the very program that scores branches.
+
+        The same program on the same policy gives the same numbers, so in the first mini-batch Ω is exactly 1.
+        """
+        return [log_probs for wave in self._score(params, rollouts, keep_cache=False) for log_probs, _ in wave[0]]
+
+    def grow(
+        self, params: Params, trees: Sequence[Tree], old_log_probs: Sequence[Sequence[np.ndarray]], salt: Sequence[int]
+    ) -> Growth:
+        """Branch `trees` (initial rollouts; their log-probs under π_old alike) until the budget M is used, in L loops."""
+        growth = Growth([list(tree) for tree in trees], [[] for _ in trees])
+        old = [list(tree) for tree in old_log_probs]
+        for loop in range(1, self.branching.num_loops + 1):
+            nodes = [(p, n) for p, tree in enumerate(growth.trees) for n in range(len(tree))]
+            waves = self._score(params, [growth.trees[p][n] for p, n in nodes], keep_cache=True)
+            for first, (wave, _) in zip(range(0, len(nodes), self.parents), waves, strict=True):
+                for (p, n), (log_probs, _) in zip(nodes[first : first + self.parents], wave, strict=True):
+                    if n == len(old[p]):  # a branch: the policy that drew it is the present one
+                        old[p].append(log_probs)
+            scores = self._branching_scores([growth.trees[p][n] for p, n in nodes], [old[p][n] for p, n in nodes], waves)
+            growth.scores = [[] for _ in trees]
+            for (p, _), node_scores in zip(nodes, scores, strict=True):
+                growth.scores[p].append(node_scores)
+            points = self._choose(growth)
+            self._branch(params, growth, nodes, waves, points, loop, [*salt, loop])
+        return growth
+
+    def _score(
+        self, params: Params, rollouts: Sequence[Rollout], keep_cache: bool
+    ) -> list[tuple[list[tuple[np.ndarray, np.ndarray]], list[LayerCache] | None]]:
+        """Waves of `parents` rollouts: each rollout's (log-probs, entropies), and the wave's KV cache."""
+        waves: list[tuple[list[tuple[np.ndarray, np.ndarray]], list[LayerCache] | None]] = []
+        for first in range(0, len(rollouts), self.parents):
+            some = rollouts[first : first + self.parents]
+            batch = Batch.of(some, min(self.parents, len(rollouts)), self.length)
+            scored = score(
+                params, jnp.asarray(batch.tokens), arch=self.engine.arch, temperature=self.rollout.temperature,
+                dtype=self.engine.dtype,
+            )  # fmt: skip
+            log_probs, entropies = np.asarray(scored.log_probs), np.asarray(scored.entropies)
+            ragged = [(log_probs[i, : r.length], entropies[i, : r.length]) for i, r in enumerate(some)]
+            waves.append((ragged, scored.cache if keep_cache else None))
+        return waves
+
+    def _branching_scores(
+        self, rollouts: Sequence[Rollout], old_log_probs: Sequence[np.ndarray], waves: Sequence[tuple[list, Any]]
+    ) -> list[NodeScores]:
+        ragged = [pair for wave, _ in waves for pair in wave]
+        R, T = len(rollouts), self.length
+        log_probs, entropies, old = (np.zeros((R, T), np.float32) for _ in range(3))
+        sampled, valid = np.zeros((R, T), bool), np.zeros((R, T), bool)
+        for i, rollout in enumerate(rollouts):
+            t = rollout.length
+            log_probs[i, :t], entropies[i, :t] = ragged[i]
+            old[i, :t], sampled[i, :t] = old_log_probs[i], rollout.sampled
+            valid[i, :t] = valid_positions(rollout, self.blank, self.branching, self.engine.tokenizer.eos_id)
+        future = _future_value(log_probs, old, sampled, tau=self.branching.tau)
+        result = jax.device_get(_branching_scores(future, entropies, valid, config=self.branching))
+        return [
+            NodeScores(
+                log_probs[i, : r.length], entropies[i, : r.length], result.future_value[i, : r.length],
+                result.score[i, : r.length], result.preferred[i, : r.length], valid[i, : r.length],
+                bool(result.constant_future[i]),
+            )
+            for i, r in enumerate(rollouts)
+        ]  # fmt: skip
+
+    def _choose(self, growth: Growth) -> list[list[tuple[int, int]]]:
+        """Branch points `(node, position)` of every prompt for this loop."""
+        points = []
+        for tree, scores in zip(growth.trees, growth.scores, strict=True):
+            budget = self.rollout.budget - len(tree)
+            chosen = select(
+                [s.score for s in scores], [s.preferred for s in scores], [s.valid for s in scores], budget, self.branching
+            )
+            growth.missing_branches += min(budget, self.branching.num_branch_points * len(tree)) - len(chosen)
+            points.append(chosen)
+        return points
+
+    def _branch(
+        self, params: Params, growth: Growth, nodes: Sequence[tuple[int, int]], waves: Sequence[tuple[list, Any]],
+        points: Sequence[Sequence[tuple[int, int]]], loop: int, salt: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Draw the branches and add them to their trees, in the order of `points`."""
+        columns = self.branching.num_branch_points
+        forks: dict[tuple[int, int], list[Fork]] = {at: [] for at in nodes}
+        for p, chosen in enumerate(points):
+            for offset, (n, position) in enumerate(chosen):
+                cut = position + self.branching.include_token
+                forks[p, n].append(fork_of(growth.trees[p][n], cut, len(growth.trees[p]) + offset, loop, self.engine))
+        drawn: dict[tuple[int, int], Rollout] = {}
+        for wave, (_, cache) in enumerate(waves):
+            group = nodes[wave * self.parents : (wave + 1) * self.parents]
+            rows = cache[0][0].shape[0]
+            # A parent that got more than B branches (budget freed by others) has the rest drawn in a further pass.
+            for start in range(0, max(len(forks[at]) for at in group), columns):
+                some = [forks[at][start : start + columns] for at in group] + [[]] * (rows - len(group))
+                results = self.engine.generate(params, cache, some, columns, [*salt, wave])
+                for (p, _), rollouts in zip(group, results, strict=False):
+                    drawn.update({(p, rollout.node): rollout for rollout in rollouts})
+        for (p, _), rollout in sorted(drawn.items(), key=lambda item: item[0]):
+            growth.trees[p].append(rollout)
+
+
+def fork_of(parent: Rollout, cut: int, node: int, loop: int, engine: Engine) -> Fork:
+    """The branch that keeps `parent.tokens[:cut]`, with the calls and the tool states of that moment."""
+    calls = tuple(call for call in parent.calls if call.result_end <= cut)
+    return Fork(
+        example=parent.example, tokens=parent.tokens[:cut], prompt_length=parent.prompt_length,
+        sampled=parent.sampled[:cut], log_probs=parent.log_probs[:cut], entropies=parent.entropies[:cut], calls=calls,
+        states=calls[-1].states if calls else engine.executor.start(), node=node, parent=parent.node, loop=loop,
+    )  # fmt: skip

@@ -1,0 +1,124 @@
+"""The run directory: everything a run writes, and the lock that keeps it to one process.
+
+config.json           the resolved config; `appo-jax train --config RUN_DIR/config.json` trains from it again
+metrics.jsonl         one line a step
+summary.json          the run's figures
+checkpoints/          one folder a kept step
+rollouts/             step_000012.jsonl: one rollout tree a line
+plots/  tensorboard/  pictures and event files of the metrics
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+from appo_jax.config import Config
+from appo_jax.config_io import diff_configs, flatten, load_config, save_config
+from appo_jax.errors import CheckpointError, ConfigError
+
+# A run is continued under another value of these: they say where it lives and when it ends, never what a step computes.
+MAY_CHANGE = ("run_dir", "steps", "max_sampled_tokens", "checkpoint_every", "keep_checkpoints")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """Paths of a run. A context manager: leaving it gives up the lock (so does the end of the process)."""
+
+    path: Path
+    continued: bool  # the directory held this run already
+    lock: int  # file descriptor that holds the lock
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def close(self) -> None:
+        os.close(self.lock)
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def open_run(config: Config) -> RunDir:
+    """Create `config.run_dir`, or continue the run of the same config that it holds, and lock it for this process.
+
+    Raises CheckpointError where the directory holds a run of another config (the differing fields are listed; those in
+    MAY_CHANGE may differ), holds results without a config, is in use by another process, or cannot be written.
+    """
+    path = Path(config.run_dir).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise CheckpointError(f"run_dir = {config.run_dir}: cannot be written: {error}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: another process is writing this run; wait for it, or give another --run-dir"
+            ) from error
+        run = RunDir(path, continued=(path / "config.json").exists(), lock=lock)
+        if run.continued:
+            _check_same_run(run, config)
+        elif run.metrics.exists() or run.checkpoints.exists():
+            raise CheckpointError(f"{path}: holds results but no config.json to tell whose; give another --run-dir")
+        written = run.config.with_suffix(".tmp")
+        save_config(config, written)
+        written.replace(run.config)  # a crash leaves the old config or the new one, never half of one
+        for folder in (run.checkpoints, run.rollouts, run.plots, run.tensorboard):
+            folder.mkdir(exist_ok=True)
+    except BaseException:
+        os.close(lock)
+        raise
+    return run
+
+
+def _check_same_run(run: RunDir, config: Config) -> None:
+    try:
+        kept = load_config(run.config)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{run.path}: its config.json cannot be read, so the run cannot be continued; give another --run-dir, or "
+            f"delete this one to start anew\n{error}"
+        ) from error
+    old, new = flatten(kept), flatten(config)
+    changed = [name for name in diff_configs(kept, config) if name not in MAY_CHANGE]
+    if changed:
+        absent = "(absent)"
+        lines = [f"  {name}: {old.get(name, absent)!r} in the run, {new.get(name, absent)!r} given" for name in changed]
+        raise CheckpointError(
+            f"{run.path} holds a run of another config:\n" + "\n".join(lines) + "\n"
+            f"Give another --run-dir, delete {run.path} to start anew, or train from {run.config} to continue that run."
+        )

@@ -1,0 +1,152 @@
+"""The cold start: supervised fine-tuning on tool-use traces, tool results masked (paper, appendix)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from appo_jax.checkpoint import Checkpointer
+from appo_jax.components import Components, build, initial_params
+from appo_jax.config import Config
+from appo_jax.data.pipeline import TraceBatch, trace_batches
+from appo_jax.errors import CheckpointError, TrainingError
+from appo_jax.evaluate import evaluate
+from appo_jax.learner.optimizer import make_optimizer
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
+from appo_jax.metrics import MetricsLogger
+from appo_jax.policy.transformer import Params
+from appo_jax.run_dir import RunDir, open_run
+from appo_jax.types import Trace
+
+log = logging.getLogger(__name__)
+
+
+# The policy that RL begins with, and its accuracy_base and accuracy_sft (equal when there was no cold start).
+ColdStart = tuple[Params, dict[str, float]]
+
+
+def cold_start(components: Components, run: RunDir, on_step: Callable[[int, dict[str, Any]], None]) -> ColdStart:
+    """The cold-started policy of a run: restored, taken over from `init_from`, or trained now.
+
+    Training is resumed from its own checkpoints under checkpoints/sft. `on_step(step, metrics)` hears of every step.
+    """
+    config = components.config
+    own = _restore(run.checkpoints / "sft", config, components)
+    if own is not None and own[0] == config.sft.steps:
+        return own[1].params, own[2]["accuracies"]
+    if config.init_from is not None:
+        return _take_over(Path(config.init_from), components)
+    return _train(components, run, on_step)
+
+
+def run(config: Config) -> dict[str, float]:
+    """The `sft` command: base accuracy, cold start, accuracy after it. Returns and logs both."""
+    with open_run(config) as run_dir, build(config) as components:
+        return cold_start(components, run_dir, lambda step, metrics: None)[1]
+
+
+def to_train_batch(batch: TraceBatch) -> TrainBatch:
+    """Demonstrations as a train batch: the loss is the mean negative log-likelihood of the sampled tokens."""
+    weights = batch.loss_mask / max(1, int(batch.loss_mask.sum()))
+    ones = jnp.ones(batch.tokens.shape, jnp.float32)
+    return TrainBatch(jnp.asarray(batch.tokens), jnp.asarray(weights, jnp.float32), ones, ones)
+
+
+def _optimizer(config: Config) -> Any:
+    c, s = config.optimizer, config.sft
+    warmup = round(s.warmup_fraction * s.steps)
+    return make_optimizer(s.learning_rate, warmup, s.weight_decay, c.max_grad_norm, c.b1, c.b2, decay_steps=s.steps)
+
+
+def _make_traces(components: Components) -> list[Trace]:
+    """Demonstrations with the real tools' results."""
+    executor = components.executor
+
+    def call(name: str) -> Callable[[str], str]:
+        return lambda argument: executor.submit(executor.start(), f"<{name}>{argument}</{name}>").result().result
+
+    return components.dataset.make_traces(call("search"), call("python"))
+
+
+def _train(components: Components, run: RunDir, on_step: Callable[[int, dict[str, Any]], None]) -> ColdStart:
+    config = components.config
+    params = initial_params(config, components.arch)
+    base = evaluate(params, components).accuracy
+    log.info("held-out accuracy before the cold start: %.3f", base)
+    if config.sft.steps == 0:
+        return params, {"accuracy_base": base, "accuracy_sft": base}
+    optimizer = _optimizer(config)
+    state = TrainState(params, optimizer.init(params))
+    del params
+    batches = trace_batches(
+        _make_traces(components), components.tokenizer, config.sft.batch_size, config.sft.max_tokens, config.seed
+    )
+    checkpointer = Checkpointer(run.checkpoints / "sft", keep=1)
+    metrics = MetricsLogger(run.path, "sft")
+    try:
+        step = 0
+        if (restored := checkpointer.restore_latest(state, batches)) is not None:
+            step, state, meta = restored
+            base = meta["accuracies"]["accuracy_base"]
+        metrics.resume(step)
+        spec = StepSpec(components.arch, None, 1.0, config.sft.micro_batch, components.dtype, remat=False)
+        train_step = make_train_step(optimizer, spec)
+        while step < config.sft.steps:
+            began = time.perf_counter()
+            state, results = train_step(state, to_train_batch(next(batches)))
+            step += 1
+            record = {f"sft/{k}": float(v) for k, v in results.items()} | {"sft/seconds": time.perf_counter() - began}
+            if not jnp.isfinite(record["sft/loss"]):
+                raise TrainingError(f"the cold start's loss is {record['sft/loss']} at step {step}; lower sft.learning_rate")
+            metrics.log(step, record)
+            on_step(step, record)
+            if step % config.sft.checkpoint_every == 0 and step < config.sft.steps:
+                checkpointer.save(step, state, {"accuracies": {"accuracy_base": base}}, batches)
+        accuracies = {"accuracy_base": base, "accuracy_sft": evaluate(state.params, components).accuracy}
+        checkpointer.save(step, state, {"accuracies": accuracies}, batches)
+    finally:
+        checkpointer.close()
+        metrics.close()
+    log.info("held-out accuracy after the cold start: %.3f", accuracies["accuracy_sft"])
+    return state.params, accuracies
+
+
+def _restore(folder: Path, config: Config, components: Components) -> tuple[int, TrainState, dict[str, Any]] | None:
+    """The newest cold-start checkpoint in a folder, or None."""
+    if not folder.exists():
+        return None
+    checkpointer = Checkpointer(folder, keep=1)
+    try:
+        return checkpointer.restore_latest(abstract_state(config, components), None)
+    finally:
+        checkpointer.close()
+
+
+def abstract_state(config: Config, components: Components) -> Any:
+    """Shapes of the cold start's state, placed where the policy lives."""
+    optimizer = _optimizer(config)
+
+    def make() -> TrainState:
+        params = initial_params(dataclasses.replace(config, policy=dataclasses.replace(config.policy, path=None)), components.arch)
+        return TrainState(params, optimizer.init(params))
+
+    return jax.eval_shape(make)
+
+
+def _take_over(other: Path, components: Components) -> ColdStart:
+    """The finished cold start of another run."""
+    config = components.config
+    found = _restore(other / "checkpoints" / "sft", config, components)
+    if found is None or "accuracy_sft" not in found[2]["accuracies"]:
+        raise CheckpointError(
+            f"init_from = {str(other)!r}: no finished cold start there (expected a checkpoint under "
+            f"{other / 'checkpoints' / 'sft'}); run `appo-jax sft` with --run-dir {other} first"
+        )
+    return found[1].params, found[2]["accuracies"]

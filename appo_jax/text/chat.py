@@ -1,0 +1,82 @@
+"""Chat templates: from messages to the text a model was trained to read, and from that text to safe tokens.
+
+Hugging Face stores a model's chat format as a jinja2 template. It comes with the weights and is not ours, so it runs
+in jinja2's immutable sandbox. Message contents are not ours either: a question may hold the text `<|im_end|>`. `guard`
+takes such text apart with a mark that no content holds, and `split` finds the control tokens the template itself wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from appo_jax.errors import DataError
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": …}
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """A template in the environment of transformers' `apply_chat_template`, except for one thing: `strftime_now` is
+    undefined, so that templates which print the date (Llama 3.2) fall back to their fixed one and runs can be repeated.
+    Raises DataError for a template that jinja2 cannot parse."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _raise
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise DataError(f"chat template: jinja2 cannot parse it: {error}") from error
+
+
+def render(
+    template: jinja2.Template, messages: Sequence[Message], add_generation_prompt: bool, **variables: Any
+) -> str:
+    """Text of a conversation. `variables` are the template's special tokens (`bos_token`, …).
+    Raises DataError when the template refuses the conversation (say, a role it does not know)."""
+    try:
+        return template.render(
+            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **variables
+        )
+    except jinja2.TemplateError as error:
+        roles = [message["role"] for message in messages]
+        raise DataError(f"chat template: cannot render a conversation with the roles {roles}: {error}") from error
+
+
+def control_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of the control tokens' texts, the longest first."""
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
+
+
+def guard(messages: Sequence[Message], control: re.Pattern[str]) -> tuple[list[dict[str, str]], str]:
+    """Messages whose contents hold no control token's text, because a mark parts it, and the mark to take out again."""
+    text = "".join(message["content"] for message in messages)
+    mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
+
+    def part(match: re.Match[str]) -> str:
+        return match[0][0] + mark + match[0][1:]
+
+    return [{**message, "content": control.sub(part, message["content"])} for message in messages], mark
+
+
+def split(text: str, control: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
+    """The text in order as (piece, is a control token); no piece is empty."""
+    start = 0
+    for match in control.finditer(text):
+        if match.start() > start:
+            yield text[start : match.start()], False
+        yield match[0], True
+        start = match.end()
+    if start < len(text):
+        yield text[start:], False
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)

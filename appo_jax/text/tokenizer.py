@@ -1,0 +1,259 @@
+"""Tokenizers: text to token ids and back, by bytes, with control tokens out of reach of any text.
+
+Two kinds: sentencepiece `.model` files, and Hugging Face folders with a byte-level BPE `tokenizer.json`. Both obey
+three rules that the rollouts stand on:
+
+1. `encode` never yields a control token, whatever the text. Only `render_prompt` writes control tokens.
+2. `decode` joins `token_bytes`: what a token adds to the text does not depend on its neighbours.
+3. Encoding segments one by one and concatenating the ids decodes to the concatenated segments.
+
+Text is UTF-8; a lone surrogate becomes "?". A sentencepiece model cannot tell U+2581 from a space.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+
+from appo_jax.errors import ConfigError, DataError
+from appo_jax.text import chat
+
+
+class Tokenizer(Protocol):
+    """What the rest of the program knows of a tokenizer."""
+
+    vocab_size: int  # ids are 0..vocab_size-1; a model's embedding may have more rows than that
+    eos_id: int  # ends the policy's turn
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of any text; never a control token."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; control tokens add nothing, broken UTF-8 becomes U+FFFD."""
+
+    def token_bytes(self) -> list[bytes]:
+        """[V] the bytes each token adds to the text; b"" for control tokens."""
+
+    def render_prompt(self, system: str, question: str) -> list[int]:
+        """Ids of a conversation up to where the policy's turn begins. An empty `system` leaves that message out."""
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model with the control symbols `<|system|>`, `<|user|>` and `<|assistant|>`.
+
+    A prompt is `<|system|> system <|user|> question <|assistant|>`. The model's dummy prefix and its removal of
+    whitespace are switched off, since both would break rule 3. Raises DataError for an unusable file.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            model = sentencepiece_model_pb2.ModelProto.FromString(  # type: ignore[attr-defined]  # made at import
+                Path(path).read_bytes()
+            )
+            model.normalizer_spec.add_dummy_prefix = False
+            model.normalizer_spec.remove_extra_whitespaces = False
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        except Exception as error:  # protobuf and sentencepiece raise a dozen types
+            raise DataError(f"{path}: not a readable sentencepiece model ({type(error).__name__}: {error})") from error
+        self.vocab_size: int = self._model.vocab_size()
+        self.eos_id: int = self._model.eos_id()
+        if self.eos_id < 0:
+            raise DataError(f"{path}: the sentencepiece model has no end-of-sequence symbol; train it with an eos_id")
+        self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
+        self._token_bytes = [self._bytes_of(token) for token in range(self.vocab_size)]
+        self._roles: dict[str, int] = {}
+        for role in ("system", "user", "assistant"):
+            token = self._model.piece_to_id(f"<|{role}|>")
+            if not self._model.is_control(token):
+                raise DataError(f"{path}: no control symbol <|{role}|>; train it with control_symbols=<|{role}|>,…")
+            self._roles[role] = token
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(_valid_unicode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return _join(self._token_bytes, ids)
+
+    def token_bytes(self) -> list[bytes]:
+        return self._token_bytes
+
+    def _bytes_of(self, token: int) -> bytes:
+        if self._model.is_control(token):
+            return b""
+        if self._model.is_unknown(token):
+            return self._model.decode([token]).encode()
+        piece = self._model.id_to_piece(token)
+        if self._model.is_byte(token):
+            return bytes([int(piece[3:5], 16)])  # <0xNN>
+        return piece.replace("▁", " ").encode()
+
+    def render_prompt(self, system: str, question: str) -> list[int]:
+        roles = self._roles
+        head = [roles["system"], *self.encode(system)] if system else []
+        return [*head, roles["user"], *self.encode(question), roles["assistant"]]
+
+
+class JsonTokenizer:
+    """A Hugging Face folder: tokenizer.json (byte-level BPE), tokenizer_config.json and its chat template.
+
+    Control tokens are the added tokens marked special and those written `<|…|>`. Added tokens such as Qwen3's `<think>`
+    are ordinary text that happens to be one token. Raises DataError for an unusable folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        whole = _read_json(folder / "tokenizer.json")
+        if whole.get("model", {}).get("type") != "BPE" or '"ByteLevel"' not in json.dumps(whole.get("decoder")):
+            raise DataError(
+                f"{folder / 'tokenizer.json'}: only byte-level BPE is supported (model.type BPE, decoder ByteLevel); "
+                "of a tokenizer made by sentencepiece give its .model file"
+            )
+        config_file = folder / "tokenizer_config.json"
+        config = _read_json(config_file)
+        vocabulary: dict[str, int] = dict(whole["model"]["vocab"])
+        self._control: dict[str, int] = {}
+        plain_added: dict[str, int] = {}
+        for added in whole.get("added_tokens", []):
+            is_control = added["special"] or re.fullmatch(r"<\|.*\|>", added["content"])
+            (self._control if is_control else plain_added)[added["content"]] = added["id"]
+        if not self._control:
+            raise DataError(f"{folder / 'tokenizer.json'}: has no special token, so nothing can end a turn")
+        for piece in (*self._control, *plain_added):
+            vocabulary.pop(piece, None)
+
+        # Rule 1 by construction: the tokenizer that reads text does not know that control tokens exist.
+        model = whole["model"]
+        text_only = whole | {
+            "added_tokens": [added for added in whole["added_tokens"] if added["content"] in plain_added],
+            "model": model
+            | {"vocab": {piece: id for piece, id in model["vocab"].items() if piece not in self._control}},
+            "post_processor": None,
+            "truncation": None,
+            "padding": None,
+        }
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(text_only))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(f"{folder / 'tokenizer.json'}: the tokenizers library cannot read it: {error}") from error
+        self.vocab_size: int = 1 + max([*vocabulary.values(), *plain_added.values(), *self._control.values()])
+        self._token_bytes = [b""] * self.vocab_size
+        for piece, id in vocabulary.items():
+            self._token_bytes[id] = _byte_level_bytes(piece)
+        for piece, id in plain_added.items():
+            self._token_bytes[id] = piece.encode()
+
+        self._special = {key: _content(value) for key, value in config.items() if key.endswith("_token") and value}
+        self.eos_id: int = self._special_id("eos_token", config_file)
+        self.pad_id: int = self._special_id("pad_token", config_file) if "pad_token" in self._special else self.eos_id
+        self._pattern = chat.control_pattern(list(self._control))
+        self._template = chat.compile_template(_chat_template(folder, config))
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(_valid_unicode(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return _join(self._token_bytes, ids)
+
+    def token_bytes(self) -> list[bytes]:
+        return self._token_bytes
+
+    def render_prompt(self, system: str, question: str) -> list[int]:
+        head = [{"role": "system", "content": system}] if system else []
+        return self.render_chat([*head, {"role": "user", "content": question}])
+
+    def render_chat(self, messages: Sequence[chat.Message], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation: transformers' `apply_chat_template`, but control tokens in contents stay text."""
+        guarded, mark = chat.guard(messages, self._pattern)
+        text = chat.render(self._template, guarded, add_generation_prompt, **self._special)
+        ids: list[int] = []
+        for piece, is_control in chat.split(text, self._pattern):
+            ids += [self._control[piece]] if is_control else self.encode(piece.replace(mark, ""))
+        return ids
+
+    def _special_id(self, key: str, file: Path) -> int:
+        token = self._special.get(key)
+        if token not in self._control:
+            raise DataError(f"{file}: {key} is {token!r}, expected one of the special tokens of tokenizer.json")
+        return self._control[token]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer at `path`: a sentencepiece .model, or a folder that holds tokenizer.json or tokenizer.model.
+    Raises DataError."""
+    path = Path(path)
+    if path.is_file() and path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    if (path / "tokenizer.json").is_file():
+        return JsonTokenizer(path)
+    if (path / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path / "tokenizer.model")
+    raise DataError(
+        f"{path}: no tokenizer here; expected a .model file or a folder with tokenizer.json or tokenizer.model"
+    )
+
+
+def check_tags(tokenizer: Tokenizer, tags: Sequence[str]) -> None:
+    """Raises ConfigError that names every tag which does not survive encoding and decoding, or the line break that
+    stands between them."""
+    lost = [tag for tag in (*tags, "\n") if tokenizer.decode(tokenizer.encode(tag)) != tag]
+    if lost:
+        raise ConfigError(
+            f"policy.tokenizer: it cannot write {', '.join(map(repr, lost))} (encoding and decoding gives other text); "
+            "use a tokenizer with byte fallback, or one trained on text that holds them"
+        )
+
+
+def _join(token_bytes: Sequence[bytes], ids: Sequence[int]) -> str:
+    return b"".join(token_bytes[token] for token in ids).decode("utf-8", errors="replace")
+
+
+def _valid_unicode(text: str) -> str:
+    return text.encode("utf-8", errors="replace").decode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected a JSON file of a Hugging Face tokenizer: {error}") from error
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str:
+    """Newer folders hold chat_template.jinja; older ones a string, or a list by name, in tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not template:
+        raise DataError(
+            f"{folder / 'tokenizer_config.json'}: no chat_template (nor {file.name}); use an instruction-tuned model"
+        )
+    return template
+
+
+@functools.cache
+def _byte_level_table() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: printable Latin-1 stands for itself, the rest moves up from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    table = _byte_level_table()
+    if any(char not in table for char in piece):  # as tokenizers' ByteLevel decoder: such a piece is plain text
+        return piece.encode()
+    return bytes(table[char] for char in piece)

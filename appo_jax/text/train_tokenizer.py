@@ -1,0 +1,46 @@
+"""Training a sentencepiece tokenizer for policies that start from random weights."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+CONTROL_SYMBOLS = ("<|system|>", "<|user|>", "<|assistant|>")
+# Each is one token: what a rollout's structure is made of costs the policy one choice.
+TAGS = tuple(f"<{slash}{tag}>" for tag in ("think", "search", "python", "result", "answer") for slash in ("", "/"))
+USER_DEFINED_SYMBOLS = (*TAGS, "\\boxed{", "\n")
+
+
+def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int = 1280) -> None:
+    """Train on `texts` and write the model to `path` (.model). The same texts give the same bytes. A small text yields
+    fewer than `vocab_size` pieces.
+
+    Unigram, so that a frequent name is one piece; digits stand alone; any byte can be encoded; spaces and line breaks
+    survive as they are, so that pieces encoded one by one decode to the joined text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        control_symbols=list(CONTROL_SYMBOLS),
+        user_defined_symbols=list(USER_DEFINED_SYMBOLS),
+        byte_fallback=True,
+        split_digits=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())

@@ -1,0 +1,326 @@
+"""Runs the policy's tool calls: in the background, bounded, timed, counted. Nothing that goes wrong here is raised.
+
+Each tool has a lane: a queue and a bounded number of worker threads. A call that outlives its limit is answered for and
+left behind; its thread is replaced. A tool that keeps failing is not asked again for a while (circuit breaker).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import heapq
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from appo_jax.config import ToolsConfig
+from appo_jax.errors import ConfigError
+from appo_jax.tools.format import Call, CallFormat
+from appo_jax.tools.protocol import Tool, ToolResult
+from appo_jax.types import Outcome
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT = 30.0  # seconds for a tool that names no `timeout` of its own
+GRACE = 2.0  # seconds a tool may overrun its own limit before it is left behind
+MAX_ABANDONED = 32  # threads of one tool that may hang before the tool counts as down
+TRIP_AFTER = 5  # failures in a row that open the circuit
+COOL_DOWN = (2.0, 60.0)  # seconds the circuit stays open: the first time, and at most
+
+
+@dataclasses.dataclass(frozen=True)
+class CallRecord:
+    """What became of one call."""
+
+    name: str
+    argument: str
+    result: str  # what the policy will read, before `CallFormat.render_result`
+    outcome: Outcome
+    seconds: float  # from submission to result, queueing included
+    states: Mapping[str, Any]  # tool states after the call; those before it when it failed
+
+
+class ToolExecutor:
+    """The tools of a run. A context manager: leaving it closes every tool."""
+
+    def __init__(self, tools: Sequence[Tool], call_format: CallFormat, config: ToolsConfig):
+        names = [tool.name for tool in tools]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"tools.enabled: two tools are named alike ({', '.join(names)}); each needs its own name")
+        self.call_format = call_format
+        self.names = tuple(names)
+        self._tools = {tool.name: tool for tool in tools}
+        self._clock = _Clock()
+        self._lanes = {tool.name: _Lane(tool, config.max_concurrency, self._clock) for tool in tools}
+        self._stats = _Stats()
+        self._closed = False
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings after which sampling pauses for a tool."""
+        return self.call_format.stop_strings(self.names)
+
+    def start(self) -> Mapping[str, Any]:
+        """Tool states of a rollout that has made no call."""
+        return {name: tool.start() for name, tool in self._tools.items()}
+
+    def submit(self, states: Mapping[str, Any], text: str, bound: float | None = None) -> Future[CallRecord]:
+        """Run the call that `text` ends with, from `states`. The future never fails, and is done within `bound` seconds
+        when a bound is given."""
+        began = time.monotonic()
+        answer: Future[CallRecord] = Future()
+        call = self.call_format.parse(text)
+        if isinstance(call, str) or call.name not in self._lanes:
+            names = ", ".join(self.names)
+            explanation = call if isinstance(call, str) else f"Unknown tool {call.name[:80]!r}; the tools are: {names}."
+            self._finish(answer, began, Call("malformed", text[-200:]), ToolResult(explanation, Outcome.MALFORMED), states)
+            return answer
+        known = states.get(call.name)
+        if isinstance(known, _Answered) and (earlier := known.get(call.argument)) is not None:
+            notice = ToolResult(f"(You have asked this before; the result is the same.)\n{earlier}", Outcome.OK)
+            self._stats.repeated(call.name)
+            self._finish(answer, began, call, notice, states)
+            return answer
+
+        def done(result: ToolResult, state: Any) -> None:
+            after = states
+            if result.outcome in (Outcome.OK, Outcome.ERROR):
+                if state is None:  # stateless: what is kept is what it has answered in this rollout
+                    state = (known or _Answered()).adding(call.argument, result.text)
+                after = {**states, call.name: state}
+            self._finish(answer, began, call, result, after)
+
+        state = None if isinstance(known, _Answered) else known
+        self._stats.queue(call.name, self._lanes[call.name].submit(state, call.argument, done))
+        if bound is not None:
+            late = ToolResult("The time of this attempt is over.", Outcome.TIMEOUT)
+            self._clock.at(began + max(bound, 0.0), lambda: self._finish(answer, began, call, late, states))
+        return answer
+
+    def metrics(self) -> dict[str, float]:
+        """Calls, outcomes, latencies (seconds) and queue lengths by tool since the last time they were read."""
+        return self._stats.read()
+
+    def close(self) -> None:
+        """Stop the lanes and close every tool; calls still running are answered as unavailable. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for lane in self._lanes.values():
+            lane.close()
+        for tool in self._tools.values():
+            try:
+                tool.close()
+            except Exception:
+                logger.exception("closing the tool %s failed", tool.name)
+        self._clock.close()
+
+    def __enter__(self) -> ToolExecutor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _finish(
+        self, answer: Future[CallRecord], began: float, call: Call, result: ToolResult, states: Mapping[str, Any]
+    ) -> None:
+        seconds = time.monotonic() - began
+        record = CallRecord(call.name, call.argument, result.text, result.outcome, seconds, states)
+        with contextlib.suppress(InvalidStateError):  # the first answer counts: the tool's, or the bound's
+            answer.set_result(record)
+            self._stats.count(call.name, result.outcome, seconds)
+
+
+class _Answered(dict[str, str]):
+    """Arguments a stateless tool has answered in this rollout, never changed in place: branches share it."""
+
+    def adding(self, argument: str, text: str) -> _Answered:
+        return _Answered({**self, argument: text})
+
+
+Done = Callable[[ToolResult, Any], None]
+
+
+@dataclasses.dataclass
+class _Job:
+    state: Any
+    argument: str
+    done: Done
+    abandoned: bool = False
+    finished: bool = False
+
+
+class _Lane:
+    """One tool's queue, workers and circuit breaker."""
+
+    def __init__(self, tool: Tool, workers: int, clock: _Clock):
+        self._tool = tool
+        self._clock = clock
+        self._limit = float(getattr(tool, "timeout", DEFAULT_TIMEOUT)) + GRACE
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._running: set[int] = set()
+        self._workers = workers
+        self._started = 0
+        self._abandoned = 0
+        self._failures = 0
+        self._opened = 0  # times in a row that the circuit was opened
+        self._open_until = 0.0
+        self._closed = False
+
+    def submit(self, state: Any, argument: str, done: Done) -> int:
+        """Queue a call; returns how many wait before it."""
+        with self._lock:
+            refused = self._closed or time.monotonic() < self._open_until
+            if not refused and self._started < self._workers:
+                self._start_worker()
+        if refused:
+            done(self._unavailable("it has failed repeatedly"), None)
+            return 0
+        waiting = self._jobs.qsize()
+        self._jobs.put(_Job(state, argument, done))
+        return waiting
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for _ in range(self._started):
+                self._jobs.put(None)
+        while True:  # what still waits is answered here
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if job is not None:
+                job.done(self._unavailable("the run is closing"), None)
+        for _ in range(self._started):
+            self._jobs.put(None)
+
+    def _start_worker(self) -> None:
+        self._started += 1
+        threading.Thread(target=self._work, name=f"tool-{self._tool.name}", daemon=True).start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._clock.at(time.monotonic() + self._limit, lambda job=job: self._abandon(job))  # type: ignore[misc]
+            try:
+                result, state = self._tool.call(job.state, job.argument)
+            except Exception as error:
+                logger.exception("the tool %s raised", self._tool.name)
+                result, state = self._unavailable(f"{type(error).__name__}: {error}"[:200]), None
+            with self._lock:
+                job.finished = True
+                if job.abandoned:
+                    self._abandoned -= 1
+                    return  # another thread has taken this one's place
+                self._judge(result.outcome)
+            job.done(result, state)
+
+    def _abandon(self, job: _Job) -> None:
+        with self._lock:
+            if job.finished:
+                return
+            job.abandoned = True
+            self._abandoned += 1
+            self._judge(Outcome.UNAVAILABLE)
+            if self._abandoned > MAX_ABANDONED:
+                self._open_until = time.monotonic() + COOL_DOWN[1]
+            self._start_worker()
+        logger.warning("the tool %s has not answered within %.1f s; the call is left behind", self._tool.name, self._limit)
+        job.done(ToolResult(f"The tool did not answer within {self._limit:.0f} seconds.", Outcome.TIMEOUT), None)
+
+    def _judge(self, outcome: Outcome) -> None:
+        if outcome is not Outcome.UNAVAILABLE:
+            self._failures = self._opened = 0
+            return
+        self._failures += 1
+        # After a cool-down one failure is enough to open the circuit again, for twice as long.
+        if self._failures >= (1 if self._opened else TRIP_AFTER):
+            seconds = min(COOL_DOWN[0] * 2**self._opened, COOL_DOWN[1])
+            self._open_until = time.monotonic() + seconds
+            self._opened += 1
+            self._failures = 0
+            logger.warning("the tool %s keeps failing; it is not asked for %.0f s", self._tool.name, seconds)
+
+    def _unavailable(self, why: str) -> ToolResult:
+        return ToolResult(f"The tool {self._tool.name} is not available ({why}).", Outcome.UNAVAILABLE)
+
+
+class _Clock:
+    """One thread that runs short actions at given times."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._wake = threading.Condition()
+        self._closed = False
+        threading.Thread(target=self._run, name="tool-clock", daemon=True).start()
+
+    def at(self, when: float, action: Callable[[], None]) -> None:
+        with self._wake:
+            heapq.heappush(self._heap, (when, next(self._order), action))
+            if self._heap[0][2] is action:
+                self._wake.notify()
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._closed and (not self._heap or self._heap[0][0] > time.monotonic()):
+                    self._wake.wait(self._heap[0][0] - time.monotonic() if self._heap else None)
+                if self._closed:
+                    return
+                _, _, action = heapq.heappop(self._heap)
+            action()
+
+
+class _Stats:
+    """Counters behind `metrics`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._seconds: dict[str, list[float]] = collections.defaultdict(list)
+        self._queue: dict[str, int] = collections.defaultdict(int)
+
+    def count(self, name: str, outcome: Outcome, seconds: float) -> None:
+        with self._lock:
+            self._outcomes[name, str(outcome)] += 1
+            self._seconds[name].append(seconds)
+
+    def repeated(self, name: str) -> None:
+        with self._lock:
+            self._outcomes[name, "repeated"] += 1
+
+    def queue(self, name: str, waiting: int) -> None:
+        with self._lock:
+            self._queue[name] = max(self._queue[name], waiting)
+
+    def read(self) -> dict[str, float]:
+        with self._lock:
+            figures: dict[str, float] = {}
+            for name, seconds in sorted(self._seconds.items()):
+                figures[f"tools/{name}/calls"] = float(len(seconds))
+                for level in (50, 90, 99):
+                    figures[f"tools/{name}/seconds_p{level}"] = float(np.percentile(seconds, level))
+                figures[f"tools/{name}/queue_max"] = float(self._queue.get(name, 0))
+            for (name, outcome), count in sorted(self._outcomes.items()):
+                figures[f"tools/{name}/{outcome}"] = float(count)
+            self._reset()
+        return figures

@@ -1,0 +1,222 @@
+"""Search over a corpus on this machine: BM25 (bm25s), and what all search tools share: pages as text.
+
+Okapi BM25 over title and text, English stop words left out. The index of a corpus file is built once, kept on disk and
+memory-mapped, so that many processes share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import bm25s
+import numpy as np
+
+from appo_jax.errors import DataError
+from appo_jax.tools.protocol import ToolResult
+from appo_jax.types import Outcome
+
+
+class Document(Protocol):
+    """Anything with a title and a text."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A document of a corpus file, or a page a server returned."""
+
+    title: str
+    text: str
+
+
+class LocalSearch:
+    """The `search` tool over documents in memory or a corpus file. Stateless; safe to call from several threads."""
+
+    name = "search"
+    timeout = 30.0
+
+    def __init__(self, documents: Sequence[Document], top_k: int = 3, index: bm25s.BM25 | None = None):
+        if not documents:
+            raise DataError("search corpus: no documents were given; expected at least one with a title and a text")
+        self.documents = documents
+        self.top_k = top_k
+        self._index = index if index is not None else build_index(documents)
+
+    @classmethod
+    def from_file(cls, path: str | Path, top_k: int = 3, cache_dir: str | Path | None = None) -> LocalSearch:
+        """Read a corpus and its index; the index is built on first use and kept under `cache_dir` by content."""
+        documents = load_corpus(path)
+        return cls(documents, top_k, stored_index(documents, _cache_dir(cache_dir)))
+
+    def start(self) -> None:
+        return None
+
+    def call(self, state: None, argument: str) -> tuple[ToolResult, None]:
+        return ToolResult(format_pages(self.search([argument])[0]), Outcome.OK), None
+
+    def close(self) -> None:
+        pass
+
+    def search(self, queries: Sequence[str], top_k: int | None = None) -> list[list[Document]]:
+        """The best documents of each query, best first, only those that share a word with it."""
+        k = min(top_k or self.top_k, len(self.documents))
+        found = []
+        for query in queries:
+            ids = self._token_ids(query)
+            if not len(ids):
+                found.append([])
+                continue
+            scores = self._index.get_scores_from_ids(ids)
+            best = np.argpartition(scores, -k)[-k:]
+            best = best[np.lexsort((best, -scores[best]))]  # ties by position, so that results do not depend on the sort
+            found.append([self.documents[i] for i in best if scores[i] > 0])
+        return found
+
+    def _token_ids(self, query: str) -> list[int]:
+        vocabulary = self._index.vocab_dict
+        return [vocabulary[word] for word in words(query) if word in vocabulary]
+
+
+_WORD = re.compile(r"\w+")
+_STOP = frozenset(
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to "
+    "was will with what which who whom whose when where how why did does do has had have were been".split()
+)
+
+
+def words(text: str) -> list[str]:
+    """The index terms of a text: lower-cased words without stop words, plural and possessive endings taken off."""
+    terms = []
+    for word in _WORD.findall(text.lower()):
+        if word in _STOP:
+            continue
+        if len(word) > 3 and word[-1] == "s" and word[-2] not in "su":
+            word = word[:-1]
+        terms.append(word)
+    return terms
+
+
+def build_index(documents: Sequence[Document]) -> bm25s.BM25:
+    """A BM25 index (k1 = 1.2, b = 0.75, Lucene's idf) of the documents' titles and texts."""
+    vocabulary: dict[str, int] = {}
+    ids = [
+        [vocabulary.setdefault(word, len(vocabulary)) for word in words(f"{doc.title} {doc.text}")] for doc in documents
+    ]
+    if not vocabulary:
+        raise DataError(f"search corpus: none of the {len(documents)} documents holds a word that can be searched")
+    index = bm25s.BM25(k1=1.2, b=0.75, method="lucene")
+    index.index((ids, vocabulary), create_empty_token=False, show_progress=False)
+    return index
+
+
+def stored_index(documents: Sequence[Document], folder: Path) -> bm25s.BM25:
+    """The index of these documents from `folder`, memory-mapped; built and stored there when it is missing."""
+    digest = hashlib.sha256(_INDEX_VERSION)
+    for document in documents:
+        digest.update(f"{document.title}\0{document.text}\0".encode("utf-8", "surrogatepass"))
+    path = folder / f"bm25-{digest.hexdigest()[:24]}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            build_index(documents).save(Path(scratch) / "index", show_progress=False)
+            try:
+                os.rename(Path(scratch) / "index", path)  # whole or not at all; the first of several builders wins
+            except OSError:
+                if not path.exists():
+                    raise
+    return bm25s.BM25.load(path, mmap=True)
+
+
+_INDEX_VERSION = b"appo_jax bm25 1"  # change it with anything that changes the index of the same text
+
+
+def _cache_dir(folder: str | Path | None) -> Path:
+    if folder is not None:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "appo_jax"
+
+
+def load_corpus(path: str | Path) -> list[Page]:
+    """Documents of a .jsonl, .json (a list) or .parquet file with `title` and `text` (or Search-R1's `contents`), the
+    same page kept once. Raises DataError that names the file and the line."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"search corpus {path}: no such file (tools.search.corpus: jsonl, json or parquet)")
+    pages = [_page(record, f"{path}, {where}") for where, record in _records(path)]
+    if not pages:
+        raise DataError(f"search corpus {path}: it is empty; expected at least one document with title and text")
+    return list(dict.fromkeys(pages))
+
+
+def _records(path: Path) -> Iterable[tuple[str, Any]]:
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"search corpus {path}: cannot be read as parquet ({error})") from error
+        yield from ((f"row {i}", record) for i, record in enumerate(table.to_pylist()))
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield f"line {number}", json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise DataError(f"search corpus {path}, line {number}: not valid JSON ({error})") from error
+    elif path.suffix == ".json":
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise DataError(f"search corpus {path}: not valid JSON ({error})") from error
+        if not isinstance(records, list):
+            raise DataError(f"search corpus {path}: expected a list of documents, got {type(records).__name__}")
+        yield from ((f"entry {i}", record) for i, record in enumerate(records))
+    else:
+        raise DataError(f"search corpus {path}: unknown kind {path.suffix!r}; expected .jsonl, .json or .parquet")
+
+
+def _page(record: Any, where: str) -> Page:
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return Page(str(record.get("title") or ""), record["text"])
+    if isinstance(record, dict) and isinstance(record.get("contents"), str):
+        return split_contents(record["contents"])
+    got = sorted(record) if isinstance(record, dict) else type(record).__name__
+    raise DataError(f"search corpus {where}: expected an object with `title` and `text`, got {got}")
+
+
+def split_contents(contents: str) -> Page:
+    """Search-R1 keeps a document as one string: the title, often in quotes, on the first line, then the text."""
+    title, _, text = contents.partition("\n")
+    return Page(title.strip().strip('"'), text.strip()) if text else Page("", contents.strip())
+
+
+def format_pages(pages: Sequence[Document], max_page_words: int = 160) -> str:
+    """`Page i: title. text`, one page a line, the same page once, long pages cut with a visible mark."""
+    lines: list[str] = []
+    seen = set()
+    for page in pages:
+        text = " ".join(page.text.split())
+        if text in seen:
+            continue
+        seen.add(text)
+        whole = text.split(" ")
+        if len(whole) > max_page_words:
+            text = " ".join(whole[:max_page_words]) + " …"
+        lines.append(f"Page {len(lines) + 1}: {page.title}. {text}" if page.title else f"Page {len(lines) + 1}: {text}")
+    return "\n".join(lines) if lines else "No page matches this query. Try other words."

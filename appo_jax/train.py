@@ -1,0 +1,218 @@
+"""The training loop: cold start, then APPO (or a baseline) step by step. It reads top to bottom.
+
+One step (paper, algorithm 1): N rollouts per prompt from π_old; then, mini-batch by mini-batch, score them under the
+current π_θ, branch where the Branching Score is highest, reward, turn rewards into procedural advantages, update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from appo_jax.algorithms import Algorithm, make_algorithm, make_batch
+from appo_jax.checkpoint import Checkpointer
+from appo_jax.components import Components, build, give_rewards
+from appo_jax.config import Config
+from appo_jax.data.pipeline import prompt_batches
+from appo_jax.errors import TrainingError
+from appo_jax.evaluate import evaluate
+from appo_jax.learner.optimizer import make_optimizer
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
+from appo_jax.metrics import MetricsLogger
+from appo_jax.rollout.stats import rollout_metrics, update_metrics
+from appo_jax.rollout.tree import Growth, Tree, TreeGrower
+from appo_jax.run_dir import RunDir, open_run
+from appo_jax.sft import cold_start
+from appo_jax.types import Example
+from appo_jax.view.plots import draw_plots
+from appo_jax.view.progress import Progress
+
+log = logging.getLogger(__name__)
+
+# First number of every row key's salt: what the draws are for. (Evaluation is greedy; its salt is 2.)
+INITIAL, BRANCH = 0, 1
+
+Update = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def train(config: Config) -> None:
+    """Run `config` to its end, or go on with the run that `config.run_dir` holds."""
+    with open_run(config) as run, build(config) as components, Progress(config) as progress, stop_requests() as stop:
+        _train(config, run, components, progress, stop)
+
+
+def _train(config: Config, run: RunDir, components: Components, progress: Progress, stop: Stop) -> None:
+    began = time.perf_counter()
+
+    # ---- policy
+    params, accuracies = cold_start(components, run, progress.sft_step)
+    progress.accuracies(accuracies)
+
+    # ---- learner
+    o = config.optimizer
+    optimizer = make_optimizer(o.learning_rate, o.warmup_steps, o.weight_decay, o.max_grad_norm, o.b1, o.b2)
+    state = TrainState(params, optimizer.init(params))
+    del params
+    spec = StepSpec(components.arch, config.loss, config.rollout.temperature, o.micro_batch, components.dtype, remat=False)
+    update = make_train_step(optimizer, spec)
+    algorithm = make_algorithm(config)
+    grower = TreeGrower(components.engine, config.rollout, config.branching)
+    prompts = prompt_batches(components.train, config.prompts_per_step, config.seed)
+
+    # ---- where the run left off
+    checkpointer = Checkpointer(run.checkpoints / "rl", config.keep_checkpoints)
+    metrics = MetricsLogger(run.path)
+    step, sampled_tokens, wall_before = 0, 0, 0.0
+    if (restored := checkpointer.restore_latest(state, prompts)) is not None:
+        step, state, meta = restored
+        sampled_tokens, wall_before = meta["sampled_tokens"], meta["wall_s"]
+        log.info("going on from step %d", step)
+    metrics.resume(step)
+
+    def over() -> bool:
+        return step >= config.steps or 0 < config.max_sampled_tokens <= sampled_tokens
+
+    # ---- the loop
+    try:
+        while not over() and not stop.requested:
+            state, record, trees = train_step(step, next(prompts), state, update, algorithm, grower, components)
+            step += 1
+            _check_finite(record, step)
+            sampled_tokens += int(record["rollout/sampled_tokens"])
+            if config.eval.every and step % config.eval.every == 0 and not over():
+                record |= evaluate(state.params, components).metrics
+            wall_s = wall_before + time.perf_counter() - began
+            record |= {"rollout/sampled_tokens_total": sampled_tokens, "time/wall_s": wall_s}
+            metrics.dump_trees(step, trees, components.tokenizer.decode)
+            metrics.log(step, record)
+            progress.step(step, record)
+            if step % config.checkpoint_every == 0 or over() or stop.requested:
+                checkpointer.save(step, state, {"sampled_tokens": sampled_tokens, "wall_s": wall_s}, prompts)
+        if not over():
+            log.warning("stopped after step %d, which is saved; the same command goes on from there", step)
+            return
+
+        # ---- the result
+        final = evaluate(state.params, components)
+        summary = accuracies | {
+            "accuracy_final": final.accuracy, "steps": step, "sampled_tokens": sampled_tokens,
+            "wall_s": wall_before + time.perf_counter() - began, "seed": config.seed, "algorithm": config.algorithm,
+        }  # fmt: skip
+        metrics.write_summary(summary)
+        draw_plots(run.path)
+        progress.done(summary)
+    finally:
+        checkpointer.close()
+        metrics.close()
+
+
+def train_step(
+    step: int, examples: Sequence[Example], state: TrainState, update: Update, algorithm: Algorithm, grower: TreeGrower,
+    components: Components,
+) -> tuple[TrainState, dict[str, Any], list[Tree]]:  # fmt: skip
+    """One step on `examples`: rollouts from π_old = the policy now, and an update per mini-batch. Consumes `state`."""
+    config, engine, timer = components.config, components.engine, Timer()
+    with timer("rollout"):
+        trees = engine.initial(state.params, examples, algorithm.initial, (INITIAL, step))
+    with timer("reward"):
+        give_rewards([rollout for tree in trees for rollout in tree], components)
+    size = config.prompts_per_minibatch
+    minibatches = [trees[i : i + size] for i in range(0, len(trees), size)]
+    with timer("score"):
+        # log π_old is computed here once, by the program that will compute log π_θ: their difference is the policy's
+        # movement alone, without the noise between two ways of computing the same number.
+        old = [_log_probs(grower, state, minibatch) for minibatch in minibatches]
+
+    def grow(i: int) -> Growth:
+        return grower.grow(state.params, minibatches[i], old[i], (BRANCH, step, i))
+
+    growths: list[Growth] = []
+    if algorithm.branches and config.branching.refresh == "step":  # every tree under the policy of the step's start
+        with timer("branch"):
+            growths = [grow(i) for i in range(len(minibatches))]
+    updates: list[dict[str, Any]] = []
+    grown: list[Tree] = []
+    for i, minibatch in enumerate(minibatches):
+        growth = growths[i] if growths else None
+        if algorithm.branches and growth is None:
+            with timer("branch"):
+                growth = grow(i)
+        if growth is not None:
+            with timer("reward"):
+                give_rewards([r for tree in growth.trees for r in tree if not r.is_initial], components)
+            minibatch = growth.trees
+        grown += minibatch
+        with timer("update"):
+            batch, base = make_batch(
+                minibatch, old[i], growth and growth.scores, algorithm, config, grower.length
+            )
+            state, results = update(state, batch)
+            updates.append(update_metrics(jax.device_get(results), base, growth, algorithm.initial))
+    record = rollout_metrics(grown, engine.take_stats()) | components.executor.metrics()
+    record |= {name: float(np.mean([u[name] for u in updates])) for name in updates[0]} | timer.metrics()
+    record["time/tokens_per_s"] = record["rollout/sampled_tokens"] / record["time/step_s"]
+    return state, record, grown
+
+
+def _log_probs(grower: TreeGrower, state: TrainState, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
+    """Log-probabilities `[T]` of every rollout's tokens under the policy now, by tree."""
+    flat = iter(grower.log_probs(state.params, [rollout for tree in trees for rollout in tree]))
+    return [[next(flat) for _ in tree] for tree in trees]
+
+
+def _check_finite(record: dict[str, Any], step: int) -> None:
+    for name in ("update/loss", "update/grad_norm"):
+        if not np.isfinite(record[name]):
+            raise TrainingError(
+                f"{name} is {record[name]} at step {step}: training stops, the last checkpoint is from before it. "
+                "Lower optimizer.learning_rate, or look at the step's inputs"
+            )
+
+
+class Timer:
+    """Seconds by phase. `with timer("rollout"): …`, as often as one likes."""
+
+    def __init__(self) -> None:
+        self._began, self._seconds = time.perf_counter(), dict[str, float]()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    def metrics(self) -> dict[str, float]:
+        phases = {f"time/{phase}_s": seconds for phase, seconds in self._seconds.items()}
+        return phases | {"time/step_s": time.perf_counter() - self._began}
+
+
+class Stop:
+    """Whether somebody asked the run to end."""
+
+    requested = False
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Stop]:
+    """Ctrl-C or SIGTERM ends the run after the step in progress, which is saved. A second one ends it at once."""
+    stop = Stop()
+
+    def ask(signum: int, frame: Any) -> None:
+        stop.requested = True
+        log.warning("%s: stopping after this step (again: at once, without saving it)", signal.Signals(signum).name)
+        for number in previous:
+            signal.signal(number, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,133 @@
+"""The words everything else speaks: axis letters, examples, rollouts, stop reasons.
+
+Axis letters, used in every array comment and public signature:
+
+    P  prompts of a mini-batch          R  shared prefixes (rows that own a prefix KV cache)
+    N  initial rollouts per prompt      C  continuations per prefix
+    B  branches per rollout             T  tokens of a rollout (prompt and response)
+    M  rollout budget per prompt        S  tokens of a suffix (what a continuation adds to its prefix)
+    V  vocabulary   L  layers           H  query heads   K  key/value heads   D  model width   E  head width
+
+Alignment, everywhere: index t of any per-token array speaks of token t. `log_probs[t]` is the log-probability of
+token t given the tokens before it, `entropies[t]` is the entropy of the distribution that token t was drawn from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+Kind = Literal["math", "qa"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One question with its accepted answers."""
+
+    id: str
+    question: str
+    golds: tuple[str, ...]
+    kind: Kind  # how golds are compared: "math" (equal values) or "qa" (equal strings, token F1)
+    system: str  # the system prompt it is asked under
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A stretch of a response. `sampled` is True for the policy's own text, False for a tool result."""
+
+    text: str
+    sampled: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A demonstration for the cold start: tool results are segments with `sampled=False` and are never trained on."""
+
+    example: Example
+    segments: tuple[Segment, ...]
+
+
+class StopReason(enum.StrEnum):
+    """Why a rollout ended. Every rollout has exactly one."""
+
+    ANSWERED = "answered"  # the policy wrote EOS
+    LENGTH = "length"  # no room for another token
+    CALLS = "calls"  # asked for a tool after `max_tool_calls`
+    TIME = "time"  # the rollout's wall-clock limit
+
+
+class Outcome(enum.StrEnum):
+    """What became of a tool call."""
+
+    OK = "ok"
+    ERROR = "error"  # the tool ran and reports an error of the policy's making (an exception in its code)
+    MALFORMED = "malformed"  # the call could not be parsed
+    TIMEOUT = "timeout"
+    LIMIT = "limit"  # a resource limit (memory, output, processes) was hit
+    UNAVAILABLE = "unavailable"  # the tool is down or its backend failed
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+    """One tool call of a rollout, as it happened."""
+
+    name: str
+    argument: str
+    result: str  # the text the policy read, before tokenisation
+    outcome: Outcome
+    seconds: float
+    call_end: int  # index of the first token after the call's closing tag
+    result_end: int  # index of the first token after the tool result
+    states: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)  # tool states after the call
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields worth keeping in a dump (`states` are live handles and stay out)."""
+        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "states"}
+        return record | {"outcome": str(self.outcome), "seconds": round(self.seconds, 4)}
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One node of a rollout tree, on the host, ragged. Arrays are `[T]` with T the rollout's own length."""
+
+    example: Example
+    tokens: np.ndarray  # [T] int32: prompt, then sampled tokens and tool results
+    prompt_length: int
+    sampled: np.ndarray  # [T] bool: the policy chose this token (never prompt or tool result)
+    log_probs: np.ndarray  # [T] float32: under the policy that drew the token; 0 where not sampled
+    entropies: np.ndarray  # [T] float32: of the distribution the token was drawn from; 0 where not sampled
+    stop_reason: StopReason
+    calls: tuple[ToolCall, ...]
+    node: int  # index within the prompt's tree: 0..N-1 are initial rollouts
+    parent: int | None = None  # node it was branched from
+    fork: int | None = None  # index of the first token that is its own (the parent's token there is drawn again)
+    loop: int = 0  # 0 for initial rollouts, else the branching loop that made it
+    reward: float = float("nan")
+    correct: bool = False
+    reward_detail: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_initial(self) -> bool:
+        return self.parent is None
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def truncated(self) -> bool:
+        """It did not end of its own will."""
+        return self.stop_reason is not StopReason.ANSWERED
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardResult:
+    """What a reward function says of one response."""
+
+    reward: float
+    correct: bool  # the figure accuracy counts
+    detail: Mapping[str, float] = dataclasses.field(default_factory=dict)  # e.g. {"f1": 1.0, "format": 1.0, "bonus": 0.1}
