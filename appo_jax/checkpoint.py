@@ -1,8 +1,8 @@
 """Checkpoints on orbax: saved in the background, verified when read, never trusted because they are listed.
 
-Orbax alone lists a half-deleted step, restores flipped bits in silence, takes an empty folder for the latest step, casts
-dtypes without a word and skips a step it will not save. Here every step carries a digest of each array and of its own
-metadata, a step that fails verification is refused with the reason, and the newest good one is restored.
+Orbax alone lists a half-deleted step, restores flipped bits in silence, takes an empty folder for the latest step,
+casts dtypes without a word and skips a step it will not save. Here every step carries a digest of each array and of its
+own metadata, a step that fails verification is refused with the reason, and the newest good one is restored.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any], iterator: grain.DatasetIterator | None) -> None:
-        """Start to write a step; `state` may be donated once this returns. `meta` is JSON, `iterator` the data's position.
+        """Start to write a step: state, JSON `meta`, position of the data. `state` may be donated once this returns.
 
         Raises CheckpointError if a step this new exists already, or if the write before this one failed (a full disk
         shows up here, or in `wait`).
@@ -114,7 +114,7 @@ class Checkpointer:
     def _restore(
         self, step: int, abstract_state: PyTree, iterator: grain.DatasetIterator | None
     ) -> tuple[PyTree, dict[str, Any]]:
-        """Raises CheckpointError where the caller's state does not fit, and any other exception where the step is broken."""
+        """Raises CheckpointError where the caller's state does not fit, another exception where the step is broken."""
         found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         record = found["record"]
         if _sha256(record) != found["sha256"] or record["step"] != step:
@@ -180,7 +180,9 @@ def _describe(state: PyTree) -> dict[str, list[Any]]:
 
 
 def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in jax.tree.leaves_with_path(tree)
+    ]
 
 
 @jax.jit

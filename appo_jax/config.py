@@ -84,9 +84,15 @@ class SearchToolConfig:
     corpus: str | None = None
     """jsonl, json or parquet with `title` and `text`. The embedded world brings its own."""
     url: str | None = None
-    """An HTTP retriever (Search-R1's protocol), instead of a local index."""
+    """An HTTP retriever or web-search service, instead of a local index."""
+    provider: Literal["search_r1", "serper"] = "search_r1"
+    """What `url` speaks: Search-R1's retriever protocol, or Serper's web search (key in SERPER_API_KEY)."""
+    max_per_second: float = 0.0
+    """Requests to `url` per second; 0: no limit."""
     cache: str | None = None
-    """SQLite file of answered queries, shared between processes."""
+    """SQLite file of answered queries, shared between processes. Without corpus and url it alone answers."""
+    cache_fill: str | None = None
+    """JSON file `{query: text}` whose answers are put into `cache` at start."""
     top_k: int = 3
     timeout: float = 10.0
     max_retries: int = 3

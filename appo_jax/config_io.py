@@ -29,9 +29,7 @@ def load_config(path: str | Path) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(
-            f"{path}: no such file; give a .py file with `config = Config(...)`, or a run's config.json"
-        )
+        raise ConfigError(f"{path}: no such file; give a .py file with `config = Config(...)`, or a run's config.json")
     if path.suffix == ".json":
         return _parse(path.read_bytes(), str(path))
     if path.suffix != ".py":

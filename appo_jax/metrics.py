@@ -29,10 +29,10 @@ class MetricsLogger:
     """
 
     def __init__(self, run_dir: Path, name: str = "metrics") -> None:
-        """`name`: what the file is called, for a run of more than one phase ("metrics" -> metrics.jsonl)."""
+        """`name`: of the file, for another phase than the main one ("sft" -> sft.jsonl, tensorboard/sft)."""
         self._run_dir = Path(run_dir)
         self._file = self._run_dir / f"{name}.jsonl"
-        self._prefix = "" if name == "metrics" else f"{name}/"
+        self._name = name
         self._last_step = -1
         self._board: SummaryWriter | None = None
         records = read_metrics(self._file)
@@ -48,10 +48,10 @@ class MetricsLogger:
             os.fsync(file.fileno())
         self._last_step = step
         if self._board is None:  # purge_step: TensorBoard forgets what a killed process logged from here on
-            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step)
+            self._board = SummaryWriter(str(self._run_dir / "tensorboard" / self._name), purge_step=step)
         for key, value in metrics.items():
             if not isinstance(value, str):
-                self._board.add_scalar(self._prefix + key, float(value), step)
+                self._board.add_scalar(key, float(value), step)
         self._board.flush()
 
     def resume(self, step: int) -> None:
@@ -59,7 +59,7 @@ class MetricsLogger:
         kept = [record for record in read_metrics(self._file) if record["step"] <= step]
         if self._file.exists():
             _write_atomically(self._file, "".join(_to_json(record) for record in kept))
-        if not self._prefix:
+        if self._name == "metrics":
             for path in (self._run_dir / "rollouts").glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > step:
                     path.unlink()

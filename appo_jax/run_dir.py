@@ -21,7 +21,14 @@ from appo_jax.config_io import diff_configs, flatten, load_config, save_config
 from appo_jax.errors import CheckpointError, ConfigError
 
 # A run is continued under another value of these: they say where it lives and when it ends, never what a step computes.
-MAY_CHANGE = ("run_dir", "steps", "max_sampled_tokens", "checkpoint_every", "keep_checkpoints")
+MAY_CHANGE = (
+    "run_dir",
+    "steps",
+    "max_sampled_tokens",
+    "checkpoint_every",
+    "sft.checkpoint_every",
+    "keep_checkpoints",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +36,7 @@ class RunDir:
     """Paths of a run. A context manager: leaving it gives up the lock (so does the end of the process)."""
 
     path: Path
-    continued: bool  # the directory held this run already
+    continued: bool  # the directory held results of this run already
     lock: int  # file descriptor that holds the lock
 
     @property
@@ -74,7 +81,7 @@ def open_run(config: Config) -> RunDir:
     """Create `config.run_dir`, or continue the run of the same config that it holds, and lock it for this process.
 
     Raises CheckpointError where the directory holds a run of another config (the differing fields are listed; those in
-    MAY_CHANGE may differ), holds results without a config, is in use by another process, or cannot be written.
+    MAY_CHANGE may differ) or of an unknown one, is in use by another process, or cannot be written.
     """
     path = Path(config.run_dir).absolute()
     try:
@@ -89,11 +96,11 @@ def open_run(config: Config) -> RunDir:
             raise CheckpointError(
                 f"{path}: another process is writing this run; wait for it, or give another --run-dir"
             ) from error
-        run = RunDir(path, continued=(path / "config.json").exists(), lock=lock)
+        # A run that failed before its first step (a wrong --data, say) has no results to protect.
+        results = [*path.glob("*.jsonl"), *(p for p in (path / "checkpoints").rglob("*") if p.is_file())]
+        run = RunDir(path, continued=bool(results), lock=lock)
         if run.continued:
             _check_same_run(run, config)
-        elif run.metrics.exists() or run.checkpoints.exists():
-            raise CheckpointError(f"{path}: holds results but no config.json to tell whose; give another --run-dir")
         written = run.config.with_suffix(".tmp")
         save_config(config, written)
         written.replace(run.config)  # a crash leaves the old config or the new one, never half of one
@@ -110,7 +117,7 @@ def _check_same_run(run: RunDir, config: Config) -> None:
         kept = load_config(run.config)
     except ConfigError as error:
         raise CheckpointError(
-            f"{run.path}: its config.json cannot be read, so the run cannot be continued; give another --run-dir, or "
+            f"{run.path} holds results, but no readable config.json to tell whose; give another --run-dir, or "
             f"delete this one to start anew\n{error}"
         ) from error
     old, new = flatten(kept), flatten(config)

@@ -24,18 +24,20 @@ from appo_jax.metrics import MetricsLogger
 from appo_jax.policy.transformer import Params
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.types import Trace
+from appo_jax.view.progress import Progress
 
 log = logging.getLogger(__name__)
 
 
 # The policy that RL begins with, and its accuracy_base and accuracy_sft (equal when there was no cold start).
 ColdStart = tuple[Params, dict[str, float]]
+OnStep = Callable[[int, dict[str, Any]], None]  # (steps done, metrics)
 
 
-def cold_start(components: Components, run: RunDir, on_step: Callable[[int, dict[str, Any]], None]) -> ColdStart:
+def cold_start(components: Components, run: RunDir, on_step: OnStep) -> ColdStart:
     """The cold-started policy of a run: restored, taken over from `init_from`, or trained now.
 
-    Training is resumed from its own checkpoints under checkpoints/sft. `on_step(step, metrics)` hears of every step.
+    Training is resumed from its own checkpoints under checkpoints/sft. `on_step` hears of every step.
     """
     config = components.config
     own = _restore(run.checkpoints / "sft", config, components)
@@ -48,8 +50,8 @@ def cold_start(components: Components, run: RunDir, on_step: Callable[[int, dict
 
 def run(config: Config) -> dict[str, float]:
     """The `sft` command: base accuracy, cold start, accuracy after it. Returns and logs both."""
-    with open_run(config) as run_dir, build(config) as components:
-        return cold_start(components, run_dir, lambda step, metrics: None)[1]
+    with open_run(config) as run_dir, build(config) as components, Progress(config) as progress:
+        return cold_start(components, run_dir, progress.sft_step)[1]
 
 
 def to_train_batch(batch: TraceBatch) -> TrainBatch:
@@ -70,12 +72,12 @@ def _make_traces(components: Components) -> list[Trace]:
     executor = components.executor
 
     def call(name: str) -> Callable[[str], str]:
-        return lambda argument: executor.submit(executor.start(), f"<{name}>{argument}</{name}>").result().result
+        return lambda argument: executor.submit(executor.start(), f"<{name}>{argument}</{name}>", bound=60.0).result().result
 
     return components.dataset.make_traces(call("search"), call("python"))
 
 
-def _train(components: Components, run: RunDir, on_step: Callable[[int, dict[str, Any]], None]) -> ColdStart:
+def _train(components: Components, run: RunDir, on_step: OnStep) -> ColdStart:
     config = components.config
     params = initial_params(config, components.arch)
     base = evaluate(params, components).accuracy

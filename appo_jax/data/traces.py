@@ -21,8 +21,8 @@ Call = Callable[[str], str]  # a tool: argument -> the text the policy reads
 TRACES_PER_QUESTION = 2
 
 # Names: after a hop, answer with what was found there instead of following the path further, by hops made and to make.
-GIVE_UP = {(1, 2): 0.57, (1, 3): 0.20, (2, 3): 0.55}
-# Names, paths of one or two hops: after the last hop, follow one relation more.
+GIVE_UP = {(1, 2): 0.60, (1, 3): 0.22, (2, 3): 0.56}
+# Names, paths of one hop: follow one relation more than was asked for.
 OVERSHOOT = 0.15
 # Arithmetic without documents: write a number instead of calling python; call it without the last term.
 MENTAL, DROP_TERM = 0.56, 0.12
@@ -74,60 +74,54 @@ class _Script:
         self.segments: list[Segment] = []
 
     def write(self) -> tuple[Segment, ...]:
-        if not (self.names_wanted() if self.question.plan.expression is None else self.numbers_wanted()):
-            self.answer(self.guess())
+        answer = self.find_name() if self.question.plan.expression is None else self.find_number()
+        # The space keeps a name the same single token here as everywhere else.
+        self.text += f"<answer>\\boxed{{ {answer or self.guess()}}}</answer>"
         return (*self.segments, Segment(self.text, sampled=True))
 
-    def chance(self, probability: float) -> bool:
-        return bool(self.rng.random() < probability)
-
-    def names_wanted(self) -> bool:
-        """Follow the path and answer with the name at its end. False: it came to nothing."""
+    def find_name(self) -> str | None:
+        """Follow the path to the name at its end. None: give up."""
         ((entity, *relations),) = self.question.plan.paths
         hops = len(relations)
-        if hops < 3 and self.chance(OVERSHOOT):
+        if hops == 1 and self.chance(OVERSHOOT):
             relations.append(_ONWARD[relations[-1]])
         for made, relation in enumerate(relations, start=1):
             value = self.look_up(relation, entity)
             if value is None:
-                return False
+                return None
             entity = value
             if made < hops and self.chance(GIVE_UP[made, hops]):
                 break
         self.text += " Done.</think>"
-        self.answer(entity)
-        return True
+        return entity
 
-    def numbers_wanted(self) -> bool:
-        """Look up the numbers, if any, then compute. False: answer with a guess."""
+    def find_number(self) -> str | None:
+        """Look up the numbers, if any, then compute. None: give up."""
         paths, expression = self.question.plan.paths, self.question.plan.expression
         assert expression is not None
-        steps = [(number, relation) for number, path in enumerate(paths) for relation in path[1:]]
         found = [path[0] for path in paths]
+        steps = [(number, relation) for number, path in enumerate(paths) for relation in path[1:]]
         for made, (number, relation) in enumerate(steps, start=1):
             value = self.look_up(relation, found[number])
             if value is None:
-                return False
+                return None
             found[number] = value
             if made < len(steps) and self.chance(GUESS_EARLY):
-                return self.give_up()
+                self.text += " I guess.</think>"
+                return None
         turn = self.rng.random()
         if turn < (GUESS_LATE if paths else MENTAL):
-            return self.give_up()
+            self.text += " I guess.</think>"
+            return None
         if paths and turn < GUESS_LATE + UNFINISHED:
             self.text += " Done.</think>"
-            self.answer(found[-1])
-            return True
+            return found[-1]
         if not paths and self.chance(DROP_TERM):
             expression = expression[: max(expression.rfind(sign) for sign in "+-*")]
-        if "-{0}" in expression and self.chance(REVERSED):
+        if "-{1}" in expression and self.chance(REVERSED):
             found.reverse()
         self.text += " I use python.</think>"
-        result = self.call("python", f"print({expression.format(*found)})")
-        if result is None:
-            return False
-        self.answer(result)
-        return True
+        return self.call("python", expression.format(*found))
 
     def look_up(self, relation: str, entity: str) -> str | None:
         """Search an entity's document and read a fact from it. None: the call was left open or nothing was found."""
@@ -152,22 +146,16 @@ class _Script:
         self.text = ""
         return result
 
-    def give_up(self) -> bool:
-        self.text += " I guess.</think>"
-        return False
-
-    def any_of(self, names: Sequence[str]) -> str:
-        return names[int(self.rng.integers(len(names)))]
-
     def guess(self) -> str:
         """A plausible answer that is not the right one."""
         gold = self.question.gold
         if self.question.kind == "qa":
-            others = [name for name in self.names if name != gold]
-            return self.any_of(others)
+            return self.any_of([name for name in self.names if name != gold])
         offset = int(self.rng.integers(1, max(10, int(gold) // 5)))
         return str(int(gold) + (offset if self.chance(0.5) else -offset))
 
-    def answer(self, text: str) -> None:
-        # The space keeps a name the same single token here as everywhere else.
-        self.text += f"<answer>\\boxed{{ {text}}}</answer>"
+    def chance(self, probability: float) -> bool:
+        return bool(self.rng.random() < probability)
+
+    def any_of(self, names: Sequence[str]) -> str:
+        return names[int(self.rng.integers(len(names)))]

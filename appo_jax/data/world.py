@@ -7,7 +7,10 @@ All of it follows from a seed. `generate` makes it; `World` is its TFDS builder.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import json
 import math
 import re
@@ -28,12 +31,12 @@ NUM_TRAIN, NUM_HELD_OUT = 3000, 300
 # How many entities of each type.
 POPULACE = {"person": 160, "town": 64, "company": 48, "river": 24}
 
-# Each type's facts, as the one sentence of its document that states them: {0} the entity, {1} the value.
-SENTENCES: dict[str, dict[str, str]] = {
-    "person": {"town": "{0} was born in {1}.", "company": "{0} works for {1}."},
-    "company": {"town": "{0} is based in {1}.", "leader": "{0} is led by {1}.", "year": "{0} was founded in {1}."},
-    "town": {"river": "{0} lies on the {1}.", "population": "{0} has {1} inhabitants."},
-    "river": {"length": "{0} is {1} miles long."},
+# Each type's facts, as its documents state them: {name} is the entity, every other field one of its relations.
+DESCRIPTIONS = {
+    "person": "{name} was born in {town} and works for {company}.",
+    "company": "{name} is based in {town} and led by {leader}.",
+    "town": "{name} lies on {river} and has {population} inhabitants.",
+    "river": "{name} is {length} miles long.",
 }
 
 # (share of all questions, path, wording). A path starts at an entity type and follows relations.
@@ -58,7 +61,7 @@ COMPUTE_QUESTIONS = (
     (0.09, ("person.town.population",), "{0}*{k}", "What is the population of the town where {0} was born times {k}?"),
     (0.07, ("company.town.population",), "{0}*{k}", "What is the population of the town where {0} is based times {k}?"),
     (0.07, ("town.river.length",), "{0}*{k}", "What is the length of the river of {0} times {k}?"),
-    (0.07, ("company.year", "company.year"), "{1}-{0}", "How many years after {0} was {1} founded?"),
+    (0.07, ("town.population", "town.population"), "{0}-{1}", "How many more inhabitants has {0} than {1}?"),
     (0.07, ("town.population", "town.population"), "{0}+{1}", "How many inhabitants do {0} and {1} have together?"),
 )
 
@@ -108,11 +111,11 @@ Facts = dict[str, dict[str, str]]  # entity -> relation -> value
 
 def read_fact(relation: str, entity: str, text: str) -> str | None:
     """The value that `text` states for the entity's relation, or None."""
-    for sentences in SENTENCES.values():
-        if relation in sentences:
-            pattern = re.escape(sentences[relation]).replace(r"\{0\}", re.escape(entity)).replace(r"\{1\}", r"(\w+)")
-            if found := re.search(rf"\b{pattern}", text):
-                return found[1]
+    for description in DESCRIPTIONS.values():
+        if f"{{{relation}}}" in description:
+            pattern = r"\b" + description.replace("{name}", re.escape(entity)).replace(".", r"\.")
+            if found := re.search(re.sub(r"{(\w+)}", r"(?P<\1>\\w+)", pattern), text):
+                return found[relation]
     return None
 
 
@@ -121,9 +124,7 @@ def generate(seed: int) -> WorldData:
     rng = np.random.default_rng(seed)
     names, facts = _entities(rng)
     documents = tuple(
-        Document(name, " ".join(SENTENCES[kind][r].format(name, value) for r, value in facts[name].items()))
-        for kind in POPULACE
-        for name in names[kind]
+        Document(name, DESCRIPTIONS[kind].format(name=name, **facts[name])) for kind in POPULACE for name in names[kind]
     )
     total = NUM_TRAIN + NUM_HELD_OUT
     found: dict[Any, tuple[str, str, Plan]] = {}  # by what is asked, so that no two splits ask the same
@@ -134,8 +135,8 @@ def generate(seed: int) -> WorldData:
             found[plan] = (wording.format(entity), _follow(facts, entity, relations), plan)
     shares = np.array([share for share, *_ in COMPUTE_QUESTIONS])
     while len(found) < total:
-        _, *template = COMPUTE_QUESTIONS[rng.choice(len(shares), p=shares / shares.sum())]
-        text, gold, plan = _compute_question(rng, names, facts, *template)
+        _, paths, expression, wording = COMPUTE_QUESTIONS[rng.choice(len(shares), p=shares / shares.sum())]
+        text, gold, plan = _compute_question(rng, names, facts, paths, expression, wording)
         found.setdefault((frozenset(plan.paths), plan.expression), (text, gold, plan))
     records = list(found.values())
     questions = [Question(f"world-{i}", *records[index]) for i, index in enumerate(rng.permutation(total))]
@@ -153,8 +154,7 @@ def _entities(rng: np.random.Generator) -> tuple[dict[str, list[str]], Facts]:
     for name in names["person"]:
         facts[name] = {"town": one_of("town"), "company": one_of("company")}
     for name in names["company"]:
-        year = str(rng.integers(1800, 2000))
-        facts[name] = {"town": one_of("town"), "leader": one_of("person"), "year": year}
+        facts[name] = {"town": one_of("town"), "leader": one_of("person")}
     for name in names["town"]:
         facts[name] = {"river": one_of("river"), "population": str(rng.integers(100, 1000))}
     for name in names["river"]:
@@ -163,12 +163,11 @@ def _entities(rng: np.random.Generator) -> tuple[dict[str, list[str]], Facts]:
 
 
 def _names(rng: np.random.Generator, count: int) -> list[str]:
-    """Distinct pronounceable words of two syllables: consonant, vowel, consonant, twice."""
-    letters = ["bdfgklmnprstvz", "aeiou", "lmnrst", "bdfgkmpt", "aeiou", "klnrsx"]
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found["".join(str(rng.choice(list(choice))) for choice in letters).capitalize()] = None
-    return list(found)
+    """Distinct pronounceable words of few syllables, so that a small vocabulary holds each as one piece."""
+    syllables = ["".join(letters) for letters in itertools.product("bdfgklmnprstvz", "aeiou", "lmnrst")]
+    first, second = rng.permutation(syllables)[:40].reshape(2, 20)
+    names = [f"{a}{b}".capitalize() for a in first for b in second]
+    return rng.permutation(names)[:count].tolist()
 
 
 def _follow(facts: Facts, entity: str, relations: list[str]) -> str:
@@ -189,7 +188,7 @@ def _compute_question(
     kinds = [path.split(".")[0] for path in paths]
     entities = rng.choice(names[kinds[0]], size=len(kinds), replace=False).tolist() if kinds else []
     values = [int(_follow(facts, e, path.split(".")[1:])) for e, path in zip(entities, paths, strict=True)]
-    if expression == "{1}-{0}" and values[0] > values[1]:  # years after: the earlier one is named first
+    if "-{1}" in expression and values[0] < values[1]:  # the greater one is named first
         entities, values = entities[::-1], values[::-1]
     plan = Plan(
         tuple((entity, *path.split(".")[1:]) for entity, path in zip(entities, paths, strict=True)),
@@ -205,56 +204,54 @@ def _evaluate(expression: str) -> int:
     return sum(int(f"{sign}1") * math.prod(map(int, factors.split("*"))) for sign, factors in terms)
 
 
-class WorldConfig(tfds.core.BuilderConfig):
-    """One of the two tables of a world: its questions (splits train, held_out) or its documents (split documents)."""
-
-    def __init__(self, table: str, seed: int):
-        super().__init__(name=f"{table}_{seed}", description=f"{table} of the world of seed {seed}")
-        self.table, self.seed = table, seed
-
-
 class World(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of the embedded world."""
+    """TFDS builder of one seed's world: splits train, held_out and documents (`id` is the title; no gold, no plan)."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.2.0")  # raise it with every change of what `generate` makes
     code_path = None  # there are no checksums beside this file; looking for them needs a package TFDS does not declare
 
+    def __init__(self, folder: Path, seed: int):
+        self.seed = seed
+        super().__init__(data_dir=str(folder / f"seed_{seed}"), file_format="array_record")
+
     def _info(self) -> tfds.core.DatasetInfo:
-        columns = {"questions": ("id", "text", "gold", "plan"), "documents": ("title", "text")}
-        features = {column: tfds.features.Text() for column in columns[self.builder_config.table]}
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
+        features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("id", "text", "gold", "plan")})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        world = generate(self.builder_config.seed)
-        if self.builder_config.table == "documents":
-            return {"documents": self._generate_examples(world.documents)}
-        return {"train": self._generate_examples(world.train), "held_out": self._generate_examples(world.held_out)}
+        world = generate(self.seed)
+        documents = [Question(document.title, document.text, "", Plan(())) for document in world.documents]
+        splits = {"train": world.train, "held_out": world.held_out, "documents": documents}
+        return {split: self._generate_examples(rows) for split, rows in splits.items()}
 
-    def _generate_examples(self, items: Sequence[Question | Document]) -> Iterator[tuple[int, dict[str, str]]]:
-        for index, item in enumerate(items):
-            record = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
-            yield index, {k: v.to_json() if isinstance(v, Plan) else v for k, v in record.items()}
+    def _generate_examples(self, rows: Sequence[Question]) -> Iterator[tuple[int, dict[str, str]]]:
+        for index, row in enumerate(rows):
+            yield index, {"id": row.id, "text": row.text, "gold": row.gold, "plan": row.plan.to_json()}
 
 
 def load_world(folder: Path, seed: int) -> WorldData:
     """The world of a seed from its TFDS dataset in `folder`, which is made there first when it is missing.
 
-    Raises DataError when the folder cannot be written or what it holds is incomplete."""
+    Raises DataError when the folder cannot be written or what it holds cannot be read in full."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
+            builder = World(folder, seed)
+            builder.download_and_prepare()
+        rows = {split: _read(builder, split) for split in ("train", "held_out", "documents")}
+    except Exception as error:  # TFDS and array_record raise what their layers raise
+        raise DataError(
+            f"{folder / f'seed_{seed}'}: the world cannot be made or read there ({type(error).__name__}: {error}); "
+            "delete that folder, or set data.path to one that can be written"
+        ) from error
+    documents = tuple(Document(row.id, row.text) for row in rows["documents"])
+    return WorldData(tuple(rows["train"]), tuple(rows["held_out"]), documents)
 
-    def read(table: str, split: str) -> list[dict[str, str]]:
-        builder = World(data_dir=str(folder), config=WorldConfig(table, seed), file_format="array_record")
-        builder.download_and_prepare()
-        source = builder.as_data_source(split=split)
-        expected = builder.info.splits[split].num_examples
-        if len(source) != expected:
-            raise DataError(f"{folder}: split {split} holds {len(source)} of {expected} records; delete the folder")
-        return [{k: v.decode() for k, v in record.items()} for record in grain.MapDataset.source(source)]
 
-    def questions(split: str) -> tuple[Question, ...]:
-        return tuple(Question(**(r | {"plan": Plan.from_json(r["plan"])})) for r in read("questions", split))
-
-    return WorldData(
-        questions("train"), questions("held_out"), tuple(Document(**r) for r in read("documents", "documents"))
-    )
+def _read(builder: World, split: str) -> list[Question]:
+    source = builder.as_data_source(split=split)
+    expected = builder.info.splits[split].num_examples
+    records = [{k: v.decode() for k, v in record.items()} for record in grain.MapDataset.source(source)]
+    if len(records) != expected:
+        raise ValueError(f"split {split} holds {len(records)} of {expected} records")
+    return [Question(r["id"], r["text"], r["gold"], Plan.from_json(r["plan"])) for r in records]

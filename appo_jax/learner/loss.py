@@ -51,7 +51,7 @@ def policy_loss(
     count = on.sum()
     metrics = {
         "tokens": count,
-        "clipped": (on & (clipped * advantages < ratio * advantages)).sum(),
-        "kl_old": jnp.where(on, jnp.exp(log_ratio) - log_ratio - 1.0, 0.0).sum(),  # k3 estimate of KL(old‖new)
+        "clip_fraction": (on & (clipped * advantages < ratio * advantages)).sum(),
+        "kl_old_new": jnp.where(on, jnp.exp(log_ratio) - log_ratio - 1.0, 0.0).sum(),  # k3 estimate of KL(old‖new)
     }
     return -(weights * surrogate).sum(), jax.lax.stop_gradient(metrics)

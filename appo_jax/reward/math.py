@@ -52,7 +52,7 @@ def parse_number(text: str) -> Number | None:
 
     None for anything else, which is then not a plain number ("2x", "1, 3", "4343_6").
     """
-    text = plain(_UNIT.sub("", plain_dollars(text)))
+    text = plain(_UNIT.sub("", text.strip().strip("$")))
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
@@ -71,16 +71,11 @@ def parse_number(text: str) -> Number | None:
     return Number(-value if part["sign"] in ("-", "−") else value, len(decimals), part["percent"] is not None)
 
 
-def plain_dollars(text: str) -> str:
-    """`\\$` is a currency sign, `$` a math delimiter: drop the second, keep the first as `$`-less number."""
-    return text.replace("\\$", "").replace("$", "").strip()
-
-
 def numbers_equal(answer: Number, gold: Number) -> bool:
     """Exact equality, with two allowances.
 
-    A decimal written to at least six places may be off by 1e-6 of the smaller of 1 and the gold (1/3 = 0.333333). A percent
-    sign on one side only is read either way: 10% is 10 and 0.1.
+    A decimal written to at least six places may be off by 1e-6 of the smaller of 1 and the gold (1/3 = 0.333333).
+    A percent sign on one side only is read either way: 10% is 10 and 0.1.
     """
     readings = [answer.value]
     if answer.percent != gold.percent:

@@ -44,7 +44,7 @@ def official_answer(text: str) -> str | None:
         return None
     start, end = text.index("<answer>"), text.index("</answer>")
     block = text[start + len("<answer>") : end]
-    if start > end or "\\boxed{" not in block:
+    if start > end or "\\boxed{" not in block or "}" not in block:
         return None
     return _last_boxed(block)
 

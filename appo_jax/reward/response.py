@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from appo_jax.types import Kind, Segment, StopReason
 
@@ -24,6 +25,17 @@ class Response:
         return "".join(segment.text for segment in self.segments)
 
     @property
+    def turns(self) -> list[tuple[str, bool]]:
+        """What the policy wrote between tool results, each with whether a result follows it."""
+        turns = []
+        for sampled, group in itertools.groupby(self.segments, key=lambda segment: segment.sampled):
+            if sampled:
+                turns.append(("".join(segment.text for segment in group), False))
+            elif turns:
+                turns[-1] = (turns[-1][0], True)
+        return turns
+
+    @property
     def sampled_text(self) -> str:
         """The policy's own words. A line break stands where a tool result was, so that no tag forms across it."""
-        return "\n".join(segment.text for segment in self.segments if segment.sampled)
+        return "\n".join(text for text, _ in self.turns)

@@ -130,12 +130,12 @@ class JsonTokenizer:
         for piece in (*self._control, *plain_added):
             vocabulary.pop(piece, None)
 
-        # Rule 1 by construction: the tokenizer that reads text does not know that control tokens exist.
-        model = whole["model"]
+        # Rule 1 by construction: the tokenizer that reads text does not know that control tokens exist. Plain added
+        # tokens go into its vocabulary, or the library would number them anew.
+        pieces = {piece: id for piece, id in whole["model"]["vocab"].items() if piece not in self._control}
         text_only = whole | {
             "added_tokens": [added for added in whole["added_tokens"] if added["content"] in plain_added],
-            "model": model
-            | {"vocab": {piece: id for piece, id in model["vocab"].items() if piece not in self._control}},
+            "model": whole["model"] | {"vocab": pieces | plain_added},
             "post_processor": None,
             "truncation": None,
             "padding": None,

@@ -14,7 +14,7 @@ TAGS = tuple(f"<{slash}{tag}>" for tag in ("think", "search", "python", "result"
 USER_DEFINED_SYMBOLS = (*TAGS, "\\boxed{", "\n")
 
 
-def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int = 1280) -> None:
+def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int = 1024) -> None:
     """Train on `texts` and write the model to `path` (.model). The same texts give the same bytes. A small text yields
     fewer than `vocab_size` pieces.
 

@@ -12,6 +12,7 @@ from appo_jax.tools.format import make_format
 from appo_jax.tools.protocol import Tool
 from appo_jax.tools.python import PythonTool
 from appo_jax.tools.search import Document, LocalSearch
+from appo_jax.tools.web import WebSearch
 
 
 def build_executor(config: ToolsConfig, documents: Sequence[Document] | None = None) -> ToolExecutor:
@@ -43,9 +44,16 @@ def _search(config: ToolsConfig, documents: Sequence[Document] | None) -> Tool:
     search = config.search
     if search.corpus is not None:
         return LocalSearch.from_file(search.corpus, search.top_k)
+    if search.url is not None:
+        return WebSearch(search)
     if documents is not None:
         return LocalSearch(documents, search.top_k)
-    raise ConfigError("tools.search.corpus: needed for the search tool (or tools.search.url, or a data source with documents)")
+    if search.cache is not None:
+        return WebSearch(search)
+    raise ConfigError(
+        "tools.search.corpus: the search tool needs a corpus (or tools.search.url, tools.search.cache, or a data "
+        "source that brings documents)"
+    )
 
 
 def import_tool(path: str) -> Tool:
@@ -54,9 +62,13 @@ def import_tool(path: str) -> Tool:
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"tools.enabled: {path!r} cannot be imported ({error}); expected `package.module:factory`") from error
+        raise ConfigError(
+            f"tools.enabled: {path!r} cannot be imported ({error}); expected `package.module:factory`"
+        ) from error
     tool = factory()
     missing = [need for need in ("name", "start", "call", "close") if not hasattr(tool, need)]
     if missing:
-        raise ConfigError(f"tools.enabled: {path!r} gave a {type(tool).__name__} without {', '.join(missing)} (tools/protocol.py)")
+        raise ConfigError(
+            f"tools.enabled: {path!r} gave a {type(tool).__name__} without {', '.join(missing)} (tools/protocol.py)"
+        )
     return tool

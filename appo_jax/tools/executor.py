@@ -82,7 +82,9 @@ class ToolExecutor:
         if isinstance(call, str) or call.name not in self._lanes:
             names = ", ".join(self.names)
             explanation = call if isinstance(call, str) else f"Unknown tool {call.name[:80]!r}; the tools are: {names}."
-            self._finish(answer, began, Call("malformed", text[-200:]), ToolResult(explanation, Outcome.MALFORMED), states)
+            self._finish(
+                answer, began, Call("malformed", text[-200:]), ToolResult(explanation, Outcome.MALFORMED), states
+            )
             return answer
         known = states.get(call.name)
         if isinstance(known, _Answered) and (earlier := known.get(call.argument)) is not None:
@@ -108,7 +110,11 @@ class ToolExecutor:
 
     def metrics(self) -> dict[str, float]:
         """Calls, outcomes, latencies (seconds) and queue lengths by tool since the last time they were read."""
-        return self._stats.read()
+        figures = self._stats.read()
+        for name, tool in self._tools.items():
+            if hasattr(tool, "faults"):  # failed requests to a backend, by kind, retried ones included
+                figures |= {f"tools/{name}/fault_{kind}": float(n) for kind, n in sorted(tool.faults().items())}
+        return figures
 
     def close(self) -> None:
         """Stop the lanes and close every tool; calls still running are answered as unavailable. Safe to call twice."""
@@ -127,7 +133,9 @@ class ToolExecutor:
     def __enter__(self) -> ToolExecutor:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _finish(
@@ -222,7 +230,9 @@ class _Lane:
                 if job.abandoned:
                     self._abandoned -= 1
                     return  # another thread has taken this one's place
-                self._judge(result.outcome)
+                # A stateless tool's timeout is its backend's doing, an interpreter's is the policy's.
+                slow = result.outcome is Outcome.TIMEOUT and job.state is None
+                self._judge(Outcome.UNAVAILABLE if slow else result.outcome)
             job.done(result, state)
 
     def _abandon(self, job: _Job) -> None:
@@ -235,7 +245,9 @@ class _Lane:
             if self._abandoned > MAX_ABANDONED:
                 self._open_until = time.monotonic() + COOL_DOWN[1]
             self._start_worker()
-        logger.warning("the tool %s has not answered within %.1f s; the call is left behind", self._tool.name, self._limit)
+        logger.warning(
+            "the tool %s has not answered within %.1f s; the call is left behind", self._tool.name, self._limit
+        )
         job.done(ToolResult(f"The tool did not answer within {self._limit:.0f} seconds.", Outcome.TIMEOUT), None)
 
     def _judge(self, outcome: Outcome) -> None:

@@ -63,7 +63,10 @@ class TagFormat:
         if match is None:
             return "Malformed call: it must end in the tool's closing tag."
         name, body = match[1], text[: match.start()]
-        for tag in (f"</{name}>", "</think>"):  # an earlier call or a closed thought cannot hold this call's opening tag
+        for tag in (
+            f"</{name}>",
+            "</think>",
+        ):  # an earlier call or a closed thought cannot hold this call's opening tag
             body = body.rpartition(tag)[2]
         start = body.rfind(f"<{name}>")
         if start < 0:

@@ -12,12 +12,14 @@ import json
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import bm25s
 import numpy as np
+import Stemmer
 
 from appo_jax.errors import DataError
 from appo_jax.tools.protocol import ToolResult
@@ -72,41 +74,41 @@ class LocalSearch:
 
     def search(self, queries: Sequence[str], top_k: int | None = None) -> list[list[Document]]:
         """The best documents of each query, best first, only those that share a word with it."""
-        k = min(top_k or self.top_k, len(self.documents))
-        found = []
+        k = top_k or self.top_k
+        found: list[list[Document]] = []
         for query in queries:
-            ids = self._token_ids(query)
-            if not len(ids):
-                found.append([])
-                continue
-            scores = self._index.get_scores_from_ids(ids)
-            best = np.argpartition(scores, -k)[-k:]
-            best = best[np.lexsort((best, -scores[best]))]  # ties by position, so that results do not depend on the sort
-            found.append([self.documents[i] for i in best if scores[i] > 0])
+            scores = self._scores(query)
+            matches = np.flatnonzero(scores)
+            if len(matches) > k:  # only what reaches the k-th best score need be sorted
+                matches = matches[scores[matches] >= -np.partition(-scores[matches], k - 1)[k - 1]]
+            best = matches[np.lexsort((matches, -scores[matches]))][:k]  # ties by position
+            found.append([self.documents[i] for i in best])
         return found
 
-    def _token_ids(self, query: str) -> list[int]:
-        vocabulary = self._index.vocab_dict
-        return [vocabulary[word] for word in words(query) if word in vocabulary]
+    def _scores(self, query: str) -> np.ndarray:
+        """BM25 scores of all documents, [documents] float32: the sum over the query's terms of their stored columns."""
+        columns, vocabulary = self._index.scores, self._index.vocab_dict
+        data, indices, starts = columns["data"], columns["indices"], columns["indptr"]
+        scores = np.zeros(len(self.documents), np.float32)
+        for word in words(query):
+            if (term := vocabulary.get(word)) is not None:
+                column = slice(starts[term], starts[term + 1])
+                scores[indices[column]] += data[column]
+        return scores
 
 
 _WORD = re.compile(r"\w+")
-_STOP = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to "
-    "was will with what which who whom whose when where how why did does do has had have were been".split()
-)
+_STOPWORDS = """a an and are as at be been but by did do does for had has have how if in into is it no not of on or such
+that the their then there these they this to was were what when where which who whom whose why will with"""
+_STOP = frozenset(_STOPWORDS.split())
+_stemmers = threading.local()  # a Stemmer may not be shared between threads
 
 
 def words(text: str) -> list[str]:
-    """The index terms of a text: lower-cased words without stop words, plural and possessive endings taken off."""
-    terms = []
-    for word in _WORD.findall(text.lower()):
-        if word in _STOP:
-            continue
-        if len(word) > 3 and word[-1] == "s" and word[-2] not in "su":
-            word = word[:-1]
-        terms.append(word)
-    return terms
+    """The index terms of a text: the stems (Snowball, English) of its lower-cased words without stop words."""
+    if not hasattr(_stemmers, "english"):
+        _stemmers.english = Stemmer.Stemmer("english")
+    return _stemmers.english.stemWords([word for word in _WORD.findall(text.lower()) if word not in _STOP])
 
 
 def build_index(documents: Sequence[Document]) -> bm25s.BM25:

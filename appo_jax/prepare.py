@@ -1,0 +1,51 @@
+"""The `data` command: makes the embedded world's dataset and trains its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from appo_jax.config import Config
+from appo_jax.data.source import Dataset, load_dataset
+from appo_jax.errors import ConfigError
+from appo_jax.text.tokenizer import load_tokenizer
+from appo_jax.text.train_tokenizer import train_tokenizer
+from appo_jax.tools.build import build_executor
+from appo_jax.tools.executor import ToolExecutor
+
+
+def prepare_world(config: Config) -> str:
+    """Build the world of `config.data` (unless it is there) and train `config.policy.tokenizer` on it.
+
+    The tokenizer sees documents, training questions and demonstrations with real tool results; nothing of the held-out
+    questions. Returns a line that says what was made. Raises ConfigError where the config is not of the world.
+    """
+    path, architecture = config.policy.tokenizer, config.policy.architecture
+    if config.data.source != "world":
+        raise ConfigError(f"data.source = {config.data.source!r}: only 'world' is made by this command")
+    if path is None or not path.endswith(".model") or architecture is None:
+        raise ConfigError(
+            f"policy.tokenizer = {path!r}: the world's tokenizer is a new .model file, for a policy.architecture"
+        )
+    dataset = load_dataset(config.data)
+    with build_executor(config.tools, dataset.documents) as executor:
+        train_tokenizer(_texts(dataset, executor), Path(path), architecture.vocab_size)
+    size = load_tokenizer(path).vocab_size
+    if size > architecture.vocab_size:
+        raise ConfigError(
+            f"policy.architecture.vocab_size = {architecture.vocab_size}: the tokenizer has {size} tokens"
+        )
+    return (
+        f"{len(dataset.train)} training and {len(dataset.held_out)} held-out questions, "
+        f"{len(dataset.documents or ())} documents, {size} tokens in {path}"
+    )
+
+
+def _texts(dataset: Dataset, executor: ToolExecutor) -> Iterator[str]:
+    def call(name: str, argument: str) -> str:
+        return executor.submit(executor.start(), f"<{name}>{argument}</{name}>").result().result
+
+    traces = dataset.make_traces(lambda query: call("search", query), lambda code: call("python", code))
+    yield from (f"{document.title} {document.text}" for document in dataset.documents or ())
+    yield from (example.question for example in dataset.train)
+    yield from ("".join(segment.text for segment in trace.segments) for trace in traces)

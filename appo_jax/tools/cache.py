@@ -1,0 +1,81 @@
+"""Answered queries in one SQLite file that all processes of a machine share (WAL: readers do not wait for a writer)."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from appo_jax.errors import DataError
+
+
+class QueryCache:
+    """`{query: result text}` on disk. Queries that differ in case or spacing alone are one. Safe to use from several
+    threads and processes; `backend` keeps answers of different servers or page counts apart."""
+
+    def __init__(self, path: str | Path, backend: str = ""):
+        self.path = Path(path)
+        self.backend = backend
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._database() as database:
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS answers "
+                    "(query TEXT, backend TEXT, text TEXT, PRIMARY KEY (query, backend))"
+                )
+        except (sqlite3.Error, OSError) as error:
+            raise DataError(
+                f"tools.search.cache = {self.path}: cannot be opened as an SQLite file ({error})"
+            ) from error
+
+    def get(self, query: str) -> str | None:
+        """The stored text, of this backend or of a file of answers (`fill`)."""
+        row = (
+            self._database()
+            .execute(
+                "SELECT text FROM answers WHERE query = ? AND backend IN (?, '') ORDER BY backend DESC LIMIT 1",
+                (_key(query), self.backend),
+            )
+            .fetchone()
+        )
+        return row[0] if row else None
+
+    def put(self, query: str, text: str) -> None:
+        self._store([(_key(query), self.backend, text)])
+
+    def fill(self, path: str | Path) -> int:
+        """Take over the answers of a `{query: text}` JSON file. Returns how many it held. Raises DataError."""
+        try:
+            answers = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"search answers {path}: cannot be read as JSON ({error})") from error
+        if not isinstance(answers, dict) or not all(isinstance(text, str) for text in answers.values()):
+            raise DataError(f"search answers {path}: expected an object of the form {{query: text}}")
+        self._store((_key(query), "", text) for query, text in answers.items())
+        return len(answers)
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
+    def _store(self, rows: Iterable[tuple[str, str, str]]) -> None:
+        with self._database() as database:  # one transaction
+            database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", rows)
+
+    def _database(self) -> sqlite3.Connection:
+        if not hasattr(self._local, "connection"):
+            # One connection per thread; only close() reaches over.
+            connection = sqlite3.connect(self.path, timeout=30.0, check_same_thread=False)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            self._local.connection = connection
+            self._connections.append(connection)
+        return self._local.connection
+
+
+def _key(query: str) -> str:
+    return " ".join(query.casefold().split())

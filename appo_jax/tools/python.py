@@ -1,0 +1,345 @@
+"""The Python tool: policy code in a sandbox, with state from call to call that can be forked at every call.
+
+The sandbox is bubblewrap around the programs of `tools/sandbox`. A state is a `Snapshot`: calling twice with the same
+snapshot gives two independent continuations, and the process behind it ends when the last reference to it is gone.
+The trainer itself never forks; it starts one child per tool and talks to it over a socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import weakref
+from collections import deque
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
+from typing import Any
+
+from appo_jax.config import PythonToolConfig
+from appo_jax.errors import ToolError
+from appo_jax.tools.protocol import ToolResult
+from appo_jax.types import Outcome
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT = 60.0  # seconds for the sandbox to start and import its modules
+REPLY_GRACE = 20.0  # seconds over its own deadline after which a silent sandbox is taken for dead
+FREE_EVERY = 0.2  # seconds between looks at the states to be freed while no messages pass
+MAX_CODE_BYTES = 100_000
+
+
+class PythonTool:
+    """The `python` tool. Safe to call from several threads."""
+
+    name = "python"
+
+    def __init__(self, config: PythonToolConfig):
+        """Start the sandbox. Raises ToolError where the isolation asked for is not available."""
+        self._config = config
+        self.timeout = config.timeout + 2.0  # queueing for a fork included
+        self._lock = threading.Lock()
+        self._closed = False
+        if config.isolation == "process":
+            logger.warning(
+                "tools.python.isolation = process: policy code runs WITHOUT namespaces and can read what this user can "
+                "read. Use it only for policies you trust."
+            )
+        self._sandbox = Sandbox(config)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the sandbox; all that policy code could ever start descends from it."""
+        return self._sandbox.pid
+
+    def start(self) -> Snapshot:
+        """The state in which only the preloaded modules are loaded."""
+        return self._live_sandbox().root
+
+    def call(self, state: Snapshot | None, argument: str) -> tuple[ToolResult, Snapshot | None]:
+        """Run `argument` from `state`. What it prints, its last expression's value, or its error is the result."""
+        if len(argument.encode("utf-8", "replace")) > MAX_CODE_BYTES:
+            return ToolResult(f"The code is longer than {MAX_CODE_BYTES} bytes.", Outcome.LIMIT), state
+        try:
+            sandbox = self._live_sandbox()
+            lost = state is not None and state.sandbox is not sandbox
+            reply, after = sandbox.run(sandbox.root if lost or state is None else state, argument, self._config.timeout)
+        except SandboxLost as error:
+            return ToolResult(f"The Python interpreter is not available ({error}).", Outcome.UNAVAILABLE), state
+        result = self._result(reply)
+        if lost:
+            notice = "(The interpreter was restarted; variables of earlier calls are gone.)\n"
+            result = ToolResult(notice + result.text, result.outcome)
+        return result, after if after is not None else state
+
+    def close(self) -> None:
+        """End the sandbox and every process in it."""
+        with self._lock:
+            self._closed = True
+            self._sandbox.close()
+
+    def _live_sandbox(self) -> Sandbox:
+        with self._lock:
+            if self._closed:
+                raise SandboxLost("the tool is closed")
+            if not self._sandbox.alive:
+                self._sandbox.close()
+                try:
+                    self._sandbox = Sandbox(self._config)
+                except ToolError as error:
+                    raise SandboxLost(str(error)) from error
+            return self._sandbox
+
+    def _result(self, reply: dict[str, Any]) -> ToolResult:
+        text = shorten(reply["text"].rstrip("\n"), self._config.max_output_chars)
+        match reply["outcome"]:
+            case "ok":
+                return ToolResult(text or "(no output)", Outcome.OK)
+            case "error":
+                return ToolResult(text or "(no output)", Outcome.ERROR)
+            case "limit":
+                why = f"The code needs more memory than it may have ({self._config.memory_mb} MB)."
+                return ToolResult(f"{text}\n{why}".lstrip(), Outcome.LIMIT)
+            case "timeout":
+                why = f"The code did not finish within {self._config.timeout:g} s."
+                kept = "Variables are as they were before this call."
+                return ToolResult(f"{text}\n{why} {kept}".lstrip(), Outcome.TIMEOUT)
+            case "died":
+                why = "The interpreter ended (a crash or os._exit). Variables are as they were before this call."
+                return ToolResult(f"{text}\n{why}".lstrip(), Outcome.ERROR)
+            case _:
+                return ToolResult("The state of the interpreter is lost: its code interfered with it.", Outcome.ERROR)
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut an overlong output in the middle, with a visible mark: the beginning and the end tell most."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 4
+    return f"{text[: limit - tail]}\n… (output cut: over {limit} characters) …\n{text[len(text) - tail :]}"
+
+
+class Snapshot:
+    """A state of the interpreter. Forgetting it frees its process."""
+
+    __slots__ = ("__weakref__", "id", "sandbox")
+
+    def __init__(self, sandbox: Sandbox, identity: int):
+        self.sandbox = sandbox
+        self.id = identity
+        if identity:
+            weakref.finalize(self, sandbox.free, identity).atexit = False
+
+
+class SandboxLost(Exception):
+    """The sandbox cannot answer."""
+
+
+class Sandbox:
+    """The child process and the conversation with it."""
+
+    def __init__(self, config: PythonToolConfig):
+        self._ids = itertools.count(1)
+        self._replies: dict[int, Future[dict[str, Any]]] = {}
+        self._lock = threading.Lock()
+        # Finalizers may run at any moment, also inside this class with the lock held: they only note what to free.
+        self._to_free: deque[int] = deque()
+        self._folder = tempfile.mkdtemp(prefix="appo-python-") if config.isolation == "process" else ""
+        self._socket, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - the child's stderr, read when it has died
+                command, environment = command_line(config, theirs.fileno(), self._folder)
+                try:
+                    self._process = subprocess.Popen(
+                        command, env=environment, pass_fds=[theirs.fileno()], cwd="/", start_new_session=True,
+                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors,
+                    )  # fmt: skip
+                except OSError as error:
+                    raise ToolError(_advice(config, str(error))) from error
+                theirs.close()
+                self._socket.settimeout(START_TIMEOUT)
+                try:
+                    greeting = self._receive()
+                except OSError as error:
+                    greeting = {"error": str(error)}
+                if "error" in greeting:
+                    self._process.kill()
+                    self._process.wait()
+                    raise ToolError(_advice(config, f"{greeting['error']} {self._last_words()}"))
+        except BaseException:
+            self._socket.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        if not greeting["filtered"]:
+            logger.warning("tools.python: this kernel gives no system-call filter; policy code can reach the network")
+        self._socket.settimeout(None)
+        self.pid = self._process.pid
+        self.alive = True
+        self.root = Snapshot(self, 0)
+        threading.Thread(target=self._listen, name="python-sandbox", daemon=True).start()
+
+    def run(self, state: Snapshot, code: str, timeout: float) -> tuple[dict[str, Any], Snapshot | None]:
+        """Run code from a state. Returns the reply and the state after it, if there is one. Raises SandboxLost."""
+        identity = next(self._ids)
+        reply: Future[dict[str, Any]] = Future()
+        self._replies[identity] = reply
+        after = Snapshot(self, identity)
+        try:
+            self._send({"run": identity, "from": state.id, "code": code, "timeout": timeout})
+            answer = reply.result(timeout + REPLY_GRACE)
+        except FutureTimeout:
+            self.alive = False
+            raise SandboxLost("it does not answer") from None
+        except OSError as error:
+            raise SandboxLost(str(error)) from error
+        finally:
+            self._replies.pop(identity, None)
+        ended = answer["outcome"] in ("ok", "error")
+        return answer, after if ended else None
+
+    def free(self, identity: int) -> None:
+        """Note a state to be freed: with the next message, or by the listener soon."""
+        self._to_free.append(identity)
+
+    def close(self) -> None:
+        """End the child; process 1 of the sandbox takes all others with it."""
+        self.alive = False
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read().decode("utf-8", "replace").strip()[-2000:]
+
+    def _send(self, message: dict[str, Any] | None = None) -> None:
+        with self._lock:
+            data = b""
+            while self._to_free:
+                data += _pack({"free": self._to_free.popleft()})
+            if message is not None:
+                data += _pack(message)
+            if data:
+                self._socket.sendall(data)
+
+    def _listen(self) -> None:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        with contextlib.suppress(OSError):
+            while True:
+                while not poll.poll(FREE_EVERY * 1000):
+                    self._send()
+                reply = self._receive()
+                future = self._replies.get(reply["id"])
+                if future is not None:
+                    future.set_result(reply)
+        if self.alive:
+            logger.error("the Python sandbox has died; the next call starts another. %s", self._last_words())
+        self.alive = False
+        for future in list(self._replies.values()):
+            if not future.done():
+                future.set_exception(ConnectionError("the sandbox has ended"))
+
+    def _receive(self) -> dict[str, Any]:
+        (length,) = struct.unpack("!I", self._read(4))
+        return json.loads(self._read(length))
+
+    def _read(self, length: int) -> bytes:
+        data = b""
+        while len(data) < length:
+            part = self._socket.recv(length - len(data))
+            if not part:
+                raise ConnectionError("the sandbox has ended")
+            data += part
+        return data
+
+
+def _pack(message: dict[str, Any]) -> bytes:
+    data = json.dumps(message).encode()
+    return struct.pack("!I", len(data)) + data
+
+
+def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of the sandbox's first process. `control` is its socket to the trainer."""
+    here = Path(__file__).resolve().parent
+    sites = list(dict.fromkeys(str(Path(sysconfig.get_path(name)).resolve()) for name in ("purelib", "platlib")))
+    executable = os.path.realpath(sys.executable)
+    home = "/tmp" if config.isolation == "bubblewrap" else folder
+    environment = {
+        "PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
+        "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg",
+    }  # fmt: skip
+    options = {
+        "isolation": config.isolation, "preload": config.preload, "memory_mb": config.memory_mb,
+        "max_output_bytes": 4 * config.max_output_chars, "folder": folder,
+    }  # fmt: skip
+    mounted = config.isolation == "bubblewrap"
+    programs = "/sandbox" if mounted else str(here)
+    # The path entry of the programs is taken away again: policy code shall not import the tools by accident.
+    start = (
+        f"import sys; sys.path += {sites!r}; sys.path.append({programs!r}); "
+        f"from sandbox import supervisor; sys.path.pop(); supervisor.main({control}, {options!r})"
+    )
+    python = [executable, "-s", "-S", "-P", "-B", "-c", start]
+    if not mounted:
+        return python, environment
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise ToolError(_advice(config, "bwrap is not installed"))
+    command = [
+        bwrap, "--unshare-user", "--uid", "1000", "--gid", "1000", "--unshare-pid", "--as-pid-1", "--unshare-net",
+        "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox", "--clearenv",
+    ]  # fmt: skip
+    for name, value in environment.items():
+        command += ["--setenv", name, value]
+    for path in ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives"):
+        command += ["--ro-bind-try", path, path]
+    for path in dict.fromkeys([str(Path(sys.base_prefix).resolve()), *sites]):
+        if not path.startswith("/usr/"):
+            command += ["--ro-bind", path, path]
+    command += [
+        "--ro-bind",
+        str(here / "sandbox"),
+        "/sandbox/sandbox",
+        "--proc",
+        "/proc",
+        "--dir",
+        "/tmp",
+        "--dir",
+        "/dev",
+    ]
+    for device in ("null", "zero", "random", "urandom"):
+        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    command += ["--remount-ro", "/", "--chdir", "/", "--", *python]
+    return command, {}
+
+
+def _advice(config: PythonToolConfig, reason: str) -> str:
+    if config.isolation == "process":
+        return f"tools.python: the interpreter does not start ({reason})"
+    return (
+        f"tools.python.isolation = bubblewrap: the sandbox does not start ({reason.strip()}). Install it (apt-get "
+        "install bubblewrap), allow unprivileged user namespaces (on Ubuntu 23.10 and later: sysctl -w "
+        "kernel.apparmor_restrict_unprivileged_userns=0), and see `appo-jax doctor`. Only for policies you trust: "
+        "--tools.python.isolation process"
+    )

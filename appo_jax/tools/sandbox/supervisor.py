@@ -1,0 +1,403 @@
+"""The trusted half of the sandbox: an event loop between the trainer and the interpreter processes.
+
+It runs no policy code. It alone decides which process may fork and when (through the system-call filter's listener),
+gives every cell its output file, its private /tmp and its deadline, stops finished cells so that snapshots are truly
+frozen, and kills. In the sandbox it is process 1: when it ends, for whatever reason, the kernel ends everything else in
+there. It ends when its socket to the trainer closes, that is, when the trainer is gone.
+
+Messages are JSON with a 4-byte length. In: {"run": id, "from": id, "code", "timeout"} and {"free": id}.
+Out: {"ready": true} or {"error"}, then {"id", "outcome", "text"}; outcomes: ok, error, limit, timeout, died, lost.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import time
+from typing import Any
+
+from . import interpreter, seccomp, system
+
+TMPFS_SIZE = "16m"
+TAIL = 4096  # bytes of the end of an overlong output that are kept: the traceback stands there
+MEMORY_SHARE = 0.5  # of the memory available at start, for all snapshots together
+PAGE = resource.getpagesize()
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """An interpreter: asked for, then a cell that is forked and runs, then a frozen snapshot."""
+
+    id: int
+    code: bytes = b""
+    timeout: float = 0.0
+    parent: Node | None = None
+    channel: socket.socket | None = None
+    pid: int = 0
+    pidfd: int = -1
+    output: int = -1
+    deadline: float = 0.0
+    allowed: set[int] = dataclasses.field(default_factory=set)  # supervised system calls it may make now, once each
+    verdict: str = "died"  # what its death means while it runs
+    running: bool = True
+    memory: int = 0  # bytes of private memory, pages shared with its ancestors included
+    growth: int = 0  # bytes by which it outgrew its parent
+    child: Node | None = None  # being forked from it
+    queue: collections.deque[Node] = dataclasses.field(default_factory=collections.deque)  # to be forked from it
+
+
+def main(control: int, options: dict[str, Any]) -> None:
+    """Set up the sandbox, start state 0, serve the trainer until its socket closes."""
+    host = socket.socket(fileno=control)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # should memory run out, this goes before the trainer
+    try:
+        supervisor = Supervisor(host, options)
+    except Exception as error:
+        _send(host, {"error": f"{type(error).__name__}: {error}"})
+        return
+    _send(host, {"ready": True, "filtered": supervisor.listener is not None})
+    with contextlib.suppress(ConnectionError):
+        supervisor.serve()
+    supervisor.end()
+
+
+class Supervisor:
+    """State 0 and all that was forked from it."""
+
+    def __init__(self, host: socket.socket, options: dict[str, Any]):
+        self.host = host
+        self.options = options
+        self.sandboxed = options["isolation"] == "bubblewrap"
+        self.inbox = bytearray()
+        self.nodes: dict[int, Node] = {}  # asked for and not freed
+        self.by_pid: dict[int, Node] = {}  # alive
+        self.waiting: set[Node] = set()  # forking or running: these have deadlines
+        self.memory_left = int(MEMORY_SHARE * _available_memory())
+        if self.sandboxed:
+            _own_user_namespace()
+        else:
+            os.mkdir(os.path.join(options["folder"], "0"), 0o700)
+        self.selector = selectors.DefaultSelector()
+        self.listener = self._start_root()
+        self.selector.register(host, selectors.EVENT_READ, self._on_host)
+        if self.listener is not None:
+            self.selector.register(self.listener, selectors.EVENT_READ, self._on_notification)
+
+    def _start_root(self) -> int | None:
+        """Fork state 0. Returns the listener of its system-call filter."""
+        ours, theirs = _channel()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                ours.close()
+                self.host.close()
+                interpreter.main(theirs, self.options)
+            except BaseException as error:
+                with contextlib.suppress(OSError):
+                    socket.socket(fileno=interpreter.CHANNEL).send(f"{type(error).__name__}: {error}".encode()[:4000])
+            finally:
+                os._exit(1)
+        theirs.close()
+        message, fds, _, _ = socket.recv_fds(ours, 4096, 1)
+        if message != b"ready":
+            raise RuntimeError(message.decode("utf-8", "replace") or "the interpreter died at start")
+        root = Node(0, channel=ours, running=False)
+        self.nodes[0] = root
+        self._born(root, pid)
+        root.memory = _private_memory(pid)
+        if self.sandboxed and not fds:
+            raise RuntimeError("no listener for the system-call filter")
+        return fds[0] if fds else None
+
+    def serve(self) -> None:
+        """Run until the trainer is gone (ConnectionError)."""
+        while True:
+            nearest = min((node.deadline for node in self.waiting), default=None)
+            events = self.selector.select(None if nearest is None else max(0.0, nearest - time.monotonic()))
+            for key, _ in events:
+                if self.selector.get_map().get(key.fd) is key:  # an earlier event may have closed it
+                    key.data()
+            now = time.monotonic()
+            for node in [node for node in self.waiting if node.deadline <= now]:
+                self._expire(node)
+
+    def end(self) -> None:
+        """Kill every interpreter."""
+        for node in list(self.by_pid.values()):
+            self._kill(node)
+        if not self.sandboxed:
+            shutil.rmtree(self.options["folder"], ignore_errors=True)
+
+    # The trainer asks
+
+    def _on_host(self) -> None:
+        data = self.host.recv(1 << 16)
+        if not data:
+            raise ConnectionError("the trainer is gone")
+        self.inbox += data
+        while len(self.inbox) >= 4:
+            (length,) = struct.unpack_from("!I", self.inbox)
+            if len(self.inbox) < 4 + length:
+                break
+            message = json.loads(bytes(self.inbox[4 : 4 + length]))
+            del self.inbox[: 4 + length]
+            if "run" in message:
+                self._run(message)
+            else:
+                self._free(message["free"])
+
+    def _run(self, message: dict[str, Any]) -> None:
+        parent = self.nodes.get(message["from"])
+        code = message["code"].encode("utf-8", "replace")
+        node = Node(message["run"], code, message["timeout"], parent)
+        if parent is None or parent.running or parent.pid not in self.by_pid:
+            self._answer(node, "lost")
+            return
+        self.nodes[node.id] = node
+        parent.queue.append(node)
+        self._fork_next(parent)
+
+    def _free(self, identity: int) -> None:
+        node = self.nodes.pop(identity, None)
+        if node is None or identity == 0:
+            return
+        self.memory_left += node.growth
+        if node.pid in self.by_pid:
+            self._kill(node)
+        if not self.sandboxed:
+            shutil.rmtree(self._folder(node), ignore_errors=True)
+
+    def _answer(self, node: Node, outcome: str) -> None:
+        text = ""
+        if node.output >= 0:
+            text = self._read_output(node.output)
+            os.close(node.output)
+            node.output = -1
+        self.waiting.discard(node)
+        _send(self.host, {"id": node.id, "outcome": outcome, "text": text})
+
+    def _read_output(self, output: int) -> str:
+        size, limit = os.fstat(output).st_size, self.options["max_output_bytes"] + TAIL
+        data = os.pread(output, limit, 0)
+        if size > limit:
+            data += os.pread(output, TAIL, max(size - TAIL, limit))
+        return data.decode("utf-8", "replace")
+
+    # From request to running cell
+
+    def _fork_next(self, parent: Node) -> None:
+        if parent.child is not None or not parent.queue or parent.channel is None:
+            return
+        node = parent.child = parent.queue.popleft()
+        node.channel, theirs = _channel()
+        node.output = os.memfd_create("output")
+        fds = [theirs.fileno(), node.output]
+        if self.sandboxed:
+            fds.append(system.new_tmpfs(TMPFS_SIZE))
+            node.allowed = {seccomp.SYSCALLS["unshare"], seccomp.SYSCALLS["move_mount"]}
+        else:
+            os.mkdir(self._folder(node), 0o700)
+            node.channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        node.deadline = time.monotonic() + node.timeout
+        self.waiting.add(node)
+        parent.allowed = {seccomp.SYSCALLS["clone"]}
+        head = json.dumps({"folder": self._folder(node)}).encode()
+        try:
+            self._thaw(parent)
+            socket.send_fds(parent.channel, [head + b"\n" + node.code], fds)
+        except OSError:  # it is dying, or its code reads nothing from its channel
+            self._lose(node)
+        finally:
+            theirs.close()
+            for fd in fds[2:]:
+                os.close(fd)
+        if node.channel is not None:
+            self.selector.register(node.channel, selectors.EVENT_READ, lambda: self._on_report(node))
+
+    def _adopt(self, pid: int) -> Node | None:
+        """The node of a process; a new one is known by its parent, which the kernel names."""
+        if pid in self.by_pid:
+            return self.by_pid[pid]
+        parent = self.by_pid.get(_parent_of(pid))
+        if parent is None or parent.child is None:
+            return None
+        node, parent.child = parent.child, None
+        parent.allowed = set()
+        with contextlib.suppress(OSError):
+            resource.prlimit(pid, resource.RLIMIT_CPU, (int(node.timeout) + 2,) * 2)
+        self._born(node, pid)
+        self._freeze(parent)
+        self._fork_next(parent)
+        return node
+
+    def _born(self, node: Node, pid: int) -> None:
+        node.pid, node.pidfd = pid, os.pidfd_open(pid)
+        self.by_pid[pid] = node
+        self.selector.register(node.pidfd, selectors.EVENT_READ, lambda: self._on_death(node))
+
+    def _on_notification(self) -> None:
+        assert self.listener is not None
+        asked = seccomp.receive(self.listener)
+        if asked is None:
+            return
+        node = self._adopt(asked.pid)
+        allowed = node is not None and asked.syscall in node.allowed
+        if node is not None:
+            node.allowed.discard(asked.syscall)
+        seccomp.decide(self.listener, asked, allowed)
+
+    def _on_report(self, node: Node) -> None:
+        """The cell says that it is done; its channel closes when it cannot even be forked."""
+        assert node.channel is not None
+        try:
+            message, control, _, _ = node.channel.recvmsg(16, socket.CMSG_SPACE(12))
+        except OSError:
+            message, control = b"", []
+        if message == interpreter.HELLO and not self.sandboxed:
+            # Without namespaces nobody here may forge the sender that the kernel attaches.
+            for _, kind, data in control:
+                if kind == socket.SCM_CREDENTIALS:
+                    self._adopt(struct.unpack("3i", data)[0])
+            return
+        self.selector.unregister(node.channel)
+        if node.pid == 0:
+            self._lose(node)
+        elif node.pid in self.by_pid and message:
+            self._finish(node, message)
+        # otherwise it is dying: its death is reported by its pidfd
+
+    def _finish(self, node: Node, report: bytes) -> None:
+        self._freeze(node)
+        node.memory = _private_memory(node.pid)
+        assert node.parent is not None
+        node.growth = max(0, node.memory - node.parent.memory)
+        node.parent, node.code = None, b""
+        self.waiting.discard(node)
+        if node.growth > self.memory_left:
+            node.growth = 0
+            node.verdict = "limit"
+            self._kill(node)  # answered when it is dead
+            return
+        self.memory_left -= node.growth
+        node.running = False
+        outcomes = {interpreter.DONE: "ok", interpreter.FAILED: "error", interpreter.OUT_OF_MEMORY: "limit"}
+        self._answer(node, outcomes.get(report, "error"))
+
+    # Ends
+
+    def _expire(self, node: Node) -> None:
+        self.waiting.discard(node)
+        node.verdict = "timeout"
+        if node.pid:
+            self._kill(node)
+        else:  # its parent does not fork
+            self._lose(node)
+
+    def _lose(self, node: Node) -> None:
+        """A child that its parent did not fork; the parent can no longer be used."""
+        parent = node.parent
+        if node.channel is not None and node.channel in self.selector.get_map():
+            self.selector.unregister(node.channel)
+        node.channel = None
+        self._answer(node, "lost")
+        if parent is None or parent.child is not node:
+            return
+        parent.child = None
+        if parent.pid in self.by_pid:
+            self._kill(parent)
+
+    def _on_death(self, node: Node) -> None:
+        self.selector.unregister(node.pidfd)
+        os.close(node.pidfd)
+        del self.by_pid[node.pid]
+        if node.channel is not None:
+            if node.channel in self.selector.get_map():
+                self.selector.unregister(node.channel)
+            node.channel.close()
+            node.channel = None
+        if node.running:
+            node.running = False
+            self._answer(node, node.verdict)
+        for child in [*([node.child] if node.child else []), *node.queue]:
+            self._lose(child)
+        node.child = None
+        node.queue.clear()
+        if node.id == 0:
+            raise ConnectionError("state 0 is gone")
+
+    def _kill(self, node: Node) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(node.pidfd, signal.SIGKILL)
+            if not self.sandboxed:
+                with contextlib.suppress(OSError):
+                    os.killpg(node.pid, signal.SIGKILL)
+
+    def _freeze(self, node: Node) -> None:
+        if node.id:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(node.pidfd, signal.SIGSTOP)
+
+    def _thaw(self, node: Node) -> None:
+        if node.id:
+            signal.pidfd_send_signal(node.pidfd, signal.SIGCONT)
+
+    def _folder(self, node: Node) -> str:
+        return os.path.join(self.options["folder"], str(node.id))
+
+
+def _own_user_namespace() -> None:
+    """Namespaces in which the supervisor may mount; all that was mounted before is locked as it is."""
+    uid, gid = os.getuid(), os.getgid()
+    system.unshare(system.CLONE_NEWUSER | system.CLONE_NEWNS)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    system.mount("none", "/", "", system.MS_REC | system.MS_PRIVATE)
+    os.close(system.new_tmpfs(TMPFS_SIZE))  # fails here, at start, where the kernel cannot do it
+
+
+def _channel() -> tuple[socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * interpreter.MAX_REQUEST)
+    return ours, theirs
+
+
+def _send(host: socket.socket, message: dict[str, Any]) -> None:
+    data = json.dumps(message).encode()
+    host.sendall(struct.pack("!I", len(data)) + data)
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return -1
+
+
+def _private_memory(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+    except OSError:
+        return 0
+    return (resident - shared) * PAGE
+
+
+def _available_memory() -> int:
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 4 << 30

@@ -1,0 +1,109 @@
+"""What a running training shows: one updating panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import rich
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from appo_jax.config import Config
+
+# Metric -> the word it is shown under.
+SHOWN = {
+    "sft/loss": "loss",
+    "reward/initial": "reward",
+    "reward/branch": "branch reward",
+    "accuracy/initial": "accuracy",
+    "eval/accuracy": "held-out",
+    "rollout/entropy": "entropy",
+    "rollout/response_tokens": "tokens",
+    "rollout/truncated": "truncated",
+    "update/clip_fraction": "clipped",
+    "time/step_s": "s/step",
+    "time/tokens_per_s": "tokens/s",
+}
+
+
+class Progress:
+    """A context manager that is told of every step of a run. Nothing depends on it but the eyes."""
+
+    def __init__(self, config: Config, console: Console | None = None) -> None:
+        self._config = config
+        self._console = console or rich.get_console()
+        self._bars = Bars(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("· left"), TimeRemainingColumn(), console=self._console,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = -float("inf")
+        self._metrics: dict[str, str] = {}
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def sft_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """`step` steps of the cold start are done. They are short: off a terminal, a line every 10 s."""
+        self._update("cold start", step, self._config.sft.steps, metrics, every=10.0)
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """`step` steps of the algorithm are done."""
+        self._update(self._config.algorithm, step, self._config.steps, metrics)
+
+    def accuracies(self, accuracies: Mapping[str, float]) -> None:
+        """Held-out accuracies known so far, by the names they have in summary.json."""
+        names = {"accuracy_base": "before the cold start", "accuracy_sft": "after it"}
+        known = [f"{100 * accuracies[name]:.1f} % {words}" for name, words in names.items() if name in accuracies]
+        self._print("held-out accuracy: " + ", ".join(known))
+
+    def done(self, summary: Mapping[str, Any]) -> None:
+        """Print the run's result."""
+        table = Table(title="held-out accuracy, greedy decoding", title_justify="left")
+        stages = {"accuracy_base": "before SFT", "accuracy_sft": "after SFT"}
+        for name, stage in (stages | {"accuracy_final": f"after {self._config.algorithm.upper()}"}).items():
+            if name in summary:
+                table.add_column(stage, justify="right")
+        table.add_row(*(f"{100 * summary[n]:.1f} %" for n in (*stages, "accuracy_final") if n in summary))
+        self._console.print(table)
+        self._print(f"{summary['sampled_tokens']:,} tokens sampled, {summary['wall_s']:.0f} s, {self._config.run_dir}")
+
+    def _update(self, phase: str, step: int, total: int, metrics: Mapping[str, Any], every: float = 0.0) -> None:
+        self._metrics = {word: _format(metrics[name]) for name, word in SHOWN.items() if name in metrics}
+        now = time.monotonic()
+        if self._console.is_terminal:
+            if phase not in self._tasks:
+                self._tasks[phase] = self._bars.add_task(phase, total=total, completed=step)
+            self._bars.update(self._tasks[phase], completed=step)
+        elif now - self._last_line >= every or step == total:
+            values = "  ".join(f"{word} {value}" for word, value in self._metrics.items())
+            self._print(f"{phase} {step}/{total}  {values}")
+            self._last_line = now
+
+    def _render(self) -> Panel:
+        table = Table.grid(padding=(0, 3))
+        items = [f"[dim]{word}[/] {value}" for word, value in self._metrics.items()]
+        for row in range(0, len(items), 4):
+            table.add_row(*items[row : row + 4])
+        return Panel(Group(self._bars, table), title=self._config.run_dir, title_align="left")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,83 @@
+"""One rollout tree, readable in the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from appo_jax.errors import DataError
+
+
+def show_tree(run_dir: str | Path, step: int | None = None, index: int = 0, console: Console | None = None) -> None:
+    """Print tree `index` of a step's dump (by default the last one): text, tool results, branch points, rewards.
+
+    Raises DataError that names what there is when the step or the tree is not.
+    """
+    folder = Path(run_dir) / "rollouts"
+    steps = sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
+    if not steps:
+        raise DataError(f"{folder}: no rollout dumps; give the directory of a run that has made a step")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise DataError(f"{folder}: no dump of step {step}; there are {', '.join(map(str, steps))}")
+    lines = (folder / f"step_{step:06d}.jsonl").read_text().splitlines()
+    if not 0 <= index < len(lines):
+        raise DataError(f"{folder}: step {step} has no tree {index}; give 0 to {len(lines) - 1}")
+    console = console or Console()
+    console.print(render_tree(json.loads(lines[index])))
+
+
+def render_tree(record: dict[str, Any]) -> Tree:
+    """A dumped tree (see `metrics.tree_record`) as rich draws it: each branch hangs under the rollout it forked from.
+
+    ⑂n in a text marks the place where rollout n was branched off: it shares all that stands before the mark.
+    """
+    children = defaultdict(list)
+    for node in record["nodes"]:
+        children[node["parent"]].append(node)
+    top = Tree(
+        Text.assemble(
+            (f"step {record['step']} · {record['id']}", "bold"),
+            f"\n{_harmless(record['question'])}\n",
+            ("gold: " + " | ".join(record["golds"]), "green"),
+        ),
+        guide_style="bright_black",
+    )
+
+    def grow(branch: Tree, parent: int | None) -> None:
+        for node in children[parent]:
+            grow(branch.add(_render_node(node, children[node["node"]])), node["node"])
+
+    grow(top, None)
+    return top
+
+
+def _render_node(node: dict[str, Any], branches: list[dict[str, Any]]) -> Text:
+    right = ("✓", "bold green") if node["correct"] else ("✗", "bold red")
+    origin = "initial" if node["parent"] is None else f"branch of {node['parent']} at token {node['fork']}"
+    reward = "–" if node["reward"] is None else f"{node['reward']:.2f}"
+    calls = ", ".join(f"{call['name']} {call['outcome']}" for call in node["calls"])
+    text = Text.assemble(
+        (f"rollout {node['node']}", "bold"),
+        f" ({origin}) ",
+        right,
+        f" reward {reward} · {node['tokens']} tokens · {node['stop_reason']}" + (f" · calls: {calls}" if calls else ""),
+        "\n",
+    )
+    for segment in node["segments"]:
+        for branch in branches:
+            if branch["fork"] == segment["start"]:
+                text.append(f"⑂{branch['node']}", style="bold magenta")
+        text.append(_harmless(segment["text"]), style="" if segment["sampled"] else "cyan dim")
+    return text
+
+
+def _harmless(text: str) -> str:
+    """What a policy or a web page wrote must not steer the terminal: control characters are shown as �."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)

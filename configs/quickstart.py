@@ -1,0 +1,49 @@
+"""The embedded world, on two CPU cores in minutes: cold start and APPO of a policy of 2.6 M parameters.
+
+Hardware: 2 CPU cores, 4 GB. Command: make demo, or
+    appo-jax data world --config configs/quickstart.py && appo-jax train --config configs/quickstart.py
+"""
+
+from appo_jax.config import (
+    Architecture,
+    BranchingConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    PythonToolConfig,
+    RolloutConfig,
+    SearchToolConfig,
+    SFTConfig,
+    ToolsConfig,
+)
+
+config = Config(
+    run_dir="runs/quickstart",
+    steps=60,
+    prompts_per_step=32,
+    prompts_per_minibatch=8,
+    checkpoint_every=10,
+    policy=PolicyConfig(
+        architecture=Architecture(
+            vocab_size=1024, width=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=768
+        ),
+        tokenizer="artifacts/world/tokenizer.model",
+    ),
+    data=DataConfig(source="world", path="artifacts/world"),
+    tools=ToolsConfig(
+        # The policy writes arithmetic in a generated world; on machines without bubblewrap limits are enough for it.
+        python=PythonToolConfig(isolation="process", preload=("math",), timeout=2.0),
+        search=SearchToolConfig(top_k=1),
+    ),
+    tool_bonus=0.0,  # most questions need one tool, so using both is no merit here
+    rollout=RolloutConfig(
+        num_initial=4, budget=16, max_prompt_tokens=32, max_response_tokens=128, max_result_tokens=48, max_tool_calls=5,
+        decode_rows=192, max_seconds=60,
+    ),
+    branching=BranchingConfig(num_branch_points=3),
+    optimizer=OptimizerConfig(learning_rate=2e-4),
+    sft=SFTConfig(steps=250, batch_size=32, max_tokens=128, learning_rate=3e-3, weight_decay=0.1),
+    eval=EvalConfig(num_prompts=192),
+)  # fmt: skip

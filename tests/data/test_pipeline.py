@@ -1,0 +1,121 @@
+"""Batches: every epoch a permutation, resumable at any point; traces masked token by token."""
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appo_jax.data.pipeline import check_prompts, encode_trace, prompt_batches, trace_batches
+from appo_jax.errors import DataError
+from appo_jax.types import Example, Segment, Trace
+
+
+class Letters:
+    """A tokenizer of one token a character: 0 pads, 1 ends, 2 opens the question, 3 opens the answer."""
+
+    vocab_size, pad_id, eos_id = 300, 0, 1
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(token) for token in ids)
+
+    def token_bytes(self):
+        return [bytes([token]) if token < 256 else b"" for token in range(self.vocab_size)]
+
+    def render_prompt(self, system, question):
+        return [*self.encode(system), 2, *self.encode(question), 3]
+
+
+def examples(count):
+    return [Example(f"e{i}", f"question {i}", ("1",), "math", "") for i in range(count)]
+
+
+def ids(batches, count):
+    return [example.id for _ in range(count) for example in next(batches)]
+
+
+@settings(deadline=None, max_examples=12)
+@given(count=st.integers(3, 12), batch_size=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_each_epoch_is_a_permutation(count, batch_size, seed):
+    drawn = ids(prompt_batches(examples(count), batch_size, seed), 3 * count)
+    everything = sorted(example.id for example in examples(count))
+    epochs = [drawn[start : start + count] for start in range(0, len(drawn), count)]
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert drawn == ids(prompt_batches(examples(count), batch_size, seed), 3 * count)
+
+
+def test_epochs_and_seeds_differ_in_order():
+    drawn = ids(prompt_batches(examples(50), 10, seed=3), 15)
+    assert len({tuple(drawn[start : start + 50]) for start in (0, 50, 100)}) == 3
+    assert drawn != ids(prompt_batches(examples(50), 10, seed=4), 15)
+
+
+@settings(deadline=None, max_examples=8)
+@given(used=st.integers(0, 30))
+def test_start_goes_on_where_a_count_stopped(used):
+    whole = ids(prompt_batches(examples(13), 1, seed=5), 60)
+    assert ids(prompt_batches(examples(13), 4, seed=5, start=used), 5) == whole[used : used + 20]
+
+
+def test_grain_checkpoint_resumes_the_shuffle(tmp_path):
+    batches = prompt_batches(examples(7), 3, seed=1)
+    ids(batches, 4)  # into the second epoch
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(4, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(batches)))
+        manager.wait_until_finished()
+        rest = ids(batches, 10)
+        resumed = prompt_batches(examples(7), 3, seed=1)
+        manager.restore(4, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
+    assert ids(resumed, 10) == rest
+
+
+def trace(*segments, question="q"):
+    example = Example("e", question, ("1",), "math", "s")
+    return Trace(example, tuple(Segment(text, sampled) for text, sampled in segments))
+
+
+def test_encode_trace_by_hand():
+    tokens, sampled = encode_trace(trace(("ab", True), ("R", False), ("c", True)), Letters())
+    #                        s    <  q    >  a   b   R   c   eos
+    assert tokens.tolist() == [115, 2, 113, 3, 97, 98, 82, 99, 1]
+    assert sampled.tolist() == [False, False, False, False, True, True, False, True, True]
+    assert (tokens.dtype, sampled.dtype) == (np.int32, bool)
+
+
+def test_trace_batches_pad_and_mask():
+    short, long = trace(("a", True)), trace(("b", True), ("RR", False), ("c", True))
+    batch = next(trace_batches([short, long], Letters(), batch_size=2, max_tokens=12, seed=0))
+    order = np.argsort(batch.lengths)
+    assert batch.lengths[order].tolist() == [6, 9]
+    assert batch.tokens[order].tolist() == [
+        [115, 2, 113, 3, 97, 1, 0, 0, 0, 0, 0, 0],
+        [115, 2, 113, 3, 98, 82, 82, 99, 1, 0, 0, 0],
+    ]
+    assert [np.flatnonzero(row).tolist() for row in batch.loss_mask[order]] == [[4, 5], [4, 7, 8]]
+
+
+def test_long_traces_are_left_out_and_counted(caplog):
+    fits, long = trace(("a", True)), trace(("a" * 20, True))
+    batches = trace_batches([fits, long, fits], Letters(), batch_size=4, max_tokens=10, seed=0)
+    assert next(batches).lengths.tolist() == [6] * 4
+    assert "1 of 3 traces are longer than sft.max_tokens = 10 (longest 25)" in caplog.text
+    with pytest.raises(DataError, match=r"1 of 1 traces .* sft\.max_tokens = 10; the longest has 25"):
+        trace_batches([long], Letters(), 4, 10, 0)
+    with pytest.raises(DataError, match=r"sft\.steps"):
+        trace_batches([], Letters(), 4, 10, 0)
+
+
+def test_check_prompts(caplog):
+    short, long = Example("short", "ab", ("1",), "qa", ""), Example("long", "abcdef", ("1",), "qa", "")
+    assert check_prompts([short, long], Letters(), 8, "fatal") == (short, long)
+    with pytest.raises(DataError, match=r"long has 8 tokens, more than rollout\.max_prompt_tokens = 7"):
+        check_prompts([short, long], Letters(), 7, "fatal")
+    assert check_prompts([short, long], Letters(), 7, "skip") == (short,)
+    assert "prompt long" in caplog.text
+    assert "skipped 1 of 2" in caplog.text
+    with pytest.raises(DataError, match="no prompt fits"):
+        check_prompts([long], Letters(), 7, "skip")

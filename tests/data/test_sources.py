@@ -1,0 +1,182 @@
+"""GSM8K and the official prompts: small files written here, and the real ones that APPO_JAX_DATA leads to."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from appo_jax.config import DataConfig
+from appo_jax.data import gsm8k
+from appo_jax.data.appo_rl import repair
+from appo_jax.data.source import load_dataset
+from appo_jax.errors import DataError
+
+CLIPS = {
+    "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
+    "answer": "She sold 48/2 = <<48/2=24>>24 clips in May.\nThat makes <<48+24=72>>72 altogether.\n#### 1,072",
+}
+
+
+def write_gsm8k(folder, train_lines):
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_text("\n".join(train_lines))
+    (folder / "test.jsonl").write_text(json.dumps(CLIPS | {"question": "Another?"}) + "\n")
+    return DataConfig(source="gsm8k", path=str(folder))
+
+
+def python_results(code):
+    """What a real interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_gsm8k_example_and_trace(tmp_path):
+    dataset = load_dataset(write_gsm8k(tmp_path, [json.dumps(CLIPS)]))
+    (example,) = dataset.train
+    assert (example.golds, example.kind, example.system) == (("1072",), "math", gsm8k.SYSTEM_PROMPT)
+    assert example.question == CLIPS["question"]
+    assert dataset.held_out[0].question == "Another?"
+    assert dataset.documents is None
+    (trace,) = dataset.make_traces(search=str, python=python_results)
+    assert [(segment.text, segment.sampled) for segment in trace.segments] == [
+        ("<think>She sold 48/2 =</think><python>\nprint(48/2)\n</python>", True),
+        (" <result>\n24.0\n</result>", False),
+        ("<think>24 clips in May.\nThat makes</think><python>\nprint(48+24)\n</python>", True),
+        (" <result>\n72\n</result>", False),
+        ("<think>72 altogether.</think><answer> \\boxed{1072} </answer>", True),
+    ]
+
+
+def test_gsm8k_wrong_or_missing_notes_make_no_trace(tmp_path, caplog):
+    wrong = CLIPS | {"answer": "It is <<48/2=25>>25.\n#### 25"}
+    broken = CLIPS | {"answer": "It is <<48/=25>>25.\n#### 25"}
+    none = CLIPS | {"answer": "It is 25.\n#### 25"}
+    config = write_gsm8k(tmp_path, [json.dumps(line) for line in (wrong, none, CLIPS, broken, CLIPS)])
+
+    def python(code):
+        return "SyntaxError: invalid syntax" if "/)" in code else python_results(code)
+
+    with caplog.at_level(logging.INFO):
+        assert len(load_dataset(config).make_traces(search=str, python=python)) == 2
+    assert "3 of 5" in caplog.text
+    assert len(load_dataset(config).make_traces(search=str, python=python, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{not json", "Expecting property name"),
+        ('{"question": "Q?"}', "missing field 'answer'"),
+        ('{"question": "Q?", "answer": "no mark"}', "#### number"),
+        ('{"question": "Q?", "answer": "#### many"}', "#### number"),
+        ('{"question": " ", "answer": "#### 1"}', "'question' is blank"),
+        ('{"question": 7, "answer": "#### 1"}', "expected text, got 7"),
+        ("[1, 2]", "expected an object"),
+        ("", "Expecting value"),
+    ],
+)
+def test_malformed_line_is_named_and_fatal_or_skipped(tmp_path, caplog, line, complaint):
+    config = write_gsm8k(tmp_path, [json.dumps(CLIPS), line, json.dumps(CLIPS)])
+    with pytest.raises(DataError, match=rf"train\.jsonl, line 2: .*{re.escape(complaint)}.*data\.malformed"):
+        load_dataset(config)
+    dataset = load_dataset(DataConfig(source="gsm8k", path=config.path, malformed="skip"))
+    assert [example.id for example in dataset.train] == ["gsm8k-train-1", "gsm8k-train-3"]
+    assert "train.jsonl, line 2" in caplog.text
+    assert "skipped 1 malformed of 3" in caplog.text
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    config = write_gsm8k(tmp_path, [])
+    (tmp_path / "train.jsonl").write_bytes(json.dumps(CLIPS).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(DataError, match=r"line 2"):
+        load_dataset(config)
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere: no such file or folder.*--data"):
+        load_dataset(DataConfig(source="gsm8k", path=str(tmp_path / "nowhere")))
+    with pytest.raises(DataError, match=r"train\.jsonl: no such file"):
+        load_dataset(DataConfig(source="gsm8k", path=str(tmp_path)))
+    with pytest.raises(DataError, match=r"train_10k\.parquet: no such file"):
+        load_dataset(DataConfig(source="appo_rl", path=str(tmp_path)))
+    config = write_gsm8k(tmp_path, [])
+    with pytest.raises(DataError, match=r"train\.jsonl: the file is empty"):
+        load_dataset(config)
+    (tmp_path / "train.jsonl").write_text("{\n{\n")
+    with pytest.raises(DataError, match=r"no usable record \(2 malformed\)"):
+        load_dataset(DataConfig(source="gsm8k", path=str(tmp_path), malformed="skip"))
+
+
+def row(question="Who?", gold="Andre", ability="qa", system="Put it in \x08oxed{}."):
+    prompt = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    return {"prompt": prompt, "ability": ability, "reward_model": {"ground_truth": gold}}
+
+
+def write_appo_rl(folder, rows):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train_10k.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row("Held out?")]), folder / "valid.parquet")
+    return DataConfig(source="appo_rl", path=str(folder))
+
+
+def test_official_prompts_are_repaired(tmp_path):
+    config = write_appo_rl(tmp_path, [row(), row("Form \x0crac{m}{n}?", "3", "math"), row("Unsolvable?", " ")])
+    dataset = load_dataset(config)
+    assert [(e.question, e.golds, e.kind, e.system) for e in dataset.train] == [
+        ("Who?", ("Andre",), "qa", "Put it in \\boxed{}."),
+        ("Form \\frac{m}{n}?", ("3",), "math", "Put it in \\boxed{}."),
+    ]
+    assert [e.id for e in dataset.held_out] == ["valid-1"]
+    with pytest.raises(DataError, match=r"sft\.steps"):
+        dataset.make_traces(search=str, python=str)
+    ours = load_dataset(DataConfig(source="appo_rl", path=config.path, system_prompt="Be brief."))
+    assert {e.system for e in ours.train} == {"Be brief."}
+
+
+def test_official_prompts_malformed(tmp_path):
+    config = write_appo_rl(tmp_path, [row(), row(question=None)])
+    with pytest.raises(DataError, match=r"train_10k\.parquet, row 2: field 'user': expected text, got None"):
+        load_dataset(config)
+    (tmp_path / "train_10k.parquet").write_bytes(b"PAR1 no parquet")
+    with pytest.raises(DataError, match="expected a parquet file"):
+        load_dataset(config)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "train_10k.parquet")
+    with pytest.raises(DataError, match="expected a parquet file with prompt"):
+        load_dataset(config)
+
+
+def test_repair_touches_broken_escapes_only():
+    assert repair("\x08oxed \x0crac \x0barphi") == r"\boxed \frac \varphi"
+    plain = "a\tb\r\n\\boxed \x0c \x08"
+    assert repair(plain) == plain
+
+
+@pytest.fixture(scope="module")
+def data():
+    if "APPO_JAX_DATA" not in os.environ:
+        pytest.skip("APPO_JAX_DATA does not name the folder of real data")
+    return Path(os.environ["APPO_JAX_DATA"])
+
+
+def test_real_gsm8k(data):
+    dataset = load_dataset(DataConfig(source="gsm8k", path=str(data / "gsm8k")))
+    assert (len(dataset.train), len(dataset.held_out)) == (7473, 1319)
+    assert not {e.question for e in dataset.train} & {e.question for e in dataset.held_out}
+    made = dataset.make_traces(search=str, python=python_results, limit=8)
+    assert len(made) == 8
+    assert all(trace.segments[-1].text.endswith(f"\\boxed{{{trace.example.golds[0]}}} </answer>") for trace in made)
+
+
+def test_real_official_prompts(data):
+    dataset = load_dataset(DataConfig(source="appo_rl", path=str(data / "appo_rl")))
+    assert (len(dataset.train), len(dataset.held_out)) == (9999, 180)  # one row has no accepted answer
+    assert sum(e.kind == "math" for e in dataset.train) == 4999
+    assert all("\\boxed{" in e.system and not re.search(r"[\b\f\v]", e.system + e.question) for e in dataset.train)
+    hard = load_dataset(DataConfig(source="appo_rl", path=str(data / "appo_rl" / "hard_search_1k.parquet")))
+    assert len(hard.train) == 1071
+    assert {e.kind for e in hard.train} == {"qa"}

@@ -1,0 +1,207 @@
+"""Makes the golden arrays of this folder with transformers, so that tests can hold parity on machines without torch.
+
+    python tests/golden/make_golden.py        (needs the `bench` extra: torch and transformers)
+
+Weights and conversations are not stored: `tiny_weights` and `conversations` draw them again from a seed, with
+generators whose streams are frozen (numpy's RandomState, Python's Random). benchmarks/parity.py shares these functions.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+HERE = Path(__file__).parent
+FAMILIES = ("qwen2", "qwen3", "llama3", "smollm2")
+TEMPLATES = ("chatml", "headers", "thinking")
+SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eot_id|>",
+)  # fmt: skip
+PLAIN_ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # added, but not special (as in Qwen3)
+NUM_CONVERSATIONS = 50
+
+
+def tiny_config(family: str, seed: int) -> dict[str, Any]:
+    """A small random config.json of a family. Head width, grouping and tying vary where the family lets them."""
+    draw = random.Random(f"{family} {seed}")
+    kv_heads = draw.choice((1, 2))
+    heads = kv_heads * draw.choice((1, 2, 3))
+    head_dim = draw.choice((8, 16))
+    config: dict[str, Any] = {
+        "vocab_size": draw.choice((61, 97)),
+        "hidden_size": heads * head_dim,
+        "num_hidden_layers": draw.choice((2, 3)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": draw.choice((24, 56)),
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": draw.choice((1e-5, 1e-6)),
+        "tie_word_embeddings": family == "smollm2" or (family != "llama3" and draw.random() < 0.5),
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if family == "qwen2":
+        config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1e6}
+    elif family == "qwen3":  # head_dim is free of hidden_size
+        config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rope_theta": 1e6}
+        config |= {"hidden_size": 40, "head_dim": head_dim}
+    elif family == "llama3":  # transformers 5's spelling; wavelengths on both sides of the scaling's two bounds
+        scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        scaling |= {"original_max_position_embeddings": draw.choice((32, 64)), "rope_theta": 5e3}
+        config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_parameters": scaling}
+    else:
+        config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 1e5}
+    return config
+
+
+def tiny_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
+    """Random float32 tensors by Hugging Face name, large enough that every part of the model moves the logits."""
+    c, draw = config, np.random.RandomState(seed)
+    width, mlp = c["hidden_size"], c["intermediate_size"]
+    head_dim = c.get("head_dim", width // c["num_attention_heads"])
+    queries, keys = c["num_attention_heads"] * head_dim, c["num_key_value_heads"] * head_dim
+    tensors: dict[str, np.ndarray] = {}
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        tensors[name + ".weight"] = (draw.standard_normal((rows, columns)) / columns**0.5).astype(np.float32)
+
+    def vector(name: str, size: int, mean: float) -> None:
+        tensors[name] = (mean + 0.3 * draw.standard_normal(size)).astype(np.float32)
+
+    matrix("model.embed_tokens", c["vocab_size"], width)
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        vector(layer + "input_layernorm.weight", width, 1.0)
+        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+            matrix(f"{layer}self_attn.{name}_proj", rows, width)
+            if c["model_type"] == "qwen2":
+                vector(f"{layer}self_attn.{name}_proj.bias", rows, 0.0)
+        if c["model_type"] == "qwen3":
+            vector(layer + "self_attn.q_norm.weight", head_dim, 1.0)
+            vector(layer + "self_attn.k_norm.weight", head_dim, 1.0)
+        matrix(layer + "self_attn.o_proj", width, queries)
+        vector(layer + "post_attention_layernorm.weight", width, 1.0)
+        matrix(layer + "mlp.gate_proj", mlp, width)
+        matrix(layer + "mlp.up_proj", mlp, width)
+        matrix(layer + "mlp.down_proj", width, mlp)
+    vector("model.norm.weight", width, 1.0)
+    if not c["tie_word_embeddings"]:
+        matrix("lm_head", c["vocab_size"], width)
+    return tensors
+
+
+def tiny_tokens(config: dict[str, Any], seed: int) -> np.ndarray:
+    """[2, 40] int64 token ids."""
+    return np.random.RandomState(seed + 1).randint(0, config["vocab_size"], (2, 40))
+
+
+def conversations(seed: int = 0, count: int = NUM_CONVERSATIONS) -> list[list[dict[str, str]]]:
+    """Conversations of one to five turns, with and without a system message, over awkward but honest text."""
+    draw = random.Random(seed)
+    pieces = (
+        "What is 12 + 7?", "Who wrote “Emma”?", "naïve café — déjà vu", "数学は楽しい", "🙂👩\u200d🚀",
+        "x = [1, 2]\n\tfor i in x:", "<python>\nprint(2 ** 10)\n</python>", " <result>\n1024\n</result>", "\n\n",
+        "<search>Eiffel Tower</search>", "\\boxed{42}", "e\u0301 is not \u00e9", "I'LL", "a < b > c | d <| e |>",
+        "1234567", "\u00a0", "   ", "it's 3, isn't it?",
+    )  # fmt: skip
+
+    def text() -> str:
+        return draw.choice(("", " ")).join(draw.choice(pieces) for _ in range(draw.randint(1, 5)))
+
+    chats = []
+    for _ in range(count):
+        chat = [{"role": "system", "content": text()}] if draw.random() < 0.5 else []
+        for turn in range(draw.randint(1, 5)):
+            thought = f"<think>\n{text()}\n</think>\n\n" if turn % 2 and draw.random() < 0.5 else ""
+            chat.append({"role": ("user", "assistant")[turn % 2], "content": thought + text()})
+        chats.append(chat)
+    return chats
+
+
+def special_tokens(template: str) -> dict[str, str]:
+    """The special token fields of tokenizer_config.json that go with a template."""
+    if template == "headers":
+        return {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    return {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+
+
+def train_tokenizer() -> tokenizers.Tokenizer:
+    """A byte-level BPE of 600 tokens with Qwen2's normaliser and pre-tokeniser pattern."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    text = [message["content"] for chat in conversations(seed=1, count=200) for message in chat]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_tokens(list(PLAIN_ADDED))
+    return tokenizer
+
+
+def hf_model(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
+    """transformers' model of a config with these weights; every name and shape must match."""
+    import torch
+    import transformers
+
+    model = (
+        getattr(transformers, config["architectures"][0])(transformers.AutoConfig.for_model(**config)).float().eval()
+    )
+    tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+    if config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, strict=True)
+    return model
+
+
+def hf_chat_ids(tokenizer: Any, chats: list[list[dict[str, str]]]) -> list[list[int]]:
+    """transformers' ids of each conversation, with the generation prompt and the date our rendering prints."""
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, "date_string": "26 Jul 2024"}
+    return [tokenizer.apply_chat_template(chat, **options) for chat in chats]
+
+
+def main() -> None:
+    import torch
+    import transformers
+
+    golden: dict[str, np.ndarray] = {}
+    for seed, family in enumerate(FAMILIES):
+        config = tiny_config(family, seed)
+        with torch.no_grad():
+            tokens = torch.from_numpy(tiny_tokens(config, seed))
+            golden[f"logits/{family}"] = hf_model(config, tiny_weights(config, seed))(tokens).logits.numpy()
+
+    train_tokenizer().save(str(HERE / "tokenizer.json"), pretty=False)
+    for template in TEMPLATES:
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(HERE / "tokenizer.json"),
+            chat_template=(HERE / "templates" / f"{template}.jinja").read_text(),
+            **special_tokens(template),
+        )
+        ids = hf_chat_ids(tokenizer, conversations())
+        golden[f"chat/{template}/ids"] = np.concatenate(ids).astype(np.int16)
+        golden[f"chat/{template}/lengths"] = np.array([len(row) for row in ids], np.int16)
+    np.savez_compressed(HERE / "golden.npz", **golden)
+    for file in ("golden.npz", "tokenizer.json"):
+        print(f"{file}: {(HERE / file).stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

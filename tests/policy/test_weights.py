@@ -1,0 +1,312 @@
+"""Hugging Face folders in and out: config fields, byte-identical tensors, shards, errors that list everything."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from appo_jax.config import Architecture, RopeScaling
+from appo_jax.errors import WeightsError
+from appo_jax.policy import weights
+from appo_jax.policy.architecture import from_hf, read_architecture, to_hf
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+make = runpy.run_path(str(GOLDEN / "make_golden.py"))
+
+
+def write_model(folder: Path, family: str, seed: int = 0, dtype=np.float32, files: int = 1) -> dict[str, np.ndarray]:
+    """A tiny Hugging Face folder; returns its tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = make["tiny_config"](family, seed)
+    tensors = {name: array.astype(dtype) for name, array in make["tiny_weights"](config, seed).items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    names = list(tensors)
+    parts = {f"model-{i}.safetensors": names[i::files] for i in range(files)}
+    for file, part in parts.items() if files > 1 else [("model.safetensors", names)]:
+        save_file({name: tensors[name] for name in part}, folder / file)
+    if files > 1:
+        index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tensors
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    return {name: array for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", make["FAMILIES"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_import_then_export_is_byte_identical(tmp_path, family, dtype):
+    tensors = write_model(tmp_path / "in", family, dtype=dtype, files=3)
+    arch = read_architecture(tmp_path / "in")
+    weights.save(tmp_path / "out", weights.load(tmp_path / "in"), arch, max_shard_bytes=10_000)
+    exported = stored(tmp_path / "out")
+    assert exported.keys() == tensors.keys()
+    for name, array in tensors.items():
+        assert exported[name].dtype == array.dtype
+        assert exported[name].shape == array.shape
+        assert exported[name].tobytes() == array.tobytes()
+    assert read_architecture(tmp_path / "out") == arch
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(file, "np") as part:
+            assert {name for name, at in index["weight_map"].items() if at == file.name} == set(part.keys())
+            assert part.metadata() == {"format": "pt"}  # transformers refuses files without it
+
+
+def test_each_array_is_the_stored_matrix_by_its_axes(tmp_path):
+    tensors = write_model(tmp_path, "qwen2", seed=1)
+    arch, params = read_architecture(tmp_path), weights.load(tmp_path)
+    d, h, e, layer = 3, arch.num_heads - 1, 5, params["layers"][1]
+    name = "model.layers.1.self_attn."
+    assert layer["q"][d, h, e] == tensors[name + "q_proj.weight"][h * arch.head_dim + e, d]
+    assert layer["v"][d, 0, e] == tensors[name + "v_proj.weight"][e, d]
+    assert layer["o"][h, e, d] == tensors[name + "o_proj.weight"][d, h * arch.head_dim + e]
+    assert layer["q_bias"][h, e] == tensors[name + "q_proj.bias"][h * arch.head_dim + e]
+    assert layer["down"][2, d] == tensors["model.layers.1.mlp.down_proj.weight"][d, 2]
+    assert layer["mlp_norm"][d] == tensors["model.layers.1.post_attention_layernorm.weight"][d]
+    assert params["embed"][7, d] == tensors["model.embed_tokens.weight"][7, d]
+
+
+def test_dtype_is_cast_on_load(tmp_path):
+    tensors = write_model(tmp_path, "qwen3")
+    params = weights.load(tmp_path, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(ml_dtypes.bfloat16)}
+    expected = tensors["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
+    assert np.asarray(params["embed"]).tobytes() == expected.tobytes()
+
+
+SHARDED = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from appo_jax.policy import weights
+
+folder = sys.argv[1]
+whole = weights.load(folder)
+for sizes in ((8, 1), (4, 2), (2, 4)):
+    mesh = jax.make_mesh(sizes, ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+    def sharding(array):  # each axis that divides gets a mesh axis, the trailing ones first: head widths are cut too
+        free, spec = ["a", "b"], [None] * array.ndim
+        for axis in reversed(range(array.ndim)):
+            for name in list(free):
+                if array.shape[axis] % mesh.shape[name] == 0:
+                    spec[axis] = name
+                    free.remove(name)
+                    break
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    shardings = jax.tree.map(sharding, whole)
+    loaded = weights.load(folder, shardings)
+    for ours, expected, asked in zip(*map(jax.tree.leaves, (loaded, whole, shardings)), strict=True):
+        assert ours.sharding == asked
+        assert np.asarray(ours).tobytes() == np.asarray(expected).tobytes()
+print("bit-exact")
+"""
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_loading_into_a_mesh_is_bit_exact(tmp_path, family):
+    write_model(tmp_path, family, files=2)
+    done = subprocess.run([sys.executable, "-c", SHARDED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "bit-exact", done.stderr
+
+
+MEMORY = """
+import sys, threading, time
+import jax
+jax.config.update("jax_platforms", "cpu")
+from appo_jax.policy import weights
+
+def anonymous():  # kB held by this process, file pages left out
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
+
+weights.load(sys.argv[1])  # warm: buffers of the runtime
+jax.clear_caches()
+before, peak, done = anonymous(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+params = weights.load(sys.argv[2])
+done = True
+thread.join()
+sizes = [x.nbytes // 1024 for x in jax.tree.leaves(params)]
+print(peak - before, sum(sizes), max(sizes))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory of the process from /proc")
+def test_host_memory_of_loading_is_about_one_tensor(tmp_path):
+    write_model(tmp_path / "small", "smollm2")
+    # 16 layers of 3 x 2 MB and little else: a loader that holds the file twice is far above the bound
+    config = make["tiny_config"]("smollm2", 0) | {
+        "num_hidden_layers": 16, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "intermediate_size": 1024,
+    }  # fmt: skip
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "config.json").write_text(json.dumps(config))
+    save_file(make["tiny_weights"](config, 0), tmp_path / "big" / "model.safetensors")
+    arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "big")]
+    # glibc keeps freed heap blocks of a few MB (8 to 24 MB here, given back by malloc_trim); with
+    # mmap for every array the process's memory is what the loader holds.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    peak, parameters, largest = map(int, done.stdout.split())
+    assert parameters > 120_000
+    assert peak < parameters + 4 * largest + 8_000  # kB; 8 MB for the program's own objects
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_listed(tmp_path):
+    tensors = write_model(tmp_path, "llama3")
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"][1:]
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].astype(np.int8)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(4, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError) as caught:
+        weights.load(tmp_path)
+    rows, columns = tensors["model.layers.0.mlp.up_proj.weight"].shape
+    message = str(caught.value)
+    assert str(tmp_path) in message
+    assert f"model.norm.weight [{columns}]: missing" in message
+    assert f"layers.0.mlp.up_proj.weight: shape [{rows}, {columns}], expected [{rows + 1}, {columns}]" in message
+    assert "layers.1.mlp.up_proj.weight: dtype I8" in message
+    assert "layers.0.self_attn.q_proj.bias: extra" in message
+    assert message.count("\n") == 4
+
+
+def test_a_missing_or_cut_file_is_named(tmp_path):
+    write_model(tmp_path, "qwen3", files=2)
+    whole = (tmp_path / "model-0.safetensors").read_bytes()
+    (tmp_path / "model-0.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(
+        WeightsError, match=r"(?s)model-0\.safetensors: not a complete.*model-1\.safetensors: the file is"
+    ):
+        weights.load(tmp_path)
+    with pytest.raises(WeightsError, match=r"nowhere/config\.json: expected the config\.json"):
+        weights.load(tmp_path / "nowhere")
+
+
+def test_copies_that_transformers_ignores_are_ignored(tmp_path):
+    tensors = write_model(tmp_path, "smollm2")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "unembed" not in weights.load(tmp_path)
+
+
+def test_export_carries_tokenizer_and_generation_settings(tmp_path):
+    source = tmp_path / "in"
+    write_model(source, "qwen3")
+    shutil.copyfile(GOLDEN / "tokenizer.json", source / "tokenizer.json")
+    (source / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [1, 2]}')
+    arch, params = read_architecture(source), weights.load(source)
+    weights.save(tmp_path / "out", params, arch, tokenizer=source)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 512
+    assert config["dtype"] == "float32"
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"temperature": 0.6, "eos_token_id": [1, 2], "bos_token_id": 0}
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    with pytest.raises(WeightsError, match="not empty"):
+        weights.save(tmp_path / "out", params, arch)
+
+    model_file = tmp_path / "some.model"
+    model_file.write_bytes(b"sentencepiece")
+    weights.save(tmp_path / "sp", params, arch, tokenizer=model_file, eos_id=2)
+    assert (tmp_path / "sp" / "tokenizer.model").read_bytes() == b"sentencepiece"
+    assert json.loads((tmp_path / "sp" / "generation_config.json").read_text()) == {"eos_token_id": 2}
+
+
+LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        Architecture(100, 32, 2, 4, 2, 8, 64, rope_theta=1e6, qkv_bias=True, tie_embeddings=False),
+        Architecture(100, 32, 2, 4, 2, 16, 64, qk_norm=True, norm_eps=1e-5),
+        Architecture(100, 32, 2, 4, 4, 8, 64, rope_theta=5e5, rope_scaling=LLAMA3, tie_embeddings=False),
+    ],
+)
+def test_architecture_survives_config_json(arch):
+    assert from_hf(json.loads(json.dumps(to_hf(arch)))) == arch
+
+
+def test_fields_of_real_configs():
+    """Qwen2.5-7B-Instruct's and Llama-3.1-8B-Instruct's config.json, in the old spelling."""
+    qwen = from_hf({
+        "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
+        "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": False,
+        "use_sliding_window": False, "vocab_size": 152064,
+    })  # fmt: skip
+    assert qwen == Architecture(152064, 3584, 28, 28, 4, 128, 18944, 1e6, None, 1e-6, False, qkv_bias=True)
+    llama = from_hf({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 14336, "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
+        "vocab_size": 128256,
+        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
+                         "original_max_position_embeddings": 8192},
+    })  # fmt: skip
+    assert llama == Architecture(128256, 4096, 32, 32, 8, 128, 14336, 5e5, LLAMA3, 1e-5, False)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "words"),
+    [
+        ("qwen3", {"architectures": ["MistralForCausalLM"]}, r"MistralForCausalLM.*expected one of LlamaForCausalLM"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds sliding_attention"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act = 'gelu'.*only 'silu'"),
+        ("qwen2", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ("qwen3", {"attention_bias": True}, "attention_bias = True"),
+        ("smollm2", {"attention_bias": True}, "attention_bias = True"),
+        ("smollm2", {"mlp_bias": True}, "mlp_bias = True"),
+        ("smollm2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        (
+            "smollm2",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ("smollm2", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: missing"),
+        ("smollm2", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
+        ("smollm2", {"intermediate_size": None}, "intermediate_size: missing"),
+    ],
+)
+def test_what_would_change_the_result_is_refused_by_name(family, change, words):
+    config = make["tiny_config"](family, 0)
+    from_hf(config)
+    with pytest.raises(WeightsError, match=words):
+        from_hf(config | change)
+
+
+def test_families_that_do_not_exist_are_not_exported():
+    with pytest.raises(WeightsError, match="qkv_bias"):
+        to_hf(Architecture(100, 32, 2, 4, 2, 8, 64, qkv_bias=True, qk_norm=True))

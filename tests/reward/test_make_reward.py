@@ -1,0 +1,68 @@
+import pytest
+
+from appo_jax.errors import ConfigError
+from appo_jax.reward import Response, make_reward
+from appo_jax.types import Segment, StopReason
+
+TEXT = r"<think> </think> <answer> \boxed{-5} </answer>"
+RESPONSE = Response((Segment(TEXT, True),), ("5",), "math", frozenset(), StopReason.ANSWERED)
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    source = """
+        from appo_jax.types import RewardResult
+        def length(response): return RewardResult(float(len(response.text)), False)
+        def number(response): return 1.0
+        CONSTANT = 3
+    """
+    (tmp_path / "my_rewards.py").write_text("\n".join(line.strip() for line in source.splitlines()))
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_robust_and_official_by_name():
+    assert make_reward("robust", 0.1, ("python",))(RESPONSE).reward == 0
+    assert make_reward("official", 0.1, ("python",))(RESPONSE).reward == 1  # its "-5" equals "5"
+
+
+@pytest.mark.parametrize("name", ["robust", "official"])
+def test_bonus_is_the_given_one(name):
+    segments = (
+        Segment("<think> </think> <search> q </search>", True),
+        Segment("<result> </result>", False),
+        Segment("<python> 1 </python>", True),
+        Segment("<result> </result>", False),
+        Segment(r"<answer> \boxed{5} </answer>", True),
+    )
+    tools = frozenset({"python", "search"})
+    given = Response(segments, ("5",), "math", tools, StopReason.ANSWERED)
+    assert make_reward(name, 0.5, tools)(given).reward == 1.5
+
+
+@pytest.mark.usefixtures("user_module")
+def test_user_function():
+    assert make_reward("my_rewards:length", 0.1, ())(RESPONSE).reward == len(TEXT)
+
+
+@pytest.mark.usefixtures("user_module")
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("robst", "expected robust, official or package.module:function"),
+        ("my_rewards:", "expected robust"),
+        (":length", "expected robust"),
+        ("no_such_module:length", "cannot import 'no_such_module'"),
+        ("my_rewards:no_such_function", "'my_rewards' has no 'no_such_function'"),
+        ("my_rewards:CONSTANT", "is a int, not a function"),
+    ],
+)
+def test_bad_names_are_config_errors(name, complaint):
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        make_reward(name, 0.1, ())
+    assert f"reward = {name!r}" in str(caught.value)
+
+
+@pytest.mark.usefixtures("user_module")
+def test_user_function_that_returns_something_else():
+    with pytest.raises(ConfigError, match=r"'my_rewards:number' returned 1\.0; expected .*RewardResult"):
+        make_reward("my_rewards:number", 0.1, ())(RESPONSE)

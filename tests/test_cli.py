@@ -1,0 +1,115 @@
+"""The command line as a user meets it: real processes, their output and exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from appo_jax import cli
+from appo_jax.config_io import load_config, save_config
+from appo_jax.errors import ConfigError
+
+QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
+
+
+def appo_jax(*args):
+    """Run the command where importing jax fails: nothing here may need it."""
+    code = "import sys; sys.modules['jax'] = None; from appo_jax.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--branching.num-branch-point", "2"], ["--branching.num-branch-point", "--branching.num-branch-points INT"]),
+        (["--branching.num-branch-points", "two"], ["--branching.num-branch-points", "int", "'two'"]),
+        (["--loss.aggregation", "sum"], ["--loss.aggregation", "'sum'", "'token_mean'"]),
+        (["--rollout.budget", "99"], ["rollout.budget = 99 cannot be filled", "= 16"]),
+        (["--prompts-per-minibatch", "7"], ["prompts_per_minibatch = 7", "prompts_per_step = 32"]),
+        (["--steps", "0"], ["steps = 0: must be greater than 0"]),
+    ],
+)
+def test_a_bad_override_is_named_before_any_device_is_touched(args, expected):
+    done = appo_jax("train", "--config", QUICKSTART, *args)
+    assert done.returncode == 2
+    for text in expected:
+        assert text in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["trian"], "'trian' is not a command; did you mean 'train'?"),
+        (["train"], "--config FILE is missing"),
+        (["train", "--config", "configs/quikstart.py"], "configs/quikstart.py: no such file"),
+        (["data", "word", "--config", QUICKSTART], "expected `appo-jax data world"),
+        (["convert", "gpt", "--out", "x"], "smollm2"),
+    ],
+)
+def test_a_bad_command_line_is_named(args, expected):
+    done = appo_jax(*args)
+    assert done.returncode == 2
+    assert expected in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_of_everything():
+    done = appo_jax("--help")
+    assert done.returncode == 0
+    for command in cli.COMMANDS:
+        assert f"\n  {command} " in done.stdout
+    assert "--branching.num-branch-points INT" in appo_jax("train", "--help").stdout
+
+
+def test_overrides_stand_on_top_of_the_file():
+    base = load_config(QUICKSTART)
+    config = cli.config_from(
+        "train", ["--config", QUICKSTART, "--branching.num-branch-points", "2", "--rollout.budget", "12", "--data", "D"]
+    )
+    assert (config.branching.num_branch_points, config.rollout.budget, config.data.path) == (2, 12, "D")
+    assert config.policy == base.policy
+    assert config.rollout.num_initial == base.rollout.num_initial
+
+
+def test_a_nested_optional_part_of_the_file_can_be_overridden():
+    config = cli.config_from("train", ["--config", QUICKSTART, "--policy.architecture.num-layers", "1"])
+    assert config.policy.architecture.num_layers == 1
+
+
+def test_the_config_of_a_run_can_be_trained_from_again(tmp_path):
+    config = cli.config_from("train", ["--config", QUICKSTART, "--seed", "5"])
+    save_config(config, tmp_path / "config.json")
+    assert cli.config_from("train", ["--config", str(tmp_path / "config.json")]) == config
+
+
+def test_the_two_spellings_of_data_cannot_hide_a_typo():
+    with pytest.raises(SystemExit) as error:
+        cli.config_from("train", ["--config", QUICKSTART, "--dat", "D"])
+    assert error.value.code == 2
+
+
+def test_cross_field_rules_hold_for_the_file_itself(tmp_path):
+    (tmp_path / "c.py").write_text("from appo_jax.config import Config\nconfig = Config()")
+    with pytest.raises(ConfigError, match=r"policy\.path and policy\.architecture: give exactly one"):
+        cli.config_from("train", ["--config", str(tmp_path / "c.py")])
+
+
+def test_what_fails_later_is_told_without_a_traceback(tmp_path):
+    done = appo_jax("view", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"appo-jax view: {tmp_path}/rollouts: no rollout dumps")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    tree = {"step": 1, "id": "x", "question": "line\n" * 100_000, "golds": ["1"], "nodes": []}
+    (tmp_path / "rollouts" / "step_000001.jsonl").write_text(json.dumps(tree) + "\n")
+    command = [sys.executable, "-m", "appo_jax.cli", "view", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reader:
+        assert reader.stdout.readline() == b"step 1 \xc2\xb7 x\n"
+        reader.stdout.close()
+        assert reader.stderr.read() == b""

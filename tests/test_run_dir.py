@@ -1,0 +1,88 @@
+"""A run directory belongs to one config and one process."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from appo_jax.config import BranchingConfig, Config, PolicyConfig
+from appo_jax.config_io import load_config, save_config
+from appo_jax.errors import CheckpointError
+from appo_jax.run_dir import open_run
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(run_dir=str(tmp_path / "run"), policy=PolicyConfig(path="weights"))
+
+
+@pytest.fixture
+def run_with_results(config):
+    with open_run(config) as run:
+        run.metrics.write_text('{"step": 1}\n')
+    return run
+
+
+def test_a_new_directory_holds_the_config(config):
+    with open_run(config) as run:
+        assert not run.continued
+        assert load_config(run.config) == config
+        for folder in (run.checkpoints, run.rollouts, run.plots, run.tensorboard):
+            assert folder.is_dir()
+
+
+def test_the_same_config_continues_with_more_steps_and_from_another_place(config, run_with_results, tmp_path):
+    run_with_results.path.rename(tmp_path / "moved")
+    longer = dataclasses.replace(config, steps=config.steps * 2, run_dir=str(tmp_path / "moved"))
+    with open_run(longer) as run:
+        assert run.continued
+        assert load_config(run.config) == longer
+        assert run.metrics.read_text() == '{"step": 1}\n'
+
+
+def test_another_config_is_refused_with_the_fields_that_differ(config, run_with_results):
+    other = dataclasses.replace(config, seed=7, branching=BranchingConfig(tau=16.0))
+    with pytest.raises(CheckpointError) as error:
+        open_run(other)
+    assert "seed: 0 in the run, 7 given" in str(error.value)
+    assert "branching.tau: 32.0 in the run, 16.0 given" in str(error.value)
+    assert "--run-dir" in str(error.value)
+    assert load_config(run_with_results.config) == config
+    open_run(config).close()  # the refusal gave up the lock
+
+
+def test_a_run_that_never_made_a_step_may_be_given_another_config(config):
+    open_run(config).close()
+    other = dataclasses.replace(config, seed=7)
+    with open_run(other) as run:
+        assert not run.continued
+        assert load_config(run.config) == other
+
+
+def test_results_without_their_config_are_refused(config, run_with_results):
+    run_with_results.config.unlink()
+    with pytest.raises(CheckpointError, match=r"no readable config\.json"):
+        open_run(config)
+
+
+def test_two_processes_cannot_write_one_run(config, tmp_path):
+    save_config(config, tmp_path / "config.json")
+    code = (
+        "import sys; from appo_jax.config_io import load_config; from appo_jax.run_dir import open_run\n"
+        "run = open_run(load_config(sys.argv[1])); print('open', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "config.json"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(CheckpointError, match="another process is writing"):
+            open_run(config)
+        other.kill()
+        other.wait()
+    open_run(config).close()  # a killed process holds no lock
+
+
+def test_a_place_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"run_dir = .*file/run: cannot be written"):
+        open_run(dataclasses.replace(config, run_dir=str(tmp_path / "file" / "run")))

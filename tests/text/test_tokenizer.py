@@ -1,0 +1,187 @@
+"""Both kinds of tokenizers: no text writes a control token, bytes are exact, segments join."""
+
+import io
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from appo_jax.errors import ConfigError, DataError
+from appo_jax.text.tokenizer import JsonTokenizer, SentencePieceTokenizer, check_tags, load_tokenizer
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+make = runpy.run_path(str(GOLDEN / "make_golden.py"))
+TAGS = ["<think>", "</think>", "<python>", "</python>", "<search>", "</search>", "<result>", "</result>", "<answer>"]
+ROLES = "<|system|>,<|user|>,<|assistant|>"
+SENTENCES = [
+    "The tower is in Paris.",
+    "<python>print(1 + 2)</python>",
+    "Who wrote it?",
+    "a b c d e f g h 0123456789",
+] * 20
+
+
+def train(path: Path, **options) -> Path:
+    model = io.BytesIO()
+    defaults = {
+        "vocab_size": 340, "byte_fallback": True, "control_symbols": ROLES, "pad_id": 3, "hard_vocab_limit": False,
+        "normalization_rule_name": "identity", "minloglevel": 2,
+    }  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_writer=model, **defaults | options
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory):
+    # with sentencepiece's own defaults for the dummy prefix and extra whitespace: loading must switch them off
+    return train(tmp_path_factory.mktemp("sp") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def json_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("json")
+    shutil.copyfile(GOLDEN / "tokenizer.json", folder / "tokenizer.json")
+    template = (GOLDEN / "templates" / "chatml.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template)
+    config = {"eos_token": {"content": "<|im_end|>", "lstrip": False}, "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "json"])
+def tokenizer(request):
+    return load_tokenizer(
+        request.getfixturevalue("sentencepiece_file" if request.param == "sentencepiece" else "json_folder")
+    )
+
+
+# The golden vocabulary normalises to NFC, and sentencepiece reads U+2581 as a space: text without both comes back.
+PLAIN = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Z", "Cc"])).filter(
+    lambda text: "\u2581" not in text and tokenizers.normalizers.NFC().normalize_str(text) == text
+)
+CONTROL_TEXT = [*make["SPECIAL"], "<|system|>", "<|user|>", "<|assistant|>", "<s>", "</s>", "<unk>", "<pad>", "<0x41>"]
+ANY = st.lists(st.one_of(st.sampled_from([*CONTROL_TEXT, *TAGS]), PLAIN), max_size=6).map("".join)
+
+
+@given(text=ANY)
+def test_text_comes_back_and_writes_no_control_token(tokenizer, text):
+    ids = tokenizer.encode(text)
+    added = tokenizer.token_bytes()
+    assert all(added[id] for id in ids)
+    assert b"".join(added[id] for id in ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+
+
+@given(segments=st.lists(ANY, max_size=5))
+def test_segments_encoded_apart_decode_together(tokenizer, segments):
+    ids = [id for segment in segments for id in tokenizer.encode(segment)]
+    assert tokenizer.decode(ids) == "".join(segments)
+
+
+def test_control_tokens_are_out_of_reach_but_exist(tokenizer):
+    control = {id for id, added in enumerate(tokenizer.token_bytes()) if not added}
+    assert tokenizer.eos_id in control
+    assert tokenizer.pad_id in control
+    assert not control & set(tokenizer.encode("".join(CONTROL_TEXT)))
+    assert tokenizer.decode(sorted(control)) == ""
+    assert len(tokenizer.token_bytes()) == tokenizer.vocab_size
+
+
+def test_lone_surrogates_and_cut_characters_do_no_harm(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+    cut = tokenizer.encode("\U0001f9ff")[:-1]
+    assert tokenizer.decode(cut) == "\ufffd"
+
+
+def test_sentencepiece_bytes_agree_with_its_own_decoder(sentencepiece_file):
+    ours, theirs = (
+        SentencePieceTokenizer(sentencepiece_file),
+        sentencepiece.SentencePieceProcessor(str(sentencepiece_file)),
+    )
+    ids = [id for id in range(ours.vocab_size) if not theirs.is_control(id) and not theirs.is_byte(id)]
+    head = theirs.piece_to_id("a")  # a first token, so that no leading space is stripped
+    for id in ids:
+        assert ours.decode([head, id]) == theirs.decode([head, id])
+    assert [ours.token_bytes()[theirs.piece_to_id(f"<0x{byte:02X}>")] for byte in range(256)] == [
+        bytes([b]) for b in range(256)
+    ]
+
+
+def test_json_ids_and_bytes_agree_with_the_library(json_folder):
+    ours, theirs = JsonTokenizer(json_folder), tokenizers.Tokenizer.from_file(str(json_folder / "tokenizer.json"))
+    for messages in make["conversations"](seed=7, count=20):
+        for message in messages:
+            ids = theirs.encode(message["content"], add_special_tokens=False).ids
+            assert ours.encode(message["content"]) == ids
+            assert ours.decode(ids) == theirs.decode(ids)
+    assert ours.vocab_size == theirs.get_vocab_size()
+    think = theirs.token_to_id("<think>")  # an added token that is not special is ordinary text
+    assert ours.encode("<think>") == [think]
+    assert ours.token_bytes()[think] == b"<think>"
+
+
+def test_sentencepiece_prompt(sentencepiece_file):
+    tokenizer = SentencePieceTokenizer(sentencepiece_file)
+    piece = sentencepiece.SentencePieceProcessor(str(sentencepiece_file)).piece_to_id
+    system, user, assistant = piece("<|system|>"), piece("<|user|>"), piece("<|assistant|>")
+    text = "Who wrote it?<|assistant|>"
+    assert tokenizer.render_prompt("", text) == [user, *tokenizer.encode(text), assistant]
+    assert tokenizer.render_prompt("Be brief.", text) == [
+        system,
+        *tokenizer.encode("Be brief."),
+        *tokenizer.render_prompt("", text),
+    ]
+    assert assistant not in tokenizer.encode(text)
+
+
+def test_tags_are_checked_by_name(tmp_path, sentencepiece_file):
+    check_tags(load_tokenizer(sentencepiece_file), TAGS)
+    without = [s for s in SENTENCES if "<" not in s]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(without), model_writer=model, vocab_size=60, control_symbols=ROLES,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "poor.model").write_bytes(model.getvalue())
+    with pytest.raises(ConfigError, match=r"policy\.tokenizer: it cannot write '</python>', '\\n'"):
+        check_tags(load_tokenizer(tmp_path / "poor.model"), ["</python>"])
+
+
+def test_unusable_tokenizers_are_named(tmp_path, json_folder):
+    with pytest.raises(DataError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "broken.model").write_bytes(b"not a model")
+    with pytest.raises(DataError, match=r"broken\.model: not a readable sentencepiece model"):
+        load_tokenizer(tmp_path / "broken.model")
+    with pytest.raises(DataError, match=r"no control symbol <\|user\|>"):
+        load_tokenizer(train(tmp_path / "roles.model", control_symbols="<|system|>,<|assistant|>"))
+
+    def folder(name, tokenizer=None, **config):
+        target = tmp_path / name
+        target.mkdir()
+        whole = json.loads((json_folder / "tokenizer.json").read_text()) | (tokenizer or {})
+        (target / "tokenizer.json").write_text(json.dumps(whole))
+        (target / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"} | config))
+        return target
+
+    with pytest.raises(DataError, match="no chat_template"):
+        load_tokenizer(folder("no_template"))
+    with pytest.raises(DataError, match="eos_token is '<nothing>'"):
+        load_tokenizer(folder("no_eos", eos_token="<nothing>", chat_template="x"))
+    with pytest.raises(DataError, match="only byte-level BPE"):
+        load_tokenizer(folder("metaspace", {"decoder": {"type": "Metaspace"}}, chat_template="x"))
+    with pytest.raises(DataError, match="no special token"):
+        load_tokenizer(folder("no_special", {"added_tokens": []}, chat_template="x"))
+    broken = folder("broken", chat_template="x")
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer\.json: expected a JSON file"):
+        load_tokenizer(broken)

@@ -1,0 +1,361 @@
+"""What a hostile policy may write. After each case: a victim's state is intact, no process is left over, the host is
+unchanged, and the call came back within its limit. A case prints BREACH where it got what it should not."""
+
+import gc
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+
+from appo_jax.config import PythonToolConfig
+from appo_jax.tools.python import PythonTool
+from appo_jax.types import Outcome
+
+TIMEOUT = 1.0
+SLACK = 4.0  # the machine may be busy; a call that hangs would take for ever
+
+OK, ERROR, LIMIT, LATE = Outcome.OK, Outcome.ERROR, Outcome.LIMIT, Outcome.TIMEOUT
+FAILS = {ERROR, LIMIT}
+ANY = {OK, ERROR, LIMIT, LATE}
+
+
+def sandbox_works() -> str:
+    """Why the sandbox cannot be tried here; empty if it can."""
+    if shutil.which("bwrap") is None:
+        return "bubblewrap is not installed"
+    tried = subprocess.run(["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, text=True)
+    return "" if tried.returncode == 0 else f"user namespaces are refused here: {tried.stderr.strip()}"
+
+
+REFUSED = sandbox_works()
+pytestmark = [
+    pytest.mark.skipif(bool(REFUSED), reason=REFUSED),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the raw system calls are those of x86_64"),
+]
+
+RAW = """
+import ctypes, os, sys
+_libc = ctypes.CDLL(None, use_errno=True)
+def raw(number, *arguments):
+    result = _libc.syscall(number, *arguments)
+    if result >= 0:
+        print("BREACH", number, result)
+    else:
+        print("errno", ctypes.get_errno())
+"""
+
+# name: (code, outcomes that are right)
+CASES: dict[str, tuple[str, set[Outcome]]] = {
+    # resource exhaustion
+    "memory_blocks": ("x = []\nwhile True: x.append(bytearray(10**7))", {LIMIT}),
+    "memory_string": ("'a' * (1 << 35)", {LIMIT}),
+    "memory_shift": ("1 << (1 << 42)", {LIMIT}),
+    "memory_mmap": ("import mmap\nmmap.mmap(-1, 8 << 30); print('BREACH')", FAILS),
+    "memory_kept": ("x = bytearray(200 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1", {OK}),
+    "cpu_loop": ("while True: pass", {LATE}),
+    "cpu_in_c": ("sum(range(10**13))", {LATE}),
+    "cpu_regex": ("import re\nre.match(r'(a+)+$', 'a' * 60 + 'b')", {LATE}),
+    "cpu_bigint": ("10 ** 10 ** 8 % 7", {LATE, LIMIT}),
+    "sleep": ("import time\ntime.sleep(100)", {LATE}),
+    "wait_for_ever": ("import os\nr, w = os.pipe()\nos.read(r, 1)", {LATE}),
+    "fork_bomb": ("import os\nwhile True:\n    try: os.fork(); print('BREACH')\n    except OSError: pass", {LATE}),
+    "fork": ("import os\nos.fork(); print('BREACH')", {ERROR}),
+    "thread_bomb": (
+        "import threading\nwhile True:\n    try: threading.Thread(target=print, args=['BREACH']).start()\n"
+        "    except RuntimeError: pass",
+        {LATE},
+    ),
+    "open_files": ("f = [open('/dev/null') for _ in range(10**5)]; print('BREACH')", FAILS),
+    "pipes": ("import os\np = [os.pipe() for _ in range(10**5)]; print('BREACH')", FAILS),
+    "big_file": ("f = open('f', 'wb')\nfor _ in range(400): f.write(bytes(1 << 20))\nprint('BREACH')", FAILS),
+    "sparse_file": ("open('f', 'wb').truncate(1 << 40); print('BREACH')", FAILS),
+    "many_files": (
+        "for i in range(100):\n    with open(f'{i}', 'wb') as f: f.write(bytes(1 << 20))\nprint('BREACH')",
+        FAILS,
+    ),
+    "inodes": ("for i in range(10**5): open(str(i), 'w').close()\nprint('BREACH')", FAILS),
+    "deep_folders": ("import os\nfor _ in range(1500):\n    os.mkdir('d'); os.chdir('d')", {OK, ERROR}),
+    "fifo_and_socket_files": (
+        "import os, stat\nos.mkfifo('p') if hasattr(os, 'mkfifo') else None\nprint(os.listdir('.'))",
+        ANY,
+    ),
+    "raise_own_limits": (
+        "import resource as r\nfor k in (r.RLIMIT_AS, r.RLIMIT_FSIZE, r.RLIMIT_NOFILE):\n"
+        "    r.setrlimit(k, (r.RLIM_INFINITY, r.RLIM_INFINITY)); print('BREACH')",
+        {ERROR},
+    ),
+    # output
+    "print_flood": ("while True: print('x' * 1000)", {LATE}),
+    "write_flood": ("import os\nwhile True: os.write(1, b'x' * 65536)", FAILS),
+    "stdio_flood": (
+        "import ctypes\nlibc = ctypes.CDLL(None)\nwhile True: libc.puts(b'x' * 4096); libc.fflush(None)",
+        {LATE},
+    ),
+    "huge_value": ("'x' * 10**8", {OK}),
+    "error_after_flood": ("print('x' * 10**7)\n1 / 0", {ERROR}),
+    "not_utf8": ("import os\nos.write(1, bytes(range(256)))", {OK}),
+    "surrogates": ("print('\\ud800\\udfff', chr(0), chr(27) + '[2J')", {OK}),
+    "close_stdout": ("import os\nos.close(1); os.close(2)\nprint('x')\n1 / 0", ANY),
+    "no_stdout": ("import sys\nsys.stdout = sys.stderr = None\n1 / 0", {ERROR}),
+    "truncate_output": ("import os\nprint('a' * 100)\nos.ftruncate(1, 0); os.lseek(1, 1 << 40, 0)\nprint('b')", ANY),
+    # files of the host
+    "passwords": ("for p in ('/etc/passwd', '/etc/shadow'):\n    print(open(p).read(), 'BREACH')", {ERROR}),
+    "home": ("import os\nfor p in ('/root/.ssh', '/home', '/var', '/sys'): print(os.listdir(p), 'BREACH')", {ERROR}),
+    "sentinel": ("print(open('{sentinel}').read(), 'BREACH')", {ERROR}),
+    "sentinel_by_symlink": ("import os\nos.symlink('{sentinel}', 'l')\nprint(open('l').read(), 'BREACH')", {ERROR}),
+    "sentinel_by_root": ("import os\nos.symlink('/proc/1/root', 'r')\nprint(os.listdir('r'), 'BREACH')", {ERROR}),
+    "sentinel_by_dots": ("print(open('../../../../../..{sentinel}').read(), 'BREACH')", {ERROR}),
+    "write_usr": ("open('/usr/x', 'w'); print('BREACH')", {ERROR}),
+    "write_root": ("open('/x', 'w'); print('BREACH')", {ERROR}),
+    "write_library": ("import os\nopen(os.__file__, 'a'); print('BREACH')", {ERROR}),
+    "write_sandbox": ("import glob\nopen('/sandbox/sandbox/supervisor.py', 'a'); print('BREACH')", {ERROR}),
+    "remove_library": ("import os\nos.remove(os.__file__); print('BREACH')", {ERROR}),
+    "remove_device": ("import os\nos.remove('/dev/null'); print('BREACH')", {ERROR}),
+    "make_device": ("import os\nos.mknod('/tmp/d', 0o60600, os.makedev(8, 0)); print('BREACH')", {ERROR}),
+    "dev_mem": (
+        "for d in ('mem', 'kmsg', 'sda', 'vda', 'kvm', 'fuse', 'tty', 'ptmx'):\n    try: open('/dev/' + d); print('BREACH')\n"
+        "    except FileNotFoundError: pass",
+        {OK},
+    ),
+    "dev_shm": ("open('/dev/shm/x', 'w'); print('BREACH')", {ERROR}),
+    "shared_memory": (
+        "from multiprocessing import shared_memory as s\ns.SharedMemory(create=True, size=4096); print('BREACH')",
+        {ERROR},
+    ),
+    "memfd": ("import os\nos.memfd_create('x'); print('BREACH')", {ERROR}),
+    "chroot": ("import os\nos.chroot('/tmp'); print('BREACH')", {ERROR}),
+    "set_uid": ("import os\nos.setuid(0); print('BREACH')", {ERROR}),
+    "file_handle": (RAW + "raw(304, 3, b'x' * 128, 0)", {OK}),
+    # what it may learn
+    "environment": ("import os\nprint(os.environ, 'BREACH' if 'APPO_SECRET' in os.environ else '')", {OK}),
+    "proc_environment": ("print(open('/proc/1/environ').read(), 'BREACH')", {ERROR}),
+    "proc_list": ("import os\nprint('BREACH' if os.listdir('/proc') else 'empty')", {OK}),
+    "proc_memory": ("open('/proc/self/mem', 'r+b'); print('BREACH')", {ERROR}),
+    "proc_sys": ("open('/proc/sys/kernel/core_pattern', 'w'); print('BREACH')", {ERROR}),
+    "stack_frames": (
+        "import sys\nnames = [m for m in sys.modules if 'jax' in m or 'appo' in m]\nprint('BREACH' if names else 'none')",
+        {OK},
+    ),
+    "descriptors": (
+        "import os, stat\nopen_ones = []\nfor fd in range(3, 64):\n    try: os.fstat(fd); open_ones.append(fd)\n"
+        "    except OSError: pass\nprint(open_ones, 'BREACH' if len(open_ones) > 1 else '')",
+        {OK},
+    ),
+    # network
+    "tcp": ("import socket\nsocket.create_connection(('1.1.1.1', 80), 1); print('BREACH')", {ERROR}),
+    "metadata": ("import urllib.request as u\nu.urlopen('http://169.254.169.254/'); print('BREACH')", {ERROR}),
+    "loopback": ("import socket\nsocket.create_connection(('127.0.0.1', {port}), 1); print('BREACH')", {ERROR}),
+    "udp": ("import socket as s\ns.socket(s.AF_INET, s.SOCK_DGRAM).sendto(b'x', ('8.8.8.8', 53))", {ERROR}),
+    "raw_socket": ("import socket as s\ns.socket(s.AF_PACKET, s.SOCK_RAW); print('BREACH')", {ERROR}),
+    "netlink": ("import socket as s\ns.socket(s.AF_NETLINK, s.SOCK_RAW); print('BREACH')", {ERROR}),
+    "vsock": ("import socket as s\ns.socket(s.AF_VSOCK, s.SOCK_STREAM); print('BREACH')", {ERROR}),
+    "unix_socket": ("import socket as s\ns.socket(s.AF_UNIX).bind('\\0appo'); print('BREACH')", {ERROR}),
+    "inet_pair": ("import socket as s\ns.socketpair(s.AF_INET); print('BREACH')", {ERROR}),
+    # signals and other processes
+    "kill_parent": ("import os\nos.kill(os.getppid(), 9); print('BREACH')", {ERROR}),
+    "kill_init": ("import os\nos.kill(1, 9); print('BREACH')", {ERROR}),
+    "kill_all": ("import os\nos.kill(-1, 9); print('BREACH')", {ERROR}),
+    "kill_group": ("import os\nos.killpg(0, 9); print('BREACH')", {ERROR}),
+    "kill_thread": (RAW + "raw(234, os.getppid(), os.getppid(), 9); raw(200, os.getppid(), 9)", {OK}),
+    "kill_by_pidfd": (RAW + "raw(434, os.getppid(), 0); raw(424, 3, 9, 0, 0)", {OK}),
+    "kill_by_queue": (RAW + "raw(129, os.getppid(), 9, bytes(128))", {OK}),
+    "kill_by_io": (
+        "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, 1); fcntl.fcntl(r, fcntl.F_SETSIG, 9)\n"
+        "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC); os.write(w, b'x')",
+        ANY,
+    ),
+    "ptrace": (RAW + "raw(101, 16, os.getppid(), 0, 0); raw(101, 0x4206, 1, 0, 0)", {OK}),
+    "read_memory": (RAW + "raw(310, os.getppid(), bytes(16), 1, bytes(16), 1, 0)", {OK}),
+    "write_memory": (RAW + "raw(311, os.getppid(), bytes(16), 1, bytes(16), 1, 0)", {OK}),
+    "limit_parent": ("import os, resource\nresource.prlimit(os.getppid(), 7, (0, 0)); print('BREACH')", {ERROR}),
+    "schedule_parent": ("import os\nos.sched_setaffinity(os.getppid(), [0]); print('BREACH')", {ERROR}),
+    "niceness_of_all": ("import os\nos.setpriority(os.PRIO_USER, 0, 19); print('BREACH')", {ERROR}),
+    "masked_signals": (
+        "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass",
+        {LATE},
+    ),
+    "ignored_signals": (
+        "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except OSError: pass\n"
+        "while True: pass",
+        {LATE},
+    ),
+    # kernel interfaces
+    "user_namespace": (RAW + "raw(272, 0x10000000)", {OK}),
+    "mount_namespace": (RAW + "raw(272, 0x20000)", {OK}),
+    "clone_namespace": (RAW + "raw(56, 0x10000000 | 17, 0, 0, 0, 0)", {OK}),
+    "clone3": (RAW + "raw(435, bytes(88), 88)", {OK}),
+    "vfork": (RAW + "raw(58); raw(57)", {OK}),
+    "mount": (RAW + "raw(165, b'none', b'/tmp', b'tmpfs', 0, 0); raw(165, b'/', b'/tmp', 0, 4096, 0)", {OK}),
+    "unmount": (RAW + "raw(166, b'/tmp', 2); raw(166, b'/proc', 2)", {OK}),
+    "move_mount": (RAW + "raw(429, -100, b'/usr', -100, b'/tmp', 0)", {OK}),
+    "mount_api": (RAW + "raw(430, b'proc', 0); raw(428, -100, b'/', 1); raw(442, -100, b'/', 0, bytes(32), 32)", {OK}),
+    "pivot_root": (RAW + "raw(155, b'/tmp', b'/tmp')", {OK}),
+    "setns": (RAW + "raw(308, 3, 0)", {OK}),
+    "io_uring": (RAW + "raw(425, 8, bytes(120)); raw(426, 3, 1, 1, 0, 0, 0)", {OK}),
+    "bpf": (RAW + "raw(321, 0, bytes(64), 64); raw(298, bytes(64), 0, -1, -1, 0)", {OK}),
+    "keys": (RAW + "raw(250, 0, -3, 0); raw(248, b'user', b'x', b'y', 1, -3)", {OK}),
+    "userfaultfd": (RAW + "raw(323, 0); raw(175, b'', 0, b''); raw(246, 0, 0, 0, 0); raw(169, 0, 0, 0, 0)", {OK}),
+    "own_filter": (RAW + "raw(317, 1, 0, bytes(16)); raw(157, 22, 2, bytes(16))", {OK}),
+    "wrong_abi": (RAW + "raw(0x40000000 + 57); raw(0x40000000 + 41, 2, 1, 0)", {OK}),
+    "system_v_memory": (RAW + "raw(29, 0, 4096, 0o1600); raw(64, 0, 1, 0o1600); raw(68, 0, 0o1600)", {OK}),
+    "terminal_injection": ("import fcntl\nfcntl.ioctl(0, 0x5412, b'x'); print('BREACH')", {ERROR}),
+    "file_attributes": (RAW + "import fcntl\nfcntl.ioctl(os.open('/tmp', 0), 0x40086602, b'x' * 8)", {ERROR}),
+    # programs and daemons
+    "subprocess": ("import subprocess\nsubprocess.run(['/usr/bin/env']); print('BREACH')", {ERROR}),
+    "system": ("import os\nprint('BREACH' if os.system('true') == 0 else 'refused')", {OK}),
+    "exec": ("import os\nos.execv('/usr/bin/env', ['env'])", {ERROR}),
+    "daemon": ("import os\nif os.fork() == 0:\n    os.setsid(); os.fork(); print('BREACH')", {ERROR}),
+    "zombies": ("import os\nfor _ in range(100):\n    if os.fork() == 0: os._exit(0)\nprint('BREACH')", {ERROR}),
+    "multiprocessing": ("import multiprocessing as m\nm.Process(target=print).start(); print('BREACH')", {ERROR}),
+    "alarm_afterwards": (
+        "import signal\ndef go(*_):\n    while True: pass\nsignal.signal(14, go)\nsignal.setitimer(0, 0.05, 0.05)",
+        {OK},
+    ),
+    # hostile objects
+    "repr_raises": ("class A:\n    def __repr__(self): raise SystemError('no')\nA()", {ERROR}),
+    "repr_loops": ("class A:\n    def __repr__(self):\n        while True: pass\nA()", {LATE}),
+    "repr_recurses": ("class A:\n    def __repr__(self): return repr(self)\nA()", {ERROR}),
+    "repr_exits": ("import os\nclass A:\n    def __repr__(self): os._exit(0)\nA()", {ERROR}),
+    "error_text_raises": ("class E(Exception):\n    def __str__(self): raise SystemExit(0)\nraise E", {ERROR}),
+    "error_text_loops": ("class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E", {LATE}),
+    "error_text_is_huge": ("raise ValueError('x' * 10**8)", {ERROR}),
+    "base_exception": ("class E(BaseException): pass\nraise E('x')", {ERROR}),
+    "keyboard_interrupt": ("raise KeyboardInterrupt", {ERROR}),
+    "generator_exit": ("raise GeneratorExit", {ERROR}),
+    "finaliser": ("class A:\n    def __del__(self):\n        while True: pass\na = A()", {OK}),
+    # its own report and its own runtime
+    "forged_report": ("import os\nos.write(60, b'd')\nwhile True: print('BREACH?')", ANY),
+    "forged_reports": ("import os\nfor _ in range(10**5): os.write(60, b'd')", ANY),
+    "forged_junk": ("import os\nos.write(60, bytes(range(256)) * 100)", ANY),
+    "closed_channel": ("import os\nos.closerange(3, 64)", {ERROR}),
+    "stolen_request": ("import os\nos.read(60, 10)", {LATE}),
+    "patched_runtime": (
+        "import os, ast, socket, builtins, json\ndef evil(*a, **k):\n    while True: pass\n"
+        "ast.parse = socket.recv_fds = json.loads = os.fork = builtins.compile = evil",
+        {OK, ERROR},
+    ),
+    "patched_fork": ("import os\nos.fork = lambda: 0", {OK}),
+    "patched_limits": ("import resource\nresource.setrlimit = lambda *a: None", {OK}),
+    "empty_modules": ("import sys\nsys.modules.clear()", ANY),
+    "empty_builtins": ("import builtins\nbuiltins.__dict__.clear()", ANY),
+    "tracer": ("import sys\ndef t(*a): raise RuntimeError('traced')\nsys.settrace(t)\nprint(1)", ANY),
+    "profiler": ("import sys\ndef t(*a):\n    while True: pass\nsys.setprofile(t)\nlen('x')", ANY),
+    # crashes
+    "recursion": ("def f(n): return f(n + 1)\nf(0)", {ERROR}),
+    "recursion_without_limit": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1)\nf(0)", ANY),
+    "c_stack": ("import sys\nsys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**6): x = [x]\nrepr(x)", ANY),
+    "nested_source": ("eval('(' * 10**5 + ')' * 10**5)", ANY),
+    "segfault": ("import ctypes\nctypes.string_at(0)", {ERROR}),
+    "stack_smash": ("import ctypes\nctypes.memset(id(None), 0, 1 << 16)", ANY),
+    "exit_code": ("import os\nos._exit(0)", {ERROR}),
+    "abort": ("import os\nos.abort()", {ERROR}),
+    "own_alarm": ("import signal, time\nsignal.alarm(1)\ntime.sleep(30)", {ERROR, LATE}),
+    "null_in_source": ("x = 1\0", {ERROR}),
+    "long_source": ("#" + "x" * 200_000, {LIMIT}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tool():
+    os.environ["APPO_SECRET"] = "token"
+    tool = PythonTool(PythonToolConfig(timeout=TIMEOUT, memory_mb=256, preload=("math",)))
+    yield tool
+    tool.close()
+    del os.environ["APPO_SECRET"]
+
+
+@pytest.fixture(scope="module")
+def victim(tool):
+    """A rollout that must come through unharmed."""
+    result, state = tool.call(tool.start(), "import math\nsecret = [1, 2, 3]\nopen('notes', 'w').write('kept')")
+    assert result.outcome is OK
+    return state
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A server on the host's loopback that nobody in the sandbox may reach."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    visits = []
+
+    def serve():
+        while True:
+            try:
+                visits.append(listening.accept())
+            except OSError:
+                return
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield listening.getsockname()[1], visits
+    listening.close()
+
+
+def descendants(pid: int) -> set[int]:
+    """All live processes below `pid`, from /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as file:
+                    children.setdefault(int(file.read().rpartition(")")[2].split()[1]), []).append(int(entry))
+            except OSError:
+                continue
+    found, todo = set(), [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found.update(below)
+        todo += below
+    return found
+
+
+def settled(pid: int, number: int, seconds: float = 10.0) -> set[int]:
+    """The processes below `pid`, once there are no more than `number` of them or the time is over."""
+    end = time.monotonic() + seconds
+    while len(left := descendants(pid)) > number and time.monotonic() < end:
+        time.sleep(0.02)
+    return left
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 60
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attack(tool, victim, server, tmp_path, name):
+    code, right = CASES[name]
+    port, visits = server
+    sentinel = tmp_path / "sentinel"
+    sentinel.write_text("host")
+    gc.collect()
+    pid, before = tool.pid, settled(tool.pid, 3)  # supervisor, state 0, victim
+    assert len(before) == 3
+
+    began = time.monotonic()
+    result, state = tool.call(tool.start(), code.replace("{sentinel}", str(sentinel)).replace("{port}", str(port)))
+    seconds = time.monotonic() - began
+    assert "BREACH\n" not in result.text + "\n", result.text
+    assert "BREACH " not in result.text, result.text
+    assert result.outcome in right, result
+    assert seconds < TIMEOUT + SLACK
+    assert len(result.text) < 4096 + 500
+
+    # A poisoned state may be of no use, but it must answer in time as well.
+    began = time.monotonic()
+    again, later = tool.call(state, "1 + 1")
+    assert time.monotonic() - began < TIMEOUT + SLACK
+    assert isinstance(again.text, str)
+
+    checked, _ = tool.call(victim, "secret, open('/tmp/notes').read(), math.pi > 3")
+    assert checked.text == "([1, 2, 3], 'kept', True)"
+    assert tool.pid == pid, "the sandbox had to be restarted"
+    del state, later
+    gc.collect()
+    assert settled(pid, 3) == before
+    assert sentinel.read_text() == "host"
+    assert os.listdir(tmp_path) == ["sentinel"]
+    assert visits == []

@@ -1,0 +1,160 @@
+"""What a person sees of a run. Pictures are judged by the numbers that go into them and by being there."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from matplotlib import image
+from rich.console import Console
+
+from appo_jax.config import Config, PolicyConfig, SFTConfig
+from appo_jax.config_io import save_config
+from appo_jax.errors import DataError
+from appo_jax.view import compare, plots
+from appo_jax.view.progress import Progress
+from appo_jax.view.tree import show_tree
+
+NODES = [
+    {
+        "node": 0, "parent": None, "fork": None, "prompt_tokens": 10, "tokens": 30, "reward": 1.1, "correct": True,
+        "stop_reason": "answered", "calls": [{"name": "python", "outcome": "ok"}],
+        "segments": [
+            {"start": 10, "sampled": True, "text": "I [b]add[/b] "},
+            {"start": 15, "sampled": True, "text": "it up"},
+            {"start": 20, "sampled": False, "text": " RES\x1b[2JULT"},
+        ],
+    },
+    {
+        "node": 1, "parent": 0, "fork": 15, "prompt_tokens": 10, "tokens": 18, "reward": None, "correct": False,
+        "stop_reason": "length", "calls": [], "segments": [{"start": 15, "sampled": True, "text": "them"}],
+    },
+]  # fmt: skip
+TREE = {"step": 2, "id": "q-7", "question": "How many?", "golds": ["42", "forty-two"], "nodes": NODES}
+
+
+def write_run(folder, algorithm="appo", seed=0, steps=6, accuracy=0.5, final=None, tokens=100):
+    folder.mkdir(parents=True)
+    save_config(Config(algorithm=algorithm, seed=seed, policy=PolicyConfig(path="x")), folder / "config.json")
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            record = {
+                "step": step, "accuracy/initial": accuracy, "rollout/sampled_tokens_total": tokens * step,
+                "reward/initial": None if step == 3 else 0.1 * step, "calls/python/ok": step, "calls/search/ok": 2,
+                "time/rollout_s": 1.0, "time/update_s": 2.0, "update/clip_fraction": 0.01, "update/grad_norm": 1.0,
+            }  # fmt: skip
+            file.write(json.dumps(record) + "\n")
+    if final is not None:
+        (folder / "summary.json").write_text(json.dumps({"accuracy_sft": 0.4, "accuracy_final": final}))
+    (folder / "rollouts").mkdir()
+    (folder / "rollouts" / "step_000002.jsonl").write_text(json.dumps(TREE) + "\n")
+    return folder
+
+
+def shown(run, **arguments):
+    console = Console(file=io.StringIO(), width=100)
+    show_tree(run, console=console, **arguments)
+    return console.file.getvalue()
+
+
+def test_a_tree_shows_where_it_branched(tmp_path):
+    text = shown(write_run(tmp_path / "run"))
+    assert "step 2 · q-7" in text
+    assert "gold: 42 | forty-two" in text
+    assert "rollout 0 (initial) ✓ reward 1.10 · 30 tokens · answered · calls: python ok" in text
+    assert "I [b]add[/b] ⑂1it up RES�[2JULT" in text  # text is never markup, and never steers the terminal
+    assert "rollout 1 (branch of 0 at token 15) ✗ reward – · 18 tokens · length" in text
+    lines = text.splitlines()
+    assert lines[-1].index("them") > next(line.index("rollout 0") for line in lines if "rollout 0" in line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"step": 5}, "no dump of step 5; there are 2"), ({"index": 1}, "no tree 1; give 0 to 0")],
+)
+def test_what_is_not_there_is_told(tmp_path, arguments, message):
+    with pytest.raises(DataError, match=message):
+        shown(write_run(tmp_path / "run"), **arguments)
+
+
+def test_plots_of_what_the_run_has_numbers_for(tmp_path):
+    written = plots.draw_plots(write_run(tmp_path / "run"))
+    names = {"accuracy", "reward", "tools", "updates", "timings", "branch_positions"}
+    assert {path.stem for path in written} == names
+    for path in written:
+        assert image.imread(path)[..., :3].std() > 0.01  # something is drawn
+
+
+def test_plots_need_metrics(tmp_path):
+    with pytest.raises(DataError, match="no metrics"):
+        plots.draw_plots(tmp_path)
+
+
+def test_series_leave_out_what_was_not_finite(tmp_path):
+    records = [{"step": 1, "a/x": 1.0, "b": 3}, {"step": 2, "a/x": None}, {"step": 3, "a/x": 2.0, "a/y": 5.0}]
+    series = plots._series(records, ["a/*"])
+    assert {name: (s.tolist(), v.tolist()) for name, (s, v) in series.items()} == {
+        "a/x": ([1, 3], [1.0, 2.0]),
+        "a/y": ([3], [5.0]),
+    }
+
+
+def test_branch_points_are_shares_of_the_parents_response(tmp_path):
+    assert plots._branch_points(write_run(tmp_path / "run") / "rollouts") == [(2, (15 - 10) / (30 - 10))]
+
+
+def test_runs_are_compared_by_algorithm_over_seeds(tmp_path):
+    finals = {("appo", 0): 0.8, ("appo", 1): 0.9, ("grpo", 0): 0.6}
+    runs = [write_run(tmp_path / f"{a}-{s}", a, s, final=value) for (a, s), value in finals.items()]
+    table = compare.compare(runs, tmp_path / "compare.png").splitlines()
+    assert table[2:] == [
+        "| APPO | 2 | 0.00 M | 40.0 ± 0.0 | 85.0 ± 7.1 | 45.0 ± 7.1 |",  # std of 80 and 90 with n − 1: 7.07
+        "| GRPO | 1 | 0.00 M | 40.0 ± 0.0 | 60.0 ± 0.0 | 20.0 ± 0.0 |",
+    ]
+    assert image.imread(tmp_path / "compare.png")[..., :3].std() > 0.01
+
+
+def test_curves_are_averaged_at_equal_tokens(tmp_path):
+    """Seed 0 samples 100 tokens a step, seed 1 samples 200: only what both cover is drawn."""
+    runs = [
+        compare._load(write_run(tmp_path / "0", seed=0, steps=9, tokens=100, accuracy=0.2)),
+        compare._load(write_run(tmp_path / "1", seed=1, steps=3, tokens=200, accuracy=0.6)),
+    ]
+    tokens, mean, spread = compare._mean_curve(runs)
+    assert (tokens[0], tokens[-1]) == (200, 600)
+    np.testing.assert_allclose(mean, 0.4)
+    np.testing.assert_allclose(spread, np.std([0.2, 0.6], ddof=1))
+
+
+def test_smoothing_is_the_mean_of_the_last_steps():
+    np.testing.assert_allclose(compare._smooth(np.arange(7.0)), [0, 0.5, 1, 1.5, 2, 3, 4])
+
+
+CONFIG = Config(steps=3, sft=SFTConfig(steps=1), policy=PolicyConfig(path="x"))
+
+
+def test_progress_off_a_terminal_is_plain_lines():
+    console = Console(file=io.StringIO(), width=40)
+    with Progress(CONFIG, console) as progress:
+        progress.sft_step(1, {"sft/loss": 2.0})
+        progress.accuracies({"accuracy_base": 0.0, "accuracy_sft": 0.425})
+        progress.step(1, {"reward/initial": 0.5, "update/loss": 3.0})
+        progress.done({"accuracy_sft": 0.425, "accuracy_final": 0.75, "sampled_tokens": 1234567, "wall_s": 61.2})
+    text = console.file.getvalue()
+    assert "cold start 1/1  loss 2\n" in text
+    assert "held-out accuracy: 0.0 % before the cold start, 42.5 % after it\n" in text
+    assert "appo 1/3  reward 0.5\n" in text
+    assert "75.0 %" in text
+    assert "1,234,567 tokens sampled, 61 s" in text
+    assert "\x1b" not in text
+
+
+def test_progress_on_a_terminal_is_a_live_panel():
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with Progress(CONFIG, console) as progress:
+        progress.step(2, {"reward/initial": 0.5})
+        console.print(progress._render())
+    text = console.file.getvalue()
+    assert "2/3" in text
+    assert "reward" in text
+    assert "\x1b[?25h" in text  # the cursor is given back
