@@ -20,9 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from safetensors.numpy import save_file
+from tokenizers import pre_tokenizers
 
 from appo_jax.config import Architecture, RolloutConfig, ToolsConfig
 from appo_jax.policy import attention, convert, weights
@@ -43,7 +45,7 @@ QUESTIONS = (
     "Translate 'good morning' into Spanish.", "Why is the sky blue?", "What does a compiler do?",
     "Give me a recipe for pancakes.", "How many days are in a leap year?", "What is the boiling point of water?",
     "Describe a cat in one sentence.", "Who was Marie Curie?", "Write a Python function that adds two numbers.",
-    "What is the largest ocean?", "Suggest a name for a bakery.", "What is the difference between a virus and a bacterium?",
+    "What is the largest ocean?", "Suggest a name for a bakery.", "How do a virus and a bacterium differ?",
 )  # fmt: skip
 
 failures = 0
@@ -148,10 +150,17 @@ def smollm2() -> None:
         load = {"gguf_file": file.name, "local_files_only": True}
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **load).eval()
         theirs = transformers.AutoTokenizer.from_pretrained(file.parent, **load)
+        # transformers reads the vocabulary but not tokenizer.ggml.pre = "smollm", which splits off every digit first
+        # (one text in thirty differs: a blank line before a digit). llama.cpp's two patterns for it:
+        gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+        stages = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in (r"\p{N}", gpt2)]
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*stages, byte_level])
         real_model("SmolLM2", folder, model, theirs)
 
 
 def main(folders: list[str]) -> int:
+    transformers.utils.logging.disable_progress_bar()
     random_models()
     smollm2()
     for folder in folders:
