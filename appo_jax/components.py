@@ -62,7 +62,7 @@ def build(config: Config) -> Components:
         check_tags(tokenizer, (*executor.stop_strings, "<think>", "</think>", "<answer>", "</answer>", "\\boxed{"))
         dtype = compute_dtype(config)
         engine = Engine(arch, tokenizer, executor, config.rollout, config.seed, dtype)
-        reward = make_reward(config.reward, config.tool_bonus, config.tools.enabled)
+        reward = make_reward(config.reward, config.tool_bonus, executor.names)
     except BaseException:
         executor.close()
         raise

@@ -201,12 +201,13 @@ class SFTConfig:
     steps: int = 0
     """0: no cold start."""
     batch_size: int = 128
+    """Rows of `max_tokens` tokens; whole traces are packed into them."""
     max_tokens: int = 4096
     learning_rate: float = 7e-6
     weight_decay: float = 0.1
     warmup_fraction: float = 0.05
     micro_batch: int = 0
-    """Traces per forward-backward pass. 0: the whole batch at once."""
+    """Rows per forward-backward pass. 0: the whole batch at once."""
     checkpoint_every: int = 500
 
 

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # The policy that RL begins with, and its accuracy_base and accuracy_sft (equal when there was no cold start).
 ColdStart = tuple[Params, dict[str, float]]
+# More traces than this per row of the cold start's batches are not made: each costs tool calls.
+TRACES_PER_ROW = 8
 OnStep = Callable[[int, dict[str, Any]], None]  # (steps done, metrics)
 
 
@@ -58,7 +60,10 @@ def to_train_batch(batch: TraceBatch) -> TrainBatch:
     """Demonstrations as a train batch: the loss is the mean negative log-likelihood of the sampled tokens."""
     weights = batch.loss_mask / max(1, int(batch.loss_mask.sum()))
     ones = jnp.ones(batch.tokens.shape, jnp.float32)
-    return TrainBatch(jnp.asarray(batch.tokens), jnp.asarray(weights, jnp.float32), ones, ones)
+    return TrainBatch(
+        jnp.asarray(batch.tokens), jnp.asarray(weights, jnp.float32), ones, ones,
+        segments=jnp.asarray(batch.segments), positions=jnp.asarray(batch.positions),
+    )  # fmt: skip
 
 
 def _optimizer(config: Config) -> Any:
@@ -74,7 +79,8 @@ def _make_traces(components: Components) -> list[Trace]:
     def call(name: str) -> Callable[[str], str]:
         return lambda argument: executor.submit(executor.start(), f"<{name}>{argument}</{name}>", bound=60.0).result().result
 
-    return components.dataset.make_traces(call("search"), call("python"))
+    limit = components.config.sft.steps * components.config.sft.batch_size * TRACES_PER_ROW
+    return components.dataset.make_traces(call("search"), call("python"), limit=limit)
 
 
 def _train(components: Components, run: RunDir, on_step: OnStep) -> ColdStart:

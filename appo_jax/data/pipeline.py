@@ -21,13 +21,18 @@ from appo_jax.types import Example, Trace
 logger = logging.getLogger(__name__)
 
 
+# One thread: a batch costs microseconds, and read-ahead threads would compete with XLA for the cores.
+READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class TraceBatch:
-    """Demonstrations for the cold start. R traces, padded to T = max_tokens."""
+    """Demonstrations for the cold start: R rows of T = max_tokens, each with as many whole traces as fit."""
 
     tokens: np.ndarray  # [R, T] int32
-    lengths: np.ndarray  # [R] int32: tokens of each trace; the rest of its row is padding
     loss_mask: np.ndarray  # [R, T] bool: the policy is trained to write this token
+    segments: np.ndarray  # [R, T] int32: 1, 2, … for the row's traces, 0 for padding
+    positions: np.ndarray  # [R, T] int32: index within the trace
 
 
 def prompt_batches(
@@ -42,7 +47,7 @@ def prompt_batches(
 def trace_batches(
     traces: Sequence[Trace], tokenizer: Tokenizer, batch_size: int, max_tokens: int, seed: int
 ) -> grain.DatasetIterator[TraceBatch]:
-    """Endless batches of encoded traces. A trace of more than `max_tokens` is left out, since a cut one would teach to
+    """Endless batches of encoded traces, packed into `batch_size` rows (grain's first-fit packing). A trace of more than `max_tokens` is left out, since a cut one would teach to
     break off; how many is logged. Raises DataError when none fits."""
     encoded = [encode_trace(trace, tokenizer) for trace in traces]
     fitting = [pair for pair in encoded if len(pair[0]) <= max_tokens]
@@ -57,14 +62,22 @@ def trace_batches(
     if not fitting:
         raise DataError("there are no traces to train on; set sft.steps to 0 to go without a cold start")
 
-    def pad(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> TraceBatch:
-        tokens = np.full((batch_size, max_tokens), tokenizer.pad_id, np.int32)
-        loss_mask = np.zeros((batch_size, max_tokens), bool)
-        for row, (ids, sampled) in enumerate(rows):
-            tokens[row, : len(ids)], loss_mask[row, : len(ids)] = ids, sampled
-        return TraceBatch(tokens, np.array([len(ids) for ids, _ in rows], np.int32), loss_mask)
+    stream = grain.MapDataset.source(fitting).shuffle(seed).repeat()
+    lone = stream.map(lambda pair: {"tokens": pair[0], "loss_mask": pair[1].astype(np.int32)})
+    packed = grain.experimental.FirstFitPackIterDataset(
+        lone.to_iter_dataset(READ), length_struct={"tokens": max_tokens, "loss_mask": max_tokens},
+        num_packing_bins=batch_size, seed=seed, padding_struct={"tokens": tokenizer.pad_id, "loss_mask": 0},
+    )  # fmt: skip
 
-    return _batches(fitting, batch_size, seed, 0, pad)
+    def batch(rows: Sequence[dict[str, np.ndarray]]) -> TraceBatch:
+        def stack(name: str) -> np.ndarray:
+            return np.stack([row[name] for row in rows]).astype(np.int32)
+
+        return TraceBatch(
+            stack("tokens"), stack("loss_mask").astype(bool), stack("tokens_segment_ids"), stack("tokens_positions")
+        )
+
+    return iter(packed.batch(batch_size, drop_remainder=True, batch_fn=batch))
 
 
 def encode_trace(trace: Trace, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -104,5 +117,4 @@ def check_prompts(
 def _batches(items: Sequence[Any], batch_size: int, seed: int, start: int, batch_fn: Any) -> grain.DatasetIterator[Any]:
     stream = grain.MapDataset.source(items).shuffle(seed).repeat()
     batches = stream.slice(slice(start, None)).batch(batch_size, drop_remainder=True, batch_fn=batch_fn)
-    # One thread: a batch costs microseconds, and read-ahead threads would compete with XLA for the cores.
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    return iter(batches.to_iter_dataset(READ))

@@ -29,6 +29,8 @@ class TrainBatch:
     advantages: jax.Array  # float32; 1 for demonstrations
     old_log_probs: jax.Array  # float32; unused for demonstrations
     ref_log_probs: jax.Array | None = None  # float32, when the loss has a KL term
+    segments: jax.Array | None = None  # int32: which of a packed row's traces the token belongs to
+    positions: jax.Array | None = None  # int32: the token's index within its trace, for packed rows
 
 
 @jax.tree_util.register_dataclass
@@ -54,9 +56,11 @@ class StepSpec:
 
 def batch_loss(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a micro-batch and its metric sums."""
-    hidden, _ = hidden_states(
-        params, spec.arch, batch.tokens, positions(batch.tokens), attention.causal_no_cache, spec.dtype, spec.remat
-    )
+    if batch.segments is None or batch.positions is None:
+        where, attend = positions(batch.tokens), attention.causal_no_cache
+    else:
+        where, attend = batch.positions, attention.packed(batch.segments)
+    hidden, _ = hidden_states(params, spec.arch, batch.tokens, where, attend, spec.dtype, spec.remat)
     log_probs, entropies = token_log_probs(hidden, unembedding(params), batch.tokens, spec.temperature)
     if spec.loss is None:
         loss, metrics = -(batch.weights * log_probs).sum(), {"tokens": (batch.weights > 0).sum()}

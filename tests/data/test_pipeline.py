@@ -86,22 +86,28 @@ def test_encode_trace_by_hand():
     assert (tokens.dtype, sampled.dtype) == (np.int32, bool)
 
 
-def test_trace_batches_pad_and_mask():
+def test_traces_are_packed_whole():
     short, long = trace(("a", True)), trace(("b", True), ("RR", False), ("c", True))
-    batch = next(trace_batches([short, long], Letters(), batch_size=2, max_tokens=12, seed=0))
-    order = np.argsort(batch.lengths)
-    assert batch.lengths[order].tolist() == [6, 9]
-    assert batch.tokens[order].tolist() == [
-        [115, 2, 113, 3, 97, 1, 0, 0, 0, 0, 0, 0],
-        [115, 2, 113, 3, 98, 82, 82, 99, 1, 0, 0, 0],
-    ]
-    assert [np.flatnonzero(row).tolist() for row in batch.loss_mask[order]] == [[4, 5], [4, 7, 8]]
+    batch = next(trace_batches([short, long], Letters(), batch_size=1, max_tokens=18, seed=0))
+    first = batch.positions[0].tolist().index(0, 1)  # where the second trace begins
+    rows = {
+        6: ([115, 2, 113, 3, 97, 1], [4, 5]),
+        9: ([115, 2, 113, 3, 98, 82, 82, 99, 1], [4, 7, 8]),
+    }
+    lengths = [first, 15 - first] if first in rows and 15 - first in rows else [first, first]
+    end = sum(lengths)
+    tokens = [token for length in lengths for token in rows[length][0]]
+    assert batch.tokens[0].tolist() == tokens + [0] * (18 - end)
+    assert batch.segments[0].tolist() == [1] * lengths[0] + [2] * lengths[1] + [0] * (18 - end)
+    assert batch.positions[0, :end].tolist() == [*range(lengths[0]), *range(lengths[1])]
+    trained = [*rows[lengths[0]][1], *(lengths[0] + i for i in rows[lengths[1]][1])]
+    assert np.flatnonzero(batch.loss_mask[0]).tolist() == trained
 
 
 def test_long_traces_are_left_out_and_counted(caplog):
     fits, long = trace(("a", True)), trace(("a" * 20, True))
     batches = trace_batches([fits, long, fits], Letters(), batch_size=4, max_tokens=10, seed=0)
-    assert next(batches).lengths.tolist() == [6] * 4
+    assert (next(batches).segments > 0).sum(-1).tolist() == [6] * 4
     assert "1 of 3 traces are longer than sft.max_tokens = 10 (longest 25)" in caplog.text
     with pytest.raises(DataError, match=r"1 of 1 traces .* sft\.max_tokens = 10; the longest has 25"):
         trace_batches([long], Letters(), 4, 10, 0)

@@ -49,6 +49,7 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
     """Become state 0: import, give up privileges, report readiness with the filter's listener, serve."""
     os.dup2(channel.fileno(), CHANNEL)
     channel.close()
+    os.closerange(3, CHANNEL)  # whatever else was inherited
     channel = socket.socket(fileno=CHANNEL)
     sandboxed = options["isolation"] == "bubblewrap"
     statm = open("/proc/self/statm")  # noqa: SIM115 - read below, when /proc is hidden

@@ -232,14 +232,23 @@ class Supervisor:
         parent = self.by_pid.get(_parent_of(pid))
         if parent is None or parent.child is None:
             return None
-        node, parent.child = parent.child, None
-        parent.allowed = set()
-        with contextlib.suppress(OSError):
+        node = parent.child
+        try:
+            self._born(node, pid)
             resource.prlimit(pid, resource.RLIMIT_CPU, (int(node.timeout) + 2,) * 2)
-        self._born(node, pid)
+        except ProcessLookupError:
+            return None
+        self._release(node)
+        return node
+
+    def _release(self, node: Node) -> None:
+        """Its parent has done its part: it is frozen again, or asked for the next child."""
+        parent = node.parent
+        assert parent is not None
+        parent.child = None
+        parent.allowed = set()
         self._freeze(parent)
         self._fork_next(parent)
-        return node
 
     def _born(self, node: Node, pid: int) -> None:
         node.pid, node.pidfd = pid, os.pidfd_open(pid)
@@ -266,9 +275,11 @@ class Supervisor:
             message, control = b"", []
         if message == interpreter.HELLO and not self.sandboxed:
             # Without namespaces nobody here may forge the sender that the kernel attaches.
-            for _, kind, data in control:
-                if kind == socket.SCM_CREDENTIALS:
-                    self._adopt(struct.unpack("3i", data)[0])
+            pid = next(struct.unpack("3i", data)[0] for _, kind, data in control if kind == socket.SCM_CREDENTIALS)
+            if self._adopt(pid) is None:  # it is dead already
+                self.selector.unregister(node.channel)
+                self._release(node)
+                self._answer(node, "died")
             return
         self.selector.unregister(node.channel)
         if node.pid == 0:

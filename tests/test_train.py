@@ -1,0 +1,156 @@
+"""The whole loop on the embedded world: compilations, what a step reports, and a run that is killed and continued."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from appo_jax.algorithms import make_algorithm
+from appo_jax.checkpoint import Checkpointer
+from appo_jax.components import Components, build, initial_params
+from appo_jax.config import Config, validate
+from appo_jax.config_io import load_config, save_config
+from appo_jax.learner.optimizer import make_optimizer
+from appo_jax.learner.step import StepSpec, TrainState, make_train_step
+from appo_jax.metrics import read_metrics
+from appo_jax.prepare import prepare_world
+from appo_jax.rollout.tree import TreeGrower
+from appo_jax.train import train_step
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The quickstart's policy and world, with short phases."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    c = load_config(QUICKSTART)
+    config = dataclasses.replace(
+        c,
+        run_dir=str(folder / "run"),
+        steps=3,
+        prompts_per_step=4,
+        prompts_per_minibatch=2,
+        checkpoint_every=1,
+        policy=dataclasses.replace(c.policy, tokenizer=str(folder / "world.model")),
+        data=dataclasses.replace(c.data, path=str(folder / "world")),
+        rollout=dataclasses.replace(c.rollout, max_response_tokens=64, decode_rows=24),
+        sft=dataclasses.replace(c.sft, steps=2, batch_size=4),
+        eval=dataclasses.replace(c.eval, num_prompts=4),
+    )
+    validate(config)
+    prepare_world(config)
+    return config
+
+
+def learner(config: Config, components: Components) -> tuple:
+    o = config.optimizer
+    optimizer = make_optimizer(o.learning_rate, o.warmup_steps, o.weight_decay, o.max_grad_norm, o.b1, o.b2)
+    params = initial_params(config, components.arch)
+    spec = StepSpec(components.arch, config.loss, config.rollout.temperature, o.micro_batch, components.dtype, False)
+    return TrainState(params, optimizer.init(params)), make_train_step(optimizer, spec)
+
+
+@pytest.mark.parametrize("algorithm", ["appo", "grpo"])
+def test_steps_compile_once_and_keep_the_budget(config: Config, algorithm: str) -> None:
+    config = dataclasses.replace(config, algorithm=algorithm)
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **kwargs: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with build(config) as components:
+            state, update = learner(config, components)
+            plan = make_algorithm(config)
+            grower = TreeGrower(components.engine, config.rollout, config.branching)
+            counts, records = [], []
+            for step in range(4):
+                examples = components.train[4 * step : 4 * step + 4]
+                before = jax.tree.map(np.asarray, state.params)
+                state, record, trees = train_step(step, examples, state, update, plan, grower, components)
+                counts.append(len(compiled))
+                records.append(record)
+                assert [len(tree) for tree in trees] == [config.rollout.budget] * 4
+                moved = jax.tree.map(lambda a, b: bool((a != np.asarray(b)).any()), before, state.params)
+                if record["advantage/zero_share"] < 1:
+                    assert any(jax.tree.leaves(moved))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert counts[0] > 0
+    assert counts[3] == counts[2], "a program was compiled after the third step"
+    if algorithm == "appo":
+        # The first mini-batch is scored under π_old itself; after its update Ω must move.
+        assert all(0.5 <= record["branching/constant_future_share"] for record in records)
+        for tree in trees:
+            initial = [r for r in tree if r.is_initial]
+            assert len(initial) == config.rollout.num_initial
+            for branch in tree[len(initial) :]:
+                parent = tree[branch.parent]
+                assert branch.tokens[: branch.fork].tolist() == parent.tokens[: branch.fork].tolist()
+                assert parent.sampled[branch.fork]
+
+
+def start(config: Config, run_dir: Path, folder: Path, log: Path) -> subprocess.Popen:
+    run = dataclasses.replace(config, run_dir=str(run_dir))
+    file = folder / f"{run_dir.name}.json"
+    save_config(run, file)
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "appo_jax.cli", "train", "--config", str(file)]
+    return subprocess.Popen(command, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish(process: subprocess.Popen, log: Path) -> None:
+    assert process.wait(timeout=240) == 0, log.read_text()[-3000:]
+
+
+def final_state(config: Config, run_dir: Path) -> dict[str, np.ndarray]:
+    with build(config) as components:
+        state, _ = learner(config, components)
+    checkpointer = Checkpointer(run_dir / "checkpoints" / "rl", keep=3)
+    try:
+        restored = checkpointer.restore_latest(state, None)
+    finally:
+        checkpointer.close()
+    assert restored is not None
+    assert restored[0] == config.steps
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(restored[1])}
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_run_continues_to_the_same_parameters(config: Config, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(config, whole, tmp_path, tmp_path / "whole.log"), tmp_path / "whole.log")
+
+    process = start(config, killed, tmp_path, tmp_path / "killed.log")
+    deadline = time.monotonic() + 240
+    while len(read_metrics(killed / "metrics.jsonl")) < 1:  # the first step is logged: the second one has begun
+        assert process.poll() is None, (tmp_path / "killed.log").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finish(start(config, killed, tmp_path, tmp_path / "again.log"), tmp_path / "again.log")
+
+    expected, found = final_state(config, whole), final_state(config, killed)
+    assert expected.keys() == found.keys()
+    different = [name for name in expected if not np.array_equal(expected[name], found[name])]
+    assert not different
+    steps = [[r["step"] for r in read_metrics(run / "metrics.jsonl")] for run in (whole, killed)]
+    assert steps == [[1, 2, 3], [1, 2, 3]]
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, killed)]
+    assert summaries[0]["sampled_tokens"] == summaries[1]["sampled_tokens"]
+    assert summaries[0]["accuracy_final"] == summaries[1]["accuracy_final"]

@@ -1,0 +1,234 @@
+"""The executor: every call is answered, in time, and nothing a tool does reaches the caller as an exception."""
+
+import threading
+import time
+
+import pytest
+
+from appo_jax.config import PythonToolConfig, ToolsConfig
+from appo_jax.errors import ConfigError
+from appo_jax.tools import executor as executor_module
+from appo_jax.tools.build import build_executor, import_tool
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.format import make_format
+from appo_jax.tools.protocol import ToolResult
+from appo_jax.tools.search import Page
+from appo_jax.types import Outcome
+
+
+class Echo:
+    """A stateless tool that does what its argument says."""
+
+    name = "echo"
+    timeout = 0.2
+
+    def __init__(self):
+        self.asked = []
+        self.running = self.most = 0
+        self.lock = threading.Lock()
+        self.release = threading.Event()
+        self.closed = False
+
+    def start(self):
+        return None
+
+    def call(self, state, argument):
+        with self.lock:
+            self.asked.append(argument)
+            self.running += 1
+            self.most = max(self.most, self.running)
+        try:
+            if argument.startswith("raise"):
+                raise RuntimeError("broken")
+            if argument.startswith("down"):
+                return ToolResult("down", Outcome.UNAVAILABLE), None
+            if argument.startswith("hang"):
+                self.release.wait(20)
+            if argument.startswith("slow"):
+                time.sleep(0.05)
+            return ToolResult(f"echo {argument}", Outcome.OK), None
+        finally:
+            with self.lock:
+                self.running -= 1
+
+    def close(self):
+        self.release.set()
+        self.closed = True
+
+
+class Counter:
+    """A tool with state: a number that every call adds to."""
+
+    name = "counter"
+
+    def start(self):
+        return 0
+
+    def call(self, state, argument):
+        state += int(argument)
+        return ToolResult(str(state), Outcome.OK), state
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def echo():
+    return Echo()
+
+
+@pytest.fixture
+def executor(echo, monkeypatch):
+    monkeypatch.setattr(executor_module, "GRACE", 0.1)
+    with ToolExecutor([echo, Counter()], make_format("tags"), ToolsConfig(max_concurrency=3)) as executor:
+        yield executor
+
+
+def ask(executor, text, states=None, **options):
+    return executor.submit(executor.start() if states is None else states, text, **options).result(5)
+
+
+def test_a_call_is_answered(executor):
+    record = ask(executor, "<think>t</think><echo>hi</echo>")
+    assert (record.name, record.argument, record.result, record.outcome) == ("echo", "hi", "echo hi", Outcome.OK)
+    assert 0 <= record.seconds < 5
+
+
+def test_stop_strings_name_every_tool(executor):
+    assert executor.stop_strings == ("</echo>", "</counter>")
+
+
+@pytest.mark.parametrize("text", ["</echo>", "<echo></echo>", "<other>x</other>", "nothing"])
+def test_malformed_calls_are_explained(executor, echo, text):
+    states = executor.start()
+    record = ask(executor, text, states)
+    assert record.outcome is Outcome.MALFORMED
+    assert record.result
+    assert record.states == states
+    assert echo.asked == []
+
+
+def test_states_fork(executor):
+    first = ask(executor, "<counter>5</counter>")
+    left = ask(executor, "<counter>1</counter>", first.states)
+    right = ask(executor, "<counter>2</counter>", first.states)
+    assert (first.result, left.result, right.result) == ("5", "6", "7")
+    assert ask(executor, "<counter>10</counter>", left.states).result == "16"
+
+
+def test_a_repeated_query_is_answered_from_memory_of_the_same_rollout(executor, echo):
+    first = ask(executor, "<echo>who</echo>")
+    again = ask(executor, "<echo>who</echo>", first.states)
+    assert echo.asked == ["who"]
+    assert again.result.endswith("\necho who")
+    assert "asked this before" in again.result
+    assert ask(executor, "<echo>who</echo>").result == "echo who"  # another rollout has no such memory
+    assert echo.asked == ["who", "who"]
+    assert executor.metrics()["tools/echo/repeated"] == 1
+
+
+def test_failures_are_not_remembered(executor, echo):
+    first = ask(executor, "<echo>down</echo>")
+    assert first.outcome is Outcome.UNAVAILABLE
+    ask(executor, "<echo>down</echo>", first.states)
+    assert echo.asked == ["down", "down"]
+
+
+def test_an_exception_of_a_tool_is_text(executor):
+    record = ask(executor, "<echo>raise</echo>")
+    assert record.outcome is Outcome.UNAVAILABLE
+    assert "broken" in record.result
+
+
+def test_no_more_calls_run_at_once_than_allowed(executor, echo):
+    futures = [executor.submit(executor.start(), f"<echo>slow {i}</echo>") for i in range(12)]
+    assert {future.result(5).outcome for future in futures} == {Outcome.OK}
+    assert echo.most == 3
+    assert executor.metrics()["tools/echo/queue_max"] >= 6
+
+
+def test_a_hanging_call_is_answered_and_its_place_is_taken(executor, echo):
+    began = time.monotonic()
+    futures = [executor.submit(executor.start(), f"<echo>hang {i}</echo>") for i in range(3)]
+    records = [future.result(5) for future in futures]
+    assert {record.outcome for record in records} == {Outcome.TIMEOUT}
+    assert time.monotonic() - began < 2
+    assert ask(executor, "<echo>hi</echo>").outcome is Outcome.OK
+
+
+def test_a_bound_holds(executor):
+    began = time.monotonic()
+    record = ask(executor, "<echo>hang</echo>", bound=0.05)
+    assert record.outcome is Outcome.TIMEOUT
+    assert time.monotonic() - began < 0.2
+    assert ask(executor, "<counter>1</counter>", bound=0.0).outcome in (Outcome.TIMEOUT, Outcome.OK)
+
+
+def test_a_tool_that_is_down_is_left_alone_for_a_while(executor, echo, monkeypatch):
+    monkeypatch.setattr(executor_module, "COOL_DOWN", (0.3, 0.3))
+    for i in range(executor_module.TRIP_AFTER):
+        ask(executor, f"<echo>down {i}</echo>")
+    asked = len(echo.asked)
+    record = ask(executor, "<echo>hi</echo>")
+    assert record.outcome is Outcome.UNAVAILABLE
+    assert len(echo.asked) == asked
+    assert ask(executor, "<counter>1</counter>").outcome is Outcome.OK  # other tools go on
+    time.sleep(0.35)
+    assert ask(executor, "<echo>hi</echo>").outcome is Outcome.OK
+
+
+def test_metrics_count_by_tool_and_outcome_and_start_anew(executor):
+    for text in ("<echo>a</echo>", "<echo>b</echo>", "<echo>raise</echo>", "<counter>1</counter>", "bad"):
+        ask(executor, text)
+    metrics = executor.metrics()
+    assert metrics["tools/echo/calls"] == 3
+    assert metrics["tools/echo/ok"] == 2
+    assert metrics["tools/echo/unavailable"] == 1
+    assert metrics["tools/counter/ok"] == 1
+    assert metrics["tools/malformed/malformed"] == 1
+    assert 0 <= metrics["tools/echo/seconds_p50"] <= metrics["tools/echo/seconds_p99"]
+    assert executor.metrics() == {}
+
+
+def test_closing_answers_what_waits_and_closes_the_tools(echo):
+    executor = ToolExecutor([echo], make_format("tags"), ToolsConfig(max_concurrency=1))
+    futures = [executor.submit(executor.start(), f"<echo>hang {i}</echo>") for i in range(3)]
+    executor.close()
+    executor.close()
+    outcomes = [future.result(5).outcome for future in futures]
+    assert outcomes.count(Outcome.UNAVAILABLE) >= 2
+    assert echo.closed
+    assert executor.submit({}, "<echo>late</echo>").result(5).outcome is Outcome.UNAVAILABLE
+
+
+def test_two_tools_of_one_name_are_refused(echo):
+    with pytest.raises(ConfigError, match="named alike"):
+        ToolExecutor([echo, Echo()], make_format("tags"), ToolsConfig())
+
+
+def make_echo():
+    return Echo()
+
+
+def test_tools_by_import_path(monkeypatch):
+    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
+    assert import_tool("test_executor:make_echo").name == "echo"
+    with pytest.raises(ConfigError, match="no_such_module"):
+        import_tool("no_such_module:f")
+    with pytest.raises(ConfigError, match="without name, start, call, close"):
+        import_tool("builtins:list")
+    with pytest.raises(ConfigError, match="unknown tool 'calculator'"):
+        build_executor(ToolsConfig(enabled=("calculator",)))
+
+
+def test_the_built_in_tools_together():
+    config = ToolsConfig(python=PythonToolConfig(isolation="process", preload=("math",)))
+    pages = [Page("Ada", "Ada lives in Bern."), Page("Bob", "Bob lives in Rome.")]
+    with build_executor(config, pages) as executor:
+        assert executor.stop_strings == ("</python>", "</search>")
+        first = ask(executor, "<search>Where does Ada live?</search>")
+        assert first.result.startswith("Page 1: Ada. Ada lives in Bern.")
+        second = ask(executor, "<python>x = 20 + 1\nx</python>", first.states)
+        third = ask(executor, "<python>x * 2</python>", second.states)
+        assert (second.result, third.result) == ("21", "42")
+        assert ask(executor, "<python>x</python>", first.states).outcome is Outcome.ERROR

@@ -1,0 +1,155 @@
+"""Search: ranking against BM25 worked out from its definition, corpus files, and the stored index."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appo_jax.errors import DataError
+from appo_jax.tools.search import LocalSearch, Page, format_pages, load_corpus, split_contents, words
+from appo_jax.types import Outcome
+
+DOCUMENTS = [
+    Page("Bern", "Bern is the capital of Switzerland."),
+    Page("Rome", "Rome is the capital of Italy. Rome has many fountains."),
+    Page("Fountains", "A fountain throws water into the air."),
+    Page("Ada", "Ada was born in Bern."),
+]
+
+
+def bm25(query, documents, k1=1.2, b=0.75):
+    """Scores by the formula: sum of idf · tf / (tf + k1 (1 − b + b |d| / mean |d|)),
+    idf = ln(1 + (N − n + ½)/(n + ½)).
+
+    """
+    terms = [words(f"{d.title} {d.text}") for d in documents]
+    mean = sum(map(len, terms)) / len(terms)
+    scores = []
+    for mine in terms:
+        score = 0.0
+        for word in words(query):
+            holders = sum(word in other for other in terms)
+            tf = mine.count(word)
+            idf = math.log(1 + (len(terms) - holders + 0.5) / (holders + 0.5))
+            score += idf * tf / (tf + k1 * (1 - b + b * len(mine) / mean))
+        scores.append(score)
+    return scores
+
+
+VOCABULARY = ("red", "green", "blue", "old", "new", "house", "tree", "river", "stone", "bird")
+WORDS = st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WORDS, min_size=1, max_size=12), WORDS, st.integers(1, 5))
+def test_the_ranking_is_bm25(texts, query, k):
+    documents = [Page(str(i), " ".join(text)) for i, text in enumerate(texts)]
+    scores = bm25(" ".join(query), documents)
+    found = LocalSearch(documents, top_k=k).search([" ".join(query)])[0]
+    got = [scores[int(page.title)] for page in found]
+    best = sorted((score for score in scores if score > 0), reverse=True)[:k]
+    assert got == pytest.approx(best, rel=1e-5)
+
+
+def test_inflections_match_and_stop_words_do_not():
+    search = LocalSearch(DOCUMENTS, top_k=4)
+    assert [page.title for page in search.search(["fountain"])[0]] == ["Fountains", "Rome"]
+    assert search.search(["the of is"])[0] == []
+
+
+def test_a_call_gives_pages_as_text():
+    result, state = LocalSearch(DOCUMENTS, top_k=1).call(None, "Where was Ada born?")
+    assert (result.text, result.outcome, state) == ("Page 1: Ada. Ada was born in Bern.", Outcome.OK, None)
+    assert "No page" in LocalSearch(DOCUMENTS).call(None, "zzz")[0].text
+
+
+def test_pages_are_deduplicated_and_cut():
+    pages = [Page("A", "one two"), Page("B", "one  two"), Page("", "w " * 200)]
+    lines = format_pages(pages, max_page_words=5).split("\n")
+    assert lines == ["Page 1: A. one two", "Page 2: w w w w w …"]
+
+
+def records():
+    return [{"title": page.title, "text": page.text} for page in DOCUMENTS]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_corpus_files(tmp_path, kind):
+    path = tmp_path / f"corpus.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, records() + records()[:1])) + "\n\n")
+    elif kind == "json":
+        path.write_text(json.dumps(records()))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records()), path)
+    assert load_corpus(path) == DOCUMENTS
+
+
+def test_search_r1_documents():
+    assert split_contents('"Bern"\nBern is a town.') == Page("Bern", "Bern is a town.")
+    assert split_contents("only text") == Page("", "only text")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{broken', "a.jsonl, line 2: not valid JSON"),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n{"body": "x"}',
+            r"line 2: expected an object .* got \['body'\]",
+        ),
+        ("a.jsonl", "", "it is empty"),
+        ("a.json", "{}", "expected a list of documents, got dict"),
+        ("a.json", "[", "not valid JSON"),
+        ("a.parquet", "no", "cannot be read as parquet"),
+        ("a.txt", "x", "expected .jsonl, .json or .parquet"),
+        ("a.json", '[{"text": "of the"}]', "none of the 1 documents"),
+    ],
+)
+def test_bad_corpora_are_named(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        LocalSearch.from_file(tmp_path / name, cache_dir=tmp_path / "cache")
+
+
+def test_a_missing_corpus_is_named(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        load_corpus(tmp_path / "none.jsonl")
+
+
+def test_the_index_is_stored_once_and_by_content(tmp_path):
+    path = tmp_path / "corpus.json"
+    path.write_text(json.dumps(records()))
+    first = LocalSearch.from_file(path, 2, tmp_path / "cache")
+    (stored,) = (tmp_path / "cache").iterdir()
+    stamp = stored.stat().st_mtime_ns
+    second = LocalSearch.from_file(path, 2, tmp_path / "cache")
+    assert stored.stat().st_mtime_ns == stamp
+    for query in ("capital", "fountains of Rome", "nothing"):
+        assert first.search([query]) == second.search([query]) == LocalSearch(DOCUMENTS, 2).search([query])
+    path.write_text(json.dumps(records()[:2]))
+    assert len(LocalSearch.from_file(path, 4, tmp_path / "cache").search(["capital Bern fountain"])[0]) == 2
+
+
+@pytest.mark.skipif("APPO_JAX_DATA" not in os.environ, reason="APPO_JAX_DATA does not name the data folder")
+def test_recall_on_hotpotqa():
+    """The answer stands in the ten best pages for at least 84% of the questions that have one to look for."""
+    data = Path(os.environ["APPO_JAX_DATA"])
+    questions = [json.loads(line) for line in (data / "hotpotqa/dev_first300.jsonl").read_text().splitlines()]
+    pages = load_corpus(data / "2wiki/corpus.json")
+    pages += [Page(c["title"], c["text"]) for question in questions for c in question["context"]]
+    search = LocalSearch(list(dict.fromkeys(pages)), top_k=10)
+    asked = [q for q in questions if not {answer.lower() for answer in q["answers"]} & {"yes", "no"}]
+    assert len(asked) == 279
+    hits = 0
+    for question, found in zip(asked, search.search([q["question"] for q in asked]), strict=True):
+        text = " ".join(f"{page.title} {page.text}" for page in found).lower()
+        hits += any(answer.lower() in text for answer in question["answers"])
+    assert hits / len(asked) >= 0.84

@@ -1,0 +1,305 @@
+"""Search over HTTP against a real server on loopback that hangs, fails, lies, floods and stops half-way."""
+
+import json
+import multiprocessing
+import sqlite3
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from appo_jax.config import SearchToolConfig, ToolsConfig
+from appo_jax.errors import ConfigError, DataError
+from appo_jax.tools import executor as executor_module
+from appo_jax.tools.build import build_executor
+from appo_jax.tools.cache import QueryCache
+from appo_jax.tools.web import WebSearch
+from appo_jax.types import Outcome
+
+
+class Server(ThreadingHTTPServer):
+    """A retriever that behaves as its queries say: the first word of a query is the fault."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked = []
+        self.headers = []
+        self.bodies = []
+        self.fails = 0  # requests that fail before one succeeds
+        self.release = threading.Event()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/retrieve"
+
+    def handle_error(self, request, client_address):
+        pass  # clients hang up on purpose
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, data, headers=()):
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        query = body["queries"][0] if "queries" in body else body["q"]
+        self.server.asked.append(query)
+        self.server.headers.append(dict(self.headers))
+        self.server.bodies.append(body)
+        fault = query.split()[0]
+        if self.server.fails > 0:
+            self.server.fails -= 1
+            fault = "500"
+        if fault == "hang":
+            self.server.release.wait(20)
+        elif fault in ("429", "500", "404"):
+            self.reply(int(fault), b"no", [("Retry-After", "0")])
+        elif fault == "garbage":
+            self.reply(200, b"<html>\xff\xfe</html>")
+        elif fault == "shape":
+            self.reply(200, b'{"result": [{"pages": 3}]}')
+        elif fault == "nohttp":
+            self.wfile.write(b"\x00\x01\x02\r\n\r\n")
+        elif fault == "flood":
+            self.reply(200, b"x" * 50_000_000)
+        elif fault == "half":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"result": [')
+        elif fault == "chunks":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b'5\r\n{"res\r\n')
+        elif fault == "drip":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            while not self.server.release.wait(0.1):
+                self.wfile.write(b" ")
+        elif fault == "redirect":
+            self.reply(302, b"", [("Location", "http://169.254.169.254/")])
+        elif "q" in body:
+            self.reply(200, json.dumps({"organic": [{"title": "T", "snippet": "S"}]}).encode())
+        else:
+            hits = [{"document": {"contents": f'"Title {i}"\nabout {query}'}, "score": 1.0} for i in range(5)]
+            hits[1]["document"]["contents"] = f'"Title {1}"\nmore about {query}'
+            self.reply(200, json.dumps({"result": [hits]}).encode())
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+def config(server, **options):
+    return SearchToolConfig(**{"url": server.url, "allow_private": True, "timeout": 1.0, "max_retries": 2, **options})
+
+
+FAULTS = {
+    "hang": ("timeout", 1),
+    "drip": ("timeout", 1),
+    "429": ("status_429", 3),
+    "500": ("status_500", 3),
+    "404": ("status_404", 1),
+    "redirect": ("status_302", 1),
+    "garbage": ("garbage", 3),
+    "shape": ("garbage", 3),
+    "nohttp": ("garbage", 3),
+    "flood": ("too_large", 1),
+    "half": ("cut_off", 3),
+    "chunks": ("cut_off", 3),
+}
+
+
+def test_search_r1_protocol(server):
+    tool = WebSearch(config(server, top_k=2))
+    result, _ = tool.call(None, " who\nis  Ada ")
+    assert result.outcome is Outcome.OK
+    assert result.text == "Page 1: Title 0. about who is Ada\nPage 2: Title 1. more about who is Ada"
+    assert server.bodies == [{"queries": ["who is Ada"], "topk": 2, "return_scores": True}]
+    assert tool.faults() == {}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_text_in_time_and_counted(server, fault):
+    tool = WebSearch(config(server))
+    began = time.monotonic()
+    result, _ = tool.call(None, f"{fault} x")
+    assert time.monotonic() - began < 3
+    kind, attempts = FAULTS[fault]
+    assert result.outcome is (Outcome.TIMEOUT if kind == "timeout" else Outcome.UNAVAILABLE)
+    assert "The search failed" in result.text
+    assert len(server.asked) == attempts
+    assert tool.faults() == {kind: attempts}
+    assert tool.faults() == {}
+
+
+def test_a_passing_failure_is_retried(server):
+    server.fails = 2
+    tool = WebSearch(config(server))
+    assert tool.call(None, "Ada")[0].outcome is Outcome.OK
+    assert tool.faults() == {"status_500": 2}
+
+
+def test_nobody_listens(server):
+    server.server_close()
+    tool = WebSearch(config(server))
+    result, _ = tool.call(None, "Ada")
+    assert result.outcome in (Outcome.UNAVAILABLE, Outcome.TIMEOUT)
+    assert set(tool.faults()) <= {"connection", "timeout"}
+
+
+def test_a_mix_of_faults_through_the_executor(server, monkeypatch):
+    """Every call of every rollout ends, and the metrics count each fault."""
+    monkeypatch.setattr(executor_module, "TRIP_AFTER", 10**6)
+    tools = ToolsConfig(enabled=("search",), max_concurrency=16, search=config(server, max_retries=1))
+    expected = {}
+    with build_executor(tools) as executor:
+        futures = []
+        for rollout in range(4):
+            for fault in ("fine", *FAULTS):
+                text = f"<think>t</think><search>{fault} {rollout}</search>"
+                futures.append(executor.submit(executor.start(), text, bound=5.0))
+        records = [future.result(10) for future in futures]
+        metrics = executor.metrics()
+    for record in records:
+        fault = record.argument.split()[0]
+        kind, attempts = FAULTS.get(fault, (None, 0))
+        assert record.outcome is {None: Outcome.OK, "timeout": Outcome.TIMEOUT}.get(kind, Outcome.UNAVAILABLE), record
+        if kind:
+            key = f"tools/search/fault_{kind}"
+            expected[key] = expected.get(key, 0) + min(attempts, 2)
+    assert {key: count for key, count in metrics.items() if "fault_" in key} == expected
+    assert metrics["tools/search/calls"] == len(records)
+    assert metrics["tools/search/ok"] == 4
+    assert metrics["tools/search/timeout"] == 8
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "169.254.169.254", "10.0.0.1", "192.168.1.1", "[::1]", "[fe80::1]",
+             "[::ffff:169.254.169.254]", "0.0.0.0", "metadata.localhost"]
+)  # fmt: skip
+def test_private_addresses_are_refused(host):
+    try:
+        tool = WebSearch(SearchToolConfig(url=f"http://{host}:9/x", timeout=1.0))
+    except ConfigError as error:
+        assert "tools.search.url" in str(error)
+        assert "--tools.search.allow-private" in str(error)
+        return
+    assert tool.call(None, "q")[0].outcome is Outcome.UNAVAILABLE  # a name that resolves to nothing here
+    assert set(tool.faults()) <= {"refused", "connection"}
+
+
+def test_an_address_is_checked_when_it_is_used(server, monkeypatch):
+    """A name that was public at start and points into the private network later (DNS rebinding)."""
+    tool = WebSearch(SearchToolConfig(url="http://rebound.example:80/", timeout=1.0))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.0.1", server.server_address[1]))])
+    assert tool.call(None, "q")[0].outcome is Outcome.UNAVAILABLE
+    assert tool.faults() == {"refused": 1}
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://a/b", "http://", "nonsense"])
+def test_bad_urls_are_refused(url):
+    with pytest.raises(ConfigError, match=r"tools\.search\.url"):
+        WebSearch(SearchToolConfig(url=url))
+
+
+def test_serper_takes_its_key_from_the_environment(server, monkeypatch):
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="SERPER_API_KEY"):
+        WebSearch(config(server, provider="serper"))
+    monkeypatch.setenv("SERPER_API_KEY", "k1")
+    assert WebSearch(config(server, provider="serper")).call(None, "q")[0].text == "Page 1: T. S"
+    assert server.headers[0]["X-Api-Key"] == "k1"
+
+
+def test_the_rate_limit_holds(server):
+    tool = WebSearch(config(server, max_per_second=20.0, timeout=5.0))
+    began = time.monotonic()
+    threads = [threading.Thread(target=tool.call, args=(None, f"q {i}")) for i in range(9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - began >= 0.4
+    assert len(server.asked) == 9
+
+
+def test_answers_are_cached_and_failures_are_not(server, tmp_path):
+    options = config(server, cache=str(tmp_path / "cache.sqlite"))
+    first = WebSearch(options).call(None, "Who is Ada")[0]
+    assert WebSearch(options).call(None, "who  is ada")[0] == first
+    assert server.asked == ["Who is Ada"]
+    server.fails = 3
+    assert WebSearch(options).call(None, "other")[0].outcome is Outcome.UNAVAILABLE
+    assert WebSearch(options).call(None, "other")[0].outcome is Outcome.OK
+
+
+def test_another_server_or_page_count_has_its_own_answers(server, tmp_path):
+    cache = str(tmp_path / "cache.sqlite")
+    WebSearch(config(server, cache=cache, top_k=1)).call(None, "q")
+    WebSearch(config(server, cache=cache, top_k=2)).call(None, "q")
+    assert server.asked == ["q", "q"]
+
+
+def test_a_cache_filled_from_json_answers_alone(tmp_path):
+    (tmp_path / "answers.json").write_text(json.dumps({"Who is Ada": "Page 1: a person"}))
+    tool = WebSearch(SearchToolConfig(cache=str(tmp_path / "c.sqlite"), cache_fill=str(tmp_path / "answers.json")))
+    assert tool.call(None, "who is ada")[0].text == "Page 1: a person"
+    assert "No page" in tool.call(None, "unknown")[0].text
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"a": 1}', "{", None])
+def test_bad_answer_files_are_named(tmp_path, content):
+    path = tmp_path / "answers.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=r"answers\.json"):
+        QueryCache(tmp_path / "c.sqlite").fill(path)
+
+
+def test_a_file_that_is_no_cache_is_named(tmp_path):
+    (tmp_path / "c.sqlite").write_text("not a database" * 100)
+    with pytest.raises(DataError, match=r"c\.sqlite"):
+        QueryCache(tmp_path / "c.sqlite")
+
+
+def _write(path, start):
+    cache = QueryCache(path, "b")
+    for i in range(start, start + 50):
+        cache.put(f"q{i}", f"t{i}")
+        cache.get(f"q{i - 1}")
+    cache.close()
+
+
+def test_processes_share_a_cache(tmp_path):
+    path = tmp_path / "c.sqlite"
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write, args=(path, 50 * i)) for i in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    cache = QueryCache(path, "b")
+    assert [cache.get(f"q{i}") for i in range(150)] == [f"t{i}" for i in range(150)]
+    assert sqlite3.connect(path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
