@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,9 @@ def build(config: Config) -> Components:
     limit, malformed = config.rollout.max_prompt_tokens, config.data.malformed
     train = check_prompts(dataset.train, tokenizer, limit, malformed)
     held_out = check_prompts(dataset.held_out, tokenizer, limit, malformed)
-    arch = config.policy.architecture or from_hf(json.loads((Path(str(config.policy.path)) / "config.json").read_text()))
+    arch = config.policy.architecture or from_hf(
+        json.loads((Path(str(config.policy.path)) / "config.json").read_text())
+    )
     executor = build_executor(config.tools, dataset.documents)
     try:
         check_tags(tokenizer, (*executor.stop_strings, "<think>", "</think>", "<answer>", "</answer>", "\\boxed{"))
@@ -90,7 +93,7 @@ def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:
     edges = [start, *turns.tolist(), rollout.length]
     segments = tuple(
         Segment(tokenizer.decode(rollout.tokens[a:b].tolist()), bool(rollout.sampled[a]))
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
         if b > a
     )
     return Response(

@@ -70,7 +70,7 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class PythonToolConfig:
     isolation: Literal["bubblewrap", "process"] = "bubblewrap"
-    """bubblewrap: namespaces, seccomp, no network. process: resource limits only; for trusted policies and machines without bubblewrap."""
+    """bubblewrap: namespaces, seccomp, no network. process: resource limits only, for policies that are trusted."""
     timeout: float = 5.0
     """Seconds of wall time per call."""
     memory_mb: int = 512
@@ -308,7 +308,9 @@ def validate(config: Config) -> None:
             f"rollout.budget = {r.budget} cannot be filled: N·(B+1)^L = {r.num_initial}·({b.num_branch_points}+1)^"
             f"{b.num_loops} = {full}; lower rollout.budget or raise branching.num_branch_points",
         )
-    need(b.clip_low < b.clip_high, f"branching.clip_low = {b.clip_low} must be below branching.clip_high = {b.clip_high}")
+    need(
+        b.clip_low < b.clip_high, f"branching.clip_low = {b.clip_low} must be below branching.clip_high = {b.clip_high}"
+    )
     a = c.advantage
     need(a.clip_low <= a.clip_high, f"advantage.clip_low = {a.clip_low} exceeds advantage.clip_high = {a.clip_high}")
     need(0 < r.top_p <= 1, f"rollout.top_p = {r.top_p}: must be in (0, 1]")
@@ -339,7 +341,10 @@ def validate(config: Config) -> None:
         f"prompts_per_minibatch × rollout.num_initial = {rows} rows cannot be split over mesh.data × mesh.fsdp = {devices}",
     )
     micro = c.optimizer.micro_batch
-    need(micro == 0 or rows % micro == 0, f"optimizer.micro_batch = {micro} does not divide a mini-batch of {rows} rollouts")
+    need(
+        micro == 0 or rows % micro == 0,
+        f"optimizer.micro_batch = {micro} does not divide a mini-batch of {rows} rollouts",
+    )
     micro = c.sft.micro_batch
     need(
         micro == 0 or c.sft.batch_size % micro == 0,

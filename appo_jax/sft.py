@@ -77,7 +77,9 @@ def _make_traces(components: Components) -> list[Trace]:
     executor = components.executor
 
     def call(name: str) -> Callable[[str], str]:
-        return lambda argument: executor.submit(executor.start(), f"<{name}>{argument}</{name}>", bound=60.0).result().result
+        return lambda argument: (
+            executor.submit(executor.start(), f"<{name}>{argument}</{name}>", bound=60.0).result().result
+        )
 
     limit = components.config.sft.steps * components.config.sft.batch_size * TRACES_PER_ROW
     return components.dataset.make_traces(call("search"), call("python"), limit=limit)
@@ -112,7 +114,9 @@ def _train(components: Components, run: RunDir, on_step: OnStep) -> ColdStart:
             step += 1
             record = {f"sft/{k}": float(v) for k, v in results.items()} | {"sft/seconds": time.perf_counter() - began}
             if not jnp.isfinite(record["sft/loss"]):
-                raise TrainingError(f"the cold start's loss is {record['sft/loss']} at step {step}; lower sft.learning_rate")
+                raise TrainingError(
+                    f"the cold start's loss is {record['sft/loss']} at step {step}; lower sft.learning_rate"
+                )
             metrics.log(step, record)
             on_step(step, record)
             if step % config.sft.checkpoint_every == 0 and step < config.sft.steps:
@@ -142,7 +146,9 @@ def abstract_state(config: Config, components: Components) -> Any:
     optimizer = _optimizer(config)
 
     def make() -> TrainState:
-        params = initial_params(dataclasses.replace(config, policy=dataclasses.replace(config.policy, path=None)), components.arch)
+        params = initial_params(
+            dataclasses.replace(config, policy=dataclasses.replace(config.policy, path=None)), components.arch
+        )
         return TrainState(params, optimizer.init(params))
 
     return jax.eval_shape(make)

@@ -60,7 +60,9 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     optimizer = make_optimizer(o.learning_rate, o.warmup_steps, o.weight_decay, o.max_grad_norm, o.b1, o.b2)
     state = TrainState(params, optimizer.init(params))
     del params
-    spec = StepSpec(components.arch, config.loss, config.rollout.temperature, o.micro_batch, components.dtype, remat=False)
+    spec = StepSpec(
+        components.arch, config.loss, config.rollout.temperature, o.micro_batch, components.dtype, remat=False
+    )
     update = make_train_step(optimizer, spec)
     algorithm = make_algorithm(config)
     grower = TreeGrower(components.engine, config.rollout, config.branching)
@@ -151,7 +153,7 @@ def train_step(
         grown += minibatch
         with timer("update"):
             batch, base = make_batch(
-                minibatch, old[i], growth and growth.scores, algorithm, config, grower.length
+                minibatch, old[i], growth.scores if growth else None, algorithm, config, grower.length
             )
             state, results = update(state, batch)
             updates.append(update_metrics(jax.device_get(results), base, growth, algorithm.initial))

@@ -130,4 +130,6 @@ class RewardResult:
 
     reward: float
     correct: bool  # the figure accuracy counts
-    detail: Mapping[str, float] = dataclasses.field(default_factory=dict)  # e.g. {"f1": 1.0, "format": 1.0, "bonus": 0.1}
+    detail: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # e.g. {"f1": 1.0, "format": 1.0, "bonus": 0.1}

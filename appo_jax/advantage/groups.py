@@ -6,19 +6,20 @@ import numpy as np
 
 from appo_jax.config import AdvantageConfig
 
+EQUAL = 1e-9  # rewards no further apart are the same reward: what rounding added must not become an advantage
 
-def zscores(rewards: np.ndarray, group: np.ndarray) -> np.ndarray | None:
+
+def zscores(rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
     """`(R − mean(group)) / std(group)` for each R of `rewards`, population std.
 
     Over a group without spread the quotient is 0/0 for the group's own value, which counts as 0, and undefined (NaN) for
-    any other. None for an empty group.
+    any other; so it is over an empty group.
     """
     if group.size == 0:
-        return None
-    centred = rewards - group.mean()
-    if group.max() == group.min():
-        return np.where(rewards == group[0], 0.0, np.nan)
-    return centred / group.std()
+        return np.full(rewards.shape, np.nan)
+    if group.max() - group.min() <= EQUAL:
+        return np.where(np.abs(rewards - group[0]) <= EQUAL, 0.0, np.nan)
+    return (rewards - group.mean()) / group.std()
 
 
 def dual_group(initial: np.ndarray, branches: np.ndarray) -> np.ndarray:
@@ -26,15 +27,12 @@ def dual_group(initial: np.ndarray, branches: np.ndarray) -> np.ndarray:
 
     A group for which the z-score is undefined is left out of the average; with none left the advantage is 0.
     """
-    scores = [z for group in (initial, branches) if (z := zscores(initial, group)) is not None]
-    stacked = np.stack(scores)
-    defined = ~np.isnan(stacked)
-    return np.where(defined, stacked, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
+    scores = np.stack([zscores(initial, initial), zscores(initial, branches)])
+    defined = ~np.isnan(scores)
+    return np.where(defined, scores, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
 
 
-def base_advantage(
-    initial: np.ndarray, branches: np.ndarray, config: AdvantageConfig
-) -> np.ndarray:
+def base_advantage(initial: np.ndarray, branches: np.ndarray, config: AdvantageConfig) -> np.ndarray:
     """A_base `[N]` of one prompt's initial rollouts from the rewards of its initial `[N]` and branched rollouts."""
     if config.base == "paper":
         return dual_group(initial, branches)

@@ -10,24 +10,25 @@ from appo_jax.config import BranchingConfig
 
 
 def rank_positions(
-    score: np.ndarray, preferred: np.ndarray, valid: np.ndarray, min_spacing: int = 1, limit: int | None = None
+    score: np.ndarray, preferred: np.ndarray, valid: np.ndarray, sampled: np.ndarray, min_spacing: int = 1
 ) -> list[int]:
     """Positions of one rollout, best first: preferred ones by score, then the other valid ones by score.
 
-    All `[T]`. Equal scores go to the earlier position. Two chosen positions lie at least `min_spacing` valid tokens
-    apart; with 1 every valid position is ranked. At most `limit` are returned.
+    All `[T]`. Equal scores go to the earlier position. Two chosen positions lie at least `min_spacing` sampled tokens
+    apart; with 1 every valid position is ranked.
     """
     positions = np.flatnonzero(valid)
-    order = np.lexsort((positions, -score[positions], ~preferred[positions]))
+    ranked = positions[np.lexsort((positions, -score[positions], ~preferred[positions]))]
     if min_spacing == 1:
-        return positions[order][:limit].tolist()
-    chosen: list[int] = []  # indices into `positions`, so that distance counts valid tokens
-    for i in order:
-        if all(abs(i - j) >= min_spacing for j in chosen):
-            chosen.append(int(i))
-            if len(chosen) == limit:
-                break
-    return positions[chosen].tolist()
+        return ranked.tolist()
+    count = np.cumsum(sampled)  # distances are differences of this
+    free = np.ones(len(sampled) + min_spacing, bool)  # by count
+    chosen: list[int] = []
+    for t in ranked.tolist():
+        if free[count[t]]:
+            chosen.append(t)
+            free[max(0, count[t] - min_spacing + 1) : count[t] + min_spacing] = False
+    return chosen
 
 
 def serve(ranked: Sequence[Sequence[int]], per_rollout: int, budget: int) -> list[tuple[int, int]]:
@@ -61,12 +62,13 @@ def select(
     scores: Sequence[np.ndarray],
     preferred: Sequence[np.ndarray],
     valid: Sequence[np.ndarray],
+    sampled: Sequence[np.ndarray],
     budget: int,
     config: BranchingConfig,
 ) -> list[tuple[int, int]]:
     """Branch points of one prompt from the `[T]` scores of its rollouts; at most `budget`."""
     ranked = [
-        rank_positions(s, p, v, config.min_spacing) for s, p, v in zip(scores, preferred, valid, strict=True)
+        rank_positions(*arrays, config.min_spacing) for arrays in zip(scores, preferred, valid, sampled, strict=True)
     ]
     if config.allocation == "pooled":
         return pooled(ranked, scores, preferred, min(budget, config.num_branch_points * len(ranked)))

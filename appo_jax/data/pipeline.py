@@ -47,7 +47,9 @@ def prompt_batches(
 def trace_batches(
     traces: Sequence[Trace], tokenizer: Tokenizer, batch_size: int, max_tokens: int, seed: int
 ) -> grain.DatasetIterator[TraceBatch]:
-    """Endless batches of encoded traces, packed into `batch_size` rows (grain's first-fit packing). A trace of more than `max_tokens` is left out, since a cut one would teach to
+    """Endless batches of encoded traces, packed into `batch_size` rows (grain's first-fit packing).
+
+    A trace of more than `max_tokens` is left out, since a cut one would teach to
     break off; how many is logged. Raises DataError when none fits."""
     encoded = [encode_trace(trace, tokenizer) for trace in traces]
     fitting = [pair for pair in encoded if len(pair[0]) <= max_tokens]

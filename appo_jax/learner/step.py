@@ -56,8 +56,9 @@ class StepSpec:
 
 def batch_loss(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a micro-batch and its metric sums."""
+    attend: attention.Attend = attention.causal_no_cache
     if batch.segments is None or batch.positions is None:
-        where, attend = positions(batch.tokens), attention.causal_no_cache
+        where = positions(batch.tokens)
     else:
         where, attend = batch.positions, attention.packed(batch.segments)
     hidden, _ = hidden_states(params, spec.arch, batch.tokens, where, attend, spec.dtype, spec.remat)

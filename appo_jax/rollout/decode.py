@@ -171,7 +171,7 @@ def append_tokens(
     `rows [A, 2]` are indices (r, c); unused places repeat nothing: their r is R, out of bounds. chunk `[A, Q]`, count `[A]`.
     The rows' pending token and all but the last appended one are fed; the last stays pending.
     """
-    R, C, S = state.tokens.shape
+    R, _, S = state.tokens.shape
     A, Q = chunk.shape
     r, c = rows[:, 0], rows[:, 1]
     safe = jnp.minimum(r, R - 1), c
@@ -182,7 +182,15 @@ def append_tokens(
     some_prefix = [(k[safe[0]], v[safe[0]]) for k, v in prefix]
     some_cache = [(k[safe][:, None], v[safe][:, None]) for k, v in state.cache]
     _, new = feed(
-        params, arch, some_prefix, some_cache, inputs[:, None], (length - 1)[:, None], count[:, None], start[:, None], dtype
+        params,
+        arch,
+        some_prefix,
+        some_cache,
+        inputs[:, None],
+        (length - 1)[:, None],
+        count[:, None],
+        start[:, None],
+        dtype,
     )
     cache = [
         (k.at[r, c].set(nk[:, 0], mode="drop"), v.at[r, c].set(nv[:, 0], mode="drop"))

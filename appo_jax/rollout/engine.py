@@ -70,6 +70,10 @@ class _Row:
     future: concurrent.futures.Future[CallRecord] | None = None
     stop_reason: StopReason | None = None
 
+    @property
+    def decoding(self) -> bool:
+        return self.future is None and self.stop_reason is None
+
 
 @dataclasses.dataclass
 class GenerationStats:
@@ -90,7 +94,9 @@ class Engine:
         self, arch: Architecture, tokenizer: Tokenizer, executor: ToolExecutor, config: RolloutConfig, seed: int, dtype: Any
     ):  # fmt: skip
         self.arch, self.tokenizer, self.executor, self.config, self.dtype = arch, tokenizer, executor, config, dtype
-        padding = [b""] * (arch.vocab_size - tokenizer.vocab_size)  # embeddings may have more rows than there are tokens
+        padding = [b""] * (
+            arch.vocab_size - tokenizer.vocab_size
+        )  # embeddings may have more rows than there are tokens
         self.automaton = StopAutomaton.build(executor.stop_strings, tokenizer.token_bytes() + padding)
         self._tables = jnp.asarray(self.automaton.next_state), jnp.asarray(self.automaton.hit)
         self._key = jax.random.key(seed)
@@ -167,19 +173,18 @@ class Engine:
                 self.stats.decode_s += time.perf_counter() - began
                 self.stats.decode_steps += int(steps)
                 self.stats.row_steps += int(steps) * is_active.size
-                stopped = [at for at, row in rows.items() if not is_active[at] and row.stop_reason is None and not row.future]
-                tokens = np.asarray(state.tokens) if stopped else None
+                stopped = [at for at, row in rows.items() if row.decoding and not is_active[at]]
+                tokens = np.asarray(state.tokens) if stopped else np.empty(0)
                 for at in stopped:
-                    self._on_stop(rows[at], tokens[at][: length[at]], int(automaton[at]))
-                    if rows[at].future is not None:
-                        waiting[rows[at].future] = at
+                    if future := self._on_stop(rows[at], tokens[at][: length[at]], int(automaton[at])):
+                        waiting[future] = at
             else:
                 began = time.perf_counter()
                 concurrent.futures.wait(waiting, timeout=1.0, return_when=concurrent.futures.FIRST_COMPLETED)
                 self.stats.wait_s += time.perf_counter() - began
             state = self._append_finished(params, prefix, state, rows, waiting)
             state = self._expire(state, rows, waiting)
-            active = sum(row.stop_reason is None and row.future is None for row in rows.values())
+            active = sum(row.decoding for row in rows.values())
         return self._collect(state, rows, len(forks))
 
     def _start(self, forks: Sequence[Sequence[Fork]], columns: int, salt: Sequence[int]) -> DecodeState:
@@ -207,8 +212,8 @@ class Engine:
             state = int(self.automaton.next_state[state, token])
         return 0 if self.automaton.hit[state] >= 0 else state
 
-    def _on_stop(self, row: _Row, suffix: np.ndarray, automaton: int) -> None:
-        """A row left the decode loop: it is over, or it asks for a tool."""
+    def _on_stop(self, row: _Row, suffix: np.ndarray, automaton: int) -> concurrent.futures.Future[CallRecord] | None:
+        """A row left the decode loop: it is over, or it asks for a tool, whose future is returned."""
         text = np.concatenate([row.fork.tokens, suffix[1:]])
         if suffix[-1] == self.tokenizer.eos_id:
             row.stop_reason = StopReason.ANSWERED
@@ -217,7 +222,10 @@ class Engine:
         elif len(row.calls) >= self.config.max_tool_calls:
             row.stop_reason = StopReason.CALLS
         else:
-            row.future = self.executor.submit(row.states, self.tokenizer.decode(text[row.boundary :].tolist()))
+            row.future = self.executor.submit(
+                row.states, self.tokenizer.decode(text[row.boundary :].tolist()), bound=row.deadline - time.monotonic()
+            )
+        return row.future
 
     def _append_finished(
         self, params: Params, prefix: list[LayerCache], state: DecodeState, rows: dict[tuple[int, int], _Row],

@@ -26,7 +26,7 @@ def rollout_metrics(trees: Sequence[Tree], stats: GenerationStats) -> dict[str, 
     record: dict[str, Any] = {
         "reward/initial": mean([r.reward for r in initial]),
         "reward/branch": mean([r.reward for r in branches]),
-        "reward/initial_std": mean([np.std([r.reward for r in tree if r.is_initial]) for tree in trees]),
+        "reward/initial_std": mean([float(np.std([r.reward for r in tree if r.is_initial])) for tree in trees]),
         "accuracy/initial": mean([r.correct for r in initial]),
         "accuracy/branch": mean([r.correct for r in branches]),
         "rollout/count": len(rollouts),
@@ -76,4 +76,6 @@ def _relative_positions(trees: Sequence[Tree]) -> list[float]:
     def share(parent: Rollout, fork: int) -> float:
         return (fork - parent.prompt_length) / (parent.length - parent.prompt_length)
 
-    return [share(tree[r.parent], r.fork) for tree in trees for r in tree if r.parent is not None and r.fork is not None]
+    return [
+        share(tree[r.parent], r.fork) for tree in trees for r in tree if r.parent is not None and r.fork is not None
+    ]

@@ -104,7 +104,9 @@ class TreeGrower:
                 for (p, n), (log_probs, _) in zip(nodes[first : first + self.parents], wave, strict=True):
                     if n == len(old[p]):  # a branch: the policy that drew it is the present one
                         old[p].append(log_probs)
-            scores = self._branching_scores([growth.trees[p][n] for p, n in nodes], [old[p][n] for p, n in nodes], waves)
+            scores = self._branching_scores(
+                [growth.trees[p][n] for p, n in nodes], [old[p][n] for p, n in nodes], waves
+            )
             growth.scores = [[] for _ in trees]
             for (p, _), node_scores in zip(nodes, scores, strict=True):
                 growth.scores[p].append(node_scores)
@@ -158,8 +160,9 @@ class TreeGrower:
         for tree, scores in zip(growth.trees, growth.scores, strict=True):
             budget = self.rollout.budget - len(tree)
             chosen = select(
-                [s.score for s in scores], [s.preferred for s in scores], [s.valid for s in scores], budget, self.branching
-            )
+                [s.score for s in scores], [s.preferred for s in scores], [s.valid for s in scores],
+                [r.sampled for r in tree], budget, self.branching,
+            )  # fmt: skip
             growth.missing_branches += min(budget, self.branching.num_branch_points * len(tree)) - len(chosen)
             points.append(chosen)
         return points

@@ -119,6 +119,8 @@ class PythonTool:
             case "died":
                 why = "The interpreter ended (a crash or os._exit). Variables are as they were before this call."
                 return ToolResult(f"{text}\n{why}".lstrip(), Outcome.ERROR)
+            case "full":
+                return ToolResult("The machine has no room for another interpreter state.", Outcome.UNAVAILABLE)
             case _:
                 return ToolResult("The state of the interpreter is lost: its code interfered with it.", Outcome.ERROR)
 

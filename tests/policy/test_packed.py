@@ -28,8 +28,10 @@ def test_packed_traces_give_the_loss_and_gradient_of_separate_ones() -> None:
                 segments[r, part], positions[r, part] = s + 1, np.arange(lengths[i])
                 at += lengths[i]
         ones = jnp.ones((len(rows), width))
-        extra = dict(segments=jnp.asarray(segments, jnp.int32), positions=jnp.asarray(positions, jnp.int32))
-        return TrainBatch(jnp.asarray(tokens, jnp.int32), jnp.asarray(weights, jnp.float32), ones, ones, **extra if packed else {})
+        extra = {"segments": jnp.asarray(segments, jnp.int32), "positions": jnp.asarray(positions, jnp.int32)}
+        return TrainBatch(
+            jnp.asarray(tokens, jnp.int32), jnp.asarray(weights, jnp.float32), ones, ones, **extra if packed else {}
+        )
 
     params = init_params(ARCH, 0)
     loss, grads, sums = gradients(params, batch([[0], [1], [2]], 9, packed=False), SPEC)

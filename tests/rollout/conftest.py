@@ -67,7 +67,9 @@ def params(arch: Architecture) -> Params:
 
 @pytest.fixture(scope="session")
 def examples() -> list[Example]:
-    return [Example(f"q{i}", question, ("x",), "qa", "") for i, question in enumerate(("the fox", "lazy dog", "7 dogs"))]
+    return [
+        Example(f"q{i}", question, ("x",), "qa", "") for i, question in enumerate(("the fox", "lazy dog", "7 dogs"))
+    ]
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Generation against the teacher-forced pass, and what a rollout must be."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,9 @@ from appo_jax.types import Example, Rollout, StopReason
 def teacher_forced_error(grower: TreeGrower, params: Params, rollouts: list[Rollout]) -> float:
     """Largest difference between the sampler's and the score pass's log-probabilities and entropies."""
     worst = 0.0
-    for (wave, _), first in zip(grower._score(params, rollouts, False), range(0, len(rollouts), grower.parents), strict=True):
+    for (wave, _), first in zip(
+        grower._score(params, rollouts, False), range(0, len(rollouts), grower.parents), strict=True
+    ):
         for rollout, (log_probs, entropies) in zip(rollouts[first:], wave, strict=False):
             own = rollout.sampled
             worst = max(worst, np.abs(log_probs - rollout.log_probs)[own].max())
@@ -63,7 +67,7 @@ def test_rollouts_are_well_formed(engine: Engine, params: Params, examples: list
 
 def test_same_keys_same_tokens_other_keys_other_tokens(engine: Engine, params: Params, examples: list[Example]) -> None:
     first, again, other = (engine.initial(params, examples, 3, (0, step)) for step in (5, 5, 6))
-    for a, b, c in zip(sum(first, []), sum(again, []), sum(other, []), strict=True):
+    for a, b, c in zip(*(itertools.chain(*trees) for trees in (first, again, other)), strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         assert a.tokens.tolist() != c.tokens.tolist()
     for tree in first:  # a group's samples are independent

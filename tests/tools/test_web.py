@@ -22,6 +22,7 @@ class Server(ThreadingHTTPServer):
     """A retriever that behaves as its queries say: the first word of a query is the fault."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -194,18 +195,13 @@ def test_a_mix_of_faults_through_the_executor(server, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "169.254.169.254", "10.0.0.1", "192.168.1.1", "[::1]", "[fe80::1]",
-             "[::ffff:169.254.169.254]", "0.0.0.0", "metadata.localhost"]
+    "host",
+    ["127.0.0.1", "localhost", "169.254.169.254", "10.0.0.1", "192.168.1.1", "[::1]", "[fe80::1]", "0.0.0.0",
+     "[::ffff:169.254.169.254]", "100.64.0.1", "224.0.0.1"],
 )  # fmt: skip
 def test_private_addresses_are_refused(host):
-    try:
-        tool = WebSearch(SearchToolConfig(url=f"http://{host}:9/x", timeout=1.0))
-    except ConfigError as error:
-        assert "tools.search.url" in str(error)
-        assert "--tools.search.allow-private" in str(error)
-        return
-    assert tool.call(None, "q")[0].outcome is Outcome.UNAVAILABLE  # a name that resolves to nothing here
-    assert set(tool.faults()) <= {"refused", "connection"}
+    with pytest.raises(ConfigError, match=r"tools\.search\.url: .* --tools\.search\.allow-private"):
+        WebSearch(SearchToolConfig(url=f"http://{host}:9/x"))
 
 
 def test_an_address_is_checked_when_it_is_used(server, monkeypatch):
@@ -229,7 +225,7 @@ def test_serper_takes_its_key_from_the_environment(server, monkeypatch):
         WebSearch(config(server, provider="serper"))
     monkeypatch.setenv("SERPER_API_KEY", "k1")
     assert WebSearch(config(server, provider="serper")).call(None, "q")[0].text == "Page 1: T. S"
-    assert server.headers[0]["X-Api-Key"] == "k1"
+    assert server.headers[0]["X-API-KEY"] == "k1"
 
 
 def test_the_rate_limit_holds(server):
@@ -294,12 +290,12 @@ def _write(path, start):
 def test_processes_share_a_cache(tmp_path):
     path = tmp_path / "c.sqlite"
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write, args=(path, 50 * i)) for i in range(3)]
+    writers = [context.Process(target=_write, args=(path, 50 * i)) for i in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert [writer.exitcode for writer in writers] == [0, 0]
     cache = QueryCache(path, "b")
-    assert [cache.get(f"q{i}") for i in range(150)] == [f"t{i}" for i in range(150)]
+    assert [cache.get(f"q{i}") for i in range(100)] == [f"t{i}" for i in range(100)]
     assert sqlite3.connect(path).execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -6,7 +6,8 @@ frozen, and kills. In the sandbox it is process 1: when it ends, for whatever re
 there. It ends when its socket to the trainer closes, that is, when the trainer is gone.
 
 Messages are JSON with a 4-byte length. In: {"run": id, "from": id, "code", "timeout"} and {"free": id}.
-Out: {"ready": true} or {"error"}, then {"id", "outcome", "text"}; outcomes: ok, error, limit, timeout, died, lost.
+Out: {"ready": true} or {"error"}, then {"id", "outcome", "text"}, the outcome one of ok, error, limit, timeout, died,
+lost and full.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def main(control: int, options: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # should memory run out, this goes before the trainer
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every state needs two descriptors here
     try:
         supervisor = Supervisor(host, options)
     except Exception as error:
@@ -200,30 +203,38 @@ class Supervisor:
         if parent.child is not None or not parent.queue or parent.channel is None:
             return
         node = parent.child = parent.queue.popleft()
+        try:
+            with contextlib.ExitStack() as given:
+                fds = self._equip(node, given)
+                node.deadline = time.monotonic() + node.timeout
+                self.waiting.add(node)
+                parent.allowed = {seccomp.SYSCALLS["clone"]}
+                self._thaw(parent)
+                head = json.dumps({"folder": self._folder(node)}).encode()
+                socket.send_fds(parent.channel, [head + b"\n" + node.code], fds)
+        except ProcessLookupError:  # the parent is dying: its death is reported by its pidfd
+            return
+        except OSError:  # out of descriptors, memory or disk
+            parent.child = None
+            self._answer(node, "full")
+            self._fork_next(parent)
+            return
+        assert node.channel is not None
+        self.selector.register(node.channel, selectors.EVENT_READ, lambda: self._on_report(node))
+
+    def _equip(self, node: Node, given: contextlib.ExitStack) -> list[int]:
+        """What a cell gets: its end of a channel, its output, its /tmp. Raises OSError."""
         node.channel, theirs = _channel()
+        given.enter_context(theirs)
         node.output = os.memfd_create("output")
-        fds = [theirs.fileno(), node.output]
-        if self.sandboxed:
-            fds.append(system.new_tmpfs(TMPFS_SIZE))
-            node.allowed = {seccomp.SYSCALLS["unshare"], seccomp.SYSCALLS["move_mount"]}
-        else:
+        if not self.sandboxed:
             os.mkdir(self._folder(node), 0o700)
             node.channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        node.deadline = time.monotonic() + node.timeout
-        self.waiting.add(node)
-        parent.allowed = {seccomp.SYSCALLS["clone"]}
-        head = json.dumps({"folder": self._folder(node)}).encode()
-        try:
-            self._thaw(parent)
-            socket.send_fds(parent.channel, [head + b"\n" + node.code], fds)
-        except OSError:  # it is dying, or its code reads nothing from its channel
-            self._lose(node)
-        finally:
-            theirs.close()
-            for fd in fds[2:]:
-                os.close(fd)
-        if node.channel is not None:
-            self.selector.register(node.channel, selectors.EVENT_READ, lambda: self._on_report(node))
+            return [theirs.fileno(), node.output]
+        node.allowed = {seccomp.SYSCALLS["unshare"], seccomp.SYSCALLS["move_mount"]}
+        files = system.new_tmpfs(TMPFS_SIZE)
+        given.callback(os.close, files)
+        return [theirs.fileno(), node.output, files]
 
     def _adopt(self, pid: int) -> Node | None:
         """The node of a process; a new one is known by its parent, which the kernel names."""

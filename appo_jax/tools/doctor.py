@@ -1,0 +1,105 @@
+"""What this machine offers to the tools: the checks behind `appo-jax doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+from appo_jax.config import PythonToolConfig
+from appo_jax.errors import ToolError
+from appo_jax.tools.python import PythonTool
+from appo_jax.tools.sandbox import seccomp
+from appo_jax.types import Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing looked at. `detail` says what was found and, when it is not ok, what to do."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def probe() -> list[Check]:
+    """Look at what the Python tool needs, from the ground up, and try it. Takes about a second."""
+    return [
+        _bubblewrap(),
+        _namespaces(),
+        _seccomp(),
+        _limits(),
+        _preload(),
+        _try("bubblewrap"),
+        _try("process"),
+    ]
+
+
+def _bubblewrap() -> Check:
+    path = shutil.which("bwrap")
+    if path is None:
+        return Check("bubblewrap", False, "bwrap is not on the PATH: apt-get install bubblewrap")
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    return Check("bubblewrap", True, f"{version} at {path}")
+
+
+def _namespaces() -> Check:
+    if shutil.which("bwrap") is None:
+        return Check("user namespaces", False, "cannot be tried without bubblewrap")
+    command = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    if tried.returncode == 0:
+        return Check("user namespaces", True, "a process without privileges may make them")
+    advice = "allow them: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu 23.10 and later), or "
+    advice += "kernel.unprivileged_userns_clone=1 (older Debian); in Docker run with --security-opt seccomp=unconfined"
+    return Check("user namespaces", False, f"refused ({tried.stderr.strip()}); {advice}")
+
+
+def _seccomp() -> Check:
+    """Installs the filter in a child: it cannot be taken off again."""
+    release, machine = platform.release(), platform.machine()
+    if not seccomp.ARCHITECTURE:
+        return Check("seccomp", False, f"no system-call filter for {machine}; expected x86_64 or aarch64")
+    code = "from sandbox import seccomp; print(seccomp.install())"
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(seccomp.__file__)))
+    started = [sys.executable, "-S", "-B", "-c", f"import sys; sys.path.append({folder!r}); {code}"]
+    tried = subprocess.run(started, capture_output=True, text=True, check=False)
+    if tried.returncode == 0:
+        return Check("seccomp", True, f"filters with user notification on Linux {release}, {machine}")
+    last = (tried.stderr.strip().splitlines() or ["no message"])[-1]
+    return Check("seccomp", False, f"refused ({last}); Linux {release}: 5.5 or later is needed, outside of gVisor")
+
+
+def _limits() -> Check:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    detail = f"open files {files}: a sandbox of n live states needs about 2n in its first process"
+    return Check("resource limits", files >= 1024, detail if files >= 1024 else f"{detail}; raise it with ulimit -n")
+
+
+def _preload() -> Check:
+    missing = [name for name in PythonToolConfig().preload if importlib.util.find_spec(name) is None]
+    if missing:
+        return Check("python modules", False, f"{', '.join(missing)}: pip install them, or change tools.python.preload")
+    return Check("python modules", True, ", ".join(PythonToolConfig().preload))
+
+
+def _try(isolation: str) -> Check:
+    name = f"python tool, isolation {isolation}"
+    began = time.monotonic()
+    try:
+        tool = PythonTool(PythonToolConfig(isolation=isolation, preload=("math",)))  # type: ignore[arg-type]
+    except ToolError as error:
+        return Check(name, False, str(error))
+    try:
+        started = time.monotonic() - began
+        result, _ = tool.call(tool.start(), "6 * 7")
+        ok = result.outcome is Outcome.OK and result.text == "42"
+        return Check(name, ok, f"started in {started:.2f} s" if ok else f"6 * 7 gave {result.text!r}")
+    finally:
+        tool.close()

@@ -1,0 +1,275 @@
+"""The loss (eq. 8) and its gradient against the oracle's float64 numbers, and gradient accumulation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appo_jax.advantage.procedural import procedural_advantage
+from appo_jax.branching.score import future_value
+from appo_jax.config import AdvantageConfig, Architecture, LossConfig
+from appo_jax.learner.loss import policy_loss, token_weights
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, batch_loss, gradients, make_train_step
+from appo_jax.policy import attention
+from appo_jax.policy.score import positions
+from appo_jax.policy.transformer import hidden_states, init_params, unembedding
+
+R, T, P, M = 4, 7, 2, 6
+MODES = ("paper", "token_mean", "seq_mean", "constant")
+jitted_loss = jax.jit(policy_loss, static_argnames="config")
+
+
+@st.composite
+def batches(draw):
+    """Log-probs, advantages and ragged masks [R, T]. No ratio lies on a kink of the clipped surrogate."""
+
+    def table(elements):
+        return np.array([[draw(elements) for _ in range(T)] for _ in range(R)])
+
+    old = table(st.integers(-40, -1)) / 8
+    ratio = table(st.sampled_from([-1.5, -0.4, -0.1, 0.0, 0.05, 0.1, 0.3, 1.0]))  # logs; kinks at −0.22 and 0.18
+    ref = table(st.integers(-40, -1)) / 8
+    advantages = table(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.5]))
+    return old + ratio, old, ref, advantages, table(st.booleans())
+
+
+def oracle_loss(new, old, ref, advantages, mask, mode, config):
+    return oracle.loss(
+        new, old, advantages, mask, clip_low=config.clip_low, clip_high=config.clip_high, mode=mode, num_prompts=P,
+        budget=M, constant=T, ref_log_probs=ref, kl_weight=config.kl_weight,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- value
+
+
+@settings(max_examples=40)
+@given(batches(), st.sampled_from(MODES), st.sampled_from([(0.2, 0.2), (0.2, 0.28)]), st.sampled_from([0.0, 0.04]))
+def test_loss_is_the_oracles(batch, mode, clip, kl_weight):
+    new, old, ref, advantages, mask = batch
+    config = LossConfig(clip_low=clip[0], clip_high=clip[1], kl_weight=kl_weight)
+    weights = token_weights(mask, M, P, mode)
+    arrays = (x.astype(np.float32) for x in (new, old, ref, advantages))
+    got, metrics = jitted_loss(*arrays, weights, config=config)
+    np.testing.assert_allclose(got, oracle_loss(*batch, mode, config), rtol=2e-5, atol=2e-5)
+    assert int(metrics["tokens"]) == mask.sum()
+
+
+def test_weights_by_hand():
+    mask = np.array([[0, 1, 1, 1, 1], [0, 1, 0, 0, 1], [0, 0, 0, 0, 0]], bool)
+    lengths = np.array([[4], [2], [1]])
+    np.testing.assert_allclose(token_weights(mask, 8, 3, "paper"), mask / lengths / 24)
+    np.testing.assert_allclose(token_weights(mask, 8, 3, "token_mean"), mask / 6)
+    np.testing.assert_allclose(token_weights(mask, 8, 3, "seq_mean"), mask / lengths / 2)  # two rollouts have tokens
+    np.testing.assert_allclose(token_weights(mask, 8, 3, "constant"), mask / 15)
+    for mode in MODES:
+        assert not token_weights(np.zeros((2, 3), bool), 8, 3, mode).any()
+
+
+def test_clip_fraction_and_kl_by_hand():
+    log_ratio = np.log(np.array([[1.5, 1.5, 0.5, 0.5, 1.1, 9.0]], np.float32))
+    advantages = np.array([[1, -1, 1, -1, 1, 1]], np.float32)
+    weights = np.array([[1, 1, 1, 1, 1, 0]], np.float32)
+    loss, metrics = policy_loss(log_ratio, np.zeros_like(log_ratio), None, advantages, weights, LossConfig())
+    # min(ρA, clip(ρ)A): 1.2, −1.5, 0.5, −0.8, 1.1; clipping bites in the first and the fourth
+    np.testing.assert_allclose(loss, -0.5, rtol=1e-6)
+    assert (int(metrics["clip_fraction"]), int(metrics["tokens"])) == (2, 5)
+    ratio = np.array([1.5, 1.5, 0.5, 0.5, 1.1])
+    np.testing.assert_allclose(metrics["kl_old_new"], (ratio - 1 - np.log(ratio)).sum(), rtol=1e-5)
+
+
+# ---------------------------------------------------------------- gradient
+
+
+@settings(max_examples=8)
+@given(batches(), st.sampled_from(MODES), st.sampled_from([0.0, 0.04]))
+def test_gradient_is_the_finite_difference_of_the_oracles_loss(batch, mode, kl_weight):
+    new, old, ref, advantages, mask = batch
+    config = LossConfig(kl_weight=kl_weight)
+    with jax.enable_x64(True):
+        # weights are float32 numbers: the comparison is good to their rounding
+        weights = jnp.asarray(token_weights(mask, M, P, mode), jnp.float64)
+        gradient = jax.grad(lambda x: jitted_loss(x, old, ref, advantages, weights, config=config)[0])(jnp.asarray(new))
+        gradient = np.asarray(gradient)
+    assert gradient.dtype == np.float64
+    np.testing.assert_array_equal(gradient[~mask], 0)
+    h = 1e-5
+    for r, t in zip(*np.nonzero(mask), strict=True):
+        up, down = new.copy(), new.copy()
+        up[r, t] += h
+        down[r, t] -= h
+        rest = (old, ref, advantages, mask, mode, config)
+        difference = (oracle_loss(up, *rest) - oracle_loss(down, *rest)) / (2 * h)
+        np.testing.assert_allclose(gradient[r, t], difference, rtol=1e-6, atol=1e-8)
+
+
+def test_nothing_flows_through_the_advantage():
+    """Ω is a function of the log-probs, but the gradient is that of the loss with its advantage held fixed."""
+    rng = np.random.default_rng(0)
+    old = -rng.random((R, T)).astype(np.float32)
+    new = old + rng.normal(0, 0.05, (R, T)).astype(np.float32)
+    base, sampled = rng.normal(size=R).astype(np.float32), rng.random((R, T)) < 0.7
+    weights = token_weights(sampled, M, P, "paper")
+
+    def advantage(log_probs):
+        return procedural_advantage(base, future_value(log_probs, old, sampled, 4.0), AdvantageConfig())
+
+    def whole(log_probs):
+        return policy_loss(log_probs, old, None, advantage(log_probs), weights, LossConfig())[0]
+
+    fixed = advantage(new)
+    held = jax.grad(lambda x: policy_loss(x, old, None, fixed, weights, LossConfig())[0])(new)
+    np.testing.assert_array_equal(jax.grad(whole)(new), held)
+    assert np.abs(held[sampled]).max() > 0
+
+
+def test_no_degenerate_batch_makes_a_nan():
+    config = LossConfig(kl_weight=0.1)
+    with jax.debug_nans(True):
+        for mask in (np.zeros((2, 3), bool), np.array([[0, 1, 0], [0, 0, 0]], bool)):
+            for mode in MODES:
+                weights = token_weights(mask, M, P, mode)
+                # outside the mask: log-probs that must never be looked at
+                new = np.where(mask, -1.0, -np.inf).astype(np.float32)
+                old = np.where(mask, -1.0, -1e30).astype(np.float32)
+                advantages = np.zeros((2, 3), np.float32)
+                grad = jax.grad(lambda x, *rest: policy_loss(x, *rest, config)[0])(new, old, old, advantages, weights)
+                np.testing.assert_array_equal(grad[~mask], 0)
+
+
+# ---------------------------------------------------------------- through the policy
+
+ARCH = Architecture(
+    vocab_size=11, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=16, tie_embeddings=False
+)
+SPEC = StepSpec(ARCH, LossConfig(), temperature=0.7, micro_batch=0, dtype=jnp.float32, remat=False)
+accumulate = jax.jit(gradients, static_argnames="spec")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda x: 2 * x, init_params(ARCH, seed=0))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Four rollouts: a prompt of two, own text with a tool result inside, ragged ends; the third is all prompt."""
+    rng = np.random.default_rng(0)
+    mask = np.array([[0, 0, 1, 1, 0, 0, 1], [0, 0, 1, 1, 1, 1, 1], [0] * 7, [0, 0, 0, 1, 1, 0, 0]], bool)
+    return TrainBatch(
+        tokens=jnp.asarray(rng.integers(0, 11, (R, T)), jnp.int32),
+        weights=jnp.asarray(token_weights(mask, M, P, "paper")),
+        advantages=jnp.asarray(rng.normal(size=(R, T)), jnp.float32),
+        old_log_probs=jnp.asarray(-2.4 + 0.2 * rng.normal(size=(R, T)), jnp.float32),
+    )
+
+
+@jax.jit
+def hidden_and_logits(params, tokens):
+    """[R, T, D] and [R, T, V] of a plain forward pass."""
+    hidden, _ = hidden_states(params, ARCH, tokens, positions(tokens), attention.causal_no_cache, jnp.float32)
+    return hidden, hidden @ unembedding(params).T
+
+
+def log_probs_and_entropies(params, batch, temperature):
+    logits, mask = hidden_and_logits(params, batch.tokens)[1], np.asarray(batch.weights) > 0
+    tokens = np.asarray(batch.tokens)
+    both = [oracle.log_probs_and_entropies(np.asarray(logits[r]), tokens[r], mask[r], temperature) for r in range(R)]
+    return tuple(np.stack(x) for x in zip(*both, strict=True))
+
+
+def test_loss_of_a_policy_is_the_oracles_from_its_logits(params, batch):
+    mask = np.asarray(batch.weights) > 0
+    new, entropies = log_probs_and_entropies(params, batch, temperature=0.7)
+    loss, _, metrics = accumulate(params, batch, spec=SPEC)
+    expected = oracle.loss(new, batch.old_log_probs, batch.advantages, mask, num_prompts=P, budget=M)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["entropy"], entropies.sum(), rtol=1e-4)
+    assert int(metrics["tokens"]) == mask.sum()
+
+
+@pytest.mark.parametrize(("micro_batch", "kl_weight"), [(1, 0.0), (2, 0.1)])
+def test_micro_batches_add_up_to_the_whole(params, batch, micro_batch, kl_weight):
+    spec = dataclasses.replace(SPEC, loss=LossConfig(kl_weight=kl_weight))
+    batch = dataclasses.replace(batch, ref_log_probs=batch.old_log_probs - 0.3 if kl_weight else None)
+    loss, grads, metrics = accumulate(params, batch, spec=spec)
+    parts = accumulate(params, batch, spec=dataclasses.replace(spec, micro_batch=micro_batch))
+    scale = float(optax.tree.norm(grads))
+    assert scale > 1e-2
+    np.testing.assert_allclose(parts[0], loss, rtol=1e-5)
+    for whole, summed in zip(jax.tree.leaves(grads), jax.tree.leaves(parts[1]), strict=True):
+        np.testing.assert_allclose(summed, whole, rtol=1e-5, atol=1e-5 * scale)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(parts[2][name], value, rtol=1e-5)
+
+
+def test_gradient_of_the_parameters_is_the_finite_difference(params, batch):
+    direction = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape), x.dtype), params)
+    _, grads, _ = accumulate(params, batch, spec=SPEC)
+    along = sum(float((g * d).sum()) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
+    h = 1e-3  # float32: the step is a compromise between curvature and rounding
+
+    def at(step):
+        return float(accumulate(jax.tree.map(lambda p, d: p + step * d, params, direction), batch, spec=SPEC)[0])
+
+    np.testing.assert_allclose((at(h) - at(-h)) / (2 * h), along, rtol=2e-2, atol=1e-3)
+
+
+def test_what_stands_at_prompt_and_tool_tokens_changes_nothing(params, batch):
+    """Their advantages and old log-probs are never read, and predicting them brings no gradient."""
+    off = batch.weights == 0
+    noisy = dataclasses.replace(
+        batch,
+        advantages=jnp.where(off, 1e4, batch.advantages),
+        old_log_probs=jnp.where(off, -80.0, batch.old_log_probs),
+    )
+    one, two = accumulate(params, batch, spec=SPEC), accumulate(params, noisy, spec=SPEC)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_only_sampled_tokens_train_the_unembedding(params):
+    """With one trained token the unembedding's gradient is w·ρA/τ·(onehot − p)·h of that position: rank one."""
+    tokens, row, t = jnp.arange(R * T).reshape(R, T) % 11, 1, 4
+    here = jnp.zeros((R, T)).at[row, t].set(1.0)
+    hidden, logits = (np.asarray(x)[row, t - 1] for x in hidden_and_logits(params, tokens))
+    token, log_p = int(tokens[row, t]), np.array(oracle.log_softmax(logits, 0.7))
+    batch = TrainBatch(tokens, 0.5 * here, 3.0 * here, jnp.float32(log_p[token]) * here)  # ρ = 1
+    _, grads, _ = accumulate(params, batch, spec=SPEC)
+    expected = -0.5 * 3.0 / 0.7 * np.outer(hidden, np.eye(11)[token] - np.exp(log_p))
+    np.testing.assert_allclose(grads["unembed"], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_step_on_nothing_is_no_step_and_a_nan_leaves_the_state(params, batch):
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.0))
+    step = make_train_step(optimizer, SPEC)
+
+    def run(batch):
+        copy = jax.tree.map(jnp.copy, params)  # the step consumes its state
+        new, metrics = step(TrainState(copy, optimizer.init(copy)), batch)
+        moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), new.params, params)
+        return max(jax.tree.leaves(moved)), metrics
+
+    moved, metrics = run(batch)
+    assert 0 < moved < 0.011
+    assert np.isfinite(list(metrics.values())).all()
+    moved, metrics = run(dataclasses.replace(batch, weights=jnp.zeros_like(batch.weights)))
+    assert moved == 0
+    assert all(float(value) == 0 for value in metrics.values())
+    moved, metrics = run(dataclasses.replace(batch, advantages=batch.advantages.at[0, 2].set(jnp.nan)))
+    assert moved == 0
+    assert not np.isfinite(float(metrics["loss"]))
+
+
+def test_demonstrations_are_learned_by_mean_negative_log_likelihood(params, batch):
+    mask = np.asarray(batch.weights) > 0
+    demonstrations = dataclasses.replace(batch, weights=jnp.asarray(mask / mask.sum(), jnp.float32))
+    spec = dataclasses.replace(SPEC, loss=None, temperature=1.0)
+    loss, _ = jax.jit(batch_loss, static_argnames="spec")(params, demonstrations, spec=spec)
+    log_probs, _ = log_probs_and_entropies(params, batch, temperature=1.0)
+    np.testing.assert_allclose(loss, -log_probs.sum() / mask.sum(), rtol=1e-4)
