@@ -92,7 +92,7 @@ def soak(calls: int) -> dict[str, float]:
     tool = PythonTool(PythonToolConfig(timeout=0.2, memory_mb=256))
     rng, lock, done = random.Random(0), threading.Lock(), 0
     memory: list[float] = []
-    base = len(_below(tool.pid))
+    base, base_fds = len(_below(tool.pid)), _fds(tool)
 
     def one(seed: int) -> None:
         nonlocal done
@@ -111,7 +111,7 @@ def soak(calls: int) -> dict[str, float]:
     seconds = time.perf_counter() - began
     gc.collect()
     time.sleep(2.0)
-    left_processes, inner = len(_below(tool.pid)) - base, _fds(tool)
+    left_processes, inner = len(_below(tool.pid)) - base, _fds(tool) - base_fds
     tool.close()
     time.sleep(0.5)
     return {
@@ -179,10 +179,10 @@ def _pss(pid: int) -> int:
 
 
 def _fds(tool: PythonTool) -> int:
-    """Descriptors of the sandbox's first process beyond those it needs for state 0."""
+    """Descriptors open in the sandbox's first process."""
     supervisor = min(_below(tool.pid))
     try:
-        return len(os.listdir(f"/proc/{supervisor}/fd")) - 9
+        return len(os.listdir(f"/proc/{supervisor}/fd"))
     except OSError:
         return 0
 

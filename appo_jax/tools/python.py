@@ -66,7 +66,10 @@ class PythonTool:
 
     def start(self) -> Snapshot:
         """The state in which only the preloaded modules are loaded."""
-        return self._live_sandbox().root
+        try:
+            return self._live_sandbox().root
+        except SandboxLost:
+            return self._sandbox.root  # calls from it say what is wrong
 
     def call(self, state: Snapshot | None, argument: str) -> tuple[ToolResult, Snapshot | None]:
         """Run `argument` from `state`. What it prints, its last expression's value, or its error is the result."""
@@ -191,7 +194,8 @@ class Sandbox:
         self.pid = self._process.pid
         self.alive = True
         self.root = Snapshot(self, 0)
-        threading.Thread(target=self._listen, name="python-sandbox", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="python-sandbox", daemon=True)
+        self._listener.start()
 
     def run(self, state: Snapshot, code: str, timeout: float) -> tuple[dict[str, Any], Snapshot | None]:
         """Run code from a state. Returns the reply and the state after it, if there is one. Raises SandboxLost."""
@@ -226,6 +230,8 @@ class Sandbox:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._listener.join(1)
+        self._socket.close()
         self._errors.close()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -255,7 +261,7 @@ class Sandbox:
                 future = self._replies.get(reply["id"])
                 if future is not None:
                     future.set_result(reply)
-        if self.alive:
+        if self.alive:  # nobody has closed it
             logger.error("the Python sandbox has died; the next call starts another. %s", self._last_words())
         self.alive = False
         for future in list(self._replies.values()):

@@ -67,7 +67,7 @@ def test_rewards_that_differ_by_rounding_are_equal():
 
 
 def test_zscores_of_a_group_without_spread_or_members():
-    assert zscores(np.array([1.0]), np.array([])) is None
+    np.testing.assert_array_equal(zscores(np.array([1.0]), np.array([])), [np.nan])
     np.testing.assert_array_equal(zscores(np.array([0.1, 0.2]), np.array([0.1, 0.1, 0.1])), [0, np.nan])
 
 

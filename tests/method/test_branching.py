@@ -237,14 +237,19 @@ def test_fork_before_the_first_call_starts_with_fresh_tools(engine, parent):
     assert len(fork.tokens) == fork.boundary == parent.prompt_length
 
 
-def test_call_whose_result_was_never_read_belongs_to_no_branch(engine, parent):
-    """A call at the length limit has an empty result at the rollout's end, behind every possible fork."""
+@pytest.fixture(scope="module")
+def cut_short(parent):
+    """The parent, had there been no room for the result of its second call."""
     end = parent.calls[1].call_end
-    cut_short = dataclasses.replace(
+    return dataclasses.replace(
         parent, calls=(parent.calls[0], dataclasses.replace(parent.calls[1], result_end=end)),
         stop_reason=StopReason.LENGTH,
         **{name: getattr(parent, name)[:end] for name in ("tokens", "sampled", "log_probs", "entropies")},
     )  # fmt: skip
+
+
+def test_call_whose_result_was_never_read_belongs_to_no_branch(engine, cut_short):
+    """Its empty result stands at the rollout's end, behind every possible fork."""
     assert len(fork_of(cut_short, cut_short.length - 1, 4, 1, engine).calls) == 1
 
 
@@ -272,6 +277,12 @@ def test_valid_positions(engine, parent):
     assert not any(c.isalnum() for text in left_out for c in text)
     after = valid_positions(parent, blank, BranchingConfig(skip_blank=False, include_token=True), eos)
     np.testing.assert_array_equal(np.flatnonzero(every & ~after), [parent.length - 1])  # EOS ends a rollout
+
+
+def test_after_the_last_token_of_a_full_rollout_nothing_can_branch(engine, cut_short):
+    config = BranchingConfig(skip_blank=False, include_token=True)
+    valid = valid_positions(cut_short, blank_tokens(engine.tokenizer), config, engine.tokenizer.eos_id)
+    np.testing.assert_array_equal(np.flatnonzero(cut_short.sampled & ~valid), [cut_short.length - 1])
 
 
 @settings(max_examples=25)

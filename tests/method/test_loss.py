@@ -18,7 +18,7 @@ from appo_jax.learner.loss import policy_loss, token_weights
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, batch_loss, gradients, make_train_step
 from appo_jax.policy import attention
 from appo_jax.policy.score import positions
-from appo_jax.policy.transformer import hidden_states, init_params, unembedding
+from appo_jax.policy.transformer import abstract_params, hidden_states, unembedding
 
 R, T, P, M = 4, 7, 2, 6
 MODES = ("paper", "token_mean", "seq_mean", "constant")
@@ -123,14 +123,14 @@ def test_nothing_flows_through_the_advantage():
     def whole(log_probs):
         return policy_loss(log_probs, old, None, advantage(log_probs), weights, LossConfig())[0]
 
-    fixed = advantage(new)
-    held = jax.grad(lambda x: policy_loss(x, old, None, fixed, weights, LossConfig())[0])(new)
-    np.testing.assert_array_equal(jax.grad(whole)(new), held)
+    fixed = jax.jit(advantage)(new)
+    held = jax.jit(jax.grad(lambda x: policy_loss(x, old, None, fixed, weights, LossConfig())[0]))(new)
+    np.testing.assert_allclose(jax.jit(jax.grad(whole))(new), held, rtol=1e-5, atol=1e-8)
     assert np.abs(held[sampled]).max() > 0
 
 
 def test_no_degenerate_batch_makes_a_nan():
-    config = LossConfig(kl_weight=0.1)
+    gradient = jax.jit(jax.grad(lambda x, *rest: policy_loss(x, *rest, LossConfig(kl_weight=0.1))[0]))
     with jax.debug_nans(True):
         for mask in (np.zeros((2, 3), bool), np.array([[0, 1, 0], [0, 0, 0]], bool)):
             for mode in MODES:
@@ -139,7 +139,7 @@ def test_no_degenerate_batch_makes_a_nan():
                 new = np.where(mask, -1.0, -np.inf).astype(np.float32)
                 old = np.where(mask, -1.0, -1e30).astype(np.float32)
                 advantages = np.zeros((2, 3), np.float32)
-                grad = jax.grad(lambda x, *rest: policy_loss(x, *rest, config)[0])(new, old, old, advantages, weights)
+                grad = gradient(new, old, old, advantages, weights)
                 np.testing.assert_array_equal(grad[~mask], 0)
 
 
@@ -148,13 +148,14 @@ def test_no_degenerate_batch_makes_a_nan():
 ARCH = Architecture(
     vocab_size=11, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=16, tie_embeddings=False
 )
-SPEC = StepSpec(ARCH, LossConfig(), temperature=0.7, micro_batch=0, dtype=jnp.float32, remat=False)
+SPEC = StepSpec(ARCH, LossConfig(kl_weight=0.05), temperature=0.7, micro_batch=0, dtype=jnp.float32, remat=False)
 accumulate = jax.jit(gradients, static_argnames="spec")
 
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.tree.map(lambda x: 2 * x, init_params(ARCH, seed=0))
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.4, x.shape), jnp.float32), abstract_params(ARCH))
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +163,13 @@ def batch():
     """Four rollouts: a prompt of two, own text with a tool result inside, ragged ends; the third is all prompt."""
     rng = np.random.default_rng(0)
     mask = np.array([[0, 0, 1, 1, 0, 0, 1], [0, 0, 1, 1, 1, 1, 1], [0] * 7, [0, 0, 0, 1, 1, 0, 0]], bool)
+    old = -2.4 + 0.2 * rng.normal(size=(R, T))
     return TrainBatch(
         tokens=jnp.asarray(rng.integers(0, 11, (R, T)), jnp.int32),
         weights=jnp.asarray(token_weights(mask, M, P, "paper")),
         advantages=jnp.asarray(rng.normal(size=(R, T)), jnp.float32),
-        old_log_probs=jnp.asarray(-2.4 + 0.2 * rng.normal(size=(R, T)), jnp.float32),
+        old_log_probs=jnp.asarray(old, jnp.float32),
+        ref_log_probs=jnp.asarray(old - 0.3, jnp.float32),
     )
 
 
@@ -188,18 +191,15 @@ def test_loss_of_a_policy_is_the_oracles_from_its_logits(params, batch):
     mask = np.asarray(batch.weights) > 0
     new, entropies = log_probs_and_entropies(params, batch, temperature=0.7)
     loss, _, metrics = accumulate(params, batch, spec=SPEC)
-    expected = oracle.loss(new, batch.old_log_probs, batch.advantages, mask, num_prompts=P, budget=M)
+    expected = oracle_loss(new, batch.old_log_probs, batch.ref_log_probs, batch.advantages, mask, "paper", SPEC.loss)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["entropy"], entropies.sum(), rtol=1e-4)
     assert int(metrics["tokens"]) == mask.sum()
 
 
-@pytest.mark.parametrize(("micro_batch", "kl_weight"), [(1, 0.0), (2, 0.1)])
-def test_micro_batches_add_up_to_the_whole(params, batch, micro_batch, kl_weight):
-    spec = dataclasses.replace(SPEC, loss=LossConfig(kl_weight=kl_weight))
-    batch = dataclasses.replace(batch, ref_log_probs=batch.old_log_probs - 0.3 if kl_weight else None)
-    loss, grads, metrics = accumulate(params, batch, spec=spec)
-    parts = accumulate(params, batch, spec=dataclasses.replace(spec, micro_batch=micro_batch))
+def test_micro_batches_add_up_to_the_whole(params, batch):
+    loss, grads, metrics = accumulate(params, batch, spec=SPEC)
+    parts = accumulate(params, batch, spec=dataclasses.replace(SPEC, micro_batch=2))
     scale = float(optax.tree.norm(grads))
     assert scale > 1e-2
     np.testing.assert_allclose(parts[0], loss, rtol=1e-5)
@@ -222,7 +222,7 @@ def test_gradient_of_the_parameters_is_the_finite_difference(params, batch):
 
 
 def test_what_stands_at_prompt_and_tool_tokens_changes_nothing(params, batch):
-    """Their advantages and old log-probs are never read, and predicting them brings no gradient."""
+    """Their advantages and log-probs are never read, and predicting them brings no gradient."""
     off = batch.weights == 0
     noisy = dataclasses.replace(
         batch,
@@ -239,15 +239,16 @@ def test_only_sampled_tokens_train_the_unembedding(params):
     here = jnp.zeros((R, T)).at[row, t].set(1.0)
     hidden, logits = (np.asarray(x)[row, t - 1] for x in hidden_and_logits(params, tokens))
     token, log_p = int(tokens[row, t]), np.array(oracle.log_softmax(logits, 0.7))
-    batch = TrainBatch(tokens, 0.5 * here, 3.0 * here, jnp.float32(log_p[token]) * here)  # ρ = 1
-    _, grads, _ = accumulate(params, batch, spec=SPEC)
+    same = jnp.float32(log_p[token]) * here  # ρ = 1, and the KL term at its minimum
+    _, grads, _ = accumulate(params, TrainBatch(tokens, 0.5 * here, 3.0 * here, same, same), spec=SPEC)
     expected = -0.5 * 3.0 / 0.7 * np.outer(hidden, np.eye(11)[token] - np.exp(log_p))
     np.testing.assert_allclose(grads["unembed"], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_step_on_nothing_is_no_step_and_a_nan_leaves_the_state(params, batch):
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.0))
-    step = make_train_step(optimizer, SPEC)
+    optimizer = optax.sgd(1.0)
+    batch = dataclasses.replace(batch, ref_log_probs=None)
+    step = make_train_step(optimizer, dataclasses.replace(SPEC, loss=LossConfig()))
 
     def run(batch):
         copy = jax.tree.map(jnp.copy, params)  # the step consumes its state
@@ -256,7 +257,7 @@ def test_step_on_nothing_is_no_step_and_a_nan_leaves_the_state(params, batch):
         return max(jax.tree.leaves(moved)), metrics
 
     moved, metrics = run(batch)
-    assert 0 < moved < 0.011
+    assert moved > 0
     assert np.isfinite(list(metrics.values())).all()
     moved, metrics = run(dataclasses.replace(batch, weights=jnp.zeros_like(batch.weights)))
     assert moved == 0

@@ -1,5 +1,6 @@
 """The Python tool: what the policy reads, and that a state can be continued any number of times from any call."""
 
+import contextlib
 import gc
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +71,7 @@ def run(tool, *cells):
         (["import io, contextlib as c\nwith c.redirect_stdout(io.StringIO()) as s: print(1)\nlen(s.getvalue())"], "2"),
         (["import sys; _ = sys.stdout.buffer.write(b'bytes')"], "bytes"),
         (["print('ä€😀')"], "ä€😀"),
+        (["x = '" + "a" * 95_000 + "'\nlen(x)"], "95000"),
     ],
 )  # fmt: skip
 def test_what_a_call_shows(tool, cells, text):
@@ -298,15 +301,26 @@ def alive(pid):
 
 def test_a_dead_sandbox_is_replaced_and_says_so(tool):
     _, state = run(tool, "x = 1")
-    for pid in below(tool.pid):  # the supervisor and all else
-        os.kill(pid, signal.SIGKILL)
-    os.kill(tool.pid, signal.SIGKILL)
+    for pid in (tool.pid, *below(tool.pid)):  # bubblewrap, the supervisor and all else
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     until(lambda: not alive(tool.pid))
     time.sleep(0.1)
     result, state = tool.call(state, "y = 2\ny")
     assert result.text.endswith("\n2")
     assert "restarted" in result.text
     assert tool.call(state, "y")[0].text == "2"
+
+
+def test_closing_leaves_nothing_open():
+    before = set(os.listdir("/proc/self/fd")), threading.active_count()
+    tool = PythonTool(PythonToolConfig(isolation="process", preload=("math",)))
+    _, state = run(tool, "x = 1")
+    tool.close()
+    tool.close()
+    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert tool.call(state, "x")[0].outcome is Outcome.UNAVAILABLE
+    assert tool.call(tool.start(), "x")[0].outcome is Outcome.UNAVAILABLE
 
 
 def test_missing_isolation_is_refused(monkeypatch, tmp_path):

@@ -52,7 +52,7 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
     os.closerange(3, CHANNEL)  # whatever else was inherited
     channel = socket.socket(fileno=CHANNEL)
     sandboxed = options["isolation"] == "bubblewrap"
-    statm = open("/proc/self/statm")  # noqa: SIM115 - read below, when /proc is hidden
+    maps = open("/proc/self/maps")  # noqa: SIM115 - read below, when /proc is hidden
     if sandboxed:
         system.unshare(system.CLONE_NEWNS)
         hidden = system.MS_RDONLY | system.MS_NOSUID | system.MS_NODEV | system.MS_NOEXEC
@@ -64,8 +64,10 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
     system.prctl(system.PR_SET_DUMPABLE, 0)  # no state may read another's memory
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with statm:
-        size = int(statm.read().split()[0]) * resource.getpagesize()
+    gc.collect()
+    gc.freeze()  # keeps the collector from touching, and so copying, the preloaded pages
+    with maps:
+        size = system.collapse_memory(maps.read())
     limits = {
         resource.RLIMIT_AS: size + (options["memory_mb"] << 20),
         resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
@@ -82,8 +84,6 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
     except OSError:
         if sandboxed:
             raise
-    gc.collect()
-    gc.freeze()  # keeps the collector from touching, and so copying, the preloaded pages
     socket.send_fds(channel, [b"ready"], listener)
     for fd in listener:
         os.close(fd)

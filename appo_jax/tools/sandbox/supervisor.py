@@ -390,9 +390,7 @@ def _own_user_namespace() -> None:
 
 
 def _channel() -> tuple[socket.socket, socket.socket]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * interpreter.MAX_REQUEST)
-    return ours, theirs
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages whole
 
 
 def _send(host: socket.socket, message: dict[str, Any]) -> None:

@@ -1,0 +1,184 @@
+"""Other people's tools as ours: a Python function, an OpenAI-style function, a tool of an MCP server over stdio.
+
+A run uses them by import path: a module of your own with `def my_tool(): return McpTool(["server-command"], "tool")`, and
+`--tools.enabled python search my_module:my_tool`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import json
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from appo_jax.errors import ToolError
+from appo_jax.tools.protocol import ToolResult
+from appo_jax.types import Outcome
+
+
+class FunctionTool:
+    """A stateless tool from a function. With `parameters` (the JSON schema of an OpenAI-style function) the call's text is
+    a JSON object of keyword arguments, or, where the schema has one property, that property's bare value; without, the
+    text itself is the only argument. What it returns is shown as text, or as JSON when it is no string."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        timeout: float = 30.0,
+    ):
+        self.name = name or function.__name__
+        self.timeout = timeout
+        self.description = inspect.getdoc(function) or ""
+        self._function = function
+        self._parameters = parameters
+
+    def start(self) -> None:
+        return None
+
+    def call(self, state: None, argument: str) -> tuple[ToolResult, None]:
+        if self._parameters is None:
+            return self._run(argument.strip()), None
+        arguments = read_arguments(argument, self._parameters)
+        if isinstance(arguments, str):
+            return ToolResult(arguments, Outcome.MALFORMED), None
+        return self._run(**arguments), None
+
+    def close(self) -> None:
+        pass
+
+    def _run(self, *arguments: Any, **named: Any) -> ToolResult:
+        try:
+            value = self._function(*arguments, **named)
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # what wrong arguments lead to
+            return ToolResult(f"{type(error).__name__}: {error}", Outcome.ERROR)
+        return ToolResult(value if isinstance(value, str) else json.dumps(value, default=str), Outcome.OK)
+
+
+def read_arguments(text: str, schema: Mapping[str, Any]) -> dict[str, Any] | str:
+    """Keyword arguments of a call for a JSON schema, or an explanation of what is wrong with them."""
+    properties = schema.get("properties", {})
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        if len(properties) != 1:
+            return f"Malformed arguments: expected a JSON object with {', '.join(properties) or 'no fields'}."
+        (only, kind), *_ = properties.items()
+        return {only: text.strip() if kind.get("type", "string") == "string" or arguments is None else arguments}
+    unknown = [key for key in arguments if key not in properties]
+    missing = [key for key in schema.get("required", ()) if key not in arguments]
+    if unknown or missing:
+        problems = [f"unknown {key!r}" for key in unknown] + [f"missing {key!r}" for key in missing]
+        return f"Malformed arguments: {', '.join(problems)}; expected {', '.join(properties)}."
+    return arguments
+
+
+class McpTool:
+    """One tool of a Model Context Protocol server that is started as a child and spoken to over stdio (JSON-RPC 2.0,
+    one message a line). Calls go one at a time. A server that dies is started again with the next call."""
+
+    def __init__(self, command: Sequence[str], tool: str, name: str | None = None, timeout: float = 30.0):
+        self.name = name or tool
+        self.timeout = timeout
+        self._command = list(command)
+        self._tool = tool
+        self._lock = threading.Lock()
+        self._ids = itertools.count(1)
+        self._process: subprocess.Popen[str] | None = None
+        try:
+            self._start()
+        except (OSError, ConnectionError, TimeoutError) as error:
+            self.close()
+            raise ToolError(f"the MCP server {self._command} does not start: {error}") from error
+
+    def start(self) -> None:
+        return None
+
+    def call(self, state: None, argument: str) -> tuple[ToolResult, None]:
+        arguments = read_arguments(argument, self._schema)
+        if isinstance(arguments, str):
+            return ToolResult(arguments, Outcome.MALFORMED), None
+        with self._lock:
+            try:
+                if self._process is None or self._process.poll() is not None:
+                    self._start()
+                reply = self._request("tools/call", {"name": self._tool, "arguments": arguments})
+            except TimeoutError:
+                self._stop()  # its answer may still come, and must not be taken for the next one's
+                return ToolResult(f"The tool {self.name} did not answer in time.", Outcome.TIMEOUT), None
+            except (OSError, ConnectionError, ToolError) as error:
+                self._stop()
+                return ToolResult(f"The tool {self.name} failed: {error}.", Outcome.UNAVAILABLE), None
+        parts = reply.get("content", [])
+        text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
+        return ToolResult(text or "(no output)", Outcome.ERROR if reply.get("isError") else Outcome.OK), None
+
+    def close(self) -> None:
+        self._stop()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=_pump, args=(self._process, self._lines), daemon=True).start()
+        client = {"name": "appo_jax", "version": "1"}
+        self._request("initialize", {"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": client})
+        self._send({"jsonrpc": "2.0", "method": "notifications/initialized"})
+        tools = {tool["name"]: tool for tool in self._request("tools/list", {})["tools"]}
+        if self._tool not in tools:
+            self._stop()
+            raise ToolError(f"the MCP server {self._command} has no tool {self._tool!r}; it has: {', '.join(tools)}")
+        self._schema = tools[self._tool].get("inputSchema", {})
+
+    def _request(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        identity = next(self._ids)
+        self._send({"jsonrpc": "2.0", "id": identity, "method": method, "params": parameters})
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError(f"no answer to {method} within {self.timeout} s") from None
+            if not line:
+                raise ConnectionError("the server has ended")
+            try:
+                message = json.loads(line)
+            except ValueError:
+                continue  # servers that print to stdout
+            if isinstance(message, dict) and message.get("id") == identity and "method" not in message:
+                if "error" in message:
+                    return {"content": [{"type": "text", "text": message["error"].get("message", "")}], "isError": True}
+                return message["result"]
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            with contextlib.suppress(OSError):
+                if self._process.stdin is not None:
+                    self._process.stdin.close()
+
+
+def _pump(process: subprocess.Popen[str], lines: queue.SimpleQueue[str]) -> None:
+    assert process.stdout is not None
+    with process.stdout as out:
+        for line in out:
+            lines.put(line)
+    lines.put("")

@@ -1,0 +1,90 @@
+"""Wrapped tools: functions, OpenAI-style functions, and a real MCP server as a child process."""
+
+import sys
+import time
+
+import pytest
+
+from appo_jax.errors import ToolError
+from appo_jax.tools.protocol import ToolResult
+from appo_jax.tools.wrap import FunctionTool, McpTool, read_arguments
+from appo_jax.types import Outcome
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a"]}
+
+SERVER = """
+import json, sys, time
+for line in sys.stdin:
+    m = json.loads(line)
+    if "id" not in m: continue
+    p = m.get("params", {})
+    if m["method"] == "tools/list":
+        r = {"tools": [{"name": "add", "inputSchema": {"properties": {"a": {}, "b": {}}, "required": ["a", "b"]}}]}
+    elif m["method"] == "tools/call":
+        a = p["arguments"]
+        if a["a"] == "die": sys.exit()
+        if a["a"] == "hang": time.sleep(60)
+        if a["a"] == "bad":
+            print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "error": {"code": -1, "message": "no such number"}}), flush=True)
+            continue
+        r = {"content": [{"type": "text", "text": str(a["a"] + a["b"])}]}
+    else:
+        r = {}
+    print("noise on stdout")
+    print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "result": r}), flush=True)
+"""
+
+
+def test_a_function_of_text():
+    tool = FunctionTool(lambda text: text.upper(), name="shout")
+    assert tool.call(None, " hi ")[0] == ToolResult("HI", Outcome.OK)
+
+
+def test_an_openai_style_function():
+    tool = FunctionTool(lambda a, b=1: {"quotient": a // b}, name="divide", parameters=SCHEMA)
+    assert tool.call(None, '{"a": 6, "b": 3}')[0] == ToolResult('{"quotient": 2}', Outcome.OK)
+    assert tool.call(None, '{"a": 6, "b": 0}')[0].outcome is Outcome.ERROR
+    assert tool.call(None, '{"b": 1, "c": 2}')[0] == ToolResult(
+        "Malformed arguments: unknown 'c', missing 'a'; expected a, b.", Outcome.MALFORMED
+    )
+    assert tool.call(None, "6")[0].outcome is Outcome.MALFORMED
+
+
+def test_a_single_property_takes_the_bare_text():
+    assert read_arguments("who is it", {"properties": {"query": {"type": "string"}}}) == {"query": "who is it"}
+    assert read_arguments("12", {"properties": {"query": {"type": "string"}}}) == {"query": "12"}
+    assert read_arguments("12", {"properties": {"n": {"type": "integer"}}}) == {"n": 12}
+
+
+@pytest.fixture
+def mcp():
+    tool = McpTool([sys.executable, "-c", SERVER], "add", timeout=5.0)
+    yield tool
+    tool.close()
+
+
+def test_an_mcp_tool(mcp):
+    assert mcp.call(None, '{"a": 2, "b": 3}')[0] == ToolResult("5", Outcome.OK)
+    assert mcp.call(None, '{"a": "bad", "b": 3}')[0] == ToolResult("no such number", Outcome.ERROR)
+    assert mcp.call(None, '{"a": 2}')[0].outcome is Outcome.MALFORMED
+
+
+def test_an_mcp_server_that_dies_is_started_again(mcp):
+    assert mcp.call(None, '{"a": "die", "b": 3}')[0].outcome is Outcome.UNAVAILABLE
+    assert mcp.call(None, '{"a": 2, "b": 3}')[0].text == "5"
+
+
+def test_an_mcp_server_that_hangs_is_left(mcp):
+    mcp.timeout = 1.0
+    began = time.monotonic()
+    assert mcp.call(None, '{"a": "hang", "b": 3}')[0].outcome is Outcome.TIMEOUT
+    assert time.monotonic() - began < 3
+    mcp.timeout = 5.0
+    assert mcp.call(None, '{"a": 2, "b": 3}')[0].text == "5"
+
+
+def test_an_mcp_server_that_cannot_be_used_is_an_error():
+    with pytest.raises(ToolError, match="does not start"):
+        McpTool(["/no/such/server"], "add")
+    with pytest.raises(ToolError, match="it has: add"):
+        McpTool([sys.executable, "-c", SERVER], "multiply")
