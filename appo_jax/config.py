@@ -203,6 +203,8 @@ class SFTConfig:
     batch_size: int = 128
     """Rows of `max_tokens` tokens; whole traces are packed into them."""
     max_tokens: int = 4096
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for policies that start from random weights; it needs half the steps there."""
     learning_rate: float = 7e-6
     weight_decay: float = 0.1
     warmup_fraction: float = 0.05

@@ -18,7 +18,7 @@ from appo_jax.config import Config
 from appo_jax.data.pipeline import TraceBatch, trace_batches
 from appo_jax.errors import CheckpointError, TrainingError
 from appo_jax.evaluate import evaluate
-from appo_jax.learner.optimizer import make_optimizer
+from appo_jax.learner.optimizer import sft_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
 from appo_jax.metrics import MetricsLogger
 from appo_jax.policy.transformer import Params
@@ -66,12 +66,6 @@ def to_train_batch(batch: TraceBatch) -> TrainBatch:
     )  # fmt: skip
 
 
-def _optimizer(config: Config) -> Any:
-    c, s = config.optimizer, config.sft
-    warmup = round(s.warmup_fraction * s.steps)
-    return make_optimizer(s.learning_rate, warmup, s.weight_decay, c.max_grad_norm, c.b1, c.b2, decay_steps=s.steps)
-
-
 def _make_traces(components: Components) -> list[Trace]:
     """Demonstrations with the real tools' results."""
     executor = components.executor
@@ -92,7 +86,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep) -> ColdStart:
     log.info("held-out accuracy before the cold start: %.3f", base)
     if config.sft.steps == 0:
         return params, {"accuracy_base": base, "accuracy_sft": base}
-    optimizer = _optimizer(config)
+    optimizer = sft_optimizer(config.sft, config.optimizer.max_grad_norm)
     state = TrainState(params, optimizer.init(params))
     del params
     batches = trace_batches(
@@ -143,7 +137,7 @@ def _restore(folder: Path, config: Config, components: Components) -> tuple[int,
 
 def abstract_state(config: Config, components: Components) -> Any:
     """Shapes of the cold start's state, placed where the policy lives."""
-    optimizer = _optimizer(config)
+    optimizer = sft_optimizer(config.sft, config.optimizer.max_grad_norm)
 
     def make() -> TrainState:
         params = initial_params(

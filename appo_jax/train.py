@@ -23,7 +23,7 @@ from appo_jax.config import Config
 from appo_jax.data.pipeline import prompt_batches
 from appo_jax.errors import TrainingError
 from appo_jax.evaluate import evaluate
-from appo_jax.learner.optimizer import make_optimizer
+from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
 from appo_jax.metrics import MetricsLogger
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
@@ -56,12 +56,16 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     progress.accuracies(accuracies)
 
     # ---- learner
-    o = config.optimizer
-    optimizer = make_optimizer(o.learning_rate, o.warmup_steps, o.weight_decay, o.max_grad_norm, o.b1, o.b2)
+    optimizer = rl_optimizer(config.optimizer)
     state = TrainState(params, optimizer.init(params))
     del params
     spec = StepSpec(
-        components.arch, config.loss, config.rollout.temperature, o.micro_batch, components.dtype, remat=False
+        components.arch,
+        config.loss,
+        config.rollout.temperature,
+        config.optimizer.micro_batch,
+        components.dtype,
+        remat=False,
     )
     update = make_train_step(optimizer, spec)
     algorithm = make_algorithm(config)

@@ -27,7 +27,8 @@ config = Config(
     checkpoint_every=10,
     policy=PolicyConfig(
         architecture=Architecture(
-            vocab_size=1024, width=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=768
+            vocab_size=1152, width=256, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=64, mlp_width=768,
+            qk_norm=True,
         ),
         tokenizer="artifacts/world/tokenizer.model",
     ),
@@ -44,6 +45,6 @@ config = Config(
     ),
     branching=BranchingConfig(num_branch_points=3),
     optimizer=OptimizerConfig(learning_rate=2e-4),
-    sft=SFTConfig(steps=200, batch_size=16, max_tokens=288, learning_rate=3e-3, weight_decay=0.1),
+    sft=SFTConfig(steps=150, batch_size=16, max_tokens=144, optimizer="muon", learning_rate=0.02, weight_decay=0.1),
     eval=EvalConfig(num_prompts=192),
 )  # fmt: skip

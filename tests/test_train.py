@@ -20,7 +20,7 @@ from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params
 from appo_jax.config import Config, validate
 from appo_jax.config_io import load_config, save_config
-from appo_jax.learner.optimizer import make_optimizer
+from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.metrics import read_metrics
 from appo_jax.prepare import prepare_world
@@ -54,10 +54,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def learner(config: Config, components: Components) -> tuple:
-    o = config.optimizer
-    optimizer = make_optimizer(o.learning_rate, o.warmup_steps, o.weight_decay, o.max_grad_norm, o.b1, o.b2)
+    optimizer = rl_optimizer(config.optimizer)
     params = initial_params(config, components.arch)
-    spec = StepSpec(components.arch, config.loss, config.rollout.temperature, o.micro_batch, components.dtype, False)
+    spec = StepSpec(
+        components.arch, config.loss, config.rollout.temperature, config.optimizer.micro_batch, components.dtype, False
+    )
     return TrainState(params, optimizer.init(params)), make_train_step(optimizer, spec)
 
 

@@ -1,21 +1,61 @@
-"""AdamW with gradient clipping and linear warm-up, from optax."""
+"""Optimizers from optax: AdamW for RL; AdamW or Muon, with a decaying rate, for the cold start."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from appo_jax.config import OptimizerConfig, SFTConfig
+from appo_jax.policy.transformer import Params
+
+# Which axes of a matrix take its input and which give its output; every other parameter is left to AdamW.
+_MATRICES = {
+    "q": MuonDimensionNumbers(0, (1, 2)),
+    "k": MuonDimensionNumbers(0, (1, 2)),
+    "v": MuonDimensionNumbers(0, (1, 2)),
+    "o": MuonDimensionNumbers((0, 1), 2),
+    "gate": MuonDimensionNumbers(0, 1),
+    "up": MuonDimensionNumbers(0, 1),
+    "down": MuonDimensionNumbers(0, 1),
+}
 
 
-def make_optimizer(
-    learning_rate: float, warmup_steps: int, weight_decay: float, max_grad_norm: float, b1: float, b2: float,
-    decay_steps: int = 0,
-) -> optax.GradientTransformation:  # fmt: skip
-    """Constant rate after the warm-up, or, with `decay_steps`, a cosine fall to 0 at that step (the cold start's)."""
-    if decay_steps:
-        schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, warmup_steps), decay_steps)
-    elif warmup_steps:
-        schedule = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-    else:
-        schedule = learning_rate
+def rl_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW at a constant rate after a linear warm-up, gradients clipped by their global norm."""
+    schedule: Any = config.learning_rate
+    if config.warmup_steps:
+        schedule = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm), optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
     )
+
+
+def sft_optimizer(config: SFTConfig, max_grad_norm: float) -> optax.GradientTransformation:
+    """The cold start's optimizer: linear warm-up, then a cosine fall to 0 at its last step."""
+
+    def schedule(peak: float) -> optax.Schedule:
+        warmup = max(1, round(config.warmup_fraction * config.steps))
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(config.steps, warmup + 1))
+
+    if config.optimizer == "adamw":
+        update = optax.adamw(schedule(config.learning_rate), weight_decay=config.weight_decay)
+    else:
+        update = muon(
+            schedule(config.learning_rate),
+            adam_learning_rate=schedule(config.learning_rate / MUON_TO_ADAM),
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_dimension_numbers,
+        )
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), update)
+
+
+# Muon's steps have unit spectral norm; embeddings and norms, which AdamW moves, want smaller ones.
+MUON_TO_ADAM = 7.0
+
+
+def _dimension_numbers(params: Params) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: _MATRICES.get(path[-1].key), params)

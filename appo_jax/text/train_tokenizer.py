@@ -11,14 +11,16 @@ import sentencepiece
 CONTROL_SYMBOLS = ("<|system|>", "<|user|>", "<|assistant|>")
 # Each is one token: what a rollout's structure is made of costs the policy one choice.
 TAGS = tuple(f"<{slash}{tag}>" for tag in ("think", "search", "python", "result", "answer") for slash in ("", "/"))
-USER_DEFINED_SYMBOLS = (*TAGS, "\\boxed{", "\n")
+# Digits go in pairs from the left, so that copying a number takes a token or two.
+PAIRS_OF_DIGITS = tuple(f"{number:02d}" for number in range(100))
+USER_DEFINED_SYMBOLS = (*TAGS, "\\boxed{", "\n", *PAIRS_OF_DIGITS)
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int = 1024) -> None:
     """Train on `texts` and write the model to `path` (.model). The same texts give the same bytes. A small text yields
     fewer than `vocab_size` pieces.
 
-    Unigram, so that a frequent name is one piece; digits stand alone; any byte can be encoded; spaces and line breaks
+    Unigram, so that a frequent name is one piece; digits stand in pairs; any byte can be encoded; spaces and line breaks
     survive as they are, so that pieces encoded one by one decode to the joined text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
