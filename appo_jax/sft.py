@@ -86,7 +86,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep) -> ColdStart:
     log.info("held-out accuracy before the cold start: %.3f", base)
     if config.sft.steps == 0:
         return params, {"accuracy_base": base, "accuracy_sft": base}
-    optimizer = sft_optimizer(config.sft, config.optimizer.max_grad_norm)
+    optimizer = sft_optimizer(config.sft, config.optimizer)
     state = TrainState(params, optimizer.init(params))
     del params
     batches = trace_batches(
@@ -137,7 +137,7 @@ def _restore(folder: Path, config: Config, components: Components) -> tuple[int,
 
 def abstract_state(config: Config, components: Components) -> Any:
     """Shapes of the cold start's state, placed where the policy lives."""
-    optimizer = sft_optimizer(config.sft, config.optimizer.max_grad_norm)
+    optimizer = sft_optimizer(config.sft, config.optimizer)
 
     def make() -> TrainState:
         params = initial_params(

@@ -22,12 +22,12 @@ from appo_jax.config import (
 config = Config(
     run_dir="runs/quickstart",
     steps=60,
-    prompts_per_step=32,
+    prompts_per_step=16,
     prompts_per_minibatch=8,
     checkpoint_every=10,
     policy=PolicyConfig(
         architecture=Architecture(
-            vocab_size=1152, width=256, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=64, mlp_width=768,
+            vocab_size=1152, width=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=768,
             qk_norm=True,
         ),
         tokenizer="artifacts/world/tokenizer.model",
@@ -40,11 +40,11 @@ config = Config(
     ),
     tool_bonus=0.0,  # most questions need one tool, so using both is no merit here
     rollout=RolloutConfig(
-        num_initial=4, budget=16, max_prompt_tokens=32, max_response_tokens=128, max_result_tokens=48, max_tool_calls=5,
+        num_initial=4, budget=16, max_prompt_tokens=24, max_response_tokens=112, max_result_tokens=48, max_tool_calls=5,
         decode_rows=192, max_seconds=60,
     ),
     branching=BranchingConfig(num_branch_points=3),
-    optimizer=OptimizerConfig(learning_rate=2e-4),
-    sft=SFTConfig(steps=150, batch_size=16, max_tokens=144, optimizer="muon", learning_rate=0.02, weight_decay=0.1),
+    optimizer=OptimizerConfig(learning_rate=4e-4, b2=0.98),
+    sft=SFTConfig(steps=180, batch_size=16, max_tokens=144, optimizer="muon", learning_rate=0.02, weight_decay=0.1),
     eval=EvalConfig(num_prompts=192),
 )  # fmt: skip

@@ -34,23 +34,27 @@ def rl_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def sft_optimizer(config: SFTConfig, max_grad_norm: float) -> optax.GradientTransformation:
-    """The cold start's optimizer: linear warm-up, then a cosine fall to 0 at its last step."""
+def sft_optimizer(config: SFTConfig, shared: OptimizerConfig) -> optax.GradientTransformation:
+    """The cold start's optimizer: linear warm-up, then a cosine fall to 0 at its last step. `shared`: decays, clipping."""
 
     def schedule(peak: float) -> optax.Schedule:
         warmup = max(1, round(config.warmup_fraction * config.steps))
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(config.steps, warmup + 1))
 
     if config.optimizer == "adamw":
-        update = optax.adamw(schedule(config.learning_rate), weight_decay=config.weight_decay)
+        update = optax.adamw(
+            schedule(config.learning_rate), b1=shared.b1, b2=shared.b2, weight_decay=config.weight_decay
+        )
     else:
         update = muon(
             schedule(config.learning_rate),
+            adam_b1=shared.b1,
+            adam_b2=shared.b2,
             adam_learning_rate=schedule(config.learning_rate / MUON_TO_ADAM),
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=_dimension_numbers,
         )
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), update)
+    return optax.chain(optax.clip_by_global_norm(shared.max_grad_norm), update)
 
 
 # Muon's steps have unit spectral norm; embeddings and norms, which AdamW moves, want smaller ones.

@@ -49,20 +49,39 @@ def tree(
     tokens). One softmax joins the two parts. Returns `[R, C, Q, H, E]`.
     """
     R, C, Q, H, E = q.shape
-    (pk, pv), (sk, sv) = prefix, suffix
-    K, T, S = pk.shape[1], pk.shape[2], sk.shape[3]
-    q = (q * E**-0.5).reshape(R, C, Q, K, H // K, E)
-    on_prefix = jnp.einsum("rcqkge,rkte->rkcqgt", q, pk, preferred_element_type=jnp.float32)
-    on_suffix = jnp.einsum("rcqkge,rckse->rkcqgs", q, sk, preferred_element_type=jnp.float32)
-    see_prefix = jnp.arange(T) < prefix_length[..., None]  # [R, C, T]
+    K, T, S = prefix[0].shape[1], prefix[0].shape[2], suffix[0].shape[3]
+    G = H // K
+    q = (q * E**-0.5).reshape(R, C, Q, K, G, E)
+    see_prefix = jnp.broadcast_to((jnp.arange(T) < prefix_length[..., None])[:, :, None], (R, C, Q, T))
     see_suffix = jnp.arange(S) <= (cached[..., None] + jnp.arange(Q))[..., None]  # [R, C, Q, S]
-    on_prefix = jnp.where(see_prefix[:, None, :, None, None, :], on_prefix, -jnp.inf)
-    on_suffix = jnp.where(see_suffix[:, None, :, :, None, :], on_suffix, -jnp.inf)
-    # A row always sees its own new token, so the maximum is finite.
-    top = jnp.maximum(on_prefix.max(-1), on_suffix.max(-1))[..., None]
-    on_prefix, on_suffix = jnp.exp(on_prefix - top), jnp.exp(on_suffix - top)
-    total = on_prefix.sum(-1) + on_suffix.sum(-1)  # [R, K, C, Q, G]
-    out = jnp.einsum("rkcqgt,rkte->rkcqge", on_prefix.astype(pv.dtype), pv, preferred_element_type=jnp.float32)
-    out += jnp.einsum("rkcqgs,rckse->rkcqge", on_suffix.astype(sv.dtype), sv, preferred_element_type=jnp.float32)
-    out = (out / total[..., None]).astype(q.dtype)
-    return jnp.einsum("rkcqge->rcqkge", out).reshape(R, C, Q, H, E)
+    # Flat batches of small matrix products: the one form that is fast on every backend.
+    on_prefix = _part(q.transpose(0, 3, 1, 2, 4, 5), prefix, see_prefix[:, None, :, :, None], (R * K, C * Q * G))
+    on_suffix = _part(q.transpose(0, 1, 3, 2, 4, 5), suffix, see_suffix[:, :, None, :, None], (R * C * K, Q * G))
+    out_p, top_p, sum_p = (x.transpose(0, 2, 3, 1, 4, 5) for x in on_prefix)
+    out_s, top_s, sum_s = (x.transpose(0, 1, 3, 2, 4, 5) for x in on_suffix)
+    # A row always sees its own new token, so top_s is finite.
+    top = jnp.maximum(top_p, top_s)
+    scale_p, scale_s = jnp.exp(top_p - top), jnp.exp(top_s - top)
+    out = (out_p * scale_p + out_s * scale_s) / (sum_p * scale_p + sum_s * scale_s)
+    return out.astype(q.dtype).reshape(R, C, Q, H, E)
+
+
+def _part(
+    q: jax.Array, cache: LayerCache, see: jax.Array, flat: tuple[int, int]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One part of a softmax: unnormalised output `[..., E]`, maximum and sum `[..., 1]`, all float32.
+
+    q `[..., E]` in any layout that `flat` (batch, queries) folds; see `[..., keys]` broadcasts against it.
+    """
+    batch, queries = flat
+    keys, values = (x.reshape(batch, *x.shape[-2:]) for x in cache)
+    E = q.shape[-1]
+    scores = jnp.einsum("bqe,bte->bqt", q.reshape(batch, queries, E), keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(see, scores.reshape(*q.shape[:-1], -1), -jnp.inf)
+    top = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)  # finite where nothing is seen
+    weights = jnp.exp(scores - top)
+    out = jnp.einsum(
+        "bqt,bte->bqe", weights.reshape(batch, queries, -1).astype(values.dtype), values,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return out.reshape(q.shape), top, weights.sum(-1, keepdims=True)
