@@ -42,6 +42,7 @@ def make_algorithm(config: Config) -> Algorithm:
 def make_batch(
     trees: Sequence[Sequence[Rollout]],
     old_log_probs: Sequence[Sequence[np.ndarray]],
+    ref_log_probs: Sequence[Sequence[np.ndarray]] | None,
     scores: Sequence[Sequence[NodeScores]] | None,
     algorithm: Algorithm,
     config: Config,
@@ -49,9 +50,9 @@ def make_batch(
 ) -> tuple[TrainBatch, np.ndarray]:
     """The mini-batch of the loss (initial rollouts only) and the base advantages `[P, N]`.
 
-    trees: P prompts' rollouts with their rewards, initial ones first; old_log_probs of the initial ones; scores from the
-    growth, None without branches. Weights follow eq. 8's normalisation; truncated rollouts have none with
-    `loss.mask_truncated`.
+    trees: P prompts' rollouts with their rewards, initial ones first; old_log_probs (and, for a loss with a KL term,
+    ref_log_probs) of the initial ones; scores from the growth, None without branches. Weights follow eq. 8's
+    normalisation; truncated rollouts have none with `loss.mask_truncated`.
     """
     N = algorithm.initial
     initial = [rollout for tree in trees for rollout in tree[:N]]
@@ -66,12 +67,16 @@ def make_batch(
             for tree in trees
         ]
     )  # fmt: skip
-    old, future = np.zeros((rows, length), np.float32), np.ones((rows, length), np.float32)
-    for i, rollout in enumerate(initial):
-        p, n = divmod(i, N)
-        old[i, : rollout.length] = old_log_probs[p][n]
-        if scores is not None:
-            future[i, : rollout.length] = scores[p][n].future_value
+
+    def padded(per_tree: Sequence[Sequence[np.ndarray]], fill: float) -> np.ndarray:
+        out = np.full((rows, length), fill, np.float32)
+        for i, values in enumerate(values for tree in per_tree for values in tree[:N]):
+            out[i, : len(values)] = values
+        return out
+
+    future = np.ones((rows, length), np.float32)
+    if scores is not None:
+        future = padded([[s.future_value for s in tree] for tree in scores], 1.0)
     loss_mask = batch.sampled.copy()
     if config.loss.mask_truncated:
         loss_mask[[rollout.truncated for rollout in initial]] = False
@@ -79,4 +84,6 @@ def make_batch(
     advantages = procedural_advantage(
         jnp.asarray(base.reshape(-1), jnp.float32), jnp.asarray(future), algorithm.advantage
     )
-    return TrainBatch(jnp.asarray(batch.tokens), jnp.asarray(weights), advantages, jnp.asarray(old)), base
+    ref = None if ref_log_probs is None else jnp.asarray(padded(ref_log_probs, 0.0))
+    old = jnp.asarray(padded(old_log_probs, 0.0))
+    return TrainBatch(jnp.asarray(batch.tokens), jnp.asarray(weights), advantages, old, ref), base

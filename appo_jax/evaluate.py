@@ -44,5 +44,6 @@ def evaluate(params: Params, components: Components) -> Evaluation:
     trees = components.engine.initial(params, held_out_examples(components), 1, salt=(2,), temperature=0.0)
     rollouts = [rollout for tree in trees for rollout in tree]
     give_rewards(rollouts, components)
-    components.engine.take_stats()
+    components.engine.take_stats()  # an evaluation's calls and tokens belong to no training step
+    components.executor.metrics()
     return Evaluation(rollouts, float(np.mean([r.correct for r in rollouts])), time.perf_counter() - began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,10 +43,8 @@ def prepare_world(config: Config) -> str:
 
 
 def _texts(dataset: Dataset, executor: ToolExecutor) -> Iterator[str]:
-    def call(name: str, argument: str) -> str:
-        return executor.submit(executor.start(), f"<{name}>{argument}</{name}>").result().result
-
-    traces = dataset.make_traces(lambda query: call("search", query), lambda code: call("python", code))
+    run = executor.run
+    traces = dataset.make_traces(functools.partial(run, "search"), functools.partial(run, "python"))
     yield from (f"{document.title} {document.text}" for document in dataset.documents or ())
     yield from (example.question for example in dataset.train)
     yield from ("".join(segment.text for segment in trace.segments) for trace in traces)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -68,15 +69,11 @@ def to_train_batch(batch: TraceBatch) -> TrainBatch:
 
 def _make_traces(components: Components) -> list[Trace]:
     """Demonstrations with the real tools' results."""
-    executor = components.executor
-
-    def call(name: str) -> Callable[[str], str]:
-        return lambda argument: (
-            executor.submit(executor.start(), f"<{name}>{argument}</{name}>", bound=60.0).result().result
-        )
-
     limit = components.config.sft.steps * components.config.sft.batch_size * TRACES_PER_ROW
-    return components.dataset.make_traces(call("search"), call("python"), limit=limit)
+    run = components.executor.run
+    return components.dataset.make_traces(
+        functools.partial(run, "search"), functools.partial(run, "python"), limit=limit
+    )
 
 
 def _train(components: Components, run: RunDir, on_step: OnStep) -> ColdStart:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from appo_jax.algorithms import Algorithm, make_algorithm, make_batch
@@ -26,6 +27,7 @@ from appo_jax.evaluate import evaluate
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
 from appo_jax.metrics import MetricsLogger
+from appo_jax.policy.transformer import Params
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
 from appo_jax.rollout.tree import Growth, Tree, TreeGrower
 from appo_jax.run_dir import RunDir, open_run
@@ -58,6 +60,8 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     # ---- learner
     optimizer = rl_optimizer(config.optimizer)
     state = TrainState(params, optimizer.init(params))
+    # The KL term's reference is the policy that RL begins with. The state is donated: a copy must be kept.
+    reference = jax.tree.map(jnp.copy, params) if config.loss.kl_weight > 0 else None
     del params
     spec = StepSpec(
         components.arch,
@@ -88,7 +92,9 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     # ---- the loop
     try:
         while not over() and not stop.requested:
-            state, record, trees = train_step(step, next(prompts), state, update, algorithm, grower, components)
+            state, record, trees = train_step(
+                step, next(prompts), state, reference, update, algorithm, grower, components
+            )
             step += 1
             _check_finite(record, step)
             sampled_tokens += int(record["rollout/sampled_tokens"])
@@ -120,10 +126,13 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
 
 
 def train_step(
-    step: int, examples: Sequence[Example], state: TrainState, update: Update, algorithm: Algorithm, grower: TreeGrower,
-    components: Components,
+    step: int, examples: Sequence[Example], state: TrainState, reference: Params | None, update: Update,
+    algorithm: Algorithm, grower: TreeGrower, components: Components,
 ) -> tuple[TrainState, dict[str, Any], list[Tree]]:  # fmt: skip
-    """One step on `examples`: rollouts from π_old = the policy now, and an update per mini-batch. Consumes `state`."""
+    """One step on `examples`: rollouts from π_old = the policy now, and an update per mini-batch. Consumes `state`.
+
+    `reference`: parameters of π_ref, for a loss with a KL term.
+    """
     config, engine, timer = components.config, components.engine, Timer()
     with timer("rollout"):
         trees = engine.initial(state.params, examples, algorithm.initial, (INITIAL, step))
@@ -134,7 +143,8 @@ def train_step(
     with timer("score"):
         # log π_old is computed here once, by the program that will compute log π_θ: their difference is the policy's
         # movement alone, without the noise between two ways of computing the same number.
-        old = [_log_probs(grower, state, minibatch) for minibatch in minibatches]
+        old = [_log_probs(grower, state.params, minibatch) for minibatch in minibatches]
+        ref = [_log_probs(grower, reference, minibatch) for minibatch in minibatches] if reference else None
 
     def grow(i: int) -> Growth:
         return grower.grow(state.params, minibatches[i], old[i], (BRANCH, step, i))
@@ -157,7 +167,13 @@ def train_step(
         grown += minibatch
         with timer("update"):
             batch, base = make_batch(
-                minibatch, old[i], growth.scores if growth else None, algorithm, config, grower.length
+                minibatch,
+                old[i],
+                ref[i] if ref else None,
+                growth.scores if growth else None,
+                algorithm,
+                config,
+                grower.length,
             )
             state, results = update(state, batch)
             updates.append(update_metrics(jax.device_get(results), base, growth, algorithm.initial))
@@ -167,9 +183,9 @@ def train_step(
     return state, record, grown
 
 
-def _log_probs(grower: TreeGrower, state: TrainState, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
-    """Log-probabilities `[T]` of every rollout's tokens under the policy now, by tree."""
-    flat = iter(grower.log_probs(state.params, [rollout for tree in trees for rollout in tree]))
+def _log_probs(grower: TreeGrower, params: Params, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
+    """Log-probabilities `[T]` of every rollout's tokens under a policy, by tree."""
+    flat = iter(grower.log_probs(params, [rollout for tree in trees for rollout in tree]))
     return [[next(flat) for _ in tree] for tree in trees]
 
 

@@ -81,7 +81,7 @@ def test_steps_compile_once_and_keep_the_budget(config: Config, algorithm: str) 
             for step in range(4):
                 examples = components.train[4 * step : 4 * step + 4]
                 before = jax.tree.map(np.asarray, state.params)
-                state, record, trees = train_step(step, examples, state, update, plan, grower, components)
+                state, record, trees = train_step(step, examples, state, None, update, plan, grower, components)
                 counts.append(len(compiled))
                 records.append(record)
                 assert [len(tree) for tree in trees] == [config.rollout.budget] * 4

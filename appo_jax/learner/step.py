@@ -105,7 +105,7 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnames=("state",))
     def train_step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, grads, sums = gradients(state.params, batch, spec)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(optax.apply_updates(state.params, updates), opt_state)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -108,6 +108,11 @@ class ToolExecutor:
             self._clock.at(began + max(bound, 0.0), lambda: self._finish(answer, began, call, late, states))
         return answer
 
+    def run(self, name: str, argument: str, bound: float = 60.0) -> str:
+        """One call outside of any rollout, waited for: what a policy would read."""
+        text = self.call_format.render_call(name, argument)
+        return self.submit(self.start(), text, bound).result().result
+
     def metrics(self) -> dict[str, float]:
         """Calls, outcomes, latencies (seconds) and queue lengths by tool since the last time they were read."""
         figures = self._stats.read()
