@@ -45,6 +45,6 @@ config = Config(
     ),
     branching=BranchingConfig(num_branch_points=3),
     optimizer=OptimizerConfig(learning_rate=4e-4, b2=0.98),
-    sft=SFTConfig(steps=180, batch_size=16, max_tokens=144, optimizer="muon", learning_rate=0.02, weight_decay=0.1),
+    sft=SFTConfig(steps=300, batch_size=16, max_tokens=144, optimizer="muon", learning_rate=0.03, weight_decay=0.1),
     eval=EvalConfig(num_prompts=192),
 )  # fmt: skip
