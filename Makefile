@@ -10,6 +10,8 @@ BIN := .venv/bin
 RUN := .venv/.run-time
 DEV := .venv/.development
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Programs compiled once are compiled for every later run of this checkout.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/artifacts/xla
 
 .PHONY: setup demo test lint bench compare
 .DELETE_ON_ERROR:
@@ -43,7 +45,7 @@ lint: $(DEV)
 
 # One cold start a seed, then both algorithms from it until TOKENS tokens have been sampled.
 SEEDS ?= 0 1 2
-TOKENS ?= 6000000
+TOKENS ?= 120000
 compare: $(RUN)
 	$(BIN)/appo-jax data world --config configs/quickstart.py
 	set -e; for seed in $(SEEDS); do \

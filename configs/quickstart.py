@@ -21,7 +21,7 @@ from appo_jax.config import (
 
 config = Config(
     run_dir="runs/quickstart",
-    steps=60,
+    steps=20,
     prompts_per_step=16,
     prompts_per_minibatch=8,
     checkpoint_every=10,
@@ -44,7 +44,7 @@ config = Config(
         decode_rows=192, max_seconds=60,
     ),
     branching=BranchingConfig(num_branch_points=3),
-    optimizer=OptimizerConfig(learning_rate=4e-4, b2=0.98),
+    optimizer=OptimizerConfig(learning_rate=3e-4, b2=0.98),
     sft=SFTConfig(steps=300, batch_size=16, max_tokens=144, optimizer="muon", learning_rate=0.03, weight_decay=0.1),
     eval=EvalConfig(num_prompts=192),
 )  # fmt: skip
