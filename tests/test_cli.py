@@ -27,7 +27,7 @@ def appo_jax(*args):
         (["--branching.num-branch-points", "two"], ["--branching.num-branch-points", "int", "'two'"]),
         (["--loss.aggregation", "sum"], ["--loss.aggregation", "'sum'", "'token_mean'"]),
         (["--rollout.budget", "99"], ["rollout.budget = 99 cannot be filled", "= 16"]),
-        (["--prompts-per-minibatch", "7"], ["prompts_per_minibatch = 7", "prompts_per_step = 32"]),
+        (["--prompts-per-minibatch", "7"], ["prompts_per_minibatch = 7", "prompts_per_step = "]),
         (["--steps", "0"], ["steps = 0: must be greater than 0"]),
     ],
 )

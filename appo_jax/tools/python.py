@@ -303,9 +303,11 @@ def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[l
     }  # fmt: skip
     mounted = config.isolation == "bubblewrap"
     programs = "/sandbox" if mounted else str(here)
+    # Packages get a place of their own: under /tmp, where a checkout may live, a cell's private /tmp would cover them.
+    places = {path: f"/sandbox/site{i}" if mounted else path for i, path in enumerate(sites)}
     # The path entry of the programs is taken away again: policy code shall not import the tools by accident.
     start = (
-        f"import sys; sys.path += {sites!r}; sys.path.append({programs!r}); "
+        f"import sys; sys.path += {list(places.values())!r}; sys.path.append({programs!r}); "
         f"from sandbox import supervisor; sys.path.pop(); supervisor.main({control}, {options!r})"
     )
     python = [executable, "-s", "-S", "-P", "-B", "-c", start]
@@ -322,9 +324,11 @@ def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[l
         command += ["--setenv", name, value]
     for path in ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives"):
         command += ["--ro-bind-try", path, path]
-    for path in dict.fromkeys([str(Path(sys.base_prefix).resolve()), *sites]):
-        if not path.startswith("/usr/"):
-            command += ["--ro-bind", path, path]
+    prefix = str(Path(sys.base_prefix).resolve())
+    if not prefix.startswith("/usr/"):
+        command += ["--ro-bind", prefix, prefix]
+    for path, place in places.items():
+        command += ["--ro-bind", path, place]
     command += [
         "--ro-bind",
         str(here / "sandbox"),
