@@ -2,7 +2,6 @@
 #   make demo      train the embedded world's policy, from nothing to its held-out accuracy
 #   make test      the tests                make lint     style, types, layers
 #   make compare   APPO against GRPO at equal sampled tokens, over three seeds
-#   make bench     speed, with what it is compared to
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
@@ -13,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Programs compiled once are compiled for every later run of this checkout.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/artifacts/xla
 
-.PHONY: setup demo test lint bench compare
+.PHONY: setup demo test lint compare
 .DELETE_ON_ERROR:
 
 setup: $(RUN)
@@ -43,17 +42,15 @@ lint: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One cold start a seed, then both algorithms from it until TOKENS tokens have been sampled.
+# APPO, then GRPO from the same cold start, each until TOKENS tokens have been sampled.
 SEEDS ?= 0 1 2
 TOKENS ?= 120000
 compare: $(RUN)
 	$(BIN)/appo-jax data world --config configs/quickstart.py
 	set -e; for seed in $(SEEDS); do \
-		$(BIN)/appo-jax sft --config configs/quickstart.py --seed $$seed --run-dir runs/compare-sft/$$seed; \
-		for algorithm in appo grpo; do \
-			$(BIN)/appo-jax train --config configs/quickstart.py --algorithm $$algorithm --seed $$seed \
-				--init-from runs/compare-sft/$$seed --run-dir runs/compare/$$algorithm-$$seed \
-				--steps 100000 --max-sampled-tokens $(TOKENS) $(ARGS); \
-		done; \
+		$(BIN)/appo-jax train --config configs/quickstart.py --seed $$seed --run-dir runs/compare/appo-$$seed \
+			--steps 1000 --max-sampled-tokens $(TOKENS) $(ARGS); \
+		$(BIN)/appo-jax train --config configs/quickstart.py --seed $$seed --run-dir runs/compare/grpo-$$seed \
+			--algorithm grpo --init-from runs/compare/appo-$$seed --steps 1000 --max-sampled-tokens $(TOKENS) $(ARGS); \
 	done
 	$(BIN)/python -m appo_jax.view.compare runs/compare/* --out runs/compare.png
