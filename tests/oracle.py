@@ -1,6 +1,6 @@
 """Independent truth for the method: one rollout or one prompt at a time, float64, plain loops.
 
-Written from appo-method.md alone (its paragraphs are cited as §), never from the code under test. Nothing is
+Written from a statement of the method alone (its paragraphs are cited as §), never from the code under test. Nothing is
 vectorised on purpose. Arrays are over the tokens T of one rollout: index t speaks of token t. `sampled` marks tokens
 that the policy chose, `valid` those of them where a branch may start.
 """

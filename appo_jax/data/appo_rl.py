@@ -1,4 +1,4 @@
-"""The RL prompts of the official APPO code: parquet files with its system prompt (appo-method §1).
+"""The RL prompts of the official APPO code: parquet files with its system prompt.
 
 Columns used: prompt (messages system, user), ability ("math", "qa" or null), reward_model.ground_truth.
 """

@@ -37,7 +37,7 @@ _ONWARD = {"town": "river", "company": "town", "leader": "town", "river": "lengt
 
 
 def render_result(text: str) -> str:
-    """A tool result as the paper's call format appends it to the policy's text (appo-method §1)."""
+    """A tool result as the paper's call format appends it to the policy's text."""
     return f" <result>\n{text}\n</result>"
 
 

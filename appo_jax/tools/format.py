@@ -53,7 +53,7 @@ _CLOSING_TAG = re.compile(r"</([\w.-]+)>\s*\Z")
 
 
 class TagFormat:
-    """`<name>argument</name>`, results in `<result>` (appo-method of the paper)."""
+    """`<name>argument</name>`, results in `<result>`, as in the paper."""
 
     def stop_strings(self, tool_names: Sequence[str]) -> tuple[str, ...]:
         return tuple(f"</{name}>" for name in tool_names)
