@@ -19,6 +19,7 @@ from appo_jax.config import Config
 from appo_jax.data.pipeline import TraceBatch, trace_batches
 from appo_jax.errors import CheckpointError, TrainingError
 from appo_jax.evaluate import evaluate
+from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.optimizer import sft_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
 from appo_jax.metrics import MetricsLogger
@@ -37,10 +38,11 @@ TRACES_PER_ROW = 8
 OnStep = Callable[[int, dict[str, Any]], None]  # (steps done, metrics)
 
 
-def cold_start(components: Components, run: RunDir, on_step: OnStep) -> ColdStart:
+def cold_start(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> ColdStart:
     """The cold-started policy of a run: restored, taken over from `init_from`, or trained now.
 
-    Training is resumed from its own checkpoints under checkpoints/sft. `on_step` hears of every step.
+    Training is resumed from its own checkpoints under checkpoints/sft. `on_step` hears of every step; once `stop` is
+    requested the step is saved and KeyboardInterrupt raised.
     """
     config = components.config
     own = _restore(run.checkpoints / "sft", config, components)
@@ -48,13 +50,18 @@ def cold_start(components: Components, run: RunDir, on_step: OnStep) -> ColdStar
         return own[1].params, own[2]["accuracies"]
     if config.init_from is not None:
         return _take_over(Path(config.init_from), components)
-    return _train(components, run, on_step)
+    return _train(components, run, on_step, stop)
 
 
 def run(config: Config) -> dict[str, float]:
     """The `sft` command: base accuracy, cold start, accuracy after it. Returns and logs both."""
-    with open_run(config) as run_dir, build(config) as components, Progress(config) as progress:
-        return cold_start(components, run_dir, progress.sft_step)[1]
+    with (
+        open_run(config) as run_dir,
+        build(config) as components,
+        Progress(config) as progress,
+        stop_requests() as stop,
+    ):
+        return cold_start(components, run_dir, progress.sft_step, stop)[1]
 
 
 def to_train_batch(batch: TraceBatch) -> TrainBatch:
@@ -76,7 +83,7 @@ def _make_traces(components: Components) -> list[Trace]:
     )
 
 
-def _train(components: Components, run: RunDir, on_step: OnStep) -> ColdStart:
+def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> ColdStart:
     config = components.config
     params = initial_params(config, components.arch)
     base = evaluate(params, components).accuracy
@@ -110,8 +117,10 @@ def _train(components: Components, run: RunDir, on_step: OnStep) -> ColdStart:
                 )
             metrics.log(step, record)
             on_step(step, record)
-            if step % config.sft.checkpoint_every == 0 and step < config.sft.steps:
+            if (step % config.sft.checkpoint_every == 0 or stop.requested) and step < config.sft.steps:
                 checkpointer.save(step, state, {"accuracies": {"accuracy_base": base}}, batches)
+            if stop.requested:
+                raise KeyboardInterrupt
         accuracies = {"accuracy_base": base, "accuracy_sft": evaluate(state.params, components).accuracy}
         checkpointer.save(step, state, {"accuracies": accuracies}, batches)
     finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from appo_jax.config import Config
 from appo_jax.data.pipeline import prompt_batches
 from appo_jax.errors import TrainingError
 from appo_jax.evaluate import evaluate
+from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
 from appo_jax.metrics import MetricsLogger
@@ -45,7 +45,10 @@ Update = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Arra
 
 
 def train(config: Config) -> None:
-    """Run `config` to its end, or go on with the run that `config.run_dir` holds."""
+    """Run `config` to its end, or go on with the run that `config.run_dir` holds.
+
+    Raises KeyboardInterrupt when it was asked to stop (and has saved), TrainingError on a loss that is not finite.
+    """
     with open_run(config) as run, build(config) as components, Progress(config) as progress, stop_requests() as stop:
         _train(config, run, components, progress, stop)
 
@@ -54,7 +57,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     began = time.perf_counter()
 
     # ---- policy
-    params, accuracies = cold_start(components, run, progress.sft_step)
+    params, accuracies = cold_start(components, run, progress.sft_step, stop)
     progress.accuracies(accuracies)
 
     # ---- learner
@@ -109,7 +112,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
                 checkpointer.save(step, state, {"sampled_tokens": sampled_tokens, "wall_s": wall_s}, prompts)
         if not over():
             log.warning("stopped after step %d, which is saved; the same command goes on from there", step)
-            return
+            raise KeyboardInterrupt
 
         # ---- the result
         final = evaluate(state.params, components)
@@ -213,28 +216,3 @@ class Timer:
     def metrics(self) -> dict[str, float]:
         phases = {f"time/{phase}_s": seconds for phase, seconds in self._seconds.items()}
         return phases | {"time/step_s": time.perf_counter() - self._began}
-
-
-class Stop:
-    """Whether somebody asked the run to end."""
-
-    requested = False
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Stop]:
-    """Ctrl-C or SIGTERM ends the run after the step in progress, which is saved. A second one ends it at once."""
-    stop = Stop()
-
-    def ask(signum: int, frame: Any) -> None:
-        stop.requested = True
-        log.warning("%s: stopping after this step (again: at once, without saving it)", signal.Signals(signum).name)
-        for number in previous:
-            signal.signal(number, signal.default_int_handler)
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

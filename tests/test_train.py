@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -108,13 +109,23 @@ def start(config: Config, run_dir: Path, folder: Path, log: Path) -> subprocess.
     run = dataclasses.replace(config, run_dir=str(run_dir))
     file = folder / f"{run_dir.name}.json"
     save_config(run, file)
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PLATFORMS": "cpu"}
+    cache = Path(config.run_dir).parent / "xla"
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "appo_jax.cli", "train", "--config", str(file)]
     return subprocess.Popen(command, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
     assert process.wait(timeout=240) == 0, log.read_text()[-3000:]
+
+
+def wait_for_step_two(process: subprocess.Popen, run_dir: Path, log: Path) -> None:
+    """Return when the first step is logged, so that the second one has begun."""
+    deadline = time.monotonic() + 240
+    while len(read_metrics(run_dir / "metrics.jsonl")) < 1:
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def final_state(config: Config, run_dir: Path) -> dict[str, np.ndarray]:
@@ -136,11 +147,7 @@ def test_a_killed_run_continues_to_the_same_parameters(config: Config, tmp_path:
     finish(start(config, whole, tmp_path, tmp_path / "whole.log"), tmp_path / "whole.log")
 
     process = start(config, killed, tmp_path, tmp_path / "killed.log")
-    deadline = time.monotonic() + 240
-    while len(read_metrics(killed / "metrics.jsonl")) < 1:  # the first step is logged: the second one has begun
-        assert process.poll() is None, (tmp_path / "killed.log").read_text()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_step_two(process, killed, tmp_path / "killed.log")
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -155,3 +162,27 @@ def test_a_killed_run_continues_to_the_same_parameters(config: Config, tmp_path:
     summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, killed)]
     assert summaries[0]["sampled_tokens"] == summaries[1]["sampled_tokens"]
     assert summaries[0]["accuracy_final"] == summaries[1]["accuracy_final"]
+
+
+def test_an_interrupted_run_saves_and_leaves(config: Config, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, steps=1000, checkpoint_every=1000)
+    run, log = tmp_path / "interrupted", tmp_path / "interrupted.log"
+    process = start(config, run, tmp_path, log)
+    wait_for_step_two(process, run, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert "is saved" in log.read_text()
+    saved = [int(path.name) for path in (run / "checkpoints" / "rl").iterdir() if path.name.isdigit()]
+    assert saved == [read_metrics(run / "metrics.jsonl")[-1]["step"]]
+    assert not (run / "summary.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(config: Config, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30))
+    log = tmp_path / "nan.log"
+    process = start(config, tmp_path / "nan", tmp_path, log)
+    assert process.wait(timeout=240) == 1
+    text = log.read_text()
+    assert re.search(r"update/(loss|grad_norm) is \S+ at step \d: training stops", text), text[-3000:]
+    assert "optimizer.learning_rate" in text
+    assert "Traceback" not in text
