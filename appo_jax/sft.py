@@ -17,11 +17,11 @@ from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params
 from appo_jax.config import Config
 from appo_jax.data.pipeline import TraceBatch, trace_batches
-from appo_jax.errors import CheckpointError, TrainingError
+from appo_jax.errors import CheckpointError
 from appo_jax.evaluate import evaluate
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.optimizer import sft_optimizer
-from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
 from appo_jax.policy.transformer import Params
 from appo_jax.run_dir import RunDir, open_run
@@ -111,10 +111,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             state, results = train_step(state, to_train_batch(next(batches)))
             step += 1
             record = {f"sft/{k}": float(v) for k, v in results.items()} | {"sft/seconds": time.perf_counter() - began}
-            if not jnp.isfinite(record["sft/loss"]):
-                raise TrainingError(
-                    f"the cold start's loss is {record['sft/loss']} at step {step}; lower sft.learning_rate"
-                )
+            require_finite(record, "sft", step, "sft.learning_rate")
             metrics.log(step, record)
             on_step(step, record)
             if (step % config.sft.checkpoint_every == 0 or stop.requested) and step < config.sft.steps:

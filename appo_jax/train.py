@@ -21,11 +21,10 @@ from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, give_rewards
 from appo_jax.config import Config
 from appo_jax.data.pipeline import prompt_batches
-from appo_jax.errors import TrainingError
 from appo_jax.evaluate import evaluate
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.optimizer import rl_optimizer
-from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
 from appo_jax.policy.transformer import Params
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
@@ -99,7 +98,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
                 step, next(prompts), state, reference, update, algorithm, grower, components
             )
             step += 1
-            _check_finite(record, step)
+            require_finite(record, "update", step, "optimizer.learning_rate")
             sampled_tokens += int(record["rollout/sampled_tokens"])
             if config.eval.every and step % config.eval.every == 0 and not over():
                 record |= evaluate(state.params, components).metrics
@@ -190,15 +189,6 @@ def _log_probs(grower: TreeGrower, params: Params, trees: Sequence[Tree]) -> lis
     """Log-probabilities `[T]` of every rollout's tokens under a policy, by tree."""
     flat = iter(grower.log_probs(params, [rollout for tree in trees for rollout in tree]))
     return [[next(flat) for _ in tree] for tree in trees]
-
-
-def _check_finite(record: dict[str, Any], step: int) -> None:
-    for name in ("update/loss", "update/grad_norm"):
-        if not np.isfinite(record[name]):
-            raise TrainingError(
-                f"{name} is {record[name]} at step {step}: training stops, the last checkpoint is from before it. "
-                "Lower optimizer.learning_rate, or look at the step's inputs"
-            )
 
 
 class Timer:

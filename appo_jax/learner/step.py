@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from appo_jax.config import Architecture, LossConfig
+from appo_jax.errors import TrainingError
 from appo_jax.learner.loss import policy_loss
 from appo_jax.policy import attention
 from appo_jax.policy.logprobs import token_log_probs
@@ -114,3 +116,13 @@ def make_train_step(
         return new, {"loss": loss, "grad_norm": grad_norm} | {k: v / tokens for k, v in sums.items()}
 
     return train_step
+
+
+def require_finite(record: Mapping[str, float], phase: str, step: int, rate: str) -> None:
+    """Raise TrainingError when a step's loss or gradient norm (`record["<phase>/loss"]` …) is not finite."""
+    for name in (f"{phase}/loss", f"{phase}/grad_norm"):
+        if not math.isfinite(record[name]):
+            raise TrainingError(
+                f"{name} is {record[name]} at step {step}: training stops, and the last checkpoint is from before it. "
+                f"Lower {rate}, or look at what the step was given"
+            )
