@@ -35,7 +35,7 @@ config = Config(
     ),
     branching=BranchingConfig(num_branch_points=1),
     optimizer=OptimizerConfig(learning_rate=2e-6, micro_batch=2),
-    # 20 batches of traces are enough to teach the call format to an instruction-tuned model.
-    sft=SFTConfig(steps=20, batch_size=8, max_tokens=384, learning_rate=1e-4, micro_batch=2),
+    # A dozen batches of traces is enough to teach the call format to an instruction-tuned model.
+    sft=SFTConfig(steps=12, batch_size=8, max_tokens=384, learning_rate=1e-4, micro_batch=2),
     eval=EvalConfig(num_prompts=32),
 )  # fmt: skip
