@@ -22,8 +22,8 @@ from appo_jax.config import (
 config = Config(
     run_dir="runs/smollm2_gsm8k",
     steps=20,
-    prompts_per_step=4,
-    prompts_per_minibatch=2,
+    prompts_per_step=2,
+    prompts_per_minibatch=1,
     checkpoint_every=1,
     policy=PolicyConfig(path="artifacts/smollm2"),
     data=DataConfig(source="gsm8k"),
@@ -37,5 +37,5 @@ config = Config(
     optimizer=OptimizerConfig(learning_rate=2e-6, micro_batch=2),
     # A dozen batches of traces is enough to teach the call format to an instruction-tuned model.
     sft=SFTConfig(steps=12, batch_size=8, max_tokens=384, learning_rate=1e-4, micro_batch=2),
-    eval=EvalConfig(num_prompts=32),
+    eval=EvalConfig(num_prompts=16),
 )  # fmt: skip
