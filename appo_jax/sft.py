@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import time
@@ -23,7 +22,7 @@ from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.optimizer import sft_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
-from appo_jax.policy.transformer import Params
+from appo_jax.policy.transformer import Params, abstract_params
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.types import Trace
 from appo_jax.view.progress import Progress
@@ -139,16 +138,9 @@ def _restore(folder: Path, config: Config, components: Components) -> tuple[int,
 
 
 def abstract_state(config: Config, components: Components) -> Any:
-    """Shapes of the cold start's state, placed where the policy lives."""
+    """Shapes and dtypes of the cold start's state."""
     optimizer = sft_optimizer(config.sft, config.optimizer)
-
-    def make() -> TrainState:
-        params = initial_params(
-            dataclasses.replace(config, policy=dataclasses.replace(config.policy, path=None)), components.arch
-        )
-        return TrainState(params, optimizer.init(params))
-
-    return jax.eval_shape(make)
+    return jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), abstract_params(components.arch))
 
 
 def _take_over(other: Path, components: Components) -> ColdStart:
