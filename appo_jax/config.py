@@ -131,7 +131,9 @@ class RolloutConfig:
     top_k: int = 0
     """0: off. When top_p or top_k cut the distribution, log-probs are those of the cut distribution."""
     decode_rows: int = 256
-    """Rows decoded together; a bigger generation runs in waves of this many."""
+    """Rows decoded together. A row whose rollout is over goes on with the next one that waits."""
+    share_prefix: bool = True
+    """False: every continuation prefills its whole prefix. The reference that tests and benchmarks compare with."""
 
 
 @dataclasses.dataclass(frozen=True)

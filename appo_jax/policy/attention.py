@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # (layer, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps, e.g. its cache)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -38,32 +39,42 @@ def packed(segments: jax.Array) -> Attend:
     return attend
 
 
+class Places(NamedTuple):
+    """Who continues which prefix: W rows at places in `[R, C]`."""
+
+    of_row: jax.Array | np.ndarray  # [W, 2] int32: slot r and column c of a row; r = R for a row that sits nowhere
+    members: jax.Array | np.ndarray  # [R, C] int32: the row at a place; W where there is none
+
+
 def tree(
-    q: jax.Array, prefix: LayerCache, suffix: LayerCache, prefix_length: jax.Array, cached: jax.Array
+    q: jax.Array, prefix: LayerCache, suffix: LayerCache, places: Places, prefix_length: jax.Array, cached: jax.Array
 ) -> jax.Array:
     """Attention of Q new tokens per row over the row's part of a shared prefix and over its own suffix.
 
-    q `[R, C, Q, H, E]`; prefix keys and values `[R, K, T, E]`, read once for the C rows that share them; suffix keys and
-    values `[R, C, K, S, E]`, the Q new tokens already written. A row sees prefix positions below `prefix_length`
-    `[R, C]` and, for its i-th new token, suffix slots up to `cached + i` (`cached [R, C]` counts the slots before the new
-    tokens). One softmax joins the two parts. Returns `[R, C, Q, H, E]`.
+    q `[W, Q, H, E]`; prefix keys and values `[R, K, T, E]`, read once for the rows that share them; suffix keys and values
+    `[W, K, S, E]`, the Q new tokens already written. A row sees prefix positions below `prefix_length [W]` and, for its
+    i-th new token, suffix slots up to `cached + i` (`cached [W]` counts the slots before the new tokens). One softmax
+    joins the two parts. Returns `[W, Q, H, E]`.
     """
-    R, C, Q, H, E = q.shape
-    K, T, S = prefix[0].shape[1], prefix[0].shape[2], suffix[0].shape[3]
-    G = H // K
-    q = (q * E**-0.5).reshape(R, C, Q, K, G, E)
-    see_prefix = jnp.broadcast_to((jnp.arange(T) < prefix_length[..., None])[:, :, None], (R, C, Q, T))
-    see_suffix = jnp.arange(S) <= (cached[..., None] + jnp.arange(Q))[..., None]  # [R, C, Q, S]
+    W, Q, H, E = q.shape
+    R, K, T, _ = prefix[0].shape
+    S, G, C = suffix[0].shape[2], H // K, places.members.shape[1]
+    q = (q * E**-0.5).reshape(W, Q, K, G, E)
+    by_place = q.at[places.members].get(mode="fill", fill_value=0)  # [R, C, Q, K, G, E]
+    seen = prefix_length.at[places.members].get(mode="fill", fill_value=0)
+    see_prefix = (jnp.arange(T) < seen[..., None])[:, None, :, None, None]  # [R, 1, C, 1, 1, T]
+    see_suffix = jnp.arange(S) <= (cached[:, None] + jnp.arange(Q))[..., None]  # [W, Q, S]
     # Flat batches of small matrix products: the one form that is fast on every backend.
-    on_prefix = _part(q.transpose(0, 3, 1, 2, 4, 5), prefix, see_prefix[:, None, :, :, None], (R * K, C * Q * G))
-    on_suffix = _part(q.transpose(0, 1, 3, 2, 4, 5), suffix, see_suffix[:, :, None, :, None], (R * C * K, Q * G))
-    out_p, top_p, sum_p = (x.transpose(0, 2, 3, 1, 4, 5) for x in on_prefix)
-    out_s, top_s, sum_s = (x.transpose(0, 1, 3, 2, 4, 5) for x in on_suffix)
+    on_prefix = _part(by_place.transpose(0, 3, 1, 2, 4, 5), prefix, see_prefix, (R * K, C * Q * G))
+    on_suffix = _part(q.swapaxes(1, 2), suffix, see_suffix[:, None, :, None], (W * K, Q * G))
+    r, c = places.of_row[:, 0], places.of_row[:, 1]
+    out_p, top_p, sum_p = (x.transpose(0, 2, 3, 1, 4, 5)[r, c] for x in on_prefix)
+    out_s, top_s, sum_s = (x.swapaxes(1, 2) for x in on_suffix)
     # A row always sees its own new token, so top_s is finite.
     top = jnp.maximum(top_p, top_s)
     scale_p, scale_s = jnp.exp(top_p - top), jnp.exp(top_s - top)
     out = (out_p * scale_p + out_s * scale_s) / (sum_p * scale_p + sum_s * scale_s)
-    return out.astype(q.dtype).reshape(R, C, Q, H, E)
+    return out.astype(q.dtype).reshape(W, Q, H, E)
 
 
 def _part(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,45 +17,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from appo_jax.config import Architecture, RolloutConfig
-from appo_jax.policy.attention import LayerCache
+from appo_jax.policy.attention import LayerCache, Places
 from appo_jax.policy.score import prefill
 from appo_jax.policy.transformer import Params
-from appo_jax.rollout.decode import DecodeState, SamplingSpec, append_tokens, decode_segment, new_state, row_keys
+from appo_jax.rollout.decode import (
+    DecodeState,
+    NewRows,
+    SamplingSpec,
+    append_tokens,
+    begin_rows,
+    decode_segment,
+    empty_prefixes,
+    empty_state,
+    halt_rows,
+    load_prefix,
+)
+from appo_jax.rollout.seating import Fork, Seating
 from appo_jax.text.automaton import StopAutomaton
 from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.tools.executor import CallRecord, ToolExecutor
 from appo_jax.types import Example, Rollout, StopReason, ToolCall
 
 # The host looks in when this share of the decoding rows has left off, or after SEGMENT_STEPS tokens, whichever is first:
-# often enough that finished tools are not kept waiting, seldom enough that the look costs little.
-ATTENTION_SHARE = 0.25
+# often enough that finished rows give their place to waiting ones, seldom enough that the look costs little.
+REFILL_SHARE = 0.05  # while forks wait for a row
+ATTENTION_SHARE = 0.25  # when only tool calls can want the host
 SEGMENT_STEPS = 32
+# While tools run, segments are kept to this many seconds, so that a result is not kept waiting by slow steps.
+TOOL_POLL_S = 0.05
 # Tool results are appended for this many rows at a time. A fixed number: a row's arithmetic must not depend, even in
 # the last bit, on how many other tools happened to finish at the same moment.
 APPEND_ROWS = 8
 CUT_MARK = " […]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Fork:
-    """Where a new rollout begins: after `tokens`, which are a prompt or the head of a parent."""
-
-    example: Example
-    tokens: np.ndarray  # [t] int32: everything before the first new token
-    prompt_length: int
-    sampled: np.ndarray  # [t] bool
-    log_probs: np.ndarray  # [t] float32
-    entropies: np.ndarray  # [t] float32
-    calls: tuple[ToolCall, ...]
-    states: Mapping[str, Any]  # tool states at the fork
-    node: int
-    parent: int | None = None
-    loop: int = 0
-
-    @property
-    def boundary(self) -> int:
-        """Index after the last tool result, or after the prompt: where the policy's own current text begins."""
-        return self.calls[-1].result_end if self.calls else self.prompt_length
 
 
 @dataclasses.dataclass
@@ -63,16 +56,13 @@ class _Row:
     """A row's host-side progress."""
 
     fork: Fork
+    group: int
     calls: list[ToolCall]
     states: Mapping[str, Any]
     boundary: int
     deadline: float
     future: concurrent.futures.Future[CallRecord] | None = None
     stop_reason: StopReason | None = None
-
-    @property
-    def decoding(self) -> bool:
-        return self.future is None and self.stop_reason is None
 
 
 @dataclasses.dataclass
@@ -100,7 +90,6 @@ class Engine:
         self.automaton = StopAutomaton.build(executor.stop_strings, tokenizer.token_bytes() + padding)
         self._tables = jnp.asarray(self.automaton.next_state), jnp.asarray(self.automaton.hit)
         self._key = jax.random.key(seed)
-        self._row_keys = jax.jit(row_keys)
         head, tail = executor.call_format.render_result("\0").split("\0")
         self._result_head, self._result_tail = tokenizer.encode(head), tokenizer.encode(tail)
         self._cut_tail = tokenizer.encode(CUT_MARK + tail)
@@ -117,93 +106,141 @@ class Engine:
     def initial(
         self, params: Params, examples: Sequence[Example], copies: int, salt: Sequence[int], temperature: float | None = None
     ) -> list[list[Rollout]]:  # fmt: skip
-        """`copies` full rollouts of each example, in waves of at most `rollout.decode_rows` rows.
+        """`copies` full rollouts of each example.
 
-        `salt` separates this call's random draws from all others (phase, step, position of the first prompt);
-        `temperature` defaults to the configured one, 0 is greedy.
+        `salt` separates this call's random draws from all others (phase, step …); `temperature` defaults to the configured
+        one, 0 is greedy.
         """
-        width = max(1, min(len(examples), self.config.decode_rows // copies))
-        trees: list[list[Rollout]] = []
-        for first in range(0, len(examples), width):
-            wave = examples[first : first + width]
-            prompts = [np.asarray(self.tokenizer.render_prompt(e.system, e.question), np.int32) for e in wave]
-            tokens = np.zeros((width, self.config.max_prompt_tokens), np.int32)
-            for row, prompt in zip(tokens, prompts, strict=False):
-                row[: len(prompt)] = prompt
-            cache = prefill(params, jnp.asarray(tokens), arch=self.arch, dtype=self.dtype)
-            forks = [
+        groups = []
+        for example in examples:
+            prompt = np.asarray(self.tokenizer.render_prompt(example.system, example.question), np.int32)
+            nothing = np.zeros(len(prompt), np.float32)
+            groups.append(
                 [
                     Fork(
-                        example=example, tokens=prompt, prompt_length=len(prompt), sampled=np.zeros(len(prompt), bool),
-                        log_probs=np.zeros(len(prompt), np.float32), entropies=np.zeros(len(prompt), np.float32),
-                        calls=(), states=self.executor.start(), node=node,
+                        example=example, tokens=prompt, prompt_length=len(prompt), sampled=nothing > 0, log_probs=nothing,
+                        entropies=nothing, calls=(), states=self.executor.start(), node=node,
                     )
                     for node in range(copies)
                 ]
-                for example, prompt in zip(wave, prompts, strict=True)
-            ]  # fmt: skip
-            forks += [[] for _ in range(width - len(wave))]
-            trees += self.generate(params, cache, forks, copies, [*salt, first], temperature)[: len(wave)]
-        return trees
+            )  # fmt: skip
+        prompts = [group[0].tokens for group in groups]
+        caches = self._prefill(params, prompts, self.config.max_prompt_tokens, len(prompts))
+        return self.generate(params, caches, groups, copies, len(groups), salt, temperature)
 
     def generate(
-        self, params: Params, prefix: list[LayerCache], forks: Sequence[Sequence[Fork]], columns: int,
-        salt: Sequence[int], temperature: float | None = None,
+        self, params: Params, caches: Iterator[list[LayerCache]], groups: Sequence[Sequence[Fork]], columns: int,
+        most_groups: int, salt: Sequence[int], temperature: float | None = None,
     ) -> list[list[Rollout]]:  # fmt: skip
-        """Continue every fork to its end. `forks[r]` (at most `columns`) share row r of the prefix cache."""
+        """Continue every fork to its end; the rollouts of each group in the order of its forks.
+
+        Group g shares a prefix: the next row of `caches`, an iterator of caches `[·, K, T, E]` that is drawn from as rows
+        become free. `columns` (C) rows at most decode one prefix at a time. `most_groups` is what the number of groups
+        can never exceed; shapes follow from it, from `columns` and from `rollout.decode_rows`.
+        """
         temperature = self.config.temperature if temperature is None else temperature
-        state = self._start(forks, columns, salt)
-        deadline = time.monotonic() + self.config.max_seconds
-        rows = {
-            (r, c): _Row(fork, list(fork.calls), fork.states, fork.boundary, deadline)
-            for r, group in enumerate(forks)
-            for c, fork in enumerate(group)
-        }
-        spec = self.spec(temperature)
-        active = len(rows)
-        waiting: dict[concurrent.futures.Future[CallRecord], tuple[int, int]] = {}
-        while active or waiting:
-            if active:
+        indexed = list(enumerate(groups))
+        if not self.config.share_prefix:
+            indexed = [(g, [fork]) for g, group in indexed for fork in group]
+            heads = [group[0].tokens for _, group in indexed]
+            fresh = all(len(head) <= self.config.max_prompt_tokens for head in heads)
+            length = self.config.max_prompt_tokens + (0 if fresh else self.config.max_response_tokens)
+            most_groups, columns = most_groups * columns, 1
+            caches = self._prefill(params, heads, length, most_groups)
+        seating = Seating(indexed, columns, min(self.config.decode_rows, most_groups * columns))
+        spec, slots = self.spec(temperature), self.config.max_response_tokens + 1
+        state = empty_state(self.arch, seating.num_rows, slots, self.dtype)
+        prefixes: list[LayerCache] = []
+        rows: dict[int, _Row] = {}
+        waiting: dict[concurrent.futures.Future[CallRecord], int] = {}
+        out: list[list[Rollout]] = [[] for _ in groups]
+        source = _Source(caches)
+        step_s = 0.0
+        while True:
+            # ---- free places go to waiting forks
+            opened, seated = seating.seat()
+            for slot, index in opened:
+                cache, row = source.at(index)
+                if not prefixes:
+                    prefixes = empty_prefixes(self.arch, seating.num_slots, cache[0][0].shape[2], self.dtype)
+                prefixes = load_prefix(prefixes, cache, row, slot)
+            if seated:
+                state = self._begin(state, rows, seated, salt)
+            if not rows:
+                break
+            places = seating.places()
+
+            # ---- decode, or wait for a tool
+            decoding = sum(row.future is None for row in rows.values())
+            if decoding:
+                share = REFILL_SHARE if seating.queued else ATTENTION_SHARE
+                enough = max(1, int(decoding * share))
+                steps_at_once = SEGMENT_STEPS
+                if waiting and step_s > 0:
+                    steps_at_once = int(np.clip(TOOL_POLL_S / step_s, 1, SEGMENT_STEPS))
                 began = time.perf_counter()
                 state, steps = decode_segment(
-                    params, prefix, state, *self._tables, int(active * (1 - ATTENTION_SHARE)), SEGMENT_STEPS,
-                    arch=self.arch, spec=spec, dtype=self.dtype,
+                    params, prefixes, places, state, *self._tables, decoding - enough, steps_at_once, arch=self.arch,
+                    spec=spec, dtype=self.dtype,
                 )  # fmt: skip
-                is_active, length, automaton = jax.device_get((state.active, state.length, state.automaton))
-                self.stats.decode_s += time.perf_counter() - began
+                self._read_stops(state, rows, waiting)
+                seconds = time.perf_counter() - began
+                step_s = seconds / max(1, int(steps))
+                self.stats.decode_s += seconds
                 self.stats.decode_steps += int(steps)
-                self.stats.row_steps += int(steps) * is_active.size
-                stopped = [at for at, row in rows.items() if row.decoding and not is_active[at]]
-                tokens = np.asarray(state.tokens) if stopped else np.empty(0)
-                for at in stopped:
-                    if future := self._on_stop(rows[at], tokens[at][: length[at]], int(automaton[at])):
-                        waiting[future] = at
+                self.stats.row_steps += int(steps) * seating.num_rows
             else:
                 began = time.perf_counter()
                 concurrent.futures.wait(waiting, timeout=1.0, return_when=concurrent.futures.FIRST_COMPLETED)
                 self.stats.wait_s += time.perf_counter() - began
-            state = self._append_finished(params, prefix, state, rows, waiting)
+            state = self._append_finished(params, prefixes, places, state, rows, waiting)
             state = self._expire(state, rows, waiting)
-            active = sum(row.decoding for row in rows.values())
-        return self._collect(state, rows, len(forks))
 
-    def _start(self, forks: Sequence[Sequence[Fork]], columns: int, salt: Sequence[int]) -> DecodeState:
-        """A fresh decode state with every row at its fork; rows without a fork never become active."""
-        shape = (len(forks), columns)
-        last, start, limit, automaton = (np.zeros(shape, np.int32) for _ in range(4))
-        active, ids = np.zeros(shape, bool), np.zeros((*shape, len(salt) + 2), np.int32)
-        for r, group in enumerate(forks):
-            for c, fork in enumerate(group):
-                start[r, c] = len(fork.tokens) - 1
-                last[r, c] = fork.tokens[-1]
-                limit[r, c] = fork.prompt_length + self.config.max_response_tokens - start[r, c]
-                automaton[r, c] = self.automaton_state(fork.tokens[fork.boundary :])
-                active[r, c] = True
-                ids[r, c] = *salt, r, fork.node
-        return new_state(
-            self.arch, last, start, limit, automaton, active, self._row_keys(self._key, ids),
-            slots=self.config.max_response_tokens + 1, dtype=self.dtype,
-        )  # fmt: skip
+            # ---- rollouts that are over leave
+            over = [w for w, row in rows.items() if row.stop_reason is not None]
+            for w, rollout in zip(over, self._collect(state, rows, over), strict=True):
+                out[rows.pop(w).group].append(rollout)
+                seating.release(w)
+        return [sorted(rollouts, key=lambda rollout: rollout.node) for rollouts in out]
+
+    def _prefill(
+        self, params: Params, prompts: Sequence[np.ndarray], length: int, most: int
+    ) -> Iterator[list[LayerCache]]:
+        """Caches of the prompts, right-padded to `length`, a wave at a time and not before it is asked for."""
+        width = min(self.config.decode_rows, most)
+        for first in range(0, len(prompts), width):
+            tokens = np.zeros((width, length), np.int32)
+            for row, prompt in zip(tokens, prompts[first : first + width], strict=False):
+                row[: len(prompt)] = prompt
+            yield prefill(params, jnp.asarray(tokens), arch=self.arch, dtype=self.dtype)
+
+    def _begin(
+        self, state: DecodeState, rows: dict[int, _Row], seated: Sequence[tuple[int, int, Fork]], salt: Sequence[int]
+    ) -> DecodeState:
+        """Start the forks that were given a row: `seated` holds (row, group, fork)."""
+        new = NewRows.none(len(state.active), len(salt) + 2)
+        deadline = time.monotonic() + self.config.max_seconds
+        for w, group, fork in seated:
+            rows[w] = _Row(fork, group, list(fork.calls), fork.states, fork.boundary, deadline)
+            start = len(fork.tokens) - 1
+            new.on[w], new.last_token[w], new.start[w] = True, fork.tokens[-1], start
+            new.limit[w] = fork.prompt_length + self.config.max_response_tokens - start
+            new.automaton[w] = self.automaton_state(fork.tokens[fork.boundary :])
+            new.ids[w] = *salt, group, fork.node
+        return begin_rows(state, new, self._key)
+
+    def _read_stops(
+        self, state: DecodeState, rows: dict[int, _Row], waiting: dict[concurrent.futures.Future[CallRecord], int]
+    ) -> None:
+        """See which rows have left off: their rollout is over, or they ask for a tool."""
+        active, length, automaton = jax.device_get((state.active, state.length, state.automaton))
+        stopped = [w for w, row in rows.items() if row.future is None and not active[w]]
+        if not stopped:
+            return
+        tokens = np.asarray(state.tokens)
+        for w in stopped:
+            if future := self._on_stop(rows[w], tokens[w, : length[w]], int(automaton[w])):
+                waiting[future] = w
 
     def automaton_state(self, tokens: np.ndarray) -> int:
         """State of the stop automaton after `tokens`; a completed stop string does not carry over."""
@@ -228,21 +265,22 @@ class Engine:
         return row.future
 
     def _append_finished(
-        self, params: Params, prefix: list[LayerCache], state: DecodeState, rows: dict[tuple[int, int], _Row],
-        waiting: dict[concurrent.futures.Future[CallRecord], tuple[int, int]],
+        self, params: Params, prefixes: list[LayerCache], places: Places, state: DecodeState, rows: dict[int, _Row],
+        waiting: dict[concurrent.futures.Future[CallRecord], int],
     ) -> DecodeState:  # fmt: skip
         """Record the calls that have finished and append their results, a few rows of similar length at a time."""
-        if not any(future.done() for future in waiting):
+        finished = [future for future in waiting if future.done()]
+        if not finished:
             return state
         began = time.perf_counter()
         length = np.asarray(state.length)
-        by_bucket: dict[int, list[tuple[tuple[int, int], list[int]]]] = {}
-        for future in [f for f in waiting if f.done()]:
-            at = waiting.pop(future)
-            row, record = rows[at], future.result()
+        by_bucket: dict[int, list[tuple[int, list[int]]]] = {}
+        for future in finished:
+            w = waiting.pop(future)
+            row, record = rows[w], future.result()
             row.future, row.states = None, record.states
             ids = self.encode_result(record.result)
-            call_end = len(row.fork.tokens) - 1 + int(length[at])
+            call_end = len(row.fork.tokens) - 1 + int(length[w])
             room = row.fork.prompt_length + self.config.max_response_tokens - call_end
             if len(ids) >= room:  # no place left to go on: the result stays unread
                 ids, row.stop_reason = [], StopReason.LENGTH
@@ -254,15 +292,16 @@ class Engine:
                 )
             )  # fmt: skip
             if ids:
-                by_bucket.setdefault(self._bucket(len(ids)), []).append((at, ids))
+                by_bucket.setdefault(self._bucket(len(ids)), []).append((w, ids))
         for bucket, items in by_bucket.items():
             for first in range(0, len(items), APPEND_ROWS):
-                some = items[first : first + APPEND_ROWS]
-                index = np.full((APPEND_ROWS, 2), state.tokens.shape[0], np.int32)
+                index = np.full(APPEND_ROWS, len(length), np.int32)
                 chunk, count = np.zeros((APPEND_ROWS, bucket), np.int32), np.zeros(APPEND_ROWS, np.int32)
-                for i, (at, ids) in enumerate(some):
-                    index[i], chunk[i, : len(ids)], count[i] = at, ids, len(ids)
-                state = append_tokens(params, prefix, state, index, chunk, count, arch=self.arch, dtype=self.dtype)
+                for i, (w, ids) in enumerate(items[first : first + APPEND_ROWS]):
+                    index[i], chunk[i, : len(ids)], count[i] = w, ids, len(ids)
+                state = append_tokens(
+                    params, prefixes, places, state, index, chunk, count, arch=self.arch, dtype=self.dtype
+                )
         self.stats.append_s += time.perf_counter() - began
         return state
 
@@ -282,50 +321,59 @@ class Engine:
         return min(bucket, max(self.config.max_result_tokens, count))
 
     def _expire(
-        self, state: DecodeState, rows: dict[tuple[int, int], _Row],
-        waiting: dict[concurrent.futures.Future[CallRecord], tuple[int, int]],
-    ) -> DecodeState:  # fmt: skip
+        self, state: DecodeState, rows: dict[int, _Row], waiting: dict[concurrent.futures.Future[CallRecord], int]
+    ) -> DecodeState:
         """End the rows that are past their time, those that wait for a tool included."""
-        late = [at for at, row in rows.items() if row.stop_reason is None and time.monotonic() > row.deadline]
-        if not late:
-            return state
-        for at in late:
-            row = rows[at]
-            row.stop_reason = StopReason.TIME
-            if row.future is not None:
-                row.future.cancel()
-                waiting.pop(row.future)
-                row.future = None
-        index = np.array(late).T
-        return dataclasses.replace(state, active=state.active.at[index[0], index[1]].set(False))
+        now = time.monotonic()
+        late = np.zeros(len(state.active), bool)
+        for w, row in rows.items():
+            if row.stop_reason is None and now > row.deadline:
+                late[w], row.stop_reason = True, StopReason.TIME
+                if row.future is not None:
+                    row.future.cancel()
+                    waiting.pop(row.future)
+                    row.future = None
+        return halt_rows(state, late) if late.any() else state
 
-    def _collect(self, state: DecodeState, rows: dict[tuple[int, int], _Row], groups: int) -> list[list[Rollout]]:
-        """Rollouts from the device's arrays, grouped by prefix."""
+    def _collect(self, state: DecodeState, rows: Mapping[int, _Row], over: Sequence[int]) -> Iterator[Rollout]:
+        """The rollouts of the rows that are over, from the device's arrays."""
+        if not over:
+            return
         tokens, log_probs, entropies, length = jax.device_get(
             (state.tokens, state.log_probs, state.entropies, state.length)
         )
-        out: list[list[Rollout]] = [[] for _ in range(groups)]
-        for at, row in rows.items():
-            fork, end = row.fork, int(length[at])
+        for w in over:
+            row, fork, end = rows[w], rows[w].fork, int(length[w])
             own = np.ones(end - 1, bool)  # slot 0 belongs to the prefix
             for call in row.calls[len(fork.calls) :]:
                 own[call.call_end - len(fork.tokens) : call.result_end - len(fork.tokens)] = False
             assert row.stop_reason is not None
-            out[at[0]].append(
-                Rollout(
-                    example=fork.example,
-                    tokens=np.concatenate([fork.tokens, tokens[at][1:end]]),
-                    prompt_length=fork.prompt_length,
-                    sampled=np.concatenate([fork.sampled, own]),
-                    log_probs=np.concatenate([fork.log_probs, log_probs[at][1:end]]),
-                    entropies=np.concatenate([fork.entropies, entropies[at][1:end]]),
-                    stop_reason=row.stop_reason,
-                    calls=tuple(row.calls),
-                    node=fork.node,
-                    parent=fork.parent,
-                    fork=None if fork.parent is None else len(fork.tokens),
-                    loop=fork.loop,
-                )
-            )
             self.stats.sampled_tokens += int(own.sum())
-        return out
+            yield Rollout(
+                example=fork.example,
+                tokens=np.concatenate([fork.tokens, tokens[w, 1:end]]),
+                prompt_length=fork.prompt_length,
+                sampled=np.concatenate([fork.sampled, own]),
+                log_probs=np.concatenate([fork.log_probs, np.where(own, log_probs[w, 1:end], 0)]),
+                entropies=np.concatenate([fork.entropies, np.where(own, entropies[w, 1:end], 0)]),
+                stop_reason=row.stop_reason,
+                calls=tuple(row.calls),
+                node=fork.node,
+                parent=fork.parent,
+                fork=None if fork.parent is None else len(fork.tokens),
+                loop=fork.loop,
+            )
+
+
+class _Source:
+    """The rows of an iterator of caches, asked for in rising order; caches that are past are let go."""
+
+    def __init__(self, caches: Iterator[list[LayerCache]]):
+        self._caches, self._first, self._cache = caches, 0, next(caches)
+
+    def at(self, index: int) -> tuple[list[LayerCache], int]:
+        """The cache that holds row `index` of them all, and the row within it."""
+        while index >= self._first + len(self._cache[0][0]):
+            self._first += len(self._cache[0][0])
+            self._cache = next(self._caches)
+        return self._cache, index - self._first

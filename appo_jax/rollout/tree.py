@@ -6,8 +6,7 @@ A tree is the list of one prompt's rollouts; a rollout's `node` is its index. No
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,8 @@ from appo_jax.policy.attention import LayerCache
 from appo_jax.policy.score import score
 from appo_jax.policy.transformer import Params
 from appo_jax.rollout.batch import Batch
-from appo_jax.rollout.engine import Engine, Fork
+from appo_jax.rollout.engine import Engine
+from appo_jax.rollout.seating import Fork
 from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.types import Rollout
 
@@ -81,7 +81,7 @@ class TreeGrower:
         self.engine, self.rollout, self.branching = engine, rollout, branching
         self.blank = blank_tokens(engine.tokenizer)
         self.length = rollout.max_prompt_tokens + rollout.max_response_tokens  # T
-        # R: parents whose branches are decoded together, B rows each.
+        # Rollouts that are scored in one pass.
         self.parents = max(1, rollout.decode_rows // branching.num_branch_points)
 
     def log_probs(self, params: Params, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
@@ -89,7 +89,27 @@ class TreeGrower:
 
         The same program on the same policy gives the same numbers, so in the first mini-batch Ω is exactly 1.
         """
-        return [log_probs for wave in self._score(params, rollouts, keep_cache=False) for log_probs, _ in wave[0]]
+        return [log_probs for log_probs, _ in self.score(params, rollouts, len(rollouts))[0]]
+
+    def score(
+        self, params: Params, rollouts: Sequence[Rollout], most: int
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[list[LayerCache]]]:
+        """Each rollout's `[T]` log-probs and entropies, and the KV caches of the passes of `parents` rollouts they took.
+
+        `most` is what the number of rollouts can never exceed; shapes follow from it.
+        """
+        ragged, caches = [], []
+        for first in range(0, len(rollouts), self.parents):
+            some = rollouts[first : first + self.parents]
+            batch = Batch.of(some, min(self.parents, most), self.length)
+            scored = score(
+                params, jnp.asarray(batch.tokens), arch=self.engine.arch, temperature=self.rollout.temperature,
+                dtype=self.engine.dtype,
+            )  # fmt: skip
+            log_probs, entropies = np.asarray(scored.log_probs), np.asarray(scored.entropies)
+            ragged += [(log_probs[i, : r.length], entropies[i, : r.length]) for i, r in enumerate(some)]
+            caches.append(scored.cache)
+        return ragged, caches
 
     def grow(
         self, params: Params, trees: Sequence[Tree], old_log_probs: Sequence[Sequence[np.ndarray]], salt: Sequence[int]
@@ -97,50 +117,33 @@ class TreeGrower:
         """Branch `trees` (initial rollouts; their log-probs under π_old alike) until the budget M is used, in L loops."""
         growth = Growth([list(tree) for tree in trees], [[] for _ in trees])
         old = [list(tree) for tree in old_log_probs]
+        most_per_tree = len(trees[0])
         for loop in range(1, self.branching.num_loops + 1):
             nodes = [(p, n) for p, tree in enumerate(growth.trees) for n in range(len(tree))]
-            waves = self._score(params, [growth.trees[p][n] for p, n in nodes], keep_cache=True)
-            for first, (wave, _) in zip(range(0, len(nodes), self.parents), waves, strict=True):
-                for (p, n), (log_probs, _) in zip(nodes[first : first + self.parents], wave, strict=True):
-                    if n == len(old[p]):  # a branch: the policy that drew it is the present one
-                        old[p].append(log_probs)
-            scores = self._branching_scores(
-                [growth.trees[p][n] for p, n in nodes], [old[p][n] for p, n in nodes], waves
-            )
+            rollouts = [growth.trees[p][n] for p, n in nodes]
+            most = most_per_tree * len(trees)
+            scored, caches = self.score(params, rollouts, most)
+            for (p, n), (log_probs, _) in zip(nodes, scored, strict=True):
+                if n == len(old[p]):  # a branch: the policy that drew it is the present one
+                    old[p].append(log_probs)
+            scores = self._branching_scores(rollouts, [old[p][n] for p, n in nodes], scored, most)
             growth.scores = [[] for _ in trees]
             for (p, _), node_scores in zip(nodes, scores, strict=True):
                 growth.scores[p].append(node_scores)
             points = self._choose(growth)
-            self._branch(params, growth, nodes, waves, points, loop, [*salt, loop])
+            self._branch(params, growth, nodes, iter(caches), points, most, loop, [*salt, loop])
+            most_per_tree = min(self.rollout.budget, most_per_tree * (self.branching.num_branch_points + 1))
         return growth
 
-    def _score(
-        self, params: Params, rollouts: Sequence[Rollout], keep_cache: bool
-    ) -> list[tuple[list[tuple[np.ndarray, np.ndarray]], list[LayerCache] | None]]:
-        """Waves of `parents` rollouts: each rollout's (log-probs, entropies), and the wave's KV cache."""
-        waves: list[tuple[list[tuple[np.ndarray, np.ndarray]], list[LayerCache] | None]] = []
-        for first in range(0, len(rollouts), self.parents):
-            some = rollouts[first : first + self.parents]
-            batch = Batch.of(some, min(self.parents, len(rollouts)), self.length)
-            scored = score(
-                params, jnp.asarray(batch.tokens), arch=self.engine.arch, temperature=self.rollout.temperature,
-                dtype=self.engine.dtype,
-            )  # fmt: skip
-            log_probs, entropies = np.asarray(scored.log_probs), np.asarray(scored.entropies)
-            ragged = [(log_probs[i, : r.length], entropies[i, : r.length]) for i, r in enumerate(some)]
-            waves.append((ragged, scored.cache if keep_cache else None))
-        return waves
-
     def _branching_scores(
-        self, rollouts: Sequence[Rollout], old_log_probs: Sequence[np.ndarray], waves: Sequence[tuple[list, Any]]
-    ) -> list[NodeScores]:
-        ragged = [pair for wave, _ in waves for pair in wave]
-        R, T = len(rollouts), self.length
-        log_probs, entropies, old = (np.zeros((R, T), np.float32) for _ in range(3))
-        sampled, valid = np.zeros((R, T), bool), np.zeros((R, T), bool)
+        self, rollouts: Sequence[Rollout], old_log_probs: Sequence[np.ndarray],
+        scored: Sequence[tuple[np.ndarray, np.ndarray]], most: int,
+    ) -> list[NodeScores]:  # fmt: skip
+        log_probs, entropies, old = (np.zeros((most, self.length), np.float32) for _ in range(3))
+        sampled, valid = np.zeros((most, self.length), bool), np.zeros((most, self.length), bool)
         for i, rollout in enumerate(rollouts):
             t = rollout.length
-            log_probs[i, :t], entropies[i, :t] = ragged[i]
+            log_probs[i, :t], entropies[i, :t] = scored[i]
             old[i, :t], sampled[i, :t] = old_log_probs[i], rollout.sampled
             valid[i, :t] = valid_positions(rollout, self.blank, self.branching, self.engine.tokenizer.eos_id)
         future = _future_value(log_probs, old, sampled, tau=self.branching.tau)
@@ -168,28 +171,24 @@ class TreeGrower:
         return points
 
     def _branch(
-        self, params: Params, growth: Growth, nodes: Sequence[tuple[int, int]], waves: Sequence[tuple[list, Any]],
-        points: Sequence[Sequence[tuple[int, int]]], loop: int, salt: Sequence[int],
+        self, params: Params, growth: Growth, nodes: Sequence[tuple[int, int]], caches: Iterator[list[LayerCache]],
+        points: Sequence[Sequence[tuple[int, int]]], most: int, loop: int, salt: Sequence[int],
     ) -> None:  # fmt: skip
         """Draw the branches and add them to their trees, in the order of `points`."""
-        columns = self.branching.num_branch_points
         forks: dict[tuple[int, int], list[Fork]] = {at: [] for at in nodes}
         for p, chosen in enumerate(points):
             for offset, (n, position) in enumerate(chosen):
                 cut = position + self.branching.include_token
-                forks[p, n].append(fork_of(growth.trees[p][n], cut, len(growth.trees[p]) + offset, loop, self.engine))
-        drawn: dict[tuple[int, int], Rollout] = {}
-        for wave, (_, cache) in enumerate(waves):
-            group = nodes[wave * self.parents : (wave + 1) * self.parents]
-            rows = cache[0][0].shape[0]
-            # A parent that got more than B branches (budget freed by others) has the rest drawn in a further pass.
-            for start in range(0, max(len(forks[at]) for at in group), columns):
-                some = [forks[at][start : start + columns] for at in group] + [[]] * (rows - len(group))
-                results = self.engine.generate(params, cache, some, columns, [*salt, wave])
-                for (p, _), rollouts in zip(group, results, strict=False):
-                    drawn.update({(p, rollout.node): rollout for rollout in rollouts})
-        for (p, _), rollout in sorted(drawn.items(), key=lambda item: item[0]):
-            growth.trees[p].append(rollout)
+                node = len(growth.trees[p]) + offset
+                forks[p, n].append(fork_of(growth.trees[p][n], cut, node, loop, self.engine))
+        results = self.engine.generate(
+            params, caches, [forks[at] for at in nodes], self.branching.num_branch_points, most, salt
+        )
+        drawn: list[list[Rollout]] = [[] for _ in growth.trees]
+        for (p, _), rollouts in zip(nodes, results, strict=True):
+            drawn[p] += rollouts
+        for tree, rollouts in zip(growth.trees, drawn, strict=True):
+            tree += sorted(rollouts, key=lambda rollout: rollout.node)
 
 
 def fork_of(parent: Rollout, cut: int, node: int, loop: int, engine: Engine) -> Fork:

@@ -72,6 +72,11 @@ def examples() -> list[Example]:
     ]
 
 
+@pytest.fixture(scope="session")
+def rollout_config() -> RolloutConfig:
+    return ROLLOUT
+
+
 @pytest.fixture
 def engine(arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor) -> Engine:
     return Engine(arch, tokenizer, executor, ROLLOUT, seed=0, dtype=jnp.float32)

@@ -1,26 +1,34 @@
 """Generation against the teacher-forced pass, and what a rollout must be."""
 
+import dataclasses
 import itertools
+import random
+import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
+from appo_jax.data.documents import Document
 from appo_jax.policy.transformer import Params
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tree import TreeGrower
+from appo_jax.text.tokenizer import SentencePieceTokenizer
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.format import make_format
+from appo_jax.tools.protocol import ToolResult
+from appo_jax.tools.search import LocalSearch
 from appo_jax.types import Example, Rollout, StopReason
 
 
 def teacher_forced_error(grower: TreeGrower, params: Params, rollouts: list[Rollout]) -> float:
     """Largest difference between the sampler's and the score pass's log-probabilities and entropies."""
     worst = 0.0
-    for (wave, _), first in zip(
-        grower._score(params, rollouts, False), range(0, len(rollouts), grower.parents), strict=True
-    ):
-        for rollout, (log_probs, entropies) in zip(rollouts[first:], wave, strict=False):
-            own = rollout.sampled
-            worst = max(worst, np.abs(log_probs - rollout.log_probs)[own].max())
-            worst = max(worst, np.abs(entropies - rollout.entropies)[own].max())
+    for rollout, (log_probs, entropies) in zip(rollouts, grower.score(params, rollouts, len(rollouts))[0], strict=True):
+        own = rollout.sampled
+        worst = max(worst, np.abs(log_probs - rollout.log_probs)[own].max())
+        worst = max(worst, np.abs(entropies - rollout.entropies)[own].max())
     return float(worst)
 
 
@@ -105,3 +113,69 @@ def test_automaton_state_of_a_fork_is_that_of_its_text(engine: Engine, text: str
     for token in rest:
         state = int(engine.automaton.next_state[state, token])
     assert (engine.automaton.hit[state] >= 0) == (text == "fox </sea")
+
+
+def test_few_rows_draw_what_many_rows_draw(
+    arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor, params: Params,
+    examples: list[Example], rollout_config: RolloutConfig,
+) -> None:  # fmt: skip
+    """Other shapes round otherwise, and no more than that."""
+
+    def draw(rows: int) -> list[Rollout]:
+        config = dataclasses.replace(rollout_config, decode_rows=rows)
+        engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
+        grower = TreeGrower(engine, config, BranchingConfig(num_branch_points=2))
+        trees = engine.initial(params, examples, 3, (0, 0))
+        old = [grower.log_probs(params, tree) for tree in trees]
+        return [rollout for tree in grower.grow(params, trees, old, (1, 0)).trees for rollout in tree]
+
+    many, few = draw(32), draw(4)
+    assert len(many) == len(few) == 27
+    for a, b in zip(many, few, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert np.abs(a.log_probs - b.log_probs).max() < 1e-5
+        assert (a.stop_reason, a.node, a.parent, a.fork) == (b.stop_reason, b.node, b.parent, b.fork)
+
+
+def test_shared_prefixes_agree_with_prefixes_of_their_own(
+    arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor, params: Params,
+    examples: list[Example], rollout_config: RolloutConfig,
+) -> None:  # fmt: skip
+    def draw(share: bool) -> list[Rollout]:
+        config = dataclasses.replace(rollout_config, share_prefix=share)
+        engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
+        grower = TreeGrower(engine, config, BranchingConfig(num_branch_points=2))
+        trees = engine.initial(params, examples, 3, (0, 3))
+        old = [grower.log_probs(params, tree) for tree in trees]
+        return [rollout for tree in grower.grow(params, trees, old, (1, 3)).trees for rollout in tree]
+
+    for a, b in zip(draw(True), draw(False), strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert np.abs(a.log_probs - b.log_probs).max() < 1e-5
+        assert np.abs(a.entropies - b.entropies).max() < 1e-5
+
+
+class Unsteady(LocalSearch):
+    """The search tool, taking its time: other rows finish first every time."""
+
+    def call(self, state: None, argument: str) -> tuple[ToolResult, None]:
+        time.sleep(random.SystemRandom().uniform(0, 0.03))
+        return super().call(state, argument)
+
+
+def test_a_rollout_does_not_depend_on_the_tools_timing(
+    arch: Architecture, tokenizer: SentencePieceTokenizer, params: Params, examples: list[Example],
+    rollout_config: RolloutConfig,
+) -> None:  # fmt: skip
+    """The same bits, whichever row draws it, whoever sat there before and beside it: what an exact resume rests on."""
+    config = dataclasses.replace(rollout_config, decode_rows=5)
+    tool = Unsteady([Document("fox", "the fox is quick"), Document("dog", "the dog is lazy")], top_k=1)
+    with ToolExecutor([tool], make_format("tags"), ToolsConfig(enabled=("search",))) as executor:
+        engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
+        runs = [engine.initial(params, examples, 4, (0, 0)) for _ in range(4)]
+    assert sum(len(rollout.calls) for tree in runs[0] for rollout in tree) > 3
+    for run in runs[1:]:
+        for a, b in zip(itertools.chain(*runs[0]), itertools.chain(*run), strict=True):
+            assert a.tokens.tolist() == b.tokens.tolist()
+            assert (a.log_probs == b.log_probs).all()
+            assert (a.entropies == b.entropies).all()

@@ -1,0 +1,57 @@
+"""Who sits where: every fork exactly once, nobody on another's place, rows kept busy."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from appo_jax.rollout.seating import Seating
+
+
+@given(
+    sizes=st.lists(st.integers(0, 5), max_size=12), columns=st.integers(1, 4), rows=st.integers(1, 9),
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_every_fork_sits_once_beside_its_prefix(sizes: list[int], columns: int, rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups: list[tuple[int, list[Any]]] = [(g, [(g, i) for i in range(size)]) for g, size in enumerate(sizes)]
+    seating = Seating(groups, columns, rows)
+    loaded: dict[int, int] = {}  # slot -> group whose prefix it holds
+    sitting: dict[int, tuple[int, int]] = {}
+    served, last_loaded = [], -1
+    for _ in range(10 * (sum(sizes) + 1)):
+        opened, seated = seating.seat()
+        for slot, index in opened:
+            assert index > last_loaded  # the source of prefixes is read once, in order
+            last_loaded = index
+            assert not any(places_slot == slot for places_slot, _ in (seating.places().of_row[w] for w in sitting))
+            loaded[slot] = index
+        for row, name, fork in seated:
+            assert row not in sitting
+            assert fork[0] == name
+            sitting[row] = fork
+            served.append(fork)
+        places = seating.places()
+        for row, fork in sitting.items():
+            slot, column = places.of_row[row]
+            assert loaded[slot] == fork[0]
+            assert places.members[slot, column] == row
+        assert sorted(places.members[places.members < rows].tolist()) == sorted(sitting)
+        if len(sitting) < rows:  # a row stands idle only when every waiting fork lacks a column or its group a slot
+            slot_of = {group: slot for slot, group in loaded.items()}
+            for group, forks in groups:
+                if set(forks) <= set(served):
+                    continue
+                if group in slot_of:
+                    assert (places.members[slot_of[group]] < rows).all()
+                else:
+                    assert (places.members < rows).any(axis=1).all()
+        if not sitting:
+            break
+        for row in [row for row in sitting if rng.random() < 0.4]:
+            seating.release(row)
+            del sitting[row]
+    assert not seating.queued
+    assert sorted(served) == sorted(itertools.chain(*(forks for _, forks in groups)))
