@@ -21,7 +21,7 @@ from appo_jax.config import (
 
 config = Config(
     run_dir="runs/quickstart",
-    steps=20,
+    steps=26,
     prompts_per_step=16,
     prompts_per_minibatch=8,
     checkpoint_every=10,
@@ -41,10 +41,10 @@ config = Config(
     tool_bonus=0.0,  # most questions need one tool, so using both is no merit here
     rollout=RolloutConfig(
         num_initial=4, budget=16, max_prompt_tokens=24, max_response_tokens=112, max_result_tokens=48, max_tool_calls=5,
-        decode_rows=192, max_seconds=60,
+        decode_rows=64, max_seconds=60,
     ),
     branching=BranchingConfig(num_branch_points=3),
-    optimizer=OptimizerConfig(learning_rate=3e-4, b2=0.98),
+    optimizer=OptimizerConfig(learning_rate=2e-4, b2=0.98),
     sft=SFTConfig(steps=300, batch_size=16, max_tokens=144, optimizer="muon", learning_rate=0.03, weight_decay=0.1),
     eval=EvalConfig(num_prompts=192),
 )  # fmt: skip

@@ -40,7 +40,7 @@ from appo_jax.types import Example, Rollout, StopReason, ToolCall
 
 # The host looks in when this share of the decoding rows has left off, or after SEGMENT_STEPS tokens, whichever is first:
 # often enough that finished rows give their place to waiting ones, seldom enough that the look costs little.
-REFILL_SHARE = 0.05  # while forks wait for a row
+REFILL_SHARE = 0.125  # while forks wait for a row
 ATTENTION_SHARE = 0.25  # when only tool calls can want the host
 SEGMENT_STEPS = 32
 # While tools run, segments are kept to this many seconds, so that a result is not kept waiting by slow steps.
@@ -125,7 +125,7 @@ class Engine:
                 ]
             )  # fmt: skip
         prompts = [group[0].tokens for group in groups]
-        caches = self._prefill(params, prompts, self.config.max_prompt_tokens, len(prompts))
+        caches = self.prompt_caches(params, prompts, self.config.max_prompt_tokens, len(prompts))
         return self.generate(params, caches, groups, copies, len(groups), salt, temperature)
 
     def generate(
@@ -146,7 +146,7 @@ class Engine:
             fresh = all(len(head) <= self.config.max_prompt_tokens for head in heads)
             length = self.config.max_prompt_tokens + (0 if fresh else self.config.max_response_tokens)
             most_groups, columns = most_groups * columns, 1
-            caches = self._prefill(params, heads, length, most_groups)
+            caches = self.prompt_caches(params, heads, length, most_groups)
         seating = Seating(indexed, columns, min(self.config.decode_rows, most_groups * columns))
         spec, slots = self.spec(temperature), self.config.max_response_tokens + 1
         state = empty_state(self.arch, seating.num_rows, slots, self.dtype)
@@ -203,7 +203,7 @@ class Engine:
                 seating.release(w)
         return [sorted(rollouts, key=lambda rollout: rollout.node) for rollouts in out]
 
-    def _prefill(
+    def prompt_caches(
         self, params: Params, prompts: Sequence[np.ndarray], length: int, most: int
     ) -> Iterator[list[LayerCache]]:
         """Caches of the prompts, right-padded to `length`, a wave at a time and not before it is asked for."""

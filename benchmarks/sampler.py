@@ -1,0 +1,382 @@
+"""The sampler against its peers and against this machine: `make bench` (needs the `bench` extra).
+
+    python benchmarks/sampler.py [--policy artifacts/smollm2] [--repeats 5]
+
+Everything is measured in one process, on the same weights, prompts and lengths, and quoted as the median over repeats.
+Writes benchmarks/results/sampler.json and benchmarks/RESULTS.md. The policy folder comes from
+`appo-jax convert smollm2 --out artifacts/smollm2`. Run it alone: the figures are of two cores with nothing beside it.
+
+Decode rates leave the prefill out, for every sampler alike: the time of one new token is taken off the time of 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
+from appo_jax.policy import weights
+from appo_jax.policy.architecture import read_architecture
+from appo_jax.policy.score import score
+from appo_jax.rollout import decode
+from appo_jax.rollout.engine import Engine
+from appo_jax.rollout.seating import Fork, Seating
+from appo_jax.text.tokenizer import JsonTokenizer, load_tokenizer
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.format import Call
+from appo_jax.tools.protocol import ToolResult
+from appo_jax.types import Example, Outcome, Rollout
+
+RESULTS = Path(__file__).parent
+PROMPT, NEW = 128, 64
+EXAMPLE = Example("benchmark", "", ("",), "qa", "")
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median wall time of `run` after one run that compiles."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+# ---- the machine
+
+
+def matmul_flops(repeats: int) -> float:
+    """Rate of a float32 matrix product of 2048², in FLOP/s: the limit of everything that is made of such products."""
+    x = jnp.ones((2048, 2048), jnp.float32)
+    product = jax.jit(jnp.dot)
+    return 2 * 2048**3 / median_seconds(lambda: product(x, x).block_until_ready(), 4 * repeats)
+
+
+def memory_rate(repeats: int) -> float:
+    """Bytes read per second by a sum over 1 GiB, far more than the caches hold."""
+    x = jnp.ones(2**28, jnp.float32)
+    total = jax.jit(jnp.sum)
+    return x.nbytes / median_seconds(lambda: total(x).block_until_ready(), repeats)
+
+
+def flops_per_token(arch: Architecture) -> int:
+    """Multiply-adds of one token's matrix products with weights, times two. Attention is not counted."""
+    heads = arch.head_dim * (2 * arch.num_heads + 2 * arch.num_kv_heads)
+    return 2 * (arch.num_layers * arch.width * (heads + 3 * arch.mlp_width) + arch.vocab_size * arch.width)
+
+
+# ---- this sampler
+
+
+class OnString:
+    """A call format in which a plain string of the text is a call, so that any policy makes calls."""
+
+    def __init__(self, string: str):
+        self.string = string
+
+    def stop_strings(self, tool_names: Sequence[str]) -> tuple[str, ...]:
+        return (self.string,)
+
+    def parse(self, text: str) -> Call | str:
+        return Call("pause", str(len(text)))
+
+    def render_call(self, name: str, argument: str) -> str:
+        return self.string
+
+    def render_result(self, text: str) -> str:
+        return text
+
+
+class Pause:
+    """A tool that takes a second."""
+
+    name = "pause"
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def start(self) -> None:
+        return None
+
+    def call(self, state: None, argument: str) -> tuple[ToolResult, None]:
+        time.sleep(self.seconds)
+        return ToolResult(" ok", Outcome.OK), None
+
+    def close(self) -> None:
+        pass
+
+
+class Bench:
+    """The policy, and engines of any shape over it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.arch = read_architecture(folder)
+        self.params = weights.load(folder, dtype=jnp.float32)
+        tokenizer = load_tokenizer(str(folder))
+        assert isinstance(tokenizer, JsonTokenizer)
+        tokenizer.eos_id = -1  # nothing ends before its limit
+        self.tokenizer = tokenizer
+
+    def engine(self, string: str = "\0never\0", pause: float = 0.0, **config: Any) -> Engine:
+        rollout = RolloutConfig(max_result_tokens=8, max_tool_calls=10**6, max_seconds=1e6, **config)
+        executor = ToolExecutor([Pause(pause)], OnString(string), ToolsConfig(max_concurrency=64))
+        return Engine(self.arch, self.tokenizer, executor, rollout, seed=0, dtype=jnp.float32)
+
+    def prompts(self, count: int, length: int, seed: int = 0) -> list[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return [row.astype(np.int32) for row in rng.integers(100, self.arch.vocab_size, (count, length))]
+
+    def fork(self, tokens: np.ndarray, node: int, prompt_length: int) -> Fork:
+        nothing = np.zeros(len(tokens), np.float32)
+        return Fork(EXAMPLE, tokens, prompt_length, nothing > 0, nothing, nothing, (), {}, node)
+
+    def generate(self, engine: Engine, prompts: Sequence[np.ndarray], new: Sequence[int]) -> list[Rollout]:
+        """Continue each prompt by its number of new tokens, prefill included."""
+        room = engine.config.max_response_tokens
+        forks = [
+            [self.fork(tokens, 0, len(tokens) - (room - count))] for tokens, count in zip(prompts, new, strict=True)
+        ]
+        caches = engine.prompt_caches(self.params, prompts, engine.config.max_prompt_tokens, len(prompts))
+        return [rows[0] for rows in engine.generate(self.params, caches, forks, 1, len(forks), (0,))]
+
+
+def our_rate(bench: Bench, batch: int, repeats: int) -> float:
+    """New tokens per second of decoding, log-probs and entropies included."""
+    engine = bench.engine(max_prompt_tokens=PROMPT, max_response_tokens=NEW, decode_rows=batch)
+    prompts = bench.prompts(batch, PROMPT)
+    whole, one = (median_seconds(lambda n=n: bench.generate(engine, prompts, [n] * batch), repeats) for n in (NEW, 1))  # type: ignore[misc]
+    return batch * (NEW - 1) / (whole - one)
+
+
+def branching(bench: Bench, repeats: int) -> dict[str, float]:
+    """16 parents of 512 tokens, 3 branches each from the middle, 64 new tokens."""
+    parents, columns, length, middle = 16, 3, 512, 256
+    prompts = bench.prompts(parents, length)
+    tokens = jnp.asarray(np.stack(prompts))
+    forks = [[bench.fork(tokens[:middle], node, middle) for node in range(columns)] for tokens in prompts]
+    config = {"max_prompt_tokens": middle, "max_response_tokens": NEW, "decode_rows": parents * columns}
+    shared, unshared = (bench.engine(share_prefix=share, **config) for share in (True, False))
+    score_pass = functools.partial(score, bench.params, tokens, arch=bench.arch, temperature=1.0, dtype=jnp.float32)
+    cache = score_pass().cache
+
+    def branch(engine: Engine, cache: list) -> list:
+        return engine.generate(bench.params, iter([cache]), forks, columns, parents, (0,))
+
+    fast = median_seconds(lambda: branch(shared, cache), repeats)
+    slow = median_seconds(lambda: branch(unshared, cache), repeats)
+
+    # Decoding alone: the same rows, prefixes in place, no host in the loop.
+    seating = Seating([(g, group) for g, group in enumerate(forks)], columns, parents * columns)
+    opened, seated = seating.seat()
+    prefixes = decode.empty_prefixes(bench.arch, seating.num_slots, length, jnp.float32)
+    for slot, index in opened:
+        prefixes = decode.load_prefix(prefixes, cache, index, slot)
+    new = decode.NewRows.none(seating.num_rows, 2)
+    for w, _, fork in seated:
+        new.on[w], new.last_token[w], new.start[w], new.limit[w] = True, fork.tokens[-1], middle - 1, NEW + 1
+
+    def decode_alone() -> None:
+        state = decode.empty_state(bench.arch, seating.num_rows, NEW + 1, jnp.float32)
+        state = decode.begin_rows(state, new, jax.random.key(0))
+        state, _ = decode.decode_segment(
+            bench.params, prefixes, seating.places(), state, *shared._tables, 0, NEW, arch=bench.arch,
+            spec=shared.spec(1.0), dtype=jnp.float32,
+        )  # fmt: skip
+        state.length.block_until_ready()
+
+    with_branches = median_seconds(lambda: branch(shared, score_pass().cache), repeats)
+
+    def both() -> None:
+        score_pass().log_probs.block_until_ready()
+        decode_alone()
+
+    return {"branch_speedup": slow / fast, "score_overhead": with_branches / median_seconds(both, repeats)}
+
+
+def useful_rows(bench: Bench) -> float:
+    """Share of row-steps that sampled a token, 256 rollouts with a long tail of lengths on 64 rows."""
+    rng = np.random.default_rng(1)
+    lengths = np.clip(rng.lognormal(3.3, 0.9, 256), 4, 256).astype(int)
+    engine = bench.engine(max_prompt_tokens=32, max_response_tokens=256, decode_rows=64)
+    bench.generate(engine, bench.prompts(256, 32), lengths.tolist())
+    stats = engine.take_stats()
+    assert stats.sampled_tokens == lengths.sum()
+    return stats.sampled_tokens / stats.row_steps
+
+
+def tool_overlap(bench: Bench, repeats: int) -> dict[str, float]:
+    """Sampled tokens per second when a third of 192 rollouts call a tool of one second, over the rate without calls."""
+    config = {"max_prompt_tokens": 32, "max_response_tokens": NEW, "decode_rows": 64}
+    prompts, new = bench.prompts(192, 32, seed=2), [NEW] * 192
+    plain = bench.engine(**config)
+    texts = [bench.tokenizer.decode(r.tokens[32:].tolist()) for r in bench.generate(plain, prompts, new)]
+    # The call is a word that about a third of these very rollouts contain; up to it they are drawn the same again.
+    words = Counter(word for text in texts for word in set(text.split()) if word.isalpha() and len(word) > 2)
+    string = min(words, key=lambda word: abs(sum(f" {word}" in text for text in texts) - 64))
+    engine = bench.engine(string=f" {string}", pause=1.0, **config)
+
+    def rate(engine: Engine) -> tuple[float, float]:
+        rates, calling = [], 0.0
+        for _ in range(repeats):
+            engine.take_stats()
+            began = time.perf_counter()
+            rollouts = bench.generate(engine, prompts, new)
+            rates.append(engine.take_stats().sampled_tokens / (time.perf_counter() - began))
+            calling = float(np.mean([len(r.calls) > 0 for r in rollouts]))
+        return statistics.median(rates), calling
+
+    rate(engine)  # compiles
+    (with_tools, calling), (without, _) = rate(engine), rate(plain)
+    return {"tool_overlap": with_tools / without, "tool_calling_rows": calling}
+
+
+# ---- peers
+
+
+def tunix_rate(bench: Bench, batch: int, repeats: int) -> float:
+    """tunix's vanilla sampler, from the same folder, without log-probs (which it need not compute)."""
+    from tunix.generate.sampler import CacheConfig, Sampler
+    from tunix.models.llama3 import model, params
+
+    a = bench.arch
+    config = model.ModelConfig(
+        num_layers=a.num_layers, vocab_size=a.vocab_size, embed_dim=a.width, hidden_dim=a.mlp_width,
+        num_heads=a.num_heads, head_dim=a.head_dim, num_kv_heads=a.num_kv_heads, rope_theta=int(a.rope_theta),
+        norm_eps=a.norm_eps, weight_tying=a.tie_embeddings,
+    )  # fmt: skip
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with mesh:
+        decoder = params.create_model_from_safe_tensors(str(bench.folder), config, mesh, dtype=jnp.float32)
+
+        class Ids:
+            """Token ids written as numbers."""
+
+            def encode(self, text: str, **_: Any) -> list[int]:
+                return [int(word) for word in text.split()]
+
+            def decode(self, ids: Sequence[int], **_: Any) -> str:
+                return " ".join(map(str, ids))
+
+            def bos_id(self) -> int:
+                return 1
+
+            def eos_id(self) -> int:
+                return 2
+
+            def pad_id(self) -> int:
+                return 2
+
+        cache = CacheConfig(PROMPT + NEW, a.num_layers, a.num_kv_heads, a.head_dim)
+        sampler = Sampler(decoder, Ids(), cache)
+        texts = [" ".join(map(str, row[1:])) for row in bench.prompts(batch, PROMPT)]
+
+        def run(new: int) -> None:
+            out = sampler(
+                texts, new, max_prompt_length=PROMPT, temperature=1.0, top_p=1.0, eos_tokens=[a.vocab_size + 1],
+                seed=0,
+            )  # fmt: skip
+            assert all(len(row) == new for row in out.tokens)
+
+        whole, one = (median_seconds(lambda n=n: run(n), repeats) for n in (NEW, 1))  # type: ignore[misc]
+    return batch * (NEW - 1) / (whole - one)
+
+
+def transformers_rate(bench: Bench, batch: int, repeats: int) -> float:
+    """transformers `generate`, from the same folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    decoder = AutoModelForCausalLM.from_pretrained(bench.folder, dtype=torch.float32)
+    ids = torch.tensor(np.stack(bench.prompts(batch, PROMPT)), dtype=torch.long)
+
+    def run(new: int) -> None:
+        out = decoder.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+        )  # fmt: skip
+        assert out.shape == (batch, PROMPT + new)
+
+    with torch.inference_mode():
+        whole, one = (median_seconds(lambda n=n: run(n), repeats) for n in (NEW, 1))  # type: ignore[misc]
+    return batch * (NEW - 1) / (whole - one)
+
+
+# ---- the report
+
+TARGETS = {
+    "ratio_tunix_b64": (2.5, ">="), "ratio_transformers_b64": (3.0, ">="), "fraction_of_matmul_limit_b64": (0.45, ">="),
+    "ratio_tunix_b16": (1.7, ">="), "branch_speedup": (3.0, ">="), "score_overhead": (1.15, "<="),
+    "useful_rows": (0.8, ">="), "tool_overlap": (0.7, ">="),
+}  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    model = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {"cpu": model[0] if model else platform.processor(), "cores": os.cpu_count(), "jax": jax.__version__}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--policy", type=Path, default=Path("artifacts/smollm2"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only-ours", action="store_true", help="leave the peers out, and write nothing")
+    options = parser.parse_args()
+    bench, figures = Bench(options.policy), dict[str, float]()
+
+    def say(**more: float) -> None:
+        figures.update(more)
+        for name, value in more.items():
+            target = TARGETS.get(name)
+            print(f"{name:34} {value:12.4g}" + (f"   (target {target[1]} {target[0]})" if target else ""), flush=True)
+
+    say(matmul_gflops=matmul_flops(options.repeats) / 1e9, memory_gb_per_s=memory_rate(options.repeats) / 1e9)
+    limit = 1e9 * figures["matmul_gflops"] / flops_per_token(bench.arch)
+    say(matmul_limit_tokens_per_s=limit)
+    for batch in (64, 16):
+        say(**{f"ours_b{batch}": our_rate(bench, batch, options.repeats)})
+    say(fraction_of_matmul_limit_b64=figures["ours_b64"] / limit)
+    say(**branching(bench, options.repeats))
+    say(useful_rows=useful_rows(bench))
+    say(**tool_overlap(bench, options.repeats))
+    if options.only_ours:
+        return
+    for batch in (64, 16):
+        say(**{f"tunix_b{batch}": tunix_rate(bench, batch, options.repeats)})
+        say(**{f"ratio_tunix_b{batch}": figures[f"ours_b{batch}"] / figures[f"tunix_b{batch}"]})
+    say(transformers_b64=transformers_rate(bench, 64, options.repeats))
+    say(ratio_transformers_b64=figures["ours_b64"] / figures["transformers_b64"])
+
+    record = {"machine": machine(), "policy": dataclasses.asdict(bench.arch), "repeats": options.repeats} | figures
+    (RESULTS / "results" / "sampler.json").write_text(json.dumps(record, indent=2) + "\n")
+    rows = [
+        f"| {name} | {value:.4g} | {' '.join(map(str, reversed(TARGETS[name]))) if name in TARGETS else ''} |"
+        for name, value in figures.items()
+    ]
+    (RESULTS / "RESULTS.md").write_text(
+        "# The sampler, measured\n\n`make bench` on "
+        f"{machine()['cpu']}, {machine()['cores']} cores, float32, SmolLM2-135M, prompt {PROMPT}, {NEW} new tokens, "
+        f"medians of {options.repeats}. Rates are new tokens per second; benchmarks/sampler.py says what each figure is.\n\n"
+        "| figure | value | target |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Rollouts over a search server that fails in every way: each has a stop reason, and the metrics count each fault."""
+
+from collections.abc import Iterator, Sequence
+
+import jax.numpy as jnp
+import pytest
+from faulty_server import Server
+
+from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, SearchToolConfig, ToolsConfig
+from appo_jax.policy.transformer import Params
+from appo_jax.rollout.engine import Engine
+from appo_jax.rollout.stats import rollout_metrics
+from appo_jax.rollout.tree import TreeGrower
+from appo_jax.text.tokenizer import SentencePieceTokenizer
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.format import Call
+from appo_jax.tools.web import WebSearch
+from appo_jax.types import Example, Outcome, StopReason
+
+FAULTS = ("hang", "429", "500", "garbage", "flood", "half", "fine")
+
+
+class AtO:
+    """A call format for a random policy: every "o" asks the search server, one way of failing after another."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def stop_strings(self, tool_names: Sequence[str]) -> tuple[str, ...]:
+        return ("o",)
+
+    def parse(self, text: str) -> Call | str:
+        self.asked += 1
+        return Call("search", f"{FAULTS[self.asked % len(FAULTS)]} {self.asked}")
+
+    def render_call(self, name: str, argument: str) -> str:
+        return "o"
+
+    def render_result(self, text: str) -> str:
+        return f" {text} "
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_step_over_a_broken_server_completes(
+    server: Server, arch: Architecture, tokenizer: SentencePieceTokenizer, params: Params, examples: list[Example],
+    rollout_config: RolloutConfig, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("appo_jax.tools.executor.TRIP_AFTER", 10**6)  # every fault shall be met, not only the first
+    search = WebSearch(SearchToolConfig(url=server.url, allow_private=True, timeout=0.5, max_retries=1))
+    with ToolExecutor([search], AtO(), ToolsConfig(enabled=("search",), max_concurrency=16)) as executor:
+        engine = Engine(arch, tokenizer, executor, rollout_config, seed=0, dtype=jnp.float32)
+        grower = TreeGrower(engine, rollout_config, BranchingConfig(num_branch_points=2))
+        trees = engine.initial(params, examples, 3, (0, 0))
+        grown = grower.grow(params, trees, [grower.log_probs(params, tree) for tree in trees], (1, 0)).trees
+        record = rollout_metrics(grown, engine.take_stats()) | executor.metrics()
+    rollouts = [rollout for tree in grown for rollout in tree]
+    assert len(rollouts) == len(examples) * rollout_config.budget
+    assert all(isinstance(rollout.stop_reason, StopReason) for rollout in rollouts)
+    calls = [call for rollout in rollouts for call in rollout.calls]
+    assert len(calls) > 3 * len(FAULTS)
+    assert all(call.result for call in calls)  # each failure became text
+    assert {call.outcome for call in calls} >= {Outcome.OK, Outcome.UNAVAILABLE, Outcome.TIMEOUT}
+    for kind in ("timeout", "status_429", "status_500", "garbage", "too_large", "cut_off"):
+        assert record[f"tools/search/fault_{kind}"] > 0, record
