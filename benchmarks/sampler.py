@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
+from appo_jax.config import Architecture, RolloutConfig, ToolsConfig
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import read_architecture
 from appo_jax.policy.score import score
