@@ -44,7 +44,7 @@ demo: $(RUN)
 	$(BIN)/appo-jax train --config configs/quickstart.py $(ARGS)
 
 test: $(DEV)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ _MINUS, _DOT = "\ue000", "\ue001"
 
 def normalize(text: str) -> str:
     """Lower-case words and numbers, single-spaced; punctuation and articles gone, as the module says."""
-    text = unicodedata.normalize("NFKC", plain(text)).lower()
+    text = unicodedata.normalize("NFKC", plain(text)).lower().replace(_MINUS, "").replace(_DOT, "")
     text = _THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
     text = _DASH_IN_NUMBERS.sub(" ", _POINT.sub(_DOT, _SIGN.sub(_MINUS, text)))
     text = "".join(ch for ch in text if unicodedata.category(ch)[0] not in "PS")

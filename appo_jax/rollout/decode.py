@@ -152,14 +152,14 @@ def feed(
     W, Q = tokens.shape
     slots = cache[0][0].shape[2]
     offsets = jnp.arange(Q)
-    w, k = jnp.arange(W)[:, None, None], jnp.arange(arch.num_kv_heads)
+    w = jnp.arange(W)[:, None]
     # Padding is sent out of bounds, where the scatter drops it.
-    target = jnp.where(offsets < count[:, None], slot[:, None] + offsets, slots)[..., None]  # [W, Q, 1]
+    target = jnp.where(offsets < count[:, None], slot[:, None] + offsets, slots)  # [W, Q]
 
     def attend(layer: int, q: jax.Array, new_k: jax.Array, new_v: jax.Array) -> tuple[jax.Array, LayerCache]:
         ck, cv = cache[layer]
-        ck = ck.at[w, k, target].set(new_k, mode="drop", unique_indices=True)
-        cv = cv.at[w, k, target].set(new_v, mode="drop", unique_indices=True)
+        ck = ck.at[w, :, target].set(new_k, mode="drop", unique_indices=True)
+        cv = cv.at[w, :, target].set(new_v, mode="drop", unique_indices=True)
         return attention.tree(q, prefixes[layer], (ck, cv), places, prefix_length=start, cached=slot), (ck, cv)
 
     positions = (start + slot)[:, None] + offsets

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from appo_jax.config import Architecture, RolloutConfig
+from appo_jax.errors import ConfigError
 from appo_jax.policy.attention import LayerCache, Places
 from appo_jax.policy.score import prefill
 from appo_jax.policy.transformer import Params
@@ -93,6 +94,14 @@ class Engine:
         head, tail = executor.call_format.render_result("\0").split("\0")
         self._result_head, self._result_tail = tokenizer.encode(head), tokenizer.encode(tail)
         self._cut_tail = tokenizer.encode(CUT_MARK + tail)
+        marks = len(self._result_head) + len(self._cut_tail)
+        if marks >= config.max_result_tokens:
+            raise ConfigError(
+                f"rollout.max_result_tokens = {config.max_result_tokens}: a result's own marks take {marks} tokens; "
+                f"give it at least {marks + 1}"
+            )
+        self.buckets = result_buckets(config.max_result_tokens)
+        self._compiled: set[tuple[int, ...]] = set()
         self.stats = GenerationStats()
 
     def take_stats(self) -> GenerationStats:
@@ -169,6 +178,7 @@ class Engine:
             if not rows:
                 break
             places = seating.places()
+            state = self._compile_appends(params, prefixes, places, state)
 
             # ---- decode, or wait for a tool
             decoding = sum(row.future is None for row in rows.values())
@@ -292,7 +302,7 @@ class Engine:
                 )
             )  # fmt: skip
             if ids:
-                by_bucket.setdefault(self._bucket(len(ids)), []).append((w, ids))
+                by_bucket.setdefault(next(b for b in self.buckets if b >= len(ids)), []).append((w, ids))
         for bucket, items in by_bucket.items():
             for first in range(0, len(items), APPEND_ROWS):
                 index = np.full(APPEND_ROWS, len(length), np.int32)
@@ -313,12 +323,22 @@ class Engine:
         keep = max(0, most - len(self._result_head) - len(self._cut_tail))
         return [*self._result_head, *ids[:keep], *self._cut_tail]
 
-    def _bucket(self, count: int) -> int:
-        """Appended chunks come in lengths 32, 128, 512, … up to what a result may have."""
-        bucket = 32
-        while bucket < count:
-            bucket *= 4
-        return min(bucket, max(self.config.max_result_tokens, count))
+    def _compile_appends(
+        self, params: Params, prefixes: list[LayerCache], places: Places, state: DecodeState
+    ) -> DecodeState:
+        """Append nothing to nobody in every bucket, once per shape: no program shall be compiled in mid-run because a
+        result is the first of its length."""
+        shape = (*state.tokens.shape, *prefixes[0][0].shape, *places.members.shape)
+        if shape not in self._compiled:
+            self._compiled.add(shape)
+            for bucket in self.buckets:
+                nobody = np.full(APPEND_ROWS, len(state.active), np.int32)
+                chunk, count = np.zeros((APPEND_ROWS, bucket), np.int32), np.zeros(APPEND_ROWS, np.int32)
+                state = append_tokens(
+                    params, prefixes, places, state, nobody, chunk, count, arch=self.arch, dtype=self.dtype
+                )
+            state = halt_rows(state, np.zeros(len(state.active), bool))
+        return state
 
     def _expire(
         self, state: DecodeState, rows: dict[int, _Row], waiting: dict[concurrent.futures.Future[CallRecord], int]
@@ -363,6 +383,14 @@ class Engine:
                 fork=None if fork.parent is None else len(fork.tokens),
                 loop=fork.loop,
             )
+
+
+def result_buckets(most: int) -> list[int]:
+    """Lengths in which tool results are appended: 32, 128, 512 … while well below `most`, and `most`."""
+    buckets = [32]
+    while 2 * buckets[-1] < most:
+        buckets.append(4 * buckets[-1])
+    return [*buckets[:-1], most]
 
 
 class _Source:

@@ -11,8 +11,9 @@ import pytest
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
 from appo_jax.data.documents import Document
+from appo_jax.errors import ConfigError
 from appo_jax.policy.transformer import Params
-from appo_jax.rollout.engine import Engine
+from appo_jax.rollout.engine import Engine, result_buckets
 from appo_jax.rollout.tree import TreeGrower
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
@@ -179,3 +180,18 @@ def test_a_rollout_does_not_depend_on_the_tools_timing(
             assert a.tokens.tolist() == b.tokens.tolist()
             assert (a.log_probs == b.log_probs).all()
             assert (a.entropies == b.entropies).all()
+
+
+def test_result_buckets_hold_every_length() -> None:
+    assert result_buckets(24) == [24]
+    assert result_buckets(48) == [48]
+    assert result_buckets(512) == [32, 128, 512]
+    assert result_buckets(600) == [32, 128, 600]
+
+
+def test_a_result_that_has_no_room_is_refused_by_name(
+    arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor, rollout_config: RolloutConfig
+) -> None:
+    config = dataclasses.replace(rollout_config, max_result_tokens=4)
+    with pytest.raises(ConfigError, match=r"rollout\.max_result_tokens = 4"):
+        Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
