@@ -11,17 +11,17 @@ import numpy as np
 
 # (layer, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps, e.g. its cache)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer
+# Keys [..., K, E, T] and values [..., K, T, E] of one layer: as the two matrix products of a decode step read them.
+LayerCache = tuple[jax.Array, jax.Array]
 
 
 def causal(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache]:
     """Causal attention over right-padded rows. q `[R, T, H, E]`, k and v `[R, T, K, E]`.
 
-    Padding needs no mask: it stands to the right of every real token. Keeps keys and values as `[R, K, T, E]`, the
-    layout that decoding reads.
+    Padding needs no mask: it stands to the right of every real token. Keeps the layer's cache.
     """
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    return out, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    return out, (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
 
 def causal_no_cache(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
@@ -51,14 +51,14 @@ def tree(
 ) -> jax.Array:
     """Attention of Q new tokens per row over the row's part of a shared prefix and over its own suffix.
 
-    q `[W, Q, H, E]`; prefix keys and values `[R, K, T, E]`, read once for the rows that share them; suffix keys and values
-    `[W, K, S, E]`, the Q new tokens already written. A row sees prefix positions below `prefix_length [W]` and, for its
+    q `[W, Q, H, E]`; prefix keys `[R, K, E, T]` and values `[R, K, T, E]`, read once for the rows that share them; suffix
+    keys `[W, K, E, S]` and values `[W, K, S, E]`, the Q new tokens already written. A row sees prefix positions below `prefix_length [W]` and, for its
     i-th new token, suffix slots up to `cached + i` (`cached [W]` counts the slots before the new tokens). One softmax
     joins the two parts. Returns `[W, Q, H, E]`.
     """
     W, Q, H, E = q.shape
-    R, K, T, _ = prefix[0].shape
-    S, G, C = suffix[0].shape[2], H // K, places.members.shape[1]
+    R, K, T, _ = prefix[1].shape
+    S, G, C = suffix[1].shape[2], H // K, places.members.shape[1]
     q = (q * E**-0.5).reshape(W, Q, K, G, E)
     by_place = q.at[places.members].get(mode="fill", fill_value=0)  # [R, C, Q, K, G, E]
     seen = prefix_length.at[places.members].get(mode="fill", fill_value=0)
@@ -87,7 +87,7 @@ def _part(
     batch, queries = flat
     keys, values = (x.reshape(batch, *x.shape[-2:]) for x in cache)
     E = q.shape[-1]
-    scores = jnp.einsum("bqe,bte->bqt", q.reshape(batch, queries, E), keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bqe,bet->bqt", q.reshape(batch, queries, E), keys, preferred_element_type=jnp.float32)
     scores = jnp.where(see, scores.reshape(*q.shape[:-1], -1), -jnp.inf)
     top = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)  # finite where nothing is seen
     weights = jnp.exp(scores - top)

@@ -18,7 +18,7 @@ from appo_jax.policy.transformer import Params, hidden_states, unembedding
 class Scored(NamedTuple):
     log_probs: jax.Array  # [R, T] float32: of token t given the tokens before it, at the sampling temperature
     entropies: jax.Array  # [R, T] float32: of the distribution at the position that produced token t
-    cache: list[LayerCache]  # per layer: keys and values [R, K, T, E]
+    cache: list[LayerCache]  # per layer: keys [R, K, E, T], values [R, K, T, E]
 
 
 def positions(tokens: jax.Array) -> jax.Array:
@@ -35,5 +35,5 @@ def score(params: Params, tokens: jax.Array, *, arch: Architecture, temperature:
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"))
 def prefill(params: Params, tokens: jax.Array, *, arch: Architecture, dtype: jnp.dtype) -> list[LayerCache]:
-    """KV cache of right-padded prompts `[R, T]`, per layer `[R, K, T, E]`."""
+    """KV cache of right-padded prompts `[R, T]`."""
     return hidden_states(params, arch, tokens, positions(tokens), attention.causal, dtype)[1]

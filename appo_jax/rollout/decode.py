@@ -3,7 +3,7 @@
 W rows decode together. A row sits at a place (r, c): it continues the prefix in slot r, as one of at most C rows that do.
 Its text is the first `start + 1` tokens of that prefix followed by its suffix:
 
-    slot r        p0 p1 p2 p3 p4 p5 p6 …         keys and values [R, K, T, E], from the prefill or the score pass
+    slot r        p0 p1 p2 p3 p4 p5 p6 …         keys [R, K, E, T] and values [R, K, T, E], from prefill or score pass
     row w               └ start = 3: sees p0 p1 p2 of the prefix
     suffix              p3 s1 s2 s3 __ __        slot 0 repeats the last prefix token, so that its logits draw s1
                         ^^^^^^^^ cached  ^ slots 0 … length−2 have keys and values; the last token is still to be fed
@@ -35,7 +35,7 @@ from appo_jax.rollout.sampling import inverse_cdf, truncate
 class DecodeState:
     """The rows of a generation. Allocated once, donated from call to call."""
 
-    cache: list[LayerCache]  # per layer: keys and values [W, K, S, E] of the suffixes
+    cache: list[LayerCache]  # per layer: keys [W, K, E, S] and values [W, K, S, E] of the suffixes
     tokens: jax.Array  # [W, S] int32
     log_probs: jax.Array  # [W, S] float32, of sampled tokens
     entropies: jax.Array  # [W, S] float32, of sampled tokens
@@ -75,19 +75,21 @@ class NewRows(NamedTuple):
 
 def empty_prefixes(arch: Architecture, slots: int, length: int, dtype: jnp.dtype) -> list[LayerCache]:
     """Room for R prefixes of T tokens."""
-    shape = (slots, arch.num_kv_heads, length, arch.head_dim)
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.num_layers)]
+    return [_empty_cache(arch, slots, length, dtype) for _ in range(arch.num_layers)]
+
+
+def _empty_cache(arch: Architecture, rows: int, length: int, dtype: jnp.dtype) -> LayerCache:
+    K, E = arch.num_kv_heads, arch.head_dim
+    return jnp.zeros((rows, K, E, length), dtype), jnp.zeros((rows, K, length, E), dtype)
 
 
 def empty_state(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> DecodeState:
     """W rows, none of them active. `slots` is S."""
-    shape = (rows, arch.num_kv_heads, slots, arch.head_dim)
-
     def per_row() -> jax.Array:
         return jnp.zeros(rows, jnp.int32)
 
     return DecodeState(
-        cache=[(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.num_layers)],
+        cache=[_empty_cache(arch, rows, slots, dtype) for _ in range(arch.num_layers)],
         tokens=jnp.zeros((rows, slots), jnp.int32),
         log_probs=jnp.zeros((rows, slots), jnp.float32),
         entropies=jnp.zeros((rows, slots), jnp.float32),
@@ -150,7 +152,7 @@ def feed(
     Returns hidden states `[W, Q, D]` and the cache with their keys and values written.
     """
     W, Q = tokens.shape
-    slots = cache[0][0].shape[2]
+    slots = cache[0][1].shape[2]
     offsets = jnp.arange(Q)
     w = jnp.arange(W)[:, None]
     # Padding is sent out of bounds, where the scatter drops it.
@@ -158,7 +160,7 @@ def feed(
 
     def attend(layer: int, q: jax.Array, new_k: jax.Array, new_v: jax.Array) -> tuple[jax.Array, LayerCache]:
         ck, cv = cache[layer]
-        ck = ck.at[w, :, target].set(new_k, mode="drop", unique_indices=True)
+        ck = ck.at[w, :, :, target].set(new_k, mode="drop", unique_indices=True)
         cv = cv.at[w, :, target].set(new_v, mode="drop", unique_indices=True)
         return attention.tree(q, prefixes[layer], (ck, cv), places, prefix_length=start, cached=slot), (ck, cv)
 

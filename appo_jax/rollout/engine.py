@@ -143,7 +143,7 @@ class Engine:
     ) -> list[list[Rollout]]:  # fmt: skip
         """Continue every fork to its end; the rollouts of each group in the order of its forks.
 
-        Group g shares a prefix: the next row of `caches`, an iterator of caches `[·, K, T, E]` that is drawn from as rows
+        Group g shares a prefix: the next row of `caches`, an iterator of caches that is drawn from as rows
         become free. `columns` (C) rows at most decode one prefix at a time. `most_groups` is what the number of groups
         can never exceed; shapes follow from it, from `columns` and from `rollout.decode_rows`.
         """
@@ -171,7 +171,7 @@ class Engine:
             for slot, index in opened:
                 cache, row = source.at(index)
                 if not prefixes:
-                    prefixes = empty_prefixes(self.arch, seating.num_slots, cache[0][0].shape[2], self.dtype)
+                    prefixes = empty_prefixes(self.arch, seating.num_slots, cache[0][1].shape[2], self.dtype)
                 prefixes = load_prefix(prefixes, cache, row, slot)
             if seated:
                 state = self._begin(state, rows, seated, salt)
