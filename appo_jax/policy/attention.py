@@ -52,9 +52,9 @@ def tree(
     """Attention of Q new tokens per row over the row's part of a shared prefix and over its own suffix.
 
     q `[W, Q, H, E]`; prefix keys `[R, K, E, T]` and values `[R, K, T, E]`, read once for the rows that share them; suffix
-    keys `[W, K, E, S]` and values `[W, K, S, E]`, the Q new tokens already written. A row sees prefix positions below `prefix_length [W]` and, for its
-    i-th new token, suffix slots up to `cached + i` (`cached [W]` counts the slots before the new tokens). One softmax
-    joins the two parts. Returns `[W, Q, H, E]`.
+    keys `[W, K, E, S]` and values `[W, K, S, E]`, the Q new tokens already written. A row sees prefix positions below
+    `prefix_length [W]` and, for its i-th new token, suffix slots up to `cached + i` (`cached [W]` counts the slots before
+    the new tokens). One softmax joins the two parts. Returns `[W, Q, H, E]`.
     """
     W, Q, H, E = q.shape
     R, K, T, _ = prefix[1].shape
