@@ -1,0 +1,37 @@
+"""Where activations lie on the mesh: what the partitioner is told inside jit.
+
+Rows are split over the data and fsdp axes, heads and the MLP's inner axis over the tensor axis. The mesh is the one that
+`sharding.use_mesh` set; without one, on a single device, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from jax.sharding import PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")  # of every mesh
+ROWS = ("data", "fsdp")  # what rows of a batch are split over
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """`x` with its leading axes laid over the mesh axes named, the others replicated.
+
+    An array axis that the mesh axes do not divide is replicated too (one row, a few appended tool results).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+
+    def fits(size: int, names: str | tuple[str, ...] | None) -> bool:
+        names = (names,) if isinstance(names, str) else names or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    spec = [names if fits(size, names) else None for size, names in zip(x.shape, axes, strict=False)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """`x` whole on every device: what the host reads (with several hosts, each of them)."""
+    return constrain(x)
