@@ -35,3 +35,18 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 def replicate(x: jax.Array) -> jax.Array:
     """`x` whole on every device: what the host reads (with several hosts, each of them)."""
     return constrain(x)
+
+
+def row_shards(rows: int) -> int:
+    """Into how many parts `constrain` splits `rows` rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else math.prod(mesh.shape[name] for name in ROWS)
+    return shards if rows % shards == 0 else 1
+
+
+def merged(*sizes: int) -> tuple[int, ...]:
+    """The shape of leading axes that a reshape may merge: one axis, but on a mesh as they are.
+
+    Rows and heads are split over different mesh axes; no layout of the merged axis could say so, and both would be gathered.
+    """
+    return sizes if not jax.sharding.get_abstract_mesh().empty else (math.prod(sizes),)
