@@ -7,6 +7,7 @@ Rows are split over the data and fsdp axes, heads and the MLP's inner axis over 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import jax
 from jax.sharding import PartitionSpec
@@ -28,8 +29,17 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
         names = (names,) if isinstance(names, str) else names or ()
         return size % math.prod(mesh.shape[name] for name in names) == 0
 
-    spec = [names if fits(size, names) else None for size, names in zip(x.shape, axes, strict=False)]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return jax.lax.with_sharding_constraint(
+        x, spec_of(names if fits(size, names) else None for size, names in zip(x.shape, axes, strict=False))
+    )
+
+
+def spec_of(axes: Iterable[str | tuple[str, ...] | None]) -> PartitionSpec:
+    """The partition in its shortest form, which is the one jax gives back: two forms would be two programs."""
+    axes = list(axes)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
 
 
 def replicate(x: jax.Array) -> jax.Array:

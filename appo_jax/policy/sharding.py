@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from appo_jax.config import Architecture, MeshConfig
 from appo_jax.errors import ConfigError
-from appo_jax.policy.constraints import AXES, ROWS
+from appo_jax.policy.constraints import AXES, ROWS, spec_of
 from appo_jax.policy.transformer import Params, abstract_params
 
 Layout = Literal["train", "generate"]
@@ -130,7 +130,7 @@ def partition_spec(
                 f"{array}: axis {letter} = {size} cannot be split over mesh.{target} = {mesh.shape[target]}; "
                 f"set mesh.{target} to a divisor of {size}"
             )
-    return PartitionSpec(*(rules.get(letter) for letter in axes))
+    return spec_of(rules.get(letter) for letter in axes)
 
 
 def state_shardings(state: Tree, arch: Architecture, mesh: Mesh) -> Tree:

@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: Any, remat: bool
     ) -> tuple[jax.Array, list[Any]]:
-        x = constrain(self.embed[...].astype(dtype)[tokens], ROWS)
+        x = constrain(constrain(self.embed[...].astype(dtype), "tensor")[tokens], ROWS)
         kept = []
         for i, layer in enumerate(self.layers):
 
