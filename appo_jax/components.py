@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -12,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from appo_jax.config import Architecture, Config
 from appo_jax.data.pipeline import check_prompts
 from appo_jax.data.source import Dataset, load_dataset
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import from_hf
+from appo_jax.policy.sharding import make_mesh, param_shardings, place, use_mesh
 from appo_jax.policy.transformer import Params, init_params
 from appo_jax.reward import RewardFunction, make_reward
 from appo_jax.reward.response import Response
@@ -40,14 +43,16 @@ class Components:
     executor: ToolExecutor
     arch: Architecture
     dtype: Any
+    mesh: Mesh
     engine: Engine
     reward: RewardFunction
+    open: contextlib.ExitStack  # the tools and the mesh's context
 
     def __enter__(self) -> Components:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.executor.close()
+        self.open.close()
 
 
 def build(config: Config) -> Components:
@@ -60,16 +65,16 @@ def build(config: Config) -> Components:
     arch = config.policy.architecture or from_hf(
         json.loads((Path(str(config.policy.path)) / "config.json").read_text())
     )
-    executor = build_executor(config.tools, dataset.documents)
-    try:
+    with contextlib.ExitStack() as stack:
+        executor = stack.enter_context(build_executor(config.tools, dataset.documents))
         check_tags(tokenizer, (*executor.stop_strings, "<think>", "</think>", "<answer>", "</answer>", "\\boxed{"))
-        dtype = compute_dtype(config)
-        engine = Engine(arch, tokenizer, executor, config.rollout, config.seed, dtype)
+        mesh, dtype = make_mesh(config.mesh), compute_dtype(config)
+        stack.enter_context(use_mesh(mesh))
+        engine = Engine(arch, tokenizer, executor, config.rollout, config.seed, dtype, mesh)
         reward = make_reward(config.reward, config.tool_bonus, executor.names)
-    except BaseException:
-        executor.close()
-        raise
-    return Components(config, dataset, train, held_out, tokenizer, executor, arch, dtype, engine, reward)
+        return Components(
+            config, dataset, train, held_out, tokenizer, executor, arch, dtype, mesh, engine, reward, stack.pop_all()
+        )  # fmt: skip
 
 
 def compute_dtype(config: Config) -> Any:
@@ -79,11 +84,12 @@ def compute_dtype(config: Config) -> Any:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def initial_params(config: Config, arch: Architecture) -> Params:
-    """The policy that the run starts from: a folder's weights, or random ones."""
+def initial_params(config: Config, arch: Architecture, mesh: Mesh) -> Params:
+    """The policy that the run starts from, in the training layout: a folder's weights, or random ones."""
+    shardings = param_shardings(arch, mesh, "train")
     if config.policy.path is not None:
-        return weights.load(config.policy.path, dtype=jnp.float32)
-    return init_params(arch, config.seed)
+        return weights.load(config.policy.path, shardings if mesh.size > 1 else None, dtype=jnp.float32)
+    return place(init_params(arch, config.seed), shardings, mesh)
 
 
 def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:

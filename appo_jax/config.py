@@ -338,12 +338,21 @@ def validate(config: Config) -> None:
         c.data.source == "world" or c.data.path is not None,
         f"data.path: needed for data.source = {c.data.source!r} (the folder that holds its files; on the command line: --data DIR)",
     )
-    rows = c.prompts_per_minibatch * r.num_initial
-    devices = c.mesh.data * c.mesh.fsdp
+    mesh = c.mesh
     need(
-        rows % devices == 0,
-        f"prompts_per_minibatch × rollout.num_initial = {rows} rows cannot be split over mesh.data × mesh.fsdp = {devices}",
+        mesh.data % mesh.slices == 0,
+        f"mesh.slices = {mesh.slices} does not divide mesh.data = {mesh.data}: slices split that axis",
     )
+    per_prompt = ("rollout.num_initial", r.num_initial) if c.algorithm == "appo" else ("rollout.budget", r.budget)
+    rows = c.prompts_per_minibatch * per_prompt[1]
+    split = {f"prompts_per_minibatch × {per_prompt[0]}": rows, "optimizer.micro_batch": c.optimizer.micro_batch}
+    if c.sft.steps:
+        split |= {"sft.batch_size": c.sft.batch_size, "sft.micro_batch": c.sft.micro_batch}
+    for name, value in split.items():
+        need(
+            value % (mesh.data * mesh.fsdp) == 0,
+            f"{name} = {value} rows cannot be split over mesh.data × mesh.fsdp = {mesh.data * mesh.fsdp}",
+        )
     micro = c.optimizer.micro_batch
     need(
         micro == 0 or rows % micro == 0,

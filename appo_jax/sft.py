@@ -20,8 +20,9 @@ from appo_jax.errors import CheckpointError
 from appo_jax.evaluate import evaluate
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.optimizer import sft_optimizer
-from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step, require_finite
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
+from appo_jax.policy.sharding import annotate, batch_sharding, place, state_shardings
 from appo_jax.policy.transformer import Params, abstract_params
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.types import Trace
@@ -84,13 +85,13 @@ def _make_traces(components: Components) -> list[Trace]:
 
 def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> ColdStart:
     config = components.config
-    params = initial_params(config, components.arch)
+    params = initial_params(config, components.arch, components.mesh)
     base = evaluate(params, components).accuracy
     log.info("held-out accuracy before the cold start: %.3f", base)
     if config.sft.steps == 0:
         return params, {"accuracy_base": base, "accuracy_sft": base}
     optimizer = sft_optimizer(config.sft, config.optimizer)
-    state = TrainState(params, optimizer.init(params))
+    state = init_state(params, optimizer, components.arch, components.mesh)
     del params
     batches = trace_batches(
         _make_traces(components), components.tokenizer, config.sft.batch_size, config.sft.max_tokens, config.seed
@@ -107,7 +108,8 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
         train_step = make_train_step(optimizer, spec)
         while step < config.sft.steps:
             began = time.perf_counter()
-            state, results = train_step(state, to_train_batch(next(batches)))
+            batch = place(to_train_batch(next(batches)), batch_sharding(components.mesh), components.mesh)
+            state, results = train_step(state, batch)
             step += 1
             record = {f"sft/{k}": float(v) for k, v in results.items()} | {"sft/seconds": time.perf_counter() - began}
             require_finite(record, "sft", step, "sft.learning_rate")
@@ -138,9 +140,11 @@ def _restore(folder: Path, config: Config, components: Components) -> tuple[int,
 
 
 def abstract_state(config: Config, components: Components) -> Any:
-    """Shapes and dtypes of the cold start's state."""
+    """Shapes, dtypes and shardings of the cold start's state."""
     optimizer = sft_optimizer(config.sft, config.optimizer)
-    return jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), abstract_params(components.arch))
+    arch, mesh = components.arch, components.mesh
+    state = jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), abstract_params(arch))
+    return annotate(state, state_shardings(state, arch, mesh), mesh)
 
 
 def _take_over(other: Path, components: Components) -> ColdStart:

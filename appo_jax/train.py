@@ -24,8 +24,9 @@ from appo_jax.data.pipeline import prompt_batches
 from appo_jax.evaluate import evaluate
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.optimizer import rl_optimizer
-from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step, require_finite
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
+from appo_jax.policy.sharding import batch_sharding, place
 from appo_jax.policy.transformer import Params
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
 from appo_jax.rollout.tree import Growth, Tree, TreeGrower
@@ -61,7 +62,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
 
     # ---- learner
     optimizer = rl_optimizer(config.optimizer)
-    state = TrainState(params, optimizer.init(params))
+    state = init_state(params, optimizer, components.arch, components.mesh)
     # The KL term's reference is the policy that RL begins with. The state is donated: a copy must be kept.
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_weight > 0 else None
     del params
@@ -177,6 +178,7 @@ def train_step(
                 config,
                 grower.length,
             )
+            batch = place(batch, batch_sharding(components.mesh), components.mesh)
             state, results = update(state, batch)
             updates.append(update_metrics(jax.device_get(results), base, growth, algorithm.initial))
     record = rollout_metrics(grown, engine.take_stats()) | components.executor.metrics()

@@ -56,7 +56,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def learner(config: Config, components: Components) -> tuple:
     optimizer = rl_optimizer(config.optimizer)
-    params = initial_params(config, components.arch)
+    params = initial_params(config, components.arch, components.mesh)
     spec = StepSpec(
         components.arch, config.loss, config.rollout.temperature, config.optimizer.micro_batch, components.dtype, False
     )

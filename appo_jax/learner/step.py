@@ -11,13 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from appo_jax.config import Architecture, LossConfig
 from appo_jax.errors import TrainingError
 from appo_jax.learner.loss import policy_loss
 from appo_jax.policy import attention
+from appo_jax.policy.constraints import ROWS, constrain, row_shards
 from appo_jax.policy.logprobs import token_log_probs
 from appo_jax.policy.score import positions
+from appo_jax.policy.sharding import place, state_shardings
 from appo_jax.policy.transformer import Params, hidden_states, unembedding
 
 
@@ -42,6 +45,12 @@ class TrainState:
 
     params: Params
     opt_state: optax.OptState
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, arch: Architecture, mesh: Mesh) -> TrainState:
+    """The state of the first step, in the training layout."""
+    state = TrainState(params, optimizer.init(params))
+    return place(state, state_shardings(state, arch, mesh), mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +94,14 @@ def gradients(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.Ar
     if not spec.micro_batch or spec.micro_batch == rows:
         (loss, metrics), grads = grad_fn(params, batch)
         return loss, grads, metrics
-    micro = jax.tree.map(lambda x: x.reshape(-1, spec.micro_batch, *x.shape[1:]), batch)
+    # On a mesh every device puts an equal part of its own rows into each micro-batch.
+    shards = row_shards(spec.micro_batch)
+
+    def split(x: jax.Array) -> jax.Array:
+        parts = x.reshape(shards, -1, spec.micro_batch // shards, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(parts.reshape(-1, spec.micro_batch, *x.shape[1:]), None, ROWS)
+
+    micro = jax.tree.map(split, batch)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro))
     )

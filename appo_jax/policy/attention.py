@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from appo_jax.policy.constraints import ROWS, constrain, merged
+
 # (layer, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps, e.g. its cache)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 # Keys [..., K, E, T] and values [..., K, T, E] of one layer: as the two matrix products of a decode step read them.
@@ -61,12 +63,13 @@ def tree(
     S, G, C = suffix[1].shape[2], H // K, places.members.shape[1]
     q = (q * E**-0.5).reshape(W, Q, K, G, E)
     by_place = q.at[places.members].get(mode="fill", fill_value=0)  # [R, C, Q, K, G, E]
+    by_place = constrain(by_place, ROWS, None, None, "tensor")
     seen = prefix_length.at[places.members].get(mode="fill", fill_value=0)
     see_prefix = (jnp.arange(T) < seen[..., None])[:, None, :, None, None]  # [R, 1, C, 1, 1, T]
     see_suffix = jnp.arange(S) <= (cached[:, None] + jnp.arange(Q))[..., None]  # [W, Q, S]
     # Flat batches of small matrix products: the one form that is fast on every backend.
-    on_prefix = _part(by_place.transpose(0, 3, 1, 2, 4, 5), prefix, see_prefix, (R * K, C * Q * G))
-    on_suffix = _part(q.swapaxes(1, 2), suffix, see_suffix[:, None, :, None], (W * K, Q * G))
+    on_prefix = _part(by_place.transpose(0, 3, 1, 2, 4, 5), prefix, see_prefix, (*merged(R, K), C * Q * G))
+    on_suffix = _part(q.swapaxes(1, 2), suffix, see_suffix[:, None, :, None], (*merged(W, K), Q * G))
     r, c = places.of_row[:, 0], places.of_row[:, 1]
     out_p, top_p, sum_p = (x.transpose(0, 2, 3, 1, 4, 5)[r, c] for x in on_prefix)
     out_s, top_s, sum_s = (x.swapaxes(1, 2) for x in on_suffix)
@@ -78,21 +81,20 @@ def tree(
 
 
 def _part(
-    q: jax.Array, cache: LayerCache, see: jax.Array, flat: tuple[int, int]
+    q: jax.Array, cache: LayerCache, see: jax.Array, flat: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One part of a softmax: unnormalised output `[..., E]`, maximum and sum `[..., 1]`, all float32.
 
-    q `[..., E]` in any layout that `flat` (batch, queries) folds; see `[..., keys]` broadcasts against it.
+    q `[..., E]` in any layout that `flat` (batch axes, then queries) folds; see `[..., keys]` broadcasts against it.
     """
-    batch, queries = flat
-    keys, values = (x.reshape(batch, *x.shape[-2:]) for x in cache)
+    keys, values = (x.reshape(*flat[:-1], *x.shape[-2:]) for x in cache)
     E = q.shape[-1]
-    scores = jnp.einsum("bqe,bet->bqt", q.reshape(batch, queries, E), keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("...qe,...et->...qt", q.reshape(*flat, E), keys, preferred_element_type=jnp.float32)
     scores = jnp.where(see, scores.reshape(*q.shape[:-1], -1), -jnp.inf)
     top = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)  # finite where nothing is seen
     weights = jnp.exp(scores - top)
     out = jnp.einsum(
-        "bqt,bte->bqe", weights.reshape(batch, queries, -1).astype(values.dtype), values,
+        "...qt,...te->...qe", weights.reshape(*flat, -1).astype(values.dtype), values,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     return out.reshape(q.shape), top, weights.sum(-1, keepdims=True)

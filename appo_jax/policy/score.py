@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from appo_jax.config import Architecture
 from appo_jax.policy import attention
 from appo_jax.policy.attention import LayerCache
+from appo_jax.policy.constraints import ROWS, constrain, replicate
 from appo_jax.policy.logprobs import token_log_probs
 from appo_jax.policy.transformer import Params, hidden_states, unembedding
 
@@ -30,10 +31,14 @@ def score(params: Params, tokens: jax.Array, *, arch: Architecture, temperature:
     """Log-probabilities, entropies and KV cache of right-padded rollouts `[R, T]` in one pass."""
     hidden, cache = hidden_states(params, arch, tokens, positions(tokens), attention.causal, dtype)
     log_probs, entropies = token_log_probs(hidden, unembedding(params), tokens, temperature)
-    return Scored(log_probs, entropies, cache)
+    return Scored(replicate(log_probs), replicate(entropies), _laid_out(cache))
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"))
 def prefill(params: Params, tokens: jax.Array, *, arch: Architecture, dtype: jnp.dtype) -> list[LayerCache]:
     """KV cache of right-padded prompts `[R, T]`."""
-    return hidden_states(params, arch, tokens, positions(tokens), attention.causal, dtype)[1]
+    return _laid_out(hidden_states(params, arch, tokens, positions(tokens), attention.causal, dtype)[1])
+
+
+def _laid_out(cache: list[LayerCache]) -> list[LayerCache]:
+    return jax.tree.map(lambda x: constrain(x, ROWS, "tensor"), cache)

@@ -23,6 +23,7 @@ from flax import nnx
 
 from appo_jax.config import Architecture
 from appo_jax.policy.attention import Attend
+from appo_jax.policy.constraints import ROWS, constrain
 
 Params = dict[str, Any]
 
@@ -95,12 +96,14 @@ class Layer(nnx.Module):
             )  # fmt: skip
         if a.qk_norm:
             q, k = rms_norm(q, self.q_norm[...], a.norm_eps), rms_norm(k, self.k_norm[...], a.norm_eps)
+        q, k, v = (constrain(y, ROWS, None, "tensor") for y in (q, k, v))
         frequencies = rope_frequencies(a)
         out, kept = attend(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v)
-        x = x + jnp.einsum("...he,hed->...d", out, self.o[...].astype(dtype))
+        x = constrain(x + jnp.einsum("...he,hed->...d", out, self.o[...].astype(dtype)), ROWS)
         h = rms_norm(x, self.mlp_norm[...], a.norm_eps)
         h = jax.nn.silu(h @ self.gate[...].astype(dtype)) * (h @ self.up[...].astype(dtype))
-        return x + h @ self.down[...].astype(dtype), kept
+        h = constrain(h, ROWS, None, "tensor")
+        return constrain(x + h @ self.down[...].astype(dtype), ROWS), kept
 
 
 class Decoder(nnx.Module):
@@ -117,7 +120,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: Any, remat: bool
     ) -> tuple[jax.Array, list[Any]]:
-        x = self.embed[...].astype(dtype)[tokens]
+        x = constrain(constrain(self.embed[...].astype(dtype), "tensor")[tokens], ROWS)
         kept = []
         for i, layer in enumerate(self.layers):
 

@@ -10,6 +10,10 @@ Its text is the first `start + 1` tokens of that prefix followed by its suffix:
 
 So a fork is a number, not a copy, and initial rollouts (N rows on one prompt) and branches (B rows on one parent) are the
 same program. Everything but attention over the prefix runs on the W rows; `members [R, C]` says who sits where.
+
+On a mesh, rows and prefix slots are split over (data, fsdp) and heads over tensor, caches with them. A row may sit on a
+prefix of another device: queries and partial results travel, the caches never do. The small per-row arrays are whole on
+every device: the host reads them at every look.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import numpy as np
 from appo_jax.config import Architecture
 from appo_jax.policy import attention
 from appo_jax.policy.attention import LayerCache, Places
+from appo_jax.policy.constraints import ROWS, constrain, replicate
 from appo_jax.policy.logprobs import log_prob_and_entropy
 from appo_jax.policy.transformer import Params, hidden_states, unembedding
 from appo_jax.rollout.sampling import inverse_cdf, truncate
@@ -73,9 +78,19 @@ class NewRows(NamedTuple):
         return cls(np.zeros(rows, bool), last_token, start, limit, automaton, np.zeros((rows, ids), np.int32))
 
 
+def _cache_laid_out(cache: list[LayerCache]) -> list[LayerCache]:
+    return jax.tree.map(lambda x: constrain(x, ROWS, "tensor"), cache)
+
+
+def _laid_out(state: DecodeState) -> DecodeState:
+    rest = jax.tree.map(replicate, dataclasses.replace(state, cache=[]))
+    return dataclasses.replace(rest, cache=_cache_laid_out(state.cache))
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "slots", "length", "dtype"))
 def empty_prefixes(arch: Architecture, slots: int, length: int, dtype: jnp.dtype) -> list[LayerCache]:
     """Room for R prefixes of T tokens."""
-    return [_empty_cache(arch, slots, length, dtype) for _ in range(arch.num_layers)]
+    return _cache_laid_out([_empty_cache(arch, slots, length, dtype) for _ in range(arch.num_layers)])
 
 
 def _empty_cache(arch: Architecture, rows: int, length: int, dtype: jnp.dtype) -> LayerCache:
@@ -83,22 +98,26 @@ def _empty_cache(arch: Architecture, rows: int, length: int, dtype: jnp.dtype) -
     return jnp.zeros((rows, K, E, length), dtype), jnp.zeros((rows, K, length, E), dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("arch", "rows", "slots", "dtype"))
 def empty_state(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> DecodeState:
     """W rows, none of them active. `slots` is S."""
+
     def per_row() -> jax.Array:
         return jnp.zeros(rows, jnp.int32)
 
-    return DecodeState(
-        cache=[_empty_cache(arch, rows, slots, dtype) for _ in range(arch.num_layers)],
-        tokens=jnp.zeros((rows, slots), jnp.int32),
-        log_probs=jnp.zeros((rows, slots), jnp.float32),
-        entropies=jnp.zeros((rows, slots), jnp.float32),
-        length=per_row() + 1,
-        start=per_row(),
-        limit=per_row(),
-        automaton=per_row(),
-        active=jnp.zeros(rows, bool),
-        key=jax.random.split(jax.random.key(0), rows),
+    return _laid_out(
+        DecodeState(
+            cache=[_empty_cache(arch, rows, slots, dtype) for _ in range(arch.num_layers)],
+            tokens=jnp.zeros((rows, slots), jnp.int32),
+            log_probs=jnp.zeros((rows, slots), jnp.float32),
+            entropies=jnp.zeros((rows, slots), jnp.float32),
+            length=per_row() + 1,
+            start=per_row(),
+            limit=per_row(),
+            automaton=per_row(),
+            active=jnp.zeros(rows, bool),
+            key=jax.random.split(jax.random.key(0), rows),
+        )
     )
 
 
@@ -112,7 +131,7 @@ def load_prefix(
         one = jax.lax.dynamic_index_in_dim(cache, row, keepdims=True)
         return jax.lax.dynamic_update_index_in_dim(pool, one, slot, axis=0)
 
-    return jax.tree.map(copy, prefixes, source)
+    return _cache_laid_out(jax.tree.map(copy, prefixes, source))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -125,15 +144,17 @@ def begin_rows(state: DecodeState, new: NewRows, seed: jax.Array) -> DecodeState
     def put(fresh: jax.Array | np.ndarray, old: jax.Array) -> jax.Array:
         return jnp.where(new.on, fresh, old)
 
-    return dataclasses.replace(
-        state,
-        tokens=state.tokens.at[:, 0].set(put(new.last_token, state.tokens[:, 0])),
-        length=put(jnp.ones_like(state.length), state.length),
-        start=put(new.start, state.start),
-        limit=put(new.limit, state.limit),
-        automaton=put(new.automaton, state.automaton),
-        active=state.active | new.on,
-        key=put(jax.vmap(key)(jnp.asarray(new.ids)), state.key),
+    return _laid_out(
+        dataclasses.replace(
+            state,
+            tokens=state.tokens.at[:, 0].set(put(new.last_token, state.tokens[:, 0])),
+            length=put(jnp.ones_like(state.length), state.length),
+            start=put(new.start, state.start),
+            limit=put(new.limit, state.limit),
+            automaton=put(new.automaton, state.automaton),
+            active=state.active | new.on,
+            key=put(jax.vmap(key)(jnp.asarray(new.ids)), state.key),
+        )
     )
 
 
@@ -216,7 +237,7 @@ def decode_segment(
             automaton=automaton,
             active=s.active & ~stop,
         )
-        return s, steps + 1
+        return _laid_out(s), steps + 1
 
     return jax.lax.while_loop(go_on, step, (state, jnp.int32(0)))
 
@@ -250,11 +271,13 @@ def append_tokens(
     ]
     offsets = jnp.arange(Q)
     target = jnp.where(offsets < count[:, None], length[:, None] + offsets, S)
-    return dataclasses.replace(
-        state,
-        cache=cache,
-        tokens=state.tokens.at[rows[:, None], target].set(chunk, mode="drop"),
-        length=state.length.at[rows].add(count, mode="drop"),
-        automaton=state.automaton.at[rows].set(0, mode="drop"),
-        active=state.active.at[rows].set(True, mode="drop"),
+    return _laid_out(
+        dataclasses.replace(
+            state,
+            cache=cache,
+            tokens=state.tokens.at[rows[:, None], target].set(chunk, mode="drop"),
+            length=state.length.at[rows].add(count, mode="drop"),
+            automaton=state.automaton.at[rows].set(0, mode="drop"),
+            active=state.active.at[rows].set(True, mode="drop"),
+        )
     )

@@ -15,11 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from appo_jax.config import Architecture, RolloutConfig
+from appo_jax.config import Architecture, MeshConfig, RolloutConfig
 from appo_jax.errors import ConfigError
 from appo_jax.policy.attention import LayerCache, Places
 from appo_jax.policy.score import prefill
+from appo_jax.policy.sharding import generating, make_mesh, row_shards
 from appo_jax.policy.transformer import Params
 from appo_jax.rollout.decode import (
     DecodeState,
@@ -79,12 +81,19 @@ class GenerationStats:
 
 
 class Engine:
-    """Generates rollouts under given parameters. One per process; holds no parameters itself."""
+    """Generates rollouts under given parameters. One per process; holds no parameters itself.
+
+    Parameters may come in the training layout; they are resharded when a generation begins. `mesh`: the one in use; None:
+    a single device.
+    """
 
     def __init__(
-        self, arch: Architecture, tokenizer: Tokenizer, executor: ToolExecutor, config: RolloutConfig, seed: int, dtype: Any
+        self, arch: Architecture, tokenizer: Tokenizer, executor: ToolExecutor, config: RolloutConfig, seed: int, dtype: Any,
+        mesh: Mesh | None = None,
     ):  # fmt: skip
         self.arch, self.tokenizer, self.executor, self.config, self.dtype = arch, tokenizer, executor, config, dtype
+        self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+        self._shards = row_shards(self.mesh)
         padding = [b""] * (
             arch.vocab_size - tokenizer.vocab_size
         )  # embeddings may have more rows than there are tokens
@@ -104,6 +113,10 @@ class Engine:
         self._compiled: set[tuple[int, ...]] = set()
         self.stats = GenerationStats()
 
+    def whole(self, rows: int) -> int:
+        """`rows`, rounded up to what the mesh can split; the rows more stay empty."""
+        return -(-rows // self._shards) * self._shards
+
     def take_stats(self) -> GenerationStats:
         stats, self.stats = self.stats, GenerationStats()
         return stats
@@ -120,6 +133,7 @@ class Engine:
         `salt` separates this call's random draws from all others (phase, step …); `temperature` defaults to the configured
         one, 0 is greedy.
         """
+        params = generating(params, self.mesh, self.dtype)
         groups = []
         for example in examples:
             prompt = np.asarray(self.tokenizer.render_prompt(example.system, example.question), np.int32)
@@ -147,6 +161,7 @@ class Engine:
         become free. `columns` (C) rows at most decode one prefix at a time. `most_groups` is what the number of groups
         can never exceed; shapes follow from it, from `columns` and from `rollout.decode_rows`.
         """
+        params = generating(params, self.mesh, self.dtype)
         temperature = self.config.temperature if temperature is None else temperature
         indexed = list(enumerate(groups))
         if not self.config.share_prefix:
@@ -156,7 +171,8 @@ class Engine:
             length = self.config.max_prompt_tokens + (0 if fresh else self.config.max_response_tokens)
             most_groups, columns = most_groups * columns, 1
             caches = self.prompt_caches(params, heads, length, most_groups)
-        seating = Seating(indexed, columns, min(self.config.decode_rows, most_groups * columns))
+        rows_at_once = self.whole(min(self.config.decode_rows, most_groups * columns))
+        seating = Seating(indexed, columns, rows_at_once, self._shards)
         spec, slots = self.spec(temperature), self.config.max_response_tokens + 1
         state = empty_state(self.arch, seating.num_rows, slots, self.dtype)
         prefixes: list[LayerCache] = []
@@ -217,7 +233,7 @@ class Engine:
         self, params: Params, prompts: Sequence[np.ndarray], length: int, most: int
     ) -> Iterator[list[LayerCache]]:
         """Caches of the prompts, right-padded to `length`, a wave at a time and not before it is asked for."""
-        width = min(self.config.decode_rows, most)
+        width = self.whole(min(self.config.decode_rows, most))
         for first in range(0, len(prompts), width):
             tokens = np.zeros((width, length), np.int32)
             for row, prompt in zip(tokens, prompts[first : first + width], strict=False):

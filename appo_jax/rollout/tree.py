@@ -101,7 +101,7 @@ class TreeGrower:
         ragged, caches = [], []
         for first in range(0, len(rollouts), self.parents):
             some = rollouts[first : first + self.parents]
-            batch = Batch.of(some, min(self.parents, most), self.length)
+            batch = Batch.of(some, self.engine.whole(min(self.parents, most)), self.length)
             scored = score(
                 params, jnp.asarray(batch.tokens), arch=self.engine.arch, temperature=self.rollout.temperature,
                 dtype=self.engine.dtype,

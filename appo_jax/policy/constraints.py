@@ -1,0 +1,62 @@
+"""Where activations lie on the mesh: what the partitioner is told inside jit.
+
+Rows are split over the data and fsdp axes, heads and the MLP's inner axis over the tensor axis. The mesh is the one that
+`sharding.use_mesh` set; without one, on a single device, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import jax
+from jax.sharding import PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")  # of every mesh
+ROWS = ("data", "fsdp")  # what rows of a batch are split over
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """`x` with its leading axes laid over the mesh axes named, the others replicated.
+
+    An array axis that the mesh axes do not divide is replicated too (one row, a few appended tool results).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+
+    def fits(size: int, names: str | tuple[str, ...] | None) -> bool:
+        names = (names,) if isinstance(names, str) else names or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    return jax.lax.with_sharding_constraint(
+        x, spec_of(names if fits(size, names) else None for size, names in zip(x.shape, axes, strict=False))
+    )
+
+
+def spec_of(axes: Iterable[str | tuple[str, ...] | None]) -> PartitionSpec:
+    """The partition in its shortest form, which is the one jax gives back: two forms would be two programs."""
+    axes = list(axes)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """`x` whole on every device: what the host reads (with several hosts, each of them)."""
+    return constrain(x)
+
+
+def row_shards(rows: int) -> int:
+    """Into how many parts `constrain` splits `rows` rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else math.prod(mesh.shape[name] for name in ROWS)
+    return shards if rows % shards == 0 else 1
+
+
+def merged(*sizes: int) -> tuple[int, ...]:
+    """The shape of leading axes that a reshape may merge: one axis, but on a mesh as they are.
+
+    Rows and heads are split over different mesh axes; no layout of the merged axis could say so, and both would be gathered.
+    """
+    return sizes if not jax.sharding.get_abstract_mesh().empty else (math.prod(sizes),)

@@ -1,0 +1,201 @@
+"""The mesh of devices, and where parameters, batches and caches lie on it.
+
+Axes of the mesh: `data` and `fsdp` split the rows of a batch; `fsdp` also splits parameters and optimizer state while
+training; `tensor` splits heads, the MLP and the vocabulary. Parameters have two layouts:
+
+    train     D over fsdp; H, K, F, V over tensor. Each layer's weights are gathered over fsdp when they are used.
+    generate  H, K, F, V over tensor; whole on every (data, fsdp) place: decoding would gather them at every token.
+
+A mesh of one device places nothing: arrays stay on the default device, and no program changes. Activations follow the
+constraints of constraints.py, which see the mesh that `use_mesh` set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from appo_jax.config import Architecture, MeshConfig
+from appo_jax.errors import ConfigError
+from appo_jax.policy.constraints import AXES, ROWS, spec_of
+from appo_jax.policy.transformer import Params, abstract_params
+
+Layout = Literal["train", "generate"]
+Tree = TypeVar("Tree")
+
+# The logical axes of every parameter, a letter of types.py for each array axis; F is the MLP's inner width.
+LOGICAL_AXES = {
+    "embed": "VD", "norm": "D", "unembed": "DV",
+    "attn_norm": "D", "q": "DHE", "k": "DKE", "v": "DKE", "o": "HED", "q_bias": "HE", "k_bias": "KE", "v_bias": "KE",
+    "q_norm": "E", "k_norm": "E", "mlp_norm": "D", "gate": "DF", "up": "DF", "down": "FD",
+}  # fmt: skip
+_TENSOR = {"H": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+RULES: dict[Layout, Mapping[str, str]] = {"train": _TENSOR | {"D": "fsdp"}, "generate": _TENSOR}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh `(data, fsdp, tensor)` of `config` over all devices (default: `jax.devices()`).
+
+    With several slices the data axis runs over the slices first, so that only gradients cross the slow network. Raises
+    ConfigError when the numbers of devices or slices are not those of the config.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = (config.data, config.fsdp, config.tensor)
+    if math.prod(shape) != len(devices):
+        raise ConfigError(
+            f"mesh.data × mesh.fsdp × mesh.tensor = {' × '.join(map(str, shape))} = {math.prod(shape)}, but there are "
+            f"{len(devices)} devices ({devices[0].device_kind}): make the product {len(devices)}, for example with "
+            f"mesh.data = 1, mesh.fsdp = {len(devices)}, mesh.tensor = 1"
+        )
+    if config.slices == 1:
+        return _mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
+    if config.data % config.slices:
+        raise ConfigError(
+            f"mesh.slices = {config.slices} does not divide mesh.data = {config.data}: slices split that axis"
+        )
+    # Backends without slices (GPU, CPU) have their fast network inside a process.
+    by_process = len({getattr(device, "slice_index", 0) for device in devices}) == 1
+    found = len({device.process_index if by_process else device.slice_index for device in devices})
+    if found != config.slices:
+        raise ConfigError(f"mesh.slices = {config.slices}, but the {len(devices)} devices form {found}")
+    return _mesh(
+        mesh_utils.create_hybrid_device_mesh(
+            (config.data // config.slices, config.fsdp, config.tensor), (config.slices, 1, 1), devices,
+            process_is_granule=by_process, allow_split_physical_axes=True,
+        )
+    )  # fmt: skip
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """`with use_mesh(mesh):` programs traced inside are partitioned over it."""
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
+def param_shardings(arch: Architecture, mesh: Mesh, layout: Layout) -> Params:
+    """A `NamedSharding` for every parameter.
+
+    Raises ConfigError that lists the axes that the mesh cannot split, with array, sizes and field. Fewer key/value heads
+    than `mesh.tensor` are such a case: they are not replicated.
+    """
+    problems: dict[str, str] = {}  # by logical axes: the layers are alike
+
+    def one(path: tuple[Any, ...], array: jax.ShapeDtypeStruct) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        axes = LOGICAL_AXES[path[-1].key]
+        try:
+            return NamedSharding(mesh, partition_spec(name, axes, array.shape, RULES[layout], mesh))
+        except ConfigError as error:
+            problems.setdefault(axes, str(error))
+            return NamedSharding(mesh, PartitionSpec())
+
+    shardings = jax.tree_util.tree_map_with_path(one, abstract_params(arch))
+    if problems:
+        raise ConfigError.of(list(problems.values()))
+    return shardings
+
+
+def partition_spec(
+    name: str, axes: str, shape: Sequence[int], rules: Mapping[str, str], mesh: Mesh
+) -> PartitionSpec:  # fmt: skip
+    """The partition of one array from its logical `axes`, a letter for each, and `rules` from them to mesh axes.
+
+    Raises ConfigError when two axes fall on one mesh axis or a size is not divisible; `name` is for the message.
+    """
+    taken: dict[str, str] = {}
+    array = f"{name} [{', '.join(axes)}] = {list(shape)}"
+    for letter, size in zip(axes, shape, strict=True):
+        target = rules.get(letter)
+        if target is None:
+            continue
+        if target in taken:
+            raise ConfigError(
+                f"{array}: axes {taken[target]} and {letter} are both on mesh axis {target!r}; give one of them another rule"
+            )
+        taken[target] = letter
+        if size % mesh.shape[target]:
+            raise ConfigError(
+                f"{array}: axis {letter} = {size} cannot be split over mesh.{target} = {mesh.shape[target]}; "
+                f"set mesh.{target} to a divisor of {size}"
+            )
+    return spec_of(rules.get(letter) for letter in axes)
+
+
+def state_shardings(state: Tree, arch: Architecture, mesh: Mesh) -> Tree:
+    """Shardings of a training state: parameters, and what the optimizer keeps for each, in the training layout.
+
+    `state`: any tree of arrays or `ShapeDtypeStruct`. A leaf whose path ends like a parameter's is that parameter's
+    (optax keeps moments in trees like the parameters'); all others are replicated.
+    """
+    of_params = {_dict_keys(path): s for path, s in jax.tree.leaves_with_path(param_shardings(arch, mesh, "train"))}
+    other = NamedSharding(mesh, PartitionSpec())
+    return jax.tree_util.tree_map_with_path(lambda path, _: of_params.get(_dict_keys(path), other), state)
+
+
+def _dict_keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The dict keys that a path ends with."""
+    first = max((i + 1 for i, key in enumerate(path) if not isinstance(key, jax.tree_util.DictKey)), default=0)
+    return tuple(key.key for key in path[first:])
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch's arrays `[R, …]`: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many parts rows are split into."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def cache_sharding(mesh: Mesh) -> NamedSharding:
+    """Of keys and values `[rows, K, tokens, E]`: rows over data and fsdp, heads over tensor."""
+    return NamedSharding(mesh, PartitionSpec(ROWS, "tensor"))
+
+
+def place(tree: Tree, shardings: Any, mesh: Mesh) -> Tree:
+    """The arrays of `tree` under `shardings` (a tree of them, or one for all); as they are on a mesh of one device."""
+    return jax.device_put(tree, shardings) if mesh.size > 1 else tree
+
+
+def annotate(tree: Tree, shardings: Any, mesh: Mesh) -> Tree:
+    """`place` for a tree of `jax.ShapeDtypeStruct`."""
+    if mesh.size == 1:
+        return tree
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "dtype"))
+def reshard(params: Params, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Params:
+    """A copy in the generating layout, matrices and biases in `dtype`.
+
+    Norm scales keep their float32, in which they are applied: the copy computes what the original does.
+    """
+
+    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        name = path[-1].key
+        spec = partition_spec(name, LOGICAL_AXES[name], x.shape, RULES["generate"], mesh)
+        x = x if name.endswith("norm") else x.astype(dtype)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def generating(params: Params, mesh: Mesh, dtype: Any) -> Params:
+    """`params` as decoding wants them: resharded, unless they are that already."""
+    rules, embed = RULES["generate"], params["embed"]
+    target = NamedSharding(mesh, partition_spec("embed", LOGICAL_AXES["embed"], embed.shape, rules, mesh))
+    in_place = mesh.size == 1 or embed.sharding.is_equivalent_to(target, embed.ndim)
+    return params if in_place and embed.dtype == dtype else reshard(params, mesh, dtype)
