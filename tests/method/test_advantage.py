@@ -7,9 +7,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appo_jax.advantage.groups import base_advantage, zscores
+from appo_jax.advantage.base import base_advantages
+from appo_jax.advantage.groups import zscores
 from appo_jax.advantage.procedural import procedural_advantage
 from appo_jax.config import AdvantageConfig
+from appo_jax.types import Example, Rollout, StopReason
+
+EXAMPLE = Example("e", "?", ("1",), "qa", "")
+
+
+def tree_of(initial, branches, forks=None, sampled=None):
+    """A prompt's rollouts: one token of prompt and two of text each; branches grew from the first one."""
+    sampled = np.array([False, True, True]) if sampled is None else sampled
+    zeros = np.zeros(len(sampled), np.float32)
+    return [
+        Rollout(
+            EXAMPLE, np.zeros(len(sampled), np.int32), 1, sampled, zeros, zeros, StopReason.ANSWERED, (), node,
+            parent=None if node < len(initial) else 0, fork=None if node < len(initial) else 1, loop=int(node >= len(initial)),
+            reward=float(reward),
+        )
+        for node, reward in enumerate([*initial, *branches])
+    ]  # fmt: skip
+
+
+def base_advantage(initial, branches, config):
+    """A_base of the initial rollouts, one number each."""
+    (values,) = base_advantages([tree_of(initial, branches)], None, config)
+    for value in values:
+        assert value[0] == 0  # the prompt
+        assert value[1] == value[2]
+    return np.array([value[1] for value in values[: len(initial)]])
+
 
 # few values, so that groups without spread and rewards equal to a whole group are common
 rewards = st.sampled_from([-1.0, 0.0, 0.1, 0.3, 1.0, 1.1])
@@ -77,14 +105,14 @@ def test_zscores_of_a_group_without_spread_or_members():
 )  # fmt: skip
 def test_procedural_advantage_is_the_oracles(base, future, sampled, b):
     config = AdvantageConfig(future_weight=b)
-    got = procedural_advantage(np.array([base], np.float32), np.array([future], np.float32), config)[0]
+    got = procedural_advantage(np.array([[base]], np.float32), np.array([future], np.float32), config)[0]
     expected = oracle.advantages(base, future, sampled, b)
     np.testing.assert_allclose(np.where(sampled, got, 0), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_procedural_advantage_by_hand():
     # b = 0.5, Ω clipped to [1, 1.2]: factors 1.5, 1.55, 1.6
-    got = procedural_advantage(np.array([2.0, -1.0]), np.array([[0.3, 1.1, 7.0]] * 2), AdvantageConfig())
+    got = procedural_advantage(np.array([[2.0], [-1.0]]), np.array([[0.3, 1.1, 7.0]] * 2), AdvantageConfig())
     np.testing.assert_allclose(got, [[3, 3.1, 3.2], [-1.5, -1.55, -1.6]], rtol=1e-6)
 
 
@@ -92,7 +120,7 @@ def test_the_advantage_is_a_constant_for_the_gradient():
     def total(base, future):
         return procedural_advantage(base, future, AdvantageConfig()).sum()
 
-    for gradient in jax.grad(total, (0, 1))(np.array([2.0, -1.0]), np.full((2, 3), 1.1)):
+    for gradient in jax.grad(total, (0, 1))(np.array([[2.0], [-1.0]]), np.full((2, 3), 1.1)):
         np.testing.assert_array_equal(gradient, 0)
 
 
@@ -101,5 +129,7 @@ def test_no_degenerate_case_makes_a_nan():
         for initial, branches in (([1.0], []), ([1.0, 1.0], [1.0]), ([1.0, 0.0], [0.5, 0.5])):
             for mode in ("paper", "joint", "init_only"):
                 base = base_advantage(np.array(initial), np.array(branches), AdvantageConfig(base=mode))
-                a = procedural_advantage(base.astype(np.float32), np.full((len(initial), 2), np.inf), AdvantageConfig())
+                a = procedural_advantage(
+                    base.astype(np.float32)[:, None], np.full((len(initial), 2), np.inf), AdvantageConfig()
+                )
                 assert np.isfinite(a).all()

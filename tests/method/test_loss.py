@@ -118,7 +118,7 @@ def test_nothing_flows_through_the_advantage():
     weights = token_weights(sampled, M, P, "paper")
 
     def advantage(log_probs):
-        return procedural_advantage(base, future_value(log_probs, old, sampled, 4.0), AdvantageConfig())
+        return procedural_advantage(base[:, None], future_value(log_probs, old, sampled, 4.0), AdvantageConfig())
 
     def whole(log_probs):
         return policy_loss(log_probs, old, None, advantage(log_probs), weights, LossConfig())[0]
