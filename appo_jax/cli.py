@@ -7,6 +7,7 @@ them is reported before jax is imported: exit code 2 for a bad command line or c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import logging
 import signal
@@ -95,6 +96,34 @@ def _train(args: Sequence[str]) -> None:
     train(config)
 
 
+def _study(args: Sequence[str]) -> None:
+    """Run a study: arms × seeds at an equal budget of sampled tokens, then one table and one figure; goes on if stopped."""
+
+    def study(config: Path, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = (), report: bool = False) -> None:
+        """Make the runs of a study that are not finished, then its table and figure.
+
+        Args:
+            config: A python file with `study = Study(...)`: configs/study.py, configs/ablations.py, configs/trees.py.
+            arms: These alone; the first is what the others are compared with. By default all of them.
+            seeds: These instead of the file's.
+            report: Make no runs, only the table and the figure of those that are finished.
+        """
+        from appo_jax.study.plan import load_study
+
+        chosen = load_study(config)
+        if unknown := [arm for arm in arms if arm not in chosen.arms]:
+            raise ConfigError(f"--arms {unknown[0]}: not an arm of {config}; it has {', '.join(chosen.arms)}")
+        chosen = dataclasses.replace(
+            chosen, arms={arm: chosen.arms[arm] for arm in arms or chosen.arms}, seeds=seeds or chosen.seeds
+        )
+        from appo_jax.study.report import write_report
+        from appo_jax.study.run import run_study
+
+        print(write_report(chosen) if report else run_study(chosen))
+
+    tyro.cli(study, prog="appo-jax study", args=list(args))
+
+
 def _sft(args: Sequence[str]) -> None:
     """Make the cold start alone: supervised fine-tuning on tool-use traces."""
     config = config_from("sft", args)
@@ -171,6 +200,7 @@ def _view(args: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "sft": _sft,
+    "study": _study,
     "view": _view,
     "data": _data,
     "convert": _convert,

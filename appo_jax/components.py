@@ -23,6 +23,7 @@ from appo_jax.policy.architecture import from_hf
 from appo_jax.policy.sharding import make_mesh, param_shardings, place, use_mesh
 from appo_jax.policy.transformer import Params, init_params
 from appo_jax.reward import RewardFunction, make_reward
+from appo_jax.reward.overlong import overlong_penalty
 from appo_jax.reward.response import Response
 from appo_jax.rollout.engine import Engine
 from appo_jax.text.tokenizer import Tokenizer, check_tags, load_tokenizer
@@ -108,8 +109,13 @@ def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:
     )  # fmt: skip
 
 
-def give_rewards(rollouts: Sequence[Rollout], components: Components) -> None:
-    """Fill in `reward`, `correct` and `reward_detail` of finished rollouts."""
+def give_rewards(rollouts: Sequence[Rollout], components: Components, overlong_buffer: int = 0) -> None:
+    """Fill in `reward`, `correct` and `reward_detail` of finished rollouts, the punishment of overlong ones included."""
+    limit = components.config.rollout.max_response_tokens
     for rollout in rollouts:
         result = components.reward(response_of(rollout, components.tokenizer))
         rollout.reward, rollout.correct, rollout.reward_detail = result.reward, result.correct, dict(result.detail)
+        if overlong_buffer:
+            penalty = overlong_penalty(rollout.length - rollout.prompt_length, limit, overlong_buffer)
+            rollout.reward += penalty
+            rollout.reward_detail["overlong"] = penalty

@@ -147,8 +147,9 @@ class BranchingConfig:
     clip_low: float = 1.0
     clip_high: float = 1.2
     """Ω is clipped to [clip_low, clip_high] before its z-score."""
-    score: Literal["product", "entropy", "future", "additive"] = "product"
-    """product: Z(Ω)·Z(H), the paper. The others are its ablations; additive weighs both with the two weights below."""
+    score: Literal["product", "entropy", "future", "additive", "entropy_change", "random_turn"] = "product"
+    """product: Z(Ω)·Z(H), the paper. entropy, future, additive are its ablations; additive weighs both with the two
+    weights below. entropy_change (ARPO) and random_turn (Tree-GRPO) branch where a turn begins instead."""
     entropy_weight: float = 1.0
     future_weight: float = 1.0
     gate: Literal["both_positive", "literal"] = "both_positive"
@@ -156,22 +157,29 @@ class BranchingConfig:
     skip_blank: bool = True
     """Leave out tokens that decode to whitespace or punctuation alone."""
     refresh: Literal["minibatch", "step"] = "minibatch"
-    """When Ω and the branches are drawn: under the current policy of every mini-batch, or once per step."""
+    """When branches are scored and drawn: under the current policy of every mini-batch, or once, at the step's start."""
     include_token: bool = False
     """Official code: the prefix of a branch includes the scored token."""
-    allocation: Literal["per_rollout", "pooled"] = "per_rollout"
-    """per_rollout: top-B of each rollout. pooled: the prompt's best positions (official code)."""
+    allocation: Literal["per_rollout", "pooled", "proportional"] = "per_rollout"
+    """per_rollout: top-B of each rollout, a branch each. pooled: the prompt's best positions (official code).
+    proportional: top-B of each rollout share the prompt's budget in proportion to their score (Theorem 1)."""
     min_spacing: int = 1
     """Sampled tokens between two branch points of one rollout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
-    base: Literal["paper", "joint", "init_only"] = "paper"
+    base: Literal["paper", "shared_prefix", "joint", "init_only", "global", "tree", "turn"] = "paper"
+    """paper: eq. 6. shared_prefix: official code. joint: one group of all. init_only: the initial rollouts (GRPO).
+    global: returns normalised over the mini-batch (REINFORCE++). tree: within the tree plus over all (Tree-GRPO).
+    turn: episode plus turns that began in equal states (GiGPO)."""
+    scaling: Literal["offset", "plain"] = "offset"
+    """offset: A = A_base · (1 + b · clip(Ω)), eq. 7. plain: A = A_base · clip(Ω) (FIPO)."""
     future_weight: float = 0.5
-    """b of eq. 7: A = A_base · (1 + b · clip(Ω))."""
+    """b of eq. 7."""
     clip_low: float = 1.0
     clip_high: float = 1.2
+    """Ω is clipped to [clip_low, clip_high] here. One-sided, as in the paper: clip_low = 1. Two-sided: 0.8 and 1.2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +187,25 @@ class LossConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     """ε of eq. 8: the ratio is clipped to [1 − clip_low, 1 + clip_high]."""
+    surrogate: Literal["clip", "gppo", "cispo"] = "clip"
+    """clip: PPO's, eq. 8. gppo: its value, but clipped tokens keep a bounded gradient. cispo: sg(clip(ρ))·A·log π."""
+    dual_clip: float = 0.0
+    """c: with A < 0 the surrogate is at least c·A (official code: 3). 0: off; else above 1."""
+    max_ratio: float = 0.0
+    """Tokens with a ratio above it are left out of the loss (official code: 3). 0: off; else above 1."""
+    max_dual_clipped: int = -1
+    """Rollouts with more dual-clipped tokens than this are left out of the loss (official code: 1). −1: off."""
     aggregation: Literal["paper", "token_mean", "seq_mean", "constant"] = "paper"
     kl_weight: float = 0.0
     """β: weight of KL(π_θ‖π_ref); 0 keeps no reference policy."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """With r = π_ref/π_θ: k1 = −log r, k2 = (log r)²/2, k3 = r − 1 − log r."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Whether β·KL is a term of the loss, or is taken off the reward token by token, under the policy that drew it."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy bonus."""
+    sampler_cap: float = 0.0
+    """C: tokens are weighted by min(π_old/π_sampler, C), which corrects what the sampler rounds otherwise. 0: off."""
     mask_truncated: bool = False
     """Leave rollouts that hit a limit out of the loss."""
 
@@ -242,7 +266,10 @@ class Config:
     """Everything the run writes. An existing run of the same config is continued."""
     init_from: str | None = None
     """Run directory whose cold-started policy this run begins with, instead of its own cold start."""
-    algorithm: Literal["appo", "grpo"] = "appo"
+    algorithm: Literal[
+        "appo", "grpo", "reinforce_pp", "dapo", "gppo", "cispo", "gigpo", "arpo", "tree_grpo", "fipo"
+    ] = "appo"
+    """What is trained; appo_jax/algorithms.py says which of the fields below each name sets itself."""
     seed: int = 0
     steps: int = 100
     prompts_per_step: int = 128
@@ -251,6 +278,10 @@ class Config:
     """robust, official, or `package.module:function` of your own."""
     tool_bonus: float = 0.1
     """Added when the answer earns something and both tools were used."""
+    overlong_buffer: int = 0
+    """DAPO's soft punishment: over the last so many tokens of room a response's reward falls by up to 1. 0: off."""
+    max_resamples: int = 0
+    """Dynamic sampling: so many times at most, prompts whose rewards are all equal are replaced by others. 0: off."""
     max_sampled_tokens: int = 0
     """Stop training once this many tokens have been sampled (0: no limit), for comparisons at an equal budget."""
     checkpoint_every: int = 10
@@ -266,6 +297,9 @@ class Config:
     sft: SFTConfig = SFTConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+
+
+BRANCHING = ("appo", "arpo", "tree_grpo")  # algorithms that fill the budget by branching
 
 
 def validate(config: Config) -> None:
@@ -300,13 +334,14 @@ def validate(config: Config) -> None:
         f"prompts_per_step = {c.prompts_per_step} is not a multiple of prompts_per_minibatch = {c.prompts_per_minibatch}: "
         "every mini-batch must be full",
     )
-    if c.algorithm == "appo":
-        full = r.num_initial * (b.num_branch_points + 1) ** b.num_loops
+    full = r.num_initial * (b.num_branch_points + 1) ** b.num_loops
+    if c.algorithm in BRANCHING:
         need(
             r.budget > r.num_initial,
             f"rollout.budget = {r.budget} leaves no room for branches beside rollout.num_initial = {r.num_initial}: "
-            f"for N = {r.num_initial}, B = {b.num_branch_points}, L = {b.num_loops} set rollout.budget to {full}",
+            f"raise it, up to N·(B+1)^L = {full}",
         )
+    if c.algorithm == "appo":
         need(
             r.budget <= full,
             f"rollout.budget = {r.budget} cannot be filled: N·(B+1)^L = {r.num_initial}·({b.num_branch_points}+1)^"
@@ -317,6 +352,32 @@ def validate(config: Config) -> None:
     )
     a = c.advantage
     need(a.clip_low <= a.clip_high, f"advantage.clip_low = {a.clip_low} exceeds advantage.clip_high = {a.clip_high}")
+    need(a.clip_low >= 0, f"advantage.clip_low = {a.clip_low}: must not be negative, Ω never is")
+    need(
+        not (b.score in ("entropy_change", "random_turn") and b.allocation != "per_rollout"),
+        f"branching.allocation = {b.allocation!r}: branching.score = {b.score!r} has no score to share by; set per_rollout",
+    )
+    lo = c.loss
+    for name in ("dual_clip", "max_ratio"):
+        value = getattr(lo, name)
+        need(value == 0 or value > 1, f"loss.{name} = {value}: must be above 1, or 0 (off)")
+    need(lo.max_dual_clipped >= -1, f"loss.max_dual_clipped = {lo.max_dual_clipped}: must be a count, or -1 (off)")
+    need(
+        lo.max_dual_clipped < 0 or lo.dual_clip > 0,
+        f"loss.max_dual_clipped = {lo.max_dual_clipped} counts dual-clipped tokens: set loss.dual_clip too (official: 3)",
+    )
+    for name in ("kl_weight", "entropy_weight", "sampler_cap"):
+        need(getattr(lo, name) >= 0, f"loss.{name} = {getattr(lo, name)}: must be 0 (off) or more")
+    need(
+        lo.surrogate == "clip" or lo.dual_clip == 0,
+        f"loss.dual_clip = {lo.dual_clip}: goes with loss.surrogate = 'clip' alone, not with {lo.surrogate!r}; set it to 0",
+    )
+    need(
+        0 <= c.overlong_buffer < r.max_response_tokens,
+        f"overlong_buffer = {c.overlong_buffer}: must be 0 (off) or below rollout.max_response_tokens = "
+        f"{r.max_response_tokens}",
+    )
+    need(c.max_resamples >= 0, f"max_resamples = {c.max_resamples}: must be 0 (off) or more")
     need(0 < r.top_p <= 1, f"rollout.top_p = {r.top_p}: must be in (0, 1]")
     need(r.top_k >= 0, f"rollout.top_k = {r.top_k}: must be 0 (off) or more")
     need(0 <= c.loss.clip_low < 1, f"loss.clip_low = {c.loss.clip_low}: must be in [0, 1)")

@@ -16,13 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from appo_jax.advantage.groups import without_spread
+from appo_jax.advantage.procedural import uses_future
 from appo_jax.algorithms import Algorithm, make_algorithm, make_batch
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, give_rewards
-from appo_jax.config import Config
+from appo_jax.config import Config, LossConfig
 from appo_jax.data.pipeline import prompt_batches
 from appo_jax.evaluate import evaluate
 from appo_jax.interrupt import Stop, stop_requests
+from appo_jax.learner.loss import kl_estimate
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
@@ -32,14 +35,14 @@ from appo_jax.rollout.stats import rollout_metrics, update_metrics
 from appo_jax.rollout.tree import Growth, Tree, TreeGrower
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.sft import cold_start
-from appo_jax.types import Example
+from appo_jax.types import Example, Rollout
 from appo_jax.view.plots import draw_plots
 from appo_jax.view.progress import Progress
 
 log = logging.getLogger(__name__)
 
 # First number of every row key's salt: what the draws are for. (Evaluation is greedy; its salt is 2.)
-INITIAL, BRANCH = 0, 1
+INITIAL, BRANCH, RESAMPLE = 0, 1, 3
 
 Update = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -61,22 +64,22 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     progress.accuracies(accuracies)
 
     # ---- learner
+    algorithm = make_algorithm(config)
     optimizer = rl_optimizer(config.optimizer)
     state = init_state(params, optimizer, components.arch, components.mesh)
     # The KL term's reference is the policy that RL begins with. The state is donated: a copy must be kept.
-    reference = jax.tree.map(jnp.copy, params) if config.loss.kl_weight > 0 else None
+    reference = jax.tree.map(jnp.copy, params) if algorithm.loss.kl_weight > 0 else None
     del params
     spec = StepSpec(
         components.arch,
-        config.loss,
+        algorithm.loss,
         config.rollout.temperature,
         config.optimizer.micro_batch,
         components.dtype,
         remat=False,
     )
     update = make_train_step(optimizer, spec)
-    algorithm = make_algorithm(config)
-    grower = TreeGrower(components.engine, config.rollout, config.branching)
+    grower = TreeGrower(components.engine, config.rollout, algorithm.branching)
     prompts = prompt_batches(components.train, config.prompts_per_step, config.seed)
 
     # ---- where the run left off
@@ -96,7 +99,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     try:
         while not over() and not stop.requested:
             state, record, trees = train_step(
-                step, next(prompts), state, reference, update, algorithm, grower, components
+                step, next(prompts), state, reference, update, algorithm, grower, components, prompts
             )
             step += 1
             require_finite(record, "update", step, "optimizer.learning_rate")
@@ -130,61 +133,106 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
 
 def train_step(
     step: int, examples: Sequence[Example], state: TrainState, reference: Params | None, update: Update,
-    algorithm: Algorithm, grower: TreeGrower, components: Components,
+    algorithm: Algorithm, grower: TreeGrower, components: Components, more: Iterator[Sequence[Example]] | None = None,
 ) -> tuple[TrainState, dict[str, Any], list[Tree]]:  # fmt: skip
     """One step on `examples`: rollouts from π_old = the policy now, and an update per mini-batch. Consumes `state`.
 
-    `reference`: parameters of π_ref, for a loss with a KL term.
+    `reference`: parameters of π_ref, for a KL term. `more`: batches of prompts that dynamic sampling may draw on.
     """
     config, engine, timer = components.config, components.engine, Timer()
-    with timer("rollout"):
-        trees = engine.initial(state.params, examples, algorithm.initial, (INITIAL, step))
-    with timer("reward"):
-        give_rewards([rollout for tree in trees for rollout in tree], components)
+
+    def draw(examples: Sequence[Example], salt: int) -> list[Tree]:
+        with timer("rollout"):
+            trees = engine.initial(
+                state.params, examples, algorithm.initial, (salt, step), most=config.prompts_per_step
+            )
+        with timer("reward"):
+            give_rewards([rollout for tree in trees for rollout in tree], components, algorithm.overlong_buffer)
+        return trees
+
+    trees = draw(examples, INITIAL)
+    resampled = 0
+    for attempt in range(algorithm.max_resamples):  # dynamic sampling: prompts without spread make room for others
+        flat = [i for i, tree in enumerate(trees) if without_spread(np.array([r.reward for r in tree]))]
+        others = next(more, ()) if flat and more is not None else ()
+        drawn = draw(others[: len(flat)], RESAMPLE + attempt) if others else []
+        for i, tree in zip(flat, drawn, strict=False):
+            trees[i] = tree
+        resampled += len(drawn)
     size = config.prompts_per_minibatch
     minibatches = [trees[i : i + size] for i in range(0, len(trees), size)]
     with timer("score"):
         # log π_old is computed here once, by the program that will compute log π_θ: their difference is the policy's
         # movement alone, without the noise between two ways of computing the same number.
         old = [_log_probs(grower, state.params, minibatch) for minibatch in minibatches]
-        ref = [_log_probs(grower, reference, minibatch) for minibatch in minibatches] if reference else None
 
     def grow(i: int) -> Growth:
-        return grower.grow(state.params, minibatches[i], old[i], (BRANCH, step, i))
+        with timer("branch"):
+            growth = grower.grow(state.params, minibatches[i], old[i], (BRANCH, step, i))
+        with timer("reward"):
+            branches = [r for tree in growth.trees for r in tree if not r.is_initial]
+            give_rewards(branches, components, algorithm.overlong_buffer)
+        return growth
 
     growths: list[Growth] = []
-    if algorithm.branches and config.branching.refresh == "step":  # every tree under the policy of the step's start
-        with timer("branch"):
-            growths = [grow(i) for i in range(len(minibatches))]
+    if algorithm.branches and algorithm.branching.refresh == "step":  # every tree under the policy of the step's start
+        growths = [grow(i) for i in range(len(minibatches))]
+    if algorithm.train_branches:
+        with timer("score"):
+            old = [_log_probs(grower, state.params, growth.trees) for growth in growths]
     updates: list[dict[str, Any]] = []
     grown: list[Tree] = []
     for i, minibatch in enumerate(minibatches):
-        growth = growths[i] if growths else None
-        if algorithm.branches and growth is None:
-            with timer("branch"):
-                growth = grow(i)
+        growth = growths[i] if growths else grow(i) if algorithm.branches else None
         if growth is not None:
-            with timer("reward"):
-                give_rewards([r for tree in growth.trees for r in tree if not r.is_initial], components)
             minibatch = growth.trees
         grown += minibatch
+        trained = [list(algorithm.trained(tree)) for tree in minibatch]
+        future = ref = penalties = None
+        with timer("score"):
+            if uses_future(algorithm.advantage):
+                if growth is not None and not growths:  # scored under the policy as it is now
+                    future = [[s.future_value for s in scores] for scores in growth.scores]
+                else:
+                    future = grower.future_values(state.params, trained, old[i])
+            if reference is not None and algorithm.loss.kl_in == "loss":
+                ref = _log_probs(grower, reference, trained)
+            elif reference is not None:
+                penalties = _kl_penalties(grower, state.params, reference, minibatch, old[i], algorithm.loss)
         with timer("update"):
-            batch, base = make_batch(
-                minibatch,
-                old[i],
-                ref[i] if ref else None,
-                growth.scores if growth else None,
-                algorithm,
-                config,
-                grower.length,
-            )
+            batch, base = make_batch(minibatch, old[i], ref, future, algorithm, config, grower.length, penalties)
             batch = place(batch, batch_sharding(components.mesh), components.mesh)
             state, results = update(state, batch)
             updates.append(update_metrics(jax.device_get(results), base, growth, algorithm.initial))
     record = rollout_metrics(grown, engine.take_stats()) | components.executor.metrics()
+    if algorithm.max_resamples:
+        record["rollout/resampled_prompts"] = resampled
     record |= {name: float(np.mean([u[name] for u in updates])) for name in updates[0]} | timer.metrics()
     record["time/tokens_per_s"] = record["rollout/sampled_tokens"] / record["time/step_s"]
     return state, record, grown
+
+
+def _kl_penalties(
+    grower: TreeGrower, params: Params, reference: Params, trees: Sequence[Tree], old: Sequence[Sequence[np.ndarray]],
+    loss: LossConfig,
+) -> list[list[np.ndarray]]:  # fmt: skip
+    """β·KL(π‖π_ref) at each sampled token `[T]` of every rollout, π being the policy that drew it.
+
+    `old`: of each tree's first rollouts, their log-probs under π_old; branches beyond them were drawn by `params`.
+    """
+    branches = _log_probs(grower, params, [tree[len(known) :] for tree, known in zip(trees, old, strict=True)])
+    by_reference = _log_probs(grower, reference, trees)
+
+    def penalty(rollout: Rollout, drawn: np.ndarray, ref: np.ndarray) -> np.ndarray:
+        padding = (0, grower.length - rollout.length)  # one shape, one program
+        drawn, ref = (np.pad(x, padding) for x in (drawn, ref))
+        kl = kl_estimate(jnp.asarray(drawn), jnp.asarray(ref), loss.kl_estimator)
+        return np.where(rollout.sampled, loss.kl_weight * np.asarray(kl)[: rollout.length], 0.0)
+
+    return [
+        [penalty(*x) for x in zip(tree, [*known, *drawn], refs, strict=True)]
+        for tree, known, drawn, refs in zip(trees, old, branches, by_reference, strict=True)
+    ]
 
 
 def _log_probs(grower: TreeGrower, params: Params, trees: Sequence[Tree]) -> list[list[np.ndarray]]:

@@ -124,6 +124,11 @@ class Rollout:
         return self.stop_reason is not StopReason.ANSWERED
 
 
+def turn_starts(sampled: np.ndarray) -> np.ndarray:
+    """First tokens of a rollout's turns, the stretches of the policy's own text, from its `sampled [T]`."""
+    return np.flatnonzero(sampled & ~np.concatenate([[False], sampled[:-1]]))
+
+
 @dataclasses.dataclass(frozen=True)
 class RewardResult:
     """What a reward function says of one response."""

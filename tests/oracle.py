@@ -164,6 +164,47 @@ def pooled(scores_NT: Sequence[Sequence[float]], orders: Sequence[Sequence[int]]
     return taken
 
 
+def proportional(
+    scores_NT: Sequence[Sequence[float]], orders: Sequence[Sequence[int]], num_branch_points: int, budget: int
+) -> dict[tuple[int, int], int]:
+    """Theorem 1's allocation: branches of each (rollout, position), in proportion to the positive part of the score.
+
+    The candidates are each rollout's top B. Largest remainder, handed out one by one; ties: lowest rollout, lowest position.
+    """
+    weight = {(n, t): max(0.0, float(scores_NT[n][t])) for n, o in enumerate(orders) for t in o[:num_branch_points]}
+    total = math.fsum(weight.values())
+    if total == 0:
+        taken = round_robin(orders, min(budget, num_branch_points * len(orders)))
+        return {(n, t): 1 for n, ts in enumerate(taken) for t in ts}
+    budget = min(budget, num_branch_points * len(orders))
+    share = {point: budget * w / total for point, w in weight.items()}
+    counts = {point: math.floor(x) for point, x in share.items()}
+    remainders = sorted(share, key=lambda point: (counts[point] - share[point], point))
+    for point in remainders[: budget - sum(counts.values())]:
+        counts[point] += 1
+    return {point: count for point, count in counts.items() if count}
+
+
+def turns(sampled_T) -> list[list[int]]:
+    """The indices of each stretch of sampled tokens."""
+    result: list[list[int]] = []
+    for t, s in enumerate(sampled_T):
+        if s and (t == 0 or not sampled_T[t - 1]):
+            result.append([])
+        if s:
+            result[-1].append(t)
+    return result
+
+
+def arpo_probabilities(entropies_T, sampled_T, vocab_size: int, p=0.5, w=0.2, window=20) -> dict[int, float]:
+    """§6 ARPO: P = clip(p + w·ΔH, 0, 1) for each turn after a tool call, by its first token."""
+    segments = turns(sampled_T)
+    h = [
+        math.fsum(float(entropies_T[t]) for t in s[:window]) / len(s[:window]) / math.log(vocab_size) for s in segments
+    ]
+    return {s[0]: clip(p + w * (x - h[0]), 0.0, 1.0) for s, x in zip(segments[1:], h[1:], strict=True)}
+
+
 def tree_sizes(num_initial: int, num_branch_points: int, num_loops: int, budget: int) -> list[int]:
     """§2 "Multi-loop trees": rollouts of a prompt after 0, 1, …, L loops when every rollout has room."""
     sizes = [num_initial]
@@ -222,6 +263,51 @@ def a_base_shared_prefix(
     return result
 
 
+def a_tree(rewards: Sequence[float], roots: Sequence[int]) -> list[float]:
+    """§6 Tree-GRPO: intra-tree plus inter-tree z-score; 0 for a group without spread."""
+    result = []
+    for reward, root in zip(rewards, roots, strict=True):
+        own = [r for r, other in zip(rewards, roots, strict=True) if other == root]
+        result.append((group_term(reward, own) or 0.0) + (group_term(reward, rewards) or 0.0))
+    return result
+
+
+def a_turns(
+    rewards: Sequence[float], states: Sequence[Sequence[object]], discount=0.95, weight=1.0
+) -> list[list[float]]:
+    """§6 GiGPO: for each turn of each rollout the episode's z-score plus that of the turn's return among equal states."""
+    value = [[r * discount ** (len(s) - 1 - k) for k in range(len(s))] for r, s in zip(rewards, states, strict=True)]
+    result = []
+    for n, own in enumerate(states):
+        row = []
+        for k, state in enumerate(own):
+            group = [value[m][j] for m, other in enumerate(states) for j, s in enumerate(other) if s == state]
+            row.append((group_term(rewards[n], rewards) or 0.0) + weight * (group_term(value[n][k], group) or 0.0))
+        result.append(row)
+    return result
+
+
+def a_global(rewards: Sequence[float], penalties, masks) -> list[list[float]]:
+    """§6 REINFORCE++: reward less the penalties from the token on, z-scored over all masked tokens of the mini-batch."""
+    returns = [
+        [r - math.fsum(float(x) for x in p[t:]) for t in range(len(p))] for r, p in zip(rewards, penalties, strict=True)
+    ]
+    tokens = [x for row, mask in zip(returns, masks, strict=True) for x, m in zip(row, mask, strict=True) if m]
+    return [
+        [(group_term(x, tokens) or 0.0) if m else 0.0 for x, m in zip(row, mask, strict=True)]
+        for row, mask in zip(returns, masks, strict=True)
+    ]
+
+
+def overlong(length: int, limit: int, buffer: int) -> float:
+    """§6 DAPO's overlong shaping, case by case."""
+    if length <= limit - buffer:
+        return 0.0
+    if length <= limit:
+        return ((limit - buffer) - length) / buffer
+    return -1.0
+
+
 # ---------------------------------------------------------------- §2.2e and f: scaling and loss
 
 
@@ -235,10 +321,28 @@ def advantages(a_base_n: float, omega_T, sampled_T, future_weight=0.5, clip_low=
     )
 
 
-def surrogate(log_ratio_i: float, advantage_i: float, clip_low: float, clip_high: float) -> float:
-    """min(ρ A, clip(ρ, 1−ε, 1+ε) A) of one token."""
+def surrogate(
+    log_ratio_i: float, advantage_i: float, clip_low: float, clip_high: float, dual_clip: float = 0.0
+) -> float:
+    """min(ρ A, clip(ρ, 1−ε, 1+ε) A) of one token; with a dual clip at least c·A where A < 0."""
     rho = math.exp(log_ratio_i)
-    return min(rho * advantage_i, clip(rho, 1.0 - clip_low, 1.0 + clip_high) * advantage_i)
+    value = min(rho * advantage_i, clip(rho, 1.0 - clip_low, 1.0 + clip_high) * advantage_i)
+    return max(value, dual_clip * advantage_i) if dual_clip and advantage_i < 0 else value
+
+
+def surrogate_slope(kind: str, log_ratio_i: float, advantage_i: float, clip_low: float, clip_high: float) -> float:
+    """d surrogate / d log π of one token, in closed form.
+
+    clip: ρA, or 0 where the clip decides. §6 gppo: there (1 ± ε)A instead. §6 cispo: sg(clip(ρ))·A everywhere.
+    """
+    rho, a = math.exp(log_ratio_i), advantage_i
+    bounded = clip(rho, 1.0 - clip_low, 1.0 + clip_high)
+    if kind == "cispo":
+        return bounded * a
+    decides = (a > 0 and rho > 1.0 + clip_high) or (a < 0 and rho < 1.0 - clip_low)
+    if not decides:
+        return rho * a
+    return bounded * a if kind == "gppo" else 0.0
 
 
 def kl(log_prob: float, ref_log_prob: float, estimator: str) -> float:
@@ -291,17 +395,33 @@ def loss(
     ref_log_probs=None,
     kl_weight=0.0,
     kl_estimator="k3",
+    dual_clip=0.0,
+    max_ratio=0.0,
+    max_dual_clipped=-1,
+    entropies=None,
+    entropy_weight=0.0,
 ) -> float:
-    """Eq. 8 with its sign turned, to be minimised; lists over initial rollouts of lists over tokens."""
+    """Eq. 8 with its sign turned, to be minimised; lists over initial rollouts of lists over tokens.
+
+    §4 row 11: tokens with a ratio above `max_ratio` are dropped, and rollouts with more than `max_dual_clipped` tokens
+    whose dual clip decided. What is dropped adds 0 and still counts in the normalisation.
+    """
     values = []
     for n in range(len(new_log_probs)):
         row = []
+        ratios = [math.exp(float(a) - float(b)) for a, b in zip(new_log_probs[n], old_log_probs[n], strict=True)]
+        dual = sum(
+            bool(m) and a < 0 and r > dual_clip for m, a, r in zip(masks[n], advantages_[n], ratios, strict=True)
+        )
+        dropped = dual_clip > 0 and 0 <= max_dual_clipped < dual
         for t in range(len(new_log_probs[n])):
-            if not masks[n][t]:
+            if not masks[n][t] or dropped or 0 < max_ratio < ratios[t]:
                 row.append(0.0)
                 continue
             new, old = float(new_log_probs[n][t]), float(old_log_probs[n][t])
-            value = -surrogate(new - old, float(advantages_[n][t]), clip_low, clip_high)
+            value = -surrogate(new - old, float(advantages_[n][t]), clip_low, clip_high, dual_clip)
+            if entropy_weight:
+                value -= entropy_weight * float(entropies[n][t])
             if kl_weight:
                 value += kl_weight * kl(new, ref_log_probs[n][t], kl_estimator)
             row.append(value)

@@ -8,7 +8,6 @@ import numpy as np
 
 from appo_jax.algorithms import make_algorithm, make_batch
 from appo_jax.config import Architecture, Config, LossConfig, PolicyConfig, RolloutConfig
-from appo_jax.rollout.tree import NodeScores
 from appo_jax.types import Example, Rollout, StopReason
 
 EXAMPLE = Example("e", "?", ("1",), "qa", "")
@@ -27,17 +26,12 @@ def rollout(node: int, reward: float, stop: StopReason = StopReason.ANSWERED, pa
     )
 
 
-def scores(future: list[float]) -> NodeScores:
-    zeros = np.zeros(4, np.float32)
-    return NodeScores(zeros, zeros, np.array(future, np.float32), zeros, zeros > 0, zeros > 0, False)
-
-
 def test_appo_batch_by_hand() -> None:
     tree = [rollout(0, 1.0), rollout(1, 0.0), rollout(2, 1.0, parent=0), rollout(3, 0.0, parent=1)]
-    node_scores = [scores([1, 1.1, 1, 2.0]), scores([1, 0.5, 1, 1.0])]
+    future = [np.array([1, 1.1, 1, 2.0]), np.array([1, 0.5, 1, 1.0])]
     old = [np.full(4, -1.0, np.float32), np.full(4, -2.0, np.float32)]
-    batch, base = make_batch([tree], [old], None, [node_scores], make_algorithm(CONFIG), CONFIG, length=6)
-    assert base.tolist() == [[1.0, -1.0]]  # both groups have mean 0.5 and std 0.5
+    batch, base = make_batch([tree], [old], None, [future], make_algorithm(CONFIG), CONFIG, length=6)
+    assert [a.tolist() for a in base] == [[1.0] * 2, [-1.0] * 2]  # both groups have mean 0.5 and std 0.5
     assert batch.tokens.shape == (2, 6), "branches stay out of the loss"
     # 1/M · 1/|H_n| = 1/4 · 1/2 on the two sampled tokens, nothing on prompt, tool result and padding.
     assert batch.weights.tolist() == [[0, 0.125, 0, 0.125, 0, 0]] * 2
@@ -55,7 +49,7 @@ def test_grpo_uses_the_whole_budget_at_once_and_no_future() -> None:
     old = [np.zeros(4, np.float32)] * 4
     ref = [np.full(4, -0.5, np.float32)] * 4
     batch, base = make_batch([tree], [old], [ref], None, algorithm, CONFIG, length=4)
-    assert base.tolist() == [[1.0, -1.0, -1.0, 1.0]]
+    assert [a.tolist() for a in base] == [[x] * 2 for x in (1.0, -1.0, -1.0, 1.0)]
     assert batch.advantages[:, 1].tolist() == [1.0, -1.0, -1.0, 1.0]
     assert batch.ref_log_probs is not None
     assert (batch.ref_log_probs == -0.5).all()

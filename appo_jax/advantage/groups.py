@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from appo_jax.config import AdvantageConfig
-
 EQUAL = 1e-9  # rewards no further apart are the same reward: what rounding added must not become an advantage
+
+
+def without_spread(rewards: np.ndarray) -> bool:
+    """Whether a group's rewards are all the same."""
+    return bool(rewards.max() - rewards.min() <= EQUAL)
 
 
 def zscores(rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -17,7 +20,7 @@ def zscores(rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
     """
     if group.size == 0:
         return np.full(rewards.shape, np.nan)
-    if group.max() - group.min() <= EQUAL:
+    if without_spread(group):
         return np.where(np.abs(rewards - group[0]) <= EQUAL, 0.0, np.nan)
     return (rewards - group.mean()) / group.std()
 
@@ -32,10 +35,6 @@ def dual_group(initial: np.ndarray, branches: np.ndarray) -> np.ndarray:
     return np.where(defined, scores, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
 
 
-def base_advantage(initial: np.ndarray, branches: np.ndarray, config: AdvantageConfig) -> np.ndarray:
-    """A_base `[N]` of one prompt's initial rollouts from the rewards of its initial `[N]` and branched rollouts."""
-    if config.base == "paper":
-        return dual_group(initial, branches)
-    if config.base == "joint":
-        return np.nan_to_num(zscores(initial, np.concatenate([initial, branches])))
-    return np.nan_to_num(zscores(initial, initial))  # init_only, and GRPO
+def own_zscores(rewards: np.ndarray) -> np.ndarray:
+    """Each reward's z-score within all of them; 0 for a group without spread."""
+    return np.nan_to_num(zscores(rewards, rewards))

@@ -9,6 +9,15 @@ from appo_jax.config import AdvantageConfig
 
 
 def procedural_advantage(base: jax.Array, future: jax.Array, config: AdvantageConfig) -> jax.Array:
-    """A = A_base · (1 + b · clip(Ω)), `[R, T]`, from base `[R]` and future values Ω `[R, T]`. A constant for the gradient."""
+    """A = A_base · (1 + b · clip(Ω)), `[R, T]`, from base `[R, T]` or `[R, 1]` and future values Ω `[R, T]`.
+
+    With `scaling = plain` A = A_base · clip(Ω) (FIPO, arXiv 2603.19835). A constant for the gradient.
+    """
     future = jnp.clip(future, config.clip_low, config.clip_high)
-    return jax.lax.stop_gradient(base[:, None] * (1.0 + config.future_weight * future))
+    scale = future if config.scaling == "plain" else 1.0 + config.future_weight * future
+    return jax.lax.stop_gradient(base * scale)
+
+
+def uses_future(config: AdvantageConfig) -> bool:
+    """Whether the advantage depends on Ω at all."""
+    return config.scaling == "plain" or config.future_weight != 0

@@ -49,7 +49,7 @@ def branching_scores(
         score, preferred = z_entropy, everywhere
     elif config.score == "future":
         score, preferred = z_future, everywhere
-    else:  # additive
+    else:  # additive; the scores by turn (branching/turns.py) draw lots and look at none of this
         score = config.entropy_weight * z_entropy + config.future_weight * z_future
         preferred = everywhere
     return BranchingScores(jnp.where(valid, score, 0.0), preferred & valid, future, constant)

@@ -58,6 +58,26 @@ def pooled(
     return [(n, i) for _, _, n, i in sorted(pool)[:budget]]
 
 
+def proportional(
+    ranked: Sequence[Sequence[int]], scores: Sequence[np.ndarray], per_rollout: int, budget: int
+) -> list[tuple[int, int]]:
+    """Theorem 1: the budget goes to branch points in proportion to their score, so that one may get several branches.
+
+    The candidates are each rollout's first `per_rollout` positions; a score that is not positive asks for nothing.
+    Shares are rounded by largest remainder, ties to the earlier rollout and position. When no score is positive, the
+    positions are served as `serve` does. Points come in the order of rollouts and positions, a point once per branch.
+    """
+    candidates = [(n, t) for n, positions in enumerate(ranked) for t in sorted(positions[:per_rollout])]
+    weights = np.array([max(0.0, float(scores[n][t])) for n, t in candidates])
+    if weights.sum() == 0:
+        return serve(ranked, per_rollout, budget)
+    shares = budget * weights / weights.sum()
+    counts = np.floor(shares).astype(int)
+    left = budget - counts.sum()
+    counts[np.argsort(counts - shares, kind="stable")[:left]] += 1
+    return [point for point, count in zip(candidates, counts.tolist(), strict=True) for _ in range(count)]
+
+
 def select(
     scores: Sequence[np.ndarray],
     preferred: Sequence[np.ndarray],
@@ -70,6 +90,9 @@ def select(
     ranked = [
         rank_positions(*arrays, config.min_spacing) for arrays in zip(scores, preferred, valid, sampled, strict=True)
     ]
+    budget = min(budget, config.num_branch_points * len(ranked))
     if config.allocation == "pooled":
-        return pooled(ranked, scores, preferred, min(budget, config.num_branch_points * len(ranked)))
+        return pooled(ranked, scores, preferred, budget)
+    if config.allocation == "proportional":
+        return proportional(ranked, scores, config.num_branch_points, budget)
     return serve(ranked, config.num_branch_points, budget)

@@ -78,7 +78,7 @@ def batch_loss(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.A
         loss, metrics = -(batch.weights * log_probs).sum(), {"tokens": (batch.weights > 0).sum()}
     else:
         loss, metrics = policy_loss(
-            log_probs, batch.old_log_probs, batch.ref_log_probs, batch.advantages, batch.weights, spec.loss
+            log_probs, batch.old_log_probs, batch.ref_log_probs, batch.advantages, batch.weights, spec.loss, entropies
         )
     metrics["entropy"] = jax.lax.stop_gradient(jnp.where(batch.weights > 0, entropies, 0.0).sum())
     return loss, metrics

@@ -99,7 +99,7 @@ class Engine:
         )  # embeddings may have more rows than there are tokens
         self.automaton = StopAutomaton.build(executor.stop_strings, tokenizer.token_bytes() + padding)
         self._tables = jnp.asarray(self.automaton.next_state), jnp.asarray(self.automaton.hit)
-        self._key = jax.random.key(seed)
+        self.seed, self._key = seed, jax.random.key(seed)
         head, tail = executor.call_format.render_result("\0").split("\0")
         self._result_head, self._result_tail = tokenizer.encode(head), tokenizer.encode(tail)
         self._cut_tail = tokenizer.encode(CUT_MARK + tail)
@@ -126,12 +126,13 @@ class Engine:
         return SamplingSpec(temperature, c.top_k, c.top_p, self.tokenizer.eos_id)
 
     def initial(
-        self, params: Params, examples: Sequence[Example], copies: int, salt: Sequence[int], temperature: float | None = None
+        self, params: Params, examples: Sequence[Example], copies: int, salt: Sequence[int],
+        temperature: float | None = None, most: int | None = None,
     ) -> list[list[Rollout]]:  # fmt: skip
         """`copies` full rollouts of each example.
 
         `salt` separates this call's random draws from all others (phase, step …); `temperature` defaults to the configured
-        one, 0 is greedy.
+        one, 0 is greedy. `most` is what the number of examples can never exceed, by default their number: shapes follow from it.
         """
         params = generating(params, self.mesh, self.dtype)
         groups = []
@@ -148,8 +149,9 @@ class Engine:
                 ]
             )  # fmt: skip
         prompts = [group[0].tokens for group in groups]
-        caches = self.prompt_caches(params, prompts, self.config.max_prompt_tokens, len(prompts))
-        return self.generate(params, caches, groups, copies, len(groups), salt, temperature)
+        most = most or len(groups)
+        caches = self.prompt_caches(params, prompts, self.config.max_prompt_tokens, most)
+        return self.generate(params, caches, groups, copies, most, salt, temperature)
 
     def generate(
         self, params: Params, caches: Iterator[list[LayerCache]], groups: Sequence[Sequence[Fork]], columns: int,

@@ -50,12 +50,15 @@ def rollout_metrics(trees: Sequence[Tree], stats: GenerationStats) -> dict[str, 
 
 
 def update_metrics(
-    results: Mapping[str, np.ndarray], base: np.ndarray, growth: Growth | None, num_initial: int
+    results: Mapping[str, np.ndarray], base: Sequence[np.ndarray], growth: Growth | None, num_initial: int
 ) -> dict[str, float]:
-    """One mini-batch's update: the loss's metrics, the advantages, and how its branching went."""
+    """One mini-batch's update: the loss's metrics, the advantages, and how its branching went.
+
+    `base`: A_base at the sampled tokens of each trained rollout.
+    """
     record = {f"update/{name}": float(value) for name, value in results.items()}
-    record["advantage/abs_mean"] = mean(np.abs(base).reshape(-1))
-    record["advantage/zero_share"] = mean(base.reshape(-1) == 0)
+    record["advantage/abs_mean"] = mean([np.abs(a).mean() for a in base if a.size])
+    record["advantage/zero_share"] = mean([not a.any() for a in base])
     if growth is None:
         return record
     scores = [s for tree in growth.scores for s in tree[:num_initial]]

@@ -14,6 +14,7 @@ import numpy as np
 
 from appo_jax.branching.score import branching_scores, future_value
 from appo_jax.branching.select import select
+from appo_jax.branching.turns import after_tool_calls, fresh, random_turns
 from appo_jax.config import BranchingConfig, RolloutConfig
 from appo_jax.policy.attention import LayerCache
 from appo_jax.policy.score import score
@@ -25,6 +26,7 @@ from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.types import Rollout
 
 Tree = list[Rollout]
+TURN_SCORES = ("entropy_change", "random_turn")  # branch where a turn begins (branching/turns.py)
 
 
 @dataclasses.dataclass
@@ -70,6 +72,28 @@ def valid_positions(rollout: Rollout, blank: np.ndarray, config: BranchingConfig
     return valid
 
 
+def already_branched(tree: Tree, include_token: bool) -> list[np.ndarray]:
+    """`[T]` bool for each rollout of a tree: a branch with the same head begins there already.
+
+    The head of a branch is its parent's, so a point there is one point, whichever of the two it was chosen on.
+    """
+
+    def owner(node: int, cut: int) -> int:
+        """The rollout that drew the last of the first `cut` tokens of `node`."""
+        rollout = tree[node]
+        while rollout.parent is not None and rollout.fork is not None and cut <= rollout.fork:
+            rollout = tree[rollout.parent]
+        return rollout.node
+
+    forks = {(owner(r.parent, r.fork), r.fork) for r in tree if r.parent is not None and r.fork is not None}
+    out = [np.zeros(rollout.length, bool) for rollout in tree]
+    for taken, rollout in zip(out, tree, strict=True):
+        for node, cut in forks:
+            if cut - include_token < rollout.length and owner(rollout.node, cut) == node:
+                taken[cut - include_token] = True
+    return out
+
+
 _future_value = jax.jit(future_value, static_argnames="tau")
 _branching_scores = jax.jit(branching_scores, static_argnames="config")
 
@@ -111,6 +135,22 @@ class TreeGrower:
             caches.append(scored.cache)
         return ragged, caches
 
+    def future_values(
+        self, params: Params, trees: Sequence[Tree], old_log_probs: Sequence[Sequence[np.ndarray]]
+    ) -> list[list[np.ndarray]]:
+        """Ω `[T]` of every rollout of `trees` under `params`, by tree; `old_log_probs` alike."""
+        rollouts = [rollout for tree in trees for rollout in tree]
+        scored = self.log_probs(params, rollouts)
+        log_probs, old = (np.zeros((len(rollouts), self.length), np.float32) for _ in range(2))
+        sampled = np.zeros(old.shape, bool)
+        flat = (values for tree in old_log_probs for values in tree)
+        for i, (rollout, now, then) in enumerate(zip(rollouts, scored, flat, strict=True)):
+            t = rollout.length
+            log_probs[i, :t], old[i, :t], sampled[i, :t] = now, then, rollout.sampled
+        future = np.asarray(_future_value(log_probs, old, sampled, tau=self.branching.tau))
+        ragged = iter([future[i, : r.length] for i, r in enumerate(rollouts)])
+        return [[next(ragged) for _ in tree] for tree in trees]
+
     def grow(
         self, params: Params, trees: Sequence[Tree], old_log_probs: Sequence[Sequence[np.ndarray]], salt: Sequence[int]
     ) -> Growth:
@@ -130,8 +170,10 @@ class TreeGrower:
             growth.scores = [[] for _ in trees]
             for (p, _), node_scores in zip(nodes, scores, strict=True):
                 growth.scores[p].append(node_scores)
-            points = self._choose(growth)
+            points = self._choose(growth, loop, salt)
             self._branch(params, growth, nodes, iter(caches), points, most, loop, [*salt, loop])
+            if self.branching.score in TURN_SCORES:  # a rollout may have more branches than B
+                most_per_tree = self.rollout.budget
             most_per_tree = min(self.rollout.budget, most_per_tree * (self.branching.num_branch_points + 1))
         return growth
 
@@ -157,18 +199,39 @@ class TreeGrower:
             for i, r in enumerate(rollouts)
         ]  # fmt: skip
 
-    def _choose(self, growth: Growth) -> list[list[tuple[int, int]]]:
+    def _choose(self, growth: Growth, loop: int, salt: Sequence[int]) -> list[list[tuple[int, int]]]:
         """Branch points `(node, position)` of every prompt for this loop."""
         points = []
-        for tree, scores in zip(growth.trees, growth.scores, strict=True):
+        for p, (tree, scores) in enumerate(zip(growth.trees, growth.scores, strict=True)):
             budget = self.rollout.budget - len(tree)
+            if self.branching.score in TURN_SCORES:
+                rng = np.random.default_rng([self.engine.seed, *salt, loop, p])
+                points.append(self._choose_turns(tree, scores, budget, loop, rng))
+                continue
+            taken = already_branched(tree, self.branching.include_token)
             chosen = select(
-                [s.score for s in scores], [s.preferred for s in scores], [s.valid for s in scores],
-                [r.sampled for r in tree], budget, self.branching,
+                [s.score for s in scores], [s.preferred for s in scores],
+                [s.valid & ~t for s, t in zip(scores, taken, strict=True)], [r.sampled for r in tree], budget,
+                self.branching,
             )  # fmt: skip
             growth.missing_branches += min(budget, self.branching.num_branch_points * len(tree)) - len(chosen)
             points.append(chosen)
         return points
+
+    def _choose_turns(
+        self, tree: Tree, scores: Sequence[NodeScores], budget: int, loop: int, rng: np.random.Generator
+    ) -> list[tuple[int, int]]:
+        """Branch points of ARPO or Tree-GRPO; after the last loop, new rollouts for what is left of the budget."""
+        sampled, b = [r.sampled for r in tree], self.branching
+        if b.score == "random_turn":
+            points = random_turns(sampled, b.num_branch_points, budget, rng)
+        else:  # a rollout's lots are drawn once: those of an earlier loop's rollouts are drawn
+            own_from = [(r.fork or 0) if r.loop == loop - 1 else r.length for r in tree]
+            entropies = [s.entropies for s in scores]
+            points = after_tool_calls(entropies, sampled, own_from, budget, self.engine.arch.vocab_size, rng)
+        left = budget - len(points) if loop == b.num_loops else 0
+        num_initial = sum(r.is_initial for r in tree)
+        return points + fresh(num_initial, tree[0].prompt_length, left)
 
     def _branch(
         self, params: Params, growth: Growth, nodes: Sequence[tuple[int, int]], caches: Iterator[list[LayerCache]],
@@ -178,7 +241,7 @@ class TreeGrower:
         forks: dict[tuple[int, int], list[Fork]] = {at: [] for at in nodes}
         for p, chosen in enumerate(points):
             for offset, (n, position) in enumerate(chosen):
-                cut = position + self.branching.include_token
+                cut = position + (self.branching.include_token and self.branching.score not in TURN_SCORES)
                 node = len(growth.trees[p]) + offset
                 forks[p, n].append(fork_of(growth.trees[p][n], cut, node, loop, self.engine))
         results = self.engine.generate(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from appo_jax.advantage.procedural import procedural_advantage
 from appo_jax.branching.score import future_value
 from appo_jax.config import AdvantageConfig, Architecture, LossConfig
-from appo_jax.learner.loss import policy_loss, token_weights
+from appo_jax.learner.loss import policy_loss, sampler_correction, token_weights
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, batch_loss, gradients, make_train_step
 from appo_jax.policy import attention
 from appo_jax.policy.score import positions
@@ -118,7 +118,7 @@ def test_nothing_flows_through_the_advantage():
     weights = token_weights(sampled, M, P, "paper")
 
     def advantage(log_probs):
-        return procedural_advantage(base, future_value(log_probs, old, sampled, 4.0), AdvantageConfig())
+        return procedural_advantage(base[:, None], future_value(log_probs, old, sampled, 4.0), AdvantageConfig())
 
     def whole(log_probs):
         return policy_loss(log_probs, old, None, advantage(log_probs), weights, LossConfig())[0]
@@ -141,6 +141,106 @@ def test_no_degenerate_batch_makes_a_nan():
                 advantages = np.zeros((2, 3), np.float32)
                 grad = gradient(new, old, old, advantages, weights)
                 np.testing.assert_array_equal(grad[~mask], 0)
+
+
+# ---------------------------------------------------------------- options
+
+
+@settings(max_examples=30)
+@given(
+    batches(), st.sampled_from(["k1", "k2", "k3"]), st.sampled_from([(0.0, -1), (1.2, -1), (1.2, 1), (2.0, 0)]),
+    st.sampled_from([0.0, 1.2]), st.sampled_from([0.0, 0.3]),
+)  # fmt: skip
+def test_loss_with_its_options_is_the_oracles(batch, estimator, dual, max_ratio, entropy_weight):
+    new, old, ref, advantages, mask = batch
+    config = LossConfig(
+        dual_clip=dual[0], max_dual_clipped=dual[1], max_ratio=max_ratio, kl_weight=0.04, kl_estimator=estimator,
+        entropy_weight=entropy_weight,
+    )  # fmt: skip
+    entropies = np.abs(old)
+    weights = token_weights(mask, M, P, "paper")
+    arrays = (x.astype(np.float32) for x in (new, old, ref, advantages))
+    got, _ = jitted_loss(*arrays, weights, config=config, entropies=entropies.astype(np.float32))
+    expected = oracle.loss(
+        new, old, advantages, mask, num_prompts=P, budget=M, ref_log_probs=ref, kl_weight=0.04, kl_estimator=estimator,
+        dual_clip=dual[0], max_dual_clipped=dual[1], max_ratio=max_ratio, entropies=entropies,
+        entropy_weight=entropy_weight,
+    )  # fmt: skip
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_dual_clip_by_hand():
+    log_ratio = np.log(np.array([[4.0, 2.0, 4.0, 4.0]], np.float32))
+    advantages = np.array([[-1, -1, 1, -1]], np.float32)
+    weights = np.array([[1, 1, 1, 0]], np.float32)
+    zeros = np.zeros_like(log_ratio)
+    loss, metrics = policy_loss(log_ratio, zeros, None, advantages, weights, LossConfig(dual_clip=3.0))
+    np.testing.assert_allclose(loss, 3 + 2 - 1.2, rtol=1e-6)  # max(−4, −3), −2, min(4, 1.2)
+    assert int(metrics["dual_clip_fraction"]) == 1
+    config = LossConfig(dual_clip=3.0, max_dual_clipped=0)
+    assert float(policy_loss(log_ratio, zeros, None, advantages, weights, config)[0]) == 0  # the rollout is dropped
+    config = LossConfig(max_ratio=3.0)
+    np.testing.assert_allclose(policy_loss(log_ratio, zeros, None, advantages, weights, config)[0], 2, rtol=1e-6)
+
+
+@settings(max_examples=20)
+@given(batches(), st.sampled_from(["clip", "gppo", "cispo"]), st.sampled_from([(0.2, 0.2), (0.2, 0.28), (0.5, 0.2)]))
+def test_the_slope_of_each_surrogate_is_its_closed_form(batch, kind, clip):
+    new, old, _, advantages, mask = batch
+    config = LossConfig(surrogate=kind, clip_low=clip[0], clip_high=clip[1])
+    weights = token_weights(mask, M, P, "paper")
+    arrays = [x.astype(np.float32) for x in (new, old, advantages)]
+    slope = jax.jit(jax.grad(lambda x, old, a: policy_loss(x, old, None, a, weights, config)[0]))(*arrays)
+    for r, t in np.ndindex(R, T):
+        expected = -weights[r, t] * oracle.surrogate_slope(kind, new[r, t] - old[r, t], advantages[r, t], *clip)
+        np.testing.assert_allclose(slope[r, t], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gppo_has_the_value_of_the_clipped_surrogate():
+    rng = np.random.default_rng(0)
+    new, old, advantages = rng.normal(size=(3, R, T)).astype(np.float32)
+    weights = np.ones((R, T), np.float32)
+    clipped, gppo = (
+        policy_loss(new, old, None, advantages, weights, LossConfig(surrogate=kind))[0] for kind in ("clip", "gppo")
+    )
+    np.testing.assert_allclose(clipped, gppo, rtol=1e-6)
+
+
+def test_entropy_bonus_reaches_the_policy(params, batch):
+    """The gradient of the bonus alone, on a policy, is that of −w·ΣH / (P·M·|H_n|)."""
+    loss = dataclasses.replace(SPEC.loss, kl_weight=0.0, entropy_weight=0.5)
+    plain = dataclasses.replace(loss, entropy_weight=0.0)
+    one, two = (accumulate(params, batch, spec=dataclasses.replace(SPEC, loss=x)) for x in (loss, plain))
+    _, entropies = log_probs_and_entropies(params, batch, temperature=0.7)
+    np.testing.assert_allclose(
+        one[0] - two[0], -0.5 * (np.asarray(batch.weights) * entropies).sum(), rtol=1e-3, atol=1e-6
+    )
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one[1], two[1])
+    assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_sampler_correction_by_hand():
+    old, sampler = np.log([0.5, 0.2, 0.9, 0.1]), np.log([0.25, 0.4, 0.9, 1e-30])
+    np.testing.assert_allclose(sampler_correction(old, sampler, 3.0), [2.0, 0.5, 1.0, 3.0])
+    with np.errstate(all="raise"):
+        np.testing.assert_allclose(sampler_correction(np.array([0.0]), np.array([-1e4]), 2.0), [2.0])
+
+
+@pytest.mark.parametrize("kind", ["clip", "gppo", "cispo"])
+def test_no_option_makes_a_nan_of_a_degenerate_batch(kind):
+    config = LossConfig(
+        surrogate=kind, dual_clip=3.0 if kind == "clip" else 0.0, max_dual_clipped=1 if kind == "clip" else -1,
+        max_ratio=3.0, kl_weight=0.1, kl_estimator="k2", entropy_weight=0.1,
+    )  # fmt: skip
+    gradient = jax.jit(jax.grad(lambda x, *rest: policy_loss(x, *rest[:-1], config, rest[-1])[0]))
+    with jax.debug_nans(True):
+        for mask in (np.zeros((2, 3), bool), np.array([[0, 1, 0], [0, 0, 0]], bool)):
+            new = np.where(mask, -90.0, -np.inf).astype(np.float32)  # a ratio that underflows
+            old = np.where(mask, -0.1, -1e30).astype(np.float32)
+            advantages = np.where(mask, -1.0, np.inf).astype(np.float32)
+            entropies = np.zeros((2, 3), np.float32)
+            grad = gradient(new, old, old, advantages, token_weights(mask, M, P, "paper"), entropies)
+            np.testing.assert_array_equal(np.asarray(grad)[~mask], 0)
 
 
 # ---------------------------------------------------------------- through the policy

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appo_jax.branching.select import pooled, rank_positions, select, serve
+from appo_jax.branching.select import pooled, proportional, rank_positions, select, serve
 from appo_jax.config import BranchingConfig
 
 gates = st.sampled_from(["both_positive", "literal"])
@@ -64,6 +64,26 @@ def test_pooled_is_the_oracles(prompt, budget, min_spacing):
     points = select(*arrays, budget, config)
     orders = expected_orders(prompt, "literal", min_spacing)
     assert by_rollout(points, len(prompt)) == oracle.pooled(arrays[0], orders, min(budget, 3 * len(prompt)))
+
+
+@given(rollouts(), st.integers(1, 3), st.integers(0, 12), gates)
+def test_proportional_is_the_oracles(prompt, num_branch_points, budget, gate):
+    config = BranchingConfig(num_branch_points=num_branch_points, gate=gate, allocation="proportional")
+    arrays = as_arrays(prompt, gate)
+    points = select(*arrays, budget, config)
+    counts = {point: points.count(point) for point in points}
+    assert counts == oracle.proportional(arrays[0], expected_orders(prompt, gate, 1), num_branch_points, budget)
+
+
+def test_proportional_by_hand():
+    # top 2 of each: 6, 2 and 4 (the other has no positive score): shares of 6 branches 3, 1, 2
+    scores = [np.array([6.0, 2.0, 1.0]), np.array([-1.0, 4.0, -2.0])]
+    ranked = [[0, 1, 2], [1, 0, 2]]
+    assert proportional(ranked, scores, 2, 6) == [(0, 0)] * 3 + [(0, 1)] + [(1, 1)] * 2
+    assert proportional(ranked, scores, 2, 2) == [(0, 0), (1, 1)]  # 1, 1/3 and 2/3
+    nothing = [np.zeros(3), np.full(3, -1.0)]
+    assert proportional(ranked, nothing, 2, 3) == [(0, 0), (1, 1), (0, 1)]
+    assert proportional([[], []], nothing, 2, 3) == []
 
 
 def test_pooled_may_take_all_from_one_rollout_and_heeds_the_gate():

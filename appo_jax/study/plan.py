@@ -1,0 +1,88 @@
+"""What a study is: arms × seeds at an equal budget of sampled tokens, read from a python file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+
+from appo_jax.config import Config, validate
+from appo_jax.config_io import flatten
+from appo_jax.errors import ConfigError
+
+# More steps than any budget of tokens lasts: the budget is what ends a run.
+MOST_STEPS = 100_000
+# What a cold start depends on; all arms of a study share it.
+COLD_START = ("policy.", "data.", "sft.", "tools.", "eval.num_prompts", "rollout.max_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Arms by name; the others are compared with the first one."""
+
+    out: str
+    arms: Mapping[str, Config]
+    seeds: tuple[int, ...]
+    max_sampled_tokens: int
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.arms))
+
+    def run_dir(self, arm: str, seed: int) -> Path:
+        return Path(self.out) / "runs" / f"{arm}-{seed}"
+
+    def cold_start(self, seed: int) -> Config:
+        """The config of the cold start that every arm of a seed begins with."""
+        first = self.arms[self.baseline]
+        return dataclasses.replace(first, seed=seed, run_dir=str(Path(self.out) / "runs" / f"cold-{seed}"))
+
+    def config(self, arm: str, seed: int) -> Config:
+        """The config of one run."""
+        return dataclasses.replace(
+            self.arms[arm], seed=seed, run_dir=str(self.run_dir(arm, seed)),
+            init_from=self.cold_start(seed).run_dir, steps=MOST_STEPS, max_sampled_tokens=self.max_sampled_tokens,
+        )  # fmt: skip
+
+
+def load_study(path: str | Path) -> Study:
+    """The module-level `study` of a python file, checked.
+
+    Raises ConfigError: no such file or no study in it, nothing to run, arms of different cold starts (with the fields),
+    or an arm whose config breaks a rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give a .py file with `study = Study(...)`")
+    study = runpy.run_path(str(path)).get("study")
+    if not isinstance(study, Study):
+        raise ConfigError(f"{path}: expected a module-level `study = Study(...)`, found {type(study).__name__}")
+    check_study(study)
+    return study
+
+
+def check_study(study: Study) -> None:
+    """Raise ConfigError for a study that cannot be run or would not be a fair comparison."""
+    if not study.arms or not study.seeds:
+        raise ConfigError("study: give at least one arm and one seed")
+    if study.max_sampled_tokens <= 0:
+        raise ConfigError(
+            f"max_sampled_tokens = {study.max_sampled_tokens}: the budget of a run must be greater than 0"
+        )
+    first = flatten(study.arms[study.baseline])
+    for name, config in study.arms.items():
+        if not re.fullmatch(r"\w+", name) or name == "cold":
+            raise ConfigError(f"study: arm {name!r}: a name is made of letters, digits and _, and 'cold' is taken")
+        try:
+            validate(config)
+        except ConfigError as error:
+            raise ConfigError(f"arm {name!r}: {error}") from error
+        fields = flatten(config)
+        different = [f for f in {**first, **fields} if f.startswith(COLD_START) and first.get(f) != fields.get(f)]
+        if different:
+            raise ConfigError(
+                f"arm {name!r} differs from {study.baseline!r} in {', '.join(different)}: all arms begin with the same "
+                "cold start and are judged alike"
+            )

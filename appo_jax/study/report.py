@@ -1,0 +1,129 @@
+"""One table and one figure of a study: study.md, study.json and study.png in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from appo_jax.errors import DataError
+from appo_jax.metrics import read_metrics
+from appo_jax.study.plan import Study
+from appo_jax.study.statistics import Interval, mean_interval, paired
+from appo_jax.view.plots import STYLE
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One finished run. Curves hold the held-out accuracy: after the cold start, at each evaluation, at the end."""
+
+    sft: float
+    final: float
+    tokens: np.ndarray  # [evaluations] sampled so far
+    seconds: np.ndarray  # [evaluations] of the run, its cold start left out
+    accuracy: np.ndarray  # [evaluations]
+
+
+def load_outcomes(study: Study) -> dict[str, dict[int, Outcome]]:
+    """Finished runs by arm and seed."""
+    out: dict[str, dict[int, Outcome]] = {arm: {} for arm in study.arms}
+    for arm in study.arms:
+        for seed in study.seeds:
+            folder = study.run_dir(arm, seed)
+            if (folder / "summary.json").exists():
+                out[arm][seed] = _load(folder)
+    return out
+
+
+def _load(folder: Path) -> Outcome:
+    summary = json.loads((folder / "summary.json").read_text())
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if r.get("eval/accuracy") is not None]
+    points = [
+        (0.0, 0.0, summary["accuracy_sft"]),
+        *((r["rollout/sampled_tokens_total"], r["time/wall_s"], r["eval/accuracy"]) for r in records),
+        (summary["sampled_tokens"], summary["wall_s"], summary["accuracy_final"]),
+    ]
+    tokens, seconds, accuracy = np.array(points, float).T
+    return Outcome(summary["accuracy_sft"], summary["accuracy_final"], tokens, seconds, accuracy)
+
+
+def write_report(study: Study) -> str:
+    """Write table and figure from the runs that are finished; returns the table. Raises DataError when none is."""
+    outcomes = load_outcomes(study)
+    if not any(outcomes.values()):
+        raise DataError(f"{study.out}: no run of the study is finished; see the logs in {Path(study.out) / 'runs'}")
+    folder = Path(study.out)
+    markdown = table(outcomes, study.baseline)
+    (folder / "study.md").write_text(markdown + "\n")
+    figures = {
+        arm: {seed: {"sft": o.sft, "final": o.final, "tokens": o.tokens[-1], "seconds": o.seconds[-1]} for seed, o in runs.items()}
+        for arm, runs in outcomes.items()
+    }  # fmt: skip
+    (folder / "study.json").write_text(json.dumps(figures, indent=2) + "\n")
+    draw(outcomes, folder / "study.png")
+    return markdown
+
+
+def table(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str) -> str:
+    """Held-out accuracy in points by arm; intervals are 95% bootstrap over seeds, differences are paired by seed."""
+    lines = [
+        f"| arm | seeds | after SFT | at the end | gain | against {baseline} | p (signs) | p (t) | tokens | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, runs in outcomes.items():
+        if not runs:
+            lines.append(f"| {arm} | 0 |" + " |" * 8)
+            continue
+        sft, final = (100 * np.array([getattr(o, name) for o in runs.values()]) for name in ("sft", "final"))
+        shared = [seed for seed in runs if seed in outcomes[baseline]]
+        against = ["", "", ""]
+        if arm != baseline and shared:
+            a, b = (100 * np.array([outcomes[name][seed].final for seed in shared]) for name in (arm, baseline))
+            test = paired(a, b)
+            against = [_cell(test.difference, sign=True), _number(test.p_permutation), _number(test.p_t)]
+        tokens = np.mean([o.tokens[-1] for o in runs.values()])
+        minutes = np.mean([o.seconds[-1] for o in runs.values()]) / 60
+        cells = [
+            arm, str(len(runs)), f"{sft.mean():.1f}", _cell(mean_interval(final)),
+            _cell(mean_interval(final - sft), sign=True), *against, f"{tokens:,.0f}", f"{minutes:.1f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(x: Interval, sign: bool = False) -> str:
+    form = "+.1f" if sign else ".1f"
+    return f"{x.mean:{form}}" + ("" if math.isnan(x.low) else f" [{x.low:{form}}, {x.high:{form}}]")
+
+
+def _number(p: float) -> str:
+    return "" if math.isnan(p) else f"{p:.3f}"
+
+
+def mean_curve(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of curves, interpolated, on the range of x that all of them cover."""
+    grid = np.linspace(max(a[0] for a in x), min(a[-1] for a in x), 200)
+    return grid, np.mean([np.interp(grid, a, b) for a, b in zip(x, y, strict=True)], axis=0)
+
+
+def draw(outcomes: Mapping[str, Mapping[int, Outcome]], path: Path) -> None:
+    """Mean held-out accuracy over sampled tokens and over wall time, with a mark per run at its end."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+        for number, (arm, runs) in enumerate((arm, list(runs.values())) for arm, runs in outcomes.items() if runs):
+            for ax, name, scale in zip(axes, ("tokens", "seconds"), (1e3, 60), strict=True):
+                xs = [getattr(run, name) / scale for run in runs]
+                grid, mean = mean_curve(xs, [run.accuracy for run in runs])
+                color = f"C{number % 10}"
+                ax.plot(grid, mean, color=color, label=arm)
+                ax.plot([x[-1] for x in xs], [run.final for run in runs], ".", color=color, alpha=0.5)
+        axes[0].set(xlabel="sampled tokens (thousands)", ylabel="held-out accuracy, greedy", ylim=(0, 1))
+        axes[1].set(xlabel="wall time (minutes)")
+        axes[0].legend(ncols=2)
+        figure.savefig(path)
+        plt.close(figure)

@@ -1,0 +1,33 @@
+"""Every algorithm on the embedded world, at an equal budget of sampled tokens, from the same cold start for each seed.
+
+Hardware: 2 CPU cores, 4 GB. Command: appo-jax study --config configs/study.py [--arms appo grpo ...] [--seeds 0 1 ...]
+Interrupted, the same command goes on. It ends in runs/study/study.md and study.png.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from appo_jax.config_io import load_config
+from appo_jax.study.plan import Study
+
+quickstart = load_config(Path(__file__).with_name("quickstart.py"))
+base = dataclasses.replace(quickstart, eval=dataclasses.replace(quickstart.eval, every=5))
+arpo = dataclasses.replace(base.rollout, num_initial=8)  # half of the budget at once, as in its paper
+
+study = Study(
+    out="runs/study",
+    arms={
+        "appo": base,
+        "grpo": dataclasses.replace(base, algorithm="grpo"),
+        "reinforce_pp": dataclasses.replace(base, algorithm="reinforce_pp"),
+        "dapo": dataclasses.replace(base, algorithm="dapo"),
+        "gppo": dataclasses.replace(base, algorithm="gppo"),
+        "cispo": dataclasses.replace(base, algorithm="cispo"),
+        "gigpo": dataclasses.replace(base, algorithm="gigpo"),
+        "arpo": dataclasses.replace(base, algorithm="arpo", rollout=arpo),
+        "tree_grpo": dataclasses.replace(base, algorithm="tree_grpo"),
+        "fipo": dataclasses.replace(base, algorithm="fipo"),
+    },
+    seeds=(0, 1, 2, 3, 4),
+    max_sampled_tokens=80_000,
+)

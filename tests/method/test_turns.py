@@ -1,0 +1,84 @@
+"""Branch points of the baselines that branch where a turn begins."""
+
+import math
+
+import numpy as np
+import oracle
+from hypothesis import given
+from hypothesis import strategies as st
+
+from appo_jax.branching.turns import after_tool_calls, branch_probabilities, fresh, random_turns
+
+V = 50
+
+
+@st.composite
+def rollouts(draw):
+    """(entropies, sampled) of one rollout: a prompt of one token, then turns and results."""
+    lengths = draw(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 4)), min_size=1, max_size=4))
+    sampled = np.array([False] + [own for a, b in lengths for own in [True] * a + [False] * b])
+    entropies = np.array(draw(st.lists(st.floats(0, 4), min_size=len(sampled), max_size=len(sampled))))
+    return entropies, sampled
+
+
+@given(rollouts())
+def test_probabilities_are_the_oracles(rollout):
+    entropies, sampled = rollout
+    got, expected = branch_probabilities(entropies, sampled, V), oracle.arpo_probabilities(entropies, sampled, V)
+    assert got.keys() == expected.keys()
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), atol=1e-12)
+
+
+def test_probability_by_hand():
+    # the first turn has H = 0, the second the full ln V in its first 20 tokens, whatever comes after them
+    sampled = np.array([False, True, False] + [True] * 22)
+    entropies = np.array([9.0, 0.0, 9.0] + [math.log(V)] * 20 + [0.0] * 2)
+    assert branch_probabilities(entropies, sampled, V) == {3: 0.7}
+    assert branch_probabilities(entropies, np.zeros(25, bool), V) == {}
+
+
+@given(st.lists(rollouts(), min_size=1, max_size=4), st.integers(0, 8), st.integers(0, 5))
+def test_arpo_branches_after_tool_calls_within_the_budget(prompt, budget, seed):
+    entropies, sampled = zip(*prompt, strict=True)
+    points = after_tool_calls(entropies, sampled, [0] * len(prompt), budget, V, np.random.default_rng(seed))
+    assert len(points) <= budget
+    assert len(set(points)) == len(points)
+    for n, t in points:
+        assert sampled[n][t]
+        assert not sampled[n][t - 1]
+        assert sampled[n][:t].any()
+    done = after_tool_calls(entropies, sampled, [len(s) for s in sampled], 8, V, np.random.default_rng(seed))
+    assert done == [], "lots are drawn once"
+
+
+def test_arpo_branches_as_often_as_its_probability_says():
+    sampled, entropies = np.array([False, True, False, True]), np.array([0.0, 0.0, 0.0, math.log(V)])
+    rng = np.random.default_rng(0)
+    hits = sum(len(after_tool_calls([entropies], [sampled], [0], 9, V, rng)) for _ in range(4000))
+    assert abs(hits / 4000 - 0.7) < 4 * math.sqrt(0.7 * 0.3 / 4000)
+
+
+@given(st.lists(rollouts(), min_size=1, max_size=4), st.integers(1, 3), st.integers(0, 8), st.integers(0, 5))
+def test_tree_grpo_serves_random_turns_in_rounds(prompt, per_rollout, budget, seed):
+    sampled = [s for _, s in prompt]
+    points = random_turns(sampled, per_rollout, budget, np.random.default_rng(seed))
+    starts = [[turn[0] for turn in oracle.turns(s)] for s in sampled]
+    assert len(points) == min(budget, sum(min(per_rollout, len(s)) for s in starts))
+    assert len(set(points)) == len(points)
+    assert all(t in starts[n] for n, t in points)
+    counts = [sum(m == n for m, _ in points) for n in range(len(sampled))]
+    for count, s in zip(counts, starts, strict=True):
+        assert count >= min(len(s), max(counts) - 1)
+
+
+def test_every_turn_is_as_likely():
+    sampled = [np.array([False, True, False, True, False, True])]
+    rng = np.random.default_rng(0)
+    first = [random_turns(sampled, 1, 1, rng)[0][1] for _ in range(3000)]
+    for t in (1, 3, 5):
+        assert abs(first.count(t) / 3000 - 1 / 3) < 4 * math.sqrt(2 / 9 / 3000)
+
+
+def test_what_is_left_goes_to_whole_new_rollouts():
+    assert fresh(2, 7, 5) == [(0, 7), (1, 7), (0, 7), (1, 7), (0, 7)]
+    assert fresh(2, 7, 0) == []

@@ -1,0 +1,106 @@
+"""The shape of rollout trees: any (N, B, L, M), no point branched twice, and what the turn-based baselines draw."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from appo_jax.config import Architecture, BranchingConfig, RolloutConfig
+from appo_jax.policy.transformer import Params
+from appo_jax.rollout.engine import Engine
+from appo_jax.rollout.tree import Tree, TreeGrower, already_branched
+from appo_jax.text.tokenizer import SentencePieceTokenizer
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.types import Example
+
+
+@pytest.fixture
+def draw(
+    arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor, params: Params,
+    examples: list[Example], rollout_config: RolloutConfig,
+):  # fmt: skip
+    """A function that grows the trees of the examples, with N initial rollouts and a budget of M."""
+
+    def draw(num_initial: int, budget: int, branching: BranchingConfig) -> list[Tree]:
+        config = dataclasses.replace(rollout_config, num_initial=num_initial, budget=budget)
+        engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
+        grower = TreeGrower(engine, config, branching)
+        trees = engine.initial(params, examples, num_initial, (0, 0))
+        old = [grower.log_probs(params, tree) for tree in trees]
+        growth = grower.grow(params, trees, old, (1, 0))
+        assert growth.missing_branches == 0
+        return growth.trees
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("n", "b", "loops", "m"), [(1, 2, 3, 16), (1, 4, 2, 16), (3, 1, 2, 12), (8, 1, 1, 16), (2, 7, 1, 16)]
+)
+def test_trees_have_the_declared_shape_and_keep_the_budget(draw, n: int, b: int, loops: int, m: int) -> None:
+    for tree in draw(n, m, BranchingConfig(num_branch_points=b, num_loops=loops)):
+        assert [r.node for r in tree] == list(range(m))
+        per_loop = Counter(r.loop for r in tree)
+        sizes = oracle.tree_sizes(n, b, loops, m)
+        assert [per_loop[loop] for loop in range(loops + 1)] == [sizes[0], *np.diff(sizes)]
+        for rollout in tree[n:]:
+            parent = tree[rollout.parent]
+            assert parent.loop < rollout.loop
+            assert parent.sampled[rollout.fork]
+            assert rollout.tokens[: rollout.fork].tolist() == parent.tokens[: rollout.fork].tolist()
+        for loop in range(1, loops + 1):  # served uniformly: a rollout more or less
+            children = Counter(r.parent for r in tree if r.loop == loop)
+            counts = [children[r.node] for r in tree if r.loop < loop]
+            assert max(counts) - min(counts) <= 1
+            assert max(counts) <= b
+        if loops == 1:
+            assert len({(r.parent, r.fork) for r in tree[n:]}) == m - n
+
+
+def heads(tree: Tree) -> list[list[tuple]]:
+    """For every rollout and token: what stands before it, each token named by the rollout that drew it."""
+    names: list[list[tuple[int, int]]] = []
+    for r in tree:
+        head = [] if r.parent is None else names[r.parent][: r.fork]
+        names.append(head + [(r.node, t) for t in range(len(head), r.length)])
+    return [[tuple(own[:t]) for t in range(len(own) + 1)] for own in names]
+
+
+@pytest.mark.parametrize("include_token", [False, True])
+def test_a_later_loop_knows_every_point_that_has_a_branch(draw, include_token: bool) -> None:
+    branching = BranchingConfig(num_branch_points=2, num_loops=3, include_token=include_token)
+    for tree in draw(1, 16, branching):
+        before = heads(tree)
+        branched = {before[r.parent][r.fork] for r in tree if r.parent is not None}
+        for rollout, taken in zip(tree, already_branched(tree, include_token), strict=True):
+            expected = [before[rollout.node][t + include_token] in branched for t in range(rollout.length)]
+            assert taken.tolist() == expected
+        # no rollout was branched at a point that an earlier loop had branched
+        for r in tree[1:]:
+            earlier = [other for other in tree[1:] if other.loop < r.loop]
+            assert before[r.parent][r.fork] not in {before[other.parent][other.fork] for other in earlier}
+
+
+@pytest.mark.parametrize("score", ["entropy_change", "random_turn"])
+def test_turn_based_branches_begin_turns_and_fill_the_budget(draw, score: str) -> None:
+    trees = draw(3, 12, BranchingConfig(num_branch_points=2, score=score))
+    turned = 0
+    for tree in trees:
+        assert len(tree) == 12
+        for rollout in tree[3:]:
+            parent = tree[rollout.parent]
+            assert parent.sampled[rollout.fork]
+            assert not parent.sampled[rollout.fork - 1]
+            turned += rollout.fork > parent.prompt_length
+    assert turned > 0, "the case must contain branches after tool calls"
+
+
+def test_proportional_allocation_keeps_the_budget(draw) -> None:
+    for tree in draw(3, 9, BranchingConfig(num_branch_points=2, allocation="proportional")):
+        assert len(tree) == 9
+        assert len({tuple(r.tokens.tolist()) for r in tree}) == 9, "branches of one point are drawn independently"

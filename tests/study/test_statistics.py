@@ -1,0 +1,66 @@
+"""The study's statistics against closed forms and against brute force over resamples."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from appo_jax.study.statistics import mean_interval, paired
+
+values = st.lists(st.integers(-20, 20).map(lambda x: x / 4), min_size=2, max_size=6)
+
+
+def test_the_interval_is_that_of_all_resamples():
+    """Three values have 27 equally likely resamples, whose 2.5% and 97.5% quantiles are known exactly."""
+    x = [0.0, 1.0, 5.0]
+    means = np.sort([np.mean(sample) for sample in itertools.product(x, repeat=3)])
+    got = mean_interval(x)
+    assert got.mean == pytest.approx(2.0)
+    # each mean has a share of 1/27 = 3.7% > 2.5%: the extremes are the limits
+    assert (got.low, got.high) == pytest.approx((means[0], means[-1]))
+
+
+def test_the_interval_of_many_values_is_the_normal_one():
+    x = np.random.default_rng(0).normal(size=400)
+    got = mean_interval(x)
+    half = 1.96 * x.std() / math.sqrt(400)
+    np.testing.assert_allclose([got.low, got.high], [x.mean() - half, x.mean() + half], atol=0.01)
+
+
+def test_degenerate_intervals():
+    assert mean_interval([3.0])[0] == 3.0
+    assert np.isnan(mean_interval([3.0])[1:]).all()
+    assert mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
+
+
+@given(values, st.integers(0, 100))
+def test_the_permutation_test_counts_the_signs(difference, seed):
+    b = np.random.default_rng(seed).integers(0, 8, len(difference)) / 4
+    got = paired(np.array(difference) + b, b)
+    # exact: the share of sign patterns on each side whose mean is at least as far out, both sides
+    sums = [
+        sum(s * d for s, d in zip(signs, difference, strict=True))
+        for signs in itertools.product((1, -1), repeat=len(b))
+    ]
+    at = sum(difference)
+    upper, lower = (np.mean([s >= at for s in sums]), np.mean([s <= at for s in sums]))
+    assert got.p_permutation == pytest.approx(min(1.0, 2 * min(upper, lower)))
+
+
+def test_five_seeds_that_all_gain_have_the_smallest_possible_p():
+    got = paired([0.5, 0.6, 0.7, 0.8, 0.9], [0.4] * 5)
+    assert got.p_permutation == pytest.approx(2 / 32)
+    d = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    t = d.mean() / (d.std(ddof=1) / math.sqrt(5))
+    assert got.p_t == pytest.approx(2 * stats.t.sf(t, df=4))
+    assert got.difference.mean == pytest.approx(0.3)
+
+
+def test_degenerate_tests():
+    assert paired([1.0, 2.0], [1.0, 2.0])[1:] == (1.0, 1.0)
+    assert np.isnan(paired([1.0], [2.0])[1:]).all()
+    assert paired([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]).p_t == 0.0  # the same gain every time
