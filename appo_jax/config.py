@@ -186,6 +186,9 @@ class LossConfig:
     """Leave rollouts that hit a limit out of the loss."""
 
 
+Remat = Literal["none", "matmuls", "layers"]
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = 1e-6
@@ -196,6 +199,9 @@ class OptimizerConfig:
     b2: float = 0.999
     micro_batch: int = 0
     """Rollouts per forward-backward pass; gradients are accumulated. 0: the whole mini-batch at once."""
+    remat: Remat = "none"
+    """What the backward pass computes again instead of keeping it. none: nothing; matmuls: all but each layer's matrix
+    products; layers: all but each layer's input. From left to right less memory and more time."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         config.rollout.temperature,
         config.optimizer.micro_batch,
         components.dtype,
-        remat=False,
+        config.optimizer.remat,
     )
     update = make_train_step(optimizer, spec)
     algorithm = make_algorithm(config)
