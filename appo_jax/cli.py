@@ -24,7 +24,7 @@ from appo_jax.config import Config, validate
 from appo_jax.config_io import load_config
 from appo_jax.errors import AppoError, ConfigError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("appo_jax.cli")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,7 +48,13 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     minibatches = config.prompts_per_step // config.prompts_per_minibatch
     rows = config.prompts_per_minibatch * algorithm.initial  # of a mini-batch
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
-    by_row, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    by_row, whole, shards = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec()), sharding.row_shards(mesh)
+
+    def even(rows: int) -> int:  # as Engine.whole
+        return -(-rows // shards) * shards
+
+    def seats(columns: int, most: int) -> Seating:  # as Engine.generate
+        return Seating((), columns, even(min(rollout.decode_rows, most)), shards)
 
     def array(shape: tuple[int, ...], dtype: Any, where: NamedSharding = whole) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -87,8 +93,8 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     )  # fmt: skip
 
     # ---- initial rollouts
-    first = Seating((), algorithm.initial, min(rollout.decode_rows, config.prompts_per_step * algorithm.initial))
-    prompts = min(rollout.decode_rows, config.prompts_per_step)
+    first = seats(algorithm.initial, config.prompts_per_step * algorithm.initial)
+    prompts = even(min(rollout.decode_rows, config.prompts_per_step))
     waves = -(-config.prompts_per_step // prompts)
     yield Program(
         "prefill",
@@ -128,7 +134,7 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     most = rows  # rollouts that the last branching loop starts from
     for _ in range(branching.num_loops - 1):
         most = min(config.prompts_per_minibatch * rollout.budget, most * (branching.num_branch_points + 1))
-    parents = min(max(1, rollout.decode_rows // branching.num_branch_points), most)
+    parents = even(min(max(1, rollout.decode_rows // branching.num_branch_points), most))
     passes = -(-most // parents)
     one_cache = on_chip(placed(jax.eval_shape(lambda: empty_prefixes(arch, parents, length, dtype))))
     scorings = 1 + (config.loss.kl_weight > 0) + (branching.num_loops if algorithm.branches else 0)
@@ -146,7 +152,7 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     last = first
     if algorithm.branches:
         columns, prefix, kept = branching.num_branch_points, length, passes * one_cache
-        last = Seating((), columns, min(rollout.decode_rows, most * columns))
+        last = seats(columns, most * columns)
         drawn = config.prompts_per_minibatch * (rollout.budget - algorithm.initial)
         fills = -(-drawn // last.num_rows) * minibatches
         yield Program(

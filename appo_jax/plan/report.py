@@ -134,7 +134,9 @@ def make_plan(config: Config, topology: str, on_program: Any = lambda name: None
     chip, count = parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError("libtpu, the TPU compiler, is not installed (no TPU is needed): pip install 'appo-jax[tpu]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked where there is no TPU
+    # Where there is no TPU: no metadata server is asked, and libtpu does not wonder who its neighbours are.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
