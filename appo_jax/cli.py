@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import logging
 import signal
 import sys
@@ -16,13 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-import rich
+import rich.console
 import tyro
 from rich.logging import RichHandler
 
 from appo_jax.config import Config, validate
 from appo_jax.config_io import load_config
 from appo_jax.errors import AppoError, ConfigError
+
+log = logging.getLogger("appo_jax.cli")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,8 +94,10 @@ def config_from(command: str, args: Sequence[str]) -> Config:
 def _train(args: Sequence[str]) -> None:
     """Train a policy: cold start (if the config has one), then APPO or a baseline; goes on with a run that exists."""
     config = config_from("train", args)
+    from appo_jax import distributed
     from appo_jax.train import train
 
+    distributed.initialize()
     train(config)
 
 
@@ -162,6 +167,27 @@ def _convert(args: Sequence[str]) -> None:
     tyro.cli(convert, prog="appo-jax convert", args=list(args))
 
 
+def _plan(args: Sequence[str]) -> None:
+    """Compile every program of a config for a TPU topology, without the TPU: does it fit, how fast could it be?"""
+    own = argparse.ArgumentParser(prog="appo-jax plan", add_help=False, allow_abbrev=False)
+    own.add_argument("--topology")
+    own.add_argument("--json", action="store_true")
+    known, rest = own.parse_known_args(args)
+    config = config_from("plan --topology v5p:4x4x4 [--json]", rest)
+    if known.topology is None:
+        raise ConfigError("--topology is missing: chip and shape of a slice, e.g. --topology v5p:4x4x4")
+    from appo_jax.plan import report
+
+    plan = report.make_plan(config, known.topology, lambda name: log.info("compiling: %s", name))
+    if known.json:
+        print(json.dumps(plan.to_json(), indent=2))
+        return
+    console = rich.console.Console(width=max(160, rich.get_console().width))
+    for table in report.tables(plan):
+        console.print(table)
+    print(plan.verdict())
+
+
 def _doctor(args: Sequence[str]) -> None:
     """Say what this machine can do: devices, sandbox."""
 
@@ -204,6 +230,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "view": _view,
     "data": _data,
     "convert": _convert,
+    "plan": _plan,
     "doctor": _doctor,
 }
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +17,7 @@ from appo_jax.config import Architecture, Config
 from appo_jax.data.pipeline import check_prompts
 from appo_jax.data.source import Dataset, load_dataset
 from appo_jax.policy import weights
-from appo_jax.policy.architecture import from_hf
+from appo_jax.policy.architecture import architecture_of
 from appo_jax.policy.sharding import make_mesh, param_shardings, place, use_mesh
 from appo_jax.policy.transformer import Params, init_params
 from appo_jax.reward import RewardFunction, make_reward
@@ -63,9 +61,7 @@ def build(config: Config) -> Components:
     limit, malformed = config.rollout.max_prompt_tokens, config.data.malformed
     train = check_prompts(dataset.train, tokenizer, limit, malformed)
     held_out = check_prompts(dataset.held_out, tokenizer, limit, malformed)
-    arch = config.policy.architecture or from_hf(
-        json.loads((Path(str(config.policy.path)) / "config.json").read_text())
-    )
+    arch = architecture_of(config.policy)
     with contextlib.ExitStack() as stack:
         executor = stack.enter_context(build_executor(config.tools, dataset.documents))
         check_tags(tokenizer, (*executor.stop_strings, "<think>", "</think>", "<answer>", "</answer>", "\\boxed{"))

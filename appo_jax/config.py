@@ -46,7 +46,8 @@ class PolicyConfig:
     path: str | None = None
     """Hugging Face folder (config.json, safetensors, tokenizer.json) to start from."""
     architecture: Architecture | None = None
-    """Shape of a policy that starts from random weights. Give this or `path`."""
+    """Shape of a policy that starts from random weights. Beside `path` it states what the folder must hold, so that
+    `appo-jax plan` works without the weights."""
     tokenizer: str | None = None
     """A sentencepiece .model or a folder with tokenizer.json. Default: `path`."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -210,6 +211,9 @@ class LossConfig:
     """Leave rollouts that hit a limit out of the loss."""
 
 
+Remat = Literal["none", "matmuls", "layers"]
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = 1e-6
@@ -220,6 +224,9 @@ class OptimizerConfig:
     b2: float = 0.999
     micro_batch: int = 0
     """Rollouts per forward-backward pass; gradients are accumulated. 0: the whole mini-batch at once."""
+    remat: Remat = "none"
+    """What the backward pass computes again instead of keeping it. none: nothing; matmuls: all but each layer's matrix
+    products; layers: all but each layer's input. From left to right less memory and more time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,8 +395,8 @@ def validate(config: Config) -> None:
         f"rollout.max_response_tokens = {r.max_response_tokens}",
     )
     need(
-        (c.policy.path is None) != (c.policy.architecture is None),
-        "policy.path and policy.architecture: give exactly one (a folder of weights, or the shape of a random start)",
+        c.policy.path is not None or c.policy.architecture is not None,
+        "policy.path, policy.architecture: give one (a folder of weights, or the shape of a random start)",
     )
     need(
         c.policy.path is not None or c.policy.tokenizer is not None,

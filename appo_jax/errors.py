@@ -35,3 +35,7 @@ class CheckpointError(AppoError):
 
 class TrainingError(AppoError):
     """Training had to stop (a non-finite loss)."""
+
+
+class PlanError(AppoError):
+    """A plan that cannot be made on this machine."""

@@ -104,7 +104,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             step, state, meta = restored
             base = meta["accuracies"]["accuracy_base"]
         metrics.resume(step)
-        spec = StepSpec(components.arch, None, 1.0, config.sft.micro_batch, components.dtype, remat=False)
+        spec = StepSpec(components.arch, None, 1.0, config.sft.micro_batch, components.dtype, config.optimizer.remat)
         train_step = make_train_step(optimizer, spec)
         while step < config.sft.steps:
             began = time.perf_counter()

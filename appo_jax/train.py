@@ -76,7 +76,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         config.rollout.temperature,
         config.optimizer.micro_batch,
         components.dtype,
-        remat=False,
+        config.optimizer.remat,
     )
     update = make_train_step(optimizer, spec)
     grower = TreeGrower(components.engine, config.rollout, algorithm.branching)

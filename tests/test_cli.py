@@ -93,7 +93,7 @@ def test_the_two_spellings_of_data_cannot_hide_a_typo():
 
 def test_cross_field_rules_hold_for_the_file_itself(tmp_path):
     (tmp_path / "c.py").write_text("from appo_jax.config import Config\nconfig = Config()")
-    with pytest.raises(ConfigError, match=r"policy\.path and policy\.architecture: give exactly one"):
+    with pytest.raises(ConfigError, match=r"policy\.path, policy\.architecture: give one"):
         cli.config_from("train", ["--config", str(tmp_path / "c.py")])
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from appo_jax.config import Architecture, LossConfig
+from appo_jax.config import Architecture, LossConfig, Remat
 from appo_jax.errors import TrainingError
 from appo_jax.learner.loss import policy_loss
 from appo_jax.policy import attention
@@ -62,7 +62,7 @@ class StepSpec:
     temperature: float
     micro_batch: int  # 0: all rows at once
     dtype: Any
-    remat: bool
+    remat: Remat = "none"
 
 
 def batch_loss(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -6,13 +6,14 @@ field that could change what the model computes is either part of Architecture o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from appo_jax.config import Architecture, RopeScaling
-from appo_jax.errors import WeightsError
+from appo_jax.config import Architecture, PolicyConfig, RopeScaling
+from appo_jax.errors import ConfigError, WeightsError
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -100,6 +101,28 @@ def read_architecture(folder: str | Path) -> Architecture:
         raise WeightsError(f"{file}: expected the config.json of a Hugging Face model: {error}") from error
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}") from error
+
+
+def architecture_of(config: PolicyConfig) -> Architecture:
+    """The policy's shape: as configured, and that of its folder where there is one.
+
+    Raises ConfigError that lists the fields in which the two differ, WeightsError for a folder that cannot be read.
+    """
+    if config.path is None:
+        assert config.architecture is not None  # validate
+        return config.architecture
+    found, stated = read_architecture(config.path), config.architecture
+    if stated is not None and stated != found:
+        fields = [f.name for f in dataclasses.fields(Architecture)]
+        raise ConfigError.of(
+            [
+                f"policy.architecture.{name} = {getattr(stated, name)!r}, but {config.path}/config.json says "
+                f"{getattr(found, name)!r}: correct it, or leave policy.architecture out"
+                for name in fields
+                if getattr(stated, name) != getattr(found, name)
+            ]
+        )
+    return found
 
 
 def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:

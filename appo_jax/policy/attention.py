@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from appo_jax.policy.constraints import ROWS, constrain, merged
+from appo_jax.policy.kernels import causal_attention
 
 # (layer, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps, e.g. its cache)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -22,21 +23,19 @@ def causal(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Ar
 
     Padding needs no mask: it stands to the right of every real token. Keeps the layer's cache.
     """
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    return out, (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
+    return causal_attention(q, k, v), (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
 
 def causal_no_cache(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
     """`causal` for training, where nothing is kept."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True), None
+    return causal_attention(q, k, v), None
 
 
 def packed(segments: jax.Array) -> Attend:
     """Causal attention within the segments of packed rows, `segments [R, T]`. Keeps nothing."""
-    same = segments[:, None, :, None] == segments[:, None, None, :]
 
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True), None
+        return causal_attention(q, k, v, segments), None
 
     return attend
 

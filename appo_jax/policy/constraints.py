@@ -7,7 +7,7 @@ Rows are split over the data and fsdp axes, heads and the MLP's inner axis over 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 from jax.sharding import PartitionSpec
@@ -21,17 +21,20 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
     An array axis that the mesh axes do not divide is replicated too (one row, a few appended tool results).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
+    return jax.lax.with_sharding_constraint(x, divided(x.shape, *axes))
+
+
+def divided(shape: Sequence[int], *axes: str | tuple[str, ...] | None) -> PartitionSpec:
+    """The partition of `constrain` on the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
 
     def fits(size: int, names: str | tuple[str, ...] | None) -> bool:
         names = (names,) if isinstance(names, str) else names or ()
         return size % math.prod(mesh.shape[name] for name in names) == 0
 
-    return jax.lax.with_sharding_constraint(
-        x, spec_of(names if fits(size, names) else None for size, names in zip(x.shape, axes, strict=False))
-    )
+    return spec_of(names if fits(size, names) else None for size, names in zip(shape, axes, strict=False))
 
 
 def spec_of(axes: Iterable[str | tuple[str, ...] | None]) -> PartitionSpec:
@@ -60,3 +63,9 @@ def merged(*sizes: int) -> tuple[int, ...]:
     Rows and heads are split over different mesh axes; no layout of the merged axis could say so, and both would be gathered.
     """
     return sizes if not jax.sharding.get_abstract_mesh().empty else (math.prod(sizes),)
+
+
+def platform() -> str:
+    """What programs are compiled for: the mesh's devices (which may be another machine's), or the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

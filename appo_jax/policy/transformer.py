@@ -21,11 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from appo_jax.config import Architecture
+from appo_jax.config import Architecture, Remat
 from appo_jax.policy.attention import Attend
 from appo_jax.policy.constraints import ROWS, constrain
 
 Params = dict[str, Any]
+
+# What a rematerialised layer keeps for its backward pass, beside its input.
+_KEPT = {"layers": None, "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -118,7 +121,7 @@ class Decoder(nnx.Module):
             self.unembed = nnx.Param(jax.random.normal(rngs.params(), (arch.width, arch.vocab_size)) * arch.width**-0.5)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: Any, remat: bool
+        self, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: Any, remat: Remat
     ) -> tuple[jax.Array, list[Any]]:
         x = constrain(constrain(self.embed[...].astype(dtype), "tensor")[tokens], ROWS)
         kept = []
@@ -127,7 +130,7 @@ class Decoder(nnx.Module):
             def block(layer: Layer, x: jax.Array, i: int = i) -> tuple[jax.Array, Any]:
                 return layer(x, positions, functools.partial(attend, i))
 
-            x, keep = (nnx.remat(block) if remat else block)(layer, x)
+            x, keep = (block if remat == "none" else nnx.remat(block, policy=_KEPT[remat]))(layer, x)
             kept.append(keep)
         return rms_norm(x, self.norm[...], self.arch.norm_eps), kept
 
@@ -155,11 +158,11 @@ def hidden_states(
     positions: jax.Array,
     attend: Attend,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, list[Any]]:
     """Final hidden states `[..., D]` of tokens `[...]`, and what `attend` kept of every layer.
 
-    `remat` recomputes each layer in the backward pass instead of keeping its activations.
+    `remat`: what the backward pass recomputes, as in OptimizerConfig.
     """
     graphdef, state = _abstract(arch)
     state = jax.tree.map(lambda x: x, state)  # a private copy: the cached one must not see tracers

@@ -248,7 +248,7 @@ def test_no_option_makes_a_nan_of_a_degenerate_batch(kind):
 ARCH = Architecture(
     vocab_size=11, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=16, tie_embeddings=False
 )
-SPEC = StepSpec(ARCH, LossConfig(kl_weight=0.05), temperature=0.7, micro_batch=0, dtype=jnp.float32, remat=False)
+SPEC = StepSpec(ARCH, LossConfig(kl_weight=0.05), temperature=0.7, micro_batch=0, dtype=jnp.float32)
 accumulate = jax.jit(gradients, static_argnames="spec")
 
 

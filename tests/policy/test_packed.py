@@ -9,7 +9,7 @@ from appo_jax.learner.step import StepSpec, TrainBatch, gradients
 from appo_jax.policy.transformer import init_params
 
 ARCH = Architecture(vocab_size=50, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64)
-SPEC = StepSpec(ARCH, None, 1.0, 0, jnp.float32, False)
+SPEC = StepSpec(ARCH, None, 1.0, 0, jnp.float32)
 
 
 def test_packed_traces_give_the_loss_and_gradient_of_separate_ones() -> None:

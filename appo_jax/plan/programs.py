@@ -1,0 +1,194 @@
+"""Every program of a run, as the run compiles it: the very jitted functions, given shapes and shardings instead of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from appo_jax.algorithms import make_algorithm
+from appo_jax.config import Architecture, Config
+from appo_jax.learner.optimizer import rl_optimizer
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
+from appo_jax.policy import sharding
+from appo_jax.policy.attention import Places
+from appo_jax.policy.score import prefill, score
+from appo_jax.policy.transformer import abstract_params
+from appo_jax.rollout.decode import SamplingSpec, append_tokens, decode_segment, empty_prefixes, empty_state
+from appo_jax.rollout.engine import APPEND_ROWS
+from appo_jax.rollout.seating import Seating
+
+AUTOMATON_STATES = 32  # of the stop strings </python> and </search>, and some more
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program, what a training step does with it, and what lies in memory beside it."""
+
+    name: str
+    trace: Callable[[], Any]  # -> jax.stages.Traced
+    times: int  # runs in one training step, every rollout at its full length
+    counted: str  # how `times` is made up
+    beside: int  # bytes per chip that the run keeps meanwhile and that are no argument of the program
+    fields: str  # config fields that make it smaller
+
+
+def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program]:
+    """The programs of one training step, in their order.
+
+    A rollout is taken to use all of `max_response_tokens`: times and memory are those of the longest step.
+    """
+    rollout, branching, algorithm = config.rollout, config.branching, make_algorithm(config)
+    dtype = jnp.dtype("bfloat16" if config.policy.compute_dtype == "auto" else config.policy.compute_dtype)
+    minibatches = config.prompts_per_step // config.prompts_per_minibatch
+    rows = config.prompts_per_minibatch * algorithm.initial  # of a mini-batch
+    length = rollout.max_prompt_tokens + rollout.max_response_tokens
+    by_row, whole, shards = (
+        sharding.batch_sharding(mesh),
+        NamedSharding(mesh, PartitionSpec()),
+        sharding.row_shards(mesh),
+    )
+
+    def even(rows: int) -> int:  # as Engine.whole
+        return -(-rows // shards) * shards
+
+    def seats(columns: int, most: int) -> Seating:  # as Engine.generate
+        return Seating((), columns, even(min(rollout.decode_rows, most)), shards)
+
+    def array(shape: tuple[int, ...], dtype: Any, where: NamedSharding = whole) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def placed(tree: Any) -> Any:
+        """Caches and rows of a generation: first axis over data and fsdp, key/value heads over tensor."""
+        caches = sharding.cache_sharding(mesh)
+
+        def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return array(x.shape, x.dtype, caches if x.ndim == 4 else whole)
+
+        return jax.tree.map(one, tree)
+
+    # ---- what lives as long as the run
+    optimizer = rl_optimizer(config.optimizer)
+    params = abstract_params(arch)
+    state = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p)), params)
+    state = sharding.annotate(state, sharding.state_shardings(state, arch, mesh), mesh)
+    copy = jax.tree_util.tree_map_with_path(  # as sharding.reshard makes it
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype if path[-1].key.endswith("norm") else dtype), params
+    )
+    copy = sharding.annotate(copy, sharding.param_shardings(arch, mesh, "generate"), mesh)
+    reference = on_chip(state.params) if config.loss.kl_weight > 0 else 0
+    resident, moments = on_chip(state) + reference, on_chip(state.opt_state) + reference
+
+    def train() -> Any:
+        spec = StepSpec(arch, config.loss, rollout.temperature, config.optimizer.micro_batch, dtype, remat=True)
+        floats = array((rows, length), jnp.float32, by_row)
+        tokens = array((rows, length), jnp.int32, by_row)
+        batch = TrainBatch(tokens, floats, floats, floats, floats if config.loss.kl_weight > 0 else None)
+        return make_train_step(optimizer, spec).trace(state, batch)
+
+    yield Program(
+        "reshard", lambda: sharding.reshard.trace(state.params, mesh, dtype), minibatches + 1,
+        f"{minibatches} mini-batches + the step's start", moments, "mesh.tensor",
+    )  # fmt: skip
+
+    # ---- initial rollouts
+    first = seats(algorithm.initial, config.prompts_per_step * algorithm.initial)
+    prompts = even(min(rollout.decode_rows, config.prompts_per_step))
+    waves = -(-config.prompts_per_step // prompts)
+    yield Program(
+        "prefill",
+        lambda: prefill.trace(copy, array((prompts, rollout.max_prompt_tokens), jnp.int32, by_row), arch=arch, dtype=dtype),
+        waves, f"{config.prompts_per_step} prompts, {prompts} at a time", resident,
+        "rollout.max_prompt_tokens, rollout.decode_rows",
+    )  # fmt: skip
+
+    def generation(seating: Seating, columns: int, prefix: int) -> tuple[Any, Any, Any]:
+        """Prefixes, places and rows as the engine holds them."""
+        W, R = seating.num_rows, seating.num_slots
+        prefixes = jax.eval_shape(lambda: empty_prefixes(arch, R, prefix, dtype))
+        rows = jax.eval_shape(lambda: empty_state(arch, W, rollout.max_response_tokens + 1, dtype))
+        places = Places(array((W, 2), jnp.int32), array((R, columns), jnp.int32))
+        return placed(prefixes), places, placed(rows)
+
+    def decode(seating: Seating, columns: int, prefix: int) -> Any:
+        prefixes, places, rows = generation(seating, columns, prefix)
+        spec = SamplingSpec(rollout.temperature, rollout.top_k, rollout.top_p, 0)
+        tables = array((AUTOMATON_STATES, arch.vocab_size), np.uint8), array((AUTOMATON_STATES,), jnp.int32)
+        number = array((), jnp.int32)
+        return decode_segment.trace(
+            copy, prefixes, places, rows, *tables, number, number, arch=arch, spec=spec, dtype=dtype
+        )
+
+    prompt_caches = on_chip(
+        placed(jax.eval_shape(lambda: empty_prefixes(arch, prompts, rollout.max_prompt_tokens, dtype)))
+    )
+    fills = -(-config.prompts_per_step * algorithm.initial // first.num_rows)
+    yield Program(
+        "decode, initial", lambda: decode(first, algorithm.initial, rollout.max_prompt_tokens),
+        fills * rollout.max_response_tokens, f"{fills} × {first.num_rows} rows × {rollout.max_response_tokens} tokens",
+        resident + prompt_caches, "rollout.decode_rows, rollout.max_response_tokens",
+    )  # fmt: skip
+
+    # ---- scores
+    most = rows  # rollouts that the last branching loop starts from
+    for _ in range(branching.num_loops - 1):
+        most = min(config.prompts_per_minibatch * rollout.budget, most * (branching.num_branch_points + 1))
+    parents = even(min(max(1, rollout.decode_rows // branching.num_branch_points), most))
+    passes = -(-most // parents)
+    one_cache = on_chip(placed(jax.eval_shape(lambda: empty_prefixes(arch, parents, length, dtype))))
+    scorings = 1 + (config.loss.kl_weight > 0) + (branching.num_loops if algorithm.branches else 0)
+    yield Program(
+        "score",
+        lambda: score.trace(
+            state.params, array((parents, length), jnp.int32, by_row), arch=arch, temperature=rollout.temperature, dtype=dtype
+        ),
+        passes * minibatches * scorings, f"{passes} × {parents} rollouts × {minibatches} mini-batches × {scorings}",
+        moments + (passes - 1) * one_cache, "rollout.decode_rows, rollout.max_response_tokens",
+    )  # fmt: skip
+
+    # ---- branches
+    columns, prefix, kept = algorithm.initial, rollout.max_prompt_tokens, prompt_caches
+    last = first
+    if algorithm.branches:
+        columns, prefix, kept = branching.num_branch_points, length, passes * one_cache
+        last = seats(columns, most * columns)
+        drawn = config.prompts_per_minibatch * (rollout.budget - algorithm.initial)
+        fills = -(-drawn // last.num_rows) * minibatches
+        yield Program(
+            "decode, branches", lambda: decode(last, columns, prefix), fills * rollout.max_response_tokens,
+            f"{fills} × {last.num_rows} rows × {rollout.max_response_tokens} tokens", resident + kept,
+            "rollout.decode_rows, rollout.max_response_tokens",
+        )  # fmt: skip
+
+    def append() -> Any:
+        prefixes, places, rows = generation(last, columns, prefix)
+        chunk = array((APPEND_ROWS, rollout.max_result_tokens), jnp.int32)
+        some = array((APPEND_ROWS,), jnp.int32)
+        return append_tokens.trace(copy, prefixes, places, rows, some, chunk, some, arch=arch, dtype=dtype)
+
+    calls = config.prompts_per_step * rollout.budget * rollout.max_tool_calls
+    yield Program(
+        "append", append, -(-calls // APPEND_ROWS),
+        f"{config.prompts_per_step} prompts × {rollout.budget} rollouts × {rollout.max_tool_calls} calls / {APPEND_ROWS}",
+        resident + kept, "rollout.max_result_tokens, rollout.decode_rows",
+    )  # fmt: skip
+    yield Program(
+        "train", train, minibatches, f"{minibatches} mini-batches of {rows} rollouts", reference,
+        "optimizer.micro_batch, mesh.fsdp, mesh.tensor",
+    )  # fmt: skip
+
+
+def on_chip(tree: Any) -> int:
+    """Bytes per chip of a tree of sharded `ShapeDtypeStruct`."""
+
+    def size(x: jax.ShapeDtypeStruct) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        # PRNG keys are two words.
+        return int(np.prod(shape)) * (8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize)
+
+    return sum(size(x) for x in jax.tree.leaves(tree))

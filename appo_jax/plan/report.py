@@ -1,0 +1,225 @@
+"""`appo-jax plan`: does a config fit a pod, and how long would a step take at best? Answered without the pod.
+
+Every program is compiled ahead of time for the topology; the compiler says what it needs. The time is a roofline: each
+program as fast as the slowest of its matrix products, its memory traffic and its collectives allows, nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from appo_jax.config import Config
+from appo_jax.errors import ConfigError, PlanError
+from appo_jax.plan import hlo
+from appo_jax.plan.programs import Program, programs
+from appo_jax.policy.architecture import architecture_of
+from appo_jax.policy.sharding import make_mesh, use_mesh
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Public figures of one chip (cloud.google.com/tpu/docs), and the HBM that its compiler lets programs use."""
+
+    flops: float  # bfloat16, per second
+    hbm_bandwidth: float  # bytes per second
+    ici_bandwidth: float  # bytes per second, one way, all links together
+    hbm: float  # bytes
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 819e9, 200e9, 15.75 * GIB),
+    "v5p": Chip(459e12, 2765e9, 600e9, 95.74 * GIB),
+    "v6e": Chip(918e12, 1640e9, 448e9, 31.25 * GIB),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What one program needs on one chip. After a refusal for lack of memory only `peak` is known, the rest is 0."""
+
+    name: str
+    peak: float  # bytes of HBM, with what lies beside it
+    beside: float  # of that: what the run keeps meanwhile
+    arguments: float
+    temporaries: float
+    output: float  # not in the place of an argument
+    flops: float
+    traffic: float  # bytes to and from HBM
+    collectives: dict[str, float]  # bytes by kind
+    compile_s: float
+    times: int  # a step
+    counted: str
+    fields: str
+
+    def seconds(self, chip: Chip) -> float:
+        """Roofline time of one run."""
+        network = sum(self.collectives.values()) / chip.ici_bandwidth
+        return max(self.flops / chip.flops, self.traffic / chip.hbm_bandwidth, network)
+
+    def bound(self, chip: Chip) -> str:
+        """Which of the three the roofline is."""
+        network = sum(self.collectives.values()) / chip.ici_bandwidth
+        sides = {"compute": self.flops / chip.flops, "memory": self.traffic / chip.hbm_bandwidth, "network": network}
+        return max(sides, key=lambda side: sides[side])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    topology: str
+    chips: int
+    chip: Chip
+    needs: tuple[Need, ...]
+
+    @property
+    def tightest(self) -> Need:
+        return max(self.needs, key=lambda need: need.peak)
+
+    @property
+    def step_s(self) -> float:
+        """Roofline seconds of one training step."""
+        return sum(need.times * need.seconds(self.chip) for need in self.needs)
+
+    @property
+    def fits(self) -> bool:
+        return self.tightest.peak <= self.chip.hbm
+
+    def verdict(self) -> str:
+        """One line: fits or not, by how much, and what would make it fit."""
+        need, hbm = self.tightest, self.chip.hbm
+        figures = f"{need.peak / GIB:.2f} of {hbm / GIB:.2f} GiB per chip ({need.name})"
+        if self.fits:
+            left = hbm - need.peak
+            return f"fits {self.topology}: {figures}; {left / GIB:.2f} GiB left ({left / hbm:.0%})"
+        over = [n for n in self.needs if n.peak > hbm]
+        advice = "; ".join(f"{n.name}: {n.fields}" for n in over)
+        return f"does not fit {self.topology}: {figures}, {(need.peak - hbm) / GIB:.2f} GiB too much; lower {advice}"
+
+    def to_json(self) -> dict[str, Any]:
+        record = dataclasses.asdict(self) | {"fits": self.fits, "verdict": self.verdict(), "step_s": self.step_s}
+        for entry, need in zip(record["needs"], self.needs, strict=True):
+            entry |= {"seconds": need.seconds(self.chip), "bound": need.bound(self.chip)}
+        return record
+
+
+def parse_topology(topology: str) -> tuple[Chip, int]:
+    """Chip and number of chips of `v5p:4x4x4`. Raises ConfigError."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
+    if found is None or found[1] not in CHIPS:
+        raise ConfigError(
+            f"--topology {topology}: expected CHIP:AxB or CHIP:AxBxC with CHIP one of {', '.join(CHIPS)}, e.g. v5p:4x4x4, v6e:8x8"
+        )
+    count = 1
+    for side in found[2].split("x"):
+        count *= int(side)
+    return CHIPS[found[1]], count
+
+
+def make_plan(config: Config, topology: str, on_program: Any = lambda name: None) -> Plan:
+    """Compile every program of `config` for `topology` (of one slice; there are `mesh.slices`).
+
+    `on_program` is called with the name of each program before it is compiled. Raises ConfigError for a topology that is
+    none or whose chips are not those of the mesh, PlanError without the TPU compiler.
+    """
+    chip, count = parse_topology(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanError("libtpu, the TPU compiler, is not installed (no TPU is needed): pip install 'appo-jax[tpu]'")
+    # Where there is no TPU: no metadata server is asked, and libtpu does not wonder who its neighbours are.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    slices = {"num_slices": config.mesh.slices} if config.mesh.slices > 1 else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **slices).devices
+    except Exception as error:  # whatever libtpu makes of an unknown shape
+        raise ConfigError(f"--topology {topology}: the TPU compiler does not know it: {error}") from error
+    arch = config.policy.architecture or architecture_of(config.policy)
+    mesh = make_mesh(config.mesh, devices)
+    needs = []
+    with use_mesh(mesh):
+        for program in programs(config, arch, mesh):
+            on_program(program.name)
+            needs.append(measure(program, mesh.size))
+    return Plan(topology, count * config.mesh.slices, chip, tuple(needs))
+
+
+def measure(program: Program, chips: int) -> Need:
+    """Compile one program and read what it needs."""
+    began = time.perf_counter()
+    traced = program.trace()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = hbm_of_refusal(str(error))
+        if used is None:
+            raise
+        return Need(
+            program.name, used + program.beside, program.beside, 0, 0, 0, 0, 0, {}, time.perf_counter() - began,
+            program.times, program.counted, program.fields,
+        )  # fmt: skip
+    seconds = time.perf_counter() - began
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    moved = hlo.read(compiled.as_text())
+    jaxpr = traced.jaxpr.jaxpr
+    flops = hlo.matmul_flops(jaxpr)
+    # XLA counts what each chip really does, but the bodies of loops once.
+    counted = cost.get("flops", 0.0) * flops / max(1.0, hlo.matmul_flops(jaxpr, loops=False))
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    own = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes
+    return Need(
+        name=program.name,
+        peak=own + program.beside,
+        beside=program.beside,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        output=output,
+        flops=max(counted, flops / chips),
+        traffic=cost.get("bytes accessed", 0.0) * moved.loop_factor,
+        collectives=moved.collective_bytes,
+        compile_s=seconds,
+        times=program.times,
+        counted=program.counted,
+        fields=program.fields,
+    )
+
+
+def hbm_of_refusal(message: str) -> float | None:
+    """Bytes of HBM a program would have needed, from the compiler's message when it ran out; None for other messages."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|HLO temporaries \(([\d.]+)([KMG])\)", message)
+    if found is None:
+        return None
+    number, unit = found[1] or found[3], found[2] or found[4]
+    return float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit]
+
+
+def tables(plan: Plan) -> Sequence[Table]:
+    """What the terminal shows: memory, and time."""
+    memory = Table(title=f"memory per chip of {plan.topology}, {plan.chips} chips, GiB", title_justify="left")
+    for column in ("program", "arguments", "temporaries", "output", "beside", "peak", "left", "compile s"):
+        memory.add_column(column, justify="left" if column == "program" else "right")
+    for n in plan.needs:
+        sizes = (n.arguments, n.temporaries, n.output, n.beside, n.peak, plan.chip.hbm - n.peak)
+        memory.add_row(n.name, *(f"{size / GIB:.2f}" for size in sizes), f"{n.compile_s:.0f}")
+    work = Table(title=f"work per chip, and a step's roofline: {plan.step_s:.0f} s", title_justify="left")
+    for column in ("program", "TFLOP", "HBM GB", "collectives MB", "ms", "bound", "times a step", "s a step"):
+        work.add_column(column, justify="left" if column in ("program", "collectives MB", "times a step") else "right")
+    for n in plan.needs:
+        seconds = n.seconds(plan.chip)
+        kinds = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in sorted(n.collectives.items()))
+        work.add_row(
+            n.name, f"{n.flops / 1e12:.3f}", f"{n.traffic / 1e9:.2f}", kinds or "none", f"{1000 * seconds:.1f}",
+            n.bound(plan.chip), f"{n.times} = {n.counted}", f"{n.times * seconds:.1f}",
+        )  # fmt: skip
+    return memory, work

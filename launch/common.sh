@@ -1,0 +1,47 @@
+# shellcheck shell=bash disable=SC2034
+# Sourced by the other scripts: the pod they speak of, and the ways to reach it.
+#
+#   TPU_PROJECT  Google Cloud project            TPU_NAME    name of the pod (and of its queued resource)
+#   TPU_ZONE     zone, e.g. us-east5-a           TPU_SLICES  slices joined over the data-centre network (default 1)
+set -euo pipefail
+
+require() {
+  local name missing=()
+  for name in "$@"; do
+    [[ -n "${!name:-}" ]] || missing+=("$name")
+  done
+  ((${#missing[@]} == 0)) && return
+  echo "$(basename "$0"): set ${missing[*]} (docs/pods.md says what each one is)" >&2
+  exit 2
+}
+
+require TPU_PROJECT TPU_ZONE TPU_NAME
+slices=${TPU_SLICES:-1}
+where=(--project "$TPU_PROJECT" --zone "$TPU_ZONE")
+home=appo_jax # the repository, in the home directory of every worker
+
+# The TPU nodes of the pod: one, or one for each slice.
+nodes() {
+  if ((slices == 1)); then
+    echo "$TPU_NAME"
+  else
+    seq --format "$TPU_NAME-%.0f" 0 $((slices - 1))
+  fi
+}
+
+# Run a command on every worker of every node, all at once; fails if it fails on one of them.
+on_all() {
+  local node pids=() pid failed=0
+  for node in $(nodes); do
+    gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker all --command "$1" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do
+    wait "$pid" || failed=1
+  done
+  return "$failed"
+}
+
+pod_state() {
+  gcloud compute tpus queued-resources describe "$TPU_NAME" "${where[@]}" --format 'value(state.state)'
+}

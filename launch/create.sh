@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Ask for a pod, and wait until it is there.
+#
+#   TPU_TYPE     accelerator type, e.g. v5p-128 (counts cores: 64 chips), v5litepod-64, v6e-64
+#   TPU_RUNTIME  runtime version, e.g. v2-alpha-tpuv5 (v5p), v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv6e (v6e)
+#   TPU_SPOT     1: spot capacity, cheaper, taken away at any time (launch/resume.sh goes on)
+#   TPU_POLL     seconds between two looks at the request (default 30)
+source "$(dirname "$0")/common.sh"
+require TPU_TYPE TPU_RUNTIME
+
+request=(--accelerator-type "$TPU_TYPE" --runtime-version "$TPU_RUNTIME")
+if ((slices == 1)); then
+  request+=(--node-id "$TPU_NAME")
+else
+  request+=(--node-count "$slices" --node-prefix "$TPU_NAME")
+fi
+[[ "${TPU_SPOT:-0}" != 1 ]] || request+=(--spot)
+gcloud compute tpus queued-resources create "$TPU_NAME" "${where[@]}" "${request[@]}"
+
+while true; do
+  state=$(pod_state)
+  echo "$TPU_NAME: $state"
+  case $state in
+    ACTIVE) break ;;
+    FAILED | SUSPENDED | SUSPENDING | DELETING)
+      echo "create.sh: the request came to nothing; launch/stop.sh removes it" >&2
+      exit 1
+      ;;
+  esac
+  sleep "${TPU_POLL:-30}"
+done

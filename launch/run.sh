@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Start one command on all workers under a supervisor. Arguments are those of `appo-jax train`:
+#
+#   launch/run.sh --config configs/qwen2_5_7b_reasoning.py --run-dir /mnt/shared/runs/qwen
+#
+#   TPU_RETRIES  restarts after a crash before the supervisor gives up (default 20)
+source "$(dirname "$0")/common.sh"
+(($# > 0)) || { echo "run.sh: give the arguments of 'appo-jax train', e.g. --config configs/qwen2_5_7b_reasoning.py" >&2; exit 2; }
+
+printf -v arguments '%q ' "$@"
+# systemd is the supervisor: it outlives the ssh connection, restarts after a crash, and stops after so many. One host's
+# crash ends the others too (a lost peer aborts them), so that all of them start anew and go on from the last checkpoint.
+# Exit codes 2 (a config that cannot run) and 130 (asked to stop) are final.
+on_all "sudo systemctl reset-failed appo 2>/dev/null; sudo systemd-run --unit appo --uid \$(id -u) --gid \$(id -g) \
+--working-directory \$HOME/$home --setenv HOME=\$HOME --setenv APPO_DISTRIBUTED=1 --property Restart=on-failure --property RestartSec=15 \
+--property StartLimitIntervalSec=infinity --property StartLimitBurst=${TPU_RETRIES:-20} \
+--property RestartPreventExitStatus='2 130' --property KillMode=mixed --property KillSignal=SIGINT --property TimeoutStopSec=600 \
+--property LimitNOFILE=65536 \$HOME/$home/.venv/bin/appo-jax train $arguments"

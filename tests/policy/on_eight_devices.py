@@ -1,0 +1,151 @@
+"""What test_sharding.py runs in a process of its own, which has eight CPU devices."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from appo_jax.checkpoint import Checkpointer
+from appo_jax.config import Architecture, LossConfig, MeshConfig, OptimizerConfig, SFTConfig
+from appo_jax.learner.optimizer import sft_optimizer
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step
+from appo_jax.policy import weights
+from appo_jax.policy.score import score
+from appo_jax.policy.sharding import (
+    annotate,
+    batch_sharding,
+    generating,
+    make_mesh,
+    param_shardings,
+    place,
+    state_shardings,
+    use_mesh,
+)  # fmt: skip
+from appo_jax.policy.transformer import Params, init_params
+
+FAMILIES = {
+    "qwen2": Architecture(96, 32, 2, 4, 2, 8, 48, qkv_bias=True),
+    "qwen3": Architecture(96, 32, 2, 4, 2, 8, 48, qk_norm=True, tie_embeddings=False),
+    "llama": Architecture(96, 32, 2, 4, 2, 8, 48),
+}
+MESHES = {"8x1": (8, 1, 1), "4x2": (4, 2, 1), "2x2x2": (2, 2, 2)}
+# Each mesh with another family, and the hardest mesh with all of them.
+PAIRS = [("8x1", "qwen2"), ("4x2", "llama"), ("2x2x2", "qwen2"), ("2x2x2", "qwen3"), ("2x2x2", "llama")]
+ROWS, T = 16, 21
+FLOAT32 = jnp.dtype("float32")
+
+
+def mesh_of(name: str) -> Mesh:
+    return make_mesh(MeshConfig(*MESHES[name]))
+
+
+def batch() -> TrainBatch:
+    rng = np.random.default_rng(0)
+    shape = (ROWS, T)
+    return TrainBatch(
+        jnp.asarray(rng.integers(0, 96, shape), jnp.int32), jnp.asarray(rng.random(shape) / ROWS, jnp.float32),
+        jnp.asarray(rng.normal(size=shape), jnp.float32), jnp.asarray(rng.normal(-4.5, 0.2, shape), jnp.float32),
+    )  # fmt: skip
+
+
+def sgd_step(family: str, micro_batch: int):
+    """A step at rate 1 without momentum: what it takes off the parameters is the gradient."""
+    spec = StepSpec(FAMILIES[family], LossConfig(), 0.7, micro_batch, FLOAT32)
+    return make_train_step(optax.sgd(1.0), spec), optax.sgd(1.0)
+
+
+@functools.cache
+def on_one_device(family: str) -> tuple[Params, dict[str, float]]:
+    """New parameters and metrics of the whole batch's step, without a mesh."""
+    step, optimizer = sgd_step(family, 0)
+    params = init_params(FAMILIES[family], 0)
+    state, metrics = step(TrainState(params, optimizer.init(params)), batch())
+    return jax.tree.map(np.asarray, state.params), {k: float(v) for k, v in metrics.items()}
+
+
+def largest_difference(a: Params, b: Params) -> float:
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - y).max()), a, b)))
+
+
+@pytest.mark.parametrize(("name", "family", "micro_batch"), [*((*p, 0) for p in PAIRS), ("2x2x2", "qwen3", 8)])
+def test_a_step_is_that_of_one_device(name: str, family: str, micro_batch: int) -> None:
+    """Loss and gradients, also when they are accumulated; the state stays where it was, and is compiled for once."""
+    expected, metrics = on_one_device(family)
+    mesh, arch = mesh_of(name), FAMILIES[family]
+    with use_mesh(mesh):
+        step, optimizer = sgd_step(family, micro_batch)
+        state = init_state(init_params(arch, 0), optimizer, arch, mesh)
+        layout = jax.tree.map(lambda x: x.sharding, state)
+        state, found = step(state, place(batch(), batch_sharding(mesh), mesh))
+        assert largest_difference(state.params, expected) < 1e-5
+        assert found.keys() == metrics.keys()
+        for key, value in metrics.items():
+            assert float(found[key]) == pytest.approx(value, abs=1e-5), key
+        assert jax.tree.map(lambda x: x.sharding, state) == layout
+        step(state, place(batch(), batch_sharding(mesh), mesh))
+        assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_loaded_bit_for_bit(tmp_path: Path, name: str, family: str) -> None:
+    arch, mesh = FAMILIES[family], mesh_of(name)
+    params = init_params(arch, 3)
+    weights.save(tmp_path / "hf", params, arch, max_shard_bytes=20_000)
+    for layout in ("train", "generate"):
+        shardings = param_shardings(arch, mesh, layout)
+        loaded = weights.load(tmp_path / "hf", shardings)
+        assert jax.tree.map(lambda x: x.sharding, loaded) == shardings
+        assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), loaded, params))
+    weights.save(tmp_path / "again", loaded, arch, max_shard_bytes=20_000)
+    for file in (tmp_path / "hf").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_fsdp_keeps_a_part_on_each_device() -> None:
+    arch, mesh = FAMILIES["llama"], make_mesh(MeshConfig(1, 8, 1))
+    for array in jax.tree.leaves(place(init_params(arch, 0), param_shardings(arch, mesh, "train"), mesh)):
+        assert [shard.data.size for shard in array.addressable_shards] == [array.size // 8] * 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generating_parameters_are_the_same_policy(dtype: str) -> None:
+    arch, mesh = FAMILIES["qwen3"], mesh_of("2x2x2")
+    with use_mesh(mesh):
+        params = place(init_params(arch, 0), param_shardings(arch, mesh, "train"), mesh)
+        moved = generating(params, mesh, jnp.dtype(dtype))
+        assert jax.tree.map(lambda x: x.sharding, moved) == param_shardings(arch, mesh, "generate")
+        assert generating(moved, mesh, jnp.dtype(dtype)) is moved
+        tokens = np.asarray(batch().tokens)
+        before, after = (score(p, tokens, arch=arch, temperature=1.0, dtype=jnp.dtype(dtype)) for p in (params, moved))
+        assert np.abs(np.asarray(before.log_probs) - np.asarray(after.log_probs)).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_checkpoint_of_one_mesh_is_restored_into_another(tmp_path: Path, kind: str) -> None:
+    arch, first, second = FAMILIES["qwen3"], mesh_of("4x2"), mesh_of("2x2x2")
+    optimizer = sft_optimizer(SFTConfig(steps=5, optimizer=kind), OptimizerConfig())
+    with use_mesh(first):
+        state = init_state(init_params(arch, 0), optimizer, arch, first)
+        # What the optimizer keeps is split like the parameter it is for.
+        whole, split = sum(x.nbytes for x in jax.tree.leaves(state)), 0
+        split = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+        assert split < 0.6 * whole
+        checkpointer = Checkpointer(tmp_path, keep=1)
+        checkpointer.save(1, state, {}, None)
+        checkpointer.wait()
+    with use_mesh(second):
+        abstract = jax.eval_shape(lambda: state)
+        shardings = state_shardings(abstract, arch, second)
+        restored = checkpointer.restore_latest(annotate(abstract, shardings, second), None)
+        checkpointer.close()
+        assert restored is not None
+        assert jax.tree.map(lambda x: x.sharding, restored[1]) == shardings
+        assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), restored[1], state))

@@ -1,0 +1,84 @@
+"""Meshes: what cannot be split is refused by name; on eight devices, the same numbers as on one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from appo_jax.config import Architecture, Config, MeshConfig, PolicyConfig, validate
+from appo_jax.errors import ConfigError
+from appo_jax.policy.sharding import make_mesh, param_shardings, partition_spec
+
+TESTS = Path(__file__).parents[1]
+ARCH = Architecture(96, 32, 2, 4, 2, 8, 48)
+
+
+@pytest.mark.timeout(480)
+def test_on_eight_devices() -> None:
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    files = [TESTS / "policy" / "on_eight_devices.py", TESTS / "rollout" / "on_eight_devices.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=8", *map(str, files)]
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+
+
+def test_an_axis_that_cannot_be_split_is_named() -> None:
+    with pytest.raises(ConfigError) as error:
+        param_shardings(ARCH, abstract_mesh(1, 3, 4), "train")
+    lines = str(error.value).splitlines()
+    assert (
+        "- embed [V, D] = [96, 32]: axis D = 32 cannot be split over mesh.fsdp = 3; set mesh.fsdp to a divisor of 32"
+        in lines
+    )
+    assert any("layers.0.k [D, K, E] = [32, 2, 8]: axis" in line for line in lines)
+    with pytest.raises(ConfigError, match=r"axis K = 2 cannot be split over mesh\.tensor = 4"):
+        param_shardings(ARCH, abstract_mesh(1, 1, 4), "generate")
+
+
+def test_two_axes_on_one_mesh_axis_collide() -> None:
+    rules = {"D": "tensor", "F": "tensor"}
+    with pytest.raises(ConfigError, match=r"gate \[D, F\] = \[32, 48\]: axes D and F are both on mesh axis 'tensor'"):
+        partition_spec("gate", "DF", (32, 48), rules, abstract_mesh(1, 1, 2))
+
+
+def test_layouts() -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    train, generate = (param_shardings(ARCH, mesh, layout) for layout in ("train", "generate"))
+    assert train["layers"][0]["q"].spec == PartitionSpec("fsdp", "tensor")
+    assert generate["layers"][0]["q"].spec == PartitionSpec(None, "tensor")
+    assert train["layers"][1]["down"].spec == PartitionSpec("tensor", "fsdp")
+    assert generate["layers"][1]["attn_norm"].spec == PartitionSpec()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(2, 3, 1), r"2 × 3 × 1 = 6, but there are 1 devices \(.*mesh\.fsdp = 1"),
+        (MeshConfig(1, 1, 1, slices=2), r"mesh\.slices = 2 does not divide mesh\.data = 1"),
+    ],
+)
+def test_a_mesh_that_is_not_the_machine(config: MeshConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(config, jax.devices()[:1])
+
+
+def test_rows_that_cannot_be_split_are_named() -> None:
+    policy = PolicyConfig(architecture=ARCH, tokenizer="x")
+    with pytest.raises(
+        ConfigError, match=r"prompts_per_minibatch × rollout\.num_initial = 64 rows cannot be split over"
+    ):
+        validate(Config(policy=policy, mesh=MeshConfig(data=3)))

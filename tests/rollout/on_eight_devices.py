@@ -1,0 +1,87 @@
+"""What tests/policy/test_sharding.py runs in a process of its own, which has eight CPU devices."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from appo_jax.config import Architecture, BranchingConfig, MeshConfig, RolloutConfig
+from appo_jax.policy.attention import Places
+from appo_jax.policy.sharding import generating, make_mesh, param_shardings, place, use_mesh
+from appo_jax.policy.transformer import Params, init_params
+from appo_jax.rollout.decode import SamplingSpec, decode_segment, empty_prefixes, empty_state
+from appo_jax.rollout.engine import Engine
+from appo_jax.rollout.tree import TreeGrower
+from appo_jax.text.tokenizer import SentencePieceTokenizer
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.types import Example, Rollout
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 1), (2, 2, 2)])
+def test_trees_are_those_of_one_device(
+    shape: tuple[int, int, int], arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor,
+    examples: list[Example], rollout_config: RolloutConfig,
+) -> None:  # fmt: skip
+    def params() -> Params:
+        return jax.tree.map(lambda x: 1.4 * x, init_params(arch, seed=1))
+
+    def draw(engine: Engine, params: Params) -> list[Rollout]:
+        grower = TreeGrower(engine, rollout_config, BranchingConfig(num_branch_points=2))
+        trees = engine.initial(params, examples, 3, (0, 0))
+        old = [grower.log_probs(params, tree) for tree in trees]
+        return [rollout for tree in grower.grow(params, trees, old, (1, 0)).trees for rollout in tree]
+
+    expected = draw(Engine(arch, tokenizer, executor, rollout_config, 0, jnp.float32), params())
+    mesh = make_mesh(MeshConfig(*shape))
+    compiled: list[float] = []
+    with use_mesh(mesh):
+        engine = Engine(arch, tokenizer, executor, rollout_config, 0, jnp.float32, mesh)
+        sharded = place(params(), param_shardings(arch, mesh, "train"), mesh)
+        found = draw(engine, sharded)
+
+        def listen(event: str, duration: float, **kwargs: object) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                compiled.append(duration)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        draw(engine, sharded)
+        jax.monitoring.clear_event_listeners()
+    assert not compiled
+    assert len(found) == len(expected) == 27
+    for a, b in zip(found, expected, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert np.abs(a.log_probs - b.log_probs).max() < 1e-5
+        assert np.abs(a.entropies - b.entropies).max() < 1e-5
+        assert (a.stop_reason, a.node, a.parent, a.fork) == (b.stop_reason, b.node, b.parent, b.fork)
+
+
+def test_caches_do_not_travel_while_decoding() -> None:
+    """No collective of a decode step moves as much as one device's part of a layer's cache."""
+    arch = Architecture(512, 64, 2, 4, 2, 16, 96)
+    W, S, R, T = 8, 512, 8, 512
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    places = Places(
+        np.array([[w // 2, w % 2] for w in range(W)], np.int32),
+        np.array([[2 * r, 2 * r + 1] if r < 4 else [W, W] for r in range(R)], np.int32),
+    )
+    with use_mesh(mesh):
+        params = generating(init_params(arch, 0), mesh, jnp.dtype("float32"))
+        state = empty_state(arch, W, S, jnp.dtype("float32"))
+        prefixes = empty_prefixes(arch, R, T, jnp.dtype("float32"))
+        tables = jnp.zeros((3, 512), jnp.int32), jnp.full(3, -1)
+        lowered = decode_segment.lower(
+            params, prefixes, places, state, *tables, 0, 4, arch=arch, spec=SamplingSpec(1.0, 0, 1.0, 2),
+            dtype=jnp.dtype("float32"),
+        )  # fmt: skip
+    text = lowered.compile().as_text()
+    part = W * arch.num_kv_heads * S * arch.head_dim // 8
+    moved = re.findall(r" = (.*) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", text)
+    assert moved, "a mesh with a tensor axis must reduce something"
+    for shapes in moved:
+        for dims in re.findall(r"\[([\d,]*)\]", shapes):
+            assert math.prod(int(size) for size in dims.split(",") if size) < part, shapes

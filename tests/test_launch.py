@@ -1,0 +1,147 @@
+"""The launch scripts, run for real against a `gcloud` that writes down what it was asked and answers as told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+POD = {"TPU_PROJECT": "p", "TPU_ZONE": "z", "TPU_NAME": "pod"}
+KIND = {"TPU_TYPE": "v5p-128", "TPU_RUNTIME": "v2-alpha-tpuv5"}
+WHERE = "--project p --zone z"
+
+# Writes each call on a line, spaces between arguments; `describe` answers the lines of $STATES, one a call (MISSING: fails).
+GCLOUD = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+if [[ $* == *" describe "* ]]; then
+  state=$(head -1 "$STATES"); sed -i 1d "$STATES"
+  [[ $state != MISSING ]] || exit 1
+  echo "$state"
+fi
+if [[ $* == *" scp "* ]]; then tar -tzf "$5" > "$CALLS.files"; fi
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    (tmp_path / "bin").mkdir()
+    gcloud = tmp_path / "bin/gcloud"
+    gcloud.write_text(GCLOUD)
+    gcloud.chmod(0o755)
+    calls, states = tmp_path / "calls", tmp_path / "states"
+
+    def run(
+        script: str, *args: str, states_told: str = "", **env: str
+    ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        calls.write_text("")
+        states.write_text(states_told)
+        variables = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")} | env
+        variables |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "STATES": str(states)}
+        done = subprocess.run(
+            ["bash", str(ROOT / "launch" / script), *args], env=variables, capture_output=True, text=True, timeout=60
+        )  # fmt: skip
+        return done, calls.read_text().splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("script", ["create.sh", "setup.sh", "run.sh", "logs.sh", "stop.sh", "resume.sh"])
+def test_missing_variables_are_named_and_nothing_is_asked(launch, script):
+    done, calls = launch(script, TPU_PROJECT="p")
+    assert done.returncode == 2
+    assert f"{script}: set TPU_ZONE TPU_NAME" in done.stderr
+    assert calls == []
+
+
+def test_create_asks_for_spot_capacity_and_waits_for_it(launch):
+    states = "WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n"
+    done, calls = launch("create.sh", states_told=states, TPU_SPOT="1", TPU_POLL="0", **POD, **KIND)
+    assert done.returncode == 0, done.stderr
+    kind = "--accelerator-type v5p-128 --runtime-version v2-alpha-tpuv5"
+    assert calls[0] == f"compute tpus queued-resources create pod {WHERE} {kind} --node-id pod --spot"
+    assert sum(" describe pod " in call for call in calls) == 3
+
+
+def test_create_fails_when_the_request_does(launch):
+    done, calls = launch("create.sh", states_told="FAILED\n", TPU_SLICES="2", **POD, **KIND)
+    assert done.returncode == 1
+    assert calls[0].endswith("--node-count 2 --node-prefix pod")
+    assert "launch/stop.sh" in done.stderr
+
+
+def test_create_needs_the_kind_of_pod(launch):
+    done, _ = launch("create.sh", **POD)
+    assert done.returncode == 2
+    assert "set TPU_TYPE TPU_RUNTIME" in done.stderr
+
+
+def test_setup_copies_the_commit_to_every_worker_of_every_slice(launch, tmp_path):
+    done, calls = launch("setup.sh", TPU_SLICES="2", TPU_SHARED="10.0.0.2:/share", **POD)
+    assert done.returncode == 0, done.stderr
+    copies = [call for call in calls if " scp " in call]
+    assert [call.split()[5] for call in copies] == ["pod-0:appo_jax.tar.gz", "pod-1:appo_jax.tar.gz"]
+    assert all("--worker all" in call for call in calls)
+    commands = [call for call in calls if " ssh " in call]
+    assert sorted(call.split()[4] for call in commands) == ["pod-0", "pod-1"]
+    assert all("TPU_SHARED=10.0.0.2:/share bash tpu_setup.sh" in call for call in commands)
+    assert {"tpu_setup.sh", "pyproject.toml", "appo_jax/cli.py"} <= set((tmp_path / "calls.files").read_text().split())
+
+
+def test_run_starts_the_same_command_on_all_workers_under_a_supervisor(launch):
+    done, calls = launch("run.sh", "--config", "configs/a b.py", "--steps", "3", TPU_RETRIES="7", **POD)
+    assert done.returncode == 0, done.stderr
+    (call,) = calls
+    assert call.startswith(f"compute tpus tpu-vm ssh pod {WHERE} --worker all --command ")
+    assert "appo-jax train --config configs/a\\ b.py --steps 3" in call  # quoted for the shell over there
+    assert "APPO_DISTRIBUTED=1" in call
+    assert "Restart=on-failure" in call
+    assert "StartLimitBurst=7" in call
+    assert "$HOME/appo_jax" in call  # the worker's home, not ours
+
+
+def test_run_needs_a_command(launch):
+    done, calls = launch("run.sh", **POD)
+    assert (done.returncode, calls) == (2, [])
+    assert "--config" in done.stderr
+
+
+def test_stop_ends_the_run_or_gives_the_pod_back(launch):
+    _, calls = launch("stop.sh", **POD)
+    assert calls == [f"compute tpus tpu-vm ssh pod {WHERE} --worker all --command sudo systemctl stop appo"]
+    _, calls = launch("stop.sh", "delete", **POD)
+    assert calls == [f"compute tpus queued-resources delete pod {WHERE} --force --quiet"]
+    done, calls = launch("stop.sh", "destroy", **POD)
+    assert (done.returncode, calls) == (2, [])
+
+
+def test_logs_follow_the_first_worker(launch):
+    _, (call,) = launch("logs.sh", TPU_SLICES="2", **POD)
+    assert call.startswith(f"compute tpus tpu-vm ssh pod-0 {WHERE} --worker 0 --command journalctl")
+    assert call.endswith("--follow")
+
+
+def test_resume_leaves_a_living_pod_alone(launch):
+    done, calls = launch("resume.sh", "--config", "c.py", states_told="ACTIVE\n", **POD, **KIND)
+    assert done.returncode == 0
+    assert len(calls) == 1
+
+
+def test_resume_replaces_a_pod_that_was_taken_away(launch):
+    states = "SUSPENDED\nACTIVE\n"
+    done, calls = launch("resume.sh", "--config", "c.py", states_told=states, TPU_SPOT="1", **POD, **KIND)
+    assert done.returncode == 0, done.stderr
+    verbs = [" ".join(call.split()[2:4]) for call in calls]
+    assert verbs == [
+        "queued-resources describe", "queued-resources delete", "queued-resources create", "queued-resources describe",
+        "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh",
+    ]  # fmt: skip
+    assert "train --config c.py" in calls[-1]
+
+
+def test_resume_makes_the_pod_that_is_not_there(launch):
+    done, calls = launch("resume.sh", "--config", "c.py", states_told="MISSING\nACTIVE\n", **POD, **KIND)
+    assert done.returncode == 0, done.stderr
+    assert " create " in calls[1]

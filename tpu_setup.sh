@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Set up one TPU VM: Python environment, sandbox, shared storage; then say what the machine can do. May be run again.
+# launch/setup.sh runs it on every worker of a pod.
+#
+#   TPU_SHARED  NFS export to mount at /mnt/shared (optional)
+#   PYTHON      Python 3.11 or newer (default python3.11, installed if missing)
+set -euo pipefail
+cd "$(dirname "$0")"
+
+python=${PYTHON:-python3.11}
+packages=(bubblewrap nfs-common)
+sudo apt-get update -qq
+if ! command -v "$python" >/dev/null; then
+  # Ubuntu 22.04, which TPU VMs run, has Python 3.11 in its universe.
+  packages+=(python3.11 python3.11-venv)
+elif [[ -z "${PYTHON:-}" ]]; then
+  packages+=(python3.11-venv)
+fi
+sudo DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes "${packages[@]}"
+
+if [[ -n "${TPU_SHARED:-}" ]]; then
+  sudo mkdir -p /mnt/shared
+  mountpoint -q /mnt/shared || sudo mount -t nfs "$TPU_SHARED" /mnt/shared
+fi
+
+[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --upgrade pip
+.venv/bin/python -m pip install --quiet '.[tpu]'
+.venv/bin/appo-jax doctor
