@@ -29,6 +29,19 @@ def appo_jax(*args):
         (["--rollout.budget", "99"], ["rollout.budget = 99 cannot be filled", "= 16"]),
         (["--prompts-per-minibatch", "7"], ["prompts_per_minibatch = 7", "prompts_per_step = "]),
         (["--steps", "0"], ["steps = 0: must be greater than 0"]),
+        (["--loss.dual-clip", "0.5"], ["loss.dual_clip = 0.5: must be above 1, or 0 (off)"]),
+        (["--loss.max-dual-clipped", "1"], ["loss.max_dual_clipped = 1", "set loss.dual_clip too"]),
+        (["--loss.sampler-cap", "-1"], ["loss.sampler_cap = -1.0: must be 0 (off) or more"]),
+        (["--loss.kl-estimator", "k4"], ["--loss.kl-estimator", "'k4'", "'k3'"]),
+        (["--loss.surrogate", "cispo", "--loss.dual-clip", "3"], ["loss.dual_clip = 3.0: goes with", "'cispo'"]),
+        (["--advantage.clip-low", "-1"], ["advantage.clip_low = -1.0: must not be negative"]),
+        (["--overlong-buffer", "112"], ["overlong_buffer = 112", "below rollout.max_response_tokens = 112"]),
+        (["--max-resamples", "-1"], ["max_resamples = -1"]),
+        (["--algorithm", "arpo", "--rollout.num-initial", "16"], ["rollout.budget = 16 leaves no room for branches"]),
+        (
+            ["--branching.score", "random_turn", "--branching.allocation", "pooled"],
+            ["branching.allocation = 'pooled'", "has no score to share by"],
+        ),
     ],
 )
 def test_a_bad_override_is_named_before_any_device_is_touched(args, expected):

@@ -88,11 +88,11 @@ def test_a_later_loop_knows_every_point_that_has_a_branch(draw, include_token: b
 
 @pytest.mark.parametrize("score", ["entropy_change", "random_turn"])
 def test_turn_based_branches_begin_turns_and_fill_the_budget(draw, score: str) -> None:
-    trees = draw(3, 12, BranchingConfig(num_branch_points=2, score=score))
+    trees = draw(8, 20, BranchingConfig(num_branch_points=2, score=score))
     turned = 0
     for tree in trees:
-        assert len(tree) == 12
-        for rollout in tree[3:]:
+        assert len(tree) == 20
+        for rollout in tree[8:]:
             parent = tree[rollout.parent]
             assert parent.sampled[rollout.fork]
             assert not parent.sampled[rollout.fork - 1]
