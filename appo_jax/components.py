@@ -45,13 +45,13 @@ class Components:
     mesh: Mesh
     engine: Engine
     reward: RewardFunction
-    open: contextlib.ExitStack  # the tools and the mesh's context
+    resources: contextlib.ExitStack  # the tools, and the mesh in use
 
     def __enter__(self) -> Components:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.open.close()
+        self.resources.close()
 
 
 def build(config: Config) -> Components:

@@ -33,10 +33,15 @@ ROLLOUT = RolloutConfig(
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
+def text() -> list[str]:
+    return TEXT
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, text: list[str]) -> SentencePieceTokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tiny"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_prefix=str(path), model_type="char", vocab_size=64, hard_vocab_limit=False,
+        sentence_iterator=iter(text), model_prefix=str(path), model_type="char", vocab_size=64, hard_vocab_limit=False,
         pad_id=0, bos_id=1, eos_id=2, unk_id=3, control_symbols=list(CONTROL_SYMBOLS),
         user_defined_symbols=[*TAGS, "\n"], add_dummy_prefix=False, remove_extra_whitespaces=False,
         normalization_rule_name="identity", minloglevel=2,

@@ -22,6 +22,12 @@ from appo_jax.tools.executor import ToolExecutor
 from appo_jax.types import Example, Rollout
 
 
+@pytest.fixture(scope="session")
+def text() -> list[str]:
+    """One character more than conftest.py's: a vocabulary that the tensor axis can split."""
+    return ["the quick brown fox jumps over the lazy dog ! . < / > 0 1 2 3 4 5 6 7 8 9"] * 20
+
+
 @pytest.mark.parametrize("shape", [(4, 2, 1), (2, 2, 2)])
 def test_trees_are_those_of_one_device(
     shape: tuple[int, int, int], arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor,
