@@ -1,6 +1,6 @@
 """The tree shapes of the paper's tables, on the embedded world: N initial rollouts, B branch points, L loops, budget M.
 
-Hardware: 2 CPU cores, 4 GB. Command: appo-jax study --config configs/trees.py [--arms n8_b1 ...] [--seeds 0 1 ...]
+Hardware: 2 CPU cores, 4 GB. Command: appo-jax study --config configs/studies/trees.py [--arms n8_b1 ...] [--seeds 0 1 ...]
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from pathlib import Path
 from appo_jax.config_io import load_config
 from appo_jax.study.plan import Study
 
-quickstart = load_config(Path(__file__).with_name("quickstart.py"))
+quickstart = load_config(Path(__file__).parents[1] / "quickstart.py")
 base = dataclasses.replace(quickstart, eval=dataclasses.replace(quickstart.eval, every=5))
 
 

@@ -1,6 +1,6 @@
 """Every algorithm on the embedded world, at an equal budget of sampled tokens, from the same cold start for each seed.
 
-Hardware: 2 CPU cores, 4 GB. Command: appo-jax study --config configs/study.py [--arms appo grpo ...] [--seeds 0 1 ...]
+Hardware: 2 CPU cores, 4 GB. Command: appo-jax study --config configs/studies/study.py [--arms appo grpo ...] [--seeds 0 1 ...]
 Interrupted, the same command goes on. It ends in runs/study/study.md and study.png.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from appo_jax.config_io import load_config
 from appo_jax.study.plan import Study
 
-quickstart = load_config(Path(__file__).with_name("quickstart.py"))
+quickstart = load_config(Path(__file__).parents[1] / "quickstart.py")
 base = dataclasses.replace(quickstart, eval=dataclasses.replace(quickstart.eval, every=5))
 arpo = dataclasses.replace(base.rollout, num_initial=8)  # half of the budget at once, as in its paper
 

@@ -1,6 +1,6 @@
 """The paper's ablations on the embedded world: what each part of APPO is worth.
 
-Hardware: 2 CPU cores, 4 GB. Command: appo-jax study --config configs/ablations.py [--arms entropy ...] [--seeds 0 1 ...]
+Hardware: 2 CPU cores, 4 GB. Command: appo-jax study --config configs/studies/ablations.py [--arms entropy ...] [--seeds 0 1 ...]
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from pathlib import Path
 from appo_jax.config_io import load_config
 from appo_jax.study.plan import Study
 
-quickstart = load_config(Path(__file__).with_name("quickstart.py"))
+quickstart = load_config(Path(__file__).parents[1] / "quickstart.py")
 base = dataclasses.replace(quickstart, eval=dataclasses.replace(quickstart.eval, every=5))
 
 
