@@ -108,7 +108,7 @@ def _study(args: Sequence[str]) -> None:
         """Make the runs of a study that are not finished, then its table and figure.
 
         Args:
-            config: A python file with `study = Study(...)`: configs/studies/study.py, configs/studies/ablations.py, configs/studies/trees.py.
+            config: A python file with `study = Study(...)`: see configs/studies/.
             arms: These alone; the first is what the others are compared with. By default all of them.
             seeds: These instead of the file's.
             report: Make no runs, only the table and the figure of those that are finished.

@@ -16,7 +16,7 @@ from appo_jax.study import report
 from appo_jax.study.plan import Study, check_study, load_study
 from appo_jax.study.run import finished, run_study
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs" / "studies"
 
 
 @pytest.fixture
