@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "studies"
 
 @pytest.fixture
 def base():
-    return load_config(CONFIGS / "quickstart.py")
+    return load_config(CONFIGS.parent / "quickstart.py")
 
 
 def study(base, out, **arms):
