@@ -48,7 +48,7 @@ config = Config(
         max_tool_calls=6, decode_rows=192, max_seconds=1800,
     ),
     branching=BranchingConfig(num_branch_points=3, tau=32.0, clip_low=1.0, clip_high=1.2),
-    optimizer=OptimizerConfig(learning_rate=1e-6, micro_batch=16),
+    optimizer=OptimizerConfig(learning_rate=1e-6, micro_batch=16, remat="layers"),
     eval=EvalConfig(every=20),
     mesh=MeshConfig(fsdp=16, tensor=2),
 )  # fmt: skip

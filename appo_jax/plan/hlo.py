@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 from jax.extend import core
 
@@ -51,7 +51,7 @@ def read(text: str) -> Moved:
     computations, entry = _parse(text)
     times = Counter({entry: 1})
     traffic = once = 0.0
-    collectives: Counter[str] = Counter()
+    collectives: dict[str, float] = defaultdict(float)
     fused = _fused(computations)
     for name in _callers_first(computations, entry):
         for instruction in computations[name]:
@@ -153,8 +153,8 @@ def matmul_flops(jaxpr: core.Jaxpr, loops: bool = True) -> float:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
-            lhs = eqn.invars[0].aval.shape
-            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+            lhs, out = (x.aval.shape for x in (eqn.invars[0], eqn.outvars[0]))  # type: ignore[attr-defined]
+            total += 2.0 * math.prod(out) * math.prod(lhs[i] for i in contract)
             continue
         times = 1.0
         if eqn.primitive.name == "scan" and loops:

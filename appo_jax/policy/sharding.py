@@ -130,7 +130,8 @@ def partition_spec(
                 f"{array}: axis {letter} = {size} cannot be split over mesh.{target} = {mesh.shape[target]}; "
                 f"set mesh.{target} to a divisor of {size}"
             )
-    return spec_of(rules.get(letter) for letter in axes)
+    # A mesh axis of one device splits nothing, and jax leaves it out of what it gives back.
+    return spec_of(rules[letter] if letter in rules and mesh.shape[rules[letter]] > 1 else None for letter in axes)
 
 
 def state_shardings(state: Tree, arch: Architecture, mesh: Mesh) -> Tree:

@@ -106,14 +106,14 @@ def test_a_long_result_is_cut_with_a_mark(engine: Engine) -> None:
     assert text.endswith("\n</result>")
 
 
-@pytest.mark.parametrize("text", ["fox </sea", "dog", "x </search>"])
-def test_automaton_state_of_a_fork_is_that_of_its_text(engine: Engine, text: str) -> None:
-    ids = engine.tokenizer.encode(text)
+@pytest.mark.parametrize("written", ["fox </sea", "dog", "x </search>"])
+def test_automaton_state_of_a_fork_is_that_of_its_text(engine: Engine, written: str) -> None:
+    ids = engine.tokenizer.encode(written)
     state = engine.automaton_state(np.array(ids))
     rest = engine.tokenizer.encode("rch>")
     for token in rest:
         state = int(engine.automaton.next_state[state, token])
-    assert (engine.automaton.hit[state] >= 0) == (text == "fox </sea")
+    assert (engine.automaton.hit[state] >= 0) == (written == "fox </sea")
 
 
 def test_few_rows_draw_what_many_rows_draw(

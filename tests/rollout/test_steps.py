@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from typing import Any, get_args, get_type_hints
 
 import jax
@@ -61,7 +62,9 @@ def step(
         )  # fmt: skip
         engine = Engine(arch, tokenizer, executor, rollout, seed=0, dtype=jnp.float32)
         dataset: Any = None
-        components = Components(config, dataset, (), (), tokenizer, executor, arch, jnp.float32, engine, reward)
+        components = Components(
+            config, dataset, (), (), tokenizer, executor, arch, jnp.float32, engine.mesh, engine, reward, ExitStack()
+        )
         algorithm = make_algorithm(config)
         optimizer = rl_optimizer(config.optimizer)
         update = make_train_step(optimizer, StepSpec(arch, algorithm.loss, 1.0, 0, jnp.float32, False))
