@@ -67,7 +67,7 @@ def step(
         )
         algorithm = make_algorithm(config)
         optimizer = rl_optimizer(config.optimizer)
-        update = make_train_step(optimizer, StepSpec(arch, algorithm.loss, 1.0, 0, jnp.float32, False))
+        update = make_train_step(optimizer, StepSpec(arch, algorithm.loss, 1.0, 0, jnp.float32, "none"))
         batches = []
 
         def seen(state: TrainState, batch: Any) -> Any:
