@@ -1,7 +1,7 @@
 """APPO of Qwen3-8B on deep search, with web search and python.
 
 Source: arXiv 2606.12384, deep search. 5 epochs over hard_search_1k.parquet: 41 steps.
-Hardware: TPU v5p:2x4x4 (32 chips). The paper used 8 H100.
+Hardware: TPU v5p:2x4x4 (32 chips), a first choice that is not planned in full yet. The paper used 8 H100.
 Expected: GAIA average 42.7 (GRPO 32.0, ARPO 38.8).
 The weights are those of a cold start: SFT on tool-use traces, lr 7e-6, batch 128, weight decay 0.1, 3 epochs, length 4096.
 
@@ -49,7 +49,7 @@ config = Config(
         max_tool_calls=10, decode_rows=192, max_seconds=1800,
     ),
     branching=BranchingConfig(num_branch_points=3, tau=32.0, clip_low=1.0, clip_high=1.2),
-    optimizer=OptimizerConfig(learning_rate=1e-6, micro_batch=16),
+    optimizer=OptimizerConfig(learning_rate=1e-6, micro_batch=16, remat="layers"),
     eval=EvalConfig(every=20),
     mesh=MeshConfig(fsdp=16, tensor=2),
 )  # fmt: skip

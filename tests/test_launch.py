@@ -33,7 +33,9 @@ def launch(tmp_path):
     gcloud.chmod(0o755)
     calls, states = tmp_path / "calls", tmp_path / "states"
 
-    def run(script: str, *args: str, states_told: str = "", **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    def run(
+        script: str, *args: str, states_told: str = "", **env: str
+    ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         calls.write_text("")
         states.write_text(states_told)
         variables = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")} | env

@@ -48,7 +48,11 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     minibatches = config.prompts_per_step // config.prompts_per_minibatch
     rows = config.prompts_per_minibatch * algorithm.initial  # of a mini-batch
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
-    by_row, whole, shards = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec()), sharding.row_shards(mesh)
+    by_row, whole, shards = (
+        sharding.batch_sharding(mesh),
+        NamedSharding(mesh, PartitionSpec()),
+        sharding.row_shards(mesh),
+    )
 
     def even(rows: int) -> int:  # as Engine.whole
         return -(-rows // shards) * shards
@@ -56,7 +60,7 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     def seats(columns: int, most: int) -> Seating:  # as Engine.generate
         return Seating((), columns, even(min(rollout.decode_rows, most)), shards)
 
-    def array(shape: tuple[int, ...], dtype: Any, where: NamedSharding = whole) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any, where: NamedSharding = whole) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def placed(tree: Any) -> Any:
@@ -81,11 +85,14 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     resident, moments = on_chip(state) + reference, on_chip(state.opt_state) + reference
 
     def train() -> Any:
-        spec = StepSpec(arch, config.loss, rollout.temperature, config.optimizer.micro_batch, dtype, remat=True)
+        spec = StepSpec(
+            arch, config.loss, rollout.temperature, config.optimizer.micro_batch, dtype, config.optimizer.remat
+        )
         floats = array((rows, length), jnp.float32, by_row)
         tokens = array((rows, length), jnp.int32, by_row)
         batch = TrainBatch(tokens, floats, floats, floats, floats if config.loss.kl_weight > 0 else None)
-        return make_train_step(optimizer, spec).trace(state, batch)
+        step: Any = make_train_step(optimizer, spec)  # jitted
+        return step.trace(state, batch)
 
     yield Program(
         "reshard", lambda: sharding.reshard.trace(state.params, mesh, dtype), minibatches + 1,
