@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
+from typing import Any
 
 from jax.extend import core
 
@@ -22,7 +23,7 @@ _BYTES = {
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_CALLEES = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
+_CALLEES = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 # Instructions that move nothing themselves.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
@@ -51,7 +52,7 @@ def read(text: str) -> Moved:
     computations, entry = _parse(text)
     times = Counter({entry: 1})
     traffic = once = 0.0
-    collectives: dict[str, float] = defaultdict(float)
+    collectives: dict[str, float] = {}
     fused = _fused(computations)
     for name in _callers_first(computations, entry):
         for instruction in computations[name]:
@@ -59,11 +60,11 @@ def read(text: str) -> Moved:
                 times[callee] += times[name] * instruction.trips
             kind = instruction.op.removesuffix("-done")
             if kind in COLLECTIVES:  # of an asynchronous pair, the end has the shape of the result
-                collectives[kind] += times[name] * instruction.size
+                collectives[kind] = collectives.get(kind, 0.0) + times[name] * instruction.size
             if name not in fused and instruction.op not in _FREE:
                 size = _traffic(instruction, computations, name)
                 traffic, once = traffic + times[name] * size, once + size
-    return Moved(dict(collectives), traffic / once if once else 1.0)
+    return Moved(collectives, traffic / once if once else 1.0)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -76,7 +77,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
         elif found := _INSTRUCTION.match(line):
             name, shape, op, rest = found.groups()
             operands = tuple(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
-            names = [n for group in _CALLEES.findall(rest) for n in re.findall(r"[\w.\-]+", group)]
+            names = [n for pair in _CALLEES.findall(rest) for n in re.findall(r"[\w.\-]+", " ".join(pair))]
             trips = _TRIPS.search(rest) if op == "while" else None
             called = () if op.endswith(("-done", "-update")) else tuple(names)
             body.append(_Instruction(name, op, shape_bytes(shape), operands, called, int(trips[1]) if trips else 1))
@@ -147,14 +148,14 @@ def _sizes(body: tuple[_Instruction, ...]) -> dict[str, float]:
     return {i.name: i.size for i in body}
 
 
-def matmul_flops(jaxpr: core.Jaxpr, loops: bool = True) -> float:
+def matmul_flops(jaxpr: Any, loops: bool = True) -> float:
     """FLOPs of the matrix products of a program on all chips, scans at their length (`loops=False`: bodies once)."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
-            lhs, out = (x.aval.shape for x in (eqn.invars[0], eqn.outvars[0]))  # type: ignore[attr-defined]
-            total += 2.0 * math.prod(out) * math.prod(lhs[i] for i in contract)
+            lhs = eqn.invars[0].aval.shape
+            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
             continue
         times = 1.0
         if eqn.primitive.name == "scan" and loops:

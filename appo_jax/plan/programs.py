@@ -60,9 +60,7 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     def seats(columns: int, most: int) -> Seating:  # as Engine.generate
         return Seating((), columns, even(min(rollout.decode_rows, most)), shards)
 
-    def array(
-        shape: tuple[int, ...], dtype: Any, where: NamedSharding = whole
-    ) -> Any:  # stands where the run has an array
+    def array(shape: tuple[int, ...], dtype: Any, where: NamedSharding = whole) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def placed(tree: Any) -> Any:
@@ -93,7 +91,7 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
         floats = array((rows, length), jnp.float32, by_row)
         tokens = array((rows, length), jnp.int32, by_row)
         batch = TrainBatch(tokens, floats, floats, floats, floats if config.loss.kl_weight > 0 else None)
-        step: Any = make_train_step(optimizer, spec)
+        step: Any = make_train_step(optimizer, spec)  # jitted
         return step.trace(state, batch)
 
     yield Program(

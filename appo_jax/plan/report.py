@@ -29,7 +29,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Public figures of one chip (cloud.google.com/tpu/docs), and the HBM that its compiler lets programs use."""
+    """Public figures of one chip, and the HBM that its compiler lets programs use (docs/pods.md says which are checked)."""
 
     flops: float  # bfloat16, per second
     hbm_bandwidth: float  # bytes per second

@@ -1,0 +1,219 @@
+"""What `appo-jax plan` says, without the TPU compiler: reading compiled programs, the verdict's arithmetic, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from appo_jax.cli import main
+from appo_jax.config import MeshConfig, OptimizerConfig
+from appo_jax.config_io import load_config
+from appo_jax.errors import ConfigError, PlanError
+from appo_jax.plan import hlo, programs, report
+from appo_jax.policy.sharding import make_mesh
+
+ROOT = Path(__file__).parents[1]
+PAPER = ("qwen2_5_7b_reasoning", "llama3_1_8b_reasoning", "qwen3_8b_deepsearch", "qwen3_14b_deepsearch")
+MIB = 2**20
+
+# A matrix product split over its contraction (all-reduce), its result gathered (all-gather), five times over in a scan.
+ON_EIGHT = """
+import json, os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from appo_jax.plan import hlo
+
+mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+def put(*axes): return NamedSharding(mesh, P(*axes))
+def read(f, *args): return hlo.read(jax.jit(f).lower(*args).compile().as_text())
+a = jax.ShapeDtypeStruct((128, 256), jnp.float32, sharding=put(None, "x"))
+b = jax.ShapeDtypeStruct((256, 64), jnp.float32, sharding=put("x", None))
+g = jax.ShapeDtypeStruct((1024, 32), jnp.float32, sharding=put("x", None))
+
+def five(a, b):
+    def body(c, _):
+        return jax.lax.with_sharding_constraint(jnp.sin(c) @ b @ jnp.ones((64, 256)), put(None, "x")), None
+    return jax.lax.scan(body, a, None, length=5)[0]
+
+found = {
+    "reduce": read(lambda a, b: jax.lax.with_sharding_constraint(a @ b, put()), a, b).collective_bytes,
+    "gather": read(lambda g: jax.lax.with_sharding_constraint(g * 2, put()), g).collective_bytes,
+    "loop": read(five, a, b).collective_bytes,
+}
+print(json.dumps(found))
+"""
+
+
+def test_collectives_of_a_compiled_program_on_eight_devices():
+    done = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["reduce"] == {"all-reduce": 128 * 64 * 4}
+    assert found["gather"] == {"all-gather": 1024 * 32 * 4}
+    assert found["loop"]["all-reduce"] == 5 * 128 * 64 * 4
+
+
+def test_loops_count_as_often_as_they_run():
+    def scan(x):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, jnp.ones((7, 64, 64)))[0]
+
+    x = jax.ShapeDtypeStruct((32, 64), jnp.float32)
+    one = 2 * 32 * 64 * 64
+    jaxpr = jax.make_jaxpr(scan)(x).jaxpr
+    assert hlo.matmul_flops(jaxpr) == 7 * one
+    assert hlo.matmul_flops(jaxpr, loops=False) == one
+    factor = hlo.read(jax.jit(scan).lower(x).compile().as_text()).loop_factor
+    assert 3 < factor <= 7  # the weights that are looped over are written once
+
+
+def test_flops_of_the_backward_pass_and_of_what_remat_repeats():
+    w = jnp.ones((16, 16))
+
+    def loss(w, x):
+        return jnp.tanh(x @ w).sum()
+
+    x = jnp.ones((8, 16))
+    one = 2 * 8 * 16 * 16
+    assert hlo.matmul_flops(jax.make_jaxpr(loss)(w, x).jaxpr) == one
+    assert hlo.matmul_flops(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr) == 2 * one  # forward, and dw
+    again = jax.make_jaxpr(jax.grad(jax.checkpoint(loss)))(w, x).jaxpr
+    assert hlo.matmul_flops(again) == 3 * one or hlo.matmul_flops(again) == 2 * one
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("f32[8,16]{1,0}", 512),
+        ("bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(1)}", 8192),
+        ("(f32[2]{0}, /*index=1*/pred[3]{0}, u32[])", 8 + 3 + 4),
+        ("s4[10]{0}", 5),
+        ("f8e4m3fn[6]{0}", 6),
+        ("token[]", 0),
+    ],
+)
+def test_bytes_of_shapes(shape, expected):
+    assert hlo.shape_bytes(shape) == expected
+
+
+def need(name: str = "train", peak: float = 0.0, **fields) -> report.Need:
+    zero = {f.name: 0 for f in dataclasses.fields(report.Need)} | {"collectives": {}, "counted": "", "fields": "a.b"}
+    return report.Need(**(zero | {"name": name, "peak": peak, "times": 1} | fields))
+
+
+CHIP = report.Chip(flops=100.0, hbm_bandwidth=10.0, ici_bandwidth=2.0, hbm=16 * report.GIB)
+
+
+def test_the_roofline_is_the_slowest_of_the_three():
+    assert need(flops=300, traffic=10, collectives={"all-gather": 1}).seconds(CHIP) == 3
+    assert need(flops=300, traffic=50, collectives={"all-gather": 1}).bound(CHIP) == "memory"
+    slow = need(flops=300, traffic=50, collectives={"all-gather": 6, "all-reduce": 8})
+    assert (slow.seconds(CHIP), slow.bound(CHIP)) == (7, "network")
+    plan = report.Plan("v5e:2x2", 4, CHIP, (need(flops=300, times=2), need(traffic=20, times=10)))
+    assert plan.step_s == 2 * 3 + 10 * 2
+
+
+def test_the_verdict_names_what_is_left_or_what_to_lower():
+    fits = report.Plan("v5e:2x2", 4, CHIP, (need("train", 12 * report.GIB), need("score", 4 * report.GIB)))
+    assert fits.fits
+    assert fits.verdict() == "fits v5e:2x2: 12.00 of 16.00 GiB per chip (train); 4.00 GiB left (25%)"
+    over = report.Plan("v5e:2x2", 4, CHIP, (need("train", 18 * report.GIB), need("score", 4 * report.GIB)))
+    assert not over.fits
+    assert over.verdict() == (
+        "does not fit v5e:2x2: 18.00 of 16.00 GiB per chip (train), 2.00 GiB too much; lower train: a.b"
+    )
+    assert json.loads(json.dumps(over.to_json()))["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of "
+         "15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (512.00M) exceeds "
+         "available HBM (0.25G).", 0.5),
+        ("INVALID_ARGUMENT: something else", None),
+    ],
+)  # fmt: skip
+def test_what_the_compiler_refused_for_lack_of_memory(message, gib):
+    assert report.hbm_of_refusal(message) == (None if gib is None else gib * report.GIB)
+
+
+@pytest.mark.parametrize("topology", ["v5p", "v9:2x2", "v5e:8", "v5p-128"])
+def test_a_topology_that_is_none(topology):
+    with pytest.raises(ConfigError, match="expected CHIP:AxB"):
+        report.parse_topology(topology)
+
+
+def test_chips_of_a_topology():
+    assert report.parse_topology("v5p:4x4x8") == (report.CHIPS["v5p"], 128)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
+def test_a_missing_compiler_is_said(capsys):
+    config = ROOT / "configs/qwen2_5_7b_reasoning.py"
+    with pytest.raises(PlanError, match=r"pip install 'appo-jax\[tpu\]'"):
+        report.make_plan(load_config(config), "v5e:8x8")
+    assert main(["plan", "--config", str(config), "--topology", "v5e:8x8"]) == 1
+    assert "libtpu" in capsys.readouterr().err
+
+
+def test_the_topology_must_be_given(capsys):
+    assert main(["plan", "--config", str(ROOT / "configs/qwen3_8b_deepsearch.py")]) == 2
+    assert "--topology" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_settings(name):
+    config = load_config(ROOT / f"configs/{name}.py")
+    r, b = config.rollout, config.branching
+    assert (config.prompts_per_step, config.prompts_per_minibatch, r.budget, r.num_initial) == (128, 16, 16, 4)
+    assert (b.num_branch_points, b.num_loops, b.tau, b.clip_low, b.clip_high) == (3, 1, 32, 1, 1.2)
+    assert (config.advantage.future_weight, config.loss.kl_weight, config.optimizer.learning_rate) == (0.5, 0, 1e-6)
+    assert r.max_response_tokens == (4096 if "reasoning" in name else 8192)
+
+
+# Parameters of the released models, in billions, as their model cards count them.
+@pytest.mark.parametrize(("name", "billions"), list(zip(PAPER, (7.62, 8.03, 8.19, 14.77), strict=True)))
+def test_the_architectures_have_the_released_sizes(name, billions):
+    from appo_jax.policy.transformer import abstract_params
+
+    arch = load_config(ROOT / f"configs/{name}.py").policy.architecture
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(arch)))
+    assert count / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+def test_programs_of_a_small_config_compile_and_are_counted():
+    """On this machine's device: the programs are the run's own, so what they take and give must still agree."""
+    config = load_config(ROOT / "configs/quickstart.py")
+    arch = dataclasses.replace(config.policy.architecture, num_layers=1, vocab_size=64, width=32, mlp_width=32)
+    config = dataclasses.replace(config, mesh=MeshConfig(), optimizer=OptimizerConfig(micro_batch=8))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    found = {p.name: p for p in programs.programs(config, arch, mesh)}
+    assert list(found) == ["reshard", "prefill", "decode, initial", "score", "decode, branches", "append", "train"]
+    # 16 prompts, 8 a mini-batch, N = 4, M = 16, B = 3, 112 tokens, 64 rows: 64 initial rollouts at once; 96 branches of
+    # each of 2 mini-batches take 2 fills of 64 rows; 32 parents go through the score in passes of 21, twice.
+    assert found["decode, initial"].times == 112
+    assert found["decode, branches"].times == 2 * 2 * 112
+    assert found["score"].times == 2 * 2 * 2
+    assert found["append"].times == 16 * 16 * 5 / 8
+    assert found["train"].times == 2
+    for program in found.values():
+        measured = report.measure(program, 1)
+        assert measured.peak >= program.beside + measured.temporaries
+        assert measured.flops > 0 or program.name == "reshard"
+    params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: programs.abstract_params(arch))))
+    assert found["prefill"].beside == pytest.approx(12 * params, abs=64)  # float32 weights and two moments
