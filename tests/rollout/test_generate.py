@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import random
 import time
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -116,21 +117,28 @@ def test_automaton_state_of_a_fork_is_that_of_its_text(engine: Engine, written: 
     assert (engine.automaton.hit[state] >= 0) == (written == "fox </sea")
 
 
-def test_few_rows_draw_what_many_rows_draw(
-    arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor, params: Params,
-    examples: list[Example], rollout_config: RolloutConfig,
-) -> None:  # fmt: skip
-    """Other shapes round otherwise, and no more than that."""
+Grow = Callable[[RolloutConfig], list[Rollout]]
 
-    def draw(rows: int) -> list[Rollout]:
-        config = dataclasses.replace(rollout_config, decode_rows=rows)
+
+@pytest.fixture
+def grow(
+    arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor, params: Params, examples: list[Example]
+) -> Grow:  # fmt: skip
+    """Initial rollouts and branches under a config, tree after tree."""
+
+    def grow(config: RolloutConfig) -> list[Rollout]:
         engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
         grower = TreeGrower(engine, config, BranchingConfig(num_branch_points=2))
         trees = engine.initial(params, examples, 3, (0, 0))
         old = [grower.log_probs(params, tree) for tree in trees]
         return [rollout for tree in grower.grow(params, trees, old, (1, 0)).trees for rollout in tree]
 
-    many, few = draw(32), draw(4)
+    return grow
+
+
+def test_few_rows_draw_what_many_rows_draw(grow: Grow, rollout_config: RolloutConfig) -> None:
+    """Other shapes round otherwise, and no more than that."""
+    many, few = (grow(dataclasses.replace(rollout_config, decode_rows=rows)) for rows in (32, 4))
     assert len(many) == len(few) == 27
     for a, b in zip(many, few, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
@@ -138,19 +146,9 @@ def test_few_rows_draw_what_many_rows_draw(
         assert (a.stop_reason, a.node, a.parent, a.fork) == (b.stop_reason, b.node, b.parent, b.fork)
 
 
-def test_shared_prefixes_agree_with_prefixes_of_their_own(
-    arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor, params: Params,
-    examples: list[Example], rollout_config: RolloutConfig,
-) -> None:  # fmt: skip
-    def draw(share: bool) -> list[Rollout]:
-        config = dataclasses.replace(rollout_config, share_prefix=share)
-        engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
-        grower = TreeGrower(engine, config, BranchingConfig(num_branch_points=2))
-        trees = engine.initial(params, examples, 3, (0, 3))
-        old = [grower.log_probs(params, tree) for tree in trees]
-        return [rollout for tree in grower.grow(params, trees, old, (1, 3)).trees for rollout in tree]
-
-    for a, b in zip(draw(True), draw(False), strict=True):
+def test_shared_prefixes_agree_with_prefixes_of_their_own(grow: Grow, rollout_config: RolloutConfig) -> None:
+    shared, own = (grow(dataclasses.replace(rollout_config, share_prefix=share)) for share in (True, False))
+    for a, b in zip(shared, own, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         assert np.abs(a.log_probs - b.log_probs).max() < 1e-5
         assert np.abs(a.entropies - b.entropies).max() < 1e-5
