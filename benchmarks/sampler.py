@@ -193,7 +193,7 @@ def branching(bench: Bench, repeats: int) -> dict[str, float]:
 
     def decode_alone() -> None:
         state = decode.empty_state(bench.arch, seating.num_rows, NEW + 1, jnp.float32)
-        state = decode.begin_rows(state, new, jax.random.key(0))
+        state = decode.begin_rows(state, new, 0)
         state, _ = decode.decode_segment(
             bench.params, prefixes, seating.places(), state, *shared._tables, 0, NEW, arch=bench.arch,
             spec=shared.spec(1.0), dtype=jnp.float32,

@@ -135,11 +135,11 @@ def load_prefix(
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def begin_rows(state: DecodeState, new: NewRows, seed: jax.Array) -> DecodeState:
+def begin_rows(state: DecodeState, new: NewRows, seed: jax.Array | int) -> DecodeState:
     """Set rows to the start of their suffix. What their slots held before lies beyond their length and is never read."""
 
     def key(ids: jax.Array) -> jax.Array:
-        return functools.reduce(jax.random.fold_in, ids, seed)
+        return functools.reduce(jax.random.fold_in, ids, jax.random.key(seed))
 
     def put(fresh: jax.Array | np.ndarray, old: jax.Array) -> jax.Array:
         return jnp.where(new.on, fresh, old)
