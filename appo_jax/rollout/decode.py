@@ -161,7 +161,7 @@ def begin_rows(state: DecodeState, new: NewRows, seed: jax.Array | int) -> Decod
 @functools.partial(jax.jit, donate_argnames=("state",))
 def halt_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
     """End the sampling of `rows [W]` bool."""
-    return dataclasses.replace(state, active=state.active & ~rows)
+    return _laid_out(dataclasses.replace(state, active=state.active & ~rows))
 
 
 def feed(
@@ -239,7 +239,8 @@ def decode_segment(
         )
         return _laid_out(s), steps + 1
 
-    return jax.lax.while_loop(go_on, step, (state, jnp.int32(0)))
+    state, steps = jax.lax.while_loop(go_on, step, (state, jnp.int32(0)))
+    return _laid_out(state), replicate(steps)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"), donate_argnames=("state",))

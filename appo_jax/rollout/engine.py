@@ -22,7 +22,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from appo_jax import distributed
 from appo_jax.config import Architecture, MeshConfig, RolloutConfig
 from appo_jax.policy.attention import LayerCache, Places
-from appo_jax.policy.score import prefill
 from appo_jax.policy.sharding import generating, make_mesh, row_shards
 from appo_jax.policy.transformer import Params
 from appo_jax.rollout.decode import (
@@ -37,6 +36,7 @@ from appo_jax.rollout.decode import (
     halt_rows,
     load_prefix,
 )
+from appo_jax.rollout.prefixes import CacheRows, prompt_caches
 from appo_jax.rollout.seating import Fork, Seating
 from appo_jax.rollout.tool_results import ToolResults
 from appo_jax.text.automaton import StopAutomaton
@@ -196,7 +196,7 @@ class Engine:
         prefixes: list[LayerCache] = []
         rows: dict[int, _Row] = {}
         out: list[list[Rollout]] = [[] for _ in groups]
-        source = _Source(caches)
+        source = CacheRows(caches)
         step_s = 0.0
         while True:
             # ---- free places go to waiting forks
@@ -256,13 +256,9 @@ class Engine:
     def prompt_caches(
         self, params: Params, prompts: Sequence[np.ndarray], length: int, most: int
     ) -> Iterator[list[LayerCache]]:
-        """Caches of the prompts, right-padded to `length`, a wave at a time and not before it is asked for."""
+        """Caches of at most `most` prompts, right-padded to `length`."""
         width = self.whole(min(self.config.decode_rows, most))
-        for first in range(0, len(prompts), width):
-            tokens = np.zeros((width, length), np.int32)
-            for row, prompt in zip(tokens, prompts[first : first + width], strict=False):
-                row[: len(prompt)] = prompt
-            yield prefill(params, tokens, arch=self.arch, dtype=self.dtype)
+        return prompt_caches(params, prompts, width, length, self.arch, self.dtype)
 
     def _begin(
         self, state: DecodeState, rows: dict[int, _Row], seated: Sequence[tuple[int, int, Fork]], salt: Sequence[int]
@@ -308,8 +304,8 @@ class Engine:
         else:
             row.calling = True
             if row.own:
-                text = self.tokenizer.decode(text[row.boundary :].tolist())
-                row.future = self.executor.submit(row.states, text, bound=row.deadline - time.monotonic())
+                call = self.tokenizer.decode(text[row.boundary :].tolist())
+                row.future = self.executor.submit(row.states, call, bound=row.deadline - time.monotonic())
 
     @staticmethod
     def _news(rows: Mapping[int, _Row], step_s: float) -> _News:
@@ -417,17 +413,3 @@ class Engine:
                 loop=fork.loop,
                 host=fork.host,
             )
-
-
-class _Source:
-    """The rows of an iterator of caches, asked for in rising order; caches that are past are let go."""
-
-    def __init__(self, caches: Iterator[list[LayerCache]]):
-        self._caches, self._first, self._cache = caches, 0, next(caches)
-
-    def at(self, index: int) -> tuple[list[LayerCache], int]:
-        """The cache that holds row `index` of them all, and the row within it."""
-        while index >= self._first + len(self._cache[0][0]):
-            self._first += len(self._cache[0][0])
-            self._cache = next(self._caches)
-        return self._cache, index - self._first
