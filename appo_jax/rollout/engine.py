@@ -46,7 +46,7 @@ from appo_jax.types import Example, Outcome, Rollout, StopReason, ToolCall
 
 # The host looks in when this share of the decoding rows has left off, or after SEGMENT_STEPS tokens, whichever is first:
 # often enough that finished rows give their place to waiting ones, seldom enough that the look costs little.
-REFILL_SHARE = 0.125  # while forks wait for a row
+REFILL_SHARE = 0.0625  # while forks wait for a row
 ATTENTION_SHARE = 0.25  # when only tool calls can want the host
 SEGMENT_STEPS = 32
 # While tools run, segments are kept to this many seconds, so that a result is not kept waiting by slow steps.
