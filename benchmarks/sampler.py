@@ -182,7 +182,7 @@ def branching(bench: Bench, repeats: int) -> dict[str, float]:
     slow = median_seconds(lambda: branch(unshared, cache), repeats)
 
     # Decoding alone: the same rows, prefixes in place, no host in the loop.
-    seating = Seating([(g, group) for g, group in enumerate(forks)], columns, parents * columns)
+    seating = Seating([(g, group) for g, group in enumerate(forks)], columns, parents * columns, parents)
     opened, seated = seating.seat()
     prefixes = decode.empty_prefixes(bench.arch, seating.num_slots, length, jnp.float32)
     for slot, index in opened:

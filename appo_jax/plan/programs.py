@@ -58,7 +58,7 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
         return -(-rows // shards) * shards
 
     def seats(columns: int, most: int) -> Seating:  # as Engine.generate
-        return Seating((), columns, even(min(rollout.decode_rows, most)), shards)
+        return Seating((), columns, even(min(rollout.decode_rows, most)), -(-most // columns), shards)
 
     def array(shape: tuple[int, ...], dtype: Any, where: NamedSharding = whole) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)

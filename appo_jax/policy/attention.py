@@ -40,6 +40,11 @@ def packed(segments: jax.Array) -> Attend:
     return attend
 
 
+# Decoding meets a cache's keys in blocks of this many, or in MOST_BLOCKS blocks where that would be more of them.
+BLOCK = 128
+MOST_BLOCKS = 16
+
+
 class Places(NamedTuple):
     """Who continues which prefix: W rows at places in `[R, C]`."""
 
@@ -58,17 +63,17 @@ def tree(
     the new tokens). One softmax joins the two parts. Returns `[W, Q, H, E]`.
     """
     W, Q, H, E = q.shape
-    R, K, T, _ = prefix[1].shape
-    S, G, C = suffix[1].shape[2], H // K, places.members.shape[1]
+    R, K = prefix[1].shape[:2]
+    G, C = H // K, places.members.shape[1]
     q = (q * E**-0.5).reshape(W, Q, K, G, E)
     by_place = q.at[places.members].get(mode="fill", fill_value=0)  # [R, C, Q, K, G, E]
     by_place = constrain(by_place, ROWS, None, None, "tensor")
     seen = prefix_length.at[places.members].get(mode="fill", fill_value=0)
-    see_prefix = (jnp.arange(T) < seen[..., None])[:, None, :, None, None]  # [R, 1, C, 1, 1, T]
-    see_suffix = jnp.arange(S) <= (cached[:, None] + jnp.arange(Q))[..., None]  # [W, Q, S]
+    seen_prefix = seen[:, None, :, None, None, None]  # [R, 1, C, 1, 1, 1]
+    seen_suffix = (cached[:, None] + 1 + jnp.arange(Q))[:, None, :, None, None]  # [W, 1, Q, 1, 1]
     # Flat batches of small matrix products: the one form that is fast on every backend.
-    on_prefix = _part(by_place.transpose(0, 3, 1, 2, 4, 5), prefix, see_prefix, (*merged(R, K), C * Q * G))
-    on_suffix = _part(q.swapaxes(1, 2), suffix, see_suffix[:, None, :, None], (*merged(W, K), Q * G))
+    on_prefix = _part(by_place.transpose(0, 3, 1, 2, 4, 5), prefix, seen_prefix, (*merged(R, K), C * Q * G))
+    on_suffix = _part(q.swapaxes(1, 2), suffix, seen_suffix, (*merged(W, K), Q * G))
     r, c = places.of_row[:, 0], places.of_row[:, 1]
     out_p, top_p, sum_p = (x.transpose(0, 2, 3, 1, 4, 5)[r, c] for x in on_prefix)
     out_s, top_s, sum_s = (x.swapaxes(1, 2) for x in on_suffix)
@@ -80,20 +85,41 @@ def tree(
 
 
 def _part(
-    q: jax.Array, cache: LayerCache, see: jax.Array, flat: tuple[int, ...]
+    q: jax.Array, cache: LayerCache, seen: jax.Array, flat: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One part of a softmax: unnormalised output `[..., E]`, maximum and sum `[..., 1]`, all float32.
 
-    q `[..., E]` in any layout that `flat` (batch axes, then queries) folds; see `[..., keys]` broadcasts against it.
+    q `[..., E]` in any layout that `flat` (batch axes, then queries) folds; seen `[..., 1]` broadcasts against it: how many
+    of the first keys a query sees. Keys are met a block at a time, up to the last block that any query sees: a cache's
+    empty room costs nothing. A block that a query does not see leaves its numbers as they are, to the last bit.
     """
     keys, values = (x.reshape(*flat[:-1], *x.shape[-2:]) for x in cache)
-    E = q.shape[-1]
-    scores = jnp.einsum("...qe,...et->...qt", q.reshape(*flat, E), keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(see, scores.reshape(*q.shape[:-1], -1), -jnp.inf)
-    top = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)  # finite where nothing is seen
-    weights = jnp.exp(scores - top)
-    out = jnp.einsum(
-        "...qt,...te->...qe", weights.reshape(*flat, -1).astype(values.dtype), values,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return out.reshape(q.shape), top, weights.sum(-1, keepdims=True)
+    T, E = values.shape[-2:]
+    lead = q.shape[:-1]
+    q, seen = q.reshape(*flat, E), jnp.broadcast_to(seen, (*lead, 1)).reshape(*flat, 1)
+    size = min(T, max(BLOCK, -(-T // MOST_BLOCKS)))
+    Part = tuple[jax.Array, jax.Array, jax.Array]
+
+    def meet(i: jax.Array | int, part: Part) -> Part:
+        out, top, total = part
+        first = jnp.minimum(i * size, T - size)  # the last block reaches back into the one before
+        k, v = (jax.lax.dynamic_slice_in_dim(x, first, size, axis) for x, axis in ((keys, -1), (values, -2)))
+        index = first + jnp.arange(size)
+        scores = jnp.einsum("...qe,...et->...qt", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where((index >= i * size) & (index < seen), scores, -jnp.inf)
+        higher = jnp.maximum(top, scores.max(-1, keepdims=True))
+        weights, scale = jnp.exp(scores - higher), jnp.exp(top - higher)
+        met = jnp.einsum("...qt,...te->...qe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return out * scale + met, higher, total * scale + weights.sum(-1, keepdims=True)
+
+    # The maximum is finite where nothing is seen.
+    nothing = jnp.zeros((*flat, E)), jnp.full((*flat, 1), jnp.finfo(jnp.float32).min), jnp.zeros((*flat, 1))
+    if size == T:
+        part = meet(0, nothing)
+    else:
+        blocks = -(-T // size)
+        part = jax.lax.fori_loop(
+            0, blocks, lambda i, part: jax.lax.cond(i * size < seen.max(), meet, lambda _, part: part, i, part), nothing
+        )
+    out, top, total = (x.reshape(*lead, -1) for x in part)
+    return out, top, total

@@ -190,7 +190,7 @@ class Engine:
             most_groups, columns = most_groups * columns, 1
             caches = self.prompt_caches(params, heads, length, most_groups)
         rows_at_once = self.whole(min(self.config.decode_rows, most_groups * columns))
-        seating = Seating(indexed, columns, rows_at_once, self._shards)
+        seating = Seating(indexed, columns, rows_at_once, most_groups, self._shards)
         spec, slots = self.spec(temperature), self.config.max_response_tokens + 1
         state = empty_state(self.arch, seating.num_rows, slots, self.dtype)
         prefixes: list[LayerCache] = []

@@ -43,13 +43,15 @@ class Fork:
 class Seating:
     """Seats forks on W rows, group by group. `groups` are (name, forks that share a prefix); names go through unread.
 
-    The number of prefix slots is a multiple of `shards`.
+    `most`: what the number of groups can never exceed. The number of prefix slots is a multiple of `shards`.
     """
 
-    def __init__(self, groups: Sequence[tuple[int, Sequence[Fork]]], columns: int, rows: int, shards: int = 1):
+    def __init__(
+        self, groups: Sequence[tuple[int, Sequence[Fork]]], columns: int, rows: int, most: int, shards: int = 1
+    ):
         self.num_rows = rows
         # Of C rows on one prefix the last ends long after the first: twice the slots keep all rows busy until then.
-        self.num_slots = rows if columns == 1 else 2 * -(-rows // columns)
+        self.num_slots = rows if columns == 1 else min(2 * -(-rows // columns), most)
         self.num_slots = -(-self.num_slots // shards) * shards
         self._of_row = np.full((rows, 2), (self.num_slots, 0), np.int32)
         self._members = np.full((self.num_slots, columns), rows, np.int32)

@@ -12,12 +12,14 @@ from appo_jax.rollout.seating import Seating
 
 @given(
     sizes=st.lists(st.integers(0, 5), max_size=12), columns=st.integers(1, 4), rows=st.integers(1, 9),
-    seed=st.integers(0, 2**16),
+    spare=st.integers(0, 2), seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_every_fork_sits_once_beside_its_prefix(sizes: list[int], columns: int, rows: int, seed: int) -> None:
+def test_every_fork_sits_once_beside_its_prefix(
+    sizes: list[int], columns: int, rows: int, spare: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     groups: list[tuple[int, list[Any]]] = [(g, [(g, i) for i in range(size)]) for g, size in enumerate(sizes)]
-    seating = Seating(groups, columns, rows)
+    seating = Seating(groups, columns, rows, len(groups) + spare)
     loaded: dict[int, int] = {}  # slot -> group whose prefix it holds
     sitting: dict[int, tuple[int, int]] = {}
     served, last_loaded = [], -1
