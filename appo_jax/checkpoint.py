@@ -64,13 +64,14 @@ class Checkpointer:
             )
 
     def restore_latest(
-        self, abstract_state: PyTree, iterator: grain.DatasetIterator | None
+        self, abstract_state: PyTree, iterator: grain.DatasetIterator | None, partial: bool = False
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
         """The newest step that verifies: (step, state, meta), with `iterator` moved to its position. None: no step yet.
 
         `abstract_state` gives structure, shapes, dtypes and shardings (arrays, or `jax.ShapeDtypeStruct` with a
-        sharding). Steps that are broken are logged, and renamed to `refused_<step>` once an older one is found good.
-        Raises CheckpointError if a sound step holds other arrays than `abstract_state`, or if every step is broken:
+        sharding); `partial`: of a part of the state, as in `{"params": …}`, which alone is read and verified. Steps that
+        are broken are logged, and renamed to `refused_<step>` once an older one is found good. Raises CheckpointError if
+        a sound step holds other arrays than `abstract_state`, or if every step is broken:
         that needs a person, not a silent start from nothing.
         """
         self.wait()
@@ -80,7 +81,7 @@ class Checkpointer:
         refused: dict[int, str] = {}
         for step in steps:
             try:
-                state, meta = self._restore(step, abstract_state, iterator)
+                state, meta = self._restore(step, abstract_state, iterator, partial)
             except CheckpointError:
                 raise
             except Exception as error:
@@ -112,18 +113,24 @@ class Checkpointer:
         self._manager.close()
 
     def _restore(
-        self, step: int, abstract_state: PyTree, iterator: grain.DatasetIterator | None
+        self, step: int, abstract_state: PyTree, iterator: grain.DatasetIterator | None, partial: bool
     ) -> tuple[PyTree, dict[str, Any]]:
         """Raises CheckpointError where the caller's state does not fit, another exception where the step is broken."""
-        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        record = found["record"]
-        if _sha256(record) != found["sha256"] or record["step"] != step:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        record = meta["record"]
+        if _sha256(record) != meta["sha256"] or record["step"] != step:
             raise ValueError("its metadata is not what was written")
-        self._check_fit(step, record["arrays"], abstract_state)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
-        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-        digests = _describe(state)
-        damaged = [name for name, written in record["arrays"].items() if digests[name] != written]
+        written = record["arrays"]
+        if partial:
+            written = {name: written[name] for name, _ in _named_leaves(abstract) if name in written}
+            where = ocp.checkpoint_utils.construct_restore_args(abstract)
+            args: Any = ocp.args.PyTreeRestore(abstract, restore_args=where, partial_restore=True)
+        else:
+            args = ocp.args.StandardRestore(abstract)
+        self._check_fit(step, written, abstract)
+        state = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        damaged = [name for name, found in _describe(state).items() if found != written[name]]
         if damaged:
             raise ValueError(f"{len(damaged)} arrays are not what was written, among them {damaged[0]}")
         if iterator is not None:

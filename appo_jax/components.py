@@ -19,7 +19,7 @@ from appo_jax.data.pipeline import check_prompts
 from appo_jax.data.source import Dataset, load_dataset
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import architecture_of
-from appo_jax.policy.sharding import make_mesh, param_shardings, place, use_mesh
+from appo_jax.policy.sharding import make_mesh, param_shardings, use_mesh
 from appo_jax.policy.transformer import Params, init_params
 from appo_jax.reward import RewardFunction, make_reward
 from appo_jax.reward.overlong import overlong_penalty
@@ -84,10 +84,10 @@ def compute_dtype(config: Config) -> Any:
 
 def initial_params(config: Config, arch: Architecture, mesh: Mesh) -> Params:
     """The policy that the run starts from, in the training layout: a folder's weights, or random ones."""
-    shardings = param_shardings(arch, mesh, "train")
+    shardings = param_shardings(arch, mesh, "train") if mesh.size > 1 else None
     if config.policy.path is not None:
-        return weights.load(config.policy.path, shardings if mesh.size > 1 else None, dtype=jnp.float32)
-    return place(init_params(arch, config.seed), shardings, mesh)
+        return weights.load(config.policy.path, shardings, dtype=jnp.float32)
+    return init_params(arch, config.seed, shardings)
 
 
 def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:

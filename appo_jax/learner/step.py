@@ -17,11 +17,11 @@ from appo_jax.config import Architecture, LossConfig, Remat
 from appo_jax.errors import TrainingError
 from appo_jax.learner.loss import policy_loss
 from appo_jax.policy import attention
-from appo_jax.policy.constraints import ROWS, constrain, row_shards
+from appo_jax.policy.constraints import ROWS, constrain, parts
 from appo_jax.policy.logprobs import token_log_probs
-from appo_jax.policy.score import positions
+from appo_jax.policy.score import positions, whole_rows
 from appo_jax.policy.sharding import place, state_shardings
-from appo_jax.policy.transformer import Params, hidden_states, unembedding
+from appo_jax.policy.transformer import Params, unembedding
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +74,7 @@ def batch_loss(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.A
         where = positions(batch.tokens)
     else:
         where, attend = batch.positions, attention.packed(batch.segments)
-    hidden, _ = hidden_states(params, spec.arch, batch.tokens, where, attend, spec.dtype, spec.remat)
+    hidden, _ = whole_rows(params, spec.arch, batch.tokens, where, attend, spec.dtype, spec.remat)
     log_probs, entropies = token_log_probs(hidden, unembedding(params), batch.tokens, spec.temperature)
     if spec.loss is None:
         loss, metrics = -(batch.weights * log_probs).sum(), {"tokens": (batch.weights > 0).sum()}
@@ -97,11 +97,11 @@ def gradients(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.Ar
         (loss, metrics), grads = grad_fn(params, batch)
         return loss, grads, metrics
     # On a mesh every device puts an equal part of its own rows into each micro-batch.
-    shards = row_shards(spec.micro_batch)
+    shards = parts(spec.micro_batch, ROWS)
 
     def split(x: jax.Array) -> jax.Array:
-        parts = x.reshape(shards, -1, spec.micro_batch // shards, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(parts.reshape(-1, spec.micro_batch, *x.shape[1:]), None, ROWS)
+        blocks = x.reshape(shards, -1, spec.micro_batch // shards, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(blocks.reshape(-1, spec.micro_batch, *x.shape[1:]), None, ROWS)
 
     micro = jax.tree.map(split, batch)
     zeros = jax.tree.map(

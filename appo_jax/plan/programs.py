@@ -17,6 +17,7 @@ from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
 from appo_jax.policy import sharding
 from appo_jax.policy.attention import Places
+from appo_jax.policy.constraints import row_shards
 from appo_jax.policy.score import prefill, score
 from appo_jax.policy.transformer import abstract_params
 from appo_jax.rollout.decode import SamplingSpec, append_tokens, decode_segment, empty_prefixes, empty_state
@@ -48,11 +49,7 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     minibatches = config.prompts_per_step // config.prompts_per_minibatch
     rows = config.prompts_per_minibatch * algorithm.initial  # of a mini-batch
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
-    by_row, whole, shards = (
-        sharding.batch_sharding(mesh),
-        NamedSharding(mesh, PartitionSpec()),
-        sharding.row_shards(mesh),
-    )
+    by_row, whole, shards = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec()), row_shards(mesh)
 
     def even(rows: int) -> int:  # as Engine.whole
         return -(-rows // shards) * shards

@@ -29,7 +29,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Public figures of one chip, and the HBM that its compiler lets programs use (docs/pods.md says which are checked)."""
+    """One chip: figures of cloud.google.com/tpu/docs (v5e, v5p, v6e), and the HBM that the compiler lets programs use."""
 
     flops: float  # bfloat16, per second
     hbm_bandwidth: float  # bytes per second
@@ -40,7 +40,7 @@ class Chip:
 CHIPS = {
     "v5e": Chip(197e12, 819e9, 200e9, 15.75 * GIB),
     "v5p": Chip(459e12, 2765e9, 600e9, 95.74 * GIB),
-    "v6e": Chip(918e12, 1640e9, 448e9, 31.25 * GIB),
+    "v6e": Chip(918e12, 1638e9, 400e9, 31.25 * GIB),
 }
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")  # of every mesh
 ROWS = ("data", "fsdp")  # what rows of a batch are split over
@@ -28,13 +28,16 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 def divided(shape: Sequence[int], *axes: str | tuple[str, ...] | None) -> PartitionSpec:
     """The partition of `constrain` on the mesh in use."""
+    return spec_of(
+        names if names and parts(size, names) > 1 else None for size, names in zip(shape, axes, strict=False)
+    )
+
+
+def parts(size: int, names: str | tuple[str, ...]) -> int:
+    """Into how many parts `constrain` splits an array axis over mesh axes: 1 where they do not divide its size."""
     mesh = jax.sharding.get_abstract_mesh()
-
-    def fits(size: int, names: str | tuple[str, ...] | None) -> bool:
-        names = (names,) if isinstance(names, str) else names or ()
-        return size % math.prod(mesh.shape[name] for name in names) == 0
-
-    return spec_of(names if fits(size, names) else None for size, names in zip(shape, axes, strict=False))
+    count = math.prod(mesh.shape.get(name, 1) for name in ((names,) if isinstance(names, str) else names))
+    return count if size % count == 0 else 1
 
 
 def spec_of(axes: Iterable[str | tuple[str, ...] | None]) -> PartitionSpec:
@@ -50,11 +53,9 @@ def replicate(x: jax.Array) -> jax.Array:
     return constrain(x)
 
 
-def row_shards(rows: int) -> int:
-    """Into how many parts `constrain` splits `rows` rows."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else math.prod(mesh.shape[name] for name in ROWS)
-    return shards if rows % shards == 0 else 1
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[name] for name in ROWS)
 
 
 def merged(*sizes: int) -> tuple[int, ...]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from appo_jax.config import Architecture
+from appo_jax.config import Architecture, Remat
 from appo_jax.policy import attention
-from appo_jax.policy.attention import LayerCache
-from appo_jax.policy.constraints import ROWS, constrain, replicate
+from appo_jax.policy.attention import Attend, LayerCache
+from appo_jax.policy.constraints import ROWS, constrain, platform, replicate
 from appo_jax.policy.logprobs import token_log_probs
 from appo_jax.policy.transformer import Params, hidden_states, unembedding
 
@@ -26,10 +26,22 @@ def positions(tokens: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
 
 
+def whole_rows(
+    params: Params, arch: Architecture, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: Any,
+    remat: Remat = "none",
+) -> tuple[jax.Array, list[Any]]:  # fmt: skip
+    """`hidden_states` of rows whose layers attend alike.
+
+    On accelerators the layers are a loop: there is one to compile, and the weights of one are gathered at a time. A CPU
+    gathers nothing, and would copy each layer's weights out of the stack.
+    """
+    return hidden_states(params, arch, tokens, positions, attend, dtype, remat, scan=platform() != "cpu")
+
+
 @functools.partial(jax.jit, static_argnames=("arch", "temperature", "dtype"))
 def score(params: Params, tokens: jax.Array, *, arch: Architecture, temperature: float, dtype: jnp.dtype) -> Scored:
     """Log-probabilities, entropies and KV cache of right-padded rollouts `[R, T]` in one pass."""
-    hidden, cache = hidden_states(params, arch, tokens, positions(tokens), attention.causal, dtype)
+    hidden, cache = whole_rows(params, arch, tokens, positions(tokens), attention.causal, dtype)
     log_probs, entropies = token_log_probs(hidden, unembedding(params), tokens, temperature)
     return Scored(replicate(log_probs), replicate(entropies), _laid_out(cache))
 
@@ -37,7 +49,7 @@ def score(params: Params, tokens: jax.Array, *, arch: Architecture, temperature:
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"))
 def prefill(params: Params, tokens: jax.Array, *, arch: Architecture, dtype: jnp.dtype) -> list[LayerCache]:
     """KV cache of right-padded prompts `[R, T]`."""
-    return _laid_out(hidden_states(params, arch, tokens, positions(tokens), attention.causal, dtype)[1])
+    return _laid_out(whole_rows(params, arch, tokens, positions(tokens), attention.causal, dtype)[1])
 
 
 def _laid_out(cache: list[LayerCache]) -> list[LayerCache]:

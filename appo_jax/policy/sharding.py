@@ -156,11 +156,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def row_shards(mesh: Mesh) -> int:
-    """How many parts rows are split into."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
-
-
 def cache_sharding(mesh: Mesh) -> NamedSharding:
     """Of keys and values `[rows, K, tokens, E]`: rows over data and fsdp, heads over tensor."""
     return NamedSharding(mesh, PartitionSpec(ROWS, "tensor"))

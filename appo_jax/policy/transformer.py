@@ -13,6 +13,7 @@ Parameters leave the module once (`init_params`) as a plain nested dict and come
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,11 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def _normal(rngs: nnx.Rngs, *shape: int, scale: float) -> nnx.Param:
+    # The barrier keeps the compiler from folding the scale into the draw, which moves last bits.
+    return nnx.Param(jax.lax.optimization_barrier(jax.random.normal(rngs.params(), shape)) * scale)
+
+
 class Layer(nnx.Module):
     """Pre-norm attention and a SwiGLU MLP."""
 
@@ -65,7 +71,7 @@ class Layer(nnx.Module):
         self.arch = arch
 
         def weight(*shape: int, fan_in: int) -> nnx.Param:
-            return nnx.Param(jax.random.normal(rngs.params(), shape) * fan_in**-0.5)
+            return _normal(rngs, *shape, scale=fan_in**-0.5)
 
         self.attn_norm = nnx.Param(jnp.ones(a.width))
         self.q = weight(a.width, a.num_heads, a.head_dim, fan_in=a.width)
@@ -114,31 +120,47 @@ class Decoder(nnx.Module):
 
     def __init__(self, arch: Architecture, rngs: nnx.Rngs):
         self.arch = arch
-        self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.width)) * arch.width**-0.5)
+        self.embed = _normal(rngs, arch.vocab_size, arch.width, scale=arch.width**-0.5)
         self.layers = nnx.List([Layer(arch, rngs) for _ in range(arch.num_layers)])
         self.norm = nnx.Param(jnp.ones(arch.width))
         if not arch.tie_embeddings:
-            self.unembed = nnx.Param(jax.random.normal(rngs.params(), (arch.width, arch.vocab_size)) * arch.width**-0.5)
+            self.unembed = _normal(rngs, arch.width, arch.vocab_size, scale=arch.width**-0.5)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: Any, remat: Remat
+        self, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: Any, remat: Remat, scan: bool
     ) -> tuple[jax.Array, list[Any]]:
         x = constrain(constrain(self.embed[...].astype(dtype), "tensor")[tokens], ROWS)
-        kept = []
-        for i, layer in enumerate(self.layers):
+        graphdef, first = nnx.split(self.layers[0])
 
-            def block(layer: Layer, x: jax.Array, i: int = i) -> tuple[jax.Array, Any]:
-                return layer(x, positions, functools.partial(attend, i))
+        def block(i: int) -> Callable[[jax.Array, nnx.State], tuple[jax.Array, Any]]:
+            def run(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, Any]:
+                return nnx.merge(graphdef, layer)(x, positions, functools.partial(attend, i))
 
-            x, keep = (block if remat == "none" else nnx.remat(block, policy=_KEPT[remat]))(layer, x)
-            kept.append(keep)
+            return run if remat == "none" else jax.checkpoint(run, policy=_KEPT[remat])
+
+        layers = [first, *(nnx.state(layer) for layer in self.layers[1:])]
+        kept: list[Any] = []
+        if scan:
+
+            def stack(*weights: jax.Array) -> jax.Array:  # scales of norms, which are vectors, keep their float32
+                return jnp.stack([w.astype(dtype) if w.ndim > 1 else w for w in weights])
+
+            x, stacked = jax.lax.scan(block(0), x, jax.tree.map(stack, *layers))
+            kept = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(len(layers))]
+        else:
+            for i, layer in enumerate(layers):
+                x, keep = block(i)(x, layer)
+                kept.append(keep)
         return rms_norm(x, self.norm[...], self.arch.norm_eps), kept
 
 
-def init_params(arch: Architecture, seed: int) -> Params:
-    """Random float32 parameters."""
-    _, state = nnx.split(Decoder(arch, nnx.Rngs(params=seed)))
-    return nnx.to_pure_dict(state)
+def init_params(arch: Architecture, seed: int, shardings: Any = None) -> Params:
+    """Random float32 parameters. `shardings`, a tree like them: each device draws what it shall hold, no other does."""
+
+    def draw() -> Params:
+        return nnx.to_pure_dict(nnx.split(Decoder(arch, nnx.Rngs(params=seed)))[1])
+
+    return draw() if shardings is None else jax.jit(draw, out_shardings=shardings)()
 
 
 def abstract_params(arch: Architecture) -> Params:
@@ -152,22 +174,18 @@ def _abstract(arch: Architecture) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def hidden_states(
-    params: Params,
-    arch: Architecture,
-    tokens: jax.Array,
-    positions: jax.Array,
-    attend: Attend,
-    dtype: Any = jnp.float32,
-    remat: Remat = "none",
-) -> tuple[jax.Array, list[Any]]:
+    params: Params, arch: Architecture, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: Any = jnp.float32,
+    remat: Remat = "none", scan: bool = False,
+) -> tuple[jax.Array, list[Any]]:  # fmt: skip
     """Final hidden states `[..., D]` of tokens `[...]`, and what `attend` kept of every layer.
 
-    `remat`: what the backward pass recomputes, as in OptimizerConfig.
+    `remat`: what the backward pass recomputes, as in OptimizerConfig. `scan`: the layers are one loop over stacked weights;
+    `attend` must not look at its layer.
     """
     graphdef, state = _abstract(arch)
     state = jax.tree.map(lambda x: x, state)  # a private copy: the cached one must not see tracers
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)(tokens, positions, attend, dtype, remat)
+    return nnx.merge(graphdef, state)(tokens, positions, attend, dtype, remat, scan)
 
 
 def unembedding(params: Params) -> jax.Array:

@@ -125,10 +125,13 @@ def empty_state(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> 
 def load_prefix(
     prefixes: list[LayerCache], source: list[LayerCache], row: jax.Array, slot: jax.Array
 ) -> list[LayerCache]:
-    """Copy row `row` of a prefill's or score pass's cache into prefix slot `slot`."""
+    """Copy row `row` of a prefill's or score pass's cache into prefix slot `slot`.
+
+    On a mesh the one row travels: a gather is partitioned so; for a dynamic slice every device would fetch all rows.
+    """
 
     def copy(pool: jax.Array, cache: jax.Array) -> jax.Array:
-        one = jax.lax.dynamic_index_in_dim(cache, row, keepdims=True)
+        one = cache.at[jnp.asarray(row)[None]].get(mode="clip")
         return jax.lax.dynamic_update_index_in_dim(pool, one, slot, axis=0)
 
     return _cache_laid_out(jax.tree.map(copy, prefixes, source))

@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from appo_jax import distributed
 from appo_jax.config import Architecture, MeshConfig, RolloutConfig
 from appo_jax.policy.attention import LayerCache, Places
-from appo_jax.policy.sharding import generating, make_mesh, row_shards
+from appo_jax.policy.constraints import row_shards
+from appo_jax.policy.sharding import generating, make_mesh
 from appo_jax.policy.transformer import Params
 from appo_jax.rollout.decode import (
     DecodeState,

@@ -20,7 +20,6 @@ TESTS = Path(__file__).parents[1]
 ARCH = Architecture(96, 32, 2, 4, 2, 8, 48)
 
 
-@pytest.mark.skip(reason="not finished: the step of the qwen3 policy on 2x2x2 is off by 1.24e-5, its bound is 1e-5")
 @pytest.mark.timeout(480)
 def test_on_eight_devices() -> None:
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.config import Architecture, LossConfig, MeshConfig, OptimizerConfig, SFTConfig
+from appo_jax.learner.loss import token_weights
 from appo_jax.learner.optimizer import sft_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step
 from appo_jax.policy import weights
@@ -47,10 +48,12 @@ def mesh_of(name: str) -> Mesh:
 
 
 def batch() -> TrainBatch:
+    """Weighted as a run's batches are, to a sum of 1: with weights of 1 a token, gradients of 15 round by 1e-5."""
     rng = np.random.default_rng(0)
     shape = (ROWS, T)
+    weights = token_weights(rng.random(shape) < 0.7, 1, ROWS, "token_mean")
     return TrainBatch(
-        jnp.asarray(rng.integers(0, 96, shape), jnp.int32), jnp.asarray(rng.random(shape) / ROWS, jnp.float32),
+        jnp.asarray(rng.integers(0, 96, shape), jnp.int32), jnp.asarray(weights),
         jnp.asarray(rng.normal(size=shape), jnp.float32), jnp.asarray(rng.normal(-4.5, 0.2, shape), jnp.float32),
     )  # fmt: skip
 
@@ -109,10 +112,13 @@ def test_weights_are_loaded_bit_for_bit(tmp_path: Path, name: str, family: str) 
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
-def test_fsdp_keeps_a_part_on_each_device() -> None:
+def test_random_parameters_are_drawn_where_they_lie() -> None:
+    """The same bits as on one device, each device only its part."""
     arch, mesh = FAMILIES["llama"], make_mesh(MeshConfig(1, 8, 1))
-    for array in jax.tree.leaves(place(init_params(arch, 0), param_shardings(arch, mesh, "train"), mesh)):
+    params = init_params(arch, 0, param_shardings(arch, mesh, "train"))
+    for array, expected in zip(jax.tree.leaves(params), jax.tree.leaves(init_params(arch, 0)), strict=True):
         assert [shard.data.size for shard in array.addressable_shards] == [array.size // 8] * 8
+        assert np.array_equal(np.asarray(array), np.asarray(expected))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,41 @@
+"""`appo-jax convert RUN --out DIR`: the policy of a run as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from appo_jax.checkpoint import Checkpointer
+from appo_jax.config_io import load_config
+from appo_jax.errors import CheckpointError
+from appo_jax.policy import weights
+from appo_jax.policy.architecture import architecture_of
+from appo_jax.policy.transformer import abstract_params
+from appo_jax.text.tokenizer import load_tokenizer
+
+
+def export_run(run: Path, out: Path) -> str:
+    """Write the policy of the run's newest RL checkpoint (of its cold start before RL has one) to the new folder `out`.
+
+    Only the parameters are read, into host memory, and stay float32. Returns a line that says which step it is. Raises
+    CheckpointError where the run has no checkpoint, WeightsError if `out` exists and is not empty.
+    """
+    policy = load_config(run / "config.json").policy
+    arch, tokenizer = architecture_of(policy), Path(str(policy.tokenizer or policy.path))
+    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), abstract_params(arch))
+    for phase in ("rl", "sft"):
+        folder = run / "checkpoints" / phase
+        if not folder.exists():
+            continue
+        checkpointer = Checkpointer(folder, keep=1)
+        try:
+            found = checkpointer.restore_latest({"params": params}, None, partial=True)
+        finally:
+            checkpointer.close()
+        if found is not None:
+            eos_id = load_tokenizer(str(tokenizer)).eos_id if tokenizer.is_file() else None
+            weights.save(out, found[1]["params"], arch, tokenizer, eos_id)
+            return f"step {found[0]} of {folder}"
+    raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl or checkpoints/sft; nothing can be exported")

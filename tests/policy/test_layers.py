@@ -1,0 +1,57 @@
+"""What the backward pass recomputes, and whether the layers are a loop, changes no number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from appo_jax.config import Architecture, Remat
+from appo_jax.policy import attention
+from appo_jax.policy.score import positions
+from appo_jax.policy.transformer import Params, hidden_states, init_params
+
+FAMILIES = {
+    "qwen2": Architecture(96, 32, 3, 4, 2, 8, 48, qkv_bias=True),
+    "qwen3": Architecture(96, 32, 3, 4, 2, 8, 48, qk_norm=True, tie_embeddings=False),
+    "llama": Architecture(96, 32, 3, 4, 2, 8, 48),
+}
+TOKENS = np.random.default_rng(0).integers(0, 96, (2, 13))
+WEIGHTS = np.random.default_rng(1).normal(size=(2, 13, 32)) / 26
+
+
+def passes(family: str, remat: Remat, scan: bool) -> tuple[Any, Params]:
+    """Hidden states and caches of every layer, and the gradients of a weighted sum of the states."""
+    arch = FAMILIES[family]
+
+    @jax.jit
+    @jax.grad
+    def backward(params: Params) -> jax.Array:
+        return (WEIGHTS * run(params, attention.causal_no_cache)[0]).sum()
+
+    def run(params: Params, attend: attention.Attend) -> Any:
+        return hidden_states(params, arch, TOKENS, positions(TOKENS), attend, jnp.float32, remat, scan)
+
+    params = init_params(arch, 0)
+    return jax.jit(run, static_argnums=1)(params, attention.causal), backward(params)
+
+
+@pytest.mark.parametrize(
+    ("family", "remat", "scan"),
+    [
+        ("qwen3", "layers", False), ("qwen3", "matmuls", False), ("qwen3", "layers", True),
+        ("qwen2", "none", True), ("qwen3", "none", True), ("llama", "none", True),
+    ],
+)  # fmt: skip
+def test_only_time_and_memory_change(family: str, remat: Remat, scan: bool) -> None:
+    (found, found_grads), (expected, grads) = passes(family, remat, scan), passes(family, "none", False)
+    assert len(found[1]) == len(expected[1]) == 3
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+    for a, b in zip(jax.tree.leaves(found_grads), jax.tree.leaves(grads), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+    assert min(np.abs(x).max() for x in jax.tree.leaves(grads["layers"])) > 1e-4

@@ -1,0 +1,91 @@
+"""A run's checkpoint becomes a Hugging Face folder that holds the same policy."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from appo_jax.checkpoint import Checkpointer
+from appo_jax.cli import main
+from appo_jax.config import Config, OptimizerConfig, PolicyConfig
+from appo_jax.config_io import save_config
+from appo_jax.errors import CheckpointError
+from appo_jax.export import export_run
+from appo_jax.learner.optimizer import rl_optimizer
+from appo_jax.learner.step import TrainState
+from appo_jax.policy import weights
+from appo_jax.policy.architecture import read_architecture
+from appo_jax.policy.transformer import Params
+
+GOLDEN = Path(__file__).parent / "golden"
+make = runpy.run_path(str(GOLDEN / "make_golden.py"))
+
+
+def write_policy(folder: Path) -> list[str]:
+    """A small Qwen3 with a tokenizer, as transformers saves it; returns the names of its tensors."""
+    folder.mkdir(parents=True)
+    config, tensors = make["tiny_config"]("qwen3", 0), make["tiny_weights"](make["tiny_config"]("qwen3", 0), 0)
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 2, "max_position_embeddings": 512}))
+    save_file(tensors, folder / "model.safetensors")
+    shutil.copyfile(GOLDEN / "tokenizer.json", folder / "tokenizer.json")
+    return sorted(tensors)
+
+
+def write_run(run: Path, policy: Path) -> None:
+    run.mkdir()
+    save_config(Config(policy=PolicyConfig(path=str(policy))), run / "config.json")
+
+
+def save_checkpoints(folder: Path, params: Params, steps: int) -> None:
+    """Step s holds the parameters times s."""
+    optimizer = rl_optimizer(OptimizerConfig())
+    checkpointer = Checkpointer(folder, keep=2)
+    for step in range(1, steps + 1):
+        scaled = jax.tree.map(lambda x: x * step, params)  # noqa: B023
+        checkpointer.save(step, TrainState(scaled, optimizer.init(scaled)), {}, None)
+    checkpointer.close()
+
+
+def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
+    policy, run, out = tmp_path / "policy", tmp_path / "run", tmp_path / "out"
+    names = write_policy(policy)
+    write_run(run, policy)
+    params = weights.load(policy)
+    save_checkpoints(run / "checkpoints" / "sft", params, 1)
+    assert export_run(run, tmp_path / "cold").startswith("step 1 of")  # before RL has a checkpoint
+    save_checkpoints(run / "checkpoints" / "rl", params, 3)
+    assert main(["convert", str(run), "--out", str(out)]) == 0
+
+    for found, expected in ((weights.load(out), 3), (weights.load(tmp_path / "cold"), 1)):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+            np.testing.assert_array_equal(a, expected * b)
+    with safe_open(out / "model.safetensors", "np") as tensors:
+        assert sorted(tensors.keys()) == names
+    assert read_architecture(out) == read_architecture(policy)
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 512
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert (out / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
+
+
+def test_what_cannot_be_exported_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy, run = tmp_path / "policy", tmp_path / "run"
+    write_policy(policy)
+    write_run(run, policy)
+    with pytest.raises(CheckpointError, match="run: no checkpoint under checkpoints/rl or checkpoints/sft"):
+        export_run(run, tmp_path / "out")
+    other = weights.load(policy)
+    other["layers"][0]["q"] = other["layers"][0]["q"][:, :1]  # of another architecture
+    save_checkpoints(run / "checkpoints" / "rl", other, 1)
+    with pytest.raises(CheckpointError, match=r"params\.layers\.0\.q: float32\[.*in the checkpoint, float32"):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert main(["convert", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]) == 2
+    assert "expected smollm2, or the directory of a run" in capsys.readouterr().err
