@@ -1,0 +1,47 @@
+"""Log-probabilities and entropies of given tokens against the oracle, in one chunk and in several."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from appo_jax.policy import logprobs
+
+R, T, D, V = 3, 8, 5, 11
+
+
+@pytest.mark.parametrize("tokens_at_once", [R * T, 4, 1])  # 21 tokens: one chunk; five chunks with padding; one by one
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_token_log_probs_are_the_oracles(monkeypatch, tokens_at_once, temperature):
+    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * V * tokens_at_once)
+    rng = np.random.default_rng(0)
+    hidden, unembedding = rng.normal(size=(R, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
+    tokens = rng.integers(0, V, (R, T))
+    log_probs, entropies = logprobs.token_log_probs(jnp.asarray(hidden), unembedding, tokens, temperature)
+    every = [False] + [True] * (T - 1)
+    for r in range(R):
+        logits = hidden[r].astype(float) @ unembedding.T.astype(float)
+        expected = oracle.log_probs_and_entropies(logits, tokens[r], every, temperature)
+        np.testing.assert_allclose(log_probs[r], expected[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(entropies[r], expected[1], rtol=1e-4, atol=1e-5)
+
+    weights = rng.normal(size=(2, R, T)).astype(np.float32)
+
+    def total(hidden):
+        both = logprobs.token_log_probs(hidden, jnp.asarray(unembedding), tokens, temperature)
+        return sum((w * x).sum() for w, x in zip(weights, both, strict=True))
+
+    def plain(hidden):
+        log_p = jax.nn.log_softmax(hidden[:, :-1] @ unembedding.T / temperature)
+        own = jnp.take_along_axis(log_p, tokens[:, 1:, None], -1)[..., 0]
+        return (weights[0][:, 1:] * own).sum() - (weights[1][:, 1:] * (jnp.exp(log_p) * log_p).sum(-1)).sum()
+
+    np.testing.assert_allclose(jax.grad(total)(hidden), jax.grad(plain)(hidden), rtol=1e-3, atol=1e-4)
+
+
+def test_a_token_without_probability_adds_nothing_to_the_entropy():
+    logits = jnp.array([[0.0, -jnp.inf, 0.0]])
+    with jax.debug_nans(True):
+        log_prob, entropy = jax.jit(logprobs.log_prob_and_entropy)(logits, jnp.array([2]))
+    np.testing.assert_allclose([log_prob[0], entropy[0]], [-np.log(2), np.log(2)], rtol=1e-6)
