@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 RUN := .venv/.run-time
 DEV := .venv/.development
-PEERS := .venv/.peers
+PEERS := .venv-peers/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Programs compiled once are compiled for every later run of this checkout.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/artifacts/xla
@@ -30,13 +30,14 @@ $(DEV): requirements-dev.txt $(RUN)
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
-# transformers and tunix, which only benchmarks compare with.
+# transformers and tunix, which only benchmarks compare with, and whose needs must not change what everything else runs on.
 $(PEERS): pyproject.toml $(RUN)
-	$(PIP) -e '.[bench,smollm2]'
+	test -x $(PEERS)/python || $(PYTHON) -m venv .venv-peers
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -e '.[bench,smollm2]'
 	@touch $@
 
 artifacts/smollm2: | $(PEERS)
-	$(BIN)/appo-jax convert smollm2 --out $@
+	$(PEERS)/appo-jax convert smollm2 --out $@
 
 # ARGS are passed on: make demo ARGS="--seed 1 --run-dir runs/seed1"
 demo: $(RUN)
@@ -53,11 +54,11 @@ lint: $(DEV)
 	$(BIN)/lint-imports
 
 bench: $(PEERS) artifacts/smollm2
-	$(BIN)/python benchmarks/sampler.py --policy artifacts/smollm2
+	$(PEERS)/python benchmarks/sampler.py --policy artifacts/smollm2
 	$(BIN)/python benchmarks/tools.py $(ARGS)
 
 parity: $(PEERS)
-	$(BIN)/python benchmarks/parity.py $(ARGS)
+	$(PEERS)/python benchmarks/parity.py $(ARGS)
 
 # APPO, then GRPO from the same cold start, each until TOKENS tokens have been sampled.
 SEEDS ?= 0 1 2

@@ -172,7 +172,8 @@ class Checkpointer:
 def _describe(state: PyTree) -> dict[str, list[Any]]:
     """Name -> [dtype, shape, digest] of every array."""
     named = _named_leaves(state)
-    digests = jax.device_get([_digest(leaf) for _, leaf in named])
+    # One after the other: several CPU devices of one process can starve each other when many programs wait in a queue.
+    digests = [jax.device_get(_digest(leaf)) for _, leaf in named]
     return {
         name: [str(leaf.dtype), list(leaf.shape), f"{int(high):08x}{int(low):08x}"]
         for (name, leaf), (high, low) in zip(named, digests, strict=True)

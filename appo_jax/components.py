@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from appo_jax import distributed
 from appo_jax.config import Architecture, Config
 from appo_jax.data.pipeline import check_prompts
 from appo_jax.data.source import Dataset, load_dataset
@@ -106,11 +107,19 @@ def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:
 
 
 def give_rewards(rollouts: Sequence[Rollout], components: Components, overlong_buffer: int = 0) -> None:
-    """Fill in `reward`, `correct` and `reward_detail` of finished rollouts, the punishment of overlong ones included."""
+    """Fill in `reward`, `correct` and `reward_detail` of finished rollouts, the punishment of overlong ones included.
+
+    Each host judges its own rollouts and tells the others.
+    """
     limit = components.config.rollout.max_response_tokens
-    for rollout in rollouts:
-        result = components.reward(response_of(rollout, components.tokenizer))
-        rollout.reward, rollout.correct, rollout.reward_detail = result.reward, result.correct, dict(result.detail)
+    own = []
+    for i, rollout in enumerate(rollouts):
+        if rollout.host == distributed.host():
+            result = components.reward(response_of(rollout, components.tokenizer))
+            own.append((i, float(result.reward), bool(result.correct), dict(result.detail)))
+    for i, reward, correct, detail in itertools.chain.from_iterable(distributed.exchange(own)):
+        rollout = rollouts[i]
+        rollout.reward, rollout.correct, rollout.reward_detail = reward, correct, detail
         if overlong_buffer:
             penalty = overlong_penalty(rollout.length - rollout.prompt_length, limit, overlong_buffer)
             rollout.reward += penalty

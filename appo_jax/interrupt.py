@@ -8,6 +8,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+from appo_jax import distributed
+
 log = logging.getLogger(__name__)
 
 
@@ -15,6 +17,10 @@ class Stop:
     """Whether somebody asked the run to end."""
 
     requested = False
+
+    def agreed(self) -> bool:
+        """Whether somebody asked on any host, the same answer on all of them; they call it together."""
+        return any(distributed.exchange(self.requested))
 
 
 @contextlib.contextmanager

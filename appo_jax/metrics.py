@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from appo_jax import distributed
 from appo_jax.types import Rollout
 
 Value = float | int | str
 
 
 class MetricsLogger:
-    """Writes the metrics of the run in directory `run_dir`.
+    """Writes the metrics of the run in directory `run_dir`; with several hosts, the first one does.
 
     A step's line is on disk when `log` returns. JSON has no NaN and no infinities: metrics.jsonl holds null in their
     place, TensorBoard the value itself.
@@ -35,6 +36,7 @@ class MetricsLogger:
         self._name = name
         self._last_step = -1
         self._board: SummaryWriter | None = None
+        self._writes = distributed.host() == 0
         records = read_metrics(self._file)
         self.resume(records[-1]["step"] if records else -1)
 
@@ -42,11 +44,13 @@ class MetricsLogger:
         """Append one step. Raises ValueError unless steps grow: every step has exactly one line."""
         if step <= self._last_step:
             raise ValueError(f"step {step} was logged already (the last one is {self._last_step}); call resume first")
+        self._last_step = step
+        if not self._writes:
+            return
         with self._file.open("a") as file:
             file.write(_to_json({"step": step} | dict(metrics)))
             file.flush()
             os.fsync(file.fileno())
-        self._last_step = step
         if self._board is None:  # purge_step: TensorBoard forgets what a killed process logged from here on
             self._board = SummaryWriter(str(self._run_dir / "tensorboard" / self._name), purge_step=step)
         for key, value in metrics.items():
@@ -57,23 +61,27 @@ class MetricsLogger:
     def resume(self, step: int) -> None:
         """Forget what was logged after `step`, and a last line cut short by a crash: the run goes on from `step`."""
         kept = [record for record in read_metrics(self._file) if record["step"] <= step]
+        self._last_step = kept[-1]["step"] if kept else -1
+        if not self._writes:
+            return
         if self._file.exists():
             _write_atomically(self._file, "".join(_to_json(record) for record in kept))
         if self._name == "metrics":
             for path in (self._run_dir / "rollouts").glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > step:
                     path.unlink()
-        self._last_step = kept[-1]["step"] if kept else -1
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json; a reader finds the old one or the new one, never half of one."""
-        _write_atomically(self._run_dir / "summary.json", _to_json(summary, indent=2))
+        if self._writes:
+            _write_atomically(self._run_dir / "summary.json", _to_json(summary, indent=2))
 
     def dump_trees(self, step: int, trees: Sequence[Sequence[Rollout]], decode: Callable[[Sequence[int]], str]) -> Path:
         """Write rollouts/step_000012.jsonl, one prompt's tree a line (see `tree_record`). `decode`: ids to text."""
         path = self._run_dir / "rollouts" / f"step_{step:06d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        _write_atomically(path, "".join(_to_json(tree_record(step, tree, decode)) for tree in trees))
+        if self._writes:
+            path.parent.mkdir(exist_ok=True)
+            _write_atomically(path, "".join(_to_json(tree_record(step, tree, decode)) for tree in trees))
         return path
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
+from appo_jax import distributed
 from appo_jax.config import Config
 from appo_jax.config_io import diff_configs, flatten, load_config, save_config
 from appo_jax.errors import CheckpointError, ConfigError
@@ -37,7 +38,7 @@ class RunDir:
 
     path: Path
     continued: bool  # the directory held results of this run already
-    lock: int  # file descriptor that holds the lock
+    lock: int | None  # file descriptor that holds the lock; the first host's alone
 
     @property
     def config(self) -> Path:
@@ -68,7 +69,8 @@ class RunDir:
         return self.path / "tensorboard"
 
     def close(self) -> None:
-        os.close(self.lock)
+        if self.lock is not None:
+            os.close(self.lock)
 
     def __enter__(self) -> RunDir:
         return self
@@ -81,8 +83,22 @@ def open_run(config: Config) -> RunDir:
     """Create `config.run_dir`, or continue the run of the same config that it holds, and lock it for this process.
 
     Raises CheckpointError where the directory holds a run of another config (the differing fields are listed; those in
-    MAY_CHANGE may differ) or of an unknown one, is in use by another process, or cannot be written.
+    MAY_CHANGE may differ) or of an unknown one, is in use by another process, or cannot be written. With several hosts the
+    first one does all this and the others hear whether it could: they must see the same folder.
     """
+    run = error = None
+    if distributed.host() == 0:
+        try:
+            run = _open(config)
+        except CheckpointError as refused:
+            error = refused
+    told = distributed.exchange([None if error is None else str(error), run is not None and run.continued])[0]
+    if error is not None or told[0] is not None:
+        raise error or CheckpointError(told[0])
+    return run or RunDir(Path(config.run_dir).absolute(), continued=told[1], lock=None)
+
+
+def _open(config: Config) -> RunDir:
     path = Path(config.run_dir).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)

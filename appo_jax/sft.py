@@ -115,9 +115,10 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             require_finite(record, "sft", step, "sft.learning_rate")
             metrics.log(step, record)
             on_step(step, record)
-            if (step % config.sft.checkpoint_every == 0 or stop.requested) and step < config.sft.steps:
+            stopping = stop.agreed()
+            if (step % config.sft.checkpoint_every == 0 or stopping) and step < config.sft.steps:
                 checkpointer.save(step, state, {"accuracies": {"accuracy_base": base}}, batches)
-            if stop.requested:
+            if stopping:
                 raise KeyboardInterrupt
         accuracies = {"accuracy_base": base, "accuracy_sft": evaluate(state.params, components).accuracy}
         checkpointer.save(step, state, {"accuracies": accuracies}, batches)

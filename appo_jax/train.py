@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from appo_jax import distributed
 from appo_jax.advantage.groups import without_spread
 from appo_jax.advantage.procedural import uses_future
 from appo_jax.algorithms import Algorithm, make_algorithm, make_batch
@@ -59,6 +60,8 @@ def train(config: Config) -> None:
 def _train(config: Config, run: RunDir, components: Components, progress: Progress, stop: Stop) -> None:
     began = time.perf_counter()
 
+    compilations = Compilations()
+
     # ---- policy
     params, accuracies = cold_start(components, run, progress.sft_step, stop)
     progress.accuracies(accuracies)
@@ -97,7 +100,8 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
 
     # ---- the loop
     try:
-        while not over() and not stop.requested:
+        stopping = stop.agreed()
+        while not over() and not stopping:
             state, record, trees = train_step(
                 step, next(prompts), state, reference, update, algorithm, grower, components, prompts
             )
@@ -107,11 +111,15 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             if config.eval.every and step % config.eval.every == 0 and not over():
                 record |= evaluate(state.params, components).metrics
             wall_s = wall_before + time.perf_counter() - began
-            record |= {"rollout/sampled_tokens_total": sampled_tokens, "time/wall_s": wall_s}
+            record |= {
+                "rollout/sampled_tokens_total": sampled_tokens, "time/wall_s": wall_s,
+                "time/compiled_programs": compilations.take(),
+            }  # fmt: skip
             metrics.dump_trees(step, trees, components.tokenizer.decode)
             metrics.log(step, record)
             progress.step(step, record)
-            if step % config.checkpoint_every == 0 or over() or stop.requested:
+            stopping = stop.agreed()
+            if step % config.checkpoint_every == 0 or over() or stopping:
                 checkpointer.save(step, state, {"sampled_tokens": sampled_tokens, "wall_s": wall_s}, prompts)
         if not over():
             log.warning("stopped after step %d, which is saved; the same command goes on from there", step)
@@ -124,7 +132,8 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             "wall_s": wall_before + time.perf_counter() - began, "seed": config.seed, "algorithm": config.algorithm,
         }  # fmt: skip
         metrics.write_summary(summary)
-        draw_plots(run.path)
+        if distributed.host() == 0:
+            draw_plots(run.path)
         progress.done(summary)
     finally:
         checkpointer.close()
@@ -239,6 +248,23 @@ def _log_probs(grower: TreeGrower, params: Params, trees: Sequence[Tree]) -> lis
     """Log-probabilities `[T]` of every rollout's tokens under a policy, by tree."""
     flat = iter(grower.log_probs(params, [rollout for tree in trees for rollout in tree]))
     return [[next(flat) for _ in tree] for tree in trees]
+
+
+class Compilations:
+    """Counts the programs that are compiled or taken from the compilation cache: none after a run's first steps, or a
+    shape has changed that should not."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        self._count += event == "/jax/core/compile/backend_compile_duration"
+
+    def take(self) -> int:
+        """The count since the last time it was taken."""
+        count, self._count = self._count, 0
+        return count
 
 
 class Timer:

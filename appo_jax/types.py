@@ -82,7 +82,8 @@ class ToolCall:
     seconds: float
     call_end: int  # index of the first token after the call's closing tag
     result_end: int  # index of the first token after the tool result
-    states: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)  # tool states after the call
+    # Tool states after the call; none on hosts that the rollout does not belong to.
+    states: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The fields worth keeping in a dump (`states` are live handles and stay out)."""
@@ -106,6 +107,7 @@ class Rollout:
     parent: int | None = None  # node it was branched from
     fork: int | None = None  # index of the first token that is its own (the parent's token there is drawn again)
     loop: int = 0  # 0 for initial rollouts, else the branching loop that made it
+    host: int = 0  # which host runs its tools and gives its reward: that of its prompt
     reward: float = float("nan")
     correct: bool = False
     reward_detail: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -25,6 +25,7 @@ import numpy as np
 
 from appo_jax.config import PythonToolConfig
 from appo_jax.tools.python import PythonTool
+from appo_jax.tools.sandbox.system import descendants
 from appo_jax.tools.search import LocalSearch, Page, load_corpus
 from appo_jax.types import Outcome
 
@@ -81,7 +82,7 @@ def latency_at(tool: PythonTool, rate: float, seconds: float = 6.0) -> dict[str,
 def live_memory(tool: PythonTool, rollouts: int = 300) -> float:
     """Proportional memory (MB) of the sandbox with that many rollouts alive, each with state."""
     states = [tool.call(tool.start(), f"import math\nx = list(range({i} + 1000))")[1] for i in range(rollouts)]
-    total = sum(_pss(pid) for pid in _below(tool.pid))
+    total = sum(_pss(pid) for pid in descendants(tool.pid))
     assert len(states) == rollouts
     return total / 2**20
 
@@ -92,7 +93,7 @@ def soak(calls: int) -> dict[str, float]:
     tool = PythonTool(PythonToolConfig(timeout=0.2, memory_mb=256))
     rng, lock, done = random.Random(0), threading.Lock(), 0
     memory: list[float] = []
-    base, base_fds = len(_below(tool.pid)), _fds(tool)
+    base, base_fds = len(descendants(tool.pid)), _fds(tool)
 
     def one(seed: int) -> None:
         nonlocal done
@@ -103,7 +104,7 @@ def soak(calls: int) -> dict[str, float]:
         with lock:
             done += 1
             if done % max(1, calls // 200) == 0:
-                memory.append(sum(_pss(pid) for pid in _below(tool.pid)) / 2**20)
+                memory.append(sum(_pss(pid) for pid in descendants(tool.pid)) / 2**20)
 
     began = time.perf_counter()
     with ThreadPoolExecutor(4) as pool:
@@ -111,7 +112,7 @@ def soak(calls: int) -> dict[str, float]:
     seconds = time.perf_counter() - began
     gc.collect()
     time.sleep(2.0)
-    left_processes, inner = len(_below(tool.pid)) - base, _fds(tool) - base_fds
+    left_processes, inner = len(descendants(tool.pid)) - base, _fds(tool) - base_fds
     tool.close()
     time.sleep(0.5)
     return {
@@ -153,21 +154,6 @@ def search_figures(data: Path) -> dict[str, float]:
     }
 
 
-def _below(pid: int) -> set[int]:
-    """Processes descended from `pid`."""
-    parents: dict[int, int] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
 def _pss(pid: int) -> int:
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -180,7 +166,7 @@ def _pss(pid: int) -> int:
 
 def _fds(tool: PythonTool) -> int:
     """Descriptors open in the sandbox's first process."""
-    supervisor = min(_below(tool.pid))
+    supervisor = min(descendants(tool.pid))
     try:
         return len(os.listdir(f"/proc/{supervisor}/fd"))
     except OSError:

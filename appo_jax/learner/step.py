@@ -49,8 +49,10 @@ class TrainState:
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, arch: Architecture, mesh: Mesh) -> TrainState:
     """The state of the first step, in the training layout."""
-    state = TrainState(params, optimizer.init(params))
-    return place(state, state_shardings(state, arch, mesh), mesh)
+    state = jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), params)
+    shardings = state_shardings(state, arch, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state if mesh.size > 1 else None)(params)
+    return TrainState(place(params, shardings.params, mesh), opt_state)
 
 
 @dataclasses.dataclass(frozen=True)

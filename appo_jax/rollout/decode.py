@@ -135,11 +135,11 @@ def load_prefix(
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def begin_rows(state: DecodeState, new: NewRows, seed: jax.Array) -> DecodeState:
+def begin_rows(state: DecodeState, new: NewRows, seed: jax.Array | int) -> DecodeState:
     """Set rows to the start of their suffix. What their slots held before lies beyond their length and is never read."""
 
     def key(ids: jax.Array) -> jax.Array:
-        return functools.reduce(jax.random.fold_in, ids, seed)
+        return functools.reduce(jax.random.fold_in, ids, jax.random.key(seed))
 
     def put(fresh: jax.Array | np.ndarray, old: jax.Array) -> jax.Array:
         return jnp.where(new.on, fresh, old)
@@ -161,7 +161,7 @@ def begin_rows(state: DecodeState, new: NewRows, seed: jax.Array) -> DecodeState
 @functools.partial(jax.jit, donate_argnames=("state",))
 def halt_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
     """End the sampling of `rows [W]` bool."""
-    return dataclasses.replace(state, active=state.active & ~rows)
+    return _laid_out(dataclasses.replace(state, active=state.active & ~rows))
 
 
 def feed(
@@ -239,7 +239,8 @@ def decode_segment(
         )
         return _laid_out(s), steps + 1
 
-    return jax.lax.while_loop(go_on, step, (state, jnp.int32(0)))
+    state, steps = jax.lax.while_loop(go_on, step, (state, jnp.int32(0)))
+    return _laid_out(state), replicate(steps)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"), donate_argnames=("state",))

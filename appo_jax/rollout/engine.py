@@ -2,6 +2,9 @@
 
 Token ids go in and out; a rollout's history is never tokenised again. A row that asks for a tool leaves the decode loop,
 its call runs in the executor while other rows go on, and its result is appended when it has come.
+
+With several hosts, all of them run this loop in step: what it does follows from the device's arrays and from `News`, which
+the hosts exchange once a round. A row's tools run on one host alone, the one its prompt belongs to.
 """
 
 from __future__ import annotations
@@ -13,14 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from appo_jax import distributed
 from appo_jax.config import Architecture, MeshConfig, RolloutConfig
-from appo_jax.errors import ConfigError
 from appo_jax.policy.attention import LayerCache, Places
-from appo_jax.policy.score import prefill
 from appo_jax.policy.sharding import generating, make_mesh, row_shards
 from appo_jax.policy.transformer import Params
 from appo_jax.rollout.decode import (
@@ -35,15 +36,17 @@ from appo_jax.rollout.decode import (
     halt_rows,
     load_prefix,
 )
+from appo_jax.rollout.prefixes import CacheRows, prompt_caches
 from appo_jax.rollout.seating import Fork, Seating
+from appo_jax.rollout.tool_results import ToolResults
 from appo_jax.text.automaton import StopAutomaton
 from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.tools.executor import CallRecord, ToolExecutor
-from appo_jax.types import Example, Rollout, StopReason, ToolCall
+from appo_jax.types import Example, Outcome, Rollout, StopReason, ToolCall
 
 # The host looks in when this share of the decoding rows has left off, or after SEGMENT_STEPS tokens, whichever is first:
 # often enough that finished rows give their place to waiting ones, seldom enough that the look costs little.
-REFILL_SHARE = 0.125  # while forks wait for a row
+REFILL_SHARE = 0.0625  # while forks wait for a row
 ATTENTION_SHARE = 0.25  # when only tool calls can want the host
 SEGMENT_STEPS = 32
 # While tools run, segments are kept to this many seconds, so that a result is not kept waiting by slow steps.
@@ -51,7 +54,6 @@ TOOL_POLL_S = 0.05
 # Tool results are appended for this many rows at a time. A fixed number: a row's arithmetic must not depend, even in
 # the last bit, on how many other tools happened to finish at the same moment.
 APPEND_ROWS = 8
-CUT_MARK = " […]"
 
 
 @dataclasses.dataclass
@@ -64,8 +66,25 @@ class _Row:
     states: Mapping[str, Any]
     boundary: int
     deadline: float
-    future: concurrent.futures.Future[CallRecord] | None = None
+    calling: bool = False  # waits for a tool
+    future: concurrent.futures.Future[CallRecord] | None = None  # of the call, on the host that makes it
     stop_reason: StopReason | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether its tools run here."""
+        return self.fork.host == distributed.host()
+
+
+@dataclasses.dataclass
+class _News:
+    """What a host has to tell the others after a round; plain JSON, and rows by their index."""
+
+    calls: list[
+        tuple[int, str, str, str, str, float]
+    ]  # that have ended: row, then the fields of CallRecord but `states`
+    late: list[int]  # rows past their time
+    step_s: float  # how long a decode step took
 
 
 @dataclasses.dataclass
@@ -98,24 +117,20 @@ class Engine:
             arch.vocab_size - tokenizer.vocab_size
         )  # embeddings may have more rows than there are tokens
         self.automaton = StopAutomaton.build(executor.stop_strings, tokenizer.token_bytes() + padding)
-        self._tables = jnp.asarray(self.automaton.next_state), jnp.asarray(self.automaton.hit)
-        self.seed, self._key = seed, jax.random.key(seed)
-        head, tail = executor.call_format.render_result("\0").split("\0")
-        self._result_head, self._result_tail = tokenizer.encode(head), tokenizer.encode(tail)
-        self._cut_tail = tokenizer.encode(CUT_MARK + tail)
-        marks = len(self._result_head) + len(self._cut_tail)
-        if marks >= config.max_result_tokens:
-            raise ConfigError(
-                f"rollout.max_result_tokens = {config.max_result_tokens}: a result's own marks take {marks} tokens; "
-                f"give it at least {marks + 1}"
-            )
-        self.buckets = result_buckets(config.max_result_tokens)
+        tables = self.automaton.next_state, self.automaton.hit
+        self._tables = jax.device_put(tables, NamedSharding(self.mesh, PartitionSpec()))
+        self.seed = seed
+        self.results = ToolResults(tokenizer, executor.call_format, config.max_result_tokens)
         self._compiled: set[tuple[int, ...]] = set()
         self.stats = GenerationStats()
 
     def whole(self, rows: int) -> int:
         """`rows`, rounded up to what the mesh can split; the rows more stay empty."""
         return -(-rows // self._shards) * self._shards
+
+    def start(self, host: int) -> Mapping[str, Any]:
+        """Tool states of a new rollout that belongs to a host; a host has none of another's."""
+        return self.executor.start() if host == distributed.host() else {}
 
     def take_stats(self) -> GenerationStats:
         stats, self.stats = self.stats, GenerationStats()
@@ -136,14 +151,15 @@ class Engine:
         """
         params = generating(params, self.mesh, self.dtype)
         groups = []
-        for example in examples:
+        for index, example in enumerate(examples):
+            host = index % distributed.num_hosts()
             prompt = np.asarray(self.tokenizer.render_prompt(example.system, example.question), np.int32)
             nothing = np.zeros(len(prompt), np.float32)
             groups.append(
                 [
                     Fork(
                         example=example, tokens=prompt, prompt_length=len(prompt), sampled=nothing > 0, log_probs=nothing,
-                        entropies=nothing, calls=(), states=self.executor.start(), node=node,
+                        entropies=nothing, calls=(), states=self.start(host), node=node, host=host,
                     )
                     for node in range(copies)
                 ]
@@ -179,9 +195,8 @@ class Engine:
         state = empty_state(self.arch, seating.num_rows, slots, self.dtype)
         prefixes: list[LayerCache] = []
         rows: dict[int, _Row] = {}
-        waiting: dict[concurrent.futures.Future[CallRecord], int] = {}
         out: list[list[Rollout]] = [[] for _ in groups]
-        source = _Source(caches)
+        source = CacheRows(caches)
         step_s = 0.0
         while True:
             # ---- free places go to waiting forks
@@ -199,19 +214,19 @@ class Engine:
             state = self._compile_appends(params, prefixes, places, state)
 
             # ---- decode, or wait for a tool
-            decoding = sum(row.future is None for row in rows.values())
+            decoding = sum(not row.calling for row in rows.values())
             if decoding:
                 share = REFILL_SHARE if seating.queued else ATTENTION_SHARE
                 enough = max(1, int(decoding * share))
                 steps_at_once = SEGMENT_STEPS
-                if waiting and step_s > 0:
+                if decoding < len(rows) and step_s > 0:
                     steps_at_once = int(np.clip(TOOL_POLL_S / step_s, 1, SEGMENT_STEPS))
                 began = time.perf_counter()
                 state, steps = decode_segment(
                     params, prefixes, places, state, *self._tables, decoding - enough, steps_at_once, arch=self.arch,
                     spec=spec, dtype=self.dtype,
                 )  # fmt: skip
-                self._read_stops(state, rows, waiting)
+                self._read_stops(state, rows)
                 seconds = time.perf_counter() - began
                 step_s = seconds / max(1, int(steps))
                 self.stats.decode_s += seconds
@@ -219,10 +234,17 @@ class Engine:
                 self.stats.row_steps += int(steps) * seating.num_rows
             else:
                 began = time.perf_counter()
-                concurrent.futures.wait(waiting, timeout=1.0, return_when=concurrent.futures.FIRST_COMPLETED)
+                futures = [row.future for row in rows.values() if row.future]
+                concurrent.futures.wait(futures, TOOL_POLL_S, return_when=concurrent.futures.FIRST_COMPLETED)
                 self.stats.wait_s += time.perf_counter() - began
-            state = self._append_finished(params, prefixes, places, state, rows, waiting)
-            state = self._expire(state, rows, waiting)
+
+            # ---- what happened on the hosts, in one order on all of them
+            told = [_News(**news) for news in distributed.exchange(dataclasses.asdict(self._news(rows, step_s)))]
+            step_s = max(news.step_s for news in told)
+            state = self._append_results(
+                params, prefixes, places, state, rows, [call for news in told for call in news.calls]
+            )
+            state = self._expire(state, rows, [w for news in told for w in news.late])
 
             # ---- rollouts that are over leave
             over = [w for w, row in rows.items() if row.stop_reason is not None]
@@ -234,13 +256,9 @@ class Engine:
     def prompt_caches(
         self, params: Params, prompts: Sequence[np.ndarray], length: int, most: int
     ) -> Iterator[list[LayerCache]]:
-        """Caches of the prompts, right-padded to `length`, a wave at a time and not before it is asked for."""
+        """Caches of at most `most` prompts, right-padded to `length`."""
         width = self.whole(min(self.config.decode_rows, most))
-        for first in range(0, len(prompts), width):
-            tokens = np.zeros((width, length), np.int32)
-            for row, prompt in zip(tokens, prompts[first : first + width], strict=False):
-                row[: len(prompt)] = prompt
-            yield prefill(params, jnp.asarray(tokens), arch=self.arch, dtype=self.dtype)
+        return prompt_caches(params, prompts, width, length, self.arch, self.dtype)
 
     def _begin(
         self, state: DecodeState, rows: dict[int, _Row], seated: Sequence[tuple[int, int, Fork]], salt: Sequence[int]
@@ -255,20 +273,17 @@ class Engine:
             new.limit[w] = fork.prompt_length + self.config.max_response_tokens - start
             new.automaton[w] = self.automaton_state(fork.tokens[fork.boundary :])
             new.ids[w] = *salt, group, fork.node
-        return begin_rows(state, new, self._key)
+        return begin_rows(state, new, self.seed)
 
-    def _read_stops(
-        self, state: DecodeState, rows: dict[int, _Row], waiting: dict[concurrent.futures.Future[CallRecord], int]
-    ) -> None:
+    def _read_stops(self, state: DecodeState, rows: dict[int, _Row]) -> None:
         """See which rows have left off: their rollout is over, or they ask for a tool."""
         active, length, automaton = jax.device_get((state.active, state.length, state.automaton))
-        stopped = [w for w, row in rows.items() if row.future is None and not active[w]]
+        stopped = [w for w, row in rows.items() if not row.calling and not active[w]]
         if not stopped:
             return
         tokens = np.asarray(state.tokens)
         for w in stopped:
-            if future := self._on_stop(rows[w], tokens[w, : length[w]], int(automaton[w])):
-                waiting[future] = w
+            self._on_stop(rows[w], tokens[w, : length[w]], int(automaton[w]))
 
     def automaton_state(self, tokens: np.ndarray) -> int:
         """State of the stop automaton after `tokens`; a completed stop string does not carry over."""
@@ -277,8 +292,8 @@ class Engine:
             state = int(self.automaton.next_state[state, token])
         return 0 if self.automaton.hit[state] >= 0 else state
 
-    def _on_stop(self, row: _Row, suffix: np.ndarray, automaton: int) -> concurrent.futures.Future[CallRecord] | None:
-        """A row left the decode loop: it is over, or it asks for a tool, whose future is returned."""
+    def _on_stop(self, row: _Row, suffix: np.ndarray, automaton: int) -> None:
+        """A row left the decode loop: it is over, or it asks for a tool."""
         text = np.concatenate([row.fork.tokens, suffix[1:]])
         if suffix[-1] == self.tokenizer.eos_id:
             row.stop_reason = StopReason.ANSWERED
@@ -287,40 +302,48 @@ class Engine:
         elif len(row.calls) >= self.config.max_tool_calls:
             row.stop_reason = StopReason.CALLS
         else:
-            row.future = self.executor.submit(
-                row.states, self.tokenizer.decode(text[row.boundary :].tolist()), bound=row.deadline - time.monotonic()
-            )
-        return row.future
+            row.calling = True
+            if row.own:
+                call = self.tokenizer.decode(text[row.boundary :].tolist())
+                row.future = self.executor.submit(row.states, call, bound=row.deadline - time.monotonic())
 
-    def _append_finished(
-        self, params: Params, prefixes: list[LayerCache], places: Places, state: DecodeState, rows: dict[int, _Row],
-        waiting: dict[concurrent.futures.Future[CallRecord], int],
+    @staticmethod
+    def _news(rows: Mapping[int, _Row], step_s: float) -> _News:
+        """What has happened here. The calls that have ended leave their rows' tool states behind."""
+        now, news = time.monotonic(), _News([], [], step_s)
+        for w, row in rows.items():
+            if row.future is not None and row.future.done():
+                record, row.future = row.future.result(), None
+                row.states = record.states
+                news.calls.append((w, record.name, record.argument, record.result, record.outcome, record.seconds))
+            if row.own and row.stop_reason is None and now > row.deadline:
+                news.late.append(w)
+        return news
+
+    def _append_results(
+        self, params: Params, prefixes: list[LayerCache], places: Places, state: DecodeState, rows: Mapping[int, _Row],
+        ended: Sequence[tuple[int, str, str, str, str, float]],
     ) -> DecodeState:  # fmt: skip
-        """Record the calls that have finished and append their results, a few rows of similar length at a time."""
-        finished = [future for future in waiting if future.done()]
-        if not finished:
+        """Record the calls that have ended and append their results, a few rows of similar length at a time."""
+        if not ended:
             return state
         began = time.perf_counter()
         length = np.asarray(state.length)
         by_bucket: dict[int, list[tuple[int, list[int]]]] = {}
-        for future in finished:
-            w = waiting.pop(future)
-            row, record = rows[w], future.result()
-            row.future, row.states = None, record.states
-            ids = self.encode_result(record.result)
+        for w, name, argument, result, outcome, seconds in ended:
+            row = rows[w]
+            row.calling = False
+            ids = self.results.encode(result)
             call_end = len(row.fork.tokens) - 1 + int(length[w])
             room = row.fork.prompt_length + self.config.max_response_tokens - call_end
             if len(ids) >= room:  # no place left to go on: the result stays unread
                 ids, row.stop_reason = [], StopReason.LENGTH
             row.boundary = call_end + len(ids)
             row.calls.append(
-                ToolCall(
-                    record.name, record.argument, record.result, record.outcome, record.seconds, call_end, row.boundary,
-                    record.states,
-                )
-            )  # fmt: skip
+                ToolCall(name, argument, result, Outcome(outcome), seconds, call_end, row.boundary, row.states)
+            )
             if ids:
-                by_bucket.setdefault(next(b for b in self.buckets if b >= len(ids)), []).append((w, ids))
+                by_bucket.setdefault(self.results.bucket(len(ids)), []).append((w, ids))
         for bucket, items in by_bucket.items():
             for first in range(0, len(items), APPEND_ROWS):
                 index = np.full(APPEND_ROWS, len(length), np.int32)
@@ -333,14 +356,6 @@ class Engine:
         self.stats.append_s += time.perf_counter() - began
         return state
 
-    def encode_result(self, text: str) -> list[int]:
-        """Token ids of a tool result as it enters the rollout, cut to `rollout.max_result_tokens` with a visible mark."""
-        ids, most = self.tokenizer.encode(text), self.config.max_result_tokens
-        if len(self._result_head) + len(ids) + len(self._result_tail) <= most:
-            return [*self._result_head, *ids, *self._result_tail]
-        keep = max(0, most - len(self._result_head) - len(self._cut_tail))
-        return [*self._result_head, *ids[:keep], *self._cut_tail]
-
     def _compile_appends(
         self, params: Params, prefixes: list[LayerCache], places: Places, state: DecodeState
     ) -> DecodeState:
@@ -349,7 +364,7 @@ class Engine:
         shape = (*state.tokens.shape, *prefixes[0][0].shape, *places.members.shape)
         if shape not in self._compiled:
             self._compiled.add(shape)
-            for bucket in self.buckets:
+            for bucket in self.results.buckets:
                 nobody = np.full(APPEND_ROWS, len(state.active), np.int32)
                 chunk, count = np.zeros((APPEND_ROWS, bucket), np.int32), np.zeros(APPEND_ROWS, np.int32)
                 state = append_tokens(
@@ -358,20 +373,16 @@ class Engine:
             state = halt_rows(state, np.zeros(len(state.active), bool))
         return state
 
-    def _expire(
-        self, state: DecodeState, rows: dict[int, _Row], waiting: dict[concurrent.futures.Future[CallRecord], int]
-    ) -> DecodeState:
+    def _expire(self, state: DecodeState, rows: Mapping[int, _Row], late: Sequence[int]) -> DecodeState:
         """End the rows that are past their time, those that wait for a tool included."""
-        now = time.monotonic()
-        late = np.zeros(len(state.active), bool)
-        for w, row in rows.items():
-            if row.stop_reason is None and now > row.deadline:
-                late[w], row.stop_reason = True, StopReason.TIME
+        halted = np.zeros(len(state.active), bool)
+        for w in late:
+            row = rows[w]
+            if row.stop_reason is None:
+                halted[w], row.stop_reason = True, StopReason.TIME
                 if row.future is not None:
                     row.future.cancel()
-                    waiting.pop(row.future)
-                    row.future = None
-        return halt_rows(state, late) if late.any() else state
+        return halt_rows(state, halted) if halted.any() else state
 
     def _collect(self, state: DecodeState, rows: Mapping[int, _Row], over: Sequence[int]) -> Iterator[Rollout]:
         """The rollouts of the rows that are over, from the device's arrays."""
@@ -400,26 +411,5 @@ class Engine:
                 parent=fork.parent,
                 fork=None if fork.parent is None else len(fork.tokens),
                 loop=fork.loop,
+                host=fork.host,
             )
-
-
-def result_buckets(most: int) -> list[int]:
-    """Lengths in which tool results are appended: 32, 128, 512 … while well below `most`, and `most`."""
-    buckets = [32]
-    while 2 * buckets[-1] < most:
-        buckets.append(4 * buckets[-1])
-    return [*buckets[:-1], most]
-
-
-class _Source:
-    """The rows of an iterator of caches, asked for in rising order; caches that are past are let go."""
-
-    def __init__(self, caches: Iterator[list[LayerCache]]):
-        self._caches, self._first, self._cache = caches, 0, next(caches)
-
-    def at(self, index: int) -> tuple[list[LayerCache], int]:
-        """The cache that holds row `index` of them all, and the row within it."""
-        while index >= self._first + len(self._cache[0][0]):
-            self._first += len(self._cache[0][0])
-            self._cache = next(self._caches)
-        return self._cache, index - self._first

@@ -32,6 +32,7 @@ class Fork:
     node: int
     parent: int | None = None
     loop: int = 0
+    host: int = 0  # of the rollout
 
     @property
     def boundary(self) -> int:

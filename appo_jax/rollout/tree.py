@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from appo_jax.branching.score import branching_scores, future_value
@@ -127,7 +126,7 @@ class TreeGrower:
             some = rollouts[first : first + self.parents]
             batch = Batch.of(some, self.engine.whole(min(self.parents, most)), self.length)
             scored = score(
-                params, jnp.asarray(batch.tokens), arch=self.engine.arch, temperature=self.rollout.temperature,
+                params, batch.tokens, arch=self.engine.arch, temperature=self.rollout.temperature,
                 dtype=self.engine.dtype,
             )  # fmt: skip
             log_probs, entropies = np.asarray(scored.log_probs), np.asarray(scored.entropies)
@@ -260,5 +259,6 @@ def fork_of(parent: Rollout, cut: int, node: int, loop: int, engine: Engine) -> 
     return Fork(
         example=parent.example, tokens=parent.tokens[:cut], prompt_length=parent.prompt_length,
         sampled=parent.sampled[:cut], log_probs=parent.log_probs[:cut], entropies=parent.entropies[:cut], calls=calls,
-        states=calls[-1].states if calls else engine.executor.start(), node=node, parent=parent.node, loop=loop,
+        states=calls[-1].states if calls else engine.start(parent.host), node=node, parent=parent.node, loop=loop,
+        host=parent.host,
     )  # fmt: skip

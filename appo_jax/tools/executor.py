@@ -12,6 +12,7 @@ import dataclasses
 import heapq
 import itertools
 import logging
+import operator
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from appo_jax import distributed
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError
 from appo_jax.tools.format import Call, CallFormat
@@ -114,12 +116,20 @@ class ToolExecutor:
         return self.submit(self.start(), text, bound).result().result
 
     def metrics(self) -> dict[str, float]:
-        """Calls, outcomes, latencies (seconds) and queue lengths by tool since the last time they were read."""
+        """Calls, outcomes, latencies (seconds) and queue lengths by tool since the last time they were read.
+
+        With several hosts, of all of them: counts added up, of percentiles and queues the largest.
+        """
         figures = self._stats.read()
         for name, tool in self._tools.items():
             if hasattr(tool, "faults"):  # failed requests to a backend, by kind, retried ones included
                 figures |= {f"tools/{name}/fault_{kind}": float(n) for kind, n in sorted(tool.faults().items())}
-        return figures
+        merged: dict[str, float] = {}
+        for told in distributed.exchange(figures):
+            for key, value in told.items():
+                add = max if "/seconds_" in key or key.endswith("/queue_max") else operator.add
+                merged[key] = add(merged.get(key, 0.0), value)
+        return merged
 
     def close(self) -> None:
         """Stop the lanes and close every tool; calls still running are answered as unavailable. Safe to call twice."""

@@ -174,8 +174,8 @@ def addresses(host: str, port: int, allow_private: bool) -> Sequence[tuple[str, 
             ip = getattr(ip, "ipv4_mapped", None) or ip
             if not ip.is_global or ip.is_multicast:
                 raise ConfigError(
-                    f"tools.search.url: {host} is at {ip}, which is not a public address; if that is meant, set "
-                    "--tools.search.allow-private true"
+                    f"tools.search.url: {host} is at {ip}, which is not a public address; if that is meant, "
+                    "give --tools.search.allow-private"
                 )
     return [(str(address[0]), int(address[1])) for address in found]
 

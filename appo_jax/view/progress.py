@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from appo_jax import distributed
 from appo_jax.config import Config
 
 # Metric -> the word it is shown under.
@@ -34,11 +35,11 @@ SHOWN = {
 
 
 class Progress:
-    """A context manager that is told of every step of a run. Nothing depends on it but the eyes."""
+    """A context manager that is told of every step of a run. Nothing depends on it but the eyes, those on the first host."""
 
     def __init__(self, config: Config, console: Console | None = None) -> None:
         self._config = config
-        self._console = console or rich.get_console()
+        self._console = console or (rich.get_console() if distributed.host() == 0 else Console(quiet=True))
         self._bars = Bars(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("· left"), TimeRemainingColumn(), console=self._console,

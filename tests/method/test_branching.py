@@ -185,7 +185,7 @@ def parent(engine):
         call_end = len(tokens)
         record = engine.executor.submit(states, text).result(timeout=10)
         states = record.states
-        write(engine.encode_result(record.result), False)
+        write(engine.results.encode(record.result), False)
         calls.append(
             ToolCall("python", record.argument, record.result, record.outcome, 0.0, call_end, len(tokens), states)
         )

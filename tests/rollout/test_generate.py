@@ -14,7 +14,8 @@ from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsC
 from appo_jax.data.documents import Document
 from appo_jax.errors import ConfigError
 from appo_jax.policy.transformer import Params
-from appo_jax.rollout.engine import Engine, result_buckets
+from appo_jax.rollout.engine import Engine
+from appo_jax.rollout.tool_results import result_buckets
 from appo_jax.rollout.tree import TreeGrower
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
@@ -99,7 +100,7 @@ def test_greedy_is_the_argmax(engine: Engine, grower: TreeGrower, params: Params
 
 
 def test_a_long_result_is_cut_with_a_mark(engine: Engine) -> None:
-    short, long = engine.encode_result("a b"), engine.encode_result("fox " * 100)
+    short, long = engine.results.encode("a b"), engine.results.encode("fox " * 100)
     assert engine.tokenizer.decode(short) == " <result>\na b\n</result>"
     text = engine.tokenizer.decode(long)
     assert len(long) <= engine.config.max_result_tokens

@@ -4,6 +4,7 @@ unchanged, and the call came back within its limit. A case prints BREACH where i
 import gc
 import os
 import platform
+import resource
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 
 from appo_jax.config import PythonToolConfig
 from appo_jax.tools.python import PythonTool
+from appo_jax.tools.sandbox import system
+from appo_jax.tools.sandbox.system import descendants
 from appo_jax.types import Outcome
 
 TIMEOUT = 0.6
@@ -56,6 +59,11 @@ CASES: dict[str, tuple[str, set[Outcome]]] = {
     "memory_string": ("'a' * (1 << 35)", {LIMIT}),
     "memory_shift": ("1 << (1 << 42)", {LIMIT}),
     "memory_mmap": ("import mmap\nmmap.mmap(-1, 8 << 30); print('BREACH')", FAILS),
+    "memory_shared": ("import mmap\nmmap.mmap(-1, 1 << 20); print('BREACH')", {ERROR}),  # no fork would copy it
+    "memory_shared_file": (
+        "import mmap\nf = open('f', 'w+b'); f.write(bytes(4096)); f.flush()\nmmap.mmap(f.fileno(), 0); print('BREACH')",
+        {ERROR},
+    ),
     "memory_kept": ("x = bytearray(200 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1", {OK}),
     "cpu_loop": ("while True: pass", {LATE}),
     "cpu_in_c": ("sum(range(10**13))", {LATE}),
@@ -102,6 +110,7 @@ CASES: dict[str, tuple[str, set[Outcome]]] = {
     "surrogates": ("print('\\ud800\\udfff', chr(0), chr(27) + '[2J')", {OK}),
     "close_stdout": ("import os\nos.close(1); os.close(2)\nprint('x')\n1 / 0", ANY),
     "no_stdout": ("import sys\nsys.stdout = sys.stderr = None\n1 / 0", {ERROR}),
+    "seal_output": ("import fcntl\nfcntl.fcntl(1, fcntl.F_ADD_SEALS, 15); print('BREACH')", {ERROR}),
     "truncate_output": ("import os\nprint('a' * 100)\nos.ftruncate(1, 0); os.lseek(1, 1 << 40, 0)\nprint('b')", ANY),
     # files of the host
     "passwords": ("for p in ('/etc/passwd', '/etc/shadow'):\n    print(open(p).read(), 'BREACH')", {ERROR}),
@@ -164,10 +173,12 @@ CASES: dict[str, tuple[str, set[Outcome]]] = {
     "kill_thread": (RAW + "raw(234, os.getppid(), os.getppid(), 9); raw(200, os.getppid(), 9)", {OK}),
     "kill_by_pidfd": (RAW + "raw(434, os.getppid(), 0); raw(424, 3, 9, 0, 0)", {OK}),
     "kill_by_queue": (RAW + "raw(129, os.getppid(), 9, bytes(128))", {OK}),
-    "kill_by_io": (
-        "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, 1); fcntl.fcntl(r, fcntl.F_SETSIG, 9)\n"
-        "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC); os.write(w, b'x')",
-        ANY,
+    "kill_by_io": (  # process 1, state 0, and whatever else there is
+        "import fcntl, os\nr, w = os.pipe()\nfor pid in range(1, 500):\n"
+        "    try: fcntl.fcntl(r, fcntl.F_SETOWN, pid); fcntl.fcntl(r, 10, 9); print('BREACH')\n"
+        "    except PermissionError: continue\n"
+        "    fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\n    if pid != os.getpid(): os.write(w, b'x')",
+        {OK},
     ),
     "ptrace": (RAW + "raw(101, 16, os.getppid(), 0, 0); raw(101, 0x4206, 1, 0, 0)", {OK}),
     "read_memory": (RAW + "raw(310, os.getppid(), bytes(16), 1, bytes(16), 1, 0)", {OK}),
@@ -232,12 +243,22 @@ CASES: dict[str, tuple[str, set[Outcome]]] = {
     "forged_report": ("import os\nos.write(60, b'd')\nwhile True: print('BREACH?')", ANY),
     "forged_reports": ("import os\nfor _ in range(10**5): os.write(60, b'd')", ANY),
     "forged_junk": ("import os\nos.write(60, bytes(range(256)) * 100)", ANY),
+    "forged_descriptors": ("import socket\nsocket.send_fds(socket.socket(fileno=60), [b'd'], [0, 0, 0])", ANY),
     "closed_channel": ("import os\nos.closerange(3, 64)", {ERROR}),
     "stolen_request": ("import os\nos.read(60, 10)", {LATE}),
     "patched_runtime": (
         "import os, ast, socket, builtins, json\ndef evil(*a, **k):\n    while True: pass\n"
         "ast.parse = socket.recv_fds = json.loads = os.fork = builtins.compile = evil",
         {OK, ERROR},
+    ),
+    "patched_child": (  # the next call's process never makes itself known
+        "import sys\ndef evil(*_):\n    while True: pass\nsys.modules['sandbox.interpreter']._cell = evil",
+        {OK},
+    ),
+    "patched_death": (  # and loses its parent
+        "import os, sys, ctypes\ndef evil(*_):\n    while True: pass\nsys.modules['sandbox.interpreter']._cell = evil\n"
+        "fork = os.fork\nos.fork = lambda: fork() and ctypes.string_at(0)",
+        {OK},
     ),
     "patched_fork": ("import os\nos.fork = lambda: 0", {OK}),
     "patched_limits": ("import resource\nresource.setrlimit = lambda *a: None", {OK}),
@@ -295,22 +316,26 @@ def server():
     listening.close()
 
 
-def descendants(pid: int) -> set[int]:
-    """All live processes below `pid`, from /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat") as file:
-                    children.setdefault(int(file.read().rpartition(")")[2].split()[1]), []).append(int(entry))
-            except OSError:
-                continue
-    found, todo = set(), [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found.update(below)
-        todo += below
-    return found
+def host() -> tuple:
+    """What an attack may have changed out here."""
+    files = [os.stat(path) for path in (os.__file__, system.__file__, "/usr", "/usr/bin/env", "/dev/null")]
+    return (
+        [
+            (info.st_mode, info.st_uid, info.st_nlink, info.st_size, info.st_mtime_ns * (info.st_rdev == 0))
+            for info in files
+        ],
+        [os.path.lexists(path) for path in ("/x", "/usr/x", "/dev/shm/x", "/tmp/d", "/tmp/f", "/tmp/l")],
+        [resource.getrlimit(limit) for limit in (resource.RLIMIT_AS, resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)],
+        (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0), socket.gethostname(), os.environ["APPO_SECRET"]),
+    )
+
+
+def descriptors(pid: int, number: int, seconds: float = 3.0) -> int:
+    """The descriptors open in `pid`, once there are no more than `number` of them or the time is over."""
+    end = time.monotonic() + seconds
+    while (count := len(os.listdir(f"/proc/{pid}/fd"))) > number and time.monotonic() < end:
+        time.sleep(0.02)
+    return count
 
 
 def settled(pid: int, number: int, seconds: float = 3.0) -> set[int]:
@@ -319,10 +344,6 @@ def settled(pid: int, number: int, seconds: float = 3.0) -> set[int]:
     while len(left := descendants(pid)) > number and time.monotonic() < end:
         time.sleep(0.02)
     return left
-
-
-def test_there_are_enough_cases():
-    assert len(CASES) >= 60
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -334,6 +355,8 @@ def test_attack(tool, victim, server, tmp_path, name):
     gc.collect()
     pid, before = tool.pid, settled(tool.pid, 3)  # supervisor, state 0, victim
     assert len(before) == 3
+    supervisor, unchanged = min(before), host()
+    opened = descriptors(supervisor, 0, seconds=0.0)
 
     began = time.monotonic()
     result, state = tool.call(tool.start(), code.replace("{sentinel}", str(sentinel)).replace("{port}", str(port)))
@@ -356,6 +379,17 @@ def test_attack(tool, victim, server, tmp_path, name):
     del state, later
     gc.collect()
     assert settled(pid, 3) == before
+    assert descriptors(supervisor, opened) == opened
+    assert host() == unchanged
     assert sentinel.read_text() == "host"
     assert os.listdir(tmp_path) == ["sentinel"]
     assert visits == []
+
+
+def test_an_output_that_is_kept_holds_nothing(tool):
+    """Else a rollout could fill the machine's memory with the outputs of its calls."""
+    _, state = tool.call(tool.start(), "import os\nkept = os.dup(1)\nprint('x' * 1000)")
+    assert tool.call(state, "os.fstat(kept).st_size")[0].text == "0"
+    result, _ = tool.call(state, "os.write(kept, b'x')")
+    assert result.outcome is ERROR
+    assert "PermissionError" in result.text

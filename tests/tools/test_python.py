@@ -20,6 +20,7 @@ from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ToolError
 from appo_jax.tools.python import PythonTool, shorten
 from appo_jax.tools.sandbox.interpreter import clean
+from appo_jax.tools.sandbox.system import descendants
 from appo_jax.types import Outcome
 
 BUBBLEWRAP = shutil.which("bwrap") is not None and (
@@ -235,7 +236,7 @@ def test_numpy_draws_go_on_where_they_were():
 
 def test_states_are_freed_with_their_last_reference(tool):
     def processes():
-        return len(below(tool.pid))
+        return len(descendants(tool.pid))
 
     gc.collect()
     time.sleep(0.5)
@@ -257,21 +258,6 @@ def until(condition, seconds=5.0):
         time.sleep(0.02)
 
 
-def below(pid):
-    """Processes descended from `pid`."""
-    parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_nothing_survives_a_killed_trainer(isolation, tmp_path):
     program = (
@@ -283,8 +269,8 @@ def test_nothing_survives_a_killed_trainer(isolation, tmp_path):
     trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={
         **os.environ, "TMPDIR": str(tmp_path)})  # fmt: skip
     sandbox = int(trainer.stdout.readline())
-    until(lambda: len(below(sandbox)) >= 2)
-    left = below(sandbox) | {sandbox}
+    until(lambda: len(descendants(sandbox)) >= 2)
+    left = descendants(sandbox) | {sandbox}
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
     trainer.stdout.close()
@@ -301,7 +287,7 @@ def alive(pid):
 
 def test_a_dead_sandbox_is_replaced_and_says_so(tool):
     _, state = run(tool, "x = 1")
-    for pid in (tool.pid, *below(tool.pid)):  # bubblewrap, the supervisor and all else
+    for pid in (tool.pid, *descendants(tool.pid)):  # bubblewrap, the supervisor and all else
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     until(lambda: not alive(tool.pid))
@@ -321,6 +307,11 @@ def test_closing_leaves_nothing_open():
     assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
     assert tool.call(state, "x")[0].outcome is Outcome.UNAVAILABLE
     assert tool.call(tool.start(), "x")[0].outcome is Outcome.UNAVAILABLE
+
+
+def test_weak_isolation_is_logged_loudly(caplog):
+    PythonTool(PythonToolConfig(isolation="process", preload=("math",))).close()
+    assert [record.levelname for record in caplog.records if "WITHOUT namespaces" in record.message] == ["WARNING"]
 
 
 def test_missing_isolation_is_refused(monkeypatch, tmp_path):

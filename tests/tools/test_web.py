@@ -117,7 +117,7 @@ def test_a_mix_of_faults_through_the_executor(server, monkeypatch):
      "[::ffff:169.254.169.254]", "100.64.0.1", "224.0.0.1"],
 )  # fmt: skip
 def test_private_addresses_are_refused(host):
-    with pytest.raises(ConfigError, match=r"tools\.search\.url: .* --tools\.search\.allow-private"):
+    with pytest.raises(ConfigError, match=r"tools\.search\.url: .* --tools\.search\.allow-private$"):
         WebSearch(SearchToolConfig(url=f"http://{host}:9/x"))
 
 

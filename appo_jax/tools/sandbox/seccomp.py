@@ -1,9 +1,9 @@
 """The system-call filter of policy code: an allow-list, with three calls left to the supervisor to decide.
 
 Everything not listed fails with EPERM: sockets, exec, signals to others, ptrace, io_uring, new namespaces, mounts,
-threads, shared memory files, and whatever Linux adds next year. `fork` (as glibc makes it), `unshare(CLONE_NEWNS)` and
-`move_mount` stop the caller until the supervisor, which holds the filter's listener, has allowed or refused that one
-call (seccomp_unotify(2)).
+threads, shared memory (which a fork would not copy), and whatever Linux adds next year. `fork` (as glibc makes it),
+`unshare(CLONE_NEWNS)` and `move_mount` stop the caller until the supervisor, which holds the filter's listener, has
+allowed or refused that one call (seccomp_unotify(2)).
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ _X86_64 = {
     "mremap": 25, "msync": 26, "mincore": 27, "madvise": 28, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35,
     "getitimer": 36, "alarm": 37, "setitimer": 38, "getpid": 39, "sendfile": 40, "sendto": 44, "recvfrom": 45,
     "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "getsockname": 51, "getpeername": 52, "socketpair": 53,
-    "setsockopt": 54, "getsockopt": 55, "clone": 56, "exit": 60, "wait4": 61, "uname": 63, "fcntl": 72, "flock": 73,
-    "fsync": 74, "fdatasync": 75, "truncate": 76, "ftruncate": 77, "getdents": 78, "getcwd": 79, "chdir": 80,
-    "fchdir": 81,
+    "getsockopt": 55, "clone": 56, "exit": 60, "wait4": 61, "uname": 63, "fcntl": 72, "flock": 73, "fsync": 74,
+    "fdatasync": 75, "truncate": 76, "ftruncate": 77, "getdents": 78, "getcwd": 79, "chdir": 80, "fchdir": 81,
     "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "readlink": 89,
     "chmod": 90, "fchmod": 91, "umask": 95, "gettimeofday": 96, "getrlimit": 97, "getrusage": 98, "sysinfo": 99,
     "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110, "getpgrp": 111,
@@ -57,9 +56,9 @@ _AARCH64 = {
     "rt_sigtimedwait": 137, "rt_sigreturn": 139, "getresuid": 148, "getresgid": 150, "times": 153, "getgroups": 158,
     "uname": 160, "getrlimit": 163, "getrusage": 165, "umask": 166, "getcpu": 168, "gettimeofday": 169, "getpid": 172,
     "getppid": 173, "getuid": 174, "geteuid": 175, "getgid": 176, "getegid": 177, "gettid": 178, "sysinfo": 179,
-    "socketpair": 199, "getsockname": 204, "getpeername": 205, "sendto": 206, "recvfrom": 207, "setsockopt": 208,
-    "getsockopt": 209, "shutdown": 210, "sendmsg": 211, "recvmsg": 212, "brk": 214, "munmap": 215, "mremap": 216,
-    "clone": 220, "mmap": 222, "fadvise64": 223, "mprotect": 226, "msync": 227, "mincore": 232, "madvise": 233,
+    "socketpair": 199, "getsockname": 204, "getpeername": 205, "sendto": 206, "recvfrom": 207, "getsockopt": 209,
+    "shutdown": 210, "sendmsg": 211, "recvmsg": 212, "brk": 214, "munmap": 215, "mremap": 216, "clone": 220,
+    "mmap": 222, "fadvise64": 223, "mprotect": 226, "msync": 227, "mincore": 232, "madvise": 233,
     "wait4": 260, "prlimit64": 261, "renameat2": 276, "getrandom": 278, "statx": 291, "rseq": 293, "move_mount": 429,
     "clone3": 435, "close_range": 436, "openat2": 437, "faccessat2": 439, "epoll_pwait2": 441,
 }
@@ -71,6 +70,9 @@ _FORK_FLAGS = 0x01000000 | 0x00200000 | 0xFF  # CLONE_CHILD_SETTID, CLONE_CHILD_
 _AF_UNIX = 1
 # Terminal size and queries, bytes waiting, close-on-exec, non-blocking: what Python's io and asyncio use.
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+# Duplicates, flags and locks. Not F_SETOWN, by which a pipe sends any signal to any state, nor F_ADD_SEALS.
+_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034)
+_MAP_SHARED = 1
 
 _ALLOW, _NOTIFY, _KILL = 0x7FFF0000, 0x7FC00000, 0x80000000
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
@@ -105,9 +107,11 @@ def program() -> bytes:
     rule("clone3", (_RETURN, 0, 0, _errno(errno.ENOSYS)))
     rule("socketpair", argument(0), (_EQUAL, 1, 0, _AF_UNIX), refuse, (_RETURN, 0, 0, _ALLOW))
     rule("prlimit64", argument(0), (_EQUAL, 1, 0, 0), refuse, (_RETURN, 0, 0, _ALLOW))  # of oneself only
-    tests = [(_EQUAL, len(_IOCTLS) - i, 0, request) for i, request in enumerate(_IOCTLS)]
-    rule("ioctl", argument(1), *tests, refuse, (_RETURN, 0, 0, _ALLOW))
-    ruled = {"clone", "unshare", "move_mount", "clone3", "socketpair", "prlimit64", "ioctl"}
+    rule("mmap", argument(3), (_ANY_BIT, 0, 1, _MAP_SHARED), refuse, (_RETURN, 0, 0, _ALLOW))
+    for name, commands in (("ioctl", _IOCTLS), ("fcntl", _FCNTLS)):
+        tests = [(_EQUAL, len(commands) - i, 0, command) for i, command in enumerate(commands)]
+        rule(name, argument(1), *tests, refuse, (_RETURN, 0, 0, _ALLOW))
+    ruled = {"clone", "unshare", "move_mount", "clone3", "socketpair", "prlimit64", "mmap", "ioctl", "fcntl"}
     for name in sorted(SYSCALLS.keys() - ruled):
         rule(name, (_RETURN, 0, 0, _ALLOW))
     code.append(refuse)

@@ -31,7 +31,6 @@ from . import interpreter, seccomp, system
 TMPFS_SIZE = "16m"
 TAIL = 4096  # bytes of the end of an overlong output that are kept: the traceback stands there
 MEMORY_SHARE = 0.5  # of the memory available at start, for all snapshots together
-PAGE = resource.getpagesize()
 
 
 @dataclasses.dataclass(eq=False)
@@ -46,13 +45,15 @@ class Node:
     pid: int = 0
     pidfd: int = -1
     output: int = -1
+    files: int = -1  # the mount of its /tmp
     deadline: float = 0.0
     allowed: set[int] = dataclasses.field(default_factory=set)  # supervised system calls it may make now, once each
     verdict: str = "died"  # what its death means while it runs
     running: bool = True
     memory: int = 0  # bytes of private memory, pages shared with its ancestors included
-    growth: int = 0  # bytes by which it outgrew its parent
+    growth: int = 0  # bytes by which it outgrew its parent, its files included
     child: Node | None = None  # being forked from it
+    unmet: bool = False  # it has forked a child that has not made itself known
     queue: collections.deque[Node] = dataclasses.field(default_factory=collections.deque)  # to be forked from it
 
 
@@ -86,9 +87,10 @@ class Supervisor:
         self.nodes: dict[int, Node] = {}  # asked for and not freed
         self.by_pid: dict[int, Node] = {}  # alive
         self.waiting: set[Node] = set()  # forking or running: these have deadlines
-        self.memory_left = int(MEMORY_SHARE * _available_memory())
+        self.memory_left = int(MEMORY_SHARE * system.available_memory())
         if self.sandboxed:
-            _own_user_namespace()
+            system.own_user_namespace()
+            os.close(system.new_tmpfs(TMPFS_SIZE))  # fails here, at start, where the kernel cannot do it
         else:
             os.mkdir(os.path.join(options["folder"], "0"), 0o700)
         self.selector = selectors.DefaultSelector()
@@ -118,7 +120,7 @@ class Supervisor:
         root = Node(0, channel=ours, running=False)
         self.nodes[0] = root
         self._born(root, pid)
-        root.memory = _private_memory(pid)
+        root.memory = system.private_memory(pid)
         if self.sandboxed and not fds:
             raise RuntimeError("no listener for the system-call filter")
         return fds[0] if fds else None
@@ -184,18 +186,13 @@ class Supervisor:
     def _answer(self, node: Node, outcome: str) -> None:
         text = ""
         if node.output >= 0:
-            text = self._read_output(node.output)
-            os.close(node.output)
+            text = system.take_output(node.output, self.options["max_output_bytes"], TAIL).decode("utf-8", "replace")
             node.output = -1
+        if node.files >= 0:
+            os.close(node.files)
+            node.files = -1
         self.waiting.discard(node)
         _send(self.host, {"id": node.id, "outcome": outcome, "text": text})
-
-    def _read_output(self, output: int) -> str:
-        size, limit = os.fstat(output).st_size, self.options["max_output_bytes"] + TAIL
-        data = os.pread(output, limit, 0)
-        if size > limit:
-            data += os.pread(output, TAIL, max(size - TAIL, limit))
-        return data.decode("utf-8", "replace")
 
     # From request to running cell
 
@@ -226,21 +223,20 @@ class Supervisor:
         """What a cell gets: its end of a channel, its output, its /tmp. Raises OSError."""
         node.channel, theirs = _channel()
         given.enter_context(theirs)
-        node.output = os.memfd_create("output")
+        node.output = system.new_output()
         if not self.sandboxed:
             os.mkdir(self._folder(node), 0o700)
             node.channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             return [theirs.fileno(), node.output]
         node.allowed = {seccomp.SYSCALLS["unshare"], seccomp.SYSCALLS["move_mount"]}
-        files = system.new_tmpfs(TMPFS_SIZE)
-        given.callback(os.close, files)
-        return [theirs.fileno(), node.output, files]
+        node.files = system.new_tmpfs(TMPFS_SIZE)
+        return [theirs.fileno(), node.output, node.files]
 
     def _adopt(self, pid: int) -> Node | None:
         """The node of a process; a new one is known by its parent, which the kernel names."""
         if pid in self.by_pid:
             return self.by_pid[pid]
-        parent = self.by_pid.get(_parent_of(pid))
+        parent = self.by_pid.get(system.parent_of(pid))
         if parent is None or parent.child is None:
             return None
         node = parent.child
@@ -257,6 +253,7 @@ class Supervisor:
         parent = node.parent
         assert parent is not None
         parent.child = None
+        parent.unmet = False
         parent.allowed = set()
         self._freeze(parent)
         self._fork_next(parent)
@@ -273,15 +270,18 @@ class Supervisor:
             return
         node = self._adopt(asked.pid)
         allowed = node is not None and asked.syscall in node.allowed
-        if node is not None:
+        if node is not None and allowed:
             node.allowed.discard(asked.syscall)
+            node.unmet = asked.syscall == seccomp.SYSCALLS["clone"]
         seccomp.decide(self.listener, asked, allowed)
 
     def _on_report(self, node: Node) -> None:
         """The cell says that it is done; its channel closes when it cannot even be forked."""
         assert node.channel is not None
+        # Descriptors that a forged report may bring find no room: that of the credentials is taken.
+        room = 0 if self.sandboxed else socket.CMSG_SPACE(12)
         try:
-            message, control, _, _ = node.channel.recvmsg(16, socket.CMSG_SPACE(12))
+            message, control, _, _ = node.channel.recvmsg(16, room)
         except OSError:
             message, control = b"", []
         if message == interpreter.HELLO and not self.sandboxed:
@@ -301,9 +301,12 @@ class Supervisor:
 
     def _finish(self, node: Node, report: bytes) -> None:
         self._freeze(node)
-        node.memory = _private_memory(node.pid)
+        node.memory = system.private_memory(node.pid)
         assert node.parent is not None
         node.growth = max(0, node.memory - node.parent.memory)
+        if self.sandboxed:
+            used = os.fstatvfs(node.files)
+            node.growth += (used.f_blocks - used.f_bfree) * used.f_frsize
         node.parent, node.code = None, b""
         self.waiting.discard(node)
         if node.growth > self.memory_left:
@@ -355,8 +358,18 @@ class Supervisor:
             self._lose(child)
         node.child = None
         node.queue.clear()
+        if node.unmet and self.sandboxed:
+            self._sweep()
         if node.id == 0:
             raise ConnectionError("state 0 is gone")
+
+    def _sweep(self) -> None:
+        """Kill the child of a dead state whose code saw to it that it never made itself known."""
+        for pid in system.descendants(os.getpid()) - self.by_pid.keys():
+            parent = self.by_pid.get(system.parent_of(pid))
+            if parent is None or parent.child is None:  # nobody's newborn
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _kill(self, node: Node) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -378,17 +391,6 @@ class Supervisor:
         return os.path.join(self.options["folder"], str(node.id))
 
 
-def _own_user_namespace() -> None:
-    """Namespaces in which the supervisor may mount; all that was mounted before is locked as it is."""
-    uid, gid = os.getuid(), os.getgid()
-    system.unshare(system.CLONE_NEWUSER | system.CLONE_NEWNS)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
-    system.mount("none", "/", "", system.MS_REC | system.MS_PRIVATE)
-    os.close(system.new_tmpfs(TMPFS_SIZE))  # fails here, at start, where the kernel cannot do it
-
-
 def _channel() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages whole
 
@@ -396,28 +398,3 @@ def _channel() -> tuple[socket.socket, socket.socket]:
 def _send(host: socket.socket, message: dict[str, Any]) -> None:
     data = json.dumps(message).encode()
     host.sendall(struct.pack("!I", len(data)) + data)
-
-
-def _parent_of(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
-    except (OSError, IndexError, ValueError):
-        return -1
-
-
-def _private_memory(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/statm") as file:
-            _, resident, shared, *_ = map(int, file.read().split())
-    except OSError:
-        return 0
-    return (resident - shared) * PAGE
-
-
-def _available_memory() -> int:
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return 4 << 30

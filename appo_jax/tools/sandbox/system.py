@@ -1,9 +1,11 @@
-"""The few system calls that Python's os module lacks."""
+"""What Python's os module lacks: a few system calls, and what /proc tells of processes and memory."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import resource
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -33,6 +35,16 @@ def prctl(option: int, value: int) -> None:
     _check(_libc.prctl(option, value, 0, 0, 0), "prctl")
 
 
+def own_user_namespace() -> None:
+    """Enter namespaces in which this process may mount; all that was mounted before is locked as it is."""
+    uid, gid = os.getuid(), os.getgid()
+    unshare(CLONE_NEWUSER | CLONE_NEWNS)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    mount("none", "/", "", MS_REC | MS_PRIVATE)
+
+
 def new_tmpfs(size: str) -> int:
     """A file descriptor of a fresh, unattached tmpfs of at most `size` (fsmount(2))."""
     context = _check(_libc.syscall(_FSOPEN, b"tmpfs", 1), "fsopen")
@@ -48,6 +60,24 @@ def new_tmpfs(size: str) -> int:
 def attach_mount(fd: int, target: str) -> None:
     """Mount what `new_tmpfs` made at `target` (move_mount(2))."""
     _check(_libc.syscall(_MOVE_MOUNT, fd, b"", -100, target.encode(), 4), f"move_mount {target}")
+
+
+def new_output() -> int:
+    """A file in memory for what a cell writes."""
+    return os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
+def take_output(fd: int, most: int, tail: int) -> bytes:
+    """Read and close an output: all of it if it has at most `most + tail` bytes, else so many and the last `tail`. Code
+    may hold it open: it is emptied, and can no longer be written to."""
+    size = os.fstat(fd).st_size
+    data = os.pread(fd, most + tail, 0)
+    if size > most + tail:
+        data += os.pread(fd, tail, max(size - tail, most + tail))
+    os.ftruncate(fd, 0)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    os.close(fd)
+    return data
 
 
 def keep_only_sys_admin() -> None:
@@ -72,3 +102,40 @@ def collapse_memory(maps: str) -> int:
             if first < last:
                 _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), collapse)
     return size
+
+
+def parent_of(pid: int) -> int:
+    """The process that forked `pid`; -1 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return -1
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes below `pid`, zombies included."""
+    parents = {int(name): parent_of(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def private_memory(pid: int) -> int:
+    """Bytes of memory that is not a file's, pages shared with its ancestors included; 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+    except OSError:
+        return 0
+    return (resident - shared) * resource.getpagesize()
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 4 << 30

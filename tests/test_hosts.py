@@ -1,0 +1,114 @@
+"""Two real processes as two hosts of one mesh: whole runs, and what hosts tell each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from appo_jax.config import Config, MeshConfig, validate
+from appo_jax.config_io import load_config, save_config
+from appo_jax.metrics import read_metrics
+from appo_jax.prepare import prepare_world
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
+
+JOIN = "import sys, jax; jax.distributed.initialize(sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1)))\n"
+TRAIN = JOIN + "from appo_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+EXCHANGE = (
+    JOIN
+    + """
+import json
+from appo_jax.distributed import exchange, host
+said = [{"from": host(), "text": "ä" * size * host()} for size in (0, 1, 2038, 2040, 100_000)]
+heard = [exchange(message) for message in said]
+for message, answers in zip(said, heard):
+    assert answers[host()] == message
+    assert [a["from"] for a in answers] == [0, 1], answers
+print(json.dumps([[len(a["text"]) for a in answers] for answers in heard]))
+"""
+)
+
+
+def together(program: str, hosts: int, arguments: list[str], devices: int, cache: Path) -> list[str]:
+    """Run `program` on `hosts` processes of `devices` CPU devices each; what each printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, address, str(hosts), str(i), *arguments], env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i in range(hosts)
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, printed, strict=True):
+        assert process.returncode == 0, text[-4000:]
+    return printed
+
+
+def test_hosts_hear_each_other(tmp_path: Path) -> None:
+    told = together(EXCHANGE, 2, [], 1, tmp_path)
+    lengths = [json.loads(text.splitlines()[-1]) for text in told]
+    assert lengths[0] == lengths[1] == [[0, 0], [0, 1], [0, 2038], [0, 2040], [0, 100_000]]
+
+
+@pytest.mark.timeout(600)
+def test_two_hosts_train_as_one_does(tmp_path: Path) -> None:
+    c = load_config(QUICKSTART)
+    config = dataclasses.replace(
+        c,
+        steps=2,
+        prompts_per_step=4,
+        prompts_per_minibatch=2,
+        checkpoint_every=1,
+        mesh=MeshConfig(data=1, fsdp=2, tensor=1),
+        policy=dataclasses.replace(c.policy, tokenizer=str(tmp_path / "world.model")),
+        data=dataclasses.replace(c.data, path=str(tmp_path / "world")),
+        rollout=dataclasses.replace(c.rollout, max_response_tokens=64, decode_rows=24),
+        sft=dataclasses.replace(c.sft, steps=20, batch_size=4),
+        eval=dataclasses.replace(c.eval, num_prompts=2),
+    )
+    validate(config)
+    prepare_world(config)
+
+    def run(name: str, hosts: int, config: Config = config) -> Path:
+        run_dir, file = tmp_path / name, tmp_path / f"{name}.json"
+        save_config(dataclasses.replace(config, run_dir=str(run_dir)), file)
+        printed = together(TRAIN, hosts, ["train", "--config", str(file)], 2 // hosts, tmp_path / "xla")
+        assert all("cold start 20/20" not in text for text in printed[1:])  # the first host speaks for all
+        return run_dir
+
+    # Two steps on one host; one on two hosts, and then one more on one host, from the checkpoint that the two wrote.
+    alone = run("alone", 1)
+    both = run("both", 2, dataclasses.replace(config, steps=1))
+    assert [record["step"] for record in read_metrics(both / "metrics.jsonl")] == [1]
+    run("both", 1)
+    expected, found = (read_metrics(folder / "metrics.jsonl") for folder in (alone, both))
+    assert [record["step"] for record in found] == [1, 2]
+    timed = ("time/", "rollout/useful_rows")
+    same = [key for key in expected[0] if not key.startswith(timed) and "seconds" not in key and "queue" not in key]
+    assert any(key.startswith("tools/") for key in same), "no rollout called a tool: nothing was exchanged"
+    for a, b in zip(expected, found, strict=True):
+        assert {key: b[key] for key in same} == pytest.approx({key: a[key] for key in same}, rel=1e-4, abs=1e-6)
+    for step in (1, 2):
+        trees = [(folder / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines() for folder in (alone, both)]
+        for a, b in zip(*(map(json.loads, lines) for lines in trees), strict=True):
+            assert [(n["segments"], n["stop_reason"], n["reward"]) for n in a["nodes"]] == [
+                (n["segments"], n["stop_reason"], n["reward"]) for n in b["nodes"]
+            ]
