@@ -103,13 +103,16 @@ def _train(args: Sequence[str]) -> None:
 def _study(args: Sequence[str]) -> None:
     """Run a study: arms × seeds at an equal budget of sampled tokens, then one table and one figure; goes on if stopped."""
 
-    def study(config: Path, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = (), report: bool = False) -> None:
+    def study(
+        config: Path, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = (), jobs: int = 1, report: bool = False
+    ) -> None:
         """Make the runs of a study that are not finished, then its table and figure.
 
         Args:
             config: A python file with `study = Study(...)`: see configs/studies/.
             arms: These alone; the first is what the others are compared with. By default all of them.
             seeds: These instead of the file's.
+            jobs: So many runs at a time, each on its share of the cores. A small policy leaves cores idle: take a job a core.
             report: Make no runs, only the table and the figure of those that are finished.
         """
         from appo_jax.study.plan import load_study
@@ -123,7 +126,7 @@ def _study(args: Sequence[str]) -> None:
         from appo_jax.study.report import write_report
         from appo_jax.study.run import run_study
 
-        print(write_report(chosen) if report else run_study(chosen))
+        print(write_report(chosen) if report else run_study(chosen, jobs))
 
     tyro.cli(study, prog="appo-jax study", args=list(args))
 

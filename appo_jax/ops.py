@@ -41,12 +41,36 @@ def discounted_suffix_sum(x: jax.Array, mask: jax.Array, gamma: float) -> jax.Ar
     """`y_i = Σ_{j ≥ i} γ^{d(i, j)} x_j` over masked j, where d counts the masked positions from i to j. `[..., T]`.
 
     Unmasked positions neither contribute nor lengthen the distance; y there is the value of the next masked position.
-    Linear in T: one associative scan over the affine maps `y ← x + γ y` (the identity where unmasked).
+    Linear in T.
     """
     decay = jnp.where(mask, gamma, 1.0).astype(jnp.float32)
-    value = jnp.where(mask, x, 0.0).astype(jnp.float32)
+    return _recurrence(decay, jnp.where(mask, x, 0.0).astype(jnp.float32))
 
-    def compose(later: tuple, earlier: tuple) -> tuple:
-        return later[0] * earlier[0], earlier[1] + earlier[0] * later[1]
 
-    return jax.lax.associative_scan(compose, (decay, value), reverse=True, axis=x.ndim - 1)[1]
+BLOCK = 8
+
+
+def _recurrence(decay: jax.Array, value: jax.Array) -> jax.Array:
+    """`y_t = value_t + decay_t · y_{t+1}`, and 0 after the last, of `[..., T]`.
+
+    A block of eight positions is one step `y ← value + decay · y` of a sequence an eighth as long, whose sums are what
+    each block begins from. On a CPU this takes half the time of `associative_scan`, which goes on by halves.
+    """
+    *rows, length = value.shape
+    blocks = -(-length // BLOCK)
+    padding = [(0, 0)] * len(rows) + [(0, blocks * BLOCK - length)]
+    decays, values = (jnp.moveaxis(jnp.pad(a, padding).reshape(*rows, blocks, BLOCK), -1, 0) for a in (decay, value))
+
+    def through(y: jax.Array) -> list[jax.Array]:
+        """The sums at a block's positions, from the last to the first, given the one after it."""
+        sums = []
+        for k in reversed(range(BLOCK)):
+            y = values[k] + decays[k] * y
+            sums.append(y)
+        return sums
+
+    after = jnp.zeros((*rows, blocks), jnp.float32)
+    if blocks > 1:
+        sums = _recurrence(decays.prod(0), through(after)[-1])
+        after = jnp.concatenate([sums[..., 1:], after[..., :1]], -1)
+    return jnp.stack(through(after)[::-1], -1).reshape(*rows, -1)[..., :length]

@@ -400,8 +400,11 @@ def loss(
     max_dual_clipped=-1,
     entropies=None,
     entropy_weight=0.0,
+    kind="clip",
 ) -> float:
     """Eq. 8 with its sign turned, to be minimised; lists over initial rollouts of lists over tokens.
+
+    §6 gppo: the same value. §6 cispo: "stop-gradient clipped importance weight times log-prob", times A.
 
     §4 row 11: tokens with a ratio above `max_ratio` are dropped, and rollouts with more than `max_dual_clipped` tokens
     whose dual clip decided. What is dropped adds 0 and still counts in the normalisation.
@@ -419,7 +422,10 @@ def loss(
                 row.append(0.0)
                 continue
             new, old = float(new_log_probs[n][t]), float(old_log_probs[n][t])
-            value = -surrogate(new - old, float(advantages_[n][t]), clip_low, clip_high, dual_clip)
+            if kind == "cispo":
+                value = -clip(ratios[t], 1.0 - clip_low, 1.0 + clip_high) * float(advantages_[n][t]) * new
+            else:
+                value = -surrogate(new - old, float(advantages_[n][t]), clip_low, clip_high, dual_clip)
             if entropy_weight:
                 value -= entropy_weight * float(entropies[n][t])
             if kl_weight:

@@ -2,46 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from appo_jax.config import Config
 from appo_jax.config_io import save_config
-from appo_jax.errors import TrainingError
+from appo_jax.errors import ConfigError, DataError, TrainingError
+from appo_jax.interrupt import stop_requests
 from appo_jax.study.plan import Study
 from appo_jax.study.report import write_report
 
 log = logging.getLogger(__name__)
 
+POLL_S = 0.2
 
-def run_study(study: Study) -> str:
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One `appo-jax COMMAND` of a study. It begins once `after` is done, and never if that failed."""
+
+    command: Literal["data world", "sft", "train"]
+    config: Config
+    after: Job | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.config.run_dir).name
+
+
+def run_study(study: Study, jobs: int = 1) -> str:
     """Make every run that is not finished, seed by seed, then the report; returns its table.
 
-    A run that was interrupted goes on from its last checkpoint. Raises TrainingError, after the report, when runs failed.
+    `jobs` runs are made at a time, each on its own share of the cores. A run that was interrupted goes on from its last
+    checkpoint. Raises ConfigError for more jobs than cores; TrainingError, after the report, when runs failed;
+    KeyboardInterrupt when it was asked to stop: the runs it was making have been saved.
     """
-    first = study.cold_start(study.seeds[0])
+    cores = _shares(jobs)
     (Path(study.out) / "runs").mkdir(parents=True, exist_ok=True)
-    failed = []
+    failed = _run(plan_jobs(study), cores, study)
+    if not failed:
+        return write_report(study)
+    with contextlib.suppress(DataError):  # there may be no run to report
+        write_report(study)
+    logs = ", ".join(str(_log_file(study, job)) for job in failed)
+    raise TrainingError(f"{len(failed)} runs failed: see {logs}; the same command tries them again")
+
+
+def plan_jobs(study: Study) -> list[Job]:
+    """What is left to do, in order: the world's data, then for each seed its cold start and its arms."""
+    first = study.cold_start(study.seeds[0])
+    world = None
     if first.data.source == "world" and not Path(str(first.policy.tokenizer)).exists():
-        _must(["data", "world"], first, study)
+        world = Job("data world", dataclasses.replace(first, run_dir=str(Path(study.out) / "runs" / "world")))
+    left: list[Job] = []
     for seed in study.seeds:
-        if not _succeeds(["sft"], study.cold_start(seed), study):
-            failed.append(f"cold-{seed}")
-            continue
-        for arm in study.arms:
-            if finished(study, arm, seed):
-                log.info("%s-%d: kept", arm, seed)
-            elif not _succeeds(["train"], study.config(arm, seed), study):
-                failed.append(f"{arm}-{seed}")
-    table = write_report(study)
-    if failed:
-        logs = ", ".join(str(_log_file(study, name)) for name in failed)
-        raise TrainingError(f"{len(failed)} runs failed: see {logs}; the same command tries them again")
-    return table
+        cold = Job("sft", study.cold_start(seed), after=world)
+        arms = [
+            Job("train", study.config(arm, seed), after=cold) for arm in study.arms if not finished(study, arm, seed)
+        ]
+        left += [cold, *arms] if arms else []
+    return [world, *left] if world and left else left
 
 
 def finished(study: Study, arm: str, seed: int) -> bool:
@@ -50,37 +79,67 @@ def finished(study: Study, arm: str, seed: int) -> bool:
     return summary.exists() and json.loads(summary.read_text())["sampled_tokens"] >= study.max_sampled_tokens
 
 
-def _must(command: list[str], config: Config, study: Study) -> None:
-    if not _succeeds(command, config, study):
-        raise TrainingError(f"`appo-jax {' '.join(command)}` failed: see {_log_file(study, Path(config.run_dir).name)}")
+def _shares(jobs: int) -> list[list[int]]:
+    """The cores of each job. Pools of threads size themselves by the cores a process may use, and stay on them."""
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= jobs <= len(cores):
+        raise ConfigError(f"--jobs {jobs}: give 1 to {len(cores)}, a core or more for each")
+    return [cores[i::jobs] for i in range(jobs)]
 
 
-def _succeeds(command: list[str], config: Config, study: Study) -> bool:
-    """Run `appo-jax COMMAND` on a config, its output in a log file beside its run directory."""
-    name = Path(config.run_dir).name
-    file = Path(study.out) / "runs" / f"{name}.json"
-    save_config(config, file)
-    began = time.perf_counter()
-    with _log_file(study, name).open("a") as out:
+def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list[Job]:
+    """Run the jobs, in order but for those that wait for another; returns those that failed.
+
+    The processes are in groups of their own: a Ctrl-C at the terminal reaches this process alone, which passes it on once.
+    """
+    waiting, done, failed = list(queue), set[str](), list[Job]()
+    running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}  # by share of the cores
+
+    def next_ready() -> Job | None:
+        return next((job for job in waiting if job.after is None or job.after.name in done), None)
+
+    def ask_to_stop() -> None:
+        for _, process, _ in running.values():
+            process.terminate()
+
+    try:
+        with stop_requests() as stop:
+            while running or next_ready():
+                for share in range(len(cores)):
+                    if share not in running and (job := next_ready()):
+                        waiting.remove(job)
+                        running[share] = job, _start(job, cores[share], study), time.perf_counter()
+                time.sleep(POLL_S)
+                for share, (job, process, began) in list(running.items()):
+                    if (code := process.poll()) is not None:
+                        del running[share]
+                        done.add(job.name) if code == 0 else failed.append(job)
+                        seconds = time.perf_counter() - began
+                        log.info("%s: %s after %.0f s", job.name, "done" if code == 0 else "FAILED", seconds)
+                if stop.requested:
+                    ask_to_stop()
+                    for _, process, _ in running.values():
+                        process.wait()
+                    raise KeyboardInterrupt
+    finally:  # whatever happened, nothing is left behind
+        ask_to_stop()
+    return failed
+
+
+def _start(job: Job, cores: list[int], study: Study) -> subprocess.Popen[bytes]:
+    """Start `appo-jax COMMAND` on a config, its output in a log file beside its run directory."""
+    file = Path(study.out) / "runs" / f"{job.name}.json"
+    save_config(job.config, file)
+    # Programs are compiled once for all runs.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str((Path(study.out) / "xla").absolute())} | os.environ
+    with _log_file(study, job).open("a") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "appo_jax.cli", *command, "--config", str(file)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:  # the run was asked to stop too: it saves, then leaves
-            process.wait()
-            raise
-    log.info(
-        "%s %s: %s after %.0f s",
-        " ".join(command),
-        name,
-        "done" if code == 0 else "FAILED",
-        time.perf_counter() - began,
-    )
-    return code == 0
+            [sys.executable, "-m", "appo_jax.cli", *job.command.split(), "--config", str(file)],
+            stdout=out, stderr=subprocess.STDOUT, env=environment, process_group=0,
+        )  # fmt: skip
+    os.sched_setaffinity(process.pid, cores)
+    return process
 
 
-def _log_file(study: Study, name: str) -> Path:
-    return Path(study.out) / "runs" / f"{name}.log"
+def _log_file(study: Study, job: Job) -> Path:
+    return Path(study.out) / "runs" / f"{job.name}.log"

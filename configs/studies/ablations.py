@@ -1,6 +1,7 @@
 """The paper's ablations on the embedded world: what each part of APPO is worth.
 
-Hardware: 2 CPU cores, 4 GB. Command: appo-jax study --config configs/studies/ablations.py [--arms entropy ...] [--seeds 0 1 ...]
+Hardware: 2 CPU cores, 4 GB. Command:
+    appo-jax study --config configs/studies/ablations.py --jobs 2 [--arms entropy ...] [--seeds 0 1 ...]
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """The tree shapes of the paper's tables, on the embedded world: N initial rollouts, B branch points, L loops, budget M.
 
-Hardware: 2 CPU cores, 4 GB. Command: appo-jax study --config configs/studies/trees.py [--arms n8_b1 ...] [--seeds 0 1 ...]
+Hardware: 2 CPU cores, 4 GB. Command:
+    appo-jax study --config configs/studies/trees.py --jobs 2 [--arms n8_b1 ...] [--seeds 0 1 ...]
 """
 
 import dataclasses

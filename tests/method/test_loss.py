@@ -39,10 +39,12 @@ def batches(draw):
     return old + ratio, old, ref, advantages, table(st.booleans())
 
 
-def oracle_loss(new, old, ref, advantages, mask, mode, config):
+def oracle_loss(new, old, ref, advantages, mask, mode, config, entropies=None):
     return oracle.loss(
         new, old, advantages, mask, clip_low=config.clip_low, clip_high=config.clip_high, mode=mode, num_prompts=P,
-        budget=M, constant=T, ref_log_probs=ref, kl_weight=config.kl_weight,
+        budget=M, constant=T, ref_log_probs=ref, kl_weight=config.kl_weight, kl_estimator=config.kl_estimator,
+        dual_clip=config.dual_clip, max_ratio=config.max_ratio, max_dual_clipped=config.max_dual_clipped,
+        entropies=entropies, entropy_weight=config.entropy_weight,
     )  # fmt: skip
 
 
@@ -87,26 +89,39 @@ def test_clip_fraction_and_kl_by_hand():
 # ---------------------------------------------------------------- gradient
 
 
-@settings(max_examples=8)
-@given(batches(), st.sampled_from(MODES), st.sampled_from([0.0, 0.04]))
-def test_gradient_is_the_finite_difference_of_the_oracles_loss(batch, mode, kl_weight):
+OPTIONS = (
+    LossConfig(),
+    LossConfig(kl_weight=0.04),
+    LossConfig(kl_weight=0.04, kl_estimator="k1", clip_high=0.28, dual_clip=1.2, max_dual_clipped=1),
+    LossConfig(kl_weight=0.04, kl_estimator="k2", max_ratio=1.2),
+    LossConfig(entropy_weight=0.3, dual_clip=2.0),
+)
+
+
+@settings(max_examples=15)
+@given(batches(), st.sampled_from(MODES), st.sampled_from(OPTIONS))
+def test_gradient_is_the_finite_difference_of_the_oracles_loss(batch, mode, config):
     new, old, ref, advantages, mask = batch
-    config = LossConfig(kl_weight=kl_weight)
+    entropies = np.abs(old)
     with jax.enable_x64(True):
         # weights are float32 numbers: the comparison is good to their rounding
         weights = jnp.asarray(token_weights(mask, M, P, mode), jnp.float64)
-        gradient = jax.grad(lambda x: jitted_loss(x, old, ref, advantages, weights, config=config)[0])(jnp.asarray(new))
-        gradient = np.asarray(gradient)
-    assert gradient.dtype == np.float64
-    np.testing.assert_array_equal(gradient[~mask], 0)
+
+        def loss(new, entropies):
+            return jitted_loss(new, old, ref, advantages, weights, config=config, entropies=entropies)[0]
+
+        gradient = [np.asarray(x) for x in jax.grad(loss, (0, 1))(jnp.asarray(new), jnp.asarray(entropies))]
     h = 1e-5
-    for r, t in zip(*np.nonzero(mask), strict=True):
-        up, down = new.copy(), new.copy()
-        up[r, t] += h
-        down[r, t] -= h
-        rest = (old, ref, advantages, mask, mode, config)
-        difference = (oracle_loss(up, *rest) - oracle_loss(down, *rest)) / (2 * h)
-        np.testing.assert_allclose(gradient[r, t], difference, rtol=1e-6, atol=1e-8)
+    for which, g in enumerate(gradient):
+        assert g.dtype == np.float64
+        np.testing.assert_array_equal(g[~mask], 0)
+        for r, t in zip(*np.nonzero(mask), strict=True):
+            losses = []
+            for step in (h, -h):
+                x = [new.copy(), entropies.copy()]
+                x[which][r, t] += step
+                losses.append(oracle_loss(x[0], old, ref, advantages, mask, mode, config, x[1]))
+            np.testing.assert_allclose(g[r, t], (losses[0] - losses[1]) / (2 * h), rtol=1e-6, atol=1e-8)
 
 
 def test_nothing_flows_through_the_advantage():
@@ -161,12 +176,7 @@ def test_loss_with_its_options_is_the_oracles(batch, estimator, dual, max_ratio,
     weights = token_weights(mask, M, P, "paper")
     arrays = (x.astype(np.float32) for x in (new, old, ref, advantages))
     got, _ = jitted_loss(*arrays, weights, config=config, entropies=entropies.astype(np.float32))
-    expected = oracle.loss(
-        new, old, advantages, mask, num_prompts=P, budget=M, ref_log_probs=ref, kl_weight=0.04, kl_estimator=estimator,
-        dual_clip=dual[0], max_dual_clipped=dual[1], max_ratio=max_ratio, entropies=entropies,
-        entropy_weight=entropy_weight,
-    )  # fmt: skip
-    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(got, oracle_loss(*batch, "paper", config, entropies), rtol=2e-5, atol=2e-5)
 
 
 def test_dual_clip_by_hand():

@@ -1,47 +1,50 @@
-"""Log-probabilities and entropies of tokens: against float64 numpy, in any number of chunks, in bounded memory."""
-
-from __future__ import annotations
+"""Log-probabilities and entropies of given tokens: against the oracle, in any number of chunks, in bounded memory."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 from appo_jax.policy import logprobs
-from appo_jax.policy.logprobs import token_log_probs
 
-R, T, D, V = 3, 11, 8, 50
-
-
-def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return rng.normal(size=(R, T, D)), rng.normal(size=(V, D)), rng.integers(0, V, (R, T))
+R, T, D, V = 3, 8, 5, 11
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 8, 100])  # positions of each row: chunks of 1, 2, 8 and all 11
-def test_every_token_is_scored_from_the_state_before_it(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+@pytest.mark.parametrize("at_once", [T, 3, 1])  # positions of each row: one chunk; several with padding; one by one
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_token_log_probs_are_the_oracles(monkeypatch, at_once, temperature):
     monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * R * V * at_once)
-    hidden, unembedding, tokens = inputs()
-    log_probs, entropies = token_log_probs(*(jnp.asarray(x) for x in (hidden, unembedding, tokens)), temperature=0.7)
-    logits = hidden @ unembedding.T / 0.7
-    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    for r, t in np.ndindex(R, T):
-        expected = np.log(p[r, t - 1, tokens[r, t]]) if t else 0
-        assert log_probs[r, t] == pytest.approx(expected, abs=1e-5)
-        assert entropies[r, t] == pytest.approx(-(p[r, t - 1] * np.log(p[r, t - 1])).sum() if t else 0, abs=1e-5)
+    rng = np.random.default_rng(0)
+    hidden, unembedding = rng.normal(size=(R, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
+    tokens = rng.integers(0, V, (R, T))
+    log_probs, entropies = logprobs.token_log_probs(jnp.asarray(hidden), unembedding, tokens, temperature)
+    every = [False] + [True] * (T - 1)
+    for r in range(R):
+        logits = hidden[r].astype(float) @ unembedding.T.astype(float)
+        expected = oracle.log_probs_and_entropies(logits, tokens[r], every, temperature)
+        np.testing.assert_allclose(log_probs[r], expected[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(entropies[r], expected[1], rtol=1e-4, atol=1e-5)
+
+    weights = rng.normal(size=(2, R, T)).astype(np.float32)
+
+    def total(hidden):
+        both = logprobs.token_log_probs(hidden, jnp.asarray(unembedding), tokens, temperature)
+        return sum((w * x).sum() for w, x in zip(weights, both, strict=True))
+
+    def plain(hidden):
+        log_p = jax.nn.log_softmax(hidden[:, :-1] @ unembedding.T / temperature)
+        own = jnp.take_along_axis(log_p, tokens[:, 1:, None], -1)[..., 0]
+        return (weights[0][:, 1:] * own).sum() - (weights[1][:, 1:] * (jnp.exp(log_p) * log_p).sum(-1)).sum()
+
+    np.testing.assert_allclose(jax.grad(total)(hidden), jax.grad(plain)(hidden), rtol=1e-3, atol=1e-4)
 
 
-def test_gradients_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, unembedding, tokens = (jnp.asarray(x) for x in inputs())
-
-    def loss(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
-        log_probs, entropies = token_log_probs(hidden, unembedding, tokens, 0.7)
-        return (log_probs**2 + entropies).sum()
-
-    whole = jax.grad(loss, (0, 1))(hidden, unembedding)
-    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * R * V * 4)
-    for a, b in zip(jax.grad(loss, (0, 1))(hidden, unembedding), whole, strict=True):
-        assert np.abs(a - b).max() < 1e-4
+def test_a_token_without_probability_adds_nothing_to_the_entropy():
+    logits = jnp.array([[0.0, -jnp.inf, 0.0]])
+    with jax.debug_nans(True):
+        log_prob, entropy = jax.jit(logprobs.log_prob_and_entropy)(logits, jnp.array([2]))
+    np.testing.assert_allclose([log_prob[0], entropy[0]], [-np.log(2), np.log(2)], rtol=1e-6)
 
 
 def test_memory_at_full_size() -> None:
@@ -51,7 +54,7 @@ def test_memory_at_full_size() -> None:
     tokens = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
 
     def log_probs(hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array) -> jax.Array:
-        return token_log_probs(hidden, unembedding, tokens, 1.0)[0]
+        return logprobs.token_log_probs(hidden, unembedding, tokens, 1.0)[0]
 
     memory = jax.jit(log_probs).lower(hidden, unembedding, tokens).compile().memory_analysis()
     assert memory.argument_size_in_bytes > 4 * 151936 * 896

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 from appo_jax.algorithms import make_algorithm
@@ -30,7 +31,7 @@ from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tree import TreeGrower
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.train import train_step
+from appo_jax.train import _kl_penalties, train_step
 from appo_jax.types import Example, RewardResult
 
 ALGORITHMS = get_args(get_type_hints(Config)["algorithm"])
@@ -134,6 +135,34 @@ def test_kl_in_the_reward_and_sampler_correction_change_the_batch_and_not_the_re
     assert np.abs(first.advantages - second.advantages).max() > 1e-3
     # sampler and learner differ by rounding here, so the correction is one but for that
     np.testing.assert_allclose(first.weights, second.weights, rtol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_penalties_are_the_oracles_under_the_policy_that_drew_the_token(
+    engine: Engine, grower: TreeGrower, params: Params, examples: list[Example], estimator: Any
+) -> None:
+    """Initial rollouts were drawn by π_old, their branches by the policy as it is now."""
+    now, reference = (jax.tree.map(lambda x, by=by: by * x, params) for by in (1.02, 0.9))
+    initial = engine.initial(params, examples, 3, (0, 0))
+    old = [grower.log_probs(params, tree) for tree in initial]
+    trees = grower.grow(now, initial, old, (1, 0)).trees
+    loss = LossConfig(kl_weight=0.3, kl_estimator=estimator, kl_in="reward")
+    got = _kl_penalties(grower, now, reference, trees, old, loss)
+    for tree, penalties in zip(trees, got, strict=True):
+        drawn = [grower.log_probs(params if r.is_initial else now, [r])[0] for r in tree]
+        for r, by, ref, penalty in zip(tree, drawn, grower.log_probs(reference, tree), penalties, strict=True):
+            every = zip(by, ref, r.sampled, strict=True)
+            expected = [0.3 * oracle.kl(a, b, estimator) if own else 0.0 for a, b, own in every]
+            np.testing.assert_allclose(penalty, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_without_anything_to_learn_makes_no_nan(step) -> None:
+    """Every reward is the same and nothing has moved: no group has a spread, no Ω varies."""
+    with jax.debug_nans(True):
+        record, _, _, moved = step(Config(branching=BranchingConfig(num_branch_points=1)), never)
+    assert not moved
+    assert record["advantage/zero_share"] == 1
+    assert record["branching/constant_future_share"] == 1
 
 
 def test_branches_drawn_once_per_step_are_trees_of_the_old_policy(step) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -40,7 +41,7 @@ def draw(
 
 
 @pytest.mark.parametrize(
-    ("n", "b", "loops", "m"), [(1, 2, 3, 16), (1, 4, 2, 16), (3, 1, 2, 12), (8, 1, 1, 16), (2, 7, 1, 16)]
+    ("n", "b", "loops", "m"), [(1, 2, 3, 16), (1, 4, 2, 16), (1, 4, 2, 25), (3, 1, 2, 12), (8, 1, 1, 16), (2, 7, 1, 16)]
 )
 def test_trees_have_the_declared_shape_and_keep_the_budget(draw, n: int, b: int, loops: int, m: int) -> None:
     for tree in draw(n, m, BranchingConfig(num_branch_points=b, num_loops=loops)):
@@ -84,6 +85,58 @@ def test_a_later_loop_knows_every_point_that_has_a_branch(draw, include_token: b
         for r in tree[1:]:
             earlier = [other for other in tree[1:] if other.loop < r.loop]
             assert before[r.parent][r.fork] not in {before[other.parent][other.fork] for other in earlier}
+
+
+def test_every_branch_point_is_the_oracles(
+    engine: Engine, params: Params, examples: list[Example], rollout_config: RolloutConfig
+) -> None:
+    """From π_old's log-probs and the moved policy's to the points of two loops, branches scored again in the second."""
+    config = dataclasses.replace(rollout_config, num_initial=2, budget=9)
+    branching = BranchingConfig(num_branch_points=2, num_loops=2, tau=4.0)
+    grower = TreeGrower(engine, config, branching)
+    moved = jax.tree.map(lambda x: 1.02 * x, params)
+    initial = engine.initial(params, examples, 2, (0, 0))
+    old = [grower.log_probs(params, tree) for tree in initial]
+    growth = grower.grow(moved, initial, old, (1, 0))
+    gated = 0
+    for tree, before, scores in zip(growth.trees, old, growth.scores, strict=True):
+        names = heads(tree)
+        for loop in (1, 2):
+            nodes = [r for r in tree if r.loop < loop]
+            branched = {names[r.parent][r.fork] for r in nodes if r.parent is not None}
+            orders = []
+            for r in nodes:
+                s = scores[r.node]
+                then = before[r.node] if r.is_initial else s.log_probs  # a branch was drawn by the moved policy
+                omega = oracle.omega(oracle.log_ratio(s.log_probs, then, r.sampled), r.sampled, 4.0)
+                np.testing.assert_allclose(s.future_value, omega, rtol=1e-3)
+                bs, z_h, z_o, constant = oracle.branching_score(s.entropies, omega, s.valid, 1.0, 1.2)
+                assert constant == s.constant_future == (not r.is_initial)
+                np.testing.assert_allclose(s.score, bs, atol=1e-3)
+                order = oracle.ranking(bs, z_h, z_o, s.valid, constant)
+                gated += order != oracle.ranking(bs, z_h, z_o, s.valid, constant, "literal")
+                orders.append([t for t in order if names[r.node][t] not in branched])
+            size = sum(r.loop <= loop for r in tree)
+            chosen = oracle.round_robin(orders, min(9 - len(nodes), 2 * len(nodes)))
+            assert size == len(nodes) + sum(map(len, chosen))
+            drawn = [(r.parent, r.fork) for r in tree if r.loop == loop]
+            assert sorted(drawn) == sorted((n, t) for n, ts in enumerate(chosen) for t in ts)
+    assert gated > 0, "the case must contain a position that the gate moves"
+
+
+def test_where_no_position_is_left_branches_are_missed_and_counted(
+    engine: Engine, params: Params, examples: list[Example], rollout_config: RolloutConfig
+) -> None:
+    config = dataclasses.replace(rollout_config, max_response_tokens=2)
+    small = Engine(engine.arch, engine.tokenizer, engine.executor, config, seed=0, dtype=jnp.float32)
+    grower = TreeGrower(small, config, BranchingConfig(num_branch_points=3))
+    with jax.debug_nans(True):
+        trees = small.initial(params, examples, 3, (0, 0))
+        growth = grower.grow(params, trees, [grower.log_probs(params, tree) for tree in trees], (1, 0))
+    places = [sum(int(s.valid.sum()) for s in scores) for scores in growth.scores]
+    assert min(places) < 6, "the case must lack positions"
+    assert [len(tree) for tree in growth.trees] == [3 + min(6, n) for n in places]
+    assert growth.missing_branches == sum(6 - min(6, n) for n in places)
 
 
 @pytest.mark.parametrize("score", ["entropy_change", "random_turn"])

@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +15,12 @@ from matplotlib import image
 
 from appo_jax.cli import main
 from appo_jax.config import validate
-from appo_jax.config_io import load_config
+from appo_jax.config_io import load_config, save_config
 from appo_jax.errors import ConfigError, DataError, TrainingError
+from appo_jax.metrics import read_metrics
 from appo_jax.study import report
 from appo_jax.study.plan import Study, check_study, load_study
-from appo_jax.study.run import finished, run_study
+from appo_jax.study.run import finished, plan_jobs, run_study
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "studies"
 
@@ -26,6 +32,11 @@ def base():
 
 def study(base, out, **arms):
     return Study(str(out), {"appo": base} | arms, seeds=(0, 1), max_sampled_tokens=100)
+
+
+def without_world(base, folder):
+    """A config whose cold start fails at once: no data where it should be."""
+    return dataclasses.replace(base, data=dataclasses.replace(base.data, source="gsm8k", path=str(folder / "nothing")))
 
 
 def write_run(folder: Path, final: float, tokens: int = 120, sft: float = 0.4, evals: tuple = ()) -> None:
@@ -40,7 +51,7 @@ def write_run(folder: Path, final: float, tokens: int = 120, sft: float = 0.4, e
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize("name", ["study", "ablations", "trees"])
+@pytest.mark.parametrize("name", ["study", "variants", "ablations", "trees"])
 def test_the_studies_of_configs_hold_together(name):
     found = load_study(CONFIGS / f"{name}.py")
     for arm in found.arms:
@@ -80,17 +91,78 @@ def test_a_run_is_kept_once_its_budget_is_used(base, tmp_path):
     assert not finished(dataclasses.replace(s, max_sampled_tokens=200), "appo", 0)
 
 
+def test_a_seed_is_made_in_order_and_what_is_finished_is_left_out(base, tmp_path):
+    s = study(base, tmp_path, grpo=dataclasses.replace(base, algorithm="grpo"))
+    s = dataclasses.replace(s, arms={name: without_world(config, tmp_path) for name, config in s.arms.items()})
+    write_run(s.run_dir("appo", 0), 0.5)
+    jobs = plan_jobs(s)
+    assert [job.name for job in jobs] == ["cold-0", "grpo-0", "cold-1", "appo-1", "grpo-1"]
+    assert [job.after and job.after.name for job in jobs] == [None, "cold-0", None, "cold-1", "cold-1"]
+    write_run(s.run_dir("grpo", 0), 0.5)
+    assert [job.name for job in plan_jobs(s)] == ["cold-1", "appo-1", "grpo-1"]
+
+
+def test_a_world_that_is_not_there_is_made_first(base, tmp_path):
+    policy = dataclasses.replace(base.policy, tokenizer=str(tmp_path / "world.model"))
+    s = Study(str(tmp_path), {"appo": dataclasses.replace(base, policy=policy)}, seeds=(0,), max_sampled_tokens=100)
+    world, cold, arm = plan_jobs(s)
+    assert (world.command, cold.command, arm.command) == ("data world", "sft", "train")
+    assert (cold.after, arm.after) == (world, cold)
+    write_run(s.run_dir("appo", 0), 0.5)
+    assert plan_jobs(s) == []
+
+
 def test_runs_that_fail_are_named_and_do_not_stop_the_report(base, tmp_path):
     """No data where it should be: both cold starts fail, and what was made before is still reported."""
-    broken = dataclasses.replace(
-        base, data=dataclasses.replace(base.data, source="gsm8k", path=str(tmp_path / "nothing"))
-    )
-    s = study(broken, tmp_path / "out")
+    s = study(without_world(base, tmp_path), tmp_path / "out", grpo=without_world(base, tmp_path))
     write_run(s.run_dir("appo", 0), 0.5)
     with pytest.raises(TrainingError, match=r"2 runs failed: see .*cold-0\.log, .*cold-1\.log"):
         run_study(s)
     assert "nothing" in (tmp_path / "out" / "runs" / "cold-0.log").read_text()
     assert "| appo | 1 |" in (tmp_path / "out" / "study.md").read_text()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two jobs need two cores")
+def test_an_interrupted_study_stops_all_its_runs_and_each_saves(base, tmp_path):
+    """The world, then two cold starts at a time on a core each, until one signal ends both."""
+    small = dataclasses.replace(base.policy.architecture, width=32, num_layers=1, mlp_width=64)
+    arm = dataclasses.replace(
+        base,
+        policy=dataclasses.replace(base.policy, architecture=small, tokenizer=str(tmp_path / "world.model")),
+        data=dataclasses.replace(base.data, path=str(tmp_path / "world")),
+        rollout=dataclasses.replace(base.rollout, max_response_tokens=64, decode_rows=4),
+        sft=dataclasses.replace(base.sft, steps=5000, batch_size=2),
+        eval=dataclasses.replace(base.eval, num_prompts=4),
+    )
+    save_config(arm, tmp_path / "arm.json")
+    (tmp_path / "s.py").write_text(f"""
+from appo_jax.config_io import load_config
+from appo_jax.study.plan import Study
+arms = {{"appo": load_config({str(tmp_path / "arm.json")!r})}}
+study = Study(out={str(tmp_path / "out")!r}, arms=arms, seeds=(0, 1, 2), max_sampled_tokens=100)
+""")
+    command = [sys.executable, "-m", "appo_jax.cli", "study", "--config", str(tmp_path / "s.py"), "--jobs", "2"]
+    runs = [tmp_path / "out" / "runs" / name for name in ("cold-0", "cold-1")]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 240
+    while not all(read_metrics(run / "sft.jsonl") for run in runs):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    cores = [os.sched_getaffinity(pid) for pid in children]
+    assert len(cores) == 2
+    assert cores[0].isdisjoint(cores[1])
+    assert cores[0] | cores[1] == os.sched_getaffinity(0)
+
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    for run in runs:
+        saved = [int(path.name) for path in (run / "checkpoints" / "sft").iterdir() if path.name.isdigit()]
+        assert saved == [read_metrics(run / "sft.jsonl")[-1]["step"]]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert not (tmp_path / "out" / "runs" / "cold-2").exists(), "nothing is begun after the signal"
 
 
 def test_the_table_by_hand(base, tmp_path):
@@ -129,6 +201,11 @@ def test_curves_are_averaged_where_all_of_them_are():
 def test_a_study_without_runs_says_so(base, tmp_path):
     with pytest.raises(DataError, match="no run of the study is finished"):
         report.write_report(study(base, tmp_path))
+
+
+def test_more_jobs_than_cores_are_refused(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"--jobs 1000: give 1 to \d+"):
+        run_study(study(base, tmp_path), jobs=1000)
 
 
 def test_an_arm_that_does_not_exist_is_named(capsys):
