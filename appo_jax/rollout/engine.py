@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,7 +24,7 @@ from appo_jax import distributed
 from appo_jax.config import Architecture, MeshConfig, RolloutConfig
 from appo_jax.policy.attention import LayerCache, Places
 from appo_jax.policy.constraints import row_shards
-from appo_jax.policy.sharding import generating, make_mesh
+from appo_jax.policy.sharding import generating, make_mesh, place
 from appo_jax.policy.transformer import Params
 from appo_jax.rollout.decode import (
     DecodeState,
@@ -118,8 +119,8 @@ class Engine:
             arch.vocab_size - tokenizer.vocab_size
         )  # embeddings may have more rows than there are tokens
         self.automaton = StopAutomaton.build(executor.stop_strings, tokenizer.token_bytes() + padding)
-        tables = self.automaton.next_state, self.automaton.hit
-        self._tables = jax.device_put(tables, NamedSharding(self.mesh, PartitionSpec()))
+        tables = jnp.asarray(self.automaton.next_state), jnp.asarray(self.automaton.hit)
+        self._tables = place(tables, NamedSharding(self.mesh, PartitionSpec()), self.mesh)
         self.seed = seed
         self.results = ToolResults(tokenizer, executor.call_format, config.max_result_tokens)
         self._compiled: set[tuple[int, ...]] = set()
