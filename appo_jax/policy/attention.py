@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from appo_jax.policy.constraints import ROWS, constrain, merged
+from appo_jax.policy.constraints import ROWS, constrain, merged, platform
 from appo_jax.policy.kernels import causal_attention
 
 # (layer, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps, e.g. its cache)
@@ -40,7 +40,7 @@ def packed(segments: jax.Array) -> Attend:
     return attend
 
 
-# Decoding meets a cache's keys in blocks of this many, or in MOST_BLOCKS blocks where that would be more of them.
+# On a CPU, decoding meets a cache's keys in blocks of this many, or in MOST_BLOCKS blocks where that would be more of them.
 BLOCK = 128
 MOST_BLOCKS = 16
 
@@ -90,14 +90,15 @@ def _part(
     """One part of a softmax: unnormalised output `[..., E]`, maximum and sum `[..., 1]`, all float32.
 
     q `[..., E]` in any layout that `flat` (batch axes, then queries) folds; seen `[..., 1]` broadcasts against it: how many
-    of the first keys a query sees. Keys are met a block at a time, up to the last block that any query sees: a cache's
-    empty room costs nothing. A block that a query does not see leaves its numbers as they are, to the last bit.
+    of the first keys a query sees. On a CPU keys are met a block at a time, up to the last block that any query sees: a
+    cache's empty room costs nothing. A block that a query does not see leaves its numbers as they are, to the last bit.
+    Elsewhere all keys are one block: with two loops in each of 28 layers, the decode step took the TPU compiler minutes.
     """
     keys, values = (x.reshape(*flat[:-1], *x.shape[-2:]) for x in cache)
     T, E = values.shape[-2:]
     lead = q.shape[:-1]
     q, seen = q.reshape(*flat, E), jnp.broadcast_to(seen, (*lead, 1)).reshape(*flat, 1)
-    size = min(T, max(BLOCK, -(-T // MOST_BLOCKS)))
+    size = min(T, max(BLOCK, -(-T // MOST_BLOCKS))) if platform() == "cpu" else T
     Part = tuple[jax.Array, jax.Array, jax.Array]
 
     def meet(i: jax.Array | int, part: Part) -> Part:
