@@ -165,16 +165,18 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
             "rollout.decode_rows, rollout.max_response_tokens",
         )  # fmt: skip
 
+    appended = even(APPEND_ROWS)
+
     def append() -> Any:
         prefixes, places, rows = generation(last, columns, prefix)
-        chunk = array((APPEND_ROWS, rollout.max_result_tokens), jnp.int32)
-        some = array((APPEND_ROWS,), jnp.int32)
+        chunk = array((appended, rollout.max_result_tokens), jnp.int32)
+        some = array((appended,), jnp.int32)
         return append_tokens.trace(copy, prefixes, places, rows, some, chunk, some, arch=arch, dtype=dtype)
 
     calls = config.prompts_per_step * rollout.budget * rollout.max_tool_calls
     yield Program(
-        "append", append, -(-calls // APPEND_ROWS),
-        f"{config.prompts_per_step} prompts × {rollout.budget} rollouts × {rollout.max_tool_calls} calls / {APPEND_ROWS}",
+        "append", append, -(-calls // appended),
+        f"{config.prompts_per_step} prompts × {rollout.budget} rollouts × {rollout.max_tool_calls} calls / {appended}",
         resident + kept, "rollout.max_result_tokens, rollout.decode_rows",
     )  # fmt: skip
     yield Program(

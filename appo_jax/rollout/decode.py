@@ -265,10 +265,9 @@ def append_tokens(
     # A rows of their own: prefix and suffix of each are gathered, only the new keys and values are written back.
     slot = places.of_row[safe, 0]
     alone = Places(jnp.stack([jnp.arange(A), jnp.zeros(A, jnp.int32)], axis=1), jnp.arange(A)[:, None])
-    _, new = feed(
-        params, arch, [(k[slot], v[slot]) for k, v in prefixes], alone, [(k[safe], v[safe]) for k, v in state.cache],
-        inputs, length - 1, count, start, dtype,
-    )  # fmt: skip
+    taken = _cache_laid_out([(k[slot], v[slot]) for k, v in prefixes])
+    own = _cache_laid_out([(k[safe], v[safe]) for k, v in state.cache])
+    _, new = feed(params, arch, taken, alone, own, inputs, length - 1, count, start, dtype)
     cache = [
         (k.at[rows].set(nk, mode="drop"), v.at[rows].set(nv, mode="drop"))
         for (k, v), (nk, nv) in zip(state.cache, new, strict=True)

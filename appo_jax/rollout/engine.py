@@ -54,7 +54,7 @@ SEGMENT_STEPS = 32
 # While tools run, segments are kept to this many seconds, so that a result is not kept waiting by slow steps.
 TOOL_POLL_S = 0.05
 # Tool results are appended for this many rows at a time. A fixed number: a row's arithmetic must not depend, even in
-# the last bit, on how many other tools happened to finish at the same moment.
+# the last bit, on how many other tools happened to finish at the same moment. On a mesh, so many that it can split them.
 APPEND_ROWS = 8
 
 
@@ -115,6 +115,7 @@ class Engine:
         self.arch, self.tokenizer, self.executor, self.config, self.dtype = arch, tokenizer, executor, config, dtype
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
         self._shards = row_shards(self.mesh)
+        self.append_rows = self.whole(APPEND_ROWS)
         padding = [b""] * (
             arch.vocab_size - tokenizer.vocab_size
         )  # embeddings may have more rows than there are tokens
@@ -347,10 +348,10 @@ class Engine:
             if ids:
                 by_bucket.setdefault(self.results.bucket(len(ids)), []).append((w, ids))
         for bucket, items in by_bucket.items():
-            for first in range(0, len(items), APPEND_ROWS):
-                index = np.full(APPEND_ROWS, len(length), np.int32)
-                chunk, count = np.zeros((APPEND_ROWS, bucket), np.int32), np.zeros(APPEND_ROWS, np.int32)
-                for i, (w, ids) in enumerate(items[first : first + APPEND_ROWS]):
+            for first in range(0, len(items), self.append_rows):
+                index = np.full(self.append_rows, len(length), np.int32)
+                chunk, count = np.zeros((len(index), bucket), np.int32), np.zeros(len(index), np.int32)
+                for i, (w, ids) in enumerate(items[first : first + self.append_rows]):
                     index[i], chunk[i, : len(ids)], count[i] = w, ids, len(ids)
                 state = append_tokens(
                     params, prefixes, places, state, index, chunk, count, arch=self.arch, dtype=self.dtype
@@ -367,8 +368,8 @@ class Engine:
         if shape not in self._compiled:
             self._compiled.add(shape)
             for bucket in self.results.buckets:
-                nobody = np.full(APPEND_ROWS, len(state.active), np.int32)
-                chunk, count = np.zeros((APPEND_ROWS, bucket), np.int32), np.zeros(APPEND_ROWS, np.int32)
+                nobody = np.full(self.append_rows, len(state.active), np.int32)
+                chunk, count = np.zeros((len(nobody), bucket), np.int32), np.zeros(len(nobody), np.int32)
                 state = append_tokens(
                     params, prefixes, places, state, nobody, chunk, count, arch=self.arch, dtype=self.dtype
                 )
