@@ -29,7 +29,6 @@ def test_on_eight_devices() -> None:
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
     assert "skipped" not in done.stdout
 
 
