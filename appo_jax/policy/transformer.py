@@ -27,6 +27,7 @@ from appo_jax.policy.attention import Attend
 from appo_jax.policy.constraints import ROWS, constrain
 
 Params = dict[str, Any]
+Rotations = tuple[jax.Array, jax.Array]
 
 # What a rematerialised layer keeps for its backward pass, beside its input.
 _KEPT = {"layers": None, "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -50,10 +51,16 @@ def rope_frequencies(arch: Architecture) -> np.ndarray:
     return frequencies * (smooth + (1 - smooth) / s.factor)
 
 
-def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
-    """Rotary embedding in the half-split convention. x `[..., heads, E]`, positions `[...]`."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+def rotations(positions: jax.Array, frequencies: np.ndarray) -> Rotations:
+    """Cosine and sine of each rotated pair's angle, float32 `[..., 1, E/2]`, at positions `[...]`."""
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    # The barrier keeps the compiler from computing them again for every head of every layer.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+
+
+def rotate(x: jax.Array, by: Rotations) -> jax.Array:
+    """Rotary embedding in the half-split convention. x `[..., heads, E]`."""
+    cos, sin = by
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -92,7 +99,7 @@ class Layer(nnx.Module):
         self.up = weight(a.width, a.mlp_width, fan_in=a.width)
         self.down = weight(a.mlp_width, a.width, fan_in=a.mlp_width * depth)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, attend: Callable) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rotation: Rotations, attend: Callable) -> tuple[jax.Array, Any]:
         a, dtype = self.arch, x.dtype
         h = rms_norm(x, self.attn_norm[...], a.norm_eps)
         q = jnp.einsum("...d,dhe->...he", h, self.q[...].astype(dtype))
@@ -106,9 +113,10 @@ class Layer(nnx.Module):
         if a.qk_norm:
             q, k = rms_norm(q, self.q_norm[...], a.norm_eps), rms_norm(k, self.k_norm[...], a.norm_eps)
         q, k, v = (constrain(y, ROWS, None, "tensor") for y in (q, k, v))
-        frequencies = rope_frequencies(a)
-        out, kept = attend(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v)
-        x = constrain(x + jnp.einsum("...he,hed->...d", out, self.o[...].astype(dtype)), ROWS)
+        out, kept = attend(rotate(q, rotation), rotate(k, rotation), v)
+        # Contracted as one axis: of two, einsum would choose an order for which the weights are copied.
+        o = self.o[...].astype(dtype).reshape(-1, a.width)
+        x = constrain(x + out.reshape(*out.shape[:-2], -1) @ o, ROWS)
         h = rms_norm(x, self.mlp_norm[...], a.norm_eps)
         h = jax.nn.silu(h @ self.gate[...].astype(dtype)) * (h @ self.up[...].astype(dtype))
         h = constrain(h, ROWS, None, "tensor")
@@ -130,11 +138,12 @@ class Decoder(nnx.Module):
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: Any, remat: Remat, scan: bool
     ) -> tuple[jax.Array, list[Any]]:
         x = constrain(constrain(self.embed[...].astype(dtype), "tensor")[tokens], ROWS)
+        rotation = rotations(positions, rope_frequencies(self.arch))
         graphdef, first = nnx.split(self.layers[0])
 
         def block(i: int) -> Callable[[jax.Array, nnx.State], tuple[jax.Array, Any]]:
             def run(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, Any]:
-                return nnx.merge(graphdef, layer)(x, positions, functools.partial(attend, i))
+                return nnx.merge(graphdef, layer)(x, rotation, functools.partial(attend, i))
 
             return run if remat == "none" else jax.checkpoint(run, policy=_KEPT[remat])
 

@@ -13,7 +13,7 @@ from appo_jax.study.plan import Study
 quickstart = load_config(Path(__file__).parents[1] / "quickstart.py")
 base = dataclasses.replace(
     quickstart,
-    eval=dataclasses.replace(quickstart.eval, every=5),
+    eval=dataclasses.replace(quickstart.eval, every=2),
     # GRPO's kind trains on all 16 rollouts of a prompt: in small parts, whose activations stay in a core's cache.
     optimizer=dataclasses.replace(quickstart.optimizer, micro_batch=8),
 )
@@ -41,5 +41,5 @@ study = Study(
         "n3_b1_l2": shape(3, 1, 2, 12),
     },
     seeds=(0, 1, 2),
-    max_sampled_tokens=80_000,
+    max_sampled_tokens=40_000,
 )
