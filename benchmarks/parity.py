@@ -34,7 +34,7 @@ from tokenizers import pre_tokenizers
 from appo_jax.config import Architecture, RolloutConfig, ToolsConfig
 from appo_jax.policy import attention, convert, weights
 from appo_jax.policy.architecture import read_architecture
-from appo_jax.policy.transformer import Params, hidden_states, unembedding
+from appo_jax.policy.transformer import Params, hidden_states, rotations, unembedding
 from appo_jax.rollout.engine import Engine
 from appo_jax.text.tokenizer import JsonTokenizer
 from appo_jax.tools.executor import ToolExecutor
@@ -68,7 +68,7 @@ def our_logits(params: Params, arch: Architecture, tokens: np.ndarray) -> np.nda
     @jax.jit
     def forward(params: Params, tokens: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = hidden_states(params, arch, tokens, positions, attention.causal_no_cache)
+        hidden, _ = hidden_states(params, arch, tokens, rotations(positions, arch), attention.causal_no_cache)
         return hidden @ unembedding(params).T
 
     with jax.default_matmul_precision("highest"):

@@ -32,6 +32,7 @@ from appo_jax.config import Architecture, RolloutConfig, ToolsConfig
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import read_architecture
 from appo_jax.policy.score import score
+from appo_jax.policy.transformer import turned
 from appo_jax.rollout import decode
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.seating import Fork, Seating
@@ -184,6 +185,7 @@ def branching(bench: Bench, repeats: int) -> dict[str, float]:
     # Decoding alone: the same rows, prefixes in place, no host in the loop.
     seating = Seating([(g, group) for g, group in enumerate(forks)], columns, parents * columns, parents)
     opened, seated = seating.seat()
+    params = turned(bench.params)  # as the engine does on a CPU
     prefixes = decode.empty_prefixes(bench.arch, seating.num_slots, length, jnp.float32)
     for slot, index in opened:
         prefixes = decode.load_prefix(prefixes, cache, index, slot)
@@ -195,7 +197,7 @@ def branching(bench: Bench, repeats: int) -> dict[str, float]:
         state = decode.empty_state(bench.arch, seating.num_rows, NEW + 1, jnp.float32)
         state = decode.begin_rows(state, new, 0)
         state, _ = decode.decode_segment(
-            bench.params, prefixes, seating.places(), state, *shared._tables, 0, NEW, arch=bench.arch,
+            params, prefixes, seating.places(), state, *shared._tables, 0, NEW, arch=bench.arch,
             spec=shared.spec(1.0), dtype=jnp.float32,
         )  # fmt: skip
         state.length.block_until_ready()

@@ -13,7 +13,7 @@ from appo_jax.policy import attention
 from appo_jax.policy.attention import Attend, LayerCache
 from appo_jax.policy.constraints import ROWS, constrain, platform, replicate
 from appo_jax.policy.logprobs import token_log_probs
-from appo_jax.policy.transformer import Params, hidden_states, unembedding
+from appo_jax.policy.transformer import Params, hidden_states, rotations, unembedding
 
 
 class Scored(NamedTuple):
@@ -35,7 +35,9 @@ def whole_rows(
     On accelerators the layers are a loop: there is one to compile, and the weights of one are gathered at a time. A CPU
     gathers nothing, and would copy each layer's weights out of the stack.
     """
-    return hidden_states(params, arch, tokens, positions, attend, dtype, remat, scan=platform() != "cpu")
+    return hidden_states(
+        params, arch, tokens, rotations(positions, arch), attend, dtype, remat, scan=platform() != "cpu"
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "temperature", "dtype"))

@@ -31,7 +31,7 @@ from appo_jax.policy import attention
 from appo_jax.policy.attention import LayerCache, Places
 from appo_jax.policy.constraints import ROWS, constrain, replicate
 from appo_jax.policy.logprobs import log_prob_and_entropy
-from appo_jax.policy.transformer import Params, hidden_states, unembedding
+from appo_jax.policy.transformer import Params, Rotations, hidden_states, rotations, unembedding
 from appo_jax.rollout.sampling import inverse_cdf, truncate
 
 
@@ -40,7 +40,8 @@ from appo_jax.rollout.sampling import inverse_cdf, truncate
 class DecodeState:
     """The rows of a generation. Allocated once, donated from call to call."""
 
-    cache: list[LayerCache]  # per layer: keys [W, K, E, S] and values [W, K, S, E] of the suffixes
+    # Per layer: keys [W, K, E, S−1] and values [W, K, S−1, E] of the suffixes; the last token of a full row is never fed.
+    cache: list[LayerCache]
     tokens: jax.Array  # [W, S] int32
     log_probs: jax.Array  # [W, S] float32, of sampled tokens
     entropies: jax.Array  # [W, S] float32, of sampled tokens
@@ -107,7 +108,7 @@ def empty_state(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> 
 
     return _laid_out(
         DecodeState(
-            cache=[_empty_cache(arch, rows, slots, dtype) for _ in range(arch.num_layers)],
+            cache=[_empty_cache(arch, rows, slots - 1, dtype) for _ in range(arch.num_layers)],
             tokens=jnp.zeros((rows, slots), jnp.int32),
             log_probs=jnp.zeros((rows, slots), jnp.float32),
             entropies=jnp.zeros((rows, slots), jnp.float32),
@@ -169,11 +170,12 @@ def halt_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
 
 def feed(
     params: Params, arch: Architecture, prefixes: list[LayerCache], places: Places, cache: list[LayerCache],
-    tokens: jax.Array, slot: jax.Array, count: jax.Array, start: jax.Array, dtype: jnp.dtype,
+    tokens: jax.Array, slot: jax.Array, count: jax.Array, start: jax.Array, table: Rotations, dtype: jnp.dtype,
 ) -> tuple[jax.Array, list[LayerCache]]:  # fmt: skip
     """Run tokens `[W, Q]` through the policy at suffix slots `slot … slot + count − 1` (`[W]`; the rest is padding).
 
-    Returns hidden states `[W, Q, D]` and the cache with their keys and values written.
+    `table`: the rotations of all positions. Returns hidden states `[W, Q, D]` and the cache with their keys and values
+    written.
     """
     W, Q = tokens.shape
     slots = cache[0][1].shape[2]
@@ -189,7 +191,16 @@ def feed(
         return attention.tree(q, prefixes[layer], (ck, cv), places, prefix_length=start, cached=slot), (ck, cv)
 
     positions = (start + slot)[:, None] + offsets
-    return hidden_states(params, arch, tokens, positions, attend, dtype)
+    rotation = jax.tree.map(lambda x: x.at[positions].get(mode="clip"), table)
+    return hidden_states(params, arch, tokens, rotation, attend, dtype)
+
+
+def _rotation_table(arch: Architecture, prefixes: list[LayerCache], slots: int) -> Rotations:
+    """`rotations` of every position that a row can reach.
+
+    A step looks them up: the compiler would compute them again for every head of every layer.
+    """
+    return jax.lax.optimization_barrier(rotations(jnp.arange(prefixes[0][1].shape[2] + slots), arch))
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "spec", "dtype"), donate_argnames=("state",))
@@ -206,6 +217,7 @@ def decode_segment(
     weights = unembedding(params).astype(dtype)
     W, S = state.tokens.shape
     w = jnp.arange(W)
+    table = _rotation_table(arch, prefixes, S)
 
     def go_on(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
         return (carry[0].active.sum() > min_active) & (carry[1] < max_steps)
@@ -216,7 +228,7 @@ def decode_segment(
         token = s.tokens[w, last][:, None]
         # Inactive rows write their last token's keys and values too: the same numbers they will be fed with later.
         hidden, cache = feed(
-            params, arch, prefixes, places, s.cache, token, last, jnp.ones_like(last), s.start, dtype
+            params, arch, prefixes, places, s.cache, token, last, jnp.ones_like(last), s.start, table, dtype
         )  # fmt: skip
         logits = jnp.einsum("wd,vd->wv", hidden[:, 0], weights, preferred_element_type=jnp.float32)
         if spec.temperature == 0:
@@ -267,7 +279,9 @@ def append_tokens(
     alone = Places(jnp.stack([jnp.arange(A), jnp.zeros(A, jnp.int32)], axis=1), jnp.arange(A)[:, None])
     taken = _cache_laid_out([(k[slot], v[slot]) for k, v in prefixes])
     own = _cache_laid_out([(k[safe], v[safe]) for k, v in state.cache])
-    _, new = feed(params, arch, taken, alone, own, inputs, length - 1, count, start, dtype)
+    _, new = feed(
+        params, arch, taken, alone, own, inputs, length - 1, count, start, _rotation_table(arch, prefixes, S), dtype
+    )
     cache = [
         (k.at[rows].set(nk, mode="drop"), v.at[rows].set(nv, mode="drop"))
         for (k, v), (nk, nv) in zip(state.cache, new, strict=True)

@@ -23,9 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from appo_jax import distributed
 from appo_jax.config import Architecture, MeshConfig, RolloutConfig
 from appo_jax.policy.attention import LayerCache, Places
-from appo_jax.policy.constraints import row_shards
+from appo_jax.policy.constraints import platform, row_shards
 from appo_jax.policy.sharding import generating, make_mesh, place
-from appo_jax.policy.transformer import Params
+from appo_jax.policy.transformer import Params, turned
 from appo_jax.rollout.decode import (
     DecodeState,
     NewRows,
@@ -183,6 +183,8 @@ class Engine:
         can never exceed; shapes follow from it, from `columns` and from `rollout.decode_rows`.
         """
         params = generating(params, self.mesh, self.dtype)
+        one_cpu = self.mesh.size == 1 and platform() == "cpu"
+        stepping = turned(params) if one_cpu else params  # what decode steps multiply by
         temperature = self.config.temperature if temperature is None else temperature
         indexed = list(enumerate(groups))
         if not self.config.share_prefix:
@@ -226,7 +228,7 @@ class Engine:
                     steps_at_once = int(np.clip(TOOL_POLL_S / step_s, 1, SEGMENT_STEPS))
                 began = time.perf_counter()
                 state, steps = decode_segment(
-                    params, prefixes, places, state, *self._tables, decoding - enough, steps_at_once, arch=self.arch,
+                    stepping, prefixes, places, state, *self._tables, decoding - enough, steps_at_once, arch=self.arch,
                     spec=spec, dtype=self.dtype,
                 )  # fmt: skip
                 self._read_stops(state, rows)

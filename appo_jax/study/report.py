@@ -28,6 +28,11 @@ class Outcome:
     seconds: np.ndarray  # [evaluations] of the run, its cold start left out
     accuracy: np.ndarray  # [evaluations]
 
+    @property
+    def on_the_way(self) -> float:
+        """Accuracy averaged over the run's sampled tokens: the area under its curve, by which early learning counts."""
+        return float(np.trapezoid(self.accuracy, self.tokens) / self.tokens[-1])
+
 
 def load_outcomes(study: Study) -> dict[str, dict[int, Outcome]]:
     """Finished runs by arm and seed."""
@@ -61,7 +66,13 @@ def write_report(study: Study) -> str:
     markdown = table(outcomes, study.baseline)
     (folder / "study.md").write_text(markdown + "\n")
     figures = {
-        arm: {seed: {"sft": o.sft, "final": o.final, "tokens": o.tokens[-1], "seconds": o.seconds[-1]} for seed, o in runs.items()}
+        arm: {
+            seed: {
+                "sft": o.sft, "final": o.final, "on_the_way": o.on_the_way, "tokens": o.tokens[-1],
+                "seconds": o.seconds[-1],
+            }
+            for seed, o in runs.items()
+        }
         for arm, runs in outcomes.items()
     }  # fmt: skip
     (folder / "study.json").write_text(json.dumps(figures, indent=2) + "\n")
@@ -72,12 +83,13 @@ def write_report(study: Study) -> str:
 def table(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str) -> str:
     """Held-out accuracy in points by arm; intervals are 95% bootstrap over seeds, differences are paired by seed."""
     lines = [
-        f"| arm | seeds | after SFT | at the end | gain | against {baseline} | p (signs) | p (t) | tokens | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| arm | seeds | after SFT | at the end | gain | against {baseline} | p (signs) | p (t) | on the way | tokens "
+        "| minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, runs in outcomes.items():
         if not runs:
-            lines.append(f"| {arm} | 0 |" + " |" * 8)
+            lines.append(f"| {arm} | 0 |" + " |" * 9)
             continue
         sft, final = (100 * np.array([getattr(o, name) for o in runs.values()]) for name in ("sft", "final"))
         shared = [seed for seed in runs if seed in outcomes[baseline]]
@@ -90,7 +102,8 @@ def table(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str) -> str:
         minutes = np.mean([o.seconds[-1] for o in runs.values()]) / 60
         cells = [
             arm, str(len(runs)), f"{sft.mean():.1f}", _cell(mean_interval(final)),
-            _cell(mean_interval(final - sft), sign=True), *against, f"{tokens:,.0f}", f"{minutes:.1f}",
+            _cell(mean_interval(final - sft), sign=True), *against,
+            _cell(mean_interval(100 * np.array([o.on_the_way for o in runs.values()]))), f"{tokens:,.0f}", f"{minutes:.1f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from appo_jax.learner.loss import policy_loss, sampler_correction, token_weights
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, batch_loss, gradients, make_train_step
 from appo_jax.policy import attention
 from appo_jax.policy.score import positions
-from appo_jax.policy.transformer import abstract_params, hidden_states, unembedding
+from appo_jax.policy.transformer import abstract_params, hidden_states, rotations, unembedding
 
 R, T, P, M = 4, 7, 2, 6
 MODES = ("paper", "token_mean", "seq_mean", "constant")
@@ -286,7 +286,9 @@ def batch():
 @jax.jit
 def hidden_and_logits(params, tokens):
     """[R, T, D] and [R, T, V] of a plain forward pass."""
-    hidden, _ = hidden_states(params, ARCH, tokens, positions(tokens), attention.causal_no_cache, jnp.float32)
+    hidden, _ = hidden_states(
+        params, ARCH, tokens, rotations(positions(tokens), ARCH), attention.causal_no_cache, jnp.float32
+    )
     return hidden, hidden @ unembedding(params).T
 
 

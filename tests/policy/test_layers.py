@@ -12,7 +12,7 @@ import pytest
 from appo_jax.config import Architecture, Remat
 from appo_jax.policy import attention
 from appo_jax.policy.score import positions
-from appo_jax.policy.transformer import Params, hidden_states, init_params
+from appo_jax.policy.transformer import Params, hidden_states, init_params, rotations, turned
 
 FAMILIES = {
     "qwen2": Architecture(96, 32, 3, 4, 2, 8, 48, qkv_bias=True),
@@ -33,7 +33,7 @@ def passes(family: str, remat: Remat, scan: bool) -> tuple[Any, Params]:
         return (WEIGHTS * run(params, attention.causal_no_cache)[0]).sum()
 
     def run(params: Params, attend: attention.Attend) -> Any:
-        return hidden_states(params, arch, TOKENS, positions(TOKENS), attend, jnp.float32, remat, scan)
+        return hidden_states(params, arch, TOKENS, rotations(positions(TOKENS), arch), attend, jnp.float32, remat, scan)
 
     params = init_params(arch, 0)
     return jax.jit(run, static_argnums=1)(params, attention.causal), backward(params)
@@ -55,3 +55,18 @@ def test_only_time_and_memory_change(family: str, remat: Remat, scan: bool) -> N
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
     assert min(np.abs(x).max() for x in jax.tree.leaves(grads["layers"])) > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turned_matrices_are_the_same_policy(family: str) -> None:
+    arch = FAMILIES[family]
+
+    @jax.jit
+    def run(params: Params) -> Any:
+        return hidden_states(params, arch, TOKENS, rotations(positions(TOKENS), arch), attention.causal)
+
+    params = init_params(arch, 0)
+    copy = turned(params)
+    assert copy["layers"][0]["o"].shape == (arch.width, arch.num_heads, arch.head_dim)
+    for a, b in zip(jax.tree.leaves(run(copy)), jax.tree.leaves(run(params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from appo_jax.policy import attention, weights
 from appo_jax.policy.architecture import read_architecture
-from appo_jax.policy.transformer import hidden_states, unembedding
+from appo_jax.policy.transformer import hidden_states, rotations, unembedding
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 make = runpy.run_path(str(GOLDEN / "make_golden.py"))
@@ -30,7 +30,7 @@ def test_logits_are_those_of_transformers(tmp_path, seed, family):
     @jax.jit
     def forward(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = hidden_states(params, arch, tokens, positions, attention.causal_no_cache)
+        hidden, _ = hidden_states(params, arch, tokens, rotations(positions, arch), attention.causal_no_cache)
         return hidden @ unembedding(params).T
 
     with jax.default_matmul_precision("highest"):

@@ -172,9 +172,10 @@ def test_the_table_by_hand(base, tmp_path):
         write_run(s.run_dir("grpo", seed), grpo)
     lines = report.write_report(s).splitlines()
     assert lines[2:] == [
-        "| appo | 2 | 40.0 | 85.0 [80.0, 90.0] | +45.0 [+40.0, +50.0] |  |  |  | 120 | 1.0 |",
-        "| grpo | 2 | 40.0 | 75.0 [60.0, 90.0] | +35.0 [+20.0, +50.0] | -10.0 [-20.0, +0.0] | 1.000 | 0.500 | 120 | 1.0 |",
-        "| dapo | 0 | | | | | | | | |",
+        "| appo | 2 | 40.0 | 85.0 [80.0, 90.0] | +45.0 [+40.0, +50.0] |  |  |  | 62.5 [60.0, 65.0] | 120 | 1.0 |",
+        "| grpo | 2 | 40.0 | 75.0 [60.0, 90.0] | +35.0 [+20.0, +50.0] | -10.0 [-20.0, +0.0] | 1.000 | 0.500 "
+        "| 57.5 [50.0, 65.0] | 120 | 1.0 |",
+        "| dapo | 0 | | | | | | | | | |",
     ]  # differences −20 and 0: t = −1 with one degree of freedom, p = 1/2
     assert image.imread(tmp_path / "study.png")[..., :3].std() > 0.01
     kept = json.loads((tmp_path / "study.json").read_text())
@@ -188,6 +189,7 @@ def test_curves_begin_at_the_cold_start_and_end_at_the_final_accuracy(base, tmp_
     assert run.tokens.tolist() == [0, 40, 80, 120]
     assert run.seconds.tolist() == [0, 20, 40, 60]
     assert run.accuracy.tolist() == [0.4, 0.5, 0.6, 0.8]
+    assert run.on_the_way == pytest.approx((0.45 + 0.55 + 0.7) / 3)
 
 
 def test_curves_are_averaged_where_all_of_them_are():
