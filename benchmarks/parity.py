@@ -7,10 +7,20 @@ of the PyPI package itself, we read what `appo-jax convert smollm2` makes of it)
 Logits agree within 1e-4 in float32, 64 greedy tokens of our own decoder agree on 20 prompts, chats render to the same
 ids on 50 conversations. The exit status is 1 if anything differs.
 
-SmolLM2's logits sit at that bound: its residual stream reaches 26,000, where a float32 step is 0.002. Against a float64
-forward pass transformers is off by 0.8e-4 to 0.9e-4 and ours by 0.9e-4 to 1.4e-4, against each other 1.1e-4 to 1.4e-4. Of
-ours the matrix products make nearly all, o, down and q most (1.1e-4, 0.9e-4, 0.9e-4 each alone in float32); rope, norms,
-softmax, silu and sums together 0.3e-4. XLA's default library for them on a CPU rounds half again as much as torch's.
+SmolLM2's logits miss that bound, which is less than float32 allows. Against a float64 forward pass, on random tokens (11
+seeds) transformers is off by 0.6e-4 to 1.0e-4 (rms 1.0e-5) and ours by 0.8e-4 to 6.4e-4 (rms 1.3e-5 to 1.9e-5); against
+each other 0.9e-4 to 6.2e-4, under 1e-4 for two seeds of the 11. On prompts: 0.9e-4, 0.9e-4 and 1.1e-4.
+
+- The rms is that of the matrix products, of every layer: with exact ones, rounded to float32, it falls from 1.6e-5 to
+  0.7e-5 (random tokens) and from 1.8e-5 to 0.4e-5 (a prompt). XLA's default library for them on a CPU rounds half again
+  as much as torch's; with XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= the rms is torch's, 0.9e-5 to 1.2e-5, and 4
+  seeds of the 11 are under 1e-4, but products of 64 rows took 1.2 to 1.9 times as long. A product over 576 summed in 4
+  parts has three fifths of the error and takes 1.5 times as long at 1,024 rows; in 16 parts a third and 2.9 times.
+- The largest difference is that of a few ill-conditioned positions. With exact products it is still 2.1e-4 from
+  transformers (seed 0, row 0, token 4): there the residual sums alone make 0.6e-4.
+- Transformers is no closer to itself: with eager attention up to 0.9e-4, with MKL_CBWR=COMPATIBLE 1.2e-4, with
+  ATEN_CPU_CAPABILITY=default 2.0e-4 (seed 0); with the second, 2.3e-4 on seed 3, and 1.0e-3 on the first two tokens of
+  its second row alone.
 """
 
 from __future__ import annotations
