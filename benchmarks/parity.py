@@ -7,7 +7,7 @@ of the PyPI package itself, we read what `appo-jax convert smollm2` makes of it)
 Logits agree within 1e-4 in float32, 64 greedy tokens of our own decoder agree on 20 prompts, chats render to the same
 ids on 50 conversations. The exit status is 1 if anything differs.
 
-SmolLM2's logits miss that bound, which is less than float32 allows. Against a float64 forward pass, on random tokens (11
+SmolLM2's logits miss that bound, which float32 rounding alone can exceed. Against a float64 forward pass, on random tokens (11
 seeds) transformers is off by 0.6e-4 to 1.0e-4 (rms 1.0e-5) and ours by 0.8e-4 to 6.4e-4 (rms 1.3e-5 to 1.9e-5); against
 each other 0.9e-4 to 6.2e-4, under 1e-4 for two seeds of the 11. On prompts: 0.9e-4, 0.9e-4 and 1.1e-4.
 
@@ -16,11 +16,11 @@ each other 0.9e-4 to 6.2e-4, under 1e-4 for two seeds of the 11. On prompts: 0.9
   as much as torch's; with XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= the rms is torch's, 0.9e-5 to 1.2e-5, and 4
   seeds of the 11 are under 1e-4, but products of 64 rows took 1.2 to 1.9 times as long. A product over 576 summed in 4
   parts has three fifths of the error and takes 1.5 times as long at 1,024 rows; in 16 parts a third and 2.9 times.
-- The largest difference is that of a few ill-conditioned positions. With exact products it is still 2.1e-4 from
-  transformers (seed 0, row 0, token 4): there the residual sums alone make 0.6e-4.
-- Transformers is no closer to itself: with eager attention up to 0.9e-4, with MKL_CBWR=COMPATIBLE 1.2e-4, with
-  ATEN_CPU_CAPABILITY=default 2.0e-4 (seed 0); with the second, 2.3e-4 on seed 3, and 1.0e-3 on the first two tokens of
-  its second row alone.
+- The largest difference is that of a few ill-conditioned positions. With exact products (in a copy of the forward pass) it
+  is still 2.1e-4 from transformers (seed 0, row 0, token 4): there the residual sums alone make 0.6e-4.
+- Transformers with other kernels differs from itself by 0.5e-4 to 0.9e-4 in most settings (by nothing with one thread), but
+  by 1.2e-4 with MKL_CBWR=COMPATIBLE and 2.0e-4 with ATEN_CPU_CAPABILITY=default (seed 0), and on seed 3, where ours is at
+  its worst, by 2.3e-4 with the former.
 """
 
 from __future__ import annotations
