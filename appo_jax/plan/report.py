@@ -6,6 +6,7 @@ program as fast as the slowest of its matrix products, its memory traffic and it
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import importlib.util
 import os
@@ -147,12 +148,18 @@ def make_plan(config: Config, topology: str, on_program: Any = lambda name: None
         raise ConfigError(f"--topology {topology}: the TPU compiler does not know it: {error}") from error
     arch = config.policy.architecture or architecture_of(config.policy)
     mesh = make_mesh(config.mesh, devices)
-    needs = []
+
+    def one(program: Program) -> Need:
+        on_program(program.name)
+        with use_mesh(mesh):
+            return measure(program, mesh.size)
+
     with use_mesh(mesh):
-        for program in programs(config, arch, mesh):
-            on_program(program.name)
-            needs.append(measure(program, mesh.size))
-    return Plan(topology, count * config.mesh.slices, chip, tuple(needs))
+        all_programs = list(programs(config, arch, mesh))
+    # A compilation keeps one core busy.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        needs = tuple(pool.map(one, all_programs))
+    return Plan(topology, count * config.mesh.slices, chip, needs)
 
 
 def measure(program: Program, chips: int) -> Need:

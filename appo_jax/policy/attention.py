@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from appo_jax.policy.constraints import ROWS, constrain, merged, platform
+from appo_jax.policy.constraints import platform
 from appo_jax.policy.kernels import causal_attention
 
-# (layer, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps, e.g. its cache)
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# (the layer's caches, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps)
+Attend = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 # Keys [..., K, E, T] and values [..., K, T, E] of one layer: as the two matrix products of a decode step read them.
 LayerCache = tuple[jax.Array, jax.Array]
 
 
-def causal(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache]:
+def causal(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache]:
     """Causal attention over right-padded rows. q `[R, T, H, E]`, k and v `[R, T, K, E]`.
 
     Padding needs no mask: it stands to the right of every real token. Keeps the layer's cache.
@@ -26,7 +26,7 @@ def causal(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Ar
     return causal_attention(q, k, v), (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
 
-def causal_no_cache(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+def causal_no_cache(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
     """`causal` for training, where nothing is kept."""
     return causal_attention(q, k, v), None
 
@@ -34,7 +34,7 @@ def causal_no_cache(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tup
 def packed(segments: jax.Array) -> Attend:
     """Causal attention within the segments of packed rows, `segments [R, T]`. Keeps nothing."""
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+    def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
         return causal_attention(q, k, v, segments), None
 
     return attend
@@ -46,7 +46,10 @@ MOST_BLOCKS = 16
 
 
 class Places(NamedTuple):
-    """Who continues which prefix: W rows at places in `[R, C]`."""
+    """Who continues which prefix: W rows at places in `[R, C]`.
+
+    On a mesh a row sits on a prefix of its own device, which counts rows and slots from its first: W and R are a device's.
+    """
 
     of_row: jax.Array | np.ndarray  # [W, 2] int32: slot r and column c of a row; r = R for a row that sits nowhere
     members: jax.Array | np.ndarray  # [R, C] int32: the row at a place; W where there is none
@@ -67,13 +70,12 @@ def tree(
     G, C = H // K, places.members.shape[1]
     q = (q * E**-0.5).reshape(W, Q, K, G, E)
     by_place = q.at[places.members].get(mode="fill", fill_value=0)  # [R, C, Q, K, G, E]
-    by_place = constrain(by_place, ROWS, None, None, "tensor")
     seen = prefix_length.at[places.members].get(mode="fill", fill_value=0)
     seen_prefix = seen[:, None, :, None, None, None]  # [R, 1, C, 1, 1, 1]
     seen_suffix = (cached[:, None] + 1 + jnp.arange(Q))[:, None, :, None, None]  # [W, 1, Q, 1, 1]
     # Flat batches of small matrix products: the one form that is fast on every backend.
-    on_prefix = _part(by_place.transpose(0, 3, 1, 2, 4, 5), prefix, seen_prefix, (*merged(R, K), C * Q * G))
-    on_suffix = _part(q.swapaxes(1, 2), suffix, seen_suffix, (*merged(W, K), Q * G))
+    on_prefix = _part(by_place.transpose(0, 3, 1, 2, 4, 5), prefix, seen_prefix, (R * K, C * Q * G))
+    on_suffix = _part(q.swapaxes(1, 2), suffix, seen_suffix, (W * K, Q * G))
     r, c = places.of_row[:, 0], places.of_row[:, 1]
     out_p, top_p, sum_p = (x.transpose(0, 2, 3, 1, 4, 5)[r, c] for x in on_prefix)
     out_s, top_s, sum_s = (x.swapaxes(1, 2) for x in on_suffix)
@@ -85,16 +87,16 @@ def tree(
 
 
 def _part(
-    q: jax.Array, cache: LayerCache, seen: jax.Array, flat: tuple[int, ...]
+    q: jax.Array, cache: LayerCache, seen: jax.Array, flat: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One part of a softmax: unnormalised output `[..., E]`, maximum and sum `[..., 1]`, all float32.
 
-    q `[..., E]` in any layout that `flat` (batch axes, then queries) folds; seen `[..., 1]` broadcasts against it: how many
+    q `[..., E]` in any layout that `flat` (caches, then queries) folds; seen `[..., 1]` broadcasts against it: how many
     of the first keys a query sees. On a CPU keys are met a block at a time, up to the last block that any query sees: a
     cache's empty room costs nothing. A block that a query does not see leaves its numbers as they are, to the last bit.
     Elsewhere all keys are one block: with two loops in each of 28 layers, the decode step took the TPU compiler minutes.
     """
-    keys, values = (x.reshape(*flat[:-1], *x.shape[-2:]) for x in cache)
+    keys, values = (x.reshape(flat[0], *x.shape[-2:]) for x in cache)
     T, E = values.shape[-2:]
     lead = q.shape[:-1]
     q, seen = q.reshape(*flat, E), jnp.broadcast_to(seen, (*lead, 1)).reshape(*flat, 1)
@@ -106,11 +108,11 @@ def _part(
         first = jnp.minimum(i * size, T - size)  # the last block reaches back into the one before
         k, v = (jax.lax.dynamic_slice_in_dim(x, first, size, axis) for x, axis in ((keys, -1), (values, -2)))
         index = first + jnp.arange(size)
-        scores = jnp.einsum("...qe,...et->...qt", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bqe,bet->bqt", q, k, preferred_element_type=jnp.float32)
         scores = jnp.where((index >= i * size) & (index < seen), scores, -jnp.inf)
         higher = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights, scale = jnp.exp(scores - higher), jnp.exp(top - higher)
-        met = jnp.einsum("...qt,...te->...qe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        met = jnp.einsum("bqt,bte->bqe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return out * scale + met, higher, total * scale + weights.sum(-1, keepdims=True)
 
     # The maximum is finite where nothing is seen.

@@ -7,7 +7,8 @@ Rows are split over the data and fsdp axes, heads and the MLP's inner axis over 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
@@ -58,12 +59,15 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[name] for name in ROWS)
 
 
-def merged(*sizes: int) -> tuple[int, ...]:
-    """The shape of leading axes that a reshape may merge: one axis, but on a mesh as they are.
+def on_each_device(run: Callable[..., Any], arguments: Any, results: Any) -> Callable[..., Any]:
+    """`run` on each device's own part of the arguments: inside it nothing travels, because nothing can.
 
-    Rows and heads are split over different mesh axes; no layout of the merged axis could say so, and both would be gathered.
+    `arguments` and `results` say over which mesh axes those are split (pytree prefixes of partitions, as for
+    `jax.shard_map`).
     """
-    return sizes if not jax.sharding.get_abstract_mesh().empty else (math.prod(sizes),)
+    if jax.sharding.get_abstract_mesh().empty:
+        return run
+    return jax.shard_map(run, in_specs=arguments, out_specs=results, check_vma=False)
 
 
 def platform() -> str:

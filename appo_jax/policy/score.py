@@ -30,7 +30,7 @@ def whole_rows(
     params: Params, arch: Architecture, tokens: jax.Array, positions: jax.Array, attend: Attend, dtype: Any,
     remat: Remat = "none",
 ) -> tuple[jax.Array, list[Any]]:  # fmt: skip
-    """`hidden_states` of rows whose layers attend alike.
+    """`hidden_states` of whole rows.
 
     On accelerators the layers are a loop: there is one to compile, and the weights of one are gathered at a time. A CPU
     gathers nothing, and would copy each layer's weights out of the stack.

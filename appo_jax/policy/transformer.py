@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -184,29 +184,31 @@ class Decoder(nnx.Module):
             self.unembed = _normal(rngs, arch.width, arch.vocab_size, scale=arch.width**-0.5)
 
     def __call__(
-        self, tokens: jax.Array, rotation: Rotations, attend: Attend, dtype: Any, remat: Remat, scan: bool
-    ) -> tuple[jax.Array, list[Any]]:
+        self, tokens: jax.Array, rotation: Rotations, attend: Attend, dtype: Any, remat: Remat, scan: bool,
+        caches: Sequence[Any] | None,
+    ) -> tuple[jax.Array, list[Any]]:  # fmt: skip
         x = constrain(constrain(self.embed[...].astype(dtype), "tensor")[tokens], ROWS)
         graphdef, first = nnx.split(self.layers[0])
 
-        def block(i: int) -> Callable[[jax.Array, nnx.State], tuple[jax.Array, Any]]:
-            def run(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, Any]:
-                return nnx.merge(graphdef, layer)(x, rotation, functools.partial(attend, i))
+        def block(x: jax.Array, of_layer: tuple[nnx.State, Any]) -> tuple[jax.Array, Any]:
+            weights, cache = of_layer
+            return nnx.merge(graphdef, weights)(x, rotation, functools.partial(attend, cache))
 
-            return run if remat == "none" else jax.checkpoint(run, policy=_KEPT[remat])
-
-        layers = [first, *(nnx.state(layer) for layer in self.layers[1:])]
+        if remat != "none":
+            block = jax.checkpoint(block, policy=_KEPT[remat])
+        weights = [first, *(nnx.state(layer) for layer in self.layers[1:])]
+        layers = list(zip(weights, caches or [None] * len(weights), strict=True))
         kept: list[Any] = []
         if scan:
 
-            def stack(*weights: jax.Array) -> jax.Array:  # scales of norms, which are vectors, keep their float32
-                return jnp.stack([w.astype(dtype) if w.ndim > 1 else w for w in weights])
+            def stack(*of_layers: jax.Array) -> jax.Array:  # scales of norms, which are vectors, keep their float32
+                return jnp.stack([x.astype(dtype) if x.ndim > 1 else x for x in of_layers])
 
-            x, stacked = jax.lax.scan(block(0), x, jax.tree.map(stack, *layers))
+            x, stacked = jax.lax.scan(block, x, jax.tree.map(stack, *layers))
             kept = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(len(layers))]
         else:
-            for i, layer in enumerate(layers):
-                x, keep = block(i)(x, layer)
+            for layer in layers:
+                x, keep = block(x, layer)
                 kept.append(keep)
         return rms_norm(x, self.norm[...], self.arch.norm_eps), kept
 
@@ -232,17 +234,18 @@ def _abstract(arch: Architecture) -> tuple[nnx.GraphDef, nnx.State]:
 
 def hidden_states(
     params: Params, arch: Architecture, tokens: jax.Array, rotation: Rotations, attend: Attend, dtype: Any = jnp.float32,
-    remat: Remat = "none", scan: bool = False,
+    remat: Remat = "none", scan: bool = False, caches: Sequence[Any] | None = None,
 ) -> tuple[jax.Array, list[Any]]:  # fmt: skip
     """Final hidden states `[..., D]` of tokens `[...]`, and what `attend` kept of every layer.
 
     `rotation`: `rotations` at the tokens' positions. `remat`: what the backward pass recomputes, as in OptimizerConfig.
-    `scan`: the layers are one loop over stacked weights; `attend` must not look at its layer.
+    `scan`: the layers are one loop over stacked weights and caches. `caches`: what `attend` is given of every layer (None:
+    nothing).
     """
     graphdef, state = _abstract(arch)
     state = jax.tree.map(lambda x: x, state)  # a private copy: the cached one must not see tracers
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)(tokens, rotation, attend, dtype, remat, scan)
+    return nnx.merge(graphdef, state)(tokens, rotation, attend, dtype, remat, scan, caches)
 
 
 def unembedding(params: Params) -> jax.Array:

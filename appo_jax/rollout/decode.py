@@ -11,9 +11,9 @@ Its text is the first `start + 1` tokens of that prefix followed by its suffix:
 So a fork is a number, not a copy, and initial rollouts (N rows on one prompt) and branches (B rows on one parent) are the
 same program. Everything but attention over the prefix runs on the W rows; `members [R, C]` says who sits where.
 
-On a mesh, rows and prefix slots are split over (data, fsdp) and heads over tensor, caches with them. A row may sit on a
-prefix of another device: queries and partial results travel, the caches never do. The small per-row arrays are whole on
-every device: the host reads them at every look.
+On a mesh, rows and prefix slots are split over (data, fsdp) and heads over tensor, caches with them. A row sits on a prefix
+of its own device, so each device reads and writes its own caches and attends by itself. The small per-row arrays are whole
+on every device: the host reads them at every look.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from appo_jax.config import Architecture
 from appo_jax.policy import attention
 from appo_jax.policy.attention import LayerCache, Places
-from appo_jax.policy.constraints import ROWS, constrain, replicate
+from appo_jax.policy.constraints import ROWS, constrain, on_each_device, parts, platform, replicate
 from appo_jax.policy.logprobs import log_prob_and_entropy
 from appo_jax.policy.transformer import Params, Rotations, hidden_states, rotations, unembedding
 from appo_jax.rollout.sampling import inverse_cdf, truncate
+
+BY_ROW, BY_HEAD, BY_CACHE = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor"), PartitionSpec(ROWS, "tensor")
 
 
 @jax.tree_util.register_dataclass
@@ -171,28 +174,40 @@ def halt_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
 def feed(
     params: Params, arch: Architecture, prefixes: list[LayerCache], places: Places, cache: list[LayerCache],
     tokens: jax.Array, slot: jax.Array, count: jax.Array, start: jax.Array, table: Rotations, dtype: jnp.dtype,
+    scan: bool = False,
 ) -> tuple[jax.Array, list[LayerCache]]:  # fmt: skip
     """Run tokens `[W, Q]` through the policy at suffix slots `slot … slot + count − 1` (`[W]`; the rest is padding).
 
-    `table`: the rotations of all positions. Returns hidden states `[W, Q, D]` and the cache with their keys and values
-    written.
+    `table`: the rotations of all positions; `scan`: as of `hidden_states`. Returns hidden states `[W, Q, D]` and the cache
+    with their keys and values written.
     """
-    W, Q = tokens.shape
-    slots = cache[0][1].shape[2]
-    offsets = jnp.arange(Q)
-    w = jnp.arange(W)[:, None]
-    # Padding is sent out of bounds, where the scatter drops it.
-    target = jnp.where(offsets < count[:, None], slot[:, None] + offsets, slots)  # [W, Q]
+    offsets = jnp.arange(tokens.shape[1])
 
-    def attend(layer: int, q: jax.Array, new_k: jax.Array, new_v: jax.Array) -> tuple[jax.Array, LayerCache]:
-        ck, cv = cache[layer]
-        ck = ck.at[w, :, :, target].set(new_k, mode="drop", unique_indices=True)
-        cv = cv.at[w, :, target].set(new_v, mode="drop", unique_indices=True)
-        return attention.tree(q, prefixes[layer], (ck, cv), places, prefix_length=start, cached=slot), (ck, cv)
+    @functools.partial(
+        on_each_device,
+        arguments=(BY_HEAD, BY_HEAD, BY_HEAD, BY_CACHE, BY_CACHE, BY_ROW, BY_ROW, BY_ROW, BY_ROW),
+        results=(BY_HEAD, BY_CACHE),
+    )
+    def write_and_attend(
+        q: jax.Array, new_k: jax.Array, new_v: jax.Array, prefix: LayerCache, suffix: LayerCache, places: Places,
+        start: jax.Array, slot: jax.Array, count: jax.Array,
+    ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
+        w, slots = jnp.arange(len(q))[:, None], suffix[1].shape[2]
+        # Padding is sent out of bounds, where the scatter drops it.
+        target = jnp.where(offsets < count[:, None], slot[:, None] + offsets, slots)  # [W, Q]
+        k = suffix[0].at[w, :, :, target].set(new_k, mode="drop", unique_indices=True)
+        v = suffix[1].at[w, :, target].set(new_v, mode="drop", unique_indices=True)
+        return attention.tree(q, prefix, (k, v), places, prefix_length=start, cached=slot), (k, v)
+
+    def attend(
+        of_layer: tuple[LayerCache, LayerCache], q: jax.Array, new_k: jax.Array, new_v: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        return write_and_attend(q, new_k, new_v, *of_layer, places, start, slot, count)
 
     positions = (start + slot)[:, None] + offsets
     rotation = jax.tree.map(lambda x: x.at[positions].get(mode="clip"), table)
-    return hidden_states(params, arch, tokens, rotation, attend, dtype)
+    caches = list(zip(prefixes, cache, strict=True))
+    return hidden_states(params, arch, tokens, rotation, attend, dtype, scan=scan, caches=caches)
 
 
 def _rotation_table(arch: Architecture, prefixes: list[LayerCache], slots: int) -> Rotations:
@@ -258,6 +273,14 @@ def decode_segment(
     return _laid_out(state), replicate(steps)
 
 
+def _rows_of(cache: list[LayerCache], rows: jax.Array) -> list[LayerCache]:
+    return jax.tree.map(lambda x: x.at[rows].get(mode="clip"), cache)
+
+
+def _with_rows(cache: list[LayerCache], rows: jax.Array, new: list[LayerCache]) -> list[LayerCache]:
+    return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), cache, new)
+
+
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"), donate_argnames=("state",))
 def append_tokens(
     params: Params, prefixes: list[LayerCache], places: Places, state: DecodeState, rows: jax.Array, chunk: jax.Array,
@@ -265,27 +288,30 @@ def append_tokens(
 ) -> DecodeState:  # fmt: skip
     """Append `chunk[:count]` (a tool result) to some rows and set them sampling again.
 
-    `rows [A]` are row indices; an unused place holds W, out of bounds. chunk `[A, Q]`, count `[A]`. The rows' pending
-    token and all but the last appended one are fed; the last stays pending.
+    `rows [A]` are row indices, on a mesh in equal parts for its devices, each part rows of its device; an unused place holds
+    W, out of bounds. chunk `[A, Q]`, count `[A]`. The rows' pending token and all but the last appended one are fed; the
+    last stays pending.
     """
     W, S = state.tokens.shape
     A, Q = chunk.shape
     safe = jnp.minimum(rows, W - 1)
-    length, start = state.length[safe], state.start[safe]
+    # Whole on every device: a collective of these few numbers would be woven into every matrix product of a layer.
+    length, start, count = (replicate(x) for x in (state.length[safe], state.start[safe], count))
     pending = state.tokens[safe, length - 1]
     inputs = jnp.concatenate([pending[:, None], chunk[:, :-1]], axis=1)
-    # A rows of their own: prefix and suffix of each are gathered, only the new keys and values are written back.
-    slot = places.of_row[safe, 0]
-    alone = Places(jnp.stack([jnp.arange(A), jnp.zeros(A, jnp.int32)], axis=1), jnp.arange(A)[:, None])
-    taken = _cache_laid_out([(k[slot], v[slot]) for k, v in prefixes])
-    own = _cache_laid_out([(k[safe], v[safe]) for k, v in state.cache])
-    _, new = feed(
-        params, arch, taken, alone, own, inputs, length - 1, count, start, _rotation_table(arch, prefixes, S), dtype
-    )
-    cache = [
-        (k.at[rows].set(nk, mode="drop"), v.at[rows].set(nv, mode="drop"))
-        for (k, v), (nk, nv) in zip(state.cache, new, strict=True)
-    ]
+    # A rows of their own: prefix and suffix of each are taken out, and the suffix is put back.
+    shards = parts(W, ROWS)
+    here = rows - jnp.arange(A) // (A // shards) * (W // shards)  # as its device counts them
+    take = on_each_device(_rows_of, (BY_CACHE, BY_ROW), BY_CACHE)
+    put = on_each_device(_with_rows, (BY_CACHE, BY_ROW, BY_CACHE), BY_CACHE)
+    i = jnp.arange(A) % (A // shards)
+    alone = Places(jnp.stack([i, jnp.zeros_like(i)], axis=1), i[:, None])
+    taken, own = take(prefixes, places.of_row[safe, 0]), take(state.cache, here)
+    # On accelerators a loop: its copies, of the weights and of a few rows, cost less than to compile every layer.
+    scan = platform() != "cpu"
+    table = _rotation_table(arch, prefixes, S)
+    _, own = feed(params, arch, taken, alone, own, inputs, length - 1, count, start, table, dtype, scan)
+    cache = put(state.cache, here, own)
     offsets = jnp.arange(Q)
     target = jnp.where(offsets < count[:, None], length[:, None] + offsets, S)
     return _laid_out(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ SEGMENT_STEPS = 32
 # While tools run, segments are kept to this many seconds, so that a result is not kept waiting by slow steps.
 TOOL_POLL_S = 0.05
 # Tool results are appended for this many rows at a time. A fixed number: a row's arithmetic must not depend, even in
-# the last bit, on how many other tools happened to finish at the same moment. On a mesh, so many that it can split them.
+# the last bit, on how many other tools happened to finish at the same moment. On a mesh, so many that it can split them;
+# each device takes rows of its own.
 APPEND_ROWS = 8
 
 
@@ -247,7 +249,7 @@ class Engine:
             told = [_News(**news) for news in distributed.exchange(dataclasses.asdict(self._news(rows, step_s)))]
             step_s = max(news.step_s for news in told)
             state = self._append_results(
-                params, prefixes, places, state, rows, [call for news in told for call in news.calls]
+                params, prefixes, seating, state, rows, [call for news in told for call in news.calls]
             )
             state = self._expire(state, rows, [w for news in told for w in news.late])
 
@@ -326,7 +328,7 @@ class Engine:
         return news
 
     def _append_results(
-        self, params: Params, prefixes: list[LayerCache], places: Places, state: DecodeState, rows: Mapping[int, _Row],
+        self, params: Params, prefixes: list[LayerCache], seating: Seating, state: DecodeState, rows: Mapping[int, _Row],
         ended: Sequence[tuple[int, str, str, str, str, float]],
     ) -> DecodeState:  # fmt: skip
         """Record the calls that have ended and append their results, a few rows of similar length at a time."""
@@ -349,12 +351,16 @@ class Engine:
             )
             if ids:
                 by_bucket.setdefault(self.results.bucket(len(ids)), []).append((w, ids))
+        places = seating.places()
         for bucket, items in by_bucket.items():
-            for first in range(0, len(items), self.append_rows):
+            by_shard = [deque(item for item in items if seating.shard(item[0]) == s) for s in range(seating.shards)]
+            while any(by_shard):
                 index = np.full(self.append_rows, len(length), np.int32)
                 chunk, count = np.zeros((len(index), bucket), np.int32), np.zeros(len(index), np.int32)
-                for i, (w, ids) in enumerate(items[first : first + self.append_rows]):
-                    index[i], chunk[i, : len(ids)], count[i] = w, ids, len(ids)
+                for i in range(len(index)):
+                    if own := by_shard[i * seating.shards // len(index)]:
+                        w, ids = own.popleft()
+                        index[i], chunk[i, : len(ids)], count[i] = w, ids, len(ids)
                 state = append_tokens(
                     params, prefixes, places, state, index, chunk, count, arch=self.arch, dtype=self.dtype
                 )

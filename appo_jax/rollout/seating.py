@@ -2,6 +2,9 @@
 
 R prefix slots, C columns each, and W rows with W ≤ R·C. A row can sit at any free place, so rows stay busy as long as any
 open prefix has forks to continue, and a slot is given to the next prefix when its last fork has ended.
+
+On a mesh rows and slots are split alike into shards, and a row sits on a slot of its own shard: no cache, no query leaves
+its device.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class Fork:
 class Seating:
     """Seats forks on W rows, group by group. `groups` are (name, forks that share a prefix); names go through unread.
 
-    `most`: what the number of groups can never exceed. The number of prefix slots is a multiple of `shards`.
+    `most`: what the number of groups can never exceed. Rows and slots are multiples of `shards`.
     """
 
     def __init__(
@@ -53,18 +56,29 @@ class Seating:
         # Of C rows on one prefix the last ends long after the first: twice the slots keep all rows busy until then.
         self.num_slots = rows if columns == 1 else min(2 * -(-rows // columns), most)
         self.num_slots = -(-self.num_slots // shards) * shards
+        self.shards = shards
         self._of_row = np.full((rows, 2), (self.num_slots, 0), np.int32)
         self._members = np.full((self.num_slots, columns), rows, np.int32)
         self._groups = deque((i, name, forks) for i, (name, forks) in enumerate(groups) if forks)
         self._pending: list[tuple[int, deque[Fork]]] = [(-1, deque()) for _ in range(self.num_slots)]
+        # The first slot of every shard, then the second of each …: few prefixes are spread over the shards.
+        self._slots = np.arange(self.num_slots).reshape(shards, -1).T.flatten().tolist()
 
     @property
     def queued(self) -> bool:
         """Whether forks wait for a row."""
         return bool(self._groups) or any(forks for _, forks in self._pending)
 
+    def shard(self, row: int) -> int:
+        return row * self.shards // self.num_rows
+
     def places(self) -> Places:
-        return Places(self._of_row.copy(), self._members.copy())
+        """Every shard counts its rows and slots from its first."""
+        W, R = self.num_rows // self.shards, self.num_slots // self.shards
+        of_row = self._of_row.copy()
+        of_row[:, 0] = np.minimum(of_row[:, 0] - np.arange(self.num_rows) // W * R, R)
+        first = np.arange(self.num_slots) // R * W  # row of the slot's shard
+        return Places(of_row, np.minimum(self._members - first[:, None], W).astype(np.int32))
 
     def seat(self) -> tuple[list[tuple[int, int]], list[tuple[int, int, Fork]]]:
         """Give free rows to waiting forks; open prefixes are served before new ones are opened.
@@ -72,17 +86,19 @@ class Seating:
         Returns (slot, index in `groups`) of every prefix that must be loaded, indices rising, and (row, name, fork) of
         every fork that begins.
         """
-        free = deque(np.flatnonzero(self._of_row[:, 0] == self.num_slots).tolist())
-        seated = [who for slot in range(self.num_slots) for who in self._fill(slot, free)]
+        free: list[deque[int]] = [deque() for _ in range(self.shards)]
+        for row in np.flatnonzero(self._of_row[:, 0] == self.num_slots).tolist():
+            free[self.shard(row)].append(row)
+        beside = {slot: free[slot * self.shards // self.num_slots] for slot in self._slots}
+        seated = [who for slot in self._slots for who in self._fill(slot, beside[slot])]
         opened = []
-        for slot in range(self.num_slots):
-            if not (free and self._groups):
-                break
-            if not self._pending[slot][1] and (self._members[slot] == self.num_rows).all():
+        for slot in self._slots:
+            empty = not self._pending[slot][1] and (self._members[slot] == self.num_rows).all()
+            if self._groups and beside[slot] and empty:
                 index, name, forks = self._groups.popleft()
                 self._pending[slot] = name, deque(forks)
                 opened.append((slot, index))
-                seated += self._fill(slot, free)
+                seated += self._fill(slot, beside[slot])
         return opened, seated
 
     def _fill(self, slot: int, free: deque[int]) -> list[tuple[int, int, Fork]]:

@@ -14,7 +14,14 @@ from appo_jax.config import Architecture, BranchingConfig, MeshConfig, RolloutCo
 from appo_jax.policy.attention import Places
 from appo_jax.policy.sharding import generating, make_mesh, param_shardings, place, use_mesh
 from appo_jax.policy.transformer import Params, init_params
-from appo_jax.rollout.decode import SamplingSpec, decode_segment, empty_prefixes, empty_state, load_prefix
+from appo_jax.rollout.decode import (
+    SamplingSpec,
+    append_tokens,
+    decode_segment,
+    empty_prefixes,
+    empty_state,
+    load_prefix,
+)
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tree import TreeGrower
 from appo_jax.text.tokenizer import SentencePieceTokenizer
@@ -68,26 +75,29 @@ def test_trees_are_those_of_one_device(
         assert (a.stop_reason, a.node, a.parent, a.fork) == (b.stop_reason, b.node, b.parent, b.fork)
 
 
-def test_caches_do_not_travel_while_decoding() -> None:
-    """No collective of a decode step moves as much as one device's part of a layer's cache."""
+def test_caches_and_queries_stay_on_their_device() -> None:
+    """No collective of a decode step or of an append moves more than the activations that the tensor axis sums."""
     arch = Architecture(512, 64, 2, 4, 2, 16, 96)
-    W, S, R, T = 8, 512, 8, 512
+    W, S, R, T, A, Q = 8, 512, 8, 512, 4, 8
+    dtype = jnp.dtype("float32")
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    places = Places(
-        np.array([[w // 2, w % 2] for w in range(W)], np.int32),
-        np.array([[2 * r, 2 * r + 1] if r < 4 else [W, W] for r in range(R)], np.int32),
+    places = Places(  # both rows of a device on the first of its two slots
+        np.array([[0, w % 2] for w in range(W)], np.int32),
+        np.array([[0, 1] if r % 2 == 0 else [2, 2] for r in range(R)], np.int32),
     )
     with use_mesh(mesh):
-        params = generating(init_params(arch, 0), mesh, jnp.dtype("float32"))
-        state = empty_state(arch, W, S, jnp.dtype("float32"))
-        prefixes = empty_prefixes(arch, R, T, jnp.dtype("float32"))
+        params = generating(init_params(arch, 0), mesh, dtype)
+        state = empty_state(arch, W, S, dtype)
+        prefixes = empty_prefixes(arch, R, T, dtype)
         tables = jnp.zeros((3, 512), jnp.int32), jnp.full(3, -1)
-        lowered = decode_segment.lower(
-            params, prefixes, places, state, *tables, 0, 4, arch=arch, spec=SamplingSpec(1.0, 0, 1.0, 2),
-            dtype=jnp.dtype("float32"),
-        )  # fmt: skip
-    part = W * arch.num_kv_heads * S * arch.head_dim // 8
-    assert 0 < most_moved(lowered.compile().as_text()) < part  # a mesh with a tensor axis must reduce something
+        decode = decode_segment.lower(
+            params, prefixes, places, state, *tables, 0, 4, arch=arch, spec=SamplingSpec(1.0, 0, 1.0, 2), dtype=dtype
+        )
+        rows, chunk, count = np.arange(0, W, 2, dtype=np.int32), np.zeros((A, Q), np.int32), np.ones(A, np.int32)
+        append = append_tokens.lower(params, prefixes, places, state, rows, chunk, count, arch=arch, dtype=dtype)
+    # A mesh with a tensor axis must reduce something. Logits are gathered for sampling.
+    assert 0 < most_moved(decode.compile().as_text()) <= W // 4 * arch.vocab_size
+    assert 0 < most_moved(append.compile().as_text()) <= A // 4 * Q * arch.width
 
 
 def test_of_a_cache_one_row_travels_into_a_slot() -> None:

@@ -12,14 +12,15 @@ from appo_jax.rollout.seating import Seating
 
 @given(
     sizes=st.lists(st.integers(0, 5), max_size=12), columns=st.integers(1, 4), rows=st.integers(1, 9),
-    spare=st.integers(0, 2), seed=st.integers(0, 2**16),
+    spare=st.integers(0, 2), shards=st.integers(1, 3), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_every_fork_sits_once_beside_its_prefix(
-    sizes: list[int], columns: int, rows: int, spare: int, seed: int
+    sizes: list[int], columns: int, rows: int, spare: int, shards: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     groups: list[tuple[int, list[Any]]] = [(g, [(g, i) for i in range(size)]) for g, size in enumerate(sizes)]
-    seating = Seating(groups, columns, rows, len(groups) + spare)
+    seating = Seating(groups, columns, rows * shards, len(groups) + spare, shards)
+    slots = seating.num_slots // shards
     loaded: dict[int, int] = {}  # slot -> group whose prefix it holds
     sitting: dict[int, tuple[int, int]] = {}
     served, last_loaded = [], -1
@@ -28,7 +29,9 @@ def test_every_fork_sits_once_beside_its_prefix(
         for slot, index in opened:
             assert index > last_loaded  # the source of prefixes is read once, in order
             last_loaded = index
-            assert not any(places_slot == slot for places_slot, _ in (seating.places().of_row[w] for w in sitting))
+            assert not any(
+                w // rows == slot // slots and seating.places().of_row[w, 0] == slot % slots for w in sitting
+            )
             loaded[slot] = index
         for row, name, fork in seated:
             assert row not in sitting
@@ -37,19 +40,24 @@ def test_every_fork_sits_once_beside_its_prefix(
             served.append(fork)
         places = seating.places()
         for row, fork in sitting.items():
-            slot, column = places.of_row[row]
+            slot, column = places.of_row[row]  # a shard counts from its own first slot and row
+            slot += row // rows * slots
             assert loaded[slot] == fork[0]
-            assert places.members[slot, column] == row
-        assert sorted(places.members[places.members < rows].tolist()) == sorted(sitting)
-        if len(sitting) < rows:  # a row stands idle only when every waiting fork lacks a column or its group a slot
+            assert places.members[slot, column] == row % rows
+        taken = places.members.reshape(shards, slots, columns) < rows
+        assert taken.sum() == len(sitting)
+        for shard in range(shards):
+            if sum(row // rows == shard for row in sitting) == rows:
+                continue
+            # A row stands idle only when every waiting fork lacks a column or its group a slot, or has it elsewhere.
             slot_of = {group: slot for slot, group in loaded.items()}
             for group, forks in groups:
                 if set(forks) <= set(served):
                     continue
-                if group in slot_of:
-                    assert (places.members[slot_of[group]] < rows).all()
-                else:
-                    assert (places.members < rows).any(axis=1).all()
+                if group not in slot_of:
+                    assert taken[shard].any(axis=1).all()
+                elif slot_of[group] // slots == shard:
+                    assert taken[shard, slot_of[group] % slots].all()
         if not sitting:
             break
         for row in [row for row in sitting if rng.random() < 0.4]:
