@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from appo_jax.policy.constraints import platform
+from appo_jax.policy.constraints import merged, platform
 from appo_jax.policy.kernels import causal_attention
 
 # (the layer's caches, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps)
@@ -74,8 +74,8 @@ def tree(
     seen_prefix = seen[:, None, :, None, None, None]  # [R, 1, C, 1, 1, 1]
     seen_suffix = (cached[:, None] + 1 + jnp.arange(Q))[:, None, :, None, None]  # [W, 1, Q, 1, 1]
     # Flat batches of small matrix products: the one form that is fast on every backend.
-    on_prefix = _part(by_place.transpose(0, 3, 1, 2, 4, 5), prefix, seen_prefix, (R * K, C * Q * G))
-    on_suffix = _part(q.swapaxes(1, 2), suffix, seen_suffix, (W * K, Q * G))
+    on_prefix = _part(by_place.transpose(0, 3, 1, 2, 4, 5), prefix, seen_prefix, (*merged(R, K), C * Q * G))
+    on_suffix = _part(q.swapaxes(1, 2), suffix, seen_suffix, (*merged(W, K), Q * G))
     r, c = places.of_row[:, 0], places.of_row[:, 1]
     out_p, top_p, sum_p = (x.transpose(0, 2, 3, 1, 4, 5)[r, c] for x in on_prefix)
     out_s, top_s, sum_s = (x.swapaxes(1, 2) for x in on_suffix)
@@ -87,16 +87,16 @@ def tree(
 
 
 def _part(
-    q: jax.Array, cache: LayerCache, seen: jax.Array, flat: tuple[int, int]
+    q: jax.Array, cache: LayerCache, seen: jax.Array, flat: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One part of a softmax: unnormalised output `[..., E]`, maximum and sum `[..., 1]`, all float32.
 
-    q `[..., E]` in any layout that `flat` (caches, then queries) folds; seen `[..., 1]` broadcasts against it: how many
+    q `[..., E]` in any layout that `flat` (batch axes, then queries) folds; seen `[..., 1]` broadcasts against it: how many
     of the first keys a query sees. On a CPU keys are met a block at a time, up to the last block that any query sees: a
     cache's empty room costs nothing. A block that a query does not see leaves its numbers as they are, to the last bit.
     Elsewhere all keys are one block: with two loops in each of 28 layers, the decode step took the TPU compiler minutes.
     """
-    keys, values = (x.reshape(flat[0], *x.shape[-2:]) for x in cache)
+    keys, values = (x.reshape(*flat[:-1], *x.shape[-2:]) for x in cache)
     T, E = values.shape[-2:]
     lead = q.shape[:-1]
     q, seen = q.reshape(*flat, E), jnp.broadcast_to(seen, (*lead, 1)).reshape(*flat, 1)
@@ -108,11 +108,11 @@ def _part(
         first = jnp.minimum(i * size, T - size)  # the last block reaches back into the one before
         k, v = (jax.lax.dynamic_slice_in_dim(x, first, size, axis) for x, axis in ((keys, -1), (values, -2)))
         index = first + jnp.arange(size)
-        scores = jnp.einsum("bqe,bet->bqt", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("...qe,...et->...qt", q, k, preferred_element_type=jnp.float32)
         scores = jnp.where((index >= i * size) & (index < seen), scores, -jnp.inf)
         higher = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights, scale = jnp.exp(scores - higher), jnp.exp(top - higher)
-        met = jnp.einsum("bqt,bte->bqe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        met = jnp.einsum("...qt,...te->...qe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return out * scale + met, higher, total * scale + weights.sum(-1, keepdims=True)
 
     # The maximum is finite where nothing is seen.

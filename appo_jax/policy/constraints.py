@@ -70,6 +70,14 @@ def on_each_device(run: Callable[..., Any], arguments: Any, results: Any) -> Cal
     return jax.shard_map(run, in_specs=arguments, out_specs=results, check_vma=False)
 
 
+def merged(*sizes: int) -> tuple[int, ...]:
+    """The shape of leading axes that a reshape may merge: one axis, but on a mesh as they are.
+
+    To merge rows and heads of a cache, the TPU compiler copies it into another layout, at every token.
+    """
+    return sizes if not jax.sharding.get_abstract_mesh().empty else (math.prod(sizes),)
+
+
 def platform() -> str:
     """What programs are compiled for: the mesh's devices (which may be another machine's), or the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
