@@ -1,7 +1,7 @@
 """APPO of Qwen3-14B on deep search, with web search and python.
 
 Source: arXiv 2606.12384, deep search. 5 epochs over hard_search_1k.parquet: 41 steps.
-Hardware: TPU v5p:4x4x4 (64 chips), a first choice that is not planned in full yet. The paper used 16 H100.
+Hardware: TPU v5p:4x4x4 (64 chips): 30 of 96 GiB each, as planned. The paper used 16 H100.
 Expected: GAIA average 46.6 (GRPO 36.9, ARPO 43.7).
 The weights are those of a cold start: SFT on tool-use traces, lr 7e-6, batch 128, weight decay 0.1, 3 epochs, length 4096.
 
