@@ -40,9 +40,33 @@ def packed(segments: jax.Array) -> Attend:
     return attend
 
 
+# A prefix cut along its positions, `cut`.
+Blocks = list[LayerCache]
+
 # On a CPU, decoding meets a cache's keys in blocks of this many, or in MOST_BLOCKS blocks where that would be more of them.
-BLOCK = 128
-MOST_BLOCKS = 16
+BLOCK = 64
+MOST_BLOCKS = 8
+
+
+def _size(length: int) -> int:
+    """Elsewhere all keys are one block: with two loops in each of 28 layers, the decode step took the TPU compiler minutes."""
+    return min(length, max(BLOCK, -(-length // MOST_BLOCKS))) if platform() == "cpu" else length
+
+
+def cut(cache: LayerCache) -> Blocks:
+    """A prefix as the blocks in which `tree` meets it, and in which it is held.
+
+    A block that is taken out of the whole is copied at every step, which costs more than to multiply it.
+    """
+    length = cache[1].shape[2]
+    starts = range(0, length, _size(length))
+    ends = [*starts[1:], length]
+    return [(cache[0][..., i:j], cache[1][..., i:j, :]) for i, j in zip(starts, ends, strict=True)]
+
+
+def room(prefix: Blocks) -> int:
+    """T of a prefix slot."""
+    return sum(values.shape[2] for _, values in prefix)
 
 
 class Places(NamedTuple):
@@ -56,17 +80,17 @@ class Places(NamedTuple):
 
 
 def tree(
-    q: jax.Array, prefix: LayerCache, suffix: LayerCache, places: Places, prefix_length: jax.Array, cached: jax.Array
+    q: jax.Array, prefix: Blocks, suffix: LayerCache, places: Places, prefix_length: jax.Array, cached: jax.Array
 ) -> jax.Array:
     """Attention of Q new tokens per row over the row's part of a shared prefix and over its own suffix.
 
-    q `[W, Q, H, E]`; prefix keys `[R, K, E, T]` and values `[R, K, T, E]`, read once for the rows that share them; suffix
-    keys `[W, K, E, S]` and values `[W, K, S, E]`, the Q new tokens already written. A row sees prefix positions below
+    q `[W, Q, H, E]`; prefix: blocks of keys `[R, K, E, T]` and values `[R, K, T, E]`, read once for the rows that share them;
+    suffix keys `[W, K, E, S]` and values `[W, K, S, E]`, the Q new tokens already written. A row sees prefix positions below
     `prefix_length [W]` and, for its i-th new token, suffix slots up to `cached + i` (`cached [W]` counts the slots before
     the new tokens). One softmax joins the two parts. Returns `[W, Q, H, E]`.
     """
     W, Q, H, E = q.shape
-    R, K = prefix[1].shape[:2]
+    R, K = prefix[0][1].shape[:2]
     G, C = H // K, places.members.shape[1]
     q = (q * E**-0.5).reshape(W, Q, K, G, E)
     by_place = q.at[places.members].get(mode="fill", fill_value=0)  # [R, C, Q, K, G, E]
@@ -86,43 +110,55 @@ def tree(
     return out.astype(q.dtype).reshape(W, Q, H, E)
 
 
-def _part(
-    q: jax.Array, cache: LayerCache, seen: jax.Array, flat: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One part of a softmax: unnormalised output `[..., E]`, maximum and sum `[..., 1]`, all float32.
+Part = tuple[jax.Array, jax.Array, jax.Array]  # of a softmax: unnormalised output [..., E], maximum and sum [..., 1]
+
+
+def _part(q: jax.Array, cache: LayerCache | Blocks, seen: jax.Array, flat: tuple[int, ...]) -> Part:
+    """One part of a softmax, all float32, over a prefix in blocks or over a suffix, which is whole.
 
     q `[..., E]` in any layout that `flat` (batch axes, then queries) folds; seen `[..., 1]` broadcasts against it: how many
-    of the first keys a query sees. On a CPU keys are met a block at a time, up to the last block that any query sees: a
-    cache's empty room costs nothing. A block that a query does not see leaves its numbers as they are, to the last bit.
-    Elsewhere all keys are one block: with two loops in each of 28 layers, the decode step took the TPU compiler minutes.
+    of the first keys a query sees. Keys are met a block at a time, up to the last block that any query sees: a cache's empty
+    room costs nothing. A block that a query does not see leaves its numbers as they are, to the last bit.
     """
-    keys, values = (x.reshape(*flat[:-1], *x.shape[-2:]) for x in cache)
-    T, E = values.shape[-2:]
-    lead = q.shape[:-1]
+    E, lead = q.shape[-1], q.shape[:-1]
     q, seen = q.reshape(*flat, E), jnp.broadcast_to(seen, (*lead, 1)).reshape(*flat, 1)
-    size = min(T, max(BLOCK, -(-T // MOST_BLOCKS))) if platform() == "cpu" else T
-    Part = tuple[jax.Array, jax.Array, jax.Array]
+    most = seen.max()
 
-    def meet(i: jax.Array | int, part: Part) -> Part:
+    def meet(block: LayerCache, first: jax.Array | int, fresh: jax.Array | int, part: Part) -> Part:
+        """Join the keys from position `first` on, but for those below `fresh`."""
         out, top, total = part
-        first = jnp.minimum(i * size, T - size)  # the last block reaches back into the one before
-        k, v = (jax.lax.dynamic_slice_in_dim(x, first, size, axis) for x, axis in ((keys, -1), (values, -2)))
-        index = first + jnp.arange(size)
+        k, v = (x.reshape(*flat[:-1], *x.shape[-2:]) for x in block)
+        index = first + jnp.arange(k.shape[-1])
         scores = jnp.einsum("...qe,...et->...qt", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where((index >= i * size) & (index < seen), scores, -jnp.inf)
+        scores = jnp.where((index >= fresh) & (index < seen), scores, -jnp.inf)
         higher = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights, scale = jnp.exp(scores - higher), jnp.exp(top - higher)
         met = jnp.einsum("...qt,...te->...qe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return out * scale + met, higher, total * scale + weights.sum(-1, keepdims=True)
 
     # The maximum is finite where nothing is seen.
-    nothing = jnp.zeros((*flat, E)), jnp.full((*flat, 1), jnp.finfo(jnp.float32).min), jnp.zeros((*flat, 1))
-    if size == T:
-        part = meet(0, nothing)
+    part: Part = jnp.zeros((*flat, E)), jnp.full((*flat, 1), jnp.finfo(jnp.float32).min), jnp.zeros((*flat, 1))
+    if isinstance(cache, list):
+        part, first = meet(cache[0], 0, 0, part), cache[0][1].shape[2]
+        for block in cache[1:]:
+            part = jax.lax.cond(
+                first < most, lambda p, b, i=first: meet(b, i, i, p), lambda p, _: p, part, block
+            )  # fmt: skip
+            first += block[1].shape[2]
+    elif (size := _size(T := cache[1].shape[2])) == T:
+        part = meet(cache, 0, 0, part)
     else:
-        blocks = -(-T // size)
+
+        def meet_part(i: jax.Array, part: Part) -> Part:
+            first = jnp.minimum(i * size, T - size)  # the last block reaches back into the one before
+            k, v = (jax.lax.dynamic_slice_in_dim(x, first, size, axis) for x, axis in zip(cache, (-1, -2), strict=True))
+            return meet((k, v), first, i * size, part)
+
         part = jax.lax.fori_loop(
-            0, blocks, lambda i, part: jax.lax.cond(i * size < seen.max(), meet, lambda _, part: part, i, part), nothing
+            0,
+            -(-T // size),
+            lambda i, part: jax.lax.cond(i * size < most, meet_part, lambda _, part: part, i, part),
+            part,
         )
     out, top, total = (x.reshape(*lead, -1) for x in part)
     return out, top, total

@@ -27,7 +27,7 @@ from flax import nnx
 
 from appo_jax.config import Architecture, Remat
 from appo_jax.policy.attention import Attend
-from appo_jax.policy.constraints import ROWS, constrain
+from appo_jax.policy.constraints import ROWS, constrain, platform
 
 Params = dict[str, Any]
 Rotations = tuple[jax.Array, jax.Array]  # cosines and sines of the rotary embedding
@@ -251,3 +251,14 @@ def hidden_states(
 def unembedding(params: Params) -> jax.Array:
     """The matrix `[V, D]` (a transposed view when embeddings are not tied) that turns hidden states into logits."""
     return params["unembed"].T if "unembed" in params else params["embed"]
+
+
+FEW_ROWS = 48
+
+
+def unembed(hidden: jax.Array, params: Params, dtype: Any) -> jax.Array:
+    """Logits of one token per row, float32 `[W, V]`, of hidden states `[W, D]`."""
+    if platform() == "cpu" and "unembed" not in params and len(hidden) <= FEW_ROWS:
+        # As with `turned`; of more rows, the logits take longer to turn back than is gained.
+        return _rows(_columns(params["embed"].astype(dtype), hidden), len(hidden), -1).astype(jnp.float32)
+    return jnp.einsum("wd,vd->wv", hidden, unembedding(params).astype(dtype), preferred_element_type=jnp.float32)

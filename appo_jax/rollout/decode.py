@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,10 @@ from jax.sharding import PartitionSpec
 
 from appo_jax.config import Architecture
 from appo_jax.policy import attention
-from appo_jax.policy.attention import LayerCache, Places
+from appo_jax.policy.attention import Blocks, LayerCache, Places
 from appo_jax.policy.constraints import ROWS, constrain, on_each_device, parts, platform, replicate
 from appo_jax.policy.logprobs import log_prob_and_entropy
-from appo_jax.policy.transformer import Params, Rotations, hidden_states, rotations, unembedding
+from appo_jax.policy.transformer import Params, Rotations, hidden_states, rotations, unembed
 from appo_jax.rollout.sampling import inverse_cdf, truncate
 
 BY_ROW, BY_HEAD, BY_CACHE = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor"), PartitionSpec(ROWS, "tensor")
@@ -82,7 +82,7 @@ class NewRows(NamedTuple):
         return cls(np.zeros(rows, bool), last_token, start, limit, automaton, np.zeros((rows, ids), np.int32))
 
 
-def _cache_laid_out(cache: list[LayerCache]) -> list[LayerCache]:
+def _cache_laid_out(cache: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, ROWS, "tensor"), cache)
 
 
@@ -92,9 +92,9 @@ def _laid_out(state: DecodeState) -> DecodeState:
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "slots", "length", "dtype"))
-def empty_prefixes(arch: Architecture, slots: int, length: int, dtype: jnp.dtype) -> list[LayerCache]:
-    """Room for R prefixes of T tokens."""
-    return _cache_laid_out([_empty_cache(arch, slots, length, dtype) for _ in range(arch.num_layers)])
+def empty_prefixes(arch: Architecture, slots: int, length: int, dtype: jnp.dtype) -> list[Blocks]:
+    """Room for R prefixes of T tokens: the layers' caches, cut."""
+    return _cache_laid_out([attention.cut(_empty_cache(arch, slots, length, dtype)) for _ in range(arch.num_layers)])
 
 
 def _empty_cache(arch: Architecture, rows: int, length: int, dtype: jnp.dtype) -> LayerCache:
@@ -126,19 +126,18 @@ def empty_state(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> 
 
 
 @functools.partial(jax.jit, donate_argnames=("prefixes",))
-def load_prefix(
-    prefixes: list[LayerCache], source: list[LayerCache], row: jax.Array, slot: jax.Array
-) -> list[LayerCache]:
+def load_prefix(prefixes: list[Blocks], source: list[LayerCache], row: jax.Array, slot: jax.Array) -> list[Blocks]:
     """Copy row `row` of a prefill's or score pass's cache into prefix slot `slot`.
 
     On a mesh the one row travels: a gather is partitioned so; for a dynamic slice every device would fetch all rows.
     """
 
-    def copy(pool: jax.Array, cache: jax.Array) -> jax.Array:
-        one = cache.at[jnp.asarray(row)[None]].get(mode="clip")
-        return jax.lax.dynamic_update_index_in_dim(pool, one, slot, axis=0)
+    one = _rows_of(source, jnp.asarray(row)[None])
 
-    return _cache_laid_out(jax.tree.map(copy, prefixes, source))
+    def put(pool: jax.Array, block: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(pool, block, slot, axis=0)
+
+    return _cache_laid_out(jax.tree.map(put, prefixes, [attention.cut(cache) for cache in one]))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -172,7 +171,7 @@ def halt_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
 
 
 def feed(
-    params: Params, arch: Architecture, prefixes: list[LayerCache], places: Places, cache: list[LayerCache],
+    params: Params, arch: Architecture, prefixes: list[Blocks], places: Places, cache: list[LayerCache],
     tokens: jax.Array, slot: jax.Array, count: jax.Array, start: jax.Array, table: Rotations, dtype: jnp.dtype,
     scan: bool = False,
 ) -> tuple[jax.Array, list[LayerCache]]:  # fmt: skip
@@ -189,7 +188,7 @@ def feed(
         results=(BY_HEAD, BY_CACHE),
     )
     def write_and_attend(
-        q: jax.Array, new_k: jax.Array, new_v: jax.Array, prefix: LayerCache, suffix: LayerCache, places: Places,
+        q: jax.Array, new_k: jax.Array, new_v: jax.Array, prefix: Blocks, suffix: LayerCache, places: Places,
         start: jax.Array, slot: jax.Array, count: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
         w, slots = jnp.arange(len(q))[:, None], suffix[1].shape[2]
@@ -200,7 +199,7 @@ def feed(
         return attention.tree(q, prefix, (k, v), places, prefix_length=start, cached=slot), (k, v)
 
     def attend(
-        of_layer: tuple[LayerCache, LayerCache], q: jax.Array, new_k: jax.Array, new_v: jax.Array
+        of_layer: tuple[Blocks, LayerCache], q: jax.Array, new_k: jax.Array, new_v: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         return write_and_attend(q, new_k, new_v, *of_layer, places, start, slot, count)
 
@@ -210,17 +209,17 @@ def feed(
     return hidden_states(params, arch, tokens, rotation, attend, dtype, scan=scan, caches=caches)
 
 
-def _rotation_table(arch: Architecture, prefixes: list[LayerCache], slots: int) -> Rotations:
+def _rotation_table(arch: Architecture, prefixes: list[Blocks], slots: int) -> Rotations:
     """`rotations` of every position that a row can reach.
 
     A step looks them up: the compiler would compute them again for every head of every layer.
     """
-    return jax.lax.optimization_barrier(rotations(jnp.arange(prefixes[0][1].shape[2] + slots), arch))
+    return jax.lax.optimization_barrier(rotations(jnp.arange(attention.room(prefixes[0]) + slots), arch))
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "spec", "dtype"), donate_argnames=("state",))
 def decode_segment(
-    params: Params, prefixes: list[LayerCache], places: Places, state: DecodeState, next_state: jax.Array,
+    params: Params, prefixes: list[Blocks], places: Places, state: DecodeState, next_state: jax.Array,
     hit: jax.Array, min_active: jax.Array, max_steps: jax.Array, *, arch: Architecture, spec: SamplingSpec,
     dtype: jnp.dtype,
 ) -> tuple[DecodeState, jax.Array]:  # fmt: skip
@@ -229,7 +228,6 @@ def decode_segment(
     `next_state [A, V]` and `hit [A]` are the stop automaton's tables. A row leaves off at EOS, at the end of a stop string
     or at its limit; the host reads which from its last token, its automaton and its length.
     """
-    weights = unembedding(params).astype(dtype)
     W, S = state.tokens.shape
     w = jnp.arange(W)
     table = _rotation_table(arch, prefixes, S)
@@ -245,7 +243,7 @@ def decode_segment(
         hidden, cache = feed(
             params, arch, prefixes, places, s.cache, token, last, jnp.ones_like(last), s.start, table, dtype
         )  # fmt: skip
-        logits = jnp.einsum("wd,vd->wv", hidden[:, 0], weights, preferred_element_type=jnp.float32)
+        logits = unembed(hidden[:, 0], params, dtype)
         if spec.temperature == 0:
             drawn = logits.argmax(-1).astype(jnp.int32)
         else:
@@ -273,7 +271,7 @@ def decode_segment(
     return _laid_out(state), replicate(steps)
 
 
-def _rows_of(cache: list[LayerCache], rows: jax.Array) -> list[LayerCache]:
+def _rows_of(cache: Any, rows: jax.Array) -> Any:
     return jax.tree.map(lambda x: x.at[rows].get(mode="clip"), cache)
 
 
@@ -283,7 +281,7 @@ def _with_rows(cache: list[LayerCache], rows: jax.Array, new: list[LayerCache]) 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"), donate_argnames=("state",))
 def append_tokens(
-    params: Params, prefixes: list[LayerCache], places: Places, state: DecodeState, rows: jax.Array, chunk: jax.Array,
+    params: Params, prefixes: list[Blocks], places: Places, state: DecodeState, rows: jax.Array, chunk: jax.Array,
     count: jax.Array, *, arch: Architecture, dtype: jnp.dtype,
 ) -> DecodeState:  # fmt: skip
     """Append `chunk[:count]` (a tool result) to some rows and set them sampling again.

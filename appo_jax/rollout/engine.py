@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from appo_jax import distributed
 from appo_jax.config import Architecture, MeshConfig, RolloutConfig
-from appo_jax.policy.attention import LayerCache, Places
+from appo_jax.policy.attention import Blocks, LayerCache, Places, room
 from appo_jax.policy.constraints import platform, row_shards
 from appo_jax.policy.sharding import generating, make_mesh, place
 from appo_jax.policy.transformer import Params, turned
@@ -200,7 +200,7 @@ class Engine:
         seating = Seating(indexed, columns, rows_at_once, most_groups, self._shards)
         spec, slots = self.spec(temperature), self.config.max_response_tokens + 1
         state = empty_state(self.arch, seating.num_rows, slots, self.dtype)
-        prefixes: list[LayerCache] = []
+        prefixes: list[Blocks] = []
         rows: dict[int, _Row] = {}
         out: list[list[Rollout]] = [[] for _ in groups]
         source = CacheRows(caches)
@@ -328,7 +328,7 @@ class Engine:
         return news
 
     def _append_results(
-        self, params: Params, prefixes: list[LayerCache], seating: Seating, state: DecodeState, rows: Mapping[int, _Row],
+        self, params: Params, prefixes: list[Blocks], seating: Seating, state: DecodeState, rows: Mapping[int, _Row],
         ended: Sequence[tuple[int, str, str, str, str, float]],
     ) -> DecodeState:  # fmt: skip
         """Record the calls that have ended and append their results, a few rows of similar length at a time."""
@@ -368,11 +368,11 @@ class Engine:
         return state
 
     def _compile_appends(
-        self, params: Params, prefixes: list[LayerCache], places: Places, state: DecodeState
+        self, params: Params, prefixes: list[Blocks], places: Places, state: DecodeState
     ) -> DecodeState:
         """Append nothing to nobody in every bucket, once per shape: no program shall be compiled in mid-run because a
         result is the first of its length."""
-        shape = (*state.tokens.shape, *prefixes[0][0].shape, *places.members.shape)
+        shape = (*state.tokens.shape, room(prefixes[0]), *places.members.shape)
         if shape not in self._compiled:
             self._compiled.add(shape)
             for bucket in self.results.buckets:

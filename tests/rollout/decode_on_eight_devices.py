@@ -103,7 +103,8 @@ def test_caches_and_queries_stay_on_their_device() -> None:
 def test_of_a_cache_one_row_travels_into_a_slot() -> None:
     arch, rows, T = Architecture(512, 64, 2, 4, 2, 16, 96), 16, 128
     with use_mesh(make_mesh(MeshConfig(2, 2, 2))):
-        prefixes, source = (empty_prefixes(arch, n, T, jnp.dtype("float32")) for n in (8, rows))
+        prefixes = empty_prefixes(arch, 8, T, jnp.dtype("float32"))
+        source = empty_state(arch, rows, T + 1, jnp.dtype("float32")).cache
         text = load_prefix.lower(prefixes, source, 0, 0).compile().as_text()
     row = arch.num_kv_heads * T * arch.head_dim
     assert 0 < most_moved(text) <= row // 2  # the tensor axis has two parts of it
