@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from appo_jax.policy.constraints import merged, platform
+from appo_jax.policy.constraints import ROWS, constrain, merged, platform
 from appo_jax.policy.kernels import causal_attention
 
 # (the layer's caches, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps)
@@ -43,13 +43,22 @@ def packed(segments: jax.Array) -> Attend:
 # A prefix cut along its positions, `cut`.
 Blocks = list[LayerCache]
 
+
+def laid_out(caches: Any) -> Any:
+    """Caches, or prefixes in blocks, with their rows and heads split over the mesh."""
+    return jax.tree.map(lambda x: constrain(x, ROWS, "tensor"), caches)
+
+
 # On a CPU, decoding meets a cache's keys in blocks of this many, or in MOST_BLOCKS blocks where that would be more of them.
 BLOCK = 64
 MOST_BLOCKS = 8
 
 
 def _size(length: int) -> int:
-    """Elsewhere all keys are one block: with two loops in each of 28 layers, the decode step took the TPU compiler minutes."""
+    """How many keys of a cache make a block.
+
+    All of them but on a CPU: with two loops in each of 28 layers, the decode step took the TPU compiler minutes.
+    """
     return min(length, max(BLOCK, -(-length // MOST_BLOCKS))) if platform() == "cpu" else length
 
 

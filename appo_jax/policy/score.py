@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from appo_jax.config import Architecture, Remat
 from appo_jax.policy import attention
 from appo_jax.policy.attention import Attend, LayerCache
-from appo_jax.policy.constraints import ROWS, constrain, platform, replicate
+from appo_jax.policy.constraints import platform, replicate
 from appo_jax.policy.logprobs import token_log_probs
 from appo_jax.policy.transformer import Params, hidden_states, rotations, unembedding
 
@@ -45,14 +45,10 @@ def score(params: Params, tokens: jax.Array, *, arch: Architecture, temperature:
     """Log-probabilities, entropies and KV cache of right-padded rollouts `[R, T]` in one pass."""
     hidden, cache = whole_rows(params, arch, tokens, positions(tokens), attention.causal, dtype)
     log_probs, entropies = token_log_probs(hidden, unembedding(params), tokens, temperature)
-    return Scored(replicate(log_probs), replicate(entropies), _laid_out(cache))
+    return Scored(replicate(log_probs), replicate(entropies), attention.laid_out(cache))
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"))
 def prefill(params: Params, tokens: jax.Array, *, arch: Architecture, dtype: jnp.dtype) -> list[LayerCache]:
     """KV cache of right-padded prompts `[R, T]`."""
-    return _laid_out(whole_rows(params, arch, tokens, positions(tokens), attention.causal, dtype)[1])
-
-
-def _laid_out(cache: list[LayerCache]) -> list[LayerCache]:
-    return jax.tree.map(lambda x: constrain(x, ROWS, "tensor"), cache)
+    return attention.laid_out(whole_rows(params, arch, tokens, positions(tokens), attention.causal, dtype)[1])

@@ -253,12 +253,14 @@ def unembedding(params: Params) -> jax.Array:
     return params["unembed"].T if "unembed" in params else params["embed"]
 
 
+# On a CPU the logits of at most this many rows are multiplied as columns, as `turned` does a layer's products. Those of more
+# take longer to turn back than is gained.
 FEW_ROWS = 48
 
 
-def unembed(hidden: jax.Array, params: Params, dtype: Any) -> jax.Array:
-    """Logits of one token per row, float32 `[W, V]`, of hidden states `[W, D]`."""
-    if platform() == "cpu" and "unembed" not in params and len(hidden) <= FEW_ROWS:
-        # As with `turned`; of more rows, the logits take longer to turn back than is gained.
-        return _rows(_columns(params["embed"].astype(dtype), hidden), len(hidden), -1).astype(jnp.float32)
-    return jnp.einsum("wd,vd->wv", hidden, unembedding(params).astype(dtype), preferred_element_type=jnp.float32)
+def unembed(hidden: jax.Array, weights: jax.Array, arch: Architecture) -> jax.Array:
+    """Logits of one token per row, float32 `[W, V]`, of hidden states `[W, D]` and the `unembedding [V, D]`."""
+    # An own unembedding is stored [D, V]: read by columns it is slower on the left than on the right.
+    if platform() == "cpu" and arch.tie_embeddings and len(hidden) <= FEW_ROWS:
+        return _rows(_columns(weights, hidden), len(hidden), -1).astype(jnp.float32)
+    return jnp.einsum("wd,vd->wv", hidden, weights, preferred_element_type=jnp.float32)

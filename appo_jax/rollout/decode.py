@@ -3,7 +3,8 @@
 W rows decode together. A row sits at a place (r, c): it continues the prefix in slot r, as one of at most C rows that do.
 Its text is the first `start + 1` tokens of that prefix followed by its suffix:
 
-    slot r        p0 p1 p2 p3 p4 p5 p6 …         keys [R, K, E, T] and values [R, K, T, E], from prefill or score pass
+    slot r        p0 p1 p2 p3 p4 p5 p6 …         keys [R, K, E, T] and values [R, K, T, E], from prefill or score pass;
+                                                 cut along T into blocks (`attention.cut`)
     row w               └ start = 3: sees p0 p1 p2 of the prefix
     suffix              p3 s1 s2 s3 __ __        slot 0 repeats the last prefix token, so that its logits draw s1
                         ^^^^^^^^ cached  ^ slots 0 … length−2 have keys and values; the last token is still to be fed
@@ -30,9 +31,9 @@ from jax.sharding import PartitionSpec
 from appo_jax.config import Architecture
 from appo_jax.policy import attention
 from appo_jax.policy.attention import Blocks, LayerCache, Places
-from appo_jax.policy.constraints import ROWS, constrain, on_each_device, parts, platform, replicate
+from appo_jax.policy.constraints import ROWS, on_each_device, parts, platform, replicate
 from appo_jax.policy.logprobs import log_prob_and_entropy
-from appo_jax.policy.transformer import Params, Rotations, hidden_states, rotations, unembed
+from appo_jax.policy.transformer import Params, Rotations, hidden_states, rotations, unembed, unembedding
 from appo_jax.rollout.sampling import inverse_cdf, truncate
 
 BY_ROW, BY_HEAD, BY_CACHE = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor"), PartitionSpec(ROWS, "tensor")
@@ -82,19 +83,15 @@ class NewRows(NamedTuple):
         return cls(np.zeros(rows, bool), last_token, start, limit, automaton, np.zeros((rows, ids), np.int32))
 
 
-def _cache_laid_out(cache: Any) -> Any:
-    return jax.tree.map(lambda x: constrain(x, ROWS, "tensor"), cache)
-
-
 def _laid_out(state: DecodeState) -> DecodeState:
     rest = jax.tree.map(replicate, dataclasses.replace(state, cache=[]))
-    return dataclasses.replace(rest, cache=_cache_laid_out(state.cache))
+    return dataclasses.replace(rest, cache=attention.laid_out(state.cache))
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "slots", "length", "dtype"))
 def empty_prefixes(arch: Architecture, slots: int, length: int, dtype: jnp.dtype) -> list[Blocks]:
     """Room for R prefixes of T tokens: the layers' caches, cut."""
-    return _cache_laid_out([attention.cut(_empty_cache(arch, slots, length, dtype)) for _ in range(arch.num_layers)])
+    return attention.laid_out([attention.cut(_empty_cache(arch, slots, length, dtype)) for _ in range(arch.num_layers)])
 
 
 def _empty_cache(arch: Architecture, rows: int, length: int, dtype: jnp.dtype) -> LayerCache:
@@ -137,7 +134,7 @@ def load_prefix(prefixes: list[Blocks], source: list[LayerCache], row: jax.Array
     def put(pool: jax.Array, block: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(pool, block, slot, axis=0)
 
-    return _cache_laid_out(jax.tree.map(put, prefixes, [attention.cut(cache) for cache in one]))
+    return attention.laid_out(jax.tree.map(put, prefixes, [attention.cut(cache) for cache in one]))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -228,6 +225,7 @@ def decode_segment(
     `next_state [A, V]` and `hit [A]` are the stop automaton's tables. A row leaves off at EOS, at the end of a stop string
     or at its limit; the host reads which from its last token, its automaton and its length.
     """
+    weights = unembedding(params).astype(dtype)
     W, S = state.tokens.shape
     w = jnp.arange(W)
     table = _rotation_table(arch, prefixes, S)
@@ -243,7 +241,7 @@ def decode_segment(
         hidden, cache = feed(
             params, arch, prefixes, places, s.cache, token, last, jnp.ones_like(last), s.start, table, dtype
         )  # fmt: skip
-        logits = unembed(hidden[:, 0], params, dtype)
+        logits = unembed(hidden[:, 0], weights, arch)
         if spec.temperature == 0:
             drawn = logits.argmax(-1).astype(jnp.int32)
         else:
