@@ -6,7 +6,7 @@ Everything is measured in one process, on the same weights, prompts and lengths,
 Writes benchmarks/results/sampler.json and benchmarks/RESULTS.md. The policy folder comes from
 `appo-jax convert smollm2 --out artifacts/smollm2`. Run it alone: the figures are of two cores with nothing beside it.
 
-Decode rates leave the prefill out, for every sampler alike: the time of one new token is taken off the time of 64.
+Decode rates leave the prefill out, for every sampler alike: the time of 1 new token is taken off the time of 64.
 """
 
 from __future__ import annotations
@@ -47,15 +47,25 @@ PROMPT, NEW = 128, 64
 EXAMPLE = Example("benchmark", "", ("",), "qa", "")
 
 
+def seconds(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     """Median wall time of `run` after one run that compiles."""
     run()
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    return statistics.median(seconds(run) for _ in range(repeats))
+
+
+def decode_rate(run: Callable[[int], Any], batch: int, repeats: int) -> float:
+    """New tokens per second of `run(new tokens)` on `batch` rows, after a round that compiles.
+
+    One new token and all of them take turns, so that a machine that grows faster or slower moves both alike.
+    """
+    times = [seconds(lambda: run(NEW)) - seconds(lambda: run(1)) for _ in range(repeats + 1)]
+    return batch * (NEW - 1) / statistics.median(times[1:])
 
 
 # ---- the machine
@@ -161,8 +171,7 @@ def our_rate(bench: Bench, batch: int, repeats: int) -> float:
     """New tokens per second of decoding, log-probs and entropies included."""
     engine = bench.engine(max_prompt_tokens=PROMPT, max_response_tokens=NEW, decode_rows=batch)
     prompts = bench.prompts(batch, PROMPT)
-    whole, one = (median_seconds(lambda n=n: bench.generate(engine, prompts, [n] * batch), repeats) for n in (NEW, 1))  # type: ignore[misc]
-    return batch * (NEW - 1) / (whole - one)
+    return decode_rate(lambda new: bench.generate(engine, prompts, [new] * batch), batch, repeats)
 
 
 def branching(bench: Bench, repeats: int) -> dict[str, float]:
@@ -299,8 +308,7 @@ def tunix_rate(bench: Bench, batch: int, repeats: int) -> float:
             )  # fmt: skip
             assert all(len(row) == new for row in out.tokens)
 
-        whole, one = (median_seconds(lambda n=n: run(n), repeats) for n in (NEW, 1))  # type: ignore[misc]
-    return batch * (NEW - 1) / (whole - one)
+        return decode_rate(run, batch, repeats)
 
 
 def transformers_rate(bench: Bench, batch: int, repeats: int) -> float:
@@ -319,8 +327,7 @@ def transformers_rate(bench: Bench, batch: int, repeats: int) -> float:
         assert out.shape == (batch, PROMPT + new)
 
     with torch.inference_mode():
-        whole, one = (median_seconds(lambda n=n: run(n), repeats) for n in (NEW, 1))  # type: ignore[misc]
-    return batch * (NEW - 1) / (whole - one)
+        return decode_rate(run, batch, repeats)
 
 
 # ---- the report

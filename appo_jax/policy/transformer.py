@@ -27,7 +27,7 @@ from flax import nnx
 
 from appo_jax.config import Architecture, Remat
 from appo_jax.policy.attention import Attend
-from appo_jax.policy.constraints import ROWS, constrain, platform
+from appo_jax.policy.constraints import ROWS, constrain
 
 Params = dict[str, Any]
 Rotations = tuple[jax.Array, jax.Array]  # cosines and sines of the rotary embedding
@@ -253,14 +253,6 @@ def unembedding(params: Params) -> jax.Array:
     return params["unembed"].T if "unembed" in params else params["embed"]
 
 
-# On a CPU the logits of at most this many rows are multiplied as columns, as `turned` does a layer's products. Those of more
-# take longer to turn back than is gained.
-FEW_ROWS = 48
-
-
-def unembed(hidden: jax.Array, weights: jax.Array, arch: Architecture) -> jax.Array:
-    """Logits of one token per row, float32 `[W, V]`, of hidden states `[W, D]` and the `unembedding [V, D]`."""
-    # An own unembedding is stored [D, V]: read by columns it is slower on the left than on the right.
-    if platform() == "cpu" and arch.tie_embeddings and len(hidden) <= FEW_ROWS:
-        return _rows(_columns(weights, hidden), len(hidden), -1).astype(jnp.float32)
-    return jnp.einsum("wd,vd->wv", hidden, weights, preferred_element_type=jnp.float32)
+def unembed(hidden: jax.Array, weights: jax.Array) -> jax.Array:
+    """Logits of one token per row as columns, float32 `[V, W]`, of hidden states `[W, D]` and the `unembedding [V, D]`."""
+    return jnp.einsum("vd,wd->vw", weights, hidden, preferred_element_type=jnp.float32)

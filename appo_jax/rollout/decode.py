@@ -32,9 +32,8 @@ from appo_jax.config import Architecture
 from appo_jax.policy import attention
 from appo_jax.policy.attention import Blocks, LayerCache, Places
 from appo_jax.policy.constraints import ROWS, on_each_device, parts, platform, replicate
-from appo_jax.policy.logprobs import log_prob_and_entropy
 from appo_jax.policy.transformer import Params, Rotations, hidden_states, rotations, unembed, unembedding
-from appo_jax.rollout.sampling import inverse_cdf, truncate
+from appo_jax.rollout.sampling import draw, truncate
 
 BY_ROW, BY_HEAD, BY_CACHE = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor"), PartitionSpec(ROWS, "tensor")
 
@@ -241,14 +240,13 @@ def decode_segment(
         hidden, cache = feed(
             params, arch, prefixes, places, s.cache, token, last, jnp.ones_like(last), s.start, table, dtype
         )  # fmt: skip
-        logits = unembed(hidden[:, 0], weights, arch)
-        if spec.temperature == 0:
-            drawn = logits.argmax(-1).astype(jnp.int32)
-        else:
+        logits = unembed(hidden[:, 0], weights)
+        uniforms = None
+        if spec.temperature > 0:
             logits = truncate(logits / spec.temperature, spec.top_k, spec.top_p)
             keys = jax.vmap(jax.random.fold_in)(s.key, s.start + s.length)
-            drawn = inverse_cdf(logits, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys))
-        log_prob, entropy = log_prob_and_entropy(logits, drawn)
+            uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+        drawn, log_prob, entropy = draw(logits, uniforms)
         slot = jnp.where(s.active, s.length, S)  # out of bounds, and so dropped, for inactive rows
         length = s.length + s.active
         automaton = jnp.where(s.active, next_state[s.automaton, drawn], s.automaton).astype(jnp.int32)

@@ -1,44 +1,68 @@
-"""One draw per row from a distribution over the vocabulary, with two random numbers instead of one per token."""
+"""One draw per row from a distribution over the vocabulary, with two random numbers instead of one per token.
+
+Logits come as columns, `[V, W]`, as the product of the unembedding with the rows' hidden states leaves them: to turn them
+took a CPU as long as to draw.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-BLOCK = 256
+BLOCK = 128  # tokens; the vocabularies of most policies are whole blocks
 
 
 def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Logits `[W, V]` with everything outside the top-k and the top-p nucleus at −inf (0 and 1.0: off).
+    """Logits `[V, W]` with everything outside the top-k and the top-p nucleus at −inf (0 and 1.0: off).
 
     The nucleus is the smallest set of most probable tokens whose mass reaches `top_p`; ties with its last token stay.
     """
     if top_k > 0:
-        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        kth = jax.lax.top_k(logits.T, min(top_k, len(logits)))[0][:, -1]
         logits = jnp.where(logits >= kth, logits, -jnp.inf)
     if top_p < 1.0:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        last = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
+        ordered = jnp.sort(logits, axis=0, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=0), axis=0) - jax.nn.softmax(ordered, axis=0)
+        last = jnp.where(before < top_p, ordered, jnp.inf).min(0)
         logits = jnp.where(logits >= last, logits, -jnp.inf)
     return logits
 
 
-def inverse_cdf(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Draw a token id per row of `logits [W, V]` from two uniforms in [0, 1), `[W, 2]`; int32 `[W]`.
+class Drawn(NamedTuple):
+    """What a row draws, each `[W]`."""
 
-    The first picks a block of the vocabulary by its mass, the second a token within the block. Both search the first
-    place where a cumulative sum exceeds u times its end, so a token of probability 0 is never drawn.
+    token: jax.Array  # int32
+    log_prob: jax.Array  # float32
+    entropy: jax.Array  # float32, nats: of the distribution it was drawn from
+
+
+def draw(logits: jax.Array, uniforms: jax.Array | None) -> Drawn:
+    """A token per row from `logits [V, W]` (float32) by two uniforms in [0, 1), `[W, 2]`; None: the most probable one.
+
+    The first uniform picks a block of the vocabulary by its mass, the second a token within the block. Both search the first
+    place where a cumulative sum exceeds u times its end, so a token of probability 0 is never drawn. Log-probability and
+    entropy are by-products: every logit is exponentiated once.
     """
-    W, V = logits.shape
-    blocks = -(-V // BLOCK)
-    mass = jnp.exp(logits - logits.max(-1, keepdims=True))
-    mass = jnp.pad(mass, ((0, 0), (0, blocks * BLOCK - V))).reshape(W, blocks, BLOCK)
+    V, W = logits.shape
+    w = jnp.arange(W)
+    below = logits - logits.max(0)
+    blocks = jnp.pad(below, ((0, -V % BLOCK), (0, 0)), constant_values=-jnp.inf).reshape(-1, BLOCK, W)
+    mass = jnp.exp(blocks)
+    by_block = mass.sum(1)
+    total = by_block.sum(0)
 
     def search(weights: jax.Array, u: jax.Array) -> jax.Array:
-        cumulative = jnp.cumsum(weights, axis=-1)
-        return (cumulative <= (u * cumulative[:, -1])[:, None]).sum(-1)
+        cumulative = jnp.cumsum(weights, axis=0)
+        return (cumulative <= u * cumulative[-1]).sum(0)
 
-    block = search(mass.sum(-1), uniforms[:, 0])
-    inside = jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]
-    return (block * BLOCK + search(inside, uniforms[:, 1])).astype(jnp.int32)
+    if uniforms is None:
+        token = logits.argmax(0)
+    else:
+        block = search(by_block, uniforms[:, 0])
+        token = block * BLOCK + search(jnp.exp(blocks[block, :, w]).T, uniforms[:, 1])
+    # Where the mass is 0 the logit may be −inf. Both terms of the entropy are positive: nothing cancels.
+    spread = jnp.where(mass > 0, mass * blocks, 0.0).sum((0, 1))
+    log_total = jnp.log(total)
+    return Drawn(token.astype(jnp.int32), below[token, w] - log_total, log_total - spread / total)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from appo_jax.rollout.sampling import BLOCK, inverse_cdf, truncate
+from appo_jax.rollout.sampling import BLOCK, draw, truncate
 
 DRAWS = 50_000
 
 
-def draw(logits: np.ndarray, seed: int) -> np.ndarray:
+def draws(logits: np.ndarray, seed: int) -> np.ndarray:
     uniforms = jax.random.uniform(jax.random.key(seed), (DRAWS, 2))
-    return np.asarray(jax.jit(jax.vmap(lambda u: inverse_cdf(jnp.asarray(logits)[None], u[None])[0]))(uniforms))
+    return np.asarray(jax.jit(jax.vmap(lambda u: draw(jnp.asarray(logits)[:, None], u[None]).token[0]))(uniforms))
 
 
 def chi_square_p(draws: np.ndarray, p: np.ndarray) -> float:
@@ -38,9 +38,9 @@ def test_draws_follow_the_softmax(vocab: int, top_k: int, top_p: float) -> None:
     kept[order[: top_k or vocab]] = True
     if top_p < 1:
         kept[order[np.cumsum(p[order]) - p[order] >= top_p]] = False
-    truncated = np.asarray(truncate(jnp.asarray(logits, jnp.float32)[None], top_k, top_p)[0])
+    truncated = np.asarray(truncate(jnp.asarray(logits, jnp.float32)[:, None], top_k, top_p)[:, 0])
     assert (np.isfinite(truncated) == kept).all()
-    assert chi_square_p(draw(truncated, seed=vocab), np.where(kept, p, 0) / p[kept].sum()) > 1e-3
+    assert chi_square_p(draws(truncated, seed=vocab), np.where(kept, p, 0) / p[kept].sum()) > 1e-3
 
 
 def test_a_token_without_probability_is_never_drawn() -> None:
@@ -48,5 +48,26 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     logits[[0, 2 * BLOCK + 5, 3 * BLOCK - 1]] = 0.0
     for u in (0.0, 0.3333333, 0.5, np.nextafter(np.float32(1), np.float32(0))):
         for v in (0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))):
-            drawn = int(inverse_cdf(jnp.asarray(logits)[None], jnp.asarray([[u, v]], jnp.float32))[0])
-            assert np.isfinite(logits[drawn])
+            drawn = draw(jnp.asarray(logits)[:, None], jnp.asarray([[u, v]], jnp.float32))
+            assert np.isfinite(logits[int(drawn.token[0])])
+
+
+@pytest.mark.parametrize("vocab", [5, BLOCK, 1000])
+@pytest.mark.parametrize("scale", [0.0, 3.0, 200.0])  # uniform, usual, all but certain
+@pytest.mark.parametrize("greedy", [False, True])
+def test_log_prob_and_entropy_of_what_is_drawn(vocab: int, scale: float, greedy: bool) -> None:
+    rng = np.random.default_rng(vocab)
+    logits = (rng.normal(size=(vocab, 16)) * scale + 50).astype(np.float32)
+    logits[1:, 0], logits[::2, 1] = -np.inf, -np.inf  # one token left; half of them
+    uniforms = None if greedy else jnp.asarray(rng.uniform(size=(16, 2)), jnp.float32)
+    with jax.debug_nans(True):
+        drawn = jax.jit(draw)(jnp.asarray(logits), uniforms)
+    shifted = logits.astype(float) - logits.max(0)
+    log_p = shifted - np.log(np.exp(shifted).sum(0))
+    p = np.exp(log_p)
+    entropy = -np.where(p > 0, p * np.where(p > 0, log_p, 0), 0).sum(0)
+    tokens = np.asarray(drawn.token)
+    np.testing.assert_allclose(drawn.log_prob, log_p[tokens, range(16)], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(drawn.entropy, entropy, rtol=1e-5, atol=1e-5)
+    if greedy:
+        assert (tokens == logits.argmax(0)).all()
