@@ -25,6 +25,7 @@ each other 0.9e-4 to 6.2e-4, under 1e-4 for two seeds of the 11. On prompts: 0.9
 
 from __future__ import annotations
 
+import copy
 import json
 import runpy
 import sys
@@ -119,24 +120,40 @@ def random_models() -> None:
             )
 
 
-def real_model(name: str, folder: Path, model: Any, theirs: Any) -> None:
-    """Logits, greedy decoding, tokenizer and chats of a real model; `theirs` is transformers' tokenizer."""
+def real_model(name: str, folder: Path, model: Any, their_tokenizer: Any) -> None:
+    """Logits, greedy decoding, tokenizer and chats of a real model, which transformers holds as `model`."""
     arch, params, tokenizer = read_architecture(folder), weights.load(folder, dtype=np.float32), JsonTokenizer(folder)
 
     texts = [message["content"] for chat in make["conversations"](seed=2) for message in chat]
-    same = sum(tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids for text in texts)
+    same = sum(tokenizer.encode(text) == their_tokenizer(text, add_special_tokens=False).input_ids for text in texts)
     report(f"{name} tokenizer", same == len(texts), f"{same} of {len(texts)} texts have the same ids")
     chats = make["conversations"]()
     same = sum(
-        tokenizer.render_chat(c) == ids for c, ids in zip(chats, make["hf_chat_ids"](theirs, chats), strict=True)
+        tokenizer.render_chat(c) == ids
+        for c, ids in zip(chats, make["hf_chat_ids"](their_tokenizer, chats), strict=True)
     )
     report(f"{name} chats", same == len(chats), f"{same} of {len(chats)} conversations have the same ids")
 
     tokens = np.random.RandomState(0).randint(0, tokenizer.vocab_size, (2, 128))
-    compare_logits(f"{name} logits, random tokens", our_logits(params, arch, tokens), their_logits(model, tokens))
-    ids = tokenizer.render_prompt("", QUESTIONS[4])
-    tokens = np.array([ids])
-    compare_logits(f"{name} logits, a prompt", our_logits(params, arch, tokens), their_logits(model, tokens))
+    prompts = [np.array(tokenizer.render_prompt("", question)) for question in QUESTIONS]
+    padded = np.zeros((len(prompts), max(map(len, prompts))), int)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    ours = [*our_logits(params, arch, tokens), *our_logits(params, arch, padded)]
+    inputs = [*tokens, *prompts]
+    ours = [logits[: len(ids)] for ids, logits in zip(inputs, ours, strict=True)]
+    theirs = [their_logits(model, ids[None])[0] for ids in inputs]
+    double = copy.deepcopy(model).double()
+    exact = [their_logits(double, ids[None])[0] for ids in inputs]
+    for what, part in (("random tokens", slice(0, 2)), ("prompts", slice(2, None))):
+        apart = [np.abs(a - b).max() for a, b in zip(ours[part], theirs[part], strict=True)]
+        off = [max(np.abs(a - b).max() for a, b in zip(x[part], exact[part], strict=True)) for x in (ours, theirs)]
+        near = sum(difference < 1e-4 for difference in apart)
+        report(
+            f"{name} logits, {what}", near == len(apart),
+            f"{near} of {len(apart)} within 1e-4, largest difference {max(apart):.1e}; from a float64 pass, ours {off[0]:.1e}, "
+            f"transformers {off[1]:.1e}",
+        )  # fmt: skip
 
     examples = [Example(str(i), question, (), "qa", "") for i, question in enumerate(QUESTIONS)]
     config = RolloutConfig(num_initial=1, max_prompt_tokens=128, max_response_tokens=NEW_TOKENS, max_result_tokens=1)

@@ -59,13 +59,19 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds(run) for _ in range(repeats))
 
 
-def decode_rate(run: Callable[[int], Any], batch: int, repeats: int) -> float:
-    """New tokens per second of `run(new tokens)` on `batch` rows, after a round that compiles.
+Continue = Callable[[int], Any]  # the prompts of a batch by a number of new tokens
 
-    One new token and all of them take turns, so that a machine that grows faster or slower moves both alike.
+
+def decode_rates(samplers: dict[str, Continue], batch: int, repeats: int) -> dict[str, float]:
+    """New tokens per second of each sampler on `batch` rows, after a round that compiles.
+
+    The samplers take turns, and so do one new token and all of them: a machine that grows faster or slower moves all alike.
     """
-    times = [seconds(lambda: run(NEW)) - seconds(lambda: run(1)) for _ in range(repeats + 1)]
-    return batch * (NEW - 1) / statistics.median(times[1:])
+    times: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(repeats + 1):
+        for name, run in samplers.items():
+            times[name].append(seconds(lambda: run(NEW)) - seconds(lambda: run(1)))
+    return {name: batch * (NEW - 1) / statistics.median(taken[1:]) for name, taken in times.items()}
 
 
 # ---- the machine
@@ -167,11 +173,11 @@ class Bench:
         return [rows[0] for rows in engine.generate(self.params, caches, forks, 1, len(forks), (0,))]
 
 
-def our_rate(bench: Bench, batch: int, repeats: int) -> float:
-    """New tokens per second of decoding, log-probs and entropies included."""
+def ours(bench: Bench, batch: int) -> Continue:
+    """This sampler, log-probs and entropies included."""
     engine = bench.engine(max_prompt_tokens=PROMPT, max_response_tokens=NEW, decode_rows=batch)
     prompts = bench.prompts(batch, PROMPT)
-    return decode_rate(lambda new: bench.generate(engine, prompts, [new] * batch), batch, repeats)
+    return lambda new: bench.generate(engine, prompts, [new] * batch)
 
 
 def branching(bench: Bench, repeats: int) -> dict[str, float]:
@@ -264,7 +270,7 @@ def tool_overlap(bench: Bench, repeats: int) -> dict[str, float]:
 # ---- peers
 
 
-def tunix_rate(bench: Bench, batch: int, repeats: int) -> float:
+def tunix(bench: Bench, batch: int) -> Continue:
     """tunix's vanilla sampler, from the same folder, without log-probs (which it need not compute)."""
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.llama3 import model, params
@@ -301,17 +307,18 @@ def tunix_rate(bench: Bench, batch: int, repeats: int) -> float:
         sampler = Sampler(decoder, Ids(), cache)
         texts = [" ".join(map(str, row[1:])) for row in bench.prompts(batch, PROMPT)]
 
-        def run(new: int) -> None:
+    def run(new: int) -> None:
+        with mesh:
             out = sampler(
                 texts, new, max_prompt_length=PROMPT, temperature=1.0, top_p=1.0, eos_tokens=[a.vocab_size + 1],
                 seed=0,
             )  # fmt: skip
-            assert all(len(row) == new for row in out.tokens)
+        assert all(len(row) == new for row in out.tokens)
 
-        return decode_rate(run, batch, repeats)
+    return run
 
 
-def transformers_rate(bench: Bench, batch: int, repeats: int) -> float:
+def transformers(bench: Bench, batch: int) -> Continue:
     """transformers `generate`, from the same folder."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -320,14 +327,14 @@ def transformers_rate(bench: Bench, batch: int, repeats: int) -> float:
     ids = torch.tensor(np.stack(bench.prompts(batch, PROMPT)), dtype=torch.long)
 
     def run(new: int) -> None:
-        out = decoder.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
-        )  # fmt: skip
+        with torch.inference_mode():
+            out = decoder.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+            )  # fmt: skip
         assert out.shape == (batch, PROMPT + new)
 
-    with torch.inference_mode():
-        return decode_rate(run, batch, repeats)
+    return run
 
 
 # ---- the report
@@ -363,19 +370,18 @@ def main() -> None:
     say(matmul_gflops=matmul_flops(options.repeats) / 1e9, memory_gb_per_s=memory_rate(options.repeats) / 1e9)
     limit = 1e9 * figures["matmul_gflops"] / flops_per_token(bench.arch)
     say(matmul_limit_tokens_per_s=limit)
+    peers = {} if options.only_ours else {64: (tunix, transformers), 16: (tunix,)}
     for batch in (64, 16):
-        say(**{f"ours_b{batch}": our_rate(bench, batch, options.repeats)})
+        samplers = {sampler.__name__: sampler(bench, batch) for sampler in (ours, *peers.get(batch, ()))}
+        rates = decode_rates(samplers, batch, options.repeats)
+        say(**{f"{name}_b{batch}": rate for name, rate in rates.items()})
+        say(**{f"ratio_{name}_b{batch}": rates["ours"] / rate for name, rate in rates.items() if name != "ours"})
     say(fraction_of_matmul_limit_b64=figures["ours_b64"] / limit)
     say(**branching(bench, options.repeats))
     say(**tool_overlap(bench, options.repeats))
     say(useful_rows=useful_rows(bench, 2048), useful_rows_of_256=useful_rows(bench, 256))
     if options.only_ours:
         return
-    for batch in (64, 16):
-        say(**{f"tunix_b{batch}": tunix_rate(bench, batch, options.repeats)})
-        say(**{f"ratio_tunix_b{batch}": figures[f"ours_b{batch}"] / figures[f"tunix_b{batch}"]})
-    say(transformers_b64=transformers_rate(bench, 64, options.repeats))
-    say(ratio_transformers_b64=figures["ours_b64"] / figures["transformers_b64"])
 
     record = {"machine": machine(), "policy": dataclasses.asdict(bench.arch), "repeats": options.repeats} | figures
     (RESULTS / "results" / "sampler.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -1,13 +1,12 @@
-"""What a compiled program moves, read from its HLO text: collectives by kind, and how often loops run.
+"""What a compiled program moves, read from its HLO text: bytes to and from HBM, and collectives by kind.
 
-XLA's own cost analysis counts the body of a loop once. The text says how often a loop runs where that is known (a scan);
-the body of a loop of unknown length (decoding) counts once, so a decode program's numbers are those of one token.
+XLA's own cost analysis will not do: it counts the body of a loop once, and a weight that is fetched into a TPU's own memory
+ahead of its use three times. The text says how often a loop runs where that is known (a scan).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections import Counter
@@ -20,7 +19,7 @@ _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
     "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16,
 }  # fmt: skip
-_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{[^}]*S\((\d+)\)[^}]*\})?")  # S(n): a memory of the chip's own
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLEES = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
@@ -33,38 +32,51 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
 class _Instruction:
     name: str
     op: str
-    size: float  # bytes of its result
+    shape: str  # of its result
     operands: tuple[str, ...]
     callees: tuple[str, ...]
-    trips: int  # how often its callees run
+    trips: int | None  # how often its callees run; None: a loop of unknown length
+
+    @property
+    def size(self) -> float:
+        """Bytes of its result."""
+        return shape_bytes(self.shape)
+
+    @property
+    def hbm(self) -> float:
+        """Bytes of its result in HBM."""
+        return shape_bytes(self.shape, hbm=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """What one run of the program moves on one chip."""
+    """What one run of the program moves on one chip, in bytes. Loops of a known length count as often as they run."""
 
-    collective_bytes: dict[str, float]  # by kind: sizes of the results
-    loop_factor: float  # memory traffic with every loop at its known length, over the traffic with each body once
+    collectives: dict[str, float]  # by kind: sizes of the results
+    hbm: float  # to and from HBM
 
 
-def read(text: str) -> Moved:
-    """Read the text of a compiled (partitioned) program, `Compiled.as_text()`."""
+def read(text: str, steps: int = 1) -> Moved:
+    """Read the text of a compiled (partitioned) program, `Compiled.as_text()`.
+
+    A loop of unknown length, such as decoding, is taken to run `steps` times.
+    """
     computations, entry = _parse(text)
     times = Counter({entry: 1})
-    traffic = once = 0.0
+    hbm = 0.0
     collectives: dict[str, float] = {}
     fused = _fused(computations)
     for name in _callers_first(computations, entry):
+        by_name = {instruction.name: instruction for instruction in computations[name]}
         for instruction in computations[name]:
             for callee in instruction.callees:
-                times[callee] += times[name] * instruction.trips
+                times[callee] += times[name] * (steps if instruction.trips is None else instruction.trips)
             kind = instruction.op.removesuffix("-done")
             if kind in COLLECTIVES:  # of an asynchronous pair, the end has the shape of the result
                 collectives[kind] = collectives.get(kind, 0.0) + times[name] * instruction.size
-            if name not in fused and instruction.op not in _FREE:
-                size = _traffic(instruction, computations, name)
-                traffic, once = traffic + times[name] * size, once + size
-    return Moved(collectives, traffic / once if once else 1.0)
+            if name not in fused:
+                hbm += times[name] * _traffic(instruction, by_name, computations)
+    return Moved(collectives, hbm)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -78,17 +90,19 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             name, shape, op, rest = found.groups()
             operands = tuple(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
             names = [n for pair in _CALLEES.findall(rest) for n in re.findall(r"[\w.\-]+", " ".join(pair))]
-            trips = _TRIPS.search(rest) if op == "while" else None
+            known = _TRIPS.search(rest)
+            trips = (int(known[1]) if known else None) if op == "while" else 1
             called = () if op.endswith(("-done", "-update")) else tuple(names)
-            body.append(_Instruction(name, op, shape_bytes(shape), operands, called, int(trips[1]) if trips else 1))
+            body.append(_Instruction(name, op, shape, operands, called, trips))
     return computations, entry
 
 
-def shape_bytes(shape: str) -> float:
-    """Bytes of an HLO shape or tuple of shapes, layouts and all."""
+def shape_bytes(shape: str, hbm: bool = False) -> float:
+    """Bytes of an HLO shape or tuple of shapes, layouts and all. `hbm`: only of those that lie in HBM."""
     return sum(
         _BYTES.get(dtype, 1 if dtype.startswith("f8") else 0) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in _SHAPE.findall(shape)
+        for dtype, dims, space in _SHAPE.findall(shape)
+        if not (hbm and space not in ("", "0"))
     )
 
 
@@ -115,37 +129,52 @@ def _fused(computations: dict[str, list[_Instruction]]) -> set[str]:
     return {c for body in computations.values() for i in body if i.op not in outer for c in i.callees}
 
 
-def _traffic(instruction: _Instruction, computations: dict[str, list[_Instruction]], name: str) -> float:
-    """Bytes that an instruction reads and writes. Of what is sliced or updated in place only the slice counts."""
-    sizes = _sizes(tuple(computations[name]))
-    if instruction.op == "dynamic-slice":
-        return 2 * instruction.size
-    if instruction.op == "dynamic-update-slice":
-        return 2 * sizes.get(instruction.operands[1], 0)
-    read_whole = sum(sizes.get(operand, 0) for operand in instruction.operands)
-    if instruction.op != "fusion":
-        return read_whole + instruction.size
-    inside = computations[instruction.callees[0]]
-    written, inner = instruction.size, _sizes(tuple(inside))
+# Where an instruction takes its slices from, or puts its update in place, and the operand that is the update.
+_SLICED = {"dynamic-slice", "gather", "slice-start"}
+_UPDATED = {"dynamic-update-slice": 1, "scatter": 2}
+
+
+def _traffic(
+    instruction: _Instruction, by_name: dict[str, _Instruction], computations: dict[str, list[_Instruction]]
+) -> float:
+    """Bytes that an instruction reads from HBM and writes to it. Of what is sliced or updated in place only the slice counts.
+
+    What the compiler fetches into a chip's own memory ahead of its use is read from HBM once, by the fetch.
+    """
+    op, operands = instruction.op, [by_name[name] for name in instruction.operands if name in by_name]
+    if op in _FREE or op.endswith(("-done", "-update")) or op == "async-start":
+        return 0.0
+    if op == "fusion":
+        return _traffic_of_fusion(instruction, computations[instruction.callees[0]])
+    if op in _SLICED:
+        source = operands[0].hbm
+        if op == "slice-start":  # ((operand), result, flag)
+            result = instruction.shape.split("), ", 1)[1]
+            return (shape_bytes(result) if source else 0.0) + shape_bytes(result, hbm=True)
+        return min(instruction.size, source) + instruction.hbm
+    if op in _UPDATED:
+        return 2 * operands[_UPDATED[op]].size if instruction.hbm else 0.0
+    if op.endswith("-start"):  # of a copy or a collective: the result is a tuple of source and destination
+        return instruction.hbm
+    return sum(operand.hbm for operand in operands) + instruction.hbm
+
+
+def _traffic_of_fusion(fusion: _Instruction, inside: list[_Instruction]) -> float:
+    by_name = {i.name: i for i in inside}
+    same = {i.operands[0]: i.name for i in inside if i.op == "bitcast"}
+    written, total = fusion.hbm, 0.0
     for part in inside:
-        if part.op == "dynamic-update-slice":
-            whole = inner.get(part.operands[0], 0)
-            written -= max(0, min(written, whole) - inner.get(part.operands[1], 0))
-    read_all = 0.0
-    for parameter in (p for p in inside if p.op == "parameter"):
-        users = [i for i in inside if parameter.name in i.operands]
-        if users and all(u.op == "dynamic-slice" for u in users):
-            read_all += sum(u.size for u in users)
-        elif users and all(u.op == "dynamic-update-slice" and u.operands[0] == parameter.name for u in users):
-            read_all += 0
-        else:
-            read_all += parameter.size
-    return read_all + written
-
-
-@functools.lru_cache(maxsize=4096)
-def _sizes(body: tuple[_Instruction, ...]) -> dict[str, float]:
-    return {i.name: i.size for i in body}
+        if part.op in _UPDATED and part.size <= written:
+            written -= part.size - by_name[part.operands[_UPDATED[part.op]]].size
+    for parameter in (i for i in inside if i.op == "parameter" and i.hbm):
+        names = {parameter.name, same.get(parameter.name, "")}
+        users = [i for i in inside if i.op != "bitcast" and names & set(i.operands)]
+        first = all(u.operands[0] in names and not names & set(u.operands[1:]) for u in users)
+        if users and first and all(u.op in _SLICED for u in users):
+            total += min(parameter.hbm, sum(u.size for u in users))
+        elif not (users and first and all(u.op in _UPDATED for u in users)):
+            total += parameter.hbm
+    return total + written
 
 
 def matmul_flops(jaxpr: Any, loops: bool = True) -> float:

@@ -21,7 +21,7 @@ from appo_jax.policy.constraints import row_shards
 from appo_jax.policy.score import prefill, score
 from appo_jax.policy.transformer import abstract_params
 from appo_jax.rollout.decode import SamplingSpec, append_tokens, decode_segment, empty_prefixes, empty_state
-from appo_jax.rollout.engine import APPEND_ROWS
+from appo_jax.rollout.engine import APPEND_ROWS, SEGMENT_STEPS
 from appo_jax.rollout.seating import Seating
 
 AUTOMATON_STATES = 32  # of the stop strings </python> and </search>, and some more
@@ -37,6 +37,7 @@ class Program:
     counted: str  # how `times` is made up
     beside: int  # bytes per chip that the run keeps meanwhile and that are no argument of the program
     fields: str  # config fields that make it smaller
+    steps: int = 1  # of the loop of unknown length in it: its work is counted by the step
 
 
 def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program]:
@@ -131,7 +132,7 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     yield Program(
         "decode, initial", lambda: decode(first, algorithm.initial, rollout.max_prompt_tokens),
         fills * rollout.max_response_tokens, f"{fills} × {first.num_rows} rows × {rollout.max_response_tokens} tokens",
-        resident + prompt_caches, "rollout.decode_rows, rollout.max_response_tokens",
+        resident + prompt_caches, "rollout.decode_rows, rollout.max_response_tokens", SEGMENT_STEPS,
     )  # fmt: skip
 
     # ---- scores
@@ -162,7 +163,7 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
         yield Program(
             "decode, branches", lambda: decode(last, columns, prefix), fills * rollout.max_response_tokens,
             f"{fills} × {last.num_rows} rows × {rollout.max_response_tokens} tokens", resident + kept,
-            "rollout.decode_rows, rollout.max_response_tokens",
+            "rollout.decode_rows, rollout.max_response_tokens", SEGMENT_STEPS,
         )  # fmt: skip
 
     appended = even(APPEND_ROWS)

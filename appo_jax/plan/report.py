@@ -178,7 +178,7 @@ def measure(program: Program, chips: int) -> Need:
         )  # fmt: skip
     seconds = time.perf_counter() - began
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    moved = hlo.read(compiled.as_text())
+    moved = hlo.read(compiled.as_text(), program.steps)
     jaxpr = traced.jaxpr.jaxpr
     flops = hlo.matmul_flops(jaxpr)
     # XLA counts what each chip really does, but the bodies of loops once.
@@ -193,8 +193,8 @@ def measure(program: Program, chips: int) -> Need:
         temporaries=memory.temp_size_in_bytes,
         output=output,
         flops=max(counted, flops / chips),
-        traffic=cost.get("bytes accessed", 0.0) * moved.loop_factor,
-        collectives=moved.collective_bytes,
+        traffic=moved.hbm / program.steps,
+        collectives={kind: size / program.steps for kind, size in moved.collectives.items()},
         compile_s=seconds,
         times=program.times,
         counted=program.counted,
