@@ -70,7 +70,7 @@ def decode_rates(samplers: dict[str, Continue], batch: int, repeats: int) -> dic
     times: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(repeats + 1):
         for name, run in samplers.items():
-            times[name].append(seconds(lambda: run(NEW)) - seconds(lambda: run(1)))
+            times[name].append(seconds(functools.partial(run, NEW)) - seconds(functools.partial(run, 1)))
     return {name: batch * (NEW - 1) / statistics.median(taken[1:]) for name, taken in times.items()}
 
 
