@@ -79,7 +79,7 @@ def test_loops_count_as_often_as_they_run():
     hbm = hlo.read(jax.jit(scan).lower(x, weights).compile().as_text()).hbm
     # In every pass a weight is read, or taken out and then read; the rows are read and written by the product and by tanh.
     rows, weight = 4 * 32 * 64, 4 * 64 * 64
-    assert 7 * (weight + 2 * rows) <= hbm <= 7 * (3 * weight + 4 * rows) + 2 * rows
+    assert 7 * (weight + 2 * rows) <= hbm <= 7 * (3 * weight + 5 * rows)
 
 
 # As the TPU compiler writes it: a weight is fetched in two halves into memory S(1), the cache in HBM is written in place.
