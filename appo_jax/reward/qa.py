@@ -29,7 +29,8 @@ def normalize(text: str) -> str:
     text = unicodedata.normalize("NFKC", plain(text)).lower().replace(_MINUS, "").replace(_DOT, "")
     text = _THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
     text = _DASH_IN_NUMBERS.sub(" ", _POINT.sub(_DOT, _SIGN.sub(_MINUS, text)))
-    text = "".join(ch for ch in text if unicodedata.category(ch)[0] not in "PS")
+    kept = "".join(ch for ch in text if unicodedata.category(ch)[0] not in "PS")
+    text = unicodedata.normalize("NFKC", kept)  # an accent may have lost the colon between it and its letter
     text = text.replace(_MINUS, "-").replace(_DOT, ".")
     return " ".join(_ARTICLES.sub(" ", text).split()) or " ".join(text.split())
 
