@@ -156,7 +156,7 @@ def real_model(name: str, folder: Path, model: Any, their_tokenizer: Any) -> Non
         )  # fmt: skip
 
     examples = [Example(str(i), question, (), "qa", "") for i, question in enumerate(QUESTIONS)]
-    config = RolloutConfig(num_initial=1, max_prompt_tokens=128, max_response_tokens=NEW_TOKENS, max_result_tokens=1)
+    config = RolloutConfig(num_initial=1, max_prompt_tokens=128, max_response_tokens=NEW_TOKENS, max_result_tokens=16)
     with ToolExecutor([], TagFormat(), ToolsConfig()) as executor, jax.default_matmul_precision("highest"):
         engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
         rollouts = [row[0] for row in engine.initial(params, examples, copies=1, salt=[0], temperature=0.0)]
