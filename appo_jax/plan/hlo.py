@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 from jax.extend import core
@@ -25,7 +25,9 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((
 _CALLEES = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 # Instructions that move nothing themselves.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "async-start",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class _Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """What one run of the program moves on one chip, in bytes. Loops of a known length count as often as they run."""
+    """What a program moves on one chip, in bytes. Loops of a known length count as often as they run."""
 
     collectives: dict[str, float]  # by kind: sizes of the results
     hbm: float  # to and from HBM
@@ -59,10 +61,10 @@ class Moved:
 def read(text: str, steps: int = 1) -> Moved:
     """Read the text of a compiled (partitioned) program, `Compiled.as_text()`.
 
-    A loop of unknown length, such as decoding, is taken to run `steps` times.
+    A loop of unknown length, such as decoding, is taken to run `steps` times; the numbers are those of one step.
     """
     computations, entry = _parse(text)
-    times = Counter({entry: 1})
+    times = defaultdict(float, {entry: 1 / steps})
     hbm = 0.0
     collectives: dict[str, float] = {}
     fused = _fused(computations)
@@ -130,7 +132,7 @@ def _fused(computations: dict[str, list[_Instruction]]) -> set[str]:
 
 
 # Where an instruction takes its slices from, or puts its update in place, and the operand that is the update.
-_SLICED = {"dynamic-slice", "gather", "slice-start"}
+_SLICED = {"dynamic-slice", "gather"}
 _UPDATED = {"dynamic-update-slice": 1, "scatter": 2}
 
 
@@ -142,16 +144,15 @@ def _traffic(
     What the compiler fetches into a chip's own memory ahead of its use is read from HBM once, by the fetch.
     """
     op, operands = instruction.op, [by_name[name] for name in instruction.operands if name in by_name]
-    if op in _FREE or op.endswith(("-done", "-update")) or op == "async-start":
+    if op in _FREE or op.endswith(("-done", "-update")):
         return 0.0
     if op == "fusion":
         return _traffic_of_fusion(instruction, computations[instruction.callees[0]])
     if op in _SLICED:
-        source = operands[0].hbm
-        if op == "slice-start":  # ((operand), result, flag)
-            result = instruction.shape.split("), ", 1)[1]
-            return (shape_bytes(result) if source else 0.0) + shape_bytes(result, hbm=True)
-        return min(instruction.size, source) + instruction.hbm
+        return min(instruction.size, operands[0].hbm) + instruction.hbm
+    if op == "slice-start":  # ((operand), result, flag)
+        result = instruction.shape.split("), ", 1)[1]
+        return (shape_bytes(result) if operands[0].hbm else 0.0) + shape_bytes(result, hbm=True)
     if op in _UPDATED:
         return 2 * operands[_UPDATED[op]].size if instruction.hbm else 0.0
     if op.endswith("-start"):  # of a copy or a collective: the result is a tuple of source and destination

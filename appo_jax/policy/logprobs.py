@@ -14,9 +14,11 @@ def log_prob_and_entropy(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Arra
     """Log-probability of `tokens` `[...]` and entropy (nats) of the distribution, from float32 logits `[..., V]`."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
     log_prob = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - log_z
-    # Not log_z − Σ p·logit, whose terms are much larger than what is left of them.
+    # Not log_z − Σ p·logit, whose terms are much larger than what is left of them. Where p = 0 the logit may be −inf (a
+    # truncated vocabulary).
     log_p = logits - log_z[..., None]
-    return log_prob, -(jnp.exp(log_p) * log_p).sum(-1)
+    p = jnp.exp(log_p)
+    return log_prob, -jnp.where(p > 0, p * log_p, 0.0).sum(-1)
 
 
 def token_log_probs(

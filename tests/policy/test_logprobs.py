@@ -40,6 +40,13 @@ def test_token_log_probs_are_the_oracles(monkeypatch, at_once, temperature):
     np.testing.assert_allclose(jax.grad(total)(hidden), jax.grad(plain)(hidden), rtol=1e-3, atol=1e-4)
 
 
+def test_a_token_without_probability_adds_nothing_to_the_entropy():
+    logits = jnp.array([[0.0, -jnp.inf, 0.0]])
+    with jax.debug_nans(True):
+        log_prob, entropy = jax.jit(logprobs.log_prob_and_entropy)(logits, jnp.array([2]))
+    np.testing.assert_allclose([log_prob[0], entropy[0]], [-np.log(2), np.log(2)], rtol=1e-6)
+
+
 def test_memory_at_full_size() -> None:
     """One row of 4096 tokens over Qwen's vocabulary (Qwen2.5-0.5B: width 896): [T, V] alone would be 2.5 GB."""
     shapes = (1, 4096, 896), (151936, 896)
