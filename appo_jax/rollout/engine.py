@@ -58,6 +58,12 @@ TOOL_POLL_S = 0.05
 # the last bit, on how many other tools happened to finish at the same moment. On a mesh, so many that it can split them;
 # each device takes rows of its own.
 APPEND_ROWS = 8
+# An append holds up every row, be it for one result or for APPEND_ROWS. So results wait for each other until there are
+# that many, or until the first has waited so long that appends take no more than this share of the time.
+APPEND_SHARE = 0.1
+
+# A call that has ended, as hosts tell it to each other: its row, then the fields of CallRecord but `states`.
+_Ended = tuple[int, str, str, str, str, float]
 
 
 @dataclasses.dataclass
@@ -70,8 +76,10 @@ class _Row:
     states: Mapping[str, Any]
     boundary: int
     deadline: float
-    calling: bool = False  # waits for a tool
+    calling: bool = False  # waits for a tool, or with its result
     future: concurrent.futures.Future[CallRecord] | None = None  # of the call, on the host that makes it
+    ended: _Ended | None = None  # the call has, and its result waits to be appended …
+    ended_at: float = 0.0  # … since then
     stop_reason: StopReason | None = None
 
     @property
@@ -84,10 +92,9 @@ class _Row:
 class _News:
     """What a host has to tell the others after a round; plain JSON, and rows by their index."""
 
-    calls: list[
-        tuple[int, str, str, str, str, float]
-    ]  # that have ended: row, then the fields of CallRecord but `states`
+    calls: list[_Ended]
     late: list[int]  # rows past their time
+    append: bool  # results have waited long enough
     step_s: float  # how long a decode step took
 
 
@@ -128,6 +135,7 @@ class Engine:
         self.results = ToolResults(tokenizer, executor.call_format, config.max_result_tokens)
         self._compiled: set[tuple[int, ...]] = set()
         self.stats = GenerationStats()
+        self._append_s = 0.0  # how long the last append took
 
     def whole(self, rows: int) -> int:
         """`rows`, rounded up to what the mesh can split; the rows more stay empty."""
@@ -248,10 +256,12 @@ class Engine:
             # ---- what happened on the hosts, in one order on all of them
             told = [_News(**news) for news in distributed.exchange(dataclasses.asdict(self._news(rows, step_s)))]
             step_s = max(news.step_s for news in told)
-            state = self._append_results(
-                params, prefixes, seating, state, rows, [call for news in told for call in news.calls]
-            )
-            state = self._expire(state, rows, [w for news in told for w in news.late])
+            late = [w for news in told for w in news.late]
+            for ended in (call for news in told for call in news.calls):
+                rows[ended[0]].ended, rows[ended[0]].ended_at = ended, time.monotonic()
+            if self._append_now(rows, any(news.append for news in told), late):
+                state = self._append_results(params, prefixes, seating, state, rows)
+            state = self._expire(state, rows, late)
 
             # ---- rollouts that are over leave
             over = [w for w, row in rows.items() if row.stop_reason is not None]
@@ -314,11 +324,11 @@ class Engine:
                 call = self.tokenizer.decode(text[row.boundary :].tolist())
                 row.future = self.executor.submit(row.states, call, bound=row.deadline - time.monotonic())
 
-    @staticmethod
-    def _news(rows: Mapping[int, _Row], step_s: float) -> _News:
+    def _news(self, rows: Mapping[int, _Row], step_s: float) -> _News:
         """What has happened here. The calls that have ended leave their rows' tool states behind."""
-        now, news = time.monotonic(), _News([], [], step_s)
+        now, news = time.monotonic(), _News([], [], False, step_s)
         for w, row in rows.items():
+            news.append |= row.ended is not None and (now - row.ended_at) * APPEND_SHARE >= self._append_s
             if row.future is not None and row.future.done():
                 record, row.future = row.future.result(), None
                 row.states = record.states
@@ -327,19 +337,25 @@ class Engine:
                 news.late.append(w)
         return news
 
+    def _append_now(self, rows: Mapping[int, _Row], waited: bool, late: Sequence[int]) -> bool:
+        """Whether the results that wait are appended in this round: the same on all hosts."""
+        waiting = sum(row.ended is not None for row in rows.values())
+        decoding = any(not row.calling and row.stop_reason is None for row in rows.values())
+        leaving = any(rows[w].ended is not None for w in late)
+        return waiting > 0 and (waited or waiting >= self.append_rows or not decoding or leaving)
+
     def _append_results(
-        self, params: Params, prefixes: list[Blocks], seating: Seating, state: DecodeState, rows: Mapping[int, _Row],
-        ended: Sequence[tuple[int, str, str, str, str, float]],
-    ) -> DecodeState:  # fmt: skip
+        self, params: Params, prefixes: list[Blocks], seating: Seating, state: DecodeState, rows: Mapping[int, _Row]
+    ) -> DecodeState:
         """Record the calls that have ended and append their results, a few rows of similar length at a time."""
-        if not ended:
-            return state
         began = time.perf_counter()
         length = np.asarray(state.length)
         by_bucket: dict[int, list[tuple[int, list[int]]]] = {}
-        for w, name, argument, result, outcome, seconds in ended:
-            row = rows[w]
-            row.calling = False
+        for row in rows.values():
+            if row.ended is None:
+                continue
+            w, name, argument, result, outcome, seconds = row.ended
+            row.calling, row.ended = False, None
             ids = self.results.encode(result)
             call_end = len(row.fork.tokens) - 1 + int(length[w])
             room = row.fork.prompt_length + self.config.max_response_tokens - call_end
@@ -364,7 +380,9 @@ class Engine:
                 state = append_tokens(
                     params, prefixes, places, state, index, chunk, count, arch=self.arch, dtype=self.dtype
                 )
-        self.stats.append_s += time.perf_counter() - began
+        state.length.block_until_ready()
+        self._append_s = time.perf_counter() - began
+        self.stats.append_s += self._append_s
         return state
 
     def _compile_appends(

@@ -181,6 +181,36 @@ def test_a_rollout_does_not_depend_on_the_tools_timing(
             assert (a.entropies == b.entropies).all()
 
 
+def test_a_rollout_out_of_time_is_the_beginning_of_what_it_would_have_been(
+    arch: Architecture, tokenizer: SentencePieceTokenizer, params: Params, examples: list[Example],
+    rollout_config: RolloutConfig,
+) -> None:  # fmt: skip
+    """Whether it ends while it decodes, while its tool runs or while the result waits to be appended."""
+    tool = Unsteady([Document("fox", "the fox is quick"), Document("dog", "the dog is lazy")], top_k=1)
+    reasons = set()
+    with ToolExecutor([tool], make_format("tags"), ToolsConfig(enabled=("search",))) as executor:
+
+        def drawn(seconds: float) -> list[Rollout]:
+            config = dataclasses.replace(rollout_config, max_seconds=seconds)
+            engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
+            return list(itertools.chain(*engine.initial(params, examples, 8, (0, 0))))
+
+        whole = drawn(120)
+        for limit in (0, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016, 0.02, 0.03, 0.04, 0.05, 0.07):
+            for long, short in zip(whole, drawn(limit), strict=True):
+                end = short.length
+                reasons.add(short.stop_reason)
+                assert short.stop_reason in (StopReason.TIME, long.stop_reason)
+                assert short.tokens.tolist() == long.tokens[:end].tolist()
+                assert (short.log_probs == long.log_probs[:end]).all()
+                assert (short.sampled == long.sampled[:end]).all()
+                assert all(call.result_end <= end for call in short.calls)
+                long_calls = [dataclasses.replace(call, seconds=0, states={}) for call in long.calls]
+                calls = [dataclasses.replace(call, seconds=0, states={}) for call in short.calls]
+                assert calls == long_calls[: len(calls)]
+    assert StopReason.TIME in reasons
+
+
 def test_result_buckets_hold_every_length() -> None:
     assert result_buckets(24) == [24]
     assert result_buckets(48) == [48]
