@@ -7,20 +7,18 @@ of the PyPI package itself, we read what `appo-jax convert smollm2` makes of it)
 Logits agree within 1e-4 in float32, 64 greedy tokens of our own decoder agree on 20 prompts, chats render to the same
 ids on 50 conversations. The exit status is 1 if anything differs.
 
-SmolLM2's logits miss that bound, which float32 rounding alone can exceed. Against a float64 forward pass, on random tokens (11
-seeds) transformers is off by 0.6e-4 to 1.0e-4 (rms 1.0e-5) and ours by 0.8e-4 to 6.4e-4 (rms 1.3e-5 to 1.9e-5); against
-each other 0.9e-4 to 6.2e-4, under 1e-4 for two seeds of the 11. On prompts: 0.9e-4, 0.9e-4 and 1.1e-4.
+SmolLM2's logits miss that bound by what float32 rounds. The same code in float64 is within it of transformers in float32 (random
+tokens 0.8e-4, prompts 0.9e-4: transformers' own rounding). In float32 the prompts are 1.04e-4 apart at most, in one logit of 1.7
+million, and random tokens 1.6e-4, in one of a thousand. Both are about as far from a float64 pass.
 
-- The rms is that of the matrix products, of every layer: with exact ones, rounded to float32, it falls from 1.6e-5 to
-  0.7e-5 (random tokens) and from 1.8e-5 to 0.4e-5 (a prompt). XLA's default library for them on a CPU rounds half again
-  as much as torch's; with XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= the rms is torch's, 0.9e-5 to 1.2e-5, and 4
-  seeds of the 11 are under 1e-4, but products of 64 rows took 1.2 to 1.9 times as long. A product over 576 summed in 4
-  parts has three fifths of the error and takes 1.5 times as long at 1,024 rows; in 16 parts a third and 2.9 times.
-- The largest difference is that of a few ill-conditioned positions. With exact products (in a copy of the forward pass) it
-  is still 2.1e-4 from transformers (seed 0, row 0, token 4): there the residual sums alone make 0.6e-4.
+- No one operation is to blame: any one of the products, the attention, the norms or the residual sums made exact in a copy of the
+  forward pass moves the largest difference of the prompts to between 0.97e-4 and 1.31e-4. All products exact, it is 0.9e-4, and
+  still 1.6e-4 on random tokens: residual sums, norms and activations alone leave 1.2e-4 from a float64 pass.
+- XLA's products on a CPU round half again as much as torch's. With XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= random
+  tokens fall to 1.2e-4 and prompts rise to 1.5e-4, and products of 64 rows take 1.2 to 1.9 times as long. A product over 576
+  summed in 4 parts has three fifths of the error and takes 1.5 times as long at 1,024 rows.
 - Transformers with other kernels differs from itself by 0.5e-4 to 0.9e-4 in most settings (by nothing with one thread), but
-  by 1.2e-4 with MKL_CBWR=COMPATIBLE and 2.0e-4 with ATEN_CPU_CAPABILITY=default (seed 0), and on seed 3, where ours is at
-  its worst, by 2.3e-4 with the former.
+  by 1.2e-4 with MKL_CBWR=COMPATIBLE and 2.0e-4 with ATEN_CPU_CAPABILITY=default.
 """
 
 from __future__ import annotations
@@ -73,17 +71,17 @@ def report(what: str, passed: bool, detail: str) -> None:
     print(f"{'ok  ' if passed else 'FAIL'}  {what}: {detail}", flush=True)
 
 
-def our_logits(params: Params, arch: Architecture, tokens: np.ndarray) -> np.ndarray:
-    """`[R, T, V]` float32."""
+def our_logits(params: Params, arch: Architecture, tokens: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
+    """`[R, T, V]`, of products in `dtype`."""
 
     @jax.jit
     def forward(params: Params, tokens: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = hidden_states(params, arch, tokens, rotations(positions, arch), attention.causal_no_cache)
+        hidden, _ = hidden_states(params, arch, tokens, rotations(positions, arch), attention.causal_no_cache, dtype)
         return hidden @ unembedding(params).T
 
-    with jax.default_matmul_precision("highest"):
-        return np.asarray(forward(params, tokens))
+    with jax.default_matmul_precision("highest"), jax.enable_x64(dtype == np.float64):
+        return np.asarray(forward(jax.tree.map(lambda x: np.asarray(x, dtype), params), tokens))
 
 
 def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
@@ -139,9 +137,13 @@ def real_model(name: str, folder: Path, model: Any, their_tokenizer: Any) -> Non
     padded = np.zeros((len(prompts), max(map(len, prompts))), int)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    ours = [*our_logits(params, arch, tokens), *our_logits(params, arch, padded)]
     inputs = [*tokens, *prompts]
-    ours = [logits[: len(ids)] for ids, logits in zip(inputs, ours, strict=True)]
+
+    def logits(dtype: Any) -> list[np.ndarray]:
+        both = [*our_logits(params, arch, tokens, dtype), *our_logits(params, arch, padded, dtype)]
+        return [of_row[: len(ids)] for ids, of_row in zip(inputs, both, strict=True)]
+
+    ours, ours_double = logits(np.float32), logits(np.float64)
     theirs = [their_logits(model, ids[None])[0] for ids in inputs]
     double = copy.deepcopy(model).double()
     exact = [their_logits(double, ids[None])[0] for ids in inputs]
@@ -151,9 +153,11 @@ def real_model(name: str, folder: Path, model: Any, their_tokenizer: Any) -> Non
         near = sum(difference < 1e-4 for difference in apart)
         report(
             f"{name} logits, {what}", near == len(apart),
-            f"{near} of {len(apart)} within 1e-4, largest difference {max(apart):.1e}; from a float64 pass, ours {off[0]:.1e}, "
+            f"{near} of {len(apart)} within 1e-4, largest difference {max(apart):.2e}; from a float64 pass, ours {off[0]:.1e}, "
             f"transformers {off[1]:.1e}",
         )  # fmt: skip
+        apart = [np.abs(a - b).max() for a, b in zip(ours_double[part], theirs[part], strict=True)]
+        report(f"{name} logits, {what}, ours in float64", max(apart) < 1e-4, f"largest difference {max(apart):.2e}")
 
     examples = [Example(str(i), question, (), "qa", "") for i, question in enumerate(QUESTIONS)]
     config = RolloutConfig(num_initial=1, max_prompt_tokens=128, max_response_tokens=NEW_TOKENS, max_result_tokens=16)

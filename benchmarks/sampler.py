@@ -6,7 +6,9 @@ Everything is measured in one process, on the same weights, prompts and lengths,
 Writes benchmarks/results/sampler.json and benchmarks/RESULTS.md. The policy folder comes from
 `appo-jax convert smollm2 --out artifacts/smollm2`. Run it alone: the figures are of two cores with nothing beside it.
 
-Decode rates leave the prefill out, for every sampler alike: the time of 1 new token is taken off the time of 64.
+Decode rates leave the prefill out, for every sampler alike: the time of 1 new token is taken off the time of 64. Rates
+named `whole_` are of whole generations, the prefill included. Every row has a prompt of its own, except where a name says
+`groups`: there eight rows share a prompt, which the peers' rates do not depend on.
 """
 
 from __future__ import annotations
@@ -62,16 +64,22 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 Continue = Callable[[int], Any]  # the prompts of a batch by a number of new tokens
 
 
-def decode_rates(samplers: dict[str, Continue], batch: int, repeats: int) -> dict[str, float]:
-    """New tokens per second of each sampler on `batch` rows, after a round that compiles.
+def rates(samplers: dict[str, Continue], batch: int, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    """New tokens per second of each sampler on `batch` rows: in decoding, and prefill included. After a round that compiles.
 
     The samplers take turns, and so do one new token and all of them: a machine that grows faster or slower moves all alike.
     """
-    times: dict[str, list[float]] = {name: [] for name in samplers}
+    decoding: dict[str, list[float]] = {name: [] for name in samplers}
+    whole: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(repeats + 1):
         for name, run in samplers.items():
-            times[name].append(seconds(functools.partial(run, NEW)) - seconds(functools.partial(run, 1)))
-    return {name: batch * (NEW - 1) / statistics.median(taken[1:]) for name, taken in times.items()}
+            whole[name].append(seconds(functools.partial(run, NEW)))
+            decoding[name].append(whole[name][-1] - seconds(functools.partial(run, 1)))
+
+    def per_second(tokens: int, taken: dict[str, list[float]]) -> dict[str, float]:
+        return {name: tokens / statistics.median(times[1:]) for name, times in taken.items()}
+
+    return per_second(batch * (NEW - 1), decoding), per_second(batch * NEW, whole)
 
 
 # ---- the machine
@@ -163,21 +171,30 @@ class Bench:
         nothing = np.zeros(len(tokens), np.float32)
         return Fork(EXAMPLE, tokens, prompt_length, nothing > 0, nothing, nothing, (), {}, node)
 
-    def generate(self, engine: Engine, prompts: Sequence[np.ndarray], new: Sequence[int]) -> list[Rollout]:
-        """Continue each prompt by its number of new tokens, prefill included."""
+    def generate(
+        self, engine: Engine, prompts: Sequence[np.ndarray], new: Sequence[int], copies: int = 1
+    ) -> list[Rollout]:
+        """Continue each prompt by its number of new tokens, `copies` times, prefill included."""
         room = engine.config.max_response_tokens
         forks = [
-            [self.fork(tokens, 0, len(tokens) - (room - count))] for tokens, count in zip(prompts, new, strict=True)
+            [self.fork(tokens, node, len(tokens) - (room - count)) for node in range(copies)]
+            for tokens, count in zip(prompts, new, strict=True)
         ]
         caches = engine.prompt_caches(self.params, prompts, engine.config.max_prompt_tokens, len(prompts))
-        return [rows[0] for rows in engine.generate(self.params, caches, forks, 1, len(forks), (0,))]
+        groups = engine.generate(self.params, caches, forks, copies, len(forks), (0,))
+        return [rollout for rows in groups for rollout in rows]
 
 
-def ours(bench: Bench, batch: int) -> Continue:
-    """This sampler, log-probs and entropies included."""
+def ours(bench: Bench, batch: int, copies: int = 1) -> Continue:
+    """This sampler, log-probs and entropies included; `copies` rows of each prompt."""
     engine = bench.engine(max_prompt_tokens=PROMPT, max_response_tokens=NEW, decode_rows=batch)
-    prompts = bench.prompts(batch, PROMPT)
-    return lambda new: bench.generate(engine, prompts, [new] * batch)
+    prompts = bench.prompts(batch // copies, PROMPT)
+    return lambda new: bench.generate(engine, prompts, [new] * len(prompts), copies)
+
+
+def ours_groups(bench: Bench, batch: int) -> Continue:
+    """This sampler on eight rows of each prompt, as the initial rollouts of APPO and GRPO are drawn."""
+    return ours(bench, batch, copies=8)
 
 
 def branching(bench: Bench, repeats: int) -> dict[str, float]:
@@ -372,10 +389,16 @@ def main() -> None:
     say(matmul_limit_tokens_per_s=limit)
     peers = {} if options.only_ours else {64: (tunix, transformers), 16: (tunix,)}
     for batch in (64, 16):
-        samplers = {sampler.__name__: sampler(bench, batch) for sampler in (ours, *peers.get(batch, ()))}
-        rates = decode_rates(samplers, batch, options.repeats)
-        say(**{f"{name}_b{batch}": rate for name, rate in rates.items()})
-        say(**{f"ratio_{name}_b{batch}": rates["ours"] / rate for name, rate in rates.items() if name != "ours"})
+        others = peers.get(batch, ())
+        samplers = {sampler.__name__: sampler(bench, batch) for sampler in (ours, ours_groups, *others)}
+        decoding, whole = rates(samplers, batch, options.repeats)
+        say(**{f"{name}_b{batch}": rate for name, rate in decoding.items()})
+        say(**{f"whole_{name}_b{batch}": rate for name, rate in whole.items()})
+        for peer in (other.__name__ for other in others):
+            say(**{f"ratio_{peer}_b{batch}": decoding["ours"] / decoding[peer]})
+            say(**{f"ratio_{peer}_groups_b{batch}": decoding["ours_groups"] / decoding[peer]})
+            say(**{f"whole_ratio_{peer}_b{batch}": whole["ours"] / whole[peer]})
+            say(**{f"whole_ratio_{peer}_groups_b{batch}": whole["ours_groups"] / whole[peer]})
     say(fraction_of_matmul_limit_b64=figures["ours_b64"] / limit)
     say(**branching(bench, options.repeats))
     say(**tool_overlap(bench, options.repeats))

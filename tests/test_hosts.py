@@ -8,16 +8,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from appo_jax.config import Config, MeshConfig, validate
-from appo_jax.config_io import load_config, save_config
+from appo_jax.config_io import save_config
 from appo_jax.metrics import read_metrics
 from appo_jax.prepare import prepare_world
-
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 JOIN = "import sys, jax; jax.distributed.initialize(sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1)))\n"
 TRAIN = JOIN + "from appo_jax.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -70,19 +69,13 @@ def test_hosts_hear_each_other(tmp_path: Path) -> None:
 
 @pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes four minutes: set APPO_JAX_LONG=1")
 @pytest.mark.timeout(600)
-def test_two_hosts_train_as_one_does(tmp_path: Path) -> None:
-    c = load_config(QUICKSTART)
+def test_two_hosts_train_as_one_does(tmp_path: Path, short_quickstart: Callable[[Path], Config]) -> None:
+    c = short_quickstart(tmp_path)
     config = dataclasses.replace(
         c,
         steps=2,
-        prompts_per_step=4,
-        prompts_per_minibatch=2,
-        checkpoint_every=1,
         mesh=MeshConfig(data=1, fsdp=2, tensor=1),
-        policy=dataclasses.replace(c.policy, tokenizer=str(tmp_path / "world.model")),
-        data=dataclasses.replace(c.data, path=str(tmp_path / "world")),
-        rollout=dataclasses.replace(c.rollout, max_response_tokens=64, decode_rows=24),
-        sft=dataclasses.replace(c.sft, steps=20, batch_size=4),
+        sft=dataclasses.replace(c.sft, steps=20),
         eval=dataclasses.replace(c.eval, num_prompts=2),
     )
     validate(config)
