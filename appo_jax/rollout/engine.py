@@ -59,8 +59,9 @@ TOOL_POLL_S = 0.05
 # each device takes rows of its own.
 APPEND_ROWS = 8
 # An append holds up every row, be it for one result or for APPEND_ROWS. So results wait for each other until there are
-# that many, or until the first has waited so long that appends take no more than this share of the time.
-APPEND_SHARE = 0.1
+# that many, or until the first has waited this many times as long as an append takes. More would save appends and lose
+# more by rows that wait: a simulation of decoding at one append a step is flat from 2 to 5.
+APPEND_WAIT = 3.0
 
 # A call that has ended, as hosts tell it to each other: its row, then the fields of CallRecord but `states`.
 _Ended = tuple[int, str, str, str, str, float]
@@ -328,7 +329,7 @@ class Engine:
         """What has happened here. The calls that have ended leave their rows' tool states behind."""
         now, news = time.monotonic(), _News([], [], False, step_s)
         for w, row in rows.items():
-            news.append |= row.ended is not None and (now - row.ended_at) * APPEND_SHARE >= self._append_s
+            news.append |= row.ended is not None and now - row.ended_at >= APPEND_WAIT * self._append_s
             if row.future is not None and row.future.done():
                 record, row.future = row.future.result(), None
                 row.states = record.states
