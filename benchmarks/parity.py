@@ -81,7 +81,7 @@ def our_logits(params: Params, arch: Architecture, tokens: np.ndarray, dtype: An
         return hidden @ unembedding(params).T
 
     with jax.default_matmul_precision("highest"), jax.enable_x64(dtype == np.float64):
-        return np.asarray(forward(jax.tree.map(lambda x: np.asarray(x, dtype), params), tokens))
+        return np.asarray(forward(params, tokens))
 
 
 def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:

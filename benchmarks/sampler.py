@@ -392,13 +392,11 @@ def main() -> None:
         others = peers.get(batch, ())
         samplers = {sampler.__name__: sampler(bench, batch) for sampler in (ours, ours_groups, *others)}
         decoding, whole = rates(samplers, batch, options.repeats)
-        say(**{f"{name}_b{batch}": rate for name, rate in decoding.items()})
-        say(**{f"whole_{name}_b{batch}": rate for name, rate in whole.items()})
-        for peer in (other.__name__ for other in others):
-            say(**{f"ratio_{peer}_b{batch}": decoding["ours"] / decoding[peer]})
-            say(**{f"ratio_{peer}_groups_b{batch}": decoding["ours_groups"] / decoding[peer]})
-            say(**{f"whole_ratio_{peer}_b{batch}": whole["ours"] / whole[peer]})
-            say(**{f"whole_ratio_{peer}_groups_b{batch}": whole["ours_groups"] / whole[peer]})
+        for kind, rate in (("", decoding), ("whole_", whole)):
+            say(**{f"{kind}{name}_b{batch}": value for name, value in rate.items()})
+            for peer in (other.__name__ for other in others):
+                for groups in ("", "_groups"):
+                    say(**{f"{kind}ratio_{peer}{groups}_b{batch}": rate[f"ours{groups}"] / rate[peer]})
     say(fraction_of_matmul_limit_b64=figures["ours_b64"] / limit)
     say(**branching(bench, options.repeats))
     say(**tool_overlap(bench, options.repeats))
