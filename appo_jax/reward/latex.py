@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_BOXED = re.compile(r"\\boxed\s*\{")
+# A box, a brace, or an escape to step over (\\{ and \\}); `\\\\boxed`, escaped once too often, is a box as well.
+_BOX_OR_BRACE = re.compile(r"(?P<box>(?<!\\)\\++boxed\s*\{)|\\.|[{}]", re.DOTALL)
 _TEXT_COMMAND = re.compile(r"\\(?:text|mbox|mathrm|mathbf|mathit|operatorname)[a-z]*\s*\{([^{}]*)\}")
 _MATH_DELIMITER = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _NO_SPACE = re.compile(r"\\!|\{,\}")
@@ -13,14 +14,23 @@ _ESCAPED = re.compile(r"\\([%$&#_])")
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last `\\boxed{…}` whose braces close (an inner one counts as later than its outer); else None."""
-    for match in reversed(list(_BOXED.finditer(text))):
-        depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[match.end() :], re.DOTALL):  # `\\.` steps over \{ and \}
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                return text[match.end() : match.end() + brace.start()]
-    return None
+    """Content of the last `\\boxed{…}` whose braces close (an inner one counts as later than its outer); else None.
+
+    One pass, in time linear in the text."""
+    open_braces: list[
+        int | None
+    ] = []  # of each brace that is still open: where its box's content begins, if it is a box
+    content: tuple[int, int] | None = None
+    for token in _BOX_OR_BRACE.finditer(text):
+        if token["box"]:
+            open_braces.append(token.end())
+        elif token.group() == "{":
+            open_braces.append(None)
+        elif token.group() == "}" and open_braces:
+            start = open_braces.pop()
+            if start is not None and (content is None or start > content[0]):
+                content = start, token.start()
+    return text[slice(*content)] if content else None
 
 
 def plain(text: str) -> str:

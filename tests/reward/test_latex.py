@@ -1,4 +1,8 @@
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from appo_jax.reward.latex import last_boxed, plain
 
@@ -45,3 +49,26 @@ def test_last_boxed(text, content):
 )
 def test_plain(text, expected):
     assert plain(text) == expected
+
+
+def innermost_last_box(text):
+    """The definition, spelled out: from the last `\\boxed{` backwards, the first whose braces close. Quadratic."""
+    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+        depth, i = 1, match.end()
+        while i < len(text):
+            if text[i] == "\\":
+                i += 2
+                continue
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[match.end() : i]
+            i += 1
+    return None
+
+
+PIECES = ["\\boxed{", "\\boxed {", "\\boxed", "{", "}", "\\{", "\\}", "\\", "\\\\", "5", " ", "\n"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+def test_last_boxed_is_what_its_definition_says(text):
+    assert last_boxed(text) == innermost_last_box(text)
