@@ -97,6 +97,11 @@ CASES: dict[str, tuple[str, set[Outcome]]] = {
         "    r.setrlimit(k, (r.RLIM_INFINITY, r.RLIM_INFINITY)); print('BREACH')",
         {ERROR},
     ),
+    "lower_cpu_limit": ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))", {OK}),
+    "lower_every_limit": (
+        "import resource as r\nfor k in range(16):\n    try: r.setrlimit(k, (0, 0))\n    except (ValueError, OSError): pass",
+        ANY,
+    ),
     # output
     "print_flood": ("while True: print('x' * 1000)", {LATE}),
     "write_flood": ("import os\nwhile True: os.write(1, b'x' * 65536)", FAILS),
@@ -393,3 +398,19 @@ def test_an_output_that_is_kept_holds_nothing(tool):
     result, _ = tool.call(state, "os.write(kept, b'x')")
     assert result.outcome is ERROR
     assert "PermissionError" in result.text
+
+
+def test_code_may_limit_its_own_processor_time(tool):
+    """Honest code does; the calls after it go on."""
+    _, state = tool.call(tool.start(), "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nx = 20")
+    result, state = tool.call(state, "x + 1")
+    assert (result.text, result.outcome) == ("21", OK)
+
+
+@pytest.mark.parametrize("limit", ["CPU", "NOFILE", "AS", "FSIZE", "DATA", "STACK", "NPROC", "SIGPENDING"])
+def test_a_state_without_room_is_lost_alone(tool, victim, limit):
+    pid = tool.pid
+    _, state = tool.call(tool.start(), f"import resource\nresource.setrlimit(resource.RLIMIT_{limit}, (0, 0))")
+    assert isinstance(tool.call(state, "1 + 1")[0].text, str)
+    assert tool.call(victim, "secret")[0].text == "[1, 2, 3]"
+    assert tool.pid == pid

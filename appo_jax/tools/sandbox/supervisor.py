@@ -23,7 +23,9 @@ import shutil
 import signal
 import socket
 import struct
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from . import interpreter, seccomp, system
@@ -31,6 +33,10 @@ from . import interpreter, seccomp, system
 TMPFS_SIZE = "16m"
 TAIL = 4096  # bytes of the end of an overlong output that are kept: the traceback stands there
 MEMORY_SHARE = 0.5  # of the memory available at start, for all snapshots together
+
+
+class TrainerGone(Exception):
+    """There is nobody left to serve."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -71,7 +77,7 @@ def main(control: int, options: dict[str, Any]) -> None:
         _send(host, {"error": f"{type(error).__name__}: {error}"})
         return
     _send(host, {"ready": True, "filtered": supervisor.listener is not None})
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(TrainerGone):
         supervisor.serve()
     supervisor.end()
 
@@ -93,11 +99,13 @@ class Supervisor:
             os.close(system.new_tmpfs(TMPFS_SIZE))  # fails here, at start, where the kernel cannot do it
         else:
             os.mkdir(os.path.join(options["folder"], "0"), 0o700)
-        self.selector = selectors.DefaultSelector()
+        self.selector = (
+            selectors.DefaultSelector()
+        )  # what becomes readable: the node that it belongs to, and its handler
         self.listener = self._start_root()
-        self.selector.register(host, selectors.EVENT_READ, self._on_host)
+        self.selector.register(host, selectors.EVENT_READ, (None, self._on_host))
         if self.listener is not None:
-            self.selector.register(self.listener, selectors.EVENT_READ, self._on_notification)
+            self.selector.register(self.listener, selectors.EVENT_READ, (None, self._on_notification))
 
     def _start_root(self) -> int | None:
         """Fork state 0. Returns the listener of its system-call filter."""
@@ -126,16 +134,37 @@ class Supervisor:
         return fds[0] if fds else None
 
     def serve(self) -> None:
-        """Run until the trainer is gone (ConnectionError)."""
+        """Run until the trainer is gone (TrainerGone)."""
         while True:
             nearest = min((node.deadline for node in self.waiting), default=None)
             events = self.selector.select(None if nearest is None else max(0.0, nearest - time.monotonic()))
             for key, _ in events:
                 if self.selector.get_map().get(key.fd) is key:  # an earlier event may have closed it
-                    key.data()
+                    self._handle(*key.data)
             now = time.monotonic()
             for node in [node for node in self.waiting if node.deadline <= now]:
-                self._expire(node)
+                self._handle(node, self._expire)
+
+    def _handle(self, node: Node | None, handler: Callable[..., None]) -> None:
+        """Handle an event. What goes wrong about one state is that state's loss and nobody else's."""
+        try:
+            handler() if node is None else handler(node)
+        except TrainerGone:
+            raise
+        except Exception as error:
+            if node is None or node.id == 0:
+                raise
+            print(f"state {node.id}: {handler.__name__}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            self._give_up(node)
+
+    def _give_up(self, node: Node) -> None:
+        """End a state that the supervisor cannot deal with; its call, if it has one, is answered."""
+        node.verdict = "lost"
+        if node.pid in self.by_pid:
+            self._kill(node)  # answered when it is dead
+        elif node.running:
+            self.waiting.discard(node)
+            self._lose(node)
 
     def end(self) -> None:
         """Kill every interpreter."""
@@ -149,7 +178,7 @@ class Supervisor:
     def _on_host(self) -> None:
         data = self.host.recv(1 << 16)
         if not data:
-            raise ConnectionError("the trainer is gone")
+            raise TrainerGone("the trainer is gone")
         self.inbox += data
         while len(self.inbox) >= 4:
             (length,) = struct.unpack_from("!I", self.inbox)
@@ -217,7 +246,7 @@ class Supervisor:
             self._fork_next(parent)
             return
         assert node.channel is not None
-        self.selector.register(node.channel, selectors.EVENT_READ, lambda: self._on_report(node))
+        self.selector.register(node.channel, selectors.EVENT_READ, (node, self._on_report))
 
     def _equip(self, node: Node, given: contextlib.ExitStack) -> list[int]:
         """What a cell gets: its end of a channel, its output, its /tmp. Raises OSError."""
@@ -242,7 +271,6 @@ class Supervisor:
         node = parent.child
         try:
             self._born(node, pid)
-            resource.prlimit(pid, resource.RLIMIT_CPU, (int(node.timeout) + 2,) * 2)
         except ProcessLookupError:
             return None
         self._release(node)
@@ -261,7 +289,7 @@ class Supervisor:
     def _born(self, node: Node, pid: int) -> None:
         node.pid, node.pidfd = pid, os.pidfd_open(pid)
         self.by_pid[pid] = node
-        self.selector.register(node.pidfd, selectors.EVENT_READ, lambda: self._on_death(node))
+        self.selector.register(node.pidfd, selectors.EVENT_READ, (node, self._on_death))
 
     def _on_notification(self) -> None:
         assert self.listener is not None
@@ -361,7 +389,7 @@ class Supervisor:
         if node.unmet and self.sandboxed:
             self._sweep()
         if node.id == 0:
-            raise ConnectionError("state 0 is gone")
+            raise TrainerGone("state 0 is gone")
 
     def _sweep(self) -> None:
         """Kill the child of a dead state whose code saw to it that it never made itself known."""
