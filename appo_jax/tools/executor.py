@@ -1,7 +1,7 @@
 """Runs the policy's tool calls: in the background, bounded, timed, counted. Nothing that goes wrong here is raised.
 
-Each tool has a lane: a queue and a bounded number of worker threads. A call that outlives its limit is answered for and
-left behind; its thread is replaced. A tool that keeps failing is not asked again for a while (circuit breaker).
+Each tool has a lane (`lanes.py`): a queue and a bounded number of worker threads. A call that outlives its limit is
+answered for and left behind; its thread is replaced. A tool that keeps failing is not asked again for a while.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import heapq
-import itertools
 import logging
 import operator
-import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from types import TracebackType
 from typing import Any
@@ -27,16 +24,11 @@ from appo_jax import distributed
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError
 from appo_jax.tools.format import Call, CallFormat
+from appo_jax.tools.lanes import Clock, Lane
 from appo_jax.tools.protocol import Tool, ToolResult
 from appo_jax.types import Outcome
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_TIMEOUT = 30.0  # seconds for a tool that names no `timeout` of its own
-GRACE = 2.0  # seconds a tool may overrun its own limit before it is left behind
-MAX_ABANDONED = 32  # threads of one tool that may hang before the tool counts as down
-TRIP_AFTER = 5  # failures in a row that open the circuit
-COOL_DOWN = (2.0, 60.0)  # seconds the circuit stays open: the first time, and at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +53,8 @@ class ToolExecutor:
         self.call_format = call_format
         self.names = tuple(names)
         self._tools = {tool.name: tool for tool in tools}
-        self._clock = _Clock()
-        self._lanes = {tool.name: _Lane(tool, config.max_concurrency, self._clock) for tool in tools}
+        self._clock = Clock()
+        self._lanes = {tool.name: Lane(tool, config.max_concurrency, self._clock) for tool in tools}
         self._stats = _Stats()
         self._closed = False
 
@@ -107,7 +99,8 @@ class ToolExecutor:
         self._stats.queue(call.name, self._lanes[call.name].submit(state, call.argument, done))
         if bound is not None:
             late = ToolResult("The time of this attempt is over.", Outcome.TIMEOUT)
-            self._clock.at(began + max(bound, 0.0), lambda: self._finish(answer, began, call, late, states))
+            alarm = self._clock.at(began + max(bound, 0.0), lambda: self._finish(answer, began, call, late, states))
+            answer.add_done_callback(lambda _: alarm.cancel())
         return answer
 
     def run(self, name: str, argument: str, bound: float = 60.0) -> str:
@@ -168,150 +161,6 @@ class _Answered(dict[str, str]):
 
     def adding(self, argument: str, text: str) -> _Answered:
         return _Answered({**self, argument: text})
-
-
-Done = Callable[[ToolResult, Any], None]
-
-
-@dataclasses.dataclass
-class _Job:
-    state: Any
-    argument: str
-    done: Done
-    abandoned: bool = False
-    finished: bool = False
-
-
-class _Lane:
-    """One tool's queue, workers and circuit breaker."""
-
-    def __init__(self, tool: Tool, workers: int, clock: _Clock):
-        self._tool = tool
-        self._clock = clock
-        self._limit = float(getattr(tool, "timeout", DEFAULT_TIMEOUT)) + GRACE
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._running: set[int] = set()
-        self._workers = workers
-        self._started = 0
-        self._abandoned = 0
-        self._failures = 0
-        self._opened = 0  # times in a row that the circuit was opened
-        self._open_until = 0.0
-        self._closed = False
-
-    def submit(self, state: Any, argument: str, done: Done) -> int:
-        """Queue a call; returns how many wait before it."""
-        with self._lock:
-            refused = self._closed or time.monotonic() < self._open_until
-            if not refused and self._started < self._workers:
-                self._start_worker()
-        if refused:
-            done(self._unavailable("it has failed repeatedly"), None)
-            return 0
-        waiting = self._jobs.qsize()
-        self._jobs.put(_Job(state, argument, done))
-        return waiting
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            for _ in range(self._started):
-                self._jobs.put(None)
-        while True:  # what still waits is answered here
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                break
-            if job is not None:
-                job.done(self._unavailable("the run is closing"), None)
-        for _ in range(self._started):
-            self._jobs.put(None)
-
-    def _start_worker(self) -> None:
-        self._started += 1
-        threading.Thread(target=self._work, name=f"tool-{self._tool.name}", daemon=True).start()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self._clock.at(time.monotonic() + self._limit, lambda job=job: self._abandon(job))  # type: ignore[misc]
-            try:
-                result, state = self._tool.call(job.state, job.argument)
-            except Exception as error:
-                logger.exception("the tool %s raised", self._tool.name)
-                result, state = self._unavailable(f"{type(error).__name__}: {error}"[:200]), None
-            with self._lock:
-                job.finished = True
-                if job.abandoned:
-                    self._abandoned -= 1
-                    return  # another thread has taken this one's place
-                # A stateless tool's timeout is its backend's doing, an interpreter's is the policy's.
-                slow = result.outcome is Outcome.TIMEOUT and job.state is None
-                self._judge(Outcome.UNAVAILABLE if slow else result.outcome)
-            job.done(result, state)
-
-    def _abandon(self, job: _Job) -> None:
-        with self._lock:
-            if job.finished:
-                return
-            job.abandoned = True
-            self._abandoned += 1
-            self._judge(Outcome.UNAVAILABLE)
-            if self._abandoned > MAX_ABANDONED:
-                self._open_until = time.monotonic() + COOL_DOWN[1]
-            self._start_worker()
-        logger.warning(
-            "the tool %s has not answered within %.1f s; the call is left behind", self._tool.name, self._limit
-        )
-        job.done(ToolResult(f"The tool did not answer within {self._limit:.0f} seconds.", Outcome.TIMEOUT), None)
-
-    def _judge(self, outcome: Outcome) -> None:
-        if outcome is not Outcome.UNAVAILABLE:
-            self._failures = self._opened = 0
-            return
-        self._failures += 1
-        # After a cool-down one failure is enough to open the circuit again, for twice as long.
-        if self._failures >= (1 if self._opened else TRIP_AFTER):
-            seconds = min(COOL_DOWN[0] * 2**self._opened, COOL_DOWN[1])
-            self._open_until = time.monotonic() + seconds
-            self._opened += 1
-            self._failures = 0
-            logger.warning("the tool %s keeps failing; it is not asked for %.0f s", self._tool.name, seconds)
-
-    def _unavailable(self, why: str) -> ToolResult:
-        return ToolResult(f"The tool {self._tool.name} is not available ({why}).", Outcome.UNAVAILABLE)
-
-
-class _Clock:
-    """One thread that runs short actions at given times."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
-        self._wake = threading.Condition()
-        self._closed = False
-        threading.Thread(target=self._run, name="tool-clock", daemon=True).start()
-
-    def at(self, when: float, action: Callable[[], None]) -> None:
-        with self._wake:
-            heapq.heappush(self._heap, (when, next(self._order), action))
-            if self._heap[0][2] is action:
-                self._wake.notify()
-
-    def close(self) -> None:
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._closed and (not self._heap or self._heap[0][0] > time.monotonic()):
-                    self._wake.wait(self._heap[0][0] - time.monotonic() if self._heap else None)
-                if self._closed:
-                    return
-                _, _, action = heapq.heappop(self._heap)
-            action()
 
 
 class _Stats:

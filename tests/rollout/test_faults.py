@@ -53,7 +53,7 @@ def test_a_step_over_a_broken_server_completes(
     server: Server, arch: Architecture, tokenizer: SentencePieceTokenizer, params: Params, examples: list[Example],
     rollout_config: RolloutConfig, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("appo_jax.tools.executor.TRIP_AFTER", 10**6)  # every fault shall be met, not only the first
+    monkeypatch.setattr("appo_jax.tools.lanes.TRIP_AFTER", 10**6)  # every fault shall be met, not only the first
     search = WebSearch(SearchToolConfig(url=server.url, allow_private=True, timeout=0.5, max_retries=1))
     with ToolExecutor([search], AtO(), ToolsConfig(enabled=("search",), max_concurrency=16)) as executor:
         engine = Engine(arch, tokenizer, executor, rollout_config, seed=0, dtype=jnp.float32)

@@ -7,11 +7,12 @@ import pytest
 
 from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.errors import ConfigError
-from appo_jax.tools import executor as executor_module
+from appo_jax.tools import lanes
 from appo_jax.tools.build import build_executor, import_tool
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.format import make_format
 from appo_jax.tools.protocol import ToolResult
+from appo_jax.tools.sandbox.system import descendants
 from appo_jax.tools.search import Page
 from appo_jax.types import Outcome
 
@@ -79,7 +80,7 @@ def echo():
 
 @pytest.fixture
 def executor(echo, monkeypatch):
-    monkeypatch.setattr(executor_module, "GRACE", 0.1)
+    monkeypatch.setattr(lanes, "GRACE", 0.1)
     with ToolExecutor([echo, Counter()], make_format("tags"), ToolsConfig(max_concurrency=3)) as executor:
         yield executor
 
@@ -165,8 +166,8 @@ def test_a_bound_holds(executor):
 
 
 def test_a_tool_that_is_down_is_left_alone_for_a_while(executor, echo, monkeypatch):
-    monkeypatch.setattr(executor_module, "COOL_DOWN", (0.3, 0.3))
-    for i in range(executor_module.TRIP_AFTER):
+    monkeypatch.setattr(lanes, "COOL_DOWN", (0.3, 0.3))
+    for i in range(lanes.TRIP_AFTER):
         ask(executor, f"<echo>down {i}</echo>")
     asked = len(echo.asked)
     record = ask(executor, "<echo>hi</echo>")
@@ -199,6 +200,36 @@ def test_closing_answers_what_waits_and_closes_the_tools(echo):
     assert outcomes.count(Outcome.UNAVAILABLE) >= 2
     assert echo.closed
     assert executor.submit({}, "<echo>late</echo>").result(5).outcome is Outcome.UNAVAILABLE
+
+
+def test_what_has_ended_is_released_at_once():
+    """Rollouts that are over leave no interpreter behind, though their calls' time limits are seconds away."""
+    config = ToolsConfig(enabled=("python",), python=PythonToolConfig(isolation="process", preload=("math",)))
+    with build_executor(config) as executor:
+        (tool,) = executor._tools.values()
+        alone = len(descendants(tool.pid))
+        for i in range(12):
+            first = ask(executor, f"<python>x = {i}</python>", bound=600.0)
+            second = ask(executor, "<python>x * 2</python>", first.states, bound=600.0)
+            assert second.result == str(2 * i)
+        del first, second
+        end = time.monotonic() + 2.0
+        while len(descendants(tool.pid)) > alone:
+            assert time.monotonic() < end, "finished rollouts are still alive"
+            time.sleep(0.05)
+
+
+def test_cancelled_alarms_take_no_room():
+    clock = lanes.Clock()
+    rung = threading.Event()
+    try:
+        for _ in range(10_000):
+            clock.at(time.monotonic() + 600.0, print).cancel()
+        assert len(clock._heap) <= 1024
+        clock.at(time.monotonic() + 0.01, rung.set)
+        assert rung.wait(2.0)
+    finally:
+        clock.close()
 
 
 def test_two_tools_of_one_name_are_refused(echo):

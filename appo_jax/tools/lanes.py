@@ -1,0 +1,213 @@
+"""A tool's queue, its worker threads, its time limit, and the circuit breaker that leaves a failing tool alone.
+
+What has ended is let go of at once: neither a worker nor the clock keeps a call, its answer or its states after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from appo_jax.tools.protocol import Tool, ToolResult
+from appo_jax.types import Outcome
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT = 30.0  # seconds for a tool that names no `timeout` of its own
+GRACE = 2.0  # seconds a tool may overrun its own limit before it is left behind
+MAX_ABANDONED = 32  # threads of one tool that may hang before the tool counts as down
+TRIP_AFTER = 5  # failures in a row that open the circuit
+COOL_DOWN = (2.0, 60.0)  # seconds the circuit stays open: the first time, and at most
+
+Done = Callable[[ToolResult, Any], None]
+
+
+@dataclasses.dataclass
+class _Job:
+    state: Any
+    argument: str
+    done: Done
+    abandoned: bool = False
+    finished: bool = False
+
+
+class Lane:
+    """One tool's queue, workers and circuit breaker."""
+
+    def __init__(self, tool: Tool, workers: int, clock: Clock):
+        self._tool = tool
+        self._clock = clock
+        self._limit = float(getattr(tool, "timeout", DEFAULT_TIMEOUT)) + GRACE
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._running: set[int] = set()
+        self._workers = workers
+        self._started = 0
+        self._abandoned = 0
+        self._failures = 0
+        self._opened = 0  # times in a row that the circuit was opened
+        self._open_until = 0.0
+        self._closed = False
+
+    def submit(self, state: Any, argument: str, done: Done) -> int:
+        """Queue a call; returns how many wait before it."""
+        with self._lock:
+            refused = self._closed or time.monotonic() < self._open_until
+            if not refused and self._started < self._workers:
+                self._start_worker()
+        if refused:
+            done(self._unavailable("it has failed repeatedly"), None)
+            return 0
+        waiting = self._jobs.qsize()
+        self._jobs.put(_Job(state, argument, done))
+        return waiting
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for _ in range(self._started):
+                self._jobs.put(None)
+        while True:  # what still waits is answered here
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if job is not None:
+                job.done(self._unavailable("the run is closing"), None)
+        for _ in range(self._started):
+            self._jobs.put(None)
+
+    def _start_worker(self) -> None:
+        self._started += 1
+        threading.Thread(target=self._work, name=f"tool-{self._tool.name}", daemon=True).start()
+
+    def _work(self) -> None:
+        while self._work_once():
+            pass
+
+    def _work_once(self) -> bool:
+        """Wait for a call and run it. A method of its own, so that a waiting worker holds nothing of its last call."""
+        job = self._jobs.get()
+        if job is None:
+            return False
+        alarm = self._clock.at(time.monotonic() + self._limit, lambda: self._abandon(job))
+        try:
+            result, state = self._tool.call(job.state, job.argument)
+        except Exception as error:
+            logger.exception("the tool %s raised", self._tool.name)
+            result, state = self._unavailable(f"{type(error).__name__}: {error}"[:200]), None
+        alarm.cancel()
+        with self._lock:
+            job.finished = True
+            if job.abandoned:
+                self._abandoned -= 1
+                return False  # another thread has taken this one's place
+            # A stateless tool's timeout is its backend's doing, an interpreter's is the policy's.
+            slow = result.outcome is Outcome.TIMEOUT and job.state is None
+            self._judge(Outcome.UNAVAILABLE if slow else result.outcome)
+        job.done(result, state)
+        return True
+
+    def _abandon(self, job: _Job) -> None:
+        with self._lock:
+            if job.finished:
+                return
+            job.abandoned = True
+            self._abandoned += 1
+            self._judge(Outcome.UNAVAILABLE)
+            if self._abandoned > MAX_ABANDONED:
+                self._open_until = time.monotonic() + COOL_DOWN[1]
+            self._start_worker()
+        logger.warning(
+            "the tool %s has not answered within %.1f s; the call is left behind", self._tool.name, self._limit
+        )
+        job.done(ToolResult(f"The tool did not answer within {self._limit:.0f} seconds.", Outcome.TIMEOUT), None)
+
+    def _judge(self, outcome: Outcome) -> None:
+        if outcome is not Outcome.UNAVAILABLE:
+            self._failures = self._opened = 0
+            return
+        self._failures += 1
+        # After a cool-down one failure is enough to open the circuit again, for twice as long.
+        if self._failures >= (1 if self._opened else TRIP_AFTER):
+            seconds = min(COOL_DOWN[0] * 2**self._opened, COOL_DOWN[1])
+            self._open_until = time.monotonic() + seconds
+            self._opened += 1
+            self._failures = 0
+            logger.warning("the tool %s keeps failing; it is not asked for %.0f s", self._tool.name, seconds)
+
+    def _unavailable(self, why: str) -> ToolResult:
+        return ToolResult(f"The tool {self._tool.name} is not available ({why}).", Outcome.UNAVAILABLE)
+
+
+class Alarm:
+    """An action that is yet to run. Cancelling it lets go of all that the action holds."""
+
+    __slots__ = ("_action",)
+
+    def __init__(self, action: Callable[[], None]):
+        self._action: Callable[[], None] | None = action
+
+    def cancel(self) -> None:
+        self._action = None
+
+    @property
+    def cancelled(self) -> bool:
+        return self._action is None
+
+    def ring(self) -> None:
+        action, self._action = self._action, None
+        if action is not None:
+            action()
+
+
+class Clock:
+    """One thread that runs short actions at given times."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Alarm]] = []
+        self._order = itertools.count()
+        self._sweep_at = 1024  # length of the heap at which cancelled alarms are looked for
+        self._wake = threading.Condition()
+        self._closed = False
+        threading.Thread(target=self._run, name="tool-clock", daemon=True).start()
+
+    def at(self, when: float, action: Callable[[], None]) -> Alarm:
+        """Run `action` at `when` (seconds of `time.monotonic`), unless the alarm is cancelled before."""
+        alarm = Alarm(action)
+        with self._wake:
+            if len(self._heap) >= self._sweep_at:
+                self._heap = [entry for entry in self._heap if not entry[2].cancelled]
+                heapq.heapify(self._heap)
+                self._sweep_at = max(1024, 2 * len(self._heap))
+            heapq.heappush(self._heap, (when, next(self._order), alarm))
+            if self._heap[0][2] is alarm:
+                self._wake.notify()
+        return alarm
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._heap.clear()
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while self._ring_next():
+            pass
+
+    def _ring_next(self) -> bool:
+        with self._wake:
+            while not self._closed and (not self._heap or self._heap[0][0] > time.monotonic()):
+                self._wake.wait(self._heap[0][0] - time.monotonic() if self._heap else None)
+            if self._closed:
+                return False
+            _, _, alarm = heapq.heappop(self._heap)
+        alarm.ring()
+        return True
