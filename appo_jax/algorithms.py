@@ -49,7 +49,7 @@ def make_algorithm(config: Config) -> Algorithm:
     replace, loss = dataclasses.replace, config.loss
     appo = Algorithm(
         config.rollout.num_initial, branches=True, train_branches=False, branching=config.branching,
-        advantage=config.advantage, loss=loss, overlong_buffer=config.overlong_buffer, max_resamples=config.max_resamples,
+        advantage=config.advantage, loss=loss, overlong_buffer=config.reward.overlong_buffer, max_resamples=config.max_resamples,
     )  # fmt: skip
     # GRPO: all M rollouts are initial ones; A = z-score within them; no future, so the scale 1 + b·clip(Ω) is 1.
     plain = replace(config.advantage, base="init_only", scaling="offset", future_weight=0.0)
@@ -70,7 +70,8 @@ def make_algorithm(config: Config) -> Algorithm:
             return replace(
                 grpo,
                 loss=replace(loss, clip_low=0.2, clip_high=0.28, aggregation="token_mean"),
-                overlong_buffer=config.overlong_buffer or round(OVERLONG_SHARE * config.rollout.max_response_tokens),
+                overlong_buffer=config.reward.overlong_buffer
+                or round(OVERLONG_SHARE * config.rollout.max_response_tokens),
                 max_resamples=config.max_resamples or MAX_RESAMPLES,
             )
         case "gppo":  # clipped tokens keep a bounded gradient

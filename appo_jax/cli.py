@@ -20,8 +20,8 @@ import rich.console
 import tyro
 from rich.logging import RichHandler
 
-from appo_jax.config import Config, validate
-from appo_jax.config_io import load_config
+from appo_jax.config import Config
+from appo_jax.config_io import check, load_config
 from appo_jax.errors import AppoError, ConfigError
 
 log = logging.getLogger("appo_jax.cli")
@@ -86,8 +86,7 @@ def config_from(command: str, args: Sequence[str]) -> Config:
         default=load_config(known.config) if known.config else Config(),
         config=(tyro.conf.AvoidSubcommands,),
     )
-    validate(config)
-    return config
+    return check(config)
 
 
 def _train(args: Sequence[str]) -> None:
@@ -205,8 +204,8 @@ def _doctor(args: Sequence[str]) -> None:
         """Say what this machine can do: devices, sandbox."""
         from appo_jax.tools.doctor import probe
 
-        for check in probe():
-            print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}")
+        for found in probe():
+            print(f"{'ok  ' if found.ok else 'FAIL'} {found.name}: {found.detail}")
 
     tyro.cli(doctor, prog="appo-jax doctor", args=list(args))
 

@@ -69,7 +69,7 @@ def build(config: Config) -> Components:
         mesh, dtype = make_mesh(config.mesh), compute_dtype(config)
         stack.enter_context(use_mesh(mesh))
         engine = Engine(arch, tokenizer, executor, config.rollout, config.seed, dtype, mesh)
-        reward = make_reward(config.reward, config.tool_bonus, executor.names)
+        reward = make_reward(config.reward.function, config.reward.tool_bonus, executor.names)
         return Components(
             config, dataset, train, held_out, tokenizer, executor, arch, dtype, mesh, engine, reward, stack.pop_all()
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Configs in and out of files: python files that a person writes, JSON files that a run keeps."""
+"""Configs checked, and in and out of files: python files that a person writes, JSON files that a run keeps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pydantic
 import pydantic_core
 
 from appo_jax import config as config_module
-from appo_jax.config import Config
+from appo_jax.config import Config, rules
 from appo_jax.errors import ConfigError
 
 _ADAPTER = pydantic.TypeAdapter(Config)
@@ -24,8 +24,9 @@ _ADAPTER = pydantic.TypeAdapter(Config)
 def load_config(path: str | Path) -> Config:
     """Read a config from a python file (its module-level `config`) or from a .json written by `save_config`.
 
-    Every value is checked against its field's type. Raises ConfigError that names the file, the dotted field, what was
-    given, what was expected and, for an unknown field, the nearest one. Rules between fields are `validate`'s part.
+    Every value is checked against its field's type and bounds. Raises ConfigError that names the file, the dotted field,
+    what was given, what was expected and, for an unknown field, the nearest one. Rules between fields are left to `check`:
+    overrides may still change the fields.
     """
     path = Path(path)
     if not path.is_file():
@@ -40,15 +41,27 @@ def load_config(path: str | Path) -> Config:
             f"{path}: expected a module-level `config = Config(...)`, found "
             + ("no `config`" if config is None else f"`config` of type {type(config).__name__}")
         )
-    return _parse(pydantic_core.to_json(config, inf_nan_mode="null"), str(path))
+    return _parse(_to_json(config), str(path))
+
+
+def check(config: Config) -> Config:
+    """The config, held to every type, bound and rule between fields; the only place that does, whoever gives the config.
+
+    Values are given the declared types (a list becomes a tuple). Raises ConfigError that lists every problem: the field,
+    what was given, what was expected, what to do.
+    """
+    config = _parse(_to_json(config))
+    if problems := rules.broken(config):
+        raise ConfigError.of(problems)
+    return config
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write `config` as JSON that `load_config` reads back to an equal config. Raises ConfigError where it cannot."""
-    text = pydantic_core.to_json(config, indent=2, inf_nan_mode="null")
+    text = _to_json(config)
     if (back := _parse(text, str(path))) != config:
         fields = ", ".join(diff_configs(config, back))
-        raise ConfigError(f"{path}: these fields cannot be kept in JSON (is one of them infinite or NaN?): {fields}")
+        raise ConfigError(f"{path}: these fields are not the same when they are read back from JSON: {fields}")
     Path(path).write_bytes(text + b"\n")
 
 
@@ -88,11 +101,21 @@ def _run_python(path: Path) -> dict[str, Any]:
         raise ConfigError(message) from error
 
 
-def _parse(text: bytes, source: str) -> Config:
+def _to_json(config: Config) -> bytes:
+    """A config as JSON, whatever its fields hold. Raises ConfigError for a value that is no number, text or list of them."""
+    try:
+        return pydantic_core.to_json(config, indent=2, inf_nan_mode="constants")
+    except pydantic_core.PydanticSerializationError as error:
+        raise ConfigError(f"a field of the config holds something else than numbers and text: {error}") from error
+
+
+def _parse(text: bytes, source: str | None = None) -> Config:
+    """The config that a JSON text holds, checked field by field; errors name `source`, the file it comes from."""
     try:
         return _ADAPTER.validate_json(text)
     except pydantic.ValidationError as error:
-        raise ConfigError.of([f"{source}: {_explain(problem)}" for problem in error.errors()]) from error
+        prefix = "" if source is None else f"{source}: "
+        raise ConfigError.of([prefix + _explain(problem) for problem in error.errors()]) from error
 
 
 def _explain(problem: pydantic_core.ErrorDetails) -> str:

@@ -23,6 +23,7 @@ from appo_jax.algorithms import Algorithm, make_algorithm, make_batch
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, give_rewards
 from appo_jax.config import Config, LossConfig
+from appo_jax.config_io import check
 from appo_jax.data.pipeline import prompt_batches
 from appo_jax.evaluate import evaluate
 from appo_jax.interrupt import Stop, stop_requests
@@ -51,8 +52,10 @@ Update = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Arra
 def train(config: Config) -> None:
     """Run `config` to its end, or go on with the run that `config.run_dir` holds.
 
-    Raises KeyboardInterrupt when it was asked to stop (and has saved), TrainingError on a loss that is not finite.
+    Raises ConfigError for a config that breaks a bound or a rule, KeyboardInterrupt when it was asked to stop (and has
+    saved), TrainingError on a loss that is not finite.
     """
+    config = check(config)
     with open_run(config) as run, build(config) as components, Progress(config) as progress, stop_requests() as stop:
         _train(config, run, components, progress, stop)
 

@@ -14,6 +14,7 @@ from appo_jax.config import (
     OptimizerConfig,
     PolicyConfig,
     PythonToolConfig,
+    RewardConfig,
     RolloutConfig,
     SFTConfig,
     ToolsConfig,
@@ -28,7 +29,7 @@ config = Config(
     policy=PolicyConfig(path="artifacts/smollm2"),
     data=DataConfig(source="gsm8k"),
     tools=ToolsConfig(enabled=("python",), python=PythonToolConfig(preload=("math",))),
-    tool_bonus=0.0,  # one tool only: using it is no merit of its own
+    reward=RewardConfig(tool_bonus=0.0),  # one tool only: using it is no merit of its own
     rollout=RolloutConfig(
         num_initial=4, budget=8, max_prompt_tokens=320, max_response_tokens=256, max_result_tokens=32, max_tool_calls=8,
         decode_rows=32, max_seconds=300,

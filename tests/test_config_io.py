@@ -20,14 +20,28 @@ ROOT = Path(__file__).parents[1]
 
 def configs(cls=Config):
     """Any instance of a config dataclass: every field drawn from its declared type."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return st.builds(cls, **{field.name: values(hints[field.name]) for field in dataclasses.fields(cls)})
+
+
+def range_of(hint):
+    """Lower and upper end of a bounded number, and whether each is excluded."""
+    bounds = [bound for part in hint.__metadata__ for bound in (part if hasattr(part, "__iter__") else [part])]
+    ends = {kind: value for bound in bounds for kind, value in dataclasses.asdict(bound).items() if value is not None}
+    limit = 2**53 if hint.__origin__ is int else None
+    low, high = ends.get("gt", ends.get("ge")), ends.get("lt", ends.get("le", limit))
+    return low, high, "gt" in ends, "lt" in ends
 
 
 def values(hint):
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return configs(hint)
+    if origin is typing.Annotated:
+        low, high, open_low, open_high = range_of(hint)
+        if parts[0] is int:
+            return st.integers(low + open_low, high - open_high)
+        return st.floats(low, high, exclude_min=open_low, exclude_max=open_high, allow_infinity=False)
     if origin is typing.Literal:
         return st.sampled_from(parts)
     if origin is tuple:
@@ -37,8 +51,6 @@ def values(hint):
     return {
         str: st.text(max_size=8),
         bool: st.booleans(),
-        int: st.integers(-(2**53), 2**53),
-        float: st.floats(allow_nan=False, allow_infinity=False),
     }[hint]
 
 

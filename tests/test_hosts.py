@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from appo_jax.config import Config, MeshConfig, validate
-from appo_jax.config_io import save_config
+from appo_jax.config import Config, MeshConfig
+from appo_jax.config_io import check, save_config
 from appo_jax.metrics import read_metrics
 from appo_jax.prepare import prepare_world
 
@@ -78,7 +78,7 @@ def test_two_hosts_train_as_one_does(tmp_path: Path, short_quickstart: Callable[
         sft=dataclasses.replace(c.sft, steps=20),
         eval=dataclasses.replace(c.eval, num_prompts=2),
     )
-    validate(config)
+    check(config)
     prepare_world(config)
 
     def run(name: str, hosts: int, config: Config = config) -> Path:

@@ -20,8 +20,8 @@ import pytest
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params
-from appo_jax.config import Config, validate
-from appo_jax.config_io import save_config
+from appo_jax.config import Config
+from appo_jax.config_io import check, save_config
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.metrics import read_metrics
@@ -41,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, short_quickstart: Callable[
         sft=dataclasses.replace(c.sft, steps=2),
         eval=dataclasses.replace(c.eval, num_prompts=4),
     )
-    validate(config)
+    check(config)
     prepare_world(config)
     return config
 

@@ -33,7 +33,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     """Read (for the world: make, if need be) the data of a run. Raises DataError."""
     if config.source == "world":
         return _world(config)
-    assert config.path is not None  # config.validate
+    assert config.path is not None  # config.rules
     path = Path(config.path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; data.path (--data DIR) must lead to the {config.source} data")

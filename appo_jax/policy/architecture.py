@@ -109,7 +109,7 @@ def architecture_of(config: PolicyConfig) -> Architecture:
     Raises ConfigError that lists the fields in which the two differ, WeightsError for a folder that cannot be read.
     """
     if config.path is None:
-        assert config.architecture is not None  # validate
+        assert config.architecture is not None  # config.rules
         return config.architecture
     found, stated = read_architecture(config.path), config.architecture
     if stated is not None and stated != found:

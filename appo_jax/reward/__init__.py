@@ -18,9 +18,9 @@ RewardFunction = Callable[[Response], RewardResult]
 
 
 def make_reward(name: str, bonus: float, tool_names: Collection[str]) -> RewardFunction:
-    """The reward function of `Config.reward`: "robust", "official", or your own as "package.module:function".
+    """The reward function of `RewardConfig.function`: "robust", "official", or your own as "package.module:function".
 
-    `bonus` is `Config.tool_bonus`; `tool_names` are the tools on offer. Your own function receives a Response and
+    `bonus` is `RewardConfig.tool_bonus`; `tool_names` are the tools on offer. Your own function receives a Response and
     returns a RewardResult. Raises ConfigError when it cannot be imported or called, and, at a call, when it returns
     something else.
     """

@@ -8,8 +8,8 @@ import runpy
 from collections.abc import Mapping
 from pathlib import Path
 
-from appo_jax.config import Config, validate
-from appo_jax.config_io import flatten
+from appo_jax.config import Config
+from appo_jax.config_io import check, flatten
 from appo_jax.errors import ConfigError
 
 # More steps than any budget of tokens lasts: the budget is what ends a run.
@@ -76,7 +76,7 @@ def check_study(study: Study) -> None:
         if not re.fullmatch(r"\w+", name) or name == "cold":
             raise ConfigError(f"study: arm {name!r}: a name is made of letters, digits and _, and 'cold' is taken")
         try:
-            validate(config)
+            check(config)
         except ConfigError as error:
             raise ConfigError(f"arm {name!r}: {error}") from error
         fields = flatten(config)

@@ -12,7 +12,8 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from appo_jax.config import Architecture, Config, MeshConfig, PolicyConfig, validate
+from appo_jax.config import Architecture, Config, MeshConfig, PolicyConfig
+from appo_jax.config_io import check
 from appo_jax.errors import ConfigError
 from appo_jax.policy.sharding import make_mesh, param_shardings, partition_spec
 
@@ -81,4 +82,4 @@ def test_rows_that_cannot_be_split_are_named() -> None:
     with pytest.raises(
         ConfigError, match=r"prompts_per_minibatch × rollout\.num_initial = 64 rows cannot be split over"
     ):
-        validate(Config(policy=policy, mesh=MeshConfig(data=3)))
+        check(Config(policy=policy, mesh=MeshConfig(data=3)))

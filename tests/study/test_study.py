@@ -14,8 +14,7 @@ import pytest
 from matplotlib import image
 
 from appo_jax.cli import main
-from appo_jax.config import validate
-from appo_jax.config_io import load_config, save_config
+from appo_jax.config_io import check, load_config, save_config
 from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.metrics import read_metrics
 from appo_jax.study import report
@@ -57,7 +56,7 @@ def test_the_studies_of_configs_hold_together(name):
     for arm in found.arms:
         for seed in found.seeds:
             config = found.config(arm, seed)
-            validate(config)
+            check(config)
             assert (config.seed, config.max_sampled_tokens) == (seed, found.max_sampled_tokens)
             assert config.init_from == found.cold_start(seed).run_dir
     directories = {found.config(arm, seed).run_dir for arm in found.arms for seed in found.seeds}

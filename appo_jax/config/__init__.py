@@ -1,0 +1,35 @@
+"""Every setting of a run, as frozen dataclasses; one module a subject.
+
+`Config` is the whole; each room of the program receives only its own part. Defaults are the paper's where the paper
+gives a number. A field's docstring says what it means, in which unit, and where its default comes from; a number's bounds
+stand in its type. Rules between fields are in `rules`. `config_io.check` holds a config to all of them.
+"""
+
+from appo_jax.config.data import DataConfig
+from appo_jax.config.learning import OptimizerConfig, Remat, SFTConfig
+from appo_jax.config.method import AdvantageConfig, BranchingConfig, LossConfig
+from appo_jax.config.policy import Architecture, PolicyConfig, RopeScaling
+from appo_jax.config.rollout import RolloutConfig
+from appo_jax.config.run import Config, EvalConfig, MeshConfig, RewardConfig
+from appo_jax.config.tools import PythonToolConfig, SearchToolConfig, ToolsConfig
+
+__all__ = [
+    "AdvantageConfig",
+    "Architecture",
+    "BranchingConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LossConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "PythonToolConfig",
+    "Remat",
+    "RewardConfig",
+    "RolloutConfig",
+    "RopeScaling",
+    "SFTConfig",
+    "SearchToolConfig",
+    "ToolsConfig",
+]

@@ -1,0 +1,59 @@
+"""Learning: the optimizer of RL, and the cold start before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from appo_jax.config.bounds import BelowOne, Fraction
+
+Remat = Literal["none", "matmuls", "layers"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW of the RL updates, and how a mini-batch is taken apart. max_grad_norm, b1, b2, remat hold for the cold start too."""
+
+    learning_rate: PositiveFloat = 1e-6
+    """Rate after the warm-up; constant from then on. Official code: 1e-6."""
+    warmup_steps: NonNegativeInt = 0
+    """Updates (mini-batches) over which the rate rises linearly from 0. 0: none."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay, per unit of rate. 0: off."""
+    max_grad_norm: PositiveFloat = 1.0
+    """A gradient with a larger norm is scaled down to it."""
+    b1: BelowOne = 0.9
+    """Adam's decay of the first moment."""
+    b2: BelowOne = 0.999
+    """Adam's decay of the second moment."""
+    micro_batch: NonNegativeInt = 0
+    """Rollouts per forward-backward pass; gradients are accumulated. Divides the mini-batch. 0: the whole mini-batch."""
+    remat: Remat = "none"
+    """What the backward pass computes again instead of keeping it. none: nothing; matmuls: all but each layer's matrix
+    products; layers: all but each layer's input. From left to right less memory and more time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """The cold start: supervised fine-tuning on tool-use traces, before RL."""
+
+    steps: NonNegativeInt = 0
+    """Updates of the cold start. 0: no cold start."""
+    batch_size: PositiveInt = 128
+    """Rows of `max_tokens` tokens per update; whole traces are packed into them. Paper: 128."""
+    max_tokens: PositiveInt = 4096
+    """Tokens of a row. Longer traces are left out and counted. Paper: 4096."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for policies that start from random weights; it needs half the steps there."""
+    learning_rate: PositiveFloat = 7e-6
+    """Highest rate: after the warm-up, before the cosine fall to 0 at the last step. Paper: 7e-6."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay, per unit of rate. Paper: 0.1."""
+    warmup_fraction: Fraction = 0.05
+    """Share of `steps` over which the rate rises linearly from 0."""
+    micro_batch: NonNegativeInt = 0
+    """Rows per forward-backward pass. Divides batch_size. 0: the whole batch at once."""
+    checkpoint_every: PositiveInt = 500
+    """Updates between two checkpoints of the cold start."""

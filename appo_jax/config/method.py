@@ -1,0 +1,99 @@
+"""The method: where rollouts branch, what an advantage is, what the loss is. Equations: docs/method.md."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from appo_jax.config.bounds import BelowOne
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchingConfig:
+    """Where and when branches are drawn (eq. 5, algorithm 1)."""
+
+    num_branch_points: PositiveInt = 3
+    """B: positions per rollout and loop where a new rollout is drawn. Paper: 3."""
+    num_loops: PositiveInt = 1
+    """L: rounds of scoring and branching. Paper: 1."""
+    tau: PositiveFloat = 32.0
+    """τ: half-life, in sampled tokens, of the discount γ = 2^(−1/τ) in the future value Ω. Paper: 32."""
+    clip_low: NonNegativeFloat = 1.0
+    """Ω is clipped to [clip_low, clip_high] before its z-score. Paper: 1; official code: 0.8."""
+    clip_high: NonNegativeFloat = 1.2
+    """Upper end of that clip, above clip_low. Paper: 1.2."""
+    score: Literal["product", "entropy", "future", "additive", "entropy_change", "random_turn"] = "product"
+    """product: Z(Ω)·Z(H), the paper. entropy, future, additive are its ablations; additive weighs both with the two
+    weights below. entropy_change (ARPO) and random_turn (Tree-GRPO) branch where a turn begins instead."""
+    entropy_weight: NonNegativeFloat = 1.0
+    """Weight of Z(H) in the additive score."""
+    future_weight: NonNegativeFloat = 1.0
+    """Weight of Z(Ω) in the additive score."""
+    gate: Literal["both_positive", "literal"] = "both_positive"
+    """both_positive: candidates need Z(H) > 0 and Z(Ω) > 0, filled up by the literal product. literal: the product as it is."""
+    skip_blank: bool = True
+    """Leave out tokens that decode to whitespace or punctuation alone."""
+    refresh: Literal["minibatch", "step"] = "minibatch"
+    """When branches are scored and drawn: under the current policy of every mini-batch, or once, at the step's start."""
+    include_token: bool = False
+    """True: the prefix of a branch includes the scored token, as in the official code. False: the paper."""
+    allocation: Literal["per_rollout", "pooled", "proportional"] = "per_rollout"
+    """per_rollout: top-B of each rollout, a branch each. pooled: the prompt's best positions (official code).
+    proportional: top-B of each rollout share the prompt's budget in proportion to their score (Theorem 1)."""
+    min_spacing: PositiveInt = 1
+    """Least distance, in sampled tokens, between two branch points of one rollout. 1: any two positions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageConfig:
+    """What a token's advantage is (eq. 6, 7)."""
+
+    base: Literal["paper", "shared_prefix", "joint", "init_only", "global", "tree", "turn"] = "paper"
+    """paper: eq. 6. shared_prefix: official code. joint: one group of all. init_only: the initial rollouts (GRPO).
+    global: returns normalised over the mini-batch (REINFORCE++). tree: within the tree plus over all (Tree-GRPO).
+    turn: episode plus turns that began in equal states (GiGPO)."""
+    scaling: Literal["offset", "plain"] = "offset"
+    """offset: A = A_base · (1 + b · clip(Ω)), eq. 7. plain: A = A_base · clip(Ω) (FIPO)."""
+    future_weight: NonNegativeFloat = 0.5
+    """b of eq. 7. Paper: 0.5; official code: 1. 0: no future-aware scaling."""
+    clip_low: NonNegativeFloat = 1.0
+    """Ω is clipped to [clip_low, clip_high] here. One-sided, as in the paper: 1. Two-sided: 0.8."""
+    clip_high: NonNegativeFloat = 1.2
+    """Upper end of that clip, at least clip_low. Paper: 1.2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The objective (eq. 8) and the terms that other methods add to it."""
+
+    clip_low: BelowOne = 0.2
+    """ε of eq. 8, downwards: the ratio is clipped to [1 − clip_low, 1 + clip_high]. Official code: 0.2."""
+    clip_high: NonNegativeFloat = 0.2
+    """ε of eq. 8, upwards. Official code: 0.2; DAPO: 0.28."""
+    surrogate: Literal["clip", "gppo", "cispo"] = "clip"
+    """clip: PPO's, eq. 8. gppo: its value, but clipped tokens keep a bounded gradient. cispo: sg(clip(ρ))·A·log π."""
+    dual_clip: NonNegativeFloat = 0.0
+    """c: with A < 0 the surrogate is at least c·A (official code: 3). 0: off; else above 1."""
+    max_ratio: NonNegativeFloat = 0.0
+    """Tokens with a ratio above it are left out of the loss (official code: 3). 0: off; else above 1."""
+    max_dual_clipped: Annotated[int, Ge(-1)] = -1
+    """Rollouts with more dual-clipped tokens than this are left out of the loss (official code: 1). −1: off."""
+    aggregation: Literal["paper", "token_mean", "seq_mean", "constant"] = "paper"
+    """How tokens are averaged. paper: eq. 8, 1/M of the sum over rollouts of their token means. token_mean: over all tokens
+    of the mini-batch (DAPO). seq_mean: the mean over trained rollouts of their token means (GRPO). constant: the sum over
+    the number of rollouts times their padded length (as Dr. GRPO)."""
+    kl_weight: NonNegativeFloat = 0.0
+    """β: weight of KL(π_θ‖π_ref). 0 keeps no reference policy. Paper: 0; official code: 0.001."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """With r = π_ref/π_θ: k1 = −log r, k2 = (log r)²/2, k3 = r − 1 − log r."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Whether β·KL is a term of the loss, or is taken off the reward token by token, under the policy that drew it."""
+    entropy_weight: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus. 0: off."""
+    sampler_cap: NonNegativeFloat = 0.0
+    """C: tokens are weighted by min(π_old/π_sampler, C), which corrects what the sampler rounds otherwise. 0: off."""
+    mask_truncated: bool = False
+    """Leave rollouts that hit a limit (length, calls, time) out of the loss."""

@@ -1,0 +1,72 @@
+"""The policy: its weights, its shape, its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.x frequency scaling (`rope_type: llama3` of a Hugging Face config)."""
+
+    factor: PositiveFloat
+    """The slow frequencies are divided by it (`factor`; Llama 3.1: 8)."""
+    low_freq_factor: PositiveFloat
+    """Wavelengths above original_max_position / this are scaled in full (`low_freq_factor`; Llama 3.1: 1)."""
+    high_freq_factor: PositiveFloat
+    """Wavelengths below original_max_position / this are kept as they are (`high_freq_factor`; Llama 3.1: 4)."""
+    original_max_position: PositiveInt
+    """Tokens of context before scaling (`original_max_position_embeddings`; Llama 3.1: 8192)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Shape of the decoder. Qwen2/2.5: `qkv_bias`. Qwen3: `qk_norm`. Llama 3, SmolLM2: neither.
+
+    The name that a Hugging Face config.json has for a field stands in brackets.
+    """
+
+    vocab_size: PositiveInt
+    """V: rows of the embedding (`vocab_size`). May exceed the tokenizer's ids: models pad it."""
+    width: PositiveInt
+    """D: width of the residual stream (`hidden_size`)."""
+    num_layers: PositiveInt
+    """Decoder layers (`num_hidden_layers`)."""
+    num_heads: PositiveInt
+    """H: query heads, a multiple of num_kv_heads (`num_attention_heads`)."""
+    num_kv_heads: PositiveInt
+    """K: key/value heads (`num_key_value_heads`)."""
+    head_dim: PositiveInt
+    """E: width of a head, even (`head_dim`)."""
+    mlp_width: PositiveInt
+    """F: inner width of the gated MLP (`intermediate_size`)."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary frequencies (`rope_theta`)."""
+    rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies. None: no scaling."""
+    norm_eps: PositiveFloat = 1e-6
+    """ε of RMSNorm (`rms_norm_eps`)."""
+    tie_embeddings: bool = True
+    """Whether the output layer is the embedding, transposed (`tie_word_embeddings`)."""
+    qkv_bias: bool = False
+    """Whether query, key and value projections have biases (Qwen2, Qwen2.5)."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised per head (Qwen3)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """The policy that a run starts from."""
+
+    path: str | None = None
+    """Hugging Face folder to start from: config.json, safetensors, tokenizer.json. None: random weights."""
+    architecture: Architecture | None = None
+    """Shape of a policy that starts from random weights. Beside `path` it states what the folder must hold, so that
+    `appo-jax plan` works without the weights."""
+    tokenizer: str | None = None
+    """A sentencepiece .model file, or a folder with tokenizer.json. None: that of `path`."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products; parameters are float32 always. auto: bfloat16 on accelerators, float32 on CPU."""

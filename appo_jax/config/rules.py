@@ -1,0 +1,110 @@
+"""Rules between fields. Each function yields a sentence for every rule of its subject that a config breaks: the fields, their
+values, what is expected, what to do. Bounds of a single number stand in its type, not here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from appo_jax.config.run import Config
+
+BRANCHING = ("appo", "arpo", "tree_grpo")  # algorithms that fill the budget by branching
+
+
+def broken(config: Config) -> list[str]:
+    """What is wrong between the fields of `config`: every broken rule of every subject."""
+    return [problem for rules in _RULES for problem in rules(config)]
+
+
+def _start(config: Config) -> Iterator[str]:
+    policy, data = config.policy, config.data
+    if policy.path is None and policy.architecture is None:
+        yield "policy.path, policy.architecture: give one (a folder of weights, or the shape of a random start)"
+    if policy.path is None and policy.tokenizer is None:
+        yield "policy.tokenizer: needed when policy.path is not given"
+    if data.source != "world" and data.path is None:
+        yield (
+            f"data.path: needed for data.source = {data.source!r} (the folder that holds its files; on the command line: "
+            "--data DIR)"
+        )
+
+
+def _rollouts(config: Config) -> Iterator[str]:
+    r = config.rollout
+    if r.max_result_tokens >= r.max_response_tokens:
+        yield (
+            f"rollout.max_result_tokens = {r.max_result_tokens} would fill the whole of rollout.max_response_tokens = "
+            f"{r.max_response_tokens}"
+        )
+    if config.reward.overlong_buffer >= r.max_response_tokens:
+        yield (
+            f"reward.overlong_buffer = {config.reward.overlong_buffer}: must be 0 (off) or below "
+            f"rollout.max_response_tokens = {r.max_response_tokens}"
+        )
+
+
+def _branching(config: Config) -> Iterator[str]:
+    r, b = config.rollout, config.branching
+    full = r.num_initial * (b.num_branch_points + 1) ** b.num_loops
+    if config.algorithm in BRANCHING and r.budget <= r.num_initial:
+        yield (
+            f"rollout.budget = {r.budget} leaves no room for branches beside rollout.num_initial = {r.num_initial}: "
+            f"raise it, up to N·(B+1)^L = {full}"
+        )
+    if config.algorithm == "appo" and r.budget > full:
+        yield (
+            f"rollout.budget = {r.budget} cannot be filled: N·(B+1)^L = {r.num_initial}·({b.num_branch_points}+1)^"
+            f"{b.num_loops} = {full}; lower rollout.budget or raise branching.num_branch_points"
+        )
+    if b.clip_low >= b.clip_high:
+        yield f"branching.clip_low = {b.clip_low} must be below branching.clip_high = {b.clip_high}"
+    if b.score in ("entropy_change", "random_turn") and b.allocation != "per_rollout":
+        yield (
+            f"branching.allocation = {b.allocation!r}: branching.score = {b.score!r} has no score to share by; set "
+            "per_rollout"
+        )
+
+
+def _objective(config: Config) -> Iterator[str]:
+    a, lo = config.advantage, config.loss
+    if a.clip_low > a.clip_high:
+        yield f"advantage.clip_low = {a.clip_low} exceeds advantage.clip_high = {a.clip_high}"
+    for name, value in {"dual_clip": lo.dual_clip, "max_ratio": lo.max_ratio}.items():
+        if 0 < value <= 1:
+            yield f"loss.{name} = {value}: must be above 1, or 0 (off)"
+    if lo.max_dual_clipped >= 0 and lo.dual_clip == 0:
+        yield (
+            f"loss.max_dual_clipped = {lo.max_dual_clipped} counts dual-clipped tokens: set loss.dual_clip too "
+            "(official: 3)"
+        )
+    if lo.surrogate != "clip" and lo.dual_clip > 0:
+        yield (
+            f"loss.dual_clip = {lo.dual_clip}: goes with loss.surrogate = 'clip' alone, not with {lo.surrogate!r}; set it "
+            "to 0"
+        )
+
+
+def _batches(config: Config) -> Iterator[str]:
+    """Mini-batches are full, and every batch divides over micro-batches and devices."""
+    c, mesh, sft = config, config.mesh, config.sft
+    if c.prompts_per_step % c.prompts_per_minibatch:
+        yield (
+            f"prompts_per_step = {c.prompts_per_step} is not a multiple of prompts_per_minibatch = "
+            f"{c.prompts_per_minibatch}: every mini-batch must be full"
+        )
+    if mesh.data % mesh.slices:
+        yield f"mesh.slices = {mesh.slices} does not divide mesh.data = {mesh.data}: slices split that axis"
+    field = "rollout.num_initial" if c.algorithm == "appo" else "rollout.budget"
+    rows = c.prompts_per_minibatch * (c.rollout.num_initial if c.algorithm == "appo" else c.rollout.budget)
+    split = {f"prompts_per_minibatch × {field}": rows, "optimizer.micro_batch": c.optimizer.micro_batch}
+    if sft.steps:
+        split |= {"sft.batch_size": sft.batch_size, "sft.micro_batch": sft.micro_batch}
+    for name, value in split.items():
+        if value % (mesh.data * mesh.fsdp):
+            yield f"{name} = {value} rows cannot be split over mesh.data × mesh.fsdp = {mesh.data * mesh.fsdp}"
+    if c.optimizer.micro_batch and rows % c.optimizer.micro_batch:
+        yield f"optimizer.micro_batch = {c.optimizer.micro_batch} does not divide a mini-batch of {rows} rollouts"
+    if sft.micro_batch and sft.batch_size % sft.micro_batch:
+        yield f"sft.micro_batch = {sft.micro_batch} does not divide sft.batch_size = {sft.batch_size}"
+
+
+_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (_start, _rollouts, _branching, _objective, _batches)

@@ -1,0 +1,111 @@
+"""A whole run: its parts, and what belongs to none of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from appo_jax.config.bounds import Seed
+from appo_jax.config.data import DataConfig
+from appo_jax.config.learning import OptimizerConfig, SFTConfig
+from appo_jax.config.method import AdvantageConfig, BranchingConfig, LossConfig
+from appo_jax.config.policy import PolicyConfig
+from appo_jax.config.rollout import RolloutConfig
+from appo_jax.config.tools import ToolsConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """What a finished rollout earns."""
+
+    function: str = "robust"
+    """robust: exact answers, strict format. official: as the official code judges. Or `package.module:function` of your own."""
+    tool_bonus: NonNegativeFloat = 0.1
+    """Added when the answer earns something and both tools were used. Official code: 0.1."""
+    overlong_buffer: NonNegativeInt = 0
+    """DAPO's soft punishment: over the last so many tokens of `rollout.max_response_tokens` a response's reward falls by up
+    to 1. 0: off (the algorithm dapo then takes a fifth of the room)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation: greedy rollouts of held-out questions."""
+
+    num_prompts: NonNegativeInt = 200
+    """Held-out questions. 0: all of them."""
+    every: NonNegativeInt = 0
+    """Steps between evaluations during training. 0: only before and after."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices."""
+
+    data: PositiveInt = 1
+    """Copies of the parameters; rows are split over them."""
+    fsdp: PositiveInt = 1
+    """Parts that parameters and optimizer state are split into; rows are split over them too."""
+    tensor: PositiveInt = 1
+    """Parts that heads, the MLP's inner axis and the vocabulary are split into."""
+    slices: PositiveInt = 1
+    """Slices joined over the data-centre network; they divide the data axis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    # How config_io reads and checks a config, the parts of it included.
+    __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # noqa: RUF012
+
+    run_dir: str = "runs/default"
+    """Folder of everything the run writes. An existing run of the same config is continued."""
+    init_from: str | None = None
+    """Run directory whose cold-started policy this run begins with, instead of its own cold start."""
+    algorithm: Literal[
+        "appo", "grpo", "reinforce_pp", "dapo", "gppo", "cispo", "gigpo", "arpo", "tree_grpo", "fipo"
+    ] = "appo"
+    """What is trained; appo_jax/algorithms.py says which of the fields below each name sets itself."""
+    seed: Seed = 0
+    """Seed of the initial weights, the order of the prompts and every draw."""
+    steps: PositiveInt = 100
+    """Training steps: prompts_per_step prompts are rolled out in each."""
+    prompts_per_step: PositiveInt = 128
+    """Prompts of one step, a multiple of prompts_per_minibatch. Paper: 128."""
+    prompts_per_minibatch: PositiveInt = 16
+    """P: prompts of one update. Paper: 16."""
+    max_resamples: NonNegativeInt = 0
+    """Dynamic sampling: so many times at most, prompts whose rewards are all equal are replaced by others. 0: off (the
+    algorithm dapo then takes 3)."""
+    max_sampled_tokens: NonNegativeInt = 0
+    """Stop training once this many tokens have been sampled, for comparisons at an equal budget. 0: no limit."""
+    checkpoint_every: PositiveInt = 10
+    """Steps between two checkpoints."""
+    keep_checkpoints: PositiveInt = 3
+    """Newest checkpoints that are kept."""
+    policy: PolicyConfig = PolicyConfig()
+    """The policy that the run starts from."""
+    data: DataConfig = DataConfig()
+    """Its questions."""
+    tools: ToolsConfig = ToolsConfig()
+    """What rollouts may call."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How rollouts are drawn."""
+    branching: BranchingConfig = BranchingConfig()
+    """Where they branch."""
+    reward: RewardConfig = RewardConfig()
+    """What they earn."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    """What their tokens are worth."""
+    loss: LossConfig = LossConfig()
+    """What an update minimises."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How it is minimised."""
+    sft: SFTConfig = SFTConfig()
+    """The cold start."""
+    eval: EvalConfig = EvalConfig()
+    """How the policy is judged."""
+    mesh: MeshConfig = MeshConfig()
+    """The devices."""

@@ -1,0 +1,67 @@
+"""The tools that a rollout may call."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+@dataclasses.dataclass(frozen=True)
+class PythonToolConfig:
+    """The python tool: one interpreter per rollout, forked with it."""
+
+    isolation: Literal["bubblewrap", "process"] = "bubblewrap"
+    """bubblewrap: namespaces, seccomp, no network. process: resource limits only, for policies that are trusted."""
+    timeout: PositiveFloat = 5.0
+    """Seconds of wall time per call."""
+    memory_mb: PositiveInt = 512
+    """MiB that a rollout's code may take beyond what the preloaded interpreter has."""
+    max_output_chars: PositiveInt = 4096
+    """Characters of a call's output that are kept; the middle is cut out."""
+    preload: tuple[str, ...] = ("math", "numpy", "sympy")
+    """Modules imported once, before the first rollout is forked: no call waits for their import."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchToolConfig:
+    """The search tool: a local index, a server, or a file of known answers."""
+
+    corpus: str | None = None
+    """File of documents for the local index (BM25): jsonl, json or parquet with `title` and `text`. None: the data
+    source's own documents; the embedded world has some."""
+    url: str | None = None
+    """An HTTP retriever or web-search service, instead of a local index."""
+    provider: Literal["search_r1", "serper"] = "search_r1"
+    """What `url` speaks: Search-R1's retriever protocol, or Serper's web search (key in SERPER_API_KEY)."""
+    max_per_second: NonNegativeFloat = 0.0
+    """Requests to `url` per second. 0: no limit."""
+    cache: str | None = None
+    """SQLite file of answered queries, shared between processes. Without corpus and url it alone answers."""
+    cache_fill: str | None = None
+    """JSON file `{query: text}` whose answers are put into `cache` at start."""
+    top_k: PositiveInt = 3
+    """Documents in one answer. Paper: 10."""
+    timeout: PositiveFloat = 10.0
+    """Seconds of wall time per request to `url`."""
+    max_retries: NonNegativeInt = 3
+    """Further tries after a request to `url` that failed for a reason that may pass."""
+    allow_private: bool = False
+    """Whether `url` may be a private, link-local or loopback address."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolsConfig:
+    """Tools in general, and each built-in one."""
+
+    enabled: tuple[str, ...] = ("python", "search")
+    """Tools a rollout may call: python, search, or `package.module:factory` of your own."""
+    call_format: Literal["tags", "json"] = "tags"
+    """tags: <python>…</python>, as in the paper. json: {"name": …, "arguments": …} in <tool_call>."""
+    max_concurrency: PositiveInt = 8
+    """Calls of one tool that run at the same time, on one host."""
+    python: PythonToolConfig = PythonToolConfig()
+    """The python tool."""
+    search: SearchToolConfig = SearchToolConfig()
+    """The search tool."""

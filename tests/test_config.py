@@ -1,0 +1,149 @@
+"""The config: every field is explained and bounded, and every caller is held to the same bounds and rules."""
+
+import ast
+import dataclasses
+import inspect
+import math
+import threading
+import typing
+from pathlib import Path
+
+import pytest
+
+from appo_jax import cli, config_io
+from appo_jax.config import Config
+from appo_jax.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = config_io.load_config(ROOT / "configs/quickstart.py")
+
+
+def parts(cls=Config, prefix=""):
+    """(dotted prefix, dataclass) of the config and of every part of it."""
+    yield prefix, cls
+    for name, hint in typing.get_type_hints(cls).items():
+        for option in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(option):
+                yield from parts(option, f"{prefix}{name}.")
+
+
+def numbers():
+    """(dotted name, declared type) of every number of the config."""
+    for prefix, cls in parts():
+        for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+            kind = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+            if kind in (int, float):
+                yield prefix + name, hint
+
+
+def replaced(config, name, value):
+    """`config` with the field of a dotted name set, whatever its type allows."""
+    first, _, rest = name.partition(".")
+    return dataclasses.replace(config, **{first: replaced(getattr(config, first), rest, value) if rest else value})
+
+
+# Llama's rope scaling is the only part that the quickstart lacks.
+COMPLETE = replaced(
+    QUICKSTART,
+    "policy.architecture.rope_scaling",
+    typing.get_args(typing.get_type_hints(type(QUICKSTART.policy.architecture))["rope_scaling"])[0](
+        8.0, 1.0, 4.0, 8192
+    ),
+)
+
+
+@pytest.mark.parametrize("cls", {cls for _, cls in parts()}, ids=lambda cls: cls.__name__)
+def test_every_field_is_explained(cls):
+    (tree,) = ast.parse(inspect.getsource(cls)).body
+    explained = {
+        field.target.id
+        for field, text in zip(tree.body, tree.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+    assert explained >= {field.name for field in dataclasses.fields(cls)}
+    assert cls.__doc__
+
+
+def test_every_number_has_a_lower_bound_in_its_type():
+    unbounded = [name for name, hint in numbers() if typing.get_origin(hint) is not typing.Annotated]
+    assert not unbounded
+
+
+@pytest.mark.parametrize("value", [-2, math.nan, math.inf, -math.inf, 10**400, True, "1"])
+def test_no_number_takes_a_value_that_is_none(value):
+    wrong, config = [], COMPLETE
+    for name, hint in numbers():
+        if value != 10**400 or "float" in str(hint) or name in ("seed", "data.seed"):  # counts have no upper bound
+            wrong.append(name)
+            config = replaced(config, name, value)
+    with pytest.raises(ConfigError) as error:
+        config_io.check(config)
+    assert {line.removeprefix("- ").split(" = ")[0] for line in str(error.value).splitlines()} == set(wrong)
+
+
+# A value each that was accepted once and failed late, wrongly, or never.
+FAULTS = {
+    "seed": -1, "data.seed": 2**31, "optimizer.micro_batch": -1, "sft.micro_batch": -4, "optimizer.max_grad_norm": 0.0,
+    "eval.num_prompts": -3, "eval.every": -1, "optimizer.b1": 1.5, "optimizer.b2": 1.0, "optimizer.warmup_steps": -1,
+    "optimizer.weight_decay": -0.1, "sft.warmup_fraction": 1.5, "sft.steps": -1, "sft.max_tokens": 0,
+    "max_sampled_tokens": -1, "rollout.max_tool_calls": -1, "rollout.top_p": 1.5, "rollout.temperature": 0.0,
+    "tools.python.memory_mb": 0, "tools.search.top_k": 0, "tools.search.max_per_second": -1.0,
+    "policy.architecture.num_layers": 0, "reward.overlong_buffer": -1, "reward.tool_bonus": -0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_python_file_and_command_line_are_held_to_the_same_bounds(name, tmp_path, capsys):
+    value = FAULTS[name]
+    told = []
+    with pytest.raises(ConfigError) as error:
+        config_io.check(replaced(QUICKSTART, name, value))
+    told.append(str(error.value))
+    with pytest.raises(ConfigError) as error:
+        cli.config_from(
+            "train", ["--config", str(ROOT / "configs/quickstart.py"), "--" + name.replace("_", "-"), str(value)]
+        )
+    told.append(str(error.value))
+    (tmp_path / "c.json").write_bytes(config_io._to_json(replaced(QUICKSTART, name, value)))
+    with pytest.raises(ConfigError) as error:
+        config_io.load_config(tmp_path / "c.json")
+    told.append(str(error.value).removeprefix(f"{tmp_path}/c.json: "))
+    assert told[0] == told[1] == told[2]
+    assert told[0].startswith(f"{name} = {value}: should be ")
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_training_from_python_checks_as_the_command_does(thread, tmp_path):
+    from appo_jax.train import train
+
+    wrong = replaced(replaced(QUICKSTART, "optimizer.b1", 1.5), "run_dir", str(tmp_path / "run"))
+    unruly = replaced(replaced(QUICKSTART, "prompts_per_minibatch", 7), "run_dir", str(tmp_path / "run"))
+    told = []
+
+    def run():
+        for config in (wrong, unruly):
+            with pytest.raises(ConfigError) as error:
+                train(config)
+            told.append(str(error.value))
+
+    if thread:
+        worker = threading.Thread(target=run)
+        worker.start()
+        worker.join(60)
+    else:
+        run()
+    assert told[0] == "optimizer.b1 = 1.5: should be less than 1"
+    assert told[1].startswith("prompts_per_step = 16 is not a multiple of prompts_per_minibatch = 7")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_value_that_is_neither_number_nor_text_is_named():
+    with pytest.raises(ConfigError, match="something else than numbers and text"):
+        config_io.check(dataclasses.replace(QUICKSTART, run_dir=object()))
+
+
+def test_all_broken_rules_are_listed_at_once():
+    config = replaced(replaced(QUICKSTART, "loss.dual_clip", 0.5), "rollout.budget", 99)
+    with pytest.raises(ConfigError) as error:
+        config_io.check(config)
+    assert [line.split(" ")[1] for line in str(error.value).splitlines()] == ["rollout.budget", "loss.dual_clip"]
