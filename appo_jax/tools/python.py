@@ -14,6 +14,7 @@ import logging
 import os
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -31,12 +32,14 @@ from typing import Any
 from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ToolError
 from appo_jax.tools.protocol import ToolResult
+from appo_jax.tools.sandbox import system
 from appo_jax.types import Outcome
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 60.0  # seconds for the sandbox to start and import its modules
 REPLY_GRACE = 20.0  # seconds over its own deadline after which a silent sandbox is taken for dead
+CLOSE_TIMEOUT = 5.0  # seconds for a sandbox to end by itself
 FREE_EVERY = 0.2  # seconds between looks at the states to be freed while no messages pass
 MAX_CODE_BYTES = 100_000
 
@@ -163,39 +166,51 @@ class Sandbox:
         self._to_free: deque[int] = deque()
         self._folder = tempfile.mkdtemp(prefix="appo-python-") if config.isolation == "process" else ""
         self._socket, theirs = socket.socketpair()
+        self.alive = False
+        started: Future[None] = Future()
+        # bubblewrap dies with the thread that started it: this one lives as long as the sandbox.
+        self._listener = threading.Thread(
+            target=self._live, args=(config, theirs, started), name="python-sandbox", daemon=True
+        )
+        self._listener.start()
+        started.result()
+        self.pid = self._process.pid
+        self.root = Snapshot(self, 0)
+
+    def _live(self, config: PythonToolConfig, theirs: socket.socket, started: Future[None]) -> None:
         try:
-            with theirs:
-                self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - the child's stderr, read when it has died
-                command, environment = command_line(config, theirs.fileno(), self._folder)
-                try:
-                    self._process = subprocess.Popen(
-                        command, env=environment, pass_fds=[theirs.fileno()], cwd="/", start_new_session=True,
-                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors,
-                    )  # fmt: skip
-                except OSError as error:
-                    raise ToolError(_advice(config, str(error))) from error
-                theirs.close()
-                self._socket.settimeout(START_TIMEOUT)
-                try:
-                    greeting = self._receive()
-                except OSError as error:
-                    greeting = {"error": str(error)}
-                if "error" in greeting:
-                    self._process.kill()
-                    self._process.wait()
-                    raise ToolError(_advice(config, f"{greeting['error']} {self._last_words()}"))
-        except BaseException:
+            self._start(config, theirs)
+        except BaseException as error:
             self._socket.close()
             shutil.rmtree(self._folder, ignore_errors=True)
-            raise
+            started.set_exception(error)
+            return
+        self.alive = True
+        started.set_result(None)
+        self._listen()
+
+    def _start(self, config: PythonToolConfig, theirs: socket.socket) -> None:
+        with theirs:
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - the child's stderr, read when it has died
+            command, environment = command_line(config, theirs.fileno(), self._folder)
+            try:
+                self._process = subprocess.Popen(
+                    command, env=environment, pass_fds=[theirs.fileno()], cwd="/", start_new_session=True,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors,
+                )  # fmt: skip
+            except OSError as error:
+                raise ToolError(_advice(config, str(error))) from error
+        self._socket.settimeout(START_TIMEOUT)
+        try:
+            greeting = self._receive()
+        except OSError as error:
+            greeting = {"error": str(error)}
+        if "error" in greeting:
+            self._kill()
+            raise ToolError(_advice(config, f"{greeting['error']} {self._last_words()}"))
         if not greeting["filtered"]:
             logger.warning("tools.python: this kernel gives no system-call filter; policy code can reach the network")
         self._socket.settimeout(None)
-        self.pid = self._process.pid
-        self.alive = True
-        self.root = Snapshot(self, 0)
-        self._listener = threading.Thread(target=self._listen, name="python-sandbox", daemon=True)
-        self._listener.start()
 
     def run(self, state: Snapshot, code: str, timeout: float) -> tuple[dict[str, Any], Snapshot | None]:
         """Run code from a state. Returns the reply and the state after it, if there is one. Raises SandboxLost."""
@@ -226,15 +241,22 @@ class Sandbox:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         try:
-            self._process.wait(5)
+            self._process.wait(CLOSE_TIMEOUT)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            logger.error("the Python sandbox does not end; its processes are killed")
+            self._kill()
         self._listener.join(1)
         self._socket.close()
         self._errors.close()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _kill(self) -> None:
+        """End every process of the sandbox, whatever state it is in."""
+        for pid in (self._process.pid, *system.descendants(self._process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
 
     def _last_words(self) -> str:
         self._errors.seek(0)
@@ -317,7 +339,8 @@ def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[l
     if bwrap is None:
         raise ToolError(_advice(config, "bwrap is not installed"))
     command = [
-        bwrap, "--unshare-user", "--uid", "1000", "--gid", "1000", "--unshare-pid", "--as-pid-1", "--unshare-net",
+        bwrap, "--die-with-parent",
+        "--unshare-user", "--uid", "1000", "--gid", "1000", "--unshare-pid", "--as-pid-1", "--unshare-net",
         "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox", "--clearenv",
     ]  # fmt: skip
     for name, value in environment.items():

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -413,4 +414,31 @@ def test_a_state_without_room_is_lost_alone(tool, victim, limit):
     _, state = tool.call(tool.start(), f"import resource\nresource.setrlimit(resource.RLIMIT_{limit}, (0, 0))")
     assert isinstance(tool.call(state, "1 + 1")[0].text, str)
     assert tool.call(victim, "secret")[0].text == "[1, 2, 3]"
+    assert tool.pid == pid
+
+
+# A state that says it is done, and then forks whenever it is let, but never reads what it is asked.
+DEAF = """
+import os
+os.write(60, b"d")
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass
+"""
+
+
+def test_a_state_that_does_not_read_its_requests_holds_up_nobody(tool, victim):
+    """The supervisor once waited in a send to such a state, for good."""
+    pid = tool.pid
+    _, state = tool.call(tool.start(), DEAF)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(tool.call, state, "#" + "x" * 95_000) for _ in range(8)]
+        time.sleep(2 * TIMEOUT)
+        began = time.monotonic()
+        assert tool.call(victim, "secret")[0].text == "[1, 2, 3]"
+        assert time.monotonic() - began < SLACK
+        for future in asked:
+            assert future.result(8 * TIMEOUT + SLACK)[0].outcome is not OK
     assert tool.pid == pid

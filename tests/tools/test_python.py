@@ -19,6 +19,7 @@ import pytest
 from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ToolError
 from appo_jax.tools.python import PythonTool, shorten
+from appo_jax.tools.sandbox import system
 from appo_jax.tools.sandbox.interpreter import clean
 from appo_jax.tools.sandbox.system import descendants
 from appo_jax.types import Outcome
@@ -276,6 +277,45 @@ def test_nothing_survives_a_killed_trainer(isolation, tmp_path):
     trainer.stdout.close()
     until(lambda: not any(alive(pid) for pid in left))
     until(lambda: os.listdir(tmp_path) == [])
+
+
+# A trainer with a rollout that is busy, one that never reads what it is asked, and one that comes and goes.
+BUSY = """
+import sys, threading
+from appo_jax.config import PythonToolConfig
+from appo_jax.tools.python import PythonTool
+print("up", flush=True)
+tool = PythonTool(PythonToolConfig(preload=("math",), timeout=60))
+def deaf():
+    _, state = tool.call(tool.start(), "import os\\nos.write(60, b'd')\\nwhile True:\\n try: os.fork()\\n except OSError: 0")
+    for _ in range(8):
+        threading.Thread(target=tool.call, args=(state, "#" + "x" * 90_000), daemon=True).start()
+threading.Thread(target=tool.call, args=(tool.start(), "while True: pass"), daemon=True).start()
+threading.Thread(target=deaf, daemon=True).start()
+while True:
+    tool.call(tool.start(), "x = 1")
+"""
+
+
+@pytest.mark.skipif(not BUBBLEWRAP, reason="bubblewrap does not work here")
+def test_nothing_survives_a_trainer_killed_at_any_moment():
+    system.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what a trainer leaves behind becomes this process's child
+    before = descendants(os.getpid())
+
+    def kill_after(seconds):
+        trainer = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        with trainer, trainer.stdout as out:
+            assert out.readline() == b"up\n"
+            time.sleep(seconds)
+            trainer.send_signal(signal.SIGKILL)
+        return True
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(kill_after, [0.05 * moment for moment in range(20)]))
+        until(lambda: not any(alive(pid) for pid in descendants(os.getpid()) - before))
+    finally:
+        system.prctl(36, 0)
 
 
 def alive(pid):

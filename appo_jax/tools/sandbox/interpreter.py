@@ -43,6 +43,7 @@ TRACE_FRAMES = 8
 PRIVATE = "/tmp"  # where a cell's own files are mounted in a sandbox
 
 DONE, FAILED, OUT_OF_MEMORY, NO_FORK, HELLO = b"d", b"f", b"m", b"n", b"h"
+READY = b"ready "  # and the number of the descriptor with the filter's listener
 
 
 def main(channel: socket.socket, options: dict[str, Any]) -> None:
@@ -61,7 +62,6 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
     else:
         os.dup2(os.open(os.path.join(options["folder"], "0"), os.O_RDONLY), FOLDER)
     _prepare_modules(options["preload"])
-    system.prctl(system.PR_SET_DUMPABLE, 0)  # no state may read another's memory
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.collect()
@@ -78,15 +78,17 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
     }
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
-    listener = []
+    listener = -1
     try:
-        listener = [seccomp.install()]
+        listener = seccomp.install()
     except OSError:
         if sandboxed:
             raise
-    socket.send_fds(channel, [b"ready"], listener)
-    for fd in listener:
-        os.close(fd)
+    channel.send(READY + str(listener).encode())
+    channel.recv(16)  # the supervisor has taken the listener
+    if listener >= 0:
+        os.close(listener)
+    system.prctl(system.PR_SET_DUMPABLE, 0)  # no state may read another's memory
     serve(options["max_output_bytes"])
 
 

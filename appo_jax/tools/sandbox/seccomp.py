@@ -24,14 +24,14 @@ _X86_64 = {
     "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "access": 21, "pipe": 22, "select": 23, "sched_yield": 24,
     "mremap": 25, "msync": 26, "mincore": 27, "madvise": 28, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35,
     "getitimer": 36, "alarm": 37, "setitimer": 38, "getpid": 39, "sendfile": 40, "sendto": 44, "recvfrom": 45,
-    "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "getsockname": 51, "getpeername": 52, "socketpair": 53,
+    "recvmsg": 47, "shutdown": 48, "getsockname": 51, "getpeername": 52, "socketpair": 53,
     "getsockopt": 55, "clone": 56, "exit": 60, "wait4": 61, "uname": 63, "fcntl": 72, "flock": 73, "fsync": 74,
     "fdatasync": 75, "truncate": 76, "ftruncate": 77, "getdents": 78, "getcwd": 79, "chdir": 80, "fchdir": 81,
     "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "readlink": 89,
     "chmod": 90, "fchmod": 91, "umask": 95, "gettimeofday": 96, "getrlimit": 97, "getrusage": 98, "sysinfo": 99,
     "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110, "getpgrp": 111,
     "getgroups": 115, "getresuid": 118, "getresgid": 120, "rt_sigpending": 127, "rt_sigtimedwait": 128,
-    "rt_sigsuspend": 130, "sigaltstack": 131, "utime": 132, "statfs": 137, "fstatfs": 138, "arch_prctl": 158,
+    "rt_sigsuspend": 130, "sigaltstack": 131, "utime": 132, "statfs": 137, "fstatfs": 138, "prctl": 157, "arch_prctl": 158,
     "gettid": 186, "time": 201, "futex": 202, "sched_getaffinity": 204, "epoll_create": 213, "getdents64": 217,
     "set_tid_address": 218, "restart_syscall": 219, "fadvise64": 221, "clock_gettime": 228, "clock_getres": 229,
     "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "utimes": 235, "waitid": 247,
@@ -54,10 +54,10 @@ _AARCH64 = {
     "clock_getres": 114, "clock_nanosleep": 115, "sched_getaffinity": 123, "sched_yield": 124, "restart_syscall": 128,
     "sigaltstack": 132, "rt_sigsuspend": 133, "rt_sigaction": 134, "rt_sigprocmask": 135, "rt_sigpending": 136,
     "rt_sigtimedwait": 137, "rt_sigreturn": 139, "getresuid": 148, "getresgid": 150, "times": 153, "getgroups": 158,
-    "uname": 160, "getrlimit": 163, "getrusage": 165, "umask": 166, "getcpu": 168, "gettimeofday": 169, "getpid": 172,
+    "uname": 160, "getrlimit": 163, "getrusage": 165, "umask": 166, "prctl": 167, "getcpu": 168, "gettimeofday": 169, "getpid": 172,
     "getppid": 173, "getuid": 174, "geteuid": 175, "getgid": 176, "getegid": 177, "gettid": 178, "sysinfo": 179,
     "socketpair": 199, "getsockname": 204, "getpeername": 205, "sendto": 206, "recvfrom": 207, "getsockopt": 209,
-    "shutdown": 210, "sendmsg": 211, "recvmsg": 212, "brk": 214, "munmap": 215, "mremap": 216, "clone": 220,
+    "shutdown": 210, "recvmsg": 212, "brk": 214, "munmap": 215, "mremap": 216, "clone": 220,
     "mmap": 222, "fadvise64": 223, "mprotect": 226, "msync": 227, "mincore": 232, "madvise": 233,
     "wait4": 260, "prlimit64": 261, "renameat2": 276, "getrandom": 278, "statx": 291, "rseq": 293, "move_mount": 429,
     "clone3": 435, "close_range": 436, "openat2": 437, "faccessat2": 439, "epoll_pwait2": 441,
@@ -73,6 +73,7 @@ _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 # Duplicates, flags and locks. Not F_SETOWN, by which a pipe sends any signal to any state, nor F_ADD_SEALS.
 _FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034)
 _MAP_SHARED = 1
+_PR_SET_DUMPABLE = 4
 
 _ALLOW, _NOTIFY, _KILL = 0x7FFF0000, 0x7FC00000, 0x80000000
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
@@ -107,11 +108,14 @@ def program() -> bytes:
     rule("clone3", (_RETURN, 0, 0, _errno(errno.ENOSYS)))
     rule("socketpair", argument(0), (_EQUAL, 1, 0, _AF_UNIX), refuse, (_RETURN, 0, 0, _ALLOW))
     rule("prlimit64", argument(0), (_EQUAL, 1, 0, 0), refuse, (_RETURN, 0, 0, _ALLOW))  # of oneself only
+    # State 0 forbids to read its memory once the supervisor has taken the listener, which it could not do after.
+    undumpable = ((_EQUAL, 1, 0, _PR_SET_DUMPABLE), refuse, argument(1), (_EQUAL, 1, 0, 0), refuse)
+    rule("prctl", argument(0), *undumpable, (_RETURN, 0, 0, _ALLOW))
     rule("mmap", argument(3), (_ANY_BIT, 0, 1, _MAP_SHARED), refuse, (_RETURN, 0, 0, _ALLOW))
     for name, commands in (("ioctl", _IOCTLS), ("fcntl", _FCNTLS)):
         tests = [(_EQUAL, len(commands) - i, 0, command) for i, command in enumerate(commands)]
         rule(name, argument(1), *tests, refuse, (_RETURN, 0, 0, _ALLOW))
-    ruled = {"clone", "unshare", "move_mount", "clone3", "socketpair", "prlimit64", "mmap", "ioctl", "fcntl"}
+    ruled = {"clone", "unshare", "move_mount", "clone3", "socketpair", "prlimit64", "prctl", "mmap", "ioctl", "fcntl"}
     for name in sorted(SYSCALLS.keys() - ruled):
         rule(name, (_RETURN, 0, 0, _ALLOW))
     code.append(refuse)

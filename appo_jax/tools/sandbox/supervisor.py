@@ -67,6 +67,9 @@ def main(control: int, options: dict[str, Any]) -> None:
     """Set up the sandbox, start state 0, serve the trainer until its socket closes."""
     host = socket.socket(fileno=control)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    if options["isolation"] == "bubblewrap":
+        # The parent is bwrap's outer process, which in turn dies with the thread that started it (--die-with-parent).
+        system.prctl(system.PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # should memory run out, this goes before the trainer
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -74,9 +77,9 @@ def main(control: int, options: dict[str, Any]) -> None:
     try:
         supervisor = Supervisor(host, options)
     except Exception as error:
-        _send(host, {"error": f"{type(error).__name__}: {error}"})
+        host.sendall(_pack({"error": f"{type(error).__name__}: {error}"}))
         return
-    _send(host, {"ready": True, "filtered": supervisor.listener is not None})
+    supervisor._tell({"ready": True, "filtered": supervisor.listener is not None})
     with contextlib.suppress(TrainerGone):
         supervisor.serve()
     supervisor.end()
@@ -90,6 +93,7 @@ class Supervisor:
         self.options = options
         self.sandboxed = options["isolation"] == "bubblewrap"
         self.inbox = bytearray()
+        self.outbox = bytearray()
         self.nodes: dict[int, Node] = {}  # asked for and not freed
         self.by_pid: dict[int, Node] = {}  # alive
         self.waiting: set[Node] = set()  # forking or running: these have deadlines
@@ -103,6 +107,7 @@ class Supervisor:
             selectors.DefaultSelector()
         )  # what becomes readable: the node that it belongs to, and its handler
         self.listener = self._start_root()
+        host.setblocking(False)
         self.selector.register(host, selectors.EVENT_READ, (None, self._on_host))
         if self.listener is not None:
             self.selector.register(self.listener, selectors.EVENT_READ, (None, self._on_notification))
@@ -122,16 +127,20 @@ class Supervisor:
             finally:
                 os._exit(1)
         theirs.close()
-        message, fds, _, _ = socket.recv_fds(ours, 4096, 1)
-        if message != b"ready":
+        message = ours.recv(4096)
+        if not message.startswith(interpreter.READY):
             raise RuntimeError(message.decode("utf-8", "replace") or "the interpreter died at start")
+        theirs_fd = int(message[len(interpreter.READY) :] or b"-1")
         root = Node(0, channel=ours, running=False)
         self.nodes[0] = root
         self._born(root, pid)
         root.memory = system.private_memory(pid)
-        if self.sandboxed and not fds:
+        if self.sandboxed and theirs_fd < 0:
             raise RuntimeError("no listener for the system-call filter")
-        return fds[0] if fds else None
+        listener = None if theirs_fd < 0 else system.take_descriptor(root.pidfd, theirs_fd)
+        ours.send(b"taken")
+        ours.setblocking(False)
+        return listener
 
     def serve(self) -> None:
         """Run until the trainer is gone (TrainerGone)."""
@@ -176,7 +185,13 @@ class Supervisor:
     # The trainer asks
 
     def _on_host(self) -> None:
-        data = self.host.recv(1 << 16)
+        self._flush()
+        try:
+            data = self.host.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
         if not data:
             raise TrainerGone("the trainer is gone")
         self.inbox += data
@@ -190,6 +205,23 @@ class Supervisor:
                 self._run(message)
             else:
                 self._free(message["free"])
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        """Answer the trainer, now or when it reads again: nothing here waits for anybody."""
+        self.outbox += _pack(message)
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self.outbox:
+                del self.outbox[: self.host.send(self.outbox)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            raise TrainerGone("the trainer is gone") from None
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.outbox else 0)
+        if self.selector.get_key(self.host).events != wanted:
+            self.selector.modify(self.host, wanted, (None, self._on_host))
 
     def _run(self, message: dict[str, Any]) -> None:
         parent = self.nodes.get(message["from"])
@@ -221,7 +253,7 @@ class Supervisor:
             os.close(node.files)
             node.files = -1
         self.waiting.discard(node)
-        _send(self.host, {"id": node.id, "outcome": outcome, "text": text})
+        self._tell({"id": node.id, "outcome": outcome, "text": text})
 
     # From request to running cell
 
@@ -240,6 +272,9 @@ class Supervisor:
                 socket.send_fds(parent.channel, [head + b"\n" + node.code], fds)
         except ProcessLookupError:  # the parent is dying: its death is reported by its pidfd
             return
+        except BlockingIOError:  # the parent forks but does not read what it is asked
+            self._expire(node)
+            return
         except OSError:  # out of descriptors, memory or disk
             parent.child = None
             self._answer(node, "full")
@@ -251,6 +286,7 @@ class Supervisor:
     def _equip(self, node: Node, given: contextlib.ExitStack) -> list[int]:
         """What a cell gets: its end of a channel, its output, its /tmp. Raises OSError."""
         node.channel, theirs = _channel()
+        node.channel.setblocking(False)
         given.enter_context(theirs)
         node.output = system.new_output()
         if not self.sandboxed:
@@ -280,10 +316,13 @@ class Supervisor:
         """Its parent has done its part: it is frozen again, or asked for the next child."""
         parent = node.parent
         assert parent is not None
+        assert parent.channel is not None
         parent.child = None
         parent.unmet = False
         parent.allowed = set()
         self._freeze(parent)
+        if system.unread(parent.channel):  # it forks without reading: requests, and their descriptors, would pile up
+            self._give_up(parent)
         self._fork_next(parent)
 
     def _born(self, node: Node, pid: int) -> None:
@@ -310,6 +349,8 @@ class Supervisor:
         room = 0 if self.sandboxed else socket.CMSG_SPACE(12)
         try:
             message, control, _, _ = node.channel.recvmsg(16, room)
+        except BlockingIOError:
+            return
         except OSError:
             message, control = b"", []
         if message == interpreter.HELLO and not self.sandboxed:
@@ -423,6 +464,6 @@ def _channel() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages whole
 
 
-def _send(host: socket.socket, message: dict[str, Any]) -> None:
+def _pack(message: dict[str, Any]) -> bytes:
     data = json.dumps(message).encode()
-    host.sendall(struct.pack("!I", len(data)) + data)
+    return struct.pack("!I", len(data)) + data

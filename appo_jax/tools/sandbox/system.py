@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
 import fcntl
 import os
 import resource
+import socket
+import termios
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 0x4000, 1 << 18
-PR_SET_DUMPABLE = 4
-_FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT = 430, 431, 432, 429  # the same on x86_64 and aarch64
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
+_FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT, _PIDFD_GETFD = 430, 431, 432, 429, 438  # the same on x86_64 and aarch64
 _CAP_SYS_ADMIN = 21
 
 
@@ -60,6 +63,19 @@ def new_tmpfs(size: str) -> int:
 def attach_mount(fd: int, target: str) -> None:
     """Mount what `new_tmpfs` made at `target` (move_mount(2))."""
     _check(_libc.syscall(_MOVE_MOUNT, fd, b"", -100, target.encode(), 4), f"move_mount {target}")
+
+
+def take_descriptor(pidfd: int, fd: int) -> int:
+    """A copy of another process's descriptor (pidfd_getfd(2)). Unlike a message with descriptors it needs no room for
+    descriptors in flight, which all processes of a user share."""
+    return _check(_libc.syscall(_PIDFD_GETFD, pidfd, fd, 0), "pidfd_getfd")
+
+
+def unread(channel: socket.socket) -> int:
+    """Bytes sent over a UNIX socket that the other end has not received (SIOCOUTQ)."""
+    waiting = array.array("i", [0])
+    fcntl.ioctl(channel, termios.TIOCOUTQ, waiting)
+    return waiting[0]
 
 
 def new_output() -> int:
