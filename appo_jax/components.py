@@ -19,8 +19,8 @@ from appo_jax.data.pipeline import check_prompts
 from appo_jax.data.source import Dataset, load_dataset
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import architecture_of
+from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.sharding import make_mesh, param_shardings, use_mesh
-from appo_jax.policy.transformer import Params, init_params
 from appo_jax.reward import RewardFunction, make_reward
 from appo_jax.reward.overlong import overlong_penalty
 from appo_jax.reward.response import Response

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from appo_jax.components import Components, give_rewards
-from appo_jax.policy.transformer import Params
+from appo_jax.policy.parameters import Params
 from appo_jax.types import Example, Rollout
 
 

@@ -11,7 +11,7 @@ from appo_jax.config_io import load_config
 from appo_jax.errors import CheckpointError
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import architecture_of
-from appo_jax.policy.transformer import abstract_params
+from appo_jax.policy.parameters import abstract_params
 from appo_jax.text.tokenizer import load_tokenizer
 
 

@@ -22,8 +22,8 @@ from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.optimizer import sft_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
+from appo_jax.policy.parameters import Params, abstract_params
 from appo_jax.policy.sharding import annotate, batch_sharding, place, state_shardings
-from appo_jax.policy.transformer import Params, abstract_params
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.types import Trace
 from appo_jax.view.progress import Progress

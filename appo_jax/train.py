@@ -31,8 +31,8 @@ from appo_jax.learner.loss import kl_estimate
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
+from appo_jax.policy.parameters import Params
 from appo_jax.policy.sharding import batch_sharding, place
-from appo_jax.policy.transformer import Params
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
 from appo_jax.rollout.tree import Growth, Tree, TreeGrower
 from appo_jax.run_dir import RunDir, open_run

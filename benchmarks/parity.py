@@ -43,7 +43,8 @@ from tokenizers import pre_tokenizers
 from appo_jax.config import Architecture, RolloutConfig, ToolsConfig
 from appo_jax.policy import attention, convert, weights
 from appo_jax.policy.architecture import read_architecture
-from appo_jax.policy.transformer import Params, hidden_states, rotations, unembedding
+from appo_jax.policy.parameters import Params
+from appo_jax.policy.transformer import hidden_states, rotations, unembedding
 from appo_jax.rollout.engine import Engine
 from appo_jax.text.tokenizer import JsonTokenizer
 from appo_jax.tools.executor import ToolExecutor

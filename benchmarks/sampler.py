@@ -33,8 +33,8 @@ import numpy as np
 from appo_jax.config import Architecture, RolloutConfig, ToolsConfig
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import read_architecture
+from appo_jax.policy.parameters import turned
 from appo_jax.policy.score import score
-from appo_jax.policy.transformer import turned
 from appo_jax.rollout import decode
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.seating import Fork, Seating

@@ -29,7 +29,7 @@ config = Config(
     policy=PolicyConfig(
         architecture=Architecture(
             vocab_size=1152, width=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=768,
-            qk_norm=True,
+            family="qwen3",
         ),
         tokenizer="artifacts/world/tokenizer.model",
     ),

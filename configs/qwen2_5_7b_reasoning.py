@@ -33,7 +33,7 @@ config = Config(
         path="artifacts/qwen2_5_7b_sft",  # after the cold start
         architecture=Architecture(
             vocab_size=152064, width=3584, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, mlp_width=18944,
-            rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False, qkv_bias=True,
+            rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False, family="qwen2",
         ),
     ),
     data=DataConfig(source="appo_rl", path="artifacts/appo_rl"),

@@ -33,7 +33,7 @@ config = Config(
         path="artifacts/qwen3_14b_sft",  # after the cold start
         architecture=Architecture(
             vocab_size=151936, width=5120, num_layers=40, num_heads=40, num_kv_heads=8, head_dim=128, mlp_width=17408,
-            rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False, qk_norm=True,
+            rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False, family="qwen3",
         ),
     ),
     data=DataConfig(source="appo_rl", path="artifacts/appo_rl/hard_search_1k.parquet"),

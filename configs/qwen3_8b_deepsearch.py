@@ -33,7 +33,7 @@ config = Config(
         path="artifacts/qwen3_8b_sft",  # after the cold start
         architecture=Architecture(
             vocab_size=151936, width=4096, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=12288,
-            rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False, qk_norm=True,
+            rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False, family="qwen3",
         ),
     ),
     data=DataConfig(source="appo_rl", path="artifacts/appo_rl/hard_search_1k.parquet"),

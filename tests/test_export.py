@@ -23,7 +23,7 @@ from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import TrainState
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import read_architecture
-from appo_jax.policy.transformer import Params
+from appo_jax.policy.parameters import Params
 
 GOLDEN = Path(__file__).parent / "golden"
 make = runpy.run_path(str(GOLDEN / "make_golden.py"))

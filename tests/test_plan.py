@@ -241,7 +241,7 @@ def test_the_papers_settings(name):
 # Parameters of the released models, in billions, as their model cards count them.
 @pytest.mark.parametrize(("name", "billions"), list(zip(PAPER, (7.62, 8.03, 8.19, 14.77), strict=True)))
 def test_the_architectures_have_the_released_sizes(name, billions):
-    from appo_jax.policy.transformer import abstract_params
+    from appo_jax.policy.parameters import abstract_params
 
     arch = load_config(ROOT / f"configs/{name}.py").policy.architecture
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(arch)))

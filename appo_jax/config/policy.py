@@ -24,7 +24,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Shape of the decoder. Qwen2/2.5: `qkv_bias`. Qwen3: `qk_norm`. Llama 3, SmolLM2: neither.
+    """Shape of the decoder.
 
     The name that a Hugging Face config.json has for a field stands in brackets.
     """
@@ -51,10 +51,9 @@ class Architecture:
     """ε of RMSNorm (`rms_norm_eps`)."""
     tie_embeddings: bool = True
     """Whether the output layer is the embedding, transposed (`tie_word_embeddings`)."""
-    qkv_bias: bool = False
-    """Whether query, key and value projections have biases (Qwen2, Qwen2.5)."""
-    qk_norm: bool = False
-    """Whether queries and keys are normalised per head (Qwen3)."""
+    family: str = "llama"
+    """Which parameters a layer has and what it does with them, by a name of policy/parameters.py. llama: Llama 3, SmolLM2.
+    qwen2: Qwen2 and Qwen2.5, with biases on queries, keys and values. qwen3: with a norm on queries and keys."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,18 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from appo_jax.config import OptimizerConfig, SFTConfig
-from appo_jax.policy.transformer import Params
-
-# Which axes of a matrix take its input and which give its output; every other parameter is left to AdamW.
-_MATRICES = {
-    "q": MuonDimensionNumbers(0, (1, 2)),
-    "k": MuonDimensionNumbers(0, (1, 2)),
-    "v": MuonDimensionNumbers(0, (1, 2)),
-    "o": MuonDimensionNumbers((0, 1), 2),
-    "gate": MuonDimensionNumbers(0, 1),
-    "up": MuonDimensionNumbers(0, 1),
-    "down": MuonDimensionNumbers(0, 1),
-}
+from appo_jax.policy.parameters import Params, row_of
 
 
 def rl_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -62,4 +51,12 @@ MUON_TO_ADAM = 7.0
 
 
 def _dimension_numbers(params: Params) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: _MATRICES.get(path[-1].key), params)
+    """Which axes of a matrix take its input and which give its output; None: AdamW moves it."""
+
+    def one(path: tuple[Any, ...], x: jax.Array) -> MuonDimensionNumbers | None:
+        row = row_of(path)
+        if row.kind != "matrix":
+            return None
+        return MuonDimensionNumbers(tuple(range(row.inputs)), tuple(range(row.inputs, x.ndim)))
+
+    return jax.tree_util.tree_map_with_path(one, params)

@@ -19,9 +19,10 @@ from appo_jax.learner.loss import policy_loss
 from appo_jax.policy import attention
 from appo_jax.policy.constraints import ROWS, constrain, parts
 from appo_jax.policy.logprobs import token_log_probs
+from appo_jax.policy.parameters import Params
 from appo_jax.policy.score import positions, whole_rows
 from appo_jax.policy.sharding import place, state_shardings
-from appo_jax.policy.transformer import Params, unembedding
+from appo_jax.policy.transformer import unembedding
 
 
 @jax.tree_util.register_dataclass

@@ -18,8 +18,8 @@ from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_s
 from appo_jax.policy import sharding
 from appo_jax.policy.attention import Places
 from appo_jax.policy.constraints import row_shards
+from appo_jax.policy.parameters import abstract_params
 from appo_jax.policy.score import prefill, score
-from appo_jax.policy.transformer import abstract_params
 from appo_jax.rollout.decode import SamplingSpec, append_tokens, decode_segment, empty_prefixes, empty_state
 from appo_jax.rollout.engine import APPEND_ROWS, SEGMENT_STEPS
 from appo_jax.rollout.seating import Seating

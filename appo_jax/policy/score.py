@@ -13,7 +13,8 @@ from appo_jax.policy import attention
 from appo_jax.policy.attention import Attend, LayerCache
 from appo_jax.policy.constraints import platform, replicate
 from appo_jax.policy.logprobs import token_log_probs
-from appo_jax.policy.transformer import Params, hidden_states, rotations, unembedding
+from appo_jax.policy.parameters import Params
+from appo_jax.policy.transformer import hidden_states, rotations, unembedding
 
 
 class Scored(NamedTuple):

@@ -27,17 +27,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from appo_jax.config import Architecture, MeshConfig
 from appo_jax.errors import ConfigError
 from appo_jax.policy.constraints import AXES, ROWS, spec_of
-from appo_jax.policy.transformer import Params, abstract_params
+from appo_jax.policy.parameters import TOP, Params, abstract_params, row_of
 
 Layout = Literal["train", "generate"]
 Tree = TypeVar("Tree")
 
-# The logical axes of every parameter, a letter of types.py for each array axis; F is the MLP's inner width.
-LOGICAL_AXES = {
-    "embed": "VD", "norm": "D", "unembed": "DV",
-    "attn_norm": "D", "q": "DHE", "k": "DKE", "v": "DKE", "o": "HED", "q_bias": "HE", "k_bias": "KE", "v_bias": "KE",
-    "q_norm": "E", "k_norm": "E", "mlp_norm": "D", "gate": "DF", "up": "DF", "down": "FD",
-}  # fmt: skip
+# From a logical axis of a parameter to the mesh axis that splits it.
 _TENSOR = {"H": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 RULES: dict[Layout, Mapping[str, str]] = {"train": _TENSOR | {"D": "fsdp"}, "generate": _TENSOR}
 
@@ -94,7 +89,7 @@ def param_shardings(arch: Architecture, mesh: Mesh, layout: Layout) -> Params:
 
     def one(path: tuple[Any, ...], array: jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        axes = LOGICAL_AXES[path[-1].key]
+        axes = row_of(path).axes
         try:
             return NamedSharding(mesh, partition_spec(name, axes, array.shape, RULES[layout], mesh))
         except ConfigError as error:
@@ -181,9 +176,9 @@ def reshard(params: Params, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Params:
     """
 
     def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        name = path[-1].key
-        spec = partition_spec(name, LOGICAL_AXES[name], x.shape, RULES["generate"], mesh)
-        x = x if name.endswith("norm") else x.astype(dtype)
+        row = row_of(path)
+        spec = partition_spec(path[-1].key, row.axes, x.shape, RULES["generate"], mesh)
+        x = x if row.kind == "norm" else x.astype(dtype)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(one, params)
@@ -192,6 +187,6 @@ def reshard(params: Params, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Params:
 def generating(params: Params, mesh: Mesh, dtype: Any) -> Params:
     """`params` as decoding wants them: resharded, unless they are that already."""
     rules, embed = RULES["generate"], params["embed"]
-    target = NamedSharding(mesh, partition_spec("embed", LOGICAL_AXES["embed"], embed.shape, rules, mesh))
+    target = NamedSharding(mesh, partition_spec("embed", TOP["embed"].axes, embed.shape, rules, mesh))
     in_place = mesh.size == 1 or embed.sharding.is_equivalent_to(target, embed.ndim)
     return params if in_place and embed.dtype == dtype else reshard(params, mesh, dtype)

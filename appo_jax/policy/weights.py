@@ -1,7 +1,7 @@
 """Weights from and to Hugging Face folders of safetensors files.
 
 Loading reads each tensor's slices straight into its shards: the host holds about one tensor at a time. Exporting what
-was loaded gives every tensor back byte for byte. The parameter tree is described in transformer.py.
+was loaded gives every tensor back byte for byte. Names and axes are those of parameters.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +24,8 @@ from safetensors.numpy import save_file
 from appo_jax.config import Architecture
 from appo_jax.errors import WeightsError
 from appo_jax.policy.architecture import read_architecture, to_hf
-from appo_jax.policy.transformer import Params, abstract_params
+from appo_jax.policy.parameters import KeyPath, Parameter, Params, parameters, put
 
-# Each of our arrays: its name in a Hugging Face file, and for each axis of the stored tensor the axes of ours that it
-# merges. `q [D, H, E]` is stored as `[H·E, D]`: ((1, 2), (0,)). Rope is half-split on both sides: nothing is permuted.
-_Axes = tuple[tuple[int, ...], ...]
-_TOP: dict[str, tuple[str, _Axes]] = {
-    "embed": ("model.embed_tokens.weight", ((0,), (1,))),
-    "norm": ("model.norm.weight", ((0,),)),
-    "unembed": ("lm_head.weight", ((1,), (0,))),
-}
-_LAYER: dict[str, tuple[str, _Axes]] = {
-    "attn_norm": ("input_layernorm.weight", ((0,),)),
-    "q": ("self_attn.q_proj.weight", ((1, 2), (0,))),
-    "k": ("self_attn.k_proj.weight", ((1, 2), (0,))),
-    "v": ("self_attn.v_proj.weight", ((1, 2), (0,))),
-    "o": ("self_attn.o_proj.weight", ((2,), (0, 1))),
-    "q_bias": ("self_attn.q_proj.bias", ((0, 1),)),
-    "k_bias": ("self_attn.k_proj.bias", ((0, 1),)),
-    "v_bias": ("self_attn.v_proj.bias", ((0, 1),)),
-    "q_norm": ("self_attn.q_norm.weight", ((0,),)),
-    "k_norm": ("self_attn.k_norm.weight", ((0,),)),
-    "mlp_norm": ("post_attention_layernorm.weight", ((0,),)),
-    "gate": ("mlp.gate_proj.weight", ((1,), (0,))),
-    "up": ("mlp.up_proj.weight", ((1,), (0,))),
-    "down": ("mlp.down_proj.weight", ((1,), (0,))),
-}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
@@ -62,9 +37,9 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 class _Tensor:
     """One array of ours and how Hugging Face stores it."""
 
-    path: tuple[Any, ...]  # in the parameter tree
+    path: KeyPath  # in the parameter tree
     name: str  # in the files
-    axes: _Axes
+    axes: tuple[tuple[int, ...], ...]  # for each axis of the stored tensor, the axes of ours that it merges
     shape: tuple[int, ...]  # ours
 
     @property
@@ -104,13 +79,13 @@ def load(folder: str | Path, shardings: Any = None, dtype: Any = None) -> Params
     Raises WeightsError that lists every missing, extra or wrongly shaped tensor, before anything is read.
     """
     folder = Path(folder)
-    tensors = list(_tensors(read_architecture(folder)))
+    tensors = _tensors(read_architecture(folder))
     files = _check(folder, tensors)
     params: Params = {}
     for tensor in tensors:
         sharding = _get(shardings, tensor.path) if shardings is not None else None
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        _set(params, tensor.path, _load_one(tensor, files[tensor.name], sharding, dtype))
+        put(params, tensor.path, _load_one(tensor, files[tensor.name], sharding, dtype))
     return params
 
 
@@ -152,7 +127,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    tensors = list(_tensors(arch))
+    tensors = _tensors(arch)
     shards: list[list[_Tensor]] = [[]]
     filled = total = 0
     for tensor in tensors:
@@ -203,16 +178,14 @@ def _write_companions(folder: Path, config: dict[str, Any], tokenizer: Path | No
     _write_json(folder / "generation_config.json", generation)
 
 
-def _tensors(arch: Architecture) -> Iterator[_Tensor]:
-    """Every array of the tree, in the order of the layers."""
-    shapes = abstract_params(arch)
-    for key, (name, axes) in _TOP.items():
-        if key in shapes:
-            yield _Tensor((key,), name, axes, shapes[key].shape)
-    for i, layer in sorted(shapes["layers"].items()):
-        for key, array in layer.items():
-            name, axes = _LAYER[key]
-            yield _Tensor(("layers", i, key), f"model.layers.{i}.{name}", axes, array.shape)
+def _tensors(arch: Architecture) -> list[_Tensor]:
+    """Every parameter, in the order of the layers."""
+
+    def tensor(path: KeyPath, row: Parameter) -> _Tensor:
+        layer = f"model.layers.{path[1]}." if path[0] == "layers" else ""
+        return _Tensor(path, f"{layer}{row.hf}.{row.suffix}", row.hf_axes, row.shape(arch))
+
+    return [tensor(path, row) for path, row in parameters(arch)]
 
 
 def _check(folder: Path, tensors: list[_Tensor]) -> dict[str, Path]:
@@ -255,16 +228,10 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def _get(tree: Any, path: tuple[Any, ...]) -> Any:
+def _get(tree: Any, path: KeyPath) -> Any:
     for key in path:
         tree = tree[key]
     return tree
-
-
-def _set(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
 
 
 def _read_json_if_any(file: Path) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from appo_jax.config import Architecture
 from appo_jax.policy import attention
 from appo_jax.policy.attention import Blocks, LayerCache, Places
 from appo_jax.policy.constraints import ROWS, on_each_device, parts, platform, replicate
-from appo_jax.policy.transformer import Params, Rotations, hidden_states, rotations, unembed, unembedding
+from appo_jax.policy.parameters import Params
+from appo_jax.policy.transformer import Rotations, hidden_states, rotations, unembed, unembedding
 from appo_jax.rollout.sampling import draw, truncate
 
 BY_ROW, BY_HEAD, BY_CACHE = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor"), PartitionSpec(ROWS, "tensor")

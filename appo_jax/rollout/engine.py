@@ -25,8 +25,8 @@ from appo_jax import distributed
 from appo_jax.config import Architecture, MeshConfig, RolloutConfig
 from appo_jax.policy.attention import Blocks, LayerCache, Places, room
 from appo_jax.policy.constraints import platform, row_shards
+from appo_jax.policy.parameters import Params, turned
 from appo_jax.policy.sharding import generating, make_mesh, place
-from appo_jax.policy.transformer import Params, turned
 from appo_jax.rollout.decode import (
     DecodeState,
     NewRows,

@@ -9,8 +9,8 @@ import numpy as np
 
 from appo_jax.config import Architecture
 from appo_jax.policy.attention import LayerCache
+from appo_jax.policy.parameters import Params
 from appo_jax.policy.score import prefill
-from appo_jax.policy.transformer import Params
 
 
 def prompt_caches(

@@ -16,8 +16,8 @@ from appo_jax.branching.select import select
 from appo_jax.branching.turns import after_tool_calls, fresh, random_turns
 from appo_jax.config import BranchingConfig, RolloutConfig
 from appo_jax.policy.attention import LayerCache
+from appo_jax.policy.parameters import Params
 from appo_jax.policy.score import score
-from appo_jax.policy.transformer import Params
 from appo_jax.rollout.batch import Batch
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.seating import Fork

@@ -17,8 +17,9 @@ from appo_jax.config import AdvantageConfig, Architecture, LossConfig
 from appo_jax.learner.loss import policy_loss, sampler_correction, token_weights
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, batch_loss, gradients, make_train_step
 from appo_jax.policy import attention
+from appo_jax.policy.parameters import abstract_params
 from appo_jax.policy.score import positions
-from appo_jax.policy.transformer import abstract_params, hidden_states, rotations, unembedding
+from appo_jax.policy.transformer import hidden_states, rotations, unembedding
 
 R, T, P, M = 4, 7, 2, 6
 MODES = ("paper", "token_mean", "seq_mean", "constant")

@@ -11,12 +11,13 @@ import pytest
 
 from appo_jax.config import Architecture, Remat
 from appo_jax.policy import attention
+from appo_jax.policy.parameters import Params, init_params, turned
 from appo_jax.policy.score import positions
-from appo_jax.policy.transformer import Params, hidden_states, init_params, rotations, turned
+from appo_jax.policy.transformer import hidden_states, rotations
 
 FAMILIES = {
-    "qwen2": Architecture(96, 32, 3, 4, 2, 8, 48, qkv_bias=True),
-    "qwen3": Architecture(96, 32, 3, 4, 2, 8, 48, qk_norm=True, tie_embeddings=False),
+    "qwen2": Architecture(96, 32, 3, 4, 2, 8, 48, family="qwen2"),
+    "qwen3": Architecture(96, 32, 3, 4, 2, 8, 48, family="qwen3", tie_embeddings=False),
     "llama": Architecture(96, 32, 3, 4, 2, 8, 48),
 }
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 13))

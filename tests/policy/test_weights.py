@@ -15,10 +15,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from appo_jax.config import Architecture, RopeScaling
-from appo_jax.errors import WeightsError
+from appo_jax.config import Architecture, PolicyConfig, RopeScaling
+from appo_jax.errors import ConfigError, WeightsError
 from appo_jax.policy import weights
-from appo_jax.policy.architecture import from_hf, read_architecture, to_hf
+from appo_jax.policy.architecture import architecture_of, from_hf, read_architecture, to_hf
+from appo_jax.policy.parameters import init_params
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 make = runpy.run_path(str(GOLDEN / "make_golden.py"))
@@ -248,8 +249,8 @@ LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, orig
 @pytest.mark.parametrize(
     "arch",
     [
-        Architecture(100, 32, 2, 4, 2, 8, 64, rope_theta=1e6, qkv_bias=True, tie_embeddings=False),
-        Architecture(100, 32, 2, 4, 2, 16, 64, qk_norm=True, norm_eps=1e-5),
+        Architecture(100, 32, 2, 4, 2, 8, 64, rope_theta=1e6, family="qwen2", tie_embeddings=False),
+        Architecture(100, 32, 2, 4, 2, 16, 64, family="qwen3", norm_eps=1e-5),
         Architecture(100, 32, 2, 4, 4, 8, 64, rope_theta=5e5, rope_scaling=LLAMA3, tie_embeddings=False),
     ],
 )
@@ -265,7 +266,7 @@ def test_fields_of_real_configs():
         "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": False,
         "use_sliding_window": False, "vocab_size": 152064,
     })  # fmt: skip
-    assert qwen == Architecture(152064, 3584, 28, 28, 4, 128, 18944, 1e6, None, 1e-6, False, qkv_bias=True)
+    assert qwen == Architecture(152064, 3584, 28, 28, 4, 128, 18944, 1e6, None, 1e-6, False, family="qwen2")
     llama = from_hf({
         "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096,
         "intermediate_size": 14336, "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 32,
@@ -307,6 +308,8 @@ def test_what_would_change_the_result_is_refused_by_name(family, change, words):
         from_hf(config | change)
 
 
-def test_families_that_do_not_exist_are_not_exported():
-    with pytest.raises(WeightsError, match="qkv_bias"):
-        to_hf(Architecture(100, 32, 2, 4, 2, 8, 64, qkv_bias=True, qk_norm=True))
+def test_an_unknown_family_is_refused_by_name():
+    arch = Architecture(100, 32, 2, 4, 2, 8, 64, family="gemma")
+    for use in (lambda: architecture_of(PolicyConfig(architecture=arch)), lambda: init_params(arch, 0)):
+        with pytest.raises(ConfigError, match=r"policy\.architecture\.family = 'gemma': expected one of llama, qwen2"):
+            use()

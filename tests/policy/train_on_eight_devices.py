@@ -18,6 +18,7 @@ from appo_jax.learner.loss import token_weights
 from appo_jax.learner.optimizer import sft_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step
 from appo_jax.policy import weights
+from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.score import score
 from appo_jax.policy.sharding import (
     annotate,
@@ -29,11 +30,10 @@ from appo_jax.policy.sharding import (
     state_shardings,
     use_mesh,
 )  # fmt: skip
-from appo_jax.policy.transformer import Params, init_params
 
 FAMILIES = {
-    "qwen2": Architecture(96, 32, 2, 4, 2, 8, 48, qkv_bias=True),
-    "qwen3": Architecture(96, 32, 2, 4, 2, 8, 48, qk_norm=True, tie_embeddings=False),
+    "qwen2": Architecture(96, 32, 2, 4, 2, 8, 48, family="qwen2"),
+    "qwen3": Architecture(96, 32, 2, 4, 2, 8, 48, family="qwen3", tie_embeddings=False),
     "llama": Architecture(96, 32, 2, 4, 2, 8, 48),
 }
 MESHES = {"8x1": (8, 1, 1), "4x2": (4, 2, 1), "2x2x2": (2, 2, 2)}

@@ -15,7 +15,7 @@ import sentencepiece
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
 from appo_jax.data.documents import Document
-from appo_jax.policy.transformer import Params, init_params
+from appo_jax.policy.parameters import Params, init_params
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tree import TreeGrower
 from appo_jax.text.tokenizer import SentencePieceTokenizer

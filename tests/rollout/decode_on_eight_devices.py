@@ -12,8 +12,8 @@ import pytest
 
 from appo_jax.config import Architecture, BranchingConfig, MeshConfig, RolloutConfig
 from appo_jax.policy.attention import Places
+from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.sharding import generating, make_mesh, param_shardings, place, use_mesh
-from appo_jax.policy.transformer import Params, init_params
 from appo_jax.rollout.decode import (
     SamplingSpec,
     append_tokens,

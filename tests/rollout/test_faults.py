@@ -7,7 +7,7 @@ import pytest
 from faulty_server import Server
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, SearchToolConfig, ToolsConfig
-from appo_jax.policy.transformer import Params
+from appo_jax.policy.parameters import Params
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.stats import rollout_metrics
 from appo_jax.rollout.tree import TreeGrower

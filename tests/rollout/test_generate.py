@@ -13,7 +13,7 @@ import pytest
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
 from appo_jax.data.documents import Document
 from appo_jax.errors import ConfigError
-from appo_jax.policy.transformer import Params
+from appo_jax.policy.parameters import Params
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tool_results import result_buckets
 from appo_jax.rollout.tree import TreeGrower

@@ -25,7 +25,7 @@ from appo_jax.config import (
 )
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, make_train_step
-from appo_jax.policy.transformer import Params
+from appo_jax.policy.parameters import Params
 from appo_jax.reward.response import Response
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tree import TreeGrower

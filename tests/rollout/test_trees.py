@@ -12,7 +12,7 @@ import oracle
 import pytest
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig
-from appo_jax.policy.transformer import Params
+from appo_jax.policy.parameters import Params
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tree import Tree, TreeGrower, already_branched
 from appo_jax.text.tokenizer import SentencePieceTokenizer
