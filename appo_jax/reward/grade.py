@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 from appo_jax.reward import qa
-from appo_jax.reward.latex import last_boxed
+from appo_jax.reward.latex import boxed_answer
 from appo_jax.reward.math import math_equal
 from appo_jax.reward.response import Response
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_OPEN, _CLOSE = "<answer>", "</answer>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +24,27 @@ class Grade:
 def final_answer(response: Response) -> str | None:
     """What the policy gave as its answer, whatever the format: only its own words count, never a tool result.
 
-    The last `\\boxed{…}` of the last <answer> block; else the last one anywhere; else the last block's text.
+    The last `\\boxed{…}` of the last <answer> block (several of them where they are joined); else the last one anywhere;
+    else the last block's text.
     """
     text = response.sampled_text
-    blocks = _ANSWER.findall(text)
-    if blocks and (boxed := last_boxed(blocks[-1])) is not None:
+    block = _last_block(text)
+    if block is not None and (boxed := boxed_answer(block)) is not None:
         return boxed
-    boxed = last_boxed(text)
-    return boxed if boxed is not None or not blocks else blocks[-1].strip()
+    boxed = boxed_answer(text)
+    return boxed if boxed is not None or block is None else block.strip()
+
+
+def _last_block(text: str) -> str | None:
+    """What stands in the last `<answer>…</answer>`."""
+    close = text.rfind(_CLOSE)
+    while close >= 0:
+        before = text.rfind(_CLOSE, 0, close)
+        start = text.find(_OPEN, max(0, before), close)
+        if start >= 0:
+            return text[start + len(_OPEN) : close]
+        close = before
+    return None
 
 
 def grade(response: Response) -> Grade:

@@ -6,7 +6,8 @@ import re
 
 # A box, a brace, or an escape to step over (\\{ and \\}); `\\\\boxed`, escaped once too often, is a box as well.
 _BOX_OR_BRACE = re.compile(r"(?P<box>(?<!\\)\\++boxed\s*\{)|\\.|[{}]", re.DOTALL)
-_TEXT_COMMAND = re.compile(r"\\(?:text|mbox|mathrm|mathbf|mathit|operatorname)[a-z]*\s*\{([^{}]*)\}")
+_MAX_GAP = 60  # characters between two boxes of one answer
+_TEXT_OR_BRACE = re.compile(r"(?P<text>\\(?:text|mbox|mathrm|mathbf|mathit|operatorname)[a-z]*\s*\{)|[{}]")
 _MATH_DELIMITER = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _NO_SPACE = re.compile(r"\\!|\{,\}")
 _SPACE = re.compile(r"\\(?:[,;: ]|q?quad\b|thinspace\b)|~")
@@ -14,28 +15,76 @@ _ESCAPED = re.compile(r"\\([%$&#_])")
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last `\\boxed{…}` whose braces close (an inner one counts as later than its outer); else None.
+    """Content of the last `\\boxed{…}` whose braces close (an inner one counts as later than its outer); else None."""
+    boxes = _boxes(text)
+    return text[boxes[-1][1] : boxes[-1][2]] if boxes else None
 
-    One pass, in time linear in the text."""
+
+def boxed_answer(text: str) -> str | None:
+    """The answer in boxes: the last one, with those right before it that are joined to it by a comma, "and" or the like.
+
+    `\\boxed{3} and \\boxed{5}` answers `3, 5`, while `\\boxed{3}, so \\boxed{5}` answers `5`. None without a closed box.
+    """
+    outermost: list[tuple[int, int, int]] = []
+    for box in _boxes(text):
+        if not outermost or box[0] >= outermost[-1][2]:
+            outermost.append(box)
+    if not outermost:
+        return None
+    answers: list[str] = []
+    following = None  # where the box after this one begins
+    for start, begin, end in reversed(outermost):
+        if following is not None and not _joined(text[end + 1 : following]):
+            break
+        content = text[begin:end]
+        inner = last_boxed(content)
+        answers.append(content if inner is None else inner)
+        following = start
+    return ", ".join(dict.fromkeys(reversed(answers)))  # one that is said twice counts once
+
+
+def _boxes(text: str) -> list[tuple[int, int, int]]:
+    """(start, start of the content, end of the content) of every closed box, by start; in time linear in the text."""
     open_braces: list[
-        int | None
-    ] = []  # of each brace that is still open: where its box's content begins, if it is a box
-    content: tuple[int, int] | None = None
+        tuple[int, int] | None
+    ] = []  # what is still open: a box's start and its content's, None for a brace
+    boxes = []
     for token in _BOX_OR_BRACE.finditer(text):
         if token["box"]:
-            open_braces.append(token.end())
+            open_braces.append(token.span())
         elif token.group() == "{":
             open_braces.append(None)
-        elif token.group() == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None and (content is None or start > content[0]):
-                content = start, token.start()
-    return text[slice(*content)] if content else None
+        elif token.group() == "}" and open_braces and (box := open_braces.pop()):
+            boxes.append((*box, token.start()))
+    return sorted(boxes)
+
+
+def _joined(gap: str) -> bool:
+    """Whether the text between two boxes makes them one answer. `y =` may stand before the second box."""
+    if len(gap) > _MAX_GAP:
+        return False
+    gap = re.sub(r"\\(?:text[a-z]*|mbox|q?quad)\b|\\[,;: ]|[\s${}~]", "", gap)
+    return re.fullmatch(r"(?:[,;]|[,;]?(?:and|or|&))(?:\\?[a-zA-Z]\w{0,8}=)?", gap) is not None
 
 
 def plain(text: str) -> str:
     """`text` without LaTeX's text commands, delimiters, spacing and escapes: `\\text{5\\%}` becomes `5%`."""
-    while (unwrapped := _TEXT_COMMAND.sub(r"\1", text)) != text:
-        text = unwrapped
-    text = _NO_SPACE.sub(lambda m: "," if "," in m.group() else "", _MATH_DELIMITER.sub("", text))
+    text = _NO_SPACE.sub(
+        lambda m: "," if "," in m.group() else "", _MATH_DELIMITER.sub("", _without_text_commands(text))
+    )
     return _ESCAPED.sub(r"\1", _SPACE.sub(" ", text)).strip()
+
+
+def _without_text_commands(text: str) -> str:
+    """`text` with each `\\text{…}` that closes replaced by what is in it."""
+    pieces: list[str] = []
+    open_braces: list[int | None] = []  # the piece that opened each text command, None for another brace
+    end = 0
+    for token in _TEXT_OR_BRACE.finditer(text):
+        pieces += (text[end : token.start()], token.group())
+        end = token.end()
+        if token.group() != "}":
+            open_braces.append(len(pieces) - 1 if token["text"] else None)
+        elif open_braces and (opening := open_braces.pop()) is not None:
+            pieces[opening] = pieces[-1] = ""
+    return "".join(pieces) + text[end:]

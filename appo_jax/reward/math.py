@@ -1,97 +1,36 @@
-"""Mathematical answers: equal as plain numbers, as written, or by math-verify.
+"""Mathematical answers: whether two of them are the same value. docs/grading.md lists the rules.
 
-Plain numbers are compared exactly, as fractions, without a computer algebra system: most golds are of this kind.
-Everything else goes to math-verify in a process of its own (math_worker.py), because an answer such as
-`9^{9^{9^9}}` never returns, and because math-verify's own time limit needs the main thread.
+Notation, structure, units and plain numbers are ours: they are read exactly, in every spelling that policies and data sets
+use, and most answers need nothing else. What is left, expressions, goes to math-verify (verify.py).
 """
 
 from __future__ import annotations
 
-import atexit
-import dataclasses
-import functools
-import json
-import os
 import re
-import subprocess
-import sys
-import threading
-from fractions import Fraction
+import time
+from collections.abc import Sequence
 
-from appo_jax.errors import AppoError
-from appo_jax.reward.latex import plain
+from appo_jax.reward import qa, verify
+from appo_jax.reward.notation import clean
+from appo_jax.reward.number import numbers_equal, read_number
+from appo_jax.reward.structure import Group, choice, read_group, unwrapped
+from appo_jax.reward.units import split_unit
 
 MAX_ANSWER_CHARS = 400
-"""Longer answers are wrong; no gold comes near."""
-VERIFY_SECONDS = 3.0
-"""Wall time of one comparison by math-verify; one that needs more counts as unequal."""
+"""Answers longer than this and than four times the gold are wrong, unless they are written as the gold is."""
+MAX_PARTS = 40
+"""Answers of more parts, or nested deeper than `MAX_DEPTH`, are equal only as written."""
+MAX_DEPTH = 5
 
-_NUMBER = re.compile(
-    r"""(?P<sign>[-+−]?)\s*(?:[$€£]\s*)?
-    (?: \\[dt]?frac\s*\{\s*(?P<num>\d+)\s*\}\s*\{\s*(?P<den>\d+)\s*\}
-      | (?P<over>\d+)\s*/\s*(?P<under>\d+)
-      | (?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?:\.(?P<decimals>\d*))? )
-    \s*(?P<percent>%)?(?:\s*\^?\s*\{?(?:\\circ|°)\}?)?\.?""",
-    re.VERBOSE,
+_NAME = r"(?:\\[a-zA-Z]+|[a-zA-Z]{1,3})(?:_\{?\w+\}?)?'?(?:\s*\([^()=]*\))?"
+_ASSIGNMENT = re.compile(
+    rf"(\(\s*[a-z]\s*(?:,\s*[a-z]\s*)+\)|m?\s*\\angle\s*[A-Z]{{1,3}}|{_NAME})\s*(?:=|\\in(?![a-z]))\s*([^=]+)"
 )
-_UNIT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{\s*(?!\s*(?:and|or)\b)[a-zA-Z./ ]+\}(?:\s*\^\s*(?:\d|\{\d\}))?\s*$")
 _BASE = re.compile(r"_\s*\{?(\d+)\}?$")
-
-
-@dataclasses.dataclass(frozen=True)
-class Number:
-    """A number as written: `decimals` digits after the point, perhaps with a percent sign (not yet divided by 100)."""
-
-    value: Fraction
-    decimals: int
-    percent: bool
-
-
-def parse_number(text: str) -> Number | None:
-    """Read a plain number: sign, currency, thousands separators, decimals, a/b, \\frac{a}{b}, percent, degrees, unit.
-
-    None for anything else, which is then not a plain number ("2x", "1, 3", "4343_6").
-    """
-    text = plain(_UNIT.sub("", text.strip().strip("$")))
-    match = _NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    part = match.groupdict()
-    top, bottom = part["num"] or part["over"], part["den"] or part["under"]
-    decimals = part["decimals"] or ""
-    if top:
-        if int(bottom) == 0:
-            return None
-        value = Fraction(int(top), int(bottom))
-    elif part["whole"] or decimals:
-        digits = (part["whole"] or "").replace(",", "") + decimals
-        value = Fraction(int(digits), 10 ** len(decimals))
-    else:
-        return None
-    return Number(-value if part["sign"] in ("-", "−") else value, len(decimals), part["percent"] is not None)
-
-
-def numbers_equal(answer: Number, gold: Number) -> bool:
-    """Exact equality, with two allowances.
-
-    A decimal written to at least six places may be off by 1e-6 of the smaller of 1 and the gold (1/3 = 0.333333).
-    A percent sign on one side only is read either way: 10% is 10 and 0.1.
-    """
-    readings = [answer.value]
-    if answer.percent != gold.percent:
-        readings.append(answer.value / 100 if answer.percent else answer.value * 100)
-    tolerance = Fraction(1, 10**6) * min(Fraction(1), abs(gold.value))
-    if max(answer.decimals, gold.decimals) < 6:
-        tolerance = Fraction(0)
-    return any(abs(value - gold.value) <= tolerance for value in readings)
-
-
-def _as_written(text: str) -> str:
-    """Spelling differences that never matter, removed."""
-    text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\s+|\.$", "", plain(text))
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"^\(([A-Z])\)$", r"\1", text)  # a choice: (B) is B
-    return text.casefold() if re.fullmatch(r"[^\W\d_]{2,}", text) else text
+# What only a computer algebra system can read beside a group: x > 2 is (2, \infty).
+_RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|mid|mathbb|cup|cap|setminus|begin)(?![a-z])")
+_WORDS = re.compile(r"[\w\s:'.-]*[^\W\d_]{2}[\w\s:'.-]*")
+_ONLY_WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s'-]+[^\W\d_]+)*")
 
 
 def math_equal(answer: str, gold: str) -> bool | None:
@@ -99,78 +38,158 @@ def math_equal(answer: str, gold: str) -> bool | None:
 
     Raises AppoError when math-verify cannot be started.
     """
-    answer, gold = answer.strip(), gold.strip()
-    if not answer or len(answer) > MAX_ANSWER_CHARS:
+    if not answer.strip() or not gold.strip():
         return False
-    if _as_written(answer) == _as_written(gold):
+    if answer.strip() == gold.strip():
         return True
-    answer_number, gold_number = parse_number(answer), parse_number(gold)
-    if answer_number and gold_number:
-        return numbers_equal(answer_number, gold_number)
-    answer_base, gold_base = _BASE.search(answer), _BASE.search(gold)
-    if answer_base and gold_base and answer_base.group(1) != gold_base.group(1):
-        return False  # math-verify drops the base of 43_5
-    return _verify(answer, gold)
+    if len(answer) > max(MAX_ANSWER_CHARS, 4 * len(gold)):
+        return False
+    comparison = _Comparison()
+    equal = comparison.equal(clean(answer), clean(gold))
+    return None if comparison.timed_out and not equal else equal
 
 
-class _Worker:
-    """One process that runs math_worker.py; it kills itself when a comparison takes too long, and is started anew."""
+class _Comparison:
+    """One comparison of two answers; their parts share one time limit. Texts are in clean notation."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
-        atexit.register(self.close)
+        self.timed_out = False
+        self._seconds_left = verify.VERIFY_SECONDS
 
-    def compare(self, answer: str, gold: str) -> bool | None:
-        with self._lock:
-            process = self._process or self._start()
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                process.stdin.write(json.dumps([answer, gold]) + "\n")
-                process.stdin.flush()
-                reply = process.stdout.readline()
-            except BrokenPipeError:
-                reply = ""
-            if not reply:  # it died of its time limit or its memory limit
-                self._stop()
-                return None
-            verdict: bool = json.loads(reply)
+    def equal(self, answer: str, gold: str, depth: int = 0) -> bool:
+        if not answer or not gold or _as_written(answer) == _as_written(gold):
+            return bool(answer) and bool(gold)
+        if depth > MAX_DEPTH:
+            return False
+        answer, gold = _without_assignment(answer, gold)
+        if letter := choice(gold):
+            return (choice(answer) or answer.upper()) == letter
+        answer, gold = unwrapped(answer), unwrapped(gold)
+        if (verdict := _plain_numbers(answer, gold)) is not None:
             return verdict
-
-    def _start(self) -> subprocess.Popen[str]:
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-m", "appo_jax.reward.math_worker", str(VERIFY_SECONDS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-            start_new_session=True,  # Ctrl-C is for the trainer
+        a, g = _read(answer), _read(gold)
+        if a is None and g is None:
+            return self._expressions(answer, gold, depth)
+        return self._groups(a or _alone(answer), g or _alone(gold), depth) or (
+            bool(_RELATION.search(answer + gold)) and self._verify(answer, gold)
         )
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
-            self._stop()
-            raise AppoError(
-                f"math-verify could not be started by {sys.executable} (its message is above); mathematical golds need "
-                "it: reinstall appo_jax with its dependencies"
-            )
-        return process
 
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+    def _groups(self, answer: Group, gold: Group, depth: int) -> bool:
+        """Lists and sets in any order, a list with as many of each, everything else part by part in the same brackets."""
+        if max(len(answer.parts), len(gold.parts)) > MAX_PARTS:
+            return False
+        kinds = answer.opening, gold.opening
+        if set(kinds) <= {"", "\\{"} or kinds == ("\\cup", "\\cup"):
+            pairs_off = self._same_set if "\\{" in kinds else self._same_list
+            return pairs_off(answer.parts, gold.parts, depth)
+        if len(answer.parts) != len(gold.parts) or not _same_brackets(answer, gold):
+            return False
+        return all(self.equal(a, g, depth + 1) for a, g in zip(answer.parts, gold.parts, strict=True))
 
-    def close(self) -> None:
-        with self._lock:
-            self._stop()
+    def _same_set(self, answer: Sequence[str], gold: Sequence[str], depth: int) -> bool:
+        return all(any(self.equal(a, g, depth + 1) for a in answer) for g in gold) and all(
+            any(self.equal(a, g, depth + 1) for g in gold) for a in answer
+        )
+
+    def _same_list(self, answer: Sequence[str], gold: Sequence[str], depth: int) -> bool:
+        left = list(gold)
+        for a in answer:
+            match = next((i for i, g in enumerate(left) if self.equal(a, g, depth + 1)), None)
+            if match is None:
+                return False
+            left.pop(match)
+        return not left
+
+    def _expressions(self, answer: str, gold: str, depth: int) -> bool:
+        if _WORDS.fullmatch(answer) and _WORDS.fullmatch(gold) and _same_words(answer, gold):
+            return True
+        if _ONLY_WORDS.fullmatch(answer) and _ONLY_WORDS.fullmatch(gold):
+            return False  # math-verify would take words for products of letters: "act" for "cat"
+        a, g = split_unit(answer), split_unit(gold)
+        if a is None or g is None or (g[1] is not None and a[1] not in (None, g[1])):
+            return False
+        if a[1] is not None or g[1] is not None:
+            return self.equal(a[0], g[0], depth + 1)
+        bases = [base[1] for text in (answer, gold) if (base := _BASE.search(text))]
+        if len(set(bases)) > 1:
+            return False  # math-verify drops the base of 43_5
+        return self._verify(answer, gold)
+
+    def _verify(self, answer: str, gold: str) -> bool:
+        if not _has_letter(answer, "i") and _has_letter(gold, "i") and not _has_letter(gold, "j"):
+            answer = re.sub(r"(?<![a-zA-Z\\])j(?![a-zA-Z])", "i", answer)  # the imaginary unit of engineers
+        verdict = None
+        if self._seconds_left > 0:
+            verify.start()
+            began = time.monotonic()
+            verdict = verify.same_value(answer, gold)
+            self._seconds_left -= time.monotonic() - began
+        self.timed_out |= verdict is None
+        return bool(verdict)
 
 
-_worker = _Worker()
+def _plain_numbers(answer: str, gold: str) -> bool | None:
+    """The verdict on two plain numbers; None when one of them is something else."""
+    a, g = read_number(answer), read_number(gold)
+    if a is None and g is not None:
+        a = read_number(answer, decimal_comma=True)
+    elif g is None and a is not None:
+        g = read_number(gold, decimal_comma=True)
+    return numbers_equal(a, g) if a is not None and g is not None else None
 
 
-@functools.lru_cache(maxsize=8192)
-def _verify(answer: str, gold: str) -> bool | None:
-    """math-verify's verdict; rollouts of one prompt repeat answers, hence the cache."""
-    return _worker.compare(answer, gold)
+def _read(text: str) -> Group | None:
+    """The parts of an answer, with `\\pm` written out as two."""
+    if text == r"\emptyset":
+        return Group("\\{", "\\}", ())
+    group = read_group(text) or (_alone(text) if r"\pm" in text else None)
+    if group is None or group.opening not in ("", "\\{"):
+        return group
+    parts: list[str] = []
+    for part in group.parts:
+        parts += [_signed(part, "+", "-"), _signed(part, "-", "+")] if r"\pm" in part else [part]
+    return Group(group.opening, group.closing, tuple(parts))
+
+
+def _alone(text: str) -> Group:
+    return Group("", "", (text,))
+
+
+def _signed(text: str, plus_minus: str, minus_plus: str) -> str:
+    return text.replace(r"\pm", plus_minus).replace(r"\mp", minus_plus).lstrip("+ ")
+
+
+def _same_brackets(answer: Group, gold: Group) -> bool:
+    """Whether two groups are of one kind. A tuple's brackets may be left out or be pointed; a column is a tuple."""
+
+    def kind(group: Group) -> tuple[str, str]:
+        if group.opening == "matrix":
+            rows = any(part.startswith("[") for part in group.parts)
+            return ("matrix", "") if rows else ("(", ")")
+        if group.opening == "[" and all(part.startswith("[") for part in group.parts):
+            return "matrix", ""
+        return ("(", ")") if group.opening == "\\langle" else (group.opening, group.closing)
+
+    return kind(answer) == kind(gold) or (kind(answer) == ("", "") and kind(gold) == ("(", ")"))
+
+
+def _without_assignment(answer: str, gold: str) -> tuple[str, str]:
+    """`x = 5` is 5 beside an answer that names no variable, and beside one that names the same."""
+    a, g = _ASSIGNMENT.fullmatch(answer), _ASSIGNMENT.fullmatch(gold)
+    if a and g:
+        return (a[2], g[2]) if a[1].replace(" ", "") == g[1].replace(" ", "") else (answer, gold)
+    return (a[2] if a and "=" not in gold else answer), (g[2] if g and "=" not in answer else gold)
+
+
+def _as_written(text: str) -> str:
+    """Spelling differences that never matter, removed: white space that separates no digits, and the case of words."""
+    text = re.sub(r"(?<!\d)(?<!\d[,.]) | (?!\d)", "", text)
+    return text.casefold() if re.fullmatch(r"[^\W\d_]{2,}", text) else text
+
+
+def _same_words(answer: str, gold: str) -> bool:
+    return re.findall(r"\d+", answer) == re.findall(r"\d+", gold) and qa.exact_match(answer, [gold])
+
+
+def _has_letter(text: str, letter: str) -> bool:
+    return re.search(rf"(?<![a-zA-Z\\]){letter}(?![a-zA-Z])", text) is not None

@@ -2,7 +2,9 @@
 
 Departures from their `normalize_answer`, each because it equates or loses answers: a number keeps its sign and its
 decimal point ("5" is not "-5", "25" is not "2.5") and drops its thousands separators; an answer made of nothing but
-articles keeps them ("A" can be right); LaTeX text markup is read through; Unicode is brought to NFKC.
+articles keeps them ("A" can be right); LaTeX text markup is read through; one letter has one spelling, whatever Unicode
+offers, and Latin letters lose their accents; "&" between words is "and"; and where only spaces differ, but none between
+two digits, the answers are the same ("J. K." and "J.K.", "well-known" and "well known").
 """
 
 from __future__ import annotations
@@ -14,39 +16,62 @@ from collections.abc import Sequence
 
 from appo_jax.reward.latex import plain
 
-_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
-_SIGN = re.compile(r"(?<![^\s(\[$€£])[-−](?=[$€£]?\.?\d)")  # a minus before a number, not a hyphen or a range
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})++(?![\d,])")
+_SIGN = re.compile(r"(?<![^\s(\[$€£])[-−–](?=[$€£]?\.?\d)")  # a minus before a number, not a hyphen or a range
 _POINT = re.compile(r"(?<=\d)\.(?=\d)|(?<!\w)\.(?=\d)")
 _DASH_IN_NUMBERS = re.compile(r"(?<=\d)[-−–—/](?=\d)")
+_PERCENT = re.compile(r"(?<=\d) ?per ?cent\b")  # "%" is dropped too
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_SPACE_BESIDE_WORDS = re.compile(r"(?<!\d) | (?!\d)")
 _CLOSED = frozenset({"yes", "no", "noanswer"})  # no partial credit (HotpotQA)
+_LATIN = str.maketrans(dict(zip("øłđıæœðþħ", ["o", "l", "d", "i", "ae", "oe", "d", "th", "h"], strict=True)))
 # punctuation that carries a number's value is parked on letters of the private use area while the rest is deleted
 _MINUS, _DOT = "\ue000", "\ue001"
 
 
 def normalize(text: str) -> str:
     """Lower-case words and numbers, single-spaced; punctuation and articles gone, as the module says."""
-    text = unicodedata.normalize("NFKC", plain(text)).lower().replace(_MINUS, "").replace(_DOT, "")
-    text = _THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
+    text = _letters(plain(text)).replace(_MINUS, "").replace(_DOT, "").replace(" & ", " and ")
+    text = _THOUSANDS.sub(lambda m: m.group().replace(",", ""), _PERCENT.sub("", text))
     text = _DASH_IN_NUMBERS.sub(" ", _POINT.sub(_DOT, _SIGN.sub(_MINUS, text)))
     kept = "".join(ch for ch in text if unicodedata.category(ch)[0] not in "PS")
-    text = unicodedata.normalize("NFKC", kept)  # an accent may have lost the colon between it and its letter
+    text = _letters(kept)  # an accent may have lost the colon between it and its letter
     text = text.replace(_MINUS, "-").replace(_DOT, ".")
     return " ".join(_ARTICLES.sub(" ", text).split()) or " ".join(text.split())
+
+
+def _letters(text: str) -> str:
+    """`text` in lower case and one spelling of each letter and digit; accents of Latin letters and the unseen dropped."""
+    kept: list[str] = []
+    latin = False
+    for ch in unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold()):
+        if unicodedata.category(ch) in ("Mn", "Cf") and (latin or unicodedata.category(ch) == "Cf"):
+            continue
+        if "\u02b0" <= ch <= "\u02ff":  # letters that modify: the apostrophe of Hawaiʻi
+            continue
+        latin = ch.translate(_LATIN).isascii()
+        kept.append(str(unicodedata.decimal(ch, ch)))
+    return unicodedata.normalize("NFKC", "".join(kept).translate(_LATIN))
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> bool:
     """Whether the normalised answer equals one of the normalised golds. An empty answer equals nothing."""
     normalized = normalize(answer)
-    return bool(normalized) and any(normalized == normalize(gold) for gold in golds)
+    return bool(normalized) and any(_same(normalized, normalize(gold)) for gold in golds)
+
+
+def _same(answer: str, gold: str) -> bool:
+    return answer == gold or _SPACE_BESIDE_WORDS.sub("", answer) == _SPACE_BESIDE_WORDS.sub("", gold)
 
 
 def token_f1(answer: str, golds: Sequence[str]) -> float:
-    """Highest token F1 of the answer against a gold, in [0, 1]."""
+    """Highest token F1 of the answer against a gold, in [0, 1]; 1 for an exact match."""
     return max((_f1(normalize(answer), normalize(gold)) for gold in golds), default=0.0)
 
 
 def _f1(answer: str, gold: str) -> float:
+    if answer and _same(answer, gold):
+        return 1.0
     if answer != gold and (answer in _CLOSED or gold in _CLOSED):
         return 0.0
     answer_tokens, gold_tokens = answer.split(), gold.split()

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appo_jax.reward import math as reward_math
-from appo_jax.reward.math import MAX_ANSWER_CHARS, math_equal, parse_number
+from appo_jax.reward import verify
+from appo_jax.reward.math import MAX_ANSWER_CHARS, math_equal
+from appo_jax.reward.number import parse_number
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_parse_number(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "-", ".", "x", "2x", "1, 3", "1,3", "1,0000", "4343_6", "3:1", "1e3", "5 or 6", r"5 \text{ or } 6",
+    "text", ["", "-", ".", "x", "2x", "1, 3", "1,3", "1,0000", "4343_6", "3:1", "5 or 6", r"5 \text{ or } 6",
              "1/0", r"\frac{1}{0}", "(37", r"\sqrt{2}", "5!", "1/2/3", "100!", "--5", r"\frac{1}{2}x"],
 )  # fmt: skip
 def test_not_a_plain_number(text):
@@ -82,7 +83,7 @@ DIFFERENT = [
     ("0.0000001", "0.0000002"), ("10%", "20%"), ("100%", r"10\%"), ("100", r"10\%"), ("100000001", "100000000"),
     ("B", "A"), ("a", "b"), ("4343_5", "4343_6"), ("5 or 6", "5"), ("5, 6", "5"), ("5x", "5"), ("3 million", "3"),
     ("5 plus 6", "5"), ("2", r"\pm 2"), ("[-2,-1]", "(-2,-1)"), (r"\sqrt{2}", r"\sqrt{3}"), ("", "5"), (" ", " "),
-    ("five", "5"), ("}{", "5"), ("\\", "5"), ("5" * (MAX_ANSWER_CHARS + 1), "5" * (MAX_ANSWER_CHARS + 1)),
+    ("five", "5"), ("}{", "5"), ("\\", "5"), ("5" * (MAX_ANSWER_CHARS + 1), "5"),
 ]  # fmt: skip
 
 
@@ -97,14 +98,14 @@ def test_not_equal(answer, gold):
 
 
 def test_an_answer_that_never_ends_is_given_up_and_the_next_one_is_answered(monkeypatch):
-    reward_math._worker.close()
-    monkeypatch.setattr(reward_math, "VERIFY_SECONDS", 0.5)
+    verify._worker.close()
+    monkeypatch.setattr(verify, "VERIFY_SECONDS", 0.5)
     assert math_equal("x+1", "1+x") is True  # starts the process outside the clock
     start = time.monotonic()
     assert math_equal("9^{9^{9^{9}}}", "x+7") is None
     assert time.monotonic() - start < 5
     assert math_equal("x+2", "2+x") is True
-    reward_math._worker.close()
+    verify._worker.close()
 
 
 def test_works_from_many_threads():

@@ -80,7 +80,8 @@ def test_tags_of_tools_not_on_offer_are_just_text():
         ((r"\boxed{1} <answer> \boxed{2} </answer> \boxed{3}",), "2"),  # the answer block first
         ((r"<answer> \boxed{1} </answer> <answer> \boxed{2} </answer>",), "2"),
         ((r"\boxed{1} <answer> 2 </answer>",), "1"),  # else any box
-        ((r"so \boxed{1} and \boxed{7}",), "7"),
+        ((r"first \boxed{1}, so \boxed{7}",), "7"),
+        ((r"so \boxed{1} and \boxed{7}",), "1, 7"),
         (("<answer> 2 </answer>",), "2"),  # else the block
         ((r"no answer", r"R:<answer>\boxed{5}</answer>"), None),  # a tool cannot answer
         (("5",), None),

@@ -1,0 +1,101 @@
+"""One spelling for mathematical answers: Unicode, LaTeX's variants and plain text are brought to the same plain LaTeX."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
+_SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-", strict=True))
+_SYMBOLS = {
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "∗": "*", "÷": "/", "∕": "/", "⁄": "/", "±": r"\pm ",
+    "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+    "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "∖": r"\setminus ", "⟨": r"\langle ",
+    "〈": r"\langle ", "⟩": r"\rangle ", "〉": r"\rangle ", "°": r"^\circ ", "º": r"^\circ ", "√": r"\sqrt ", "∠": r"\angle ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "′": "'",
+    "‘": "'", "’": "'", "“": '"', "”": '"', "、": ",", "。": ".",
+}  # fmt: skip
+_SMALL_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega"
+_CAPITAL_GREEK = "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+_GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", f"{_SMALL_GREEK} {_CAPITAL_GREEK}".split(), strict=True))
+_DASHES = dict.fromkeys(map(ord, "−‐‑‒–—"), "-")
+_SYNONYMS = {
+    "leq": "le", "leqslant": "le", "lt": "<", "geq": "ge", "geqslant": "ge", "gt": ">", "neq": "ne", "varnothing": "emptyset",
+    "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "imath": "i", "dfrac": "frac", "tfrac": "frac",
+    "cfrac": "frac", "tbinom": "binom", "dbinom": "binom", "left": "", "right": "", "displaystyle": "", "textstyle": "",
+    "limits": "", "quad": " ", "qquad": " ", "thinspace": " ", "enspace": " ", "dots": "ldots", "degree": r"^\circ",
+    "div": "/", "bmod": " mod ",
+} | dict.fromkeys(("big", "Big", "bigl", "bigr", "Bigl", "Bigr", "bigg", "Bigg", "biggl", "biggr"), "")  # fmt: skip
+_COMMAND = re.compile(r"\\\\|\\([a-zA-Z]+)")
+_BRACED = r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+_TEXT = re.compile(r"\\(?:text[a-z]*|mbox|hbox)" + _BRACED)
+_UPRIGHT = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bm|rm)" + _BRACED)
+_ONE_TOKEN = rf"(?:{_BRACED}|\s*(\d|[a-zA-Z]|\\[a-zA-Z]+))"
+_FRACTION = re.compile(r"\\frac(?![a-zA-Z])" + _ONE_TOKEN + _ONE_TOKEN)
+_ROOT = re.compile(r"\\sqrt(?:\s*(\d+)|\s*([a-zA-Z])(?![a-zA-Z])|\s*\(([^()]*)\))")
+
+
+def clean(text: str) -> str:
+    """`text` in plain LaTeX: no layout, `\\text{…}` unwrapped and set apart by spaces, digits and signs in ASCII.
+
+    White space that separates is kept as one space. `$` stays only as a currency sign."""
+    text = _ascii_signs(text)
+    if "matrix" not in text and "array" not in text:  # where \\\\ ends no row, it is a command escaped once too often
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
+    text = re.sub(r"\\!\s*|\{\}", "", text).replace("{,}", ",")
+    text = re.sub(r"(?<!\\)\\[,;: ]|~", " ", text)
+    text = _COMMAND.sub(_synonym, text)
+    text = _dollars(re.sub(r"(?<!\\)\\[()\[\]]", "", text))
+    while (unwrapped := _UPRIGHT.sub(_set_apart, _TEXT.sub(r" \1 ", text))) != text:
+        text = unwrapped
+    text = re.sub(r"\\([%$&#_])", r"\1", text)
+    text = re.sub(r"\\sqrt\s*\{\s*-\s*1\s*\}", "i", text)
+    text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2] or m[3]}}}", text)
+    text = _FRACTION.sub(lambda m: rf"\frac{{{(m[1] or m[2]).strip()}}}{{{(m[3] or m[4]).strip()}}}", text)
+    text = re.sub(r"(?<![a-zA-Z\\])(?:infinity|infty)(?![a-zA-Z])", r"\\infty", text)
+    text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", text)
+    text = re.sub(r"(?<=[\d}])\s*(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?![a-zA-Z])", "%", text)
+    text = re.sub(r"\*\*(.*)\*\*", r"\1", text.strip())  # bold, as Markdown writes it
+    return " ".join(text.split()).rstrip(".,; ").strip()
+
+
+def _ascii_signs(text: str) -> str:
+    """Letters, digits and signs of Unicode by their plain spelling; what cannot be seen is dropped."""
+    parts: list[str] = []
+    raised = ""  # "^" or "_" while a run of small digits is open
+    for ch in text.translate(_DASHES):
+        mark = "^" if ch in _SUPERSCRIPTS else "_" if ch in _SUBSCRIPTS else ""
+        if raised and mark != raised:
+            parts.append("}")
+        if mark and mark != raised:
+            parts.append(mark + "{")
+        raised = mark
+        if mark:
+            parts.append(_SUPERSCRIPTS.get(ch) or _SUBSCRIPTS[ch])
+        elif ch in _SYMBOLS:
+            parts.append(_SYMBOLS[ch])
+        elif ch in _GREEK:
+            parts.append(f"\\{_GREEK[ch]} ")
+        elif unicodedata.decomposition(ch).startswith("<fraction>"):  # ½ after a digit is a mixed number
+            parts.append(" " + unicodedata.normalize("NFKC", ch).replace("⁄", "/"))
+        elif unicodedata.category(ch) != "Cf":
+            parts.append(str(unicodedata.decimal(ch, ch)))
+    return unicodedata.normalize("NFKC", "".join(parts) + ("}" if raised else "")).translate(_DASHES)
+
+
+def _synonym(match: re.Match[str]) -> str:
+    if (name := match[1]) not in _SYNONYMS:  # a line break is no command
+        return match[0]
+    plain = _SYNONYMS[name]
+    return f"\\{plain} " if plain.isalpha() and plain != "i" else plain
+
+
+def _dollars(text: str) -> str:
+    """Drop `$…$` where the signs pair up; a lone one is a currency sign."""
+    signs = re.findall(r"(?<!\\)\$", text)
+    return re.sub(r"(?<!\\)\$", "", text) if len(signs) % 2 == 0 else text
+
+
+def _set_apart(match: re.Match[str]) -> str:
+    """The content of `\\mathrm{…}`: words stand apart, while an upright letter is a letter like any other."""
+    return match[1] if len(match[1].strip()) == 1 else f" {match[1]} "

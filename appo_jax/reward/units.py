@@ -1,0 +1,124 @@
+"""Units of an answer: found, and compared by name. Nothing is ever converted."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import Stemmer
+
+_SPELLINGS = """
+meter: m metre; centimeter: cm centimetre; millimeter: mm millimetre; kilometer: km kilometre; decimeter: dm; nanometer: nm
+inch: in; foot: ft feet; yard: yd; mile: mi
+gram: g gm; kilogram: kg kilo kgs; milligram: mg; tonne: ton; pound: lb lbs £ gbp; ounce: oz
+second: s sec secs; minute: min mins; hour: h hr hrs; day: d; week: wk; month: mo; year: yr yrs; millisecond: ms
+liter: l litre; milliliter: ml millilitre; gallon: gal gals; quart: qt; pint: pt; acre:; hectare: ha
+degree: ° deg degs; celsius: c centigrade; fahrenheit: f; kelvin: k; radian: rad rads
+newton: n; joule: j; watt: w; volt: v; ampere: a amp; ohm:; hertz: hz; pascal: pa; mole: mol; kilowatt: kw
+kilojoule: kj; calorie: cal; byte:; bit:
+dollar: $ usd buck; cent: ¢; euro: € eur; yen: ¥ jpy; rupee: ₹ rs inr
+person: people persons; man: men; woman: women; child: children
+"""
+_MANY = {"mph": "mile/hour", "kph": "kilometer/hour", "kmh": "kilometer/hour", "kmph": "kilometer/hour",
+         "mpg": "mile/gallon"}  # fmt: skip
+_NAMES = {
+    spelling: name.strip()
+    for entry in re.split(r"[;\n]", _SPELLINGS.strip())
+    for name, _, others in [entry.partition(":")]
+    for spelling in (name.strip(), *others.split())
+}
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_FILLERS = ("old", "us", "american", "sterling")  # "years old" is years, "US dollars" are dollars
+# Words after a number that change its value, or join it to something else.
+_NO_UNIT_WORDS = """
+and or plus minus times over divided by mod modulo to if is not than more less factorial choose point squared cubed root
+half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth
+ninths tenth tenths hundred thousand million billion trillion dozen percent percentage pct
+sin cos tan cot csc log ln exp sqrt pi infinity pm mp cdot true false none yes no but when where for the a an i e
+"""
+_NO_UNIT = frozenset(_NO_UNIT_WORDS.split())
+_FRONT = re.compile(r"(-?)\s*(?:US)?([$€£¥₹]|(?:USD|EUR|GBP|Rs)(?![a-zA-Z])\.?)\s*(?=[-.\d\\(])")
+_START = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]|\^\s*\{?\s*\\circ|[$€£¥₹¢%]")
+_OVER = re.compile(r"\\frac\s*\{\s*([a-zA-Z ]+(?:\^\{?\d\}?)?)\s*\}\s*\{\s*([a-zA-Z ]+(?:\^\{?\d\}?)?)\s*\}$")
+_WORDS_IN_VALUE = re.compile(r"(?<![a-zA-Z\\])(?!(?:hundred|thousand|million|billion|trillion)(?![a-z]))[a-zA-Z]{2,}")
+
+Unit = tuple[tuple[str, int], ...]
+"""Powers of named units, in the order of the alphabet: km/h is (("hour", -1), ("kilometer", 1))."""
+
+
+def split_unit(text: str) -> tuple[str, Unit | None] | None:
+    """(value, unit) of an answer in clean notation, the unit None where there is none.
+
+    A unit is a currency sign in front, or at the end a name of the table above, or any other words (books, red apples)
+    after a space. None where two units contradict each other ($5 euros).
+    """
+    front = _FRONT.match(text)
+    unit = read_unit(front[2]) if front else None
+    if front:
+        text = front[1] + text[front.end() :]
+    value, back = _split_end(_OVER.sub(lambda m: f" {m[1]}/{m[2]}", text))
+    if back is None:
+        return text.strip(), unit
+    if unit is not None and unit != back:
+        return None
+    return value, back
+
+
+def _split_end(text: str) -> tuple[str, Unit | None]:
+    for start in _START.finditer(text):
+        value, tail = text[: start.start()], text[start.start() :]
+        # Letters that touch a value are a factor of it (5x), unless they name a unit that is longer than a letter (5cm).
+        apart = not value or value[-1].isspace() or not tail[0].isalpha()
+        if not _is_value(value.strip()):
+            continue
+        unit = read_unit(tail, any_words=apart)
+        if unit is not None and (apart or len(re.match(r"[a-zA-Z]*", tail)[0]) > 1):  # type: ignore[index]
+            return value.strip(), unit
+    return text, None
+
+
+def _is_value(text: str) -> bool:
+    """Something that can carry a unit: it has a digit, or is a letter or a LaTeX command, and holds no words."""
+    if _WORDS_IN_VALUE.search(text):
+        return False
+    return bool(re.search(r"\d|\\[a-z]+", text)) or re.fullmatch(r"[b-hj-z]", text) is not None
+
+
+def read_unit(text: str, any_words: bool = True) -> Unit | None:
+    """The unit that `text` names, or None. `any_words`: words of the table or any others from three letters on."""
+    text = text.lower().replace("^{\\circ}", "°").replace("^\\circ", "°").partition(" of ")[0]
+    text = re.sub(r"\\cdot|\\times|\*|(?<=[a-z])-(?=[a-z])|(?<=°)(?=[a-z])", " ", text)
+    text = re.sub(r"(?<![a-z])per(?![a-z])", "/", re.sub(r"[{}.,']", "", text))
+    powers: Counter[str] = Counter()
+    sign, power, last = 1, 1, ""
+    for token in re.findall(r"[^\s/]+|/", re.sub(r"\s*\^\s*", "^", text)):
+        word, _, exponent = token.partition("^")
+        if token == "/":
+            sign = -1
+        elif word in _POWERS:
+            power = _POWERS[word]
+        elif word in ("squared", "cubed") and last:
+            powers[last] *= 2 if word == "squared" else 3
+        elif word not in _FILLERS:
+            names = _names(word, any_words)
+            if not names or not re.fullmatch(r"|-?\d", exponent):
+                return None
+            for name, direction in names:
+                powers[name] += sign * direction * power * int(exponent or 1)
+            power, last = 1, names[-1][0]
+    if "celsius" in powers or "fahrenheit" in powers:
+        del powers["degree"]
+    return tuple(sorted(powers.items())) if last else None
+
+
+def _names(word: str, any_words: bool) -> list[tuple[str, int]]:
+    """The units that a word stands for, each with its power; none for a word that is no unit."""
+    if word in _MANY:
+        top, bottom = _MANY[word].split("/")
+        return [(top, 1), (bottom, -1)]
+    for spelling in (word, word.removesuffix("s"), word.removesuffix("es")):
+        if spelling in _NAMES:
+            return [(_NAMES[spelling], 1)]
+    if any_words and len(word) > 2 and word.isalpha() and word not in _NO_UNIT:
+        return [(Stemmer.Stemmer("english").stemWord(word), 1)]
+    return []
