@@ -22,6 +22,9 @@ class PythonToolConfig:
     """Characters of a call's output that are kept; the middle is cut out."""
     preload: tuple[str, ...] = ("math", "numpy", "sympy")
     """Modules imported once, before the first rollout is forked: no call waits for their import."""
+    modules: tuple[str, ...] = ()
+    """Further installed modules that policy code may import. With bubblewrap it sees these, `preload`, what either
+    requires, and the standard library; nothing else that is installed."""
 
 
 @dataclasses.dataclass(frozen=True)

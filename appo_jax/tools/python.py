@@ -18,21 +18,20 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
-import sysconfig
 import tempfile
 import threading
 import weakref
 from collections import deque
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from pathlib import Path
 from typing import Any
 
 from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ToolError
+from appo_jax.tools.bubblewrap import advice, command_line
 from appo_jax.tools.protocol import ToolResult
 from appo_jax.tools.sandbox import system
+from appo_jax.tools.sandbox.enter import UNPRIVILEGED
 from appo_jax.types import Outcome
 
 logger = logging.getLogger(__name__)
@@ -60,6 +59,11 @@ class PythonTool:
                 "tools.python.isolation = process: policy code runs WITHOUT namespaces and can read what this user can "
                 "read. Use it only for policies you trust."
             )
+        elif os.geteuid() == 0:
+            logger.warning(
+                "tools.python: the trainer runs as root. Policy code is mapped to the unprivileged user %d; better "
+                "train as a user without privileges.", UNPRIVILEGED
+            )  # fmt: skip
         self._sandbox = Sandbox(config)
 
     @property
@@ -192,14 +196,14 @@ class Sandbox:
     def _start(self, config: PythonToolConfig, theirs: socket.socket) -> None:
         with theirs:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - the child's stderr, read when it has died
-            command, environment = command_line(config, theirs.fileno(), self._folder)
             try:
+                command, environment = command_line(config, theirs.fileno(), self._folder)
                 self._process = subprocess.Popen(
                     command, env=environment, pass_fds=[theirs.fileno()], cwd="/", start_new_session=True,
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors,
                 )  # fmt: skip
-            except OSError as error:
-                raise ToolError(_advice(config, str(error))) from error
+            except (OSError, ToolError) as error:
+                raise ToolError(advice(config, str(error))) from error
         self._socket.settimeout(START_TIMEOUT)
         try:
             greeting = self._receive()
@@ -207,7 +211,7 @@ class Sandbox:
             greeting = {"error": str(error)}
         if "error" in greeting:
             self._kill()
-            raise ToolError(_advice(config, f"{greeting['error']} {self._last_words()}"))
+            raise ToolError(advice(config, f"{greeting['error']} {self._last_words()}"))
         if not greeting["filtered"]:
             logger.warning("tools.python: this kernel gives no system-call filter; policy code can reach the network")
         self._socket.settimeout(None)
@@ -307,74 +311,3 @@ class Sandbox:
 def _pack(message: dict[str, Any]) -> bytes:
     data = json.dumps(message).encode()
     return struct.pack("!I", len(data)) + data
-
-
-def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[list[str], dict[str, str]]:
-    """The command and the environment of the sandbox's first process. `control` is its socket to the trainer."""
-    here = Path(__file__).resolve().parent
-    sites = list(dict.fromkeys(str(Path(sysconfig.get_path(name)).resolve()) for name in ("purelib", "platlib")))
-    executable = os.path.realpath(sys.executable)
-    home = "/tmp" if config.isolation == "bubblewrap" else folder
-    environment = {
-        "PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
-        "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg",
-    }  # fmt: skip
-    options = {
-        "isolation": config.isolation, "preload": config.preload, "memory_mb": config.memory_mb,
-        "max_output_bytes": 4 * config.max_output_chars, "folder": folder,
-    }  # fmt: skip
-    mounted = config.isolation == "bubblewrap"
-    programs = "/sandbox" if mounted else str(here)
-    # Packages get a place of their own: under /tmp, where a checkout may live, a cell's private /tmp would cover them.
-    places = {path: f"/sandbox/site{i}" if mounted else path for i, path in enumerate(sites)}
-    # The path entry of the programs is taken away again: policy code shall not import the tools by accident.
-    start = (
-        f"import sys; sys.path += {list(places.values())!r}; sys.path.append({programs!r}); "
-        f"from sandbox import supervisor; sys.path.pop(); supervisor.main({control}, {options!r})"
-    )
-    python = [executable, "-s", "-S", "-P", "-B", "-c", start]
-    if not mounted:
-        return python, environment
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        raise ToolError(_advice(config, "bwrap is not installed"))
-    command = [
-        bwrap, "--die-with-parent",
-        "--unshare-user", "--uid", "1000", "--gid", "1000", "--unshare-pid", "--as-pid-1", "--unshare-net",
-        "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox", "--clearenv",
-    ]  # fmt: skip
-    for name, value in environment.items():
-        command += ["--setenv", name, value]
-    for path in ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives"):
-        command += ["--ro-bind-try", path, path]
-    prefix = str(Path(sys.base_prefix).resolve())
-    if not prefix.startswith("/usr/"):
-        command += ["--ro-bind", prefix, prefix]
-    for path, place in places.items():
-        command += ["--ro-bind", path, place]
-    command += [
-        "--ro-bind",
-        str(here / "sandbox"),
-        "/sandbox/sandbox",
-        "--proc",
-        "/proc",
-        "--dir",
-        "/tmp",
-        "--dir",
-        "/dev",
-    ]
-    for device in ("null", "zero", "random", "urandom"):
-        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    command += ["--remount-ro", "/", "--chdir", "/", "--", *python]
-    return command, {}
-
-
-def _advice(config: PythonToolConfig, reason: str) -> str:
-    if config.isolation == "process":
-        return f"tools.python: the interpreter does not start ({reason})"
-    return (
-        f"tools.python.isolation = bubblewrap: the sandbox does not start ({reason.strip()}). Install it (apt-get "
-        "install bubblewrap), allow unprivileged user namespaces (on Ubuntu 23.10 and later: sysctl -w "
-        "kernel.apparmor_restrict_unprivileged_userns=0), and see `appo-jax doctor`. Only for policies you trust: "
-        "--tools.python.isolation process"
-    )

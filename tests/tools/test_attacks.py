@@ -17,6 +17,7 @@ import pytest
 from appo_jax.config import PythonToolConfig
 from appo_jax.tools.python import PythonTool
 from appo_jax.tools.sandbox import system
+from appo_jax.tools.sandbox.enter import UNPRIVILEGED
 from appo_jax.tools.sandbox.system import descendants
 from appo_jax.types import Outcome
 
@@ -146,6 +147,11 @@ CASES: dict[str, tuple[str, set[Outcome]]] = {
     "chroot": ("import os\nos.chroot('/tmp'); print('BREACH')", {ERROR}),
     "set_uid": ("import os\nos.setuid(0); print('BREACH')", {ERROR}),
     "file_handle": (RAW + "raw(304, 3, b'x' * 128, 0)", {OK}),
+    "device_mode": ("import os\nfor d in os.listdir('/dev'): os.chmod('/dev/' + d, 0o600); print('BREACH')", {ERROR}),
+    "device_times": ("import os\nos.utime('/dev/urandom', (1, 1)); print('BREACH')", {ERROR}),
+    "device_owner": ("import os\nos.chown('/dev/null', 1000, 1000); print('BREACH')", {ERROR}),
+    "device_link": ("import os\nos.link('/dev/null', '/tmp/l'); print('BREACH')", {ERROR}),
+    "device_rename": ("import os\nos.rename('/dev/null', '/dev/x'); print('BREACH')", {ERROR}),
     # what it may learn
     "environment": ("import os\nprint(os.environ, 'BREACH' if 'APPO_SECRET' in os.environ else '')", {OK}),
     "proc_environment": ("print(open('/proc/1/environ').read(), 'BREACH')", {ERROR}),
@@ -324,7 +330,9 @@ def server():
 
 def host() -> tuple:
     """What an attack may have changed out here."""
-    files = [os.stat(path) for path in (os.__file__, system.__file__, "/usr", "/usr/bin/env", "/dev/null")]
+    files = [
+        os.stat(path) for path in (os.__file__, system.__file__, "/usr", "/usr/bin/env", "/dev/null", "/dev/urandom")
+    ]
     return (
         [
             (info.st_mode, info.st_uid, info.st_nlink, info.st_size, info.st_mtime_ns * (info.st_rdev == 0))
@@ -442,3 +450,76 @@ def test_a_state_that_does_not_read_its_requests_holds_up_nobody(tool, victim):
         for future in asked:
             assert future.result(8 * TIMEOUT + SLACK)[0].outcome is not OK
     assert tool.pid == pid
+
+
+PATCHED = """
+import os, sys, ctypes
+inner, system = sys.modules["sandbox.interpreter"], sys.modules["sandbox.system"]
+libc, take = ctypes.CDLL(None, use_errno=True), inner._take_files
+def patched(folder, mount):
+    %s
+inner._take_files = patched
+"""
+# What the next state's process does in place of taking its files, as honest code never would.
+FILES = {
+    "proc_moved": "system.unshare(0x20000); os.mkdir('/tmp/p'); libc.syscall(429, -100, b'/proc', -100, b'/tmp/p', 0)",
+    "proc_moved_late": "take(folder, mount); os.mkdir('/tmp/p'); libc.syscall(429, -100, b'/proc', -100, b'/tmp/p', 0)",
+    "proc_unmounted": "system.unshare(0x20000); libc.umount2(b'/proc', 2)",
+    "proc_covered": "system.unshare(0x20000); libc.syscall(429, mount, b'', -100, b'/proc', 4)",
+    "files_on_usr": "system.unshare(0x20000); libc.syscall(429, mount, b'', -100, b'/usr/lib', 4)",
+    "devices_remounted": "system.unshare(0x20000); libc.mount(b'', b'/dev/null', b'', 32 | 4096, 0)",
+    "no_namespace": "system.ask_for_mount()",
+    "two_namespaces": "system.unshare(0x20000); system.unshare(0x20000); system.ask_for_mount()",
+    "two_mounts": "take(folder, mount); system.unshare(0x20000); system.ask_for_mount()",
+    "user_namespace_again": "system.unshare(0x20000 | 0x10000000)",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_state_that_takes_other_files_than_its_own(tool, victim, name):
+    pid, unchanged = tool.pid, host()
+    _, state = tool.call(tool.start(), PATCHED % FILES[name])
+    look = "import os\nprint(os.listdir('/proc'), os.path.exists('/tmp/p/self'), os.path.exists('/usr/lib'))"
+    result, state = tool.call(state, look)
+    assert result.outcome is not OK or result.text == "[] False True"
+    result, _ = tool.call(
+        state, "import os\nfor d in os.listdir('/dev'): os.chmod('/dev/' + d, 0o600); print('BREACH')"
+    )
+    assert result.outcome is not OK
+    assert tool.call(victim, "secret, open('/tmp/notes').read()")[0].text == "([1, 2, 3], 'kept')"
+    assert tool.pid == pid
+    assert host() == unchanged
+
+
+def test_policy_code_is_nobody_on_the_host(tool):
+    """Not root, though the trainer may be: what it makes and runs belongs to another user out here."""
+    _, state = tool.call(tool.start(), "import os\nx = os.getuid()")
+    assert tool.call(state, "x")[0].text == "1000"
+    states = descendants(tool.pid) - {min(descendants(tool.pid))}
+    expected = UNPRIVILEGED if os.geteuid() == 0 else os.geteuid()
+    assert states
+    assert {os.stat(f"/proc/{pid}").st_uid for pid in states} == {expected}
+
+
+def test_only_the_standard_library_and_allowed_modules_are_visible():
+    """With the project's own package in there, the held-out answers of the embedded world could be computed."""
+    tool = PythonTool(PythonToolConfig(preload=("math", "sympy")))
+    walk = (
+        "import os\nfound = set()\nfor folder, below, files in os.walk('/'):\n"
+        "    found |= {'appo_jax', 'jax', 'jaxlib', 'optax', 'quickstart.yaml'} & {*below, *files}\n"
+        "sorted(found)"
+    )
+    tries = (
+        "import importlib\nfor name in ('appo_jax', 'jax', 'yaml', 'pip', 'pytest'):\n"
+        "    try: importlib.import_module(name); print('BREACH', name)\n    except ImportError: pass"
+    )
+    try:
+        assert tool.call(tool.start(), walk)[0].text == "[]"
+        assert tool.call(tool.start(), tries)[0].text == "(no output)"
+        assert tool.call(tool.start(), "import sympy, sqlite3, mpmath\nsympy.factorint(12)")[0].text == "{2: 2, 3: 1}"
+        listed = tool.call(tool.start(), "import os\nprint(sorted(os.listdir('/')), os.listdir('/sandbox/site'))")[
+            0
+        ].text
+        assert "home" not in listed
+    finally:
+        tool.close()

@@ -43,6 +43,7 @@ TRACE_FRAMES = 8
 PRIVATE = "/tmp"  # where a cell's own files are mounted in a sandbox
 
 DONE, FAILED, OUT_OF_MEMORY, NO_FORK, HELLO = b"d", b"f", b"m", b"n", b"h"
+UNMAPPED = b"unmapped"  # state 0 wants its user mapped
 READY = b"ready "  # and the number of the descriptor with the filter's listener
 
 
@@ -55,10 +56,8 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
     sandboxed = options["isolation"] == "bubblewrap"
     maps = open("/proc/self/maps")  # noqa: SIM115 - read below, when /proc is hidden
     if sandboxed:
-        system.unshare(system.CLONE_NEWNS)
-        hidden = system.MS_RDONLY | system.MS_NOSUID | system.MS_NODEV | system.MS_NOEXEC
-        system.mount("none", "/proc", "tmpfs", hidden, "size=4k,mode=0555")
-        system.keep_only_sys_admin()  # for its own /tmp at each fork, under the supervisor's eyes
+        _hide_proc(channel)
+        system.keep_only_sys_admin()  # for a mount namespace of its own at each fork, under the supervisor's eyes
     else:
         os.dup2(os.open(os.path.join(options["folder"], "0"), os.O_RDONLY), FOLDER)
     _prepare_modules(options["preload"])
@@ -88,8 +87,20 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
     channel.recv(16)  # the supervisor has taken the listener
     if listener >= 0:
         os.close(listener)
-    system.prctl(system.PR_SET_DUMPABLE, 0)  # no state may read another's memory
+    if not sandboxed:
+        system.prctl(system.PR_SET_DUMPABLE, 0)  # no state may read another's memory in /proc
     serve(options["max_output_bytes"])
+
+
+def _hide_proc(channel: socket.socket) -> None:
+    """Cover /proc and make the devices read-only, then enter user and mount namespaces in which no mount can be taken away."""
+    system.unshare(system.CLONE_NEWNS)
+    hidden = system.MS_RDONLY | system.MS_NOSUID | system.MS_NODEV | system.MS_NOEXEC
+    system.mount("none", "/proc", "tmpfs", hidden, "size=4k,mode=0555")
+    system.lock_devices()
+    system.unshare(system.CLONE_NEWUSER | system.CLONE_NEWNS)
+    channel.send(UNMAPPED)
+    channel.recv(16)  # the supervisor, which sees /proc, has mapped the user
 
 
 def _prepare_modules(preload: list[str]) -> None:
@@ -276,7 +287,7 @@ def _take_files(folder: str, mount: int | None) -> None:
         here = os.getcwd()
         inside = os.path.relpath(here, PRIVATE) if here.startswith(PRIVATE) else "."
         system.unshare(system.CLONE_NEWNS)
-        system.attach_mount(mount, PRIVATE)
+        system.ask_for_mount()
     moved: dict[tuple[int, int], str] = {}
     _copy_folder(old, new, ".", moved)
     if moved:

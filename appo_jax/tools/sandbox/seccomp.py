@@ -1,15 +1,17 @@
-"""The system-call filter of policy code: an allow-list, with three calls left to the supervisor to decide.
+"""The system-call filter of policy code: an allow-list, with three calls left to the supervisor.
 
 Everything not listed fails with EPERM: sockets, exec, signals to others, ptrace, io_uring, new namespaces, mounts,
 threads, shared memory (which a fork would not copy), and whatever Linux adds next year. `fork` (as glibc makes it),
 `unshare(CLONE_NEWNS)` and `move_mount` stop the caller until the supervisor, which holds the filter's listener, has
-allowed or refused that one call (seccomp_unotify(2)).
+decided (seccomp_unotify(2)). It may let the first two go on, each once. A `move_mount` is never made: it is how a new
+state says that it wants its /tmp, and the supervisor mounts that itself.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import enum
 import errno
 import fcntl
 import platform
@@ -142,6 +144,14 @@ def install() -> int:
     return listener
 
 
+class Verdict(enum.Enum):
+    """What becomes of a supervised call."""
+
+    GO_ON = enum.auto()
+    DONE = enum.auto()
+    REFUSED = enum.auto()
+
+
 @dataclasses.dataclass(frozen=True)
 class Notification:
     """A process waits for leave to make a system call."""
@@ -168,9 +178,11 @@ def receive(listener: int) -> Notification | None:
     return Notification(identity, pid, syscall)
 
 
-def decide(listener: int, notification: Notification, allowed: bool) -> None:
-    """Let the call go on, or fail it with EAGAIN (what fork gives where no process is left)."""
-    answer = (0, 0, _CONTINUE) if allowed else (0, -errno.EAGAIN, 0)
+def decide(listener: int, notification: Notification, verdict: Verdict) -> None:
+    """Let the call go on, say that it is done without making it, or fail it with EAGAIN (fork's word for "no more")."""
+    answer = {Verdict.GO_ON: (0, 0, _CONTINUE), Verdict.DONE: (0, 0, 0), Verdict.REFUSED: (0, -errno.EAGAIN, 0)}[
+        verdict
+    ]
     try:
         fcntl.ioctl(listener, _SEND, struct.pack("=QqiI", notification.id, *answer))
     except OSError as error:

@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import interpreter, seccomp, system
+from . import enter, interpreter, seccomp, system
 
 TMPFS_SIZE = "16m"
 TAIL = 4096  # bytes of the end of an overlong output that are kept: the traceback stands there
@@ -99,7 +99,10 @@ class Supervisor:
         self.waiting: set[Node] = set()  # forking or running: these have deadlines
         self.memory_left = int(MEMORY_SHARE * system.available_memory())
         if self.sandboxed:
+            if os.getuid() == 0:
+                enter.become_unprivileged()
             system.own_user_namespace()
+            self.mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY)  # its own mount namespace
             os.close(system.new_tmpfs(TMPFS_SIZE))  # fails here, at start, where the kernel cannot do it
         else:
             os.mkdir(os.path.join(options["folder"], "0"), 0o700)
@@ -128,6 +131,10 @@ class Supervisor:
                 os._exit(1)
         theirs.close()
         message = ours.recv(4096)
+        if message == interpreter.UNMAPPED:
+            system.map_user(pid, os.getuid(), os.getgid())
+            ours.send(b"mapped")
+            message = ours.recv(4096)
         if not message.startswith(interpreter.READY):
             raise RuntimeError(message.decode("utf-8", "replace") or "the interpreter died at start")
         theirs_fd = int(message[len(interpreter.READY) :] or b"-1")
@@ -335,12 +342,34 @@ class Supervisor:
         asked = seccomp.receive(self.listener)
         if asked is None:
             return
+        verdict = seccomp.Verdict.REFUSED
         node = self._adopt(asked.pid)
-        allowed = node is not None and asked.syscall in node.allowed
-        if node is not None and allowed:
+        if node is not None and asked.syscall in node.allowed:
             node.allowed.discard(asked.syscall)
             node.unmet = asked.syscall == seccomp.SYSCALLS["clone"]
-        seccomp.decide(self.listener, asked, allowed)
+            if asked.syscall != seccomp.SYSCALLS["move_mount"]:
+                verdict = seccomp.Verdict.GO_ON
+            elif self._give_files(node):
+                verdict = seccomp.Verdict.DONE
+        seccomp.decide(self.listener, asked, verdict)
+
+    def _give_files(self, node: Node) -> bool:
+        """Mount a new state's own /tmp in place of its parent's. Only in a mount namespace that is its own."""
+        assert node.parent is not None
+        try:
+            with (
+                open(f"/proc/{node.pid}/ns/mnt", "rb") as mounts,
+                open(f"/proc/{node.parent.pid}/ns/mnt", "rb") as others,
+            ):
+                if os.path.sameopenfile(mounts.fileno(), others.fileno()):
+                    return False
+                with system.inside_mounts(mounts.fileno(), self.mounts):
+                    if node.parent.id:
+                        system.detach_mount(interpreter.PRIVATE)
+                    system.attach_mount(node.files, interpreter.PRIVATE)
+        except OSError:
+            return False
+        return True
 
     def _on_report(self, node: Node) -> None:
         """The cell says that it is done; its channel closes when it cannot even be forked."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import fcntl
 import os
 import resource
 import socket
 import termios
+from collections.abc import Iterator
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 0x4000, 1 << 18
+MS_REMOUNT, MS_BIND = 32, 4096
+DEVICES = ("null", "zero", "random", "urandom")  # what policy code sees of /dev
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 _FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT, _PIDFD_GETFD = 430, 431, 432, 429, 438  # the same on x86_64 and aarch64
 _CAP_SYS_ADMIN = 21
@@ -42,10 +46,15 @@ def own_user_namespace() -> None:
     """Enter namespaces in which this process may mount; all that was mounted before is locked as it is."""
     uid, gid = os.getuid(), os.getgid()
     unshare(CLONE_NEWUSER | CLONE_NEWNS)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
+    map_user("self", uid, gid)
     mount("none", "/", "", MS_REC | MS_PRIVATE)
+
+
+def map_user(pid: int | str, uid: int, gid: int) -> None:
+    """Let a process that has entered a new user namespace be the user there that it was before."""
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/{pid}/{name}", "w") as file:
+            file.write(text)
 
 
 def new_tmpfs(size: str) -> int:
@@ -63,6 +72,34 @@ def new_tmpfs(size: str) -> int:
 def attach_mount(fd: int, target: str) -> None:
     """Mount what `new_tmpfs` made at `target` (move_mount(2))."""
     _check(_libc.syscall(_MOVE_MOUNT, fd, b"", -100, target.encode(), 4), f"move_mount {target}")
+
+
+def ask_for_mount() -> None:
+    """Wait until the supervisor has mounted this process's /tmp: the filter hands it this call, which it never lets
+    through."""
+    _check(_libc.syscall(_MOVE_MOUNT, -1, b"", -1, b"", 0), "move_mount")
+
+
+def detach_mount(target: str) -> None:
+    """Unmount what is mounted at `target`; open files in it stay usable."""
+    _check(_libc.umount2(target.encode(), 2), f"umount {target}")  # MNT_DETACH
+
+
+@contextlib.contextmanager
+def inside_mounts(fd: int, home: int) -> Iterator[None]:
+    """Go into the mount namespace `fd`, and back into `home` at the end. For processes of a single thread."""
+    _check(_libc.setns(fd, CLONE_NEWNS), "setns")
+    try:
+        yield
+    finally:
+        _check(_libc.setns(home, CLONE_NEWNS), "setns back")
+
+
+def lock_devices() -> None:
+    """Make the device files read-only mounts: what they do stays, but their modes and times, the host's, cannot be
+    changed. (bubblewrap's own --remount-ro would make them no devices.)"""
+    for device in DEVICES:
+        mount("", f"/dev/{device}", "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NOEXEC)
 
 
 def take_descriptor(pidfd: int, fd: int) -> int:

@@ -1,0 +1,170 @@
+"""How the sandbox's first process is started: what of this machine it sees, and as whom it runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+from appo_jax.config import PythonToolConfig
+from appo_jax.errors import ToolError
+from appo_jax.tools.sandbox.system import DEVICES
+
+SANDBOX = Path(__file__).resolve().parent / "sandbox"  # the programs that run inside
+SITE = "/sandbox/site"  # where the allowed modules stand inside
+# What a Python with its shared libraries needs of the system. No programs: policy code cannot start any.
+SYSTEM = (
+    "/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives",
+    "/usr/share/zoneinfo",
+)  # fmt: skip
+
+
+def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of the sandbox's first process. `control` is its socket to the trainer."""
+    walled = config.isolation == "bubblewrap"
+    home = "/tmp" if walled else folder
+    environment = {
+        "PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
+        "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg",
+    }  # fmt: skip
+    options = {
+        "isolation": config.isolation, "preload": config.preload, "memory_mb": config.memory_mb,
+        "max_output_bytes": 4 * config.max_output_chars, "folder": folder,
+    }  # fmt: skip
+    modules = {} if not walled else locate([*config.preload, *config.modules])
+    sites = [SITE] if walled else _site_folders()
+    programs = "/sandbox" if walled else str(SANDBOX.parent)
+    # The path entry of the programs is taken away again: policy code shall not import the tools by accident.
+    start = (
+        f"import sys; sys.path += {sites!r}; sys.path.append({programs!r}); "
+        f"from sandbox import supervisor; sys.path.pop(); supervisor.main({control}, {options!r})"
+    )
+    python = [os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", "-c", start]
+    if not walled:
+        return python, environment
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise ToolError("bwrap is not installed")
+    root = os.geteuid() == 0
+    command = [bwrap, *_namespaces(root), *_mounts(modules)]
+    for name, value in environment.items():
+        command += ["--setenv", name, value]
+    command += ["--chdir", "/", "--", *python]
+    if root:
+        enter = (
+            f"import sys; sys.path.append({str(SANDBOX.parent)!r}); from sandbox import enter; enter.main(sys.argv[1:])"
+        )
+        command = [sys.executable, "-s", "-S", "-P", "-B", "-c", enter, *command]
+    return command, {}
+
+
+def _namespaces(root: bool) -> list[str]:
+    options = [
+        "--die-with-parent", "--unshare-pid", "--as-pid-1", "--unshare-net", "--unshare-ipc", "--unshare-uts",
+        "--unshare-cgroup-try", "--hostname", "sandbox", "--clearenv",
+    ]  # fmt: skip
+    if root:  # in the namespace of `enter`; the supervisor becomes its unprivileged user
+        return [*options, "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    return [*options, "--unshare-user", "--uid", "1000", "--gid", "1000"]
+
+
+def _mounts(modules: dict[str, Path]) -> list[str]:
+    """Everything read-only: the system's libraries, Python and its standard library, the modules, four devices."""
+    options = _folders("/usr", "/usr/share", "/etc", "/sandbox", SITE)
+    for path in SYSTEM:
+        options += ["--ro-bind-try", path, path]
+    executable = os.path.realpath(sys.executable)
+    library = str(Path(sysconfig.get_config_var("prefix")).resolve() / "lib")
+    for path in (library, str(Path(sysconfig.get_path("stdlib")).resolve()), executable):
+        above = [folder for folder in Path(path).parents if not any(folder.is_relative_to(place) for place in SYSTEM)]
+        options += _folders(*map(str, reversed(above)))
+        options += ["--ro-bind", path, path]
+    for path in _foreign_modules([*SYSTEM, library]):
+        options += ["--tmpfs", path, "--remount-ro", path]
+    for name, source in modules.items():
+        options += ["--ro-bind", str(source), f"{SITE}/{name}"]
+    options += ["--ro-bind", str(SANDBOX), "/sandbox/sandbox", "--proc", "/proc", *_folders("/tmp", "/dev")]
+    for device in DEVICES:
+        options += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    return [*options, "--remount-ro", "/"]
+
+
+def _folders(*paths: str) -> list[str]:
+    """Folders above what is mounted, open to policy code, which bubblewrap would close to all but the one who starts it."""
+    return [word for path in paths if path != "/" for word in ("--perms", "0755", "--dir", path)]
+
+
+def _site_folders() -> list[str]:
+    return list(dict.fromkeys(str(Path(path).resolve()) for path in sys.path if path.endswith("-packages")))
+
+
+def _foreign_modules(roots: Iterable[str]) -> list[str]:
+    """Folders of installed packages below what is mounted: hidden, so that only allowed modules are seen."""
+    folders = set(_site_folders())
+    for root in ("/usr/lib", "/usr/local/lib", str(Path(sysconfig.get_config_var("prefix")).resolve() / "lib")):
+        folders |= {str(path.resolve()) for path in Path(root).glob("python3*/*-packages")}
+    inside = [str(Path(root).resolve()) for root in roots]
+    return sorted(f for f in folders if os.path.isdir(f) and any(f.startswith(root + "/") for root in inside))
+
+
+def locate(names: Iterable[str]) -> dict[str, Path]:
+    """Files and folders that `names` and what they require consist of, by their name in a folder of packages.
+
+    Modules of the standard library need none. Raises ToolError for a module that is not installed."""
+    found: dict[str, Path] = {}
+    owners = importlib.metadata.packages_distributions()
+    seen: set[str] = set()
+
+    def add_distribution(name: str) -> None:
+        name = re.sub(r"[-_.]+", "-", name).lower()
+        if name in seen:
+            return
+        seen.add(name)
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            return  # optional, or for another platform
+        for file in distribution.files or ():
+            top = file.parts[0]
+            if top not in found and top not in ("..", "__pycache__") and not top.endswith((".dist-info", ".pth")):
+                found[top] = Path(str(distribution.locate_file(top))).resolve()
+        for requirement in distribution.requires or ():
+            if "extra ==" not in requirement:
+                match = re.match(r"[A-Za-z0-9._-]+", requirement)
+                if match:
+                    add_distribution(match[0])
+
+    for name in names:
+        top = name.partition(".")[0]
+        if top in sys.stdlib_module_names:
+            continue
+        if top in owners:
+            for distribution in owners[top]:
+                add_distribution(distribution)
+            continue
+        spec = importlib.util.find_spec(top)
+        if spec is None or spec.origin is None:
+            raise ToolError(f"the module {top!r} is not installed")
+        origin = Path(spec.origin).resolve()
+        found[top if spec.submodule_search_locations else origin.name] = (
+            origin.parent if spec.submodule_search_locations else origin
+        )
+    return {name: path for name, path in found.items() if path.exists()}
+
+
+def advice(config: PythonToolConfig, reason: str) -> str:
+    """The message of a sandbox that does not start."""
+    if config.isolation == "process":
+        return f"tools.python: the interpreter does not start ({reason})"
+    return (
+        f"tools.python.isolation = bubblewrap: the sandbox does not start ({reason.strip()}). Install it (apt-get "
+        "install bubblewrap), allow unprivileged user namespaces (on Ubuntu 23.10 and later: sysctl -w "
+        "kernel.apparmor_restrict_unprivileged_userns=0), and see `appo-jax doctor`. Only for policies you trust: "
+        "--tools.python.isolation process"
+    )
