@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from appo_jax import distributed
 from appo_jax.config import Architecture, Config
+from appo_jax.data.demonstrations import introduce
 from appo_jax.data.pipeline import check_prompts
 from appo_jax.data.source import Dataset, load_dataset
 from appo_jax.policy import weights
@@ -26,9 +28,12 @@ from appo_jax.reward.overlong import overlong_penalty
 from appo_jax.reward.response import Response
 from appo_jax.rollout.engine import Engine
 from appo_jax.text.tokenizer import Tokenizer, check_tags, load_tokenizer
+from appo_jax.text.train_tokenizer import structure
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.types import Example, Rollout, Segment
+
+_OPENED_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +64,27 @@ def build(config: Config) -> Components:
     """Data and tokenizer first: what is wrong with them is said before tools or devices are started."""
     dataset = load_dataset(config.data)
     tokenizer = load_tokenizer(config.policy.tokenizer or str(config.policy.path))
-    limit, malformed = config.rollout.max_prompt_tokens, config.data.malformed
-    train = check_prompts(dataset.train, tokenizer, limit, malformed)
-    held_out = check_prompts(dataset.held_out, tokenizer, limit, malformed)
     arch = architecture_of(config.policy)
     with contextlib.ExitStack() as stack:
         executor = stack.enter_context(build_executor(config.tools, dataset.documents))
-        check_tags(tokenizer, (*executor.stop_strings, "<think>", "</think>", "<answer>", "</answer>", "\\boxed{"))
+        check_tags(tokenizer, structure(executor.call_format.pieces))
+        train, held_out = (_prompts(part, tokenizer, executor, config) for part in (dataset.train, dataset.held_out))
         mesh, dtype = make_mesh(config.mesh), compute_dtype(config)
         stack.enter_context(use_mesh(mesh))
         engine = Engine(arch, tokenizer, executor, config.rollout, config.seed, dtype, mesh)
-        reward = make_reward(config.reward.function, config.reward.tool_bonus, executor.names)
+        reward = make_reward(config.reward.function, config.reward.tool_bonus, executor.call_format)
         return Components(
             config, dataset, train, held_out, tokenizer, executor, arch, dtype, mesh, engine, reward, stack.pop_all()
         )  # fmt: skip
+
+
+def _prompts(
+    examples: Sequence[Example], tokenizer: Tokenizer, executor: ToolExecutor, config: Config
+) -> tuple[Example, ...]:
+    """The examples under the system prompts that the policy will see, those that fit."""
+    instructions = executor.call_format.instructions()
+    told = [introduce(example, instructions) for example in examples]
+    return check_prompts(told, tokenizer, config.rollout.max_prompt_tokens, config.data.malformed)
 
 
 def compute_dtype(config: Config) -> Any:
@@ -102,8 +114,18 @@ def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:
     )
     return Response(
         segments, rollout.example.golds, rollout.example.kind, frozenset(call.name for call in rollout.calls),
-        rollout.stop_reason, rollout.example.question,
+        rollout.stop_reason, rollout.example.question, prompt_opening(rollout.tokens[:start], tokenizer),
     )  # fmt: skip
+
+
+def prompt_opening(prompt: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The thought that a prompt opens, or opens and closes, for the policy to go on from; "" for most templates."""
+    token_bytes = tokenizer.token_bytes()
+    start = len(prompt)
+    while start and token_bytes[prompt[start - 1]]:  # back to the last control token: the rest is the policy's turn
+        start -= 1
+    found = _OPENED_THOUGHT.search(tokenizer.decode(prompt[start:].tolist()))
+    return found[0] if found else ""
 
 
 def give_rewards(rollouts: Sequence[Rollout], components: Components, overlong_buffer: int = 0) -> None:

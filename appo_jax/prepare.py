@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 from appo_jax.config import Config
+from appo_jax.data.demonstrations import demonstrate
 from appo_jax.data.source import Dataset, load_dataset
 from appo_jax.errors import ConfigError
 from appo_jax.text.tokenizer import load_tokenizer
@@ -30,7 +30,8 @@ def prepare_world(config: Config) -> str:
         )
     dataset = load_dataset(config.data)
     with build_executor(config.tools, dataset.documents) as executor:
-        train_tokenizer(_texts(dataset, executor), Path(path), architecture.vocab_size)
+        pieces = executor.call_format.pieces
+        train_tokenizer(_texts(dataset, executor), Path(path), pieces, architecture.vocab_size)
     size = load_tokenizer(path).vocab_size
     if size > architecture.vocab_size:
         raise ConfigError(
@@ -43,8 +44,7 @@ def prepare_world(config: Config) -> str:
 
 
 def _texts(dataset: Dataset, executor: ToolExecutor) -> Iterator[str]:
-    run = executor.run
-    traces = dataset.make_traces(functools.partial(run, "search"), functools.partial(run, "python"))
+    traces = demonstrate(dataset, executor)
     yield from (f"{document.title} {document.text}" for document in dataset.documents or ())
     yield from (example.question for example in dataset.train)
     yield from ("".join(segment.text for segment in trace.segments) for trace in traces)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params
 from appo_jax.config import Config
+from appo_jax.data.demonstrations import demonstrate
 from appo_jax.data.pipeline import TraceBatch, trace_batches
 from appo_jax.errors import CheckpointError
 from appo_jax.evaluate import evaluate
@@ -77,10 +77,7 @@ def to_train_batch(batch: TraceBatch) -> TrainBatch:
 def _make_traces(components: Components) -> list[Trace]:
     """Demonstrations with the real tools' results."""
     limit = components.config.sft.steps * components.config.sft.batch_size * TRACES_PER_ROW
-    run = components.executor.run
-    return components.dataset.make_traces(
-        functools.partial(run, "search"), functools.partial(run, "python"), limit=limit
-    )
+    return demonstrate(components.dataset, components.executor, limit)
 
 
 def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> ColdStart:

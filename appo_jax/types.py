@@ -36,6 +36,14 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
+class Document:
+    """What a search tool searches and finds: an article, a paragraph, a page."""
+
+    title: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Segment:
     """A stretch of a response. `sampled` is True for the policy's own text, False for a tool result."""
 

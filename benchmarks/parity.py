@@ -48,7 +48,6 @@ from appo_jax.policy.transformer import hidden_states, rotations, unembedding
 from appo_jax.rollout.engine import Engine
 from appo_jax.text.tokenizer import JsonTokenizer
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.tools.format import TagFormat
 from appo_jax.types import Example
 
 make = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "golden" / "make_golden.py"))
@@ -162,7 +161,7 @@ def real_model(name: str, folder: Path, model: Any, their_tokenizer: Any) -> Non
 
     examples = [Example(str(i), question, (), "qa", "") for i, question in enumerate(QUESTIONS)]
     config = RolloutConfig(num_initial=1, max_prompt_tokens=128, max_response_tokens=NEW_TOKENS, max_result_tokens=16)
-    with ToolExecutor([], TagFormat(), ToolsConfig()) as executor, jax.default_matmul_precision("highest"):
+    with ToolExecutor([], ToolsConfig()) as executor, jax.default_matmul_precision("highest"):
         engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
         rollouts = [row[0] for row in engine.initial(params, examples, copies=1, salt=[0], temperature=0.0)]
     agree = 0

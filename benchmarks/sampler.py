@@ -114,17 +114,16 @@ class OnString:
     def __init__(self, string: str):
         self.string = string
 
-    def stop_strings(self, tool_names: Sequence[str]) -> tuple[str, ...]:
+    tools = ()
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
         return (self.string,)
 
     def parse(self, text: str) -> Call | str:
         return Call("pause", str(len(text)))
 
-    def render_call(self, name: str, argument: str) -> str:
-        return self.string
-
-    def render_result(self, text: str) -> str:
-        return text
+    result_marks = ("", "")
 
 
 class Pause:
@@ -160,7 +159,7 @@ class Bench:
 
     def engine(self, string: str = "\0never\0", pause: float = 0.0, **config: Any) -> Engine:
         rollout = RolloutConfig(max_result_tokens=8, max_tool_calls=10**6, max_seconds=1e6, **config)
-        executor = ToolExecutor([Pause(pause)], OnString(string), ToolsConfig(max_concurrency=64))
+        executor = ToolExecutor([Pause(pause)], ToolsConfig(max_concurrency=64), OnString(string))
         return Engine(self.arch, self.tokenizer, executor, rollout, seed=0, dtype=jnp.float32)
 
     def prompts(self, count: int, length: int, seed: int = 0) -> list[np.ndarray]:

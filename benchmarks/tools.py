@@ -26,8 +26,8 @@ import numpy as np
 from appo_jax.config import PythonToolConfig
 from appo_jax.tools.python import PythonTool
 from appo_jax.tools.sandbox.system import descendants
-from appo_jax.tools.search import LocalSearch, Page, load_corpus
-from appo_jax.types import Outcome
+from appo_jax.tools.search import LocalSearch, load_corpus
+from appo_jax.types import Document, Outcome
 
 CELLS = (
     "import math\nx = math.comb({n}, 3)\nprint(x)",
@@ -131,7 +131,7 @@ def soak(calls: int) -> dict[str, float]:
 def search_figures(data: Path) -> dict[str, float]:
     questions = [json.loads(line) for line in (data / "hotpotqa/dev_first300.jsonl").read_text().splitlines()]
     pages = load_corpus(data / "2wiki/corpus.json")
-    pages = list(dict.fromkeys(pages + [Page(c["title"], c["text"]) for q in questions for c in q["context"]]))
+    pages = list(dict.fromkeys(pages + [Document(c["title"], c["text"]) for q in questions for c in q["context"]]))
     began = time.perf_counter()
     search = LocalSearch(pages, top_k=10)
     index_s = time.perf_counter() - began

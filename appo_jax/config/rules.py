@@ -16,16 +16,11 @@ def broken(config: Config) -> list[str]:
 
 
 def _start(config: Config) -> Iterator[str]:
-    policy, data = config.policy, config.data
+    policy = config.policy
     if policy.path is None and policy.architecture is None:
         yield "policy.path, policy.architecture: give one (a folder of weights, or the shape of a random start)"
     if policy.path is None and policy.tokenizer is None:
         yield "policy.tokenizer: needed when policy.path is not given"
-    if data.source != "world" and data.path is None:
-        yield (
-            f"data.path: needed for data.source = {data.source!r} (the folder that holds its files; on the command line: "
-            "--data DIR)"
-        )
 
 
 def _rollouts(config: Config) -> Iterator[str]:

@@ -61,7 +61,8 @@ class ToolsConfig:
     enabled: tuple[str, ...] = ("python", "search")
     """Tools a rollout may call: python, search, or `package.module:factory` of your own."""
     call_format: Literal["tags", "json"] = "tags"
-    """tags: <python>…</python>, as in the paper. json: {"name": …, "arguments": …} in <tool_call>."""
+    """How calls are written (tools/format.py). tags: in tags of the tool's name, as in the paper. json: a JSON object with
+    name and arguments, as Qwen and Hermes models write it."""
     max_concurrency: PositiveInt = 8
     """Calls of one tool that run at the same time, on one host."""
     python: PythonToolConfig = PythonToolConfig()

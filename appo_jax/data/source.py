@@ -1,74 +1,84 @@
-"""Where questions come from: one `Dataset` whatever the source."""
+"""Where questions come from: a data source is a function from the config to a `Dataset`.
+
+A source of ours is a file in `data/sources/` with a function `load(config: DataConfig) -> Dataset`; its name is the
+file's. Your own is any such function, given as `package.module:function`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from appo_jax.config import DataConfig
-from appo_jax.data import appo_rl, gsm8k, traces
-from appo_jax.data.documents import Document
-from appo_jax.errors import DataError
-from appo_jax.types import Example, Trace
-
-WORLD_FOLDER = Path("artifacts/world")  # relative to the working directory; used when data.path is not given
-
-
-class MakeTraces(Protocol):
-    def __call__(self, search: traces.Call, python: traces.Call, limit: int | None = None) -> list[Trace]:
-        """Demonstrations for the cold start, at most `limit`. search, python: the real tools, from the argument of a
-        call to the text the policy reads. Raises DataError when the source has none."""
+from appo_jax.data import sources
+from appo_jax.data.demonstrations import ToolKit
+from appo_jax.errors import ConfigError, DataError
+from appo_jax.types import Document, Example, Trace
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    train: tuple[Example, ...]
-    held_out: tuple[Example, ...]  # shares no question with train
-    documents: tuple[Document, ...] | None  # what the search tool searches, when the source brings it
-    make_traces: MakeTraces
+    """What a source gives. `{tools}` in a system prompt is replaced by how the run's tools are called."""
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]  # shares no question with train
+    documents: Sequence[Document] | None = None  # what the search tool searches, when the source brings it
+    # Demonstration i of num_demonstrations, for the cold start, written with the run's tools and their real results.
+    # Raises CannotDemonstrate where the tools do not suffice.
+    demonstration: Callable[[int, ToolKit], Trace] | None = None
+    num_demonstrations: int = 0
+
+
+def source_names() -> list[str]:
+    """The sources that come with the program."""
+    return sorted(module.name for module in pkgutil.iter_modules(sources.__path__))
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Read (for the world: make, if need be) the data of a run. Raises DataError."""
-    if config.source == "world":
-        return _world(config)
-    assert config.path is not None  # config.rules
+    """Read (for the world: make, if need be) the data of a run.
+
+    Raises ConfigError for an unknown source, and DataError for data that cannot be read."""
+    dataset = _find(config.source)(config)
+    if not isinstance(dataset, Dataset):
+        raise ConfigError(
+            f"data.source = {config.source!r} returned a {type(dataset).__name__}; expected an appo_jax.data.source.Dataset"
+        )
+    for part in ("train", "held_out"):
+        wrong = next((item for item in getattr(dataset, part) if not isinstance(item, Example)), None)
+        if wrong is not None:
+            raise DataError(
+                f"data.source = {config.source!r}: {part} holds a {type(wrong).__name__}; expected appo_jax.types.Example"
+            )
+    return dataset
+
+
+def _find(name: str) -> Callable[[DataConfig], Dataset]:
+    expected = f"expected {', '.join(source_names())} or `package.module:function`"
+    module, _, function = name.partition(":")
+    if not function:
+        if name not in source_names():
+            raise ConfigError(f"data.source = {name!r}: {expected}")
+        module, function = f"{sources.__name__}.{name}", "load"
+    try:
+        load = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"data.source = {name!r} cannot be imported ({error}); {expected}") from error
+    if not callable(load):
+        raise ConfigError(f"data.source = {name!r} is a {type(load).__name__}, not a function; {expected}")
+    return load
+
+
+def data_path(config: DataConfig) -> Path:
+    """The file or folder that `data.path` leads to. Raises ConfigError when it is not given, DataError when nothing is there."""
+    if config.path is None:
+        raise ConfigError(
+            f"data.path: needed for data.source = {config.source!r} (the folder that holds its files; on the command line: "
+            "--data DIR)"
+        )
     path = Path(config.path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; data.path (--data DIR) must lead to the {config.source} data")
-    return _gsm8k(path, config) if config.source == "gsm8k" else _appo_rl(path, config)
-
-
-def _world(config: DataConfig) -> Dataset:
-    from appo_jax.data.world import load_world  # TFDS is needed for nothing else
-
-    world = load_world(Path(config.path or WORLD_FOLDER), config.seed)
-    system = config.system_prompt or ""
-    names = [document.title for document in world.documents]
-
-    def make_traces(search: traces.Call, python: traces.Call, limit: int | None = None) -> list[Trace]:
-        return traces.demonstrate(world.train, system, names, search, python, config.seed, limit)
-
-    def examples(questions: tuple) -> tuple[Example, ...]:
-        return tuple(question.example(system) for question in questions)
-
-    return Dataset(examples(world.train), examples(world.held_out), world.documents, make_traces)
-
-
-def _gsm8k(folder: Path, config: DataConfig) -> Dataset:
-    train, held_out, rationales = gsm8k.load_gsm8k(folder, config.system_prompt, config.malformed)
-
-    def make_traces(search: traces.Call, python: traces.Call, limit: int | None = None) -> list[Trace]:
-        return gsm8k.demonstrate(train, rationales, python, limit)
-
-    return Dataset(tuple(train), tuple(held_out), None, make_traces)
-
-
-def _appo_rl(path: Path, config: DataConfig) -> Dataset:
-    train, held_out = appo_rl.load_appo_rl(path, config.system_prompt, config.malformed)
-
-    def make_traces(search: traces.Call, python: traces.Call, limit: int | None = None) -> list[Trace]:
-        raise DataError("data.source = 'appo_rl' has no demonstrations: set sft.steps to 0 and start from a policy")
-
-    return Dataset(tuple(train), tuple(held_out), None, make_traces)
+    return path

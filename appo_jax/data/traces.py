@@ -1,4 +1,4 @@
-"""Scripted demonstrations of the embedded world, imperfect on purpose.
+"""Scripted demonstrations of the embedded world, imperfect on purpose, with any tools that look things up and compute.
 
 The script reads what the tools really return, as a policy would, and takes a wrong turn with the probabilities below.
 They are set so that a policy that imitates it is wrong on about half of the questions when greedy, and yet finds the
@@ -8,15 +8,13 @@ it. Every turn is one token of the text ("Next" or "Done", "use" or "guess"): th
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from appo_jax.data.world import Question, read_fact
+from appo_jax.data.demonstrations import ToolKit
+from appo_jax.data.world import Question, WorldData, read_fact
 from appo_jax.types import Segment, Trace
-
-Call = Callable[[str], str]  # a tool: argument -> the text the policy reads
 
 TRACES_PER_QUESTION = 2
 
@@ -36,40 +34,31 @@ WRONG_ENTITY, OPEN_CALL = 0.03, 0.01
 _ONWARD = {"town": "river", "company": "town", "leader": "town", "river": "length"}
 
 
-def render_result(text: str) -> str:
-    """A tool result as the paper's call format appends it to the policy's text."""
-    return f" <result>\n{text}\n</result>"
+class WorldScript:
+    """`TRACES_PER_QUESTION` demonstrations of every question of a world's training split."""
 
+    def __init__(self, world: WorldData, system: str, seed: int):
+        self.questions, self.system, self.seed = world.train, system, seed
+        self.names = [document.title for document in world.documents]  # what a mistaken look-up may ask for
 
-def demonstrate(
-    questions: Sequence[Question],
-    system: str,
-    names: Sequence[str],
-    search: Call,
-    python: Call,
-    seed: int,
-    limit: int | None = None,
-) -> list[Trace]:
-    """`TRACES_PER_QUESTION` traces of every question (the first `limit` of them), the same for the same seed and tools.
+    def __len__(self) -> int:
+        return TRACES_PER_QUESTION * len(self.questions)
 
-    names: all entities (what a mistaken look-up may ask for). search, python: the real tools, argument -> result text.
-    """
-    search, python = functools.cache(search), functools.cache(python)
-
-    def trace(index: int) -> Trace:
-        question = questions[index % len(questions)]
-        script = _Script(question, names, np.random.default_rng([seed, index]), search, python)
-        return Trace(question.example(system), script.write())
-
-    return [trace(index) for index in range(TRACES_PER_QUESTION * len(questions))[:limit]]
+    def demonstration(self, index: int, kit: ToolKit) -> Trace:
+        """The same for the same seed and tools. Raises CannotDemonstrate where a tool that it needs is missing."""
+        question = self.questions[index % len(self.questions)]
+        script = _Script(question, self.names, np.random.default_rng([self.seed, index]), kit)
+        return Trace(question.example(self.system), script.write())
 
 
 class _Script:
     """Writes one trace. `text` is what the policy has written since the last tool result."""
 
-    def __init__(self, question: Question, names: Sequence[str], rng: np.random.Generator, search: Call, python: Call):
-        self.question, self.names, self.rng = question, names, rng
-        self.tools = {"search": search, "python": python}
+    def __init__(self, question: Question, names: Sequence[str], rng: np.random.Generator, kit: ToolKit):
+        self.question, self.names, self.rng, self.kit = question, names, rng, kit
+        # Also a script that happens to guess needs the tools: their questions are not to be answered without.
+        self.search = kit.tool_for("look_up") if question.plan.paths else ""
+        self.compute = kit.tool_for("compute") if question.plan.expression is not None else ""
         self.text = "<think>"
         self.segments: list[Segment] = []
 
@@ -120,15 +109,15 @@ class _Script:
             expression = expression[: max(expression.rfind(sign) for sign in "+-*")]
         if "-{1}" in expression and self.chance(REVERSED):
             found.reverse()
-        self.text += " I use python.</think>"
-        return self.call("python", expression.format(*found))
+        self.text += f" I use {self.compute}.</think>"
+        return self.call(self.compute, expression.format(*found))
 
     def look_up(self, relation: str, entity: str) -> str | None:
         """Search an entity's document and read a fact from it. None: the call was left open or nothing was found."""
         self.text += f" {'Next' if self.segments else 'I need'} the {relation} of {entity}.</think>"
         if self.chance(WRONG_ENTITY):
             entity = self.any_of(self.names)
-        result = self.call("search", f" {entity}")
+        result = self.call(self.search, f" {entity}")
         if result is None:
             return None
         value = read_fact(relation, entity, result)
@@ -137,12 +126,12 @@ class _Script:
 
     def call(self, tool: str, argument: str) -> str | None:
         """Call a tool. None: the call was left open."""
-        self.text += f"<{tool}>{argument}"
-        if self.chance(OPEN_CALL):
+        left_open = self.chance(OPEN_CALL)
+        self.text += self.kit.write_call(tool, argument, closed=not left_open)
+        if left_open:
             return None
-        self.text += f"</{tool}>"
-        result = self.tools[tool](argument.strip())
-        self.segments += [Segment(self.text, sampled=True), Segment(render_result(result), sampled=False)]
+        result = self.kit.run(tool, argument.strip())
+        self.segments += [Segment(self.text, sampled=True), Segment(self.kit.write_result(result), sampled=False)]
         self.text = ""
         return result
 

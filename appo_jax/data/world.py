@@ -22,9 +22,8 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from appo_jax.data.documents import Document
 from appo_jax.errors import DataError
-from appo_jax.types import Example, Kind
+from appo_jax.types import Document, Example, Kind
 
 NUM_TRAIN, NUM_HELD_OUT = 3000, 300
 

@@ -24,7 +24,7 @@ from appo_jax.rollout.decode import SamplingSpec, append_tokens, decode_segment,
 from appo_jax.rollout.engine import APPEND_ROWS, SEGMENT_STEPS
 from appo_jax.rollout.seating import Seating
 
-AUTOMATON_STATES = 32  # of the stop strings </python> and </search>, and some more
+AUTOMATON_STATES = 32  # of the stop strings of two tools, and some more
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from appo_jax.errors import ConfigError
 from appo_jax.reward.official import official_reward
 from appo_jax.reward.response import Response
 from appo_jax.reward.robust import robust_reward
+from appo_jax.tools.format import CallFormat
 from appo_jax.types import RewardResult
 
 __all__ = ["Response", "RewardFunction", "make_reward"]
@@ -17,15 +18,15 @@ __all__ = ["Response", "RewardFunction", "make_reward"]
 RewardFunction = Callable[[Response], RewardResult]
 
 
-def make_reward(name: str, bonus: float, tool_names: Collection[str]) -> RewardFunction:
+def make_reward(name: str, bonus: float, call_format: CallFormat) -> RewardFunction:
     """The reward function of `RewardConfig.function`: "robust", "official", or your own as "package.module:function".
 
-    `bonus` is `RewardConfig.tool_bonus`; `tool_names` are the tools on offer. Your own function receives a Response and
+    `bonus` is `RewardConfig.tool_bonus`; `call_format` is that of the tools on offer. Your own function receives a Response and
     returns a RewardResult. Raises ConfigError when it cannot be imported or called, and, at a call, when it returns
     something else.
     """
     if name == "robust":
-        return functools.partial(robust_reward, bonus=bonus, tool_names=tuple(tool_names))
+        return functools.partial(robust_reward, bonus=bonus, call_format=call_format)
     if name == "official":
         return functools.partial(official_reward, bonus=bonus)
     return _user_reward(name)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
 from appo_jax.reward.latex import last_boxed
 from appo_jax.reward.response import Response
+from appo_jax.tools.format import CallFormat
 
 
-def format_error(response: Response, tool_names: Collection[str]) -> str | None:
+def format_error(response: Response, call_format: CallFormat) -> str | None:
     """What is wrong with the response's format, or None. Tool results may contain anything.
 
-    - at least one <think>…</think>, every one closed before the next opens;
+    - at least one <think>…</think>, every one closed before the next opens; one that the prompt opened counts;
     - one <answer>…</answer>, outside <think>, with a complete \\boxed{…} inside;
-    - no <result> tags of the policy's own: results are the tools' to write;
-    - every tool call opened once, closed, at the end of its turn, and answered by a result.
+    - no marks of a tool result of the policy's own, in any spelling: results are the tools' to write;
+    - every tool call well formed, at the end of its turn, and answered by a result.
     """
-    text = response.sampled_text
-    if "<result>" in text or "</result>" in text:
-        return "the policy wrote a <result> tag"
+    text = response.opening + response.sampled_text
+    if (mark := call_format.invented_result(text)) is not None:
+        return f"the policy wrote the mark of a tool result, {mark[:40]}"
 
     blocks = re.findall(r"</?(?:think|answer)>", text)
     if blocks.count("<answer>") != 1 or blocks.count("</answer>") != 1:
@@ -30,13 +30,8 @@ def format_error(response: Response, tool_names: Collection[str]) -> str | None:
         return "no complete \\boxed{…} in the answer"
 
     for turn, answered in response.turns:
-        tags = re.findall(rf"</?(?:{'|'.join(map(re.escape, (*tool_names, 'tool_call')))})>", turn)
-        if not tags and not answered:
-            continue
-        if len(tags) != 2 or not _alternate(tags) or not turn.rstrip().endswith(tags[1]):
-            return "a tool call is not one opening tag, its argument and its closing tag at the end of the turn"
-        if not answered:
-            return "a tool call without a result"
+        if (error := call_format.turn_error(turn, answered)) is not None:
+            return error
     return None
 
 

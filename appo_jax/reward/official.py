@@ -26,7 +26,7 @@ def official_reward(response: Response, bonus: float) -> RewardResult:
     `correct` is ours (see grade.py), so that accuracy means the same under every reward.
     """
     correct = grade(response).correct
-    answer = official_answer(response.text)
+    answer = official_answer(response.opening + response.text)
     if answer is None:
         return RewardResult(-1.0, correct, {"f1": 0.0, "format": 0.0, "bonus": 0.0})
     f1 = official_f1(answer, response.golds)

@@ -18,6 +18,7 @@ class Response:
     tools_used: frozenset[str]  # names of the tools that were really called
     stop_reason: StopReason
     question: str = ""
+    opening: str = ""  # what the prompt ends with and the policy continues: a template may open <think> for it
 
     @property
     def text(self) -> str:

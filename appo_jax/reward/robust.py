@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from appo_jax.reward.format import format_error
 from appo_jax.reward.grade import grade
 from appo_jax.reward.response import Response
+from appo_jax.tools.format import CallFormat
 from appo_jax.types import RewardResult
 
 BROKEN_FORMAT = -1.0
 
 
-def robust_reward(response: Response, bonus: float, tool_names: Collection[str]) -> RewardResult:
+def robust_reward(response: Response, bonus: float, call_format: CallFormat) -> RewardResult:
     """−1 for a broken format, else the grade's score in [0, 1], plus `bonus` when it earned something with every tool.
 
-    `tool_names` are the tools on offer; with none there is no bonus. `correct` is the grade's, whatever the format.
+    `call_format` knows the tools on offer; with none there is no bonus. `correct` is the grade's, whatever the format.
     """
     result = grade(response)
     detail = {"score": result.score, "format": 1.0, "bonus": 0.0, "verify_timeout": float(result.timed_out)}
-    if format_error(response, tool_names) is not None:
+    if format_error(response, call_format) is not None:
         return RewardResult(BROKEN_FORMAT, result.correct, detail | {"format": 0.0})
+    tool_names = [tool.name for tool in call_format.tools]
     if result.score > 0 and tool_names and response.tools_used.issuperset(tool_names):
         detail["bonus"] = bonus
     return RewardResult(result.score + detail["bonus"], result.correct, detail)

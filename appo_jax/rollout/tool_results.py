@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appo_jax.errors import ConfigError
 from appo_jax.text.tokenizer import Tokenizer
-from appo_jax.tools.format import CallFormat
+from appo_jax.tools.format import CallFormat, shield
 
 CUT_MARK = " […]"
 
@@ -17,7 +17,7 @@ class ToolResults:
 
     def __init__(self, tokenizer: Tokenizer, call_format: CallFormat, most: int):
         self._tokenizer, self._most = tokenizer, most
-        head, tail = call_format.render_result("\0").split("\0")
+        head, tail = call_format.result_marks
         self._head, self._tail = tokenizer.encode(head), tokenizer.encode(tail)
         self._cut_tail = tokenizer.encode(CUT_MARK + tail)
         marks = len(self._head) + len(self._cut_tail)
@@ -29,7 +29,7 @@ class ToolResults:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a result, cut with a visible mark where it is too long."""
-        ids = self._tokenizer.encode(text)
+        ids = self._tokenizer.encode(shield(text))
         if len(self._head) + len(ids) + len(self._tail) <= self._most:
             return [*self._head, *ids, *self._tail]
         keep = max(0, self._most - len(self._head) - len(self._cut_tail))

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
 
 CONTROL_SYMBOLS = ("<|system|>", "<|user|>", "<|assistant|>")
-# Each is one token: what a rollout's structure is made of costs the policy one choice.
-TAGS = tuple(f"<{slash}{tag}>" for tag in ("think", "search", "python", "result", "answer") for slash in ("", "/"))
+SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
 # Digits go in pairs from the left, so that copying a number takes a token or two.
 PAIRS_OF_DIGITS = tuple(f"{number:02d}" for number in range(100))
-USER_DEFINED_SYMBOLS = (*TAGS, "\\boxed{", "\n", *PAIRS_OF_DIGITS)
 
 
-def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int = 1024) -> None:
+def structure(call_pieces: Sequence[str]) -> tuple[str, ...]:
+    """What a rollout is built of. Each is one token, so that it costs the policy one choice.
+
+    call_pieces: those of the run's call format (`CallFormat.pieces`)."""
+    return ("<think>", "</think>", *call_pieces, "<answer>", "</answer>", "\\boxed{", "\n")
+
+
+def train_tokenizer(texts: Iterable[str], path: Path, call_pieces: Sequence[str], vocab_size: int = 1024) -> None:
     """Train on `texts` and write the model to `path` (.model). The same texts give the same bytes. A small text yields
     fewer than `vocab_size` pieces.
 
@@ -34,7 +39,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int = 1024) ->
         eos_id=2,
         unk_id=3,
         control_symbols=list(CONTROL_SYMBOLS),
-        user_defined_symbols=list(USER_DEFINED_SYMBOLS),
+        user_defined_symbols=[*(piece.replace(" ", SPACE) for piece in structure(call_pieces)), *PAIRS_OF_DIGITS],
         byte_fallback=True,
         split_digits=True,
         character_coverage=1.0,

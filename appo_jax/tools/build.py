@@ -1,59 +1,54 @@
-"""From the configuration to the tools of a run."""
+"""From the configuration to the tools of a run.
+
+A built-in tool is a file of this folder with a function `make_tool(config: ToolsConfig, documents) -> Tool`; its name in
+`tools.enabled` is the file's.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import pkgutil
 from collections.abc import Sequence
 
+from appo_jax import tools as package
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.tools.format import make_format
 from appo_jax.tools.protocol import Tool
-from appo_jax.tools.python import PythonTool
-from appo_jax.tools.search import Document, LocalSearch
-from appo_jax.tools.web import WebSearch
+from appo_jax.types import Document
 
 
 def build_executor(config: ToolsConfig, documents: Sequence[Document] | None = None) -> ToolExecutor:
-    """Start the enabled tools. `documents` is the corpus a data source brings with it (the embedded world); without it
-    search uses `search.corpus`, `search.url` or `search.cache`. Raises ConfigError, DataError, or ToolError when a tool
-    cannot run on this machine."""
+    """Start the enabled tools. `documents` is the corpus a data source brings with it (the embedded world).
+
+    Raises ConfigError, DataError, or ToolError when a tool cannot run on this machine."""
     tools: list[Tool] = []
     try:
         for name in config.enabled:
             tools.append(_build(name, config, documents))
+        return ToolExecutor(tools, config)
     except BaseException:
         for tool in tools:
             tool.close()
         raise
-    return ToolExecutor(tools, make_format(config.call_format), config)
 
 
 def _build(name: str, config: ToolsConfig, documents: Sequence[Document] | None) -> Tool:
-    if name == "python":
-        return PythonTool(config.python)
-    if name == "search":
-        return _search(config, documents)
     if ":" in name:
         return import_tool(name)
-    raise ConfigError(f"tools.enabled: unknown tool {name!r}; expected python, search or `package.module:factory`")
+    if name.isidentifier() and importlib.util.find_spec(f"{package.__name__}.{name}") is not None:
+        module = importlib.import_module(f"{package.__name__}.{name}")
+        if hasattr(module, "make_tool"):
+            return module.make_tool(config, documents)
+    known = ", ".join(tool_names())
+    raise ConfigError(f"tools.enabled: unknown tool {name!r}; expected {known} or `package.module:factory`")
 
 
-def _search(config: ToolsConfig, documents: Sequence[Document] | None) -> Tool:
-    search = config.search
-    if search.corpus is not None:
-        return LocalSearch.from_file(search.corpus, search.top_k)
-    if search.url is not None:
-        return WebSearch(search)
-    if documents is not None:
-        return LocalSearch(documents, search.top_k)
-    if search.cache is not None:
-        return WebSearch(search)
-    raise ConfigError(
-        "tools.search.corpus: the search tool needs a corpus (or tools.search.url, tools.search.cache, or a data "
-        "source that brings documents)"
-    )
+def tool_names() -> list[str]:
+    """The tools that come with the program."""
+    names = (module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
+    return [name for name in names if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "make_tool")]
 
 
 def import_tool(path: str) -> Tool:

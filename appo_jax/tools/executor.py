@@ -23,7 +23,7 @@ import numpy as np
 from appo_jax import distributed
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError
-from appo_jax.tools.format import Call, CallFormat
+from appo_jax.tools.format import Call, CallFormat, make_format
 from appo_jax.tools.lanes import Clock, Lane
 from appo_jax.tools.protocol import Tool, ToolResult
 from appo_jax.types import Outcome
@@ -37,7 +37,7 @@ class CallRecord:
 
     name: str
     argument: str
-    result: str  # what the policy will read, before `CallFormat.render_result`
+    result: str  # what the policy will read, before it is shielded and marked as a result
     outcome: Outcome
     seconds: float  # from submission to result, queueing included
     states: Mapping[str, Any]  # tool states after the call; those before it when it failed
@@ -46,11 +46,12 @@ class CallRecord:
 class ToolExecutor:
     """The tools of a run. A context manager: leaving it closes every tool."""
 
-    def __init__(self, tools: Sequence[Tool], call_format: CallFormat, config: ToolsConfig):
+    def __init__(self, tools: Sequence[Tool], config: ToolsConfig, call_format: CallFormat | None = None):
+        """call_format: another notation than that of `config.call_format`."""
         names = [tool.name for tool in tools]
         if len(set(names)) != len(names):
             raise ConfigError(f"tools.enabled: two tools are named alike ({', '.join(names)}); each needs its own name")
-        self.call_format = call_format
+        self.call_format = call_format or make_format(config.call_format, tools)
         self.names = tuple(names)
         self._tools = {tool.name: tool for tool in tools}
         self._clock = Clock()
@@ -61,7 +62,7 @@ class ToolExecutor:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """Strings after which sampling pauses for a tool."""
-        return self.call_format.stop_strings(self.names)
+        return self.call_format.stop_strings
 
     def start(self) -> Mapping[str, Any]:
         """Tool states of a rollout that has made no call."""
@@ -103,10 +104,10 @@ class ToolExecutor:
             answer.add_done_callback(lambda _: alarm.cancel())
         return answer
 
-    def run(self, name: str, argument: str, bound: float = 60.0) -> str:
-        """One call outside of any rollout, waited for: what a policy would read."""
+    def run(self, name: str, argument: str, bound: float = 60.0) -> CallRecord:
+        """One call outside of any rollout, waited for. Raises ValueError for an argument that no call can hold."""
         text = self.call_format.render_call(name, argument)
-        return self.submit(self.start(), text, bound).result().result
+        return self.submit(self.start(), text, bound).result()
 
     def metrics(self) -> dict[str, float]:
         """Calls, outcomes, latencies (seconds) and queue lengths by tool since the last time they were read.

@@ -1,7 +1,8 @@
-"""How a call is written by the policy and how its result is written back.
+"""How a call is written by the policy and how its result is written back. No other file knows these tags.
 
 `tags` is the paper's: `<python>print(1)</python>`, answered by ` <result>\\n1\\n</result>`. `json` is the format of
-Qwen and Hermes: `<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>`.
+Qwen and Hermes: `<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>`, answered in
+`<tool_response>`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
-from typing import Protocol
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from appo_jax.errors import ConfigError
+from appo_jax.tools.protocol import Tool, ToolSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,108 +27,303 @@ class Call:
 
 
 class CallFormat(Protocol):
-    """A notation for calls. `parse` never raises: what it cannot read it explains to the policy."""
+    """A notation for the calls of some tools."""
 
-    def stop_strings(self, tool_names: Sequence[str]) -> tuple[str, ...]:
+    @property
+    def tools(self) -> tuple[ToolSpec, ...]:
+        """The tools on offer."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
         """Strings that end a call; sampling pauses after each."""
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The fixed texts around arguments and results. A tokenizer that is trained for the format holds each as one
+        token; every tokenizer must be able to write them."""
+
+    @property
+    def result_marks(self) -> tuple[str, str]:
+        """What stands before and after a result in the rollout."""
 
     def parse(self, text: str) -> Call | str:
         """Read the call that `text` ends with: the policy's own text from the prompt or the last result up to and
-        including a stop string. Returns the call, or an explanation of what is wrong with it."""
+        including a stop string. Returns the call, or an explanation for the policy of what is wrong with it. Never
+        raises, and never returns a call that is not the one written."""
 
-    def render_call(self, name: str, argument: str) -> str:
-        """The text a policy writes to make this call (for demonstrations)."""
+    def render_call(self, name: str, argument: str, closed: bool = True) -> str:
+        """The text a policy writes to make this call (for demonstrations). closed=False leaves the end out.
+        Raises ValueError for an argument that the format cannot write."""
 
-    def render_result(self, text: str) -> str:
-        """The text appended to the rollout for a result."""
+    def invented_result(self, text: str) -> str | None:
+        """The first mark of a result, in any spelling, that stands in the policy's own `text`. None: there is none."""
+
+    def turn_error(self, turn: str, answered: bool) -> str | None:
+        """What is wrong with the calls of one turn: the policy's own text up to the next result (answered) or to the
+        end of the rollout. None: nothing, or the turn has no call."""
+
+    def instructions(self) -> str:
+        """Sentences that tell a policy which tools it has and how they are called, for a system prompt."""
 
 
-def make_format(name: str) -> CallFormat:
-    """The call format of `ToolsConfig.call_format`. Raises ConfigError for an unknown name."""
+def make_format(name: str, tools: Sequence[Tool] = ()) -> CallFormat:
+    """The call format of `ToolsConfig.call_format` for these tools. Raises ConfigError for an unknown name."""
+    specs = tuple(ToolSpec.of(tool) for tool in tools)
     if name == "tags":
-        return TagFormat()
+        return TagFormat(specs)
     if name == "json":
-        return JsonFormat()
+        return JsonFormat(specs)
     raise ConfigError(f"tools.call_format = {name!r}: expected 'tags' or 'json'")
 
 
+def render_result(call_format: CallFormat, text: str) -> str:
+    """The text appended to the rollout for a result: shielded, between the format's marks."""
+    head, tail = call_format.result_marks
+    return head + shield(text) + tail
+
+
+def shield(text: str) -> str:
+    """A tool's text without tags that could be taken for the rollout's own: `<` of each becomes `&lt;`.
+
+    Covers results, calls, thoughts and answers, in both formats and in any spelling, so that a page or a program's
+    output cannot close its own block or answer in the policy's place."""
+    return _STRUCTURE.sub(lambda found: "&lt;" + found[0][1:], text)
+
+
+def _any_spelling(names: Iterable[str]) -> re.Pattern[str]:
+    """Matches the tags of these names in any case, with spaces, attributes or a slash at either end. Linear in the text."""
+    return re.compile(rf"<\s*+(?:/\s*+)?(?:{'|'.join(map(re.escape, names))})(?![\w.-])[^<>]*+>", re.IGNORECASE)
+
+
+_STRUCTURE = _any_spelling(("result", "tool_response", "tool_call", "think", "answer"))
+
+
+def _first_tag(pattern: re.Pattern[str], text: str) -> str | None:
+    """The first match, invisible characters and look-alike forms of letters and brackets left aside."""
+    if not text.isascii():
+        text = "".join(char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf")
+    found = pattern.search(text)
+    return found[0] if found else None
+
+
 _CLOSING_TAG = re.compile(r"</([\w.-]+)>\s*\Z")
+_RESULT = _any_spelling(["result"])
+_RESPONSE = _any_spelling(["tool_response"])
 
 
+@dataclasses.dataclass(frozen=True)
 class TagFormat:
     """`<name>argument</name>`, results in `<result>`, as in the paper."""
 
-    def stop_strings(self, tool_names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(f"</{name}>" for name in tool_names)
+    tools: tuple[ToolSpec, ...]
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return tuple(f"</{tool.name}>" for tool in self.tools)
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        # Sorted, so that a tokenizer does not depend on the order of tools.enabled.
+        names = (*sorted((tool.name for tool in self.tools), reverse=True), "result")
+        return tuple(f"<{slash}{name}>" for name in names for slash in ("", "/"))
+
+    @property
+    def result_marks(self) -> tuple[str, str]:
+        return " <result>\n", "\n</result>"
 
     def parse(self, text: str) -> Call | str:
-        match = _CLOSING_TAG.search(text)
+        match = _CLOSING_TAG.search(text.rstrip()[-200:])
         if match is None:
             return "Malformed call: it must end in the tool's closing tag."
-        name, body = match[1], text[: match.start()]
-        for tag in (
-            f"</{name}>",
-            "</think>",
-        ):  # an earlier call or a closed thought cannot hold this call's opening tag
-            body = body.rpartition(tag)[2]
-        start = body.rfind(f"<{name}>")
-        if start < 0:
-            return f"Malformed call: </{name}> has no <{name}> before it. Write <{name}>…</{name}>."
-        argument = body[start + len(f"<{name}>") :]
+        name, body = match[1], text.rstrip()[: -len(match[0].rstrip())]
+        opening, closing = f"<{name}>", f"</{name}>"
+        names = {name, *(tool.name for tool in self.tools)}
+        for tag in ("</think>", *(f"</{known}>" for known in names)):
+            body = body.rpartition(tag)[2]  # this call cannot have begun before an earlier call or a thought ended
+        openings = re.findall(f"<(?:{'|'.join(map(re.escape, names))})>", body)
+        if opening not in openings:
+            return f"Malformed call: {closing} has no {opening} before it. Write {opening}…{closing}."
+        if len(openings) > 1:  # which of them begins the call, and which is part of its argument, cannot be known
+            return f"Malformed call: {' and '.join(openings[:4])} stand before {closing}. Write one tag, where the call begins."
+        argument = body.partition(opening)[2]
         if not argument.strip():
-            return f"Empty call: nothing stands between <{name}> and </{name}>."
+            return f"Empty call: nothing stands between {opening} and {closing}."
         return Call(name, argument)
 
-    def render_call(self, name: str, argument: str) -> str:
-        return f"<{name}>{argument}</{name}>"
+    def render_call(self, name: str, argument: str, closed: bool = True) -> str:
+        text = f"<{name}>{argument}</{name}>"
+        if self.parse(text) != Call(name, argument):
+            raise ValueError(f"a call of {name} in tags cannot hold {argument[:80]!r}")
+        return text if closed else text.removesuffix(f"</{name}>")
 
-    def render_result(self, text: str) -> str:
-        return f" <result>\n{_shield(text, 'result')}\n</result>"
+    def invented_result(self, text: str) -> str | None:
+        return _first_tag(_RESULT, text)
+
+    def turn_error(self, turn: str, answered: bool) -> str | None:
+        names = "|".join(re.escape(tool.name) for tool in self.tools)
+        tags = re.findall(f"</?(?:{names})>", turn) if names else []
+        if not tags and not answered:
+            return None
+        if len(tags) != 2 or tags[1] != tags[0].replace("<", "</") or not turn.rstrip().endswith(tags[1]):
+            return "a tool call is not one opening tag, its argument and its closing tag at the end of the turn"
+        return None if answered else "a tool call without a result"
+
+    def instructions(self) -> str:
+        ways = [(tool, f"<{tool.name}>{tool.key}</{tool.name}>") for tool in self.tools]
+        return _instructions(ways, "<result> and </result>")
 
 
+@dataclasses.dataclass(frozen=True)
 class JsonFormat:
     """A JSON object with `name` and `arguments` in `<tool_call>`, results in `<tool_response>`."""
 
-    def stop_strings(self, tool_names: Sequence[str]) -> tuple[str, ...]:
-        return ("</tool_call>",)
+    tools: tuple[ToolSpec, ...]
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return ("</tool_call>",) if self.tools else ()
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        names = sorted(tool.name for tool in self.tools if not tool.several_arguments)
+        openings = tuple(self._around(name)[0] for name in names)
+        marks = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+        return (*openings, '"}}\n</tool_call>', *marks) if openings else marks
+
+    @property
+    def result_marks(self) -> tuple[str, str]:
+        return "\n<tool_response>\n", "\n</tool_response>\n"
 
     def parse(self, text: str) -> Call | str:
         text = text.rstrip()
         if not text.endswith("</tool_call>"):
             return "Malformed call: it must end in </tool_call>."
-        start = text.rfind("<tool_call>")
-        if start < 0:
+        text = text.removesuffix("</tool_call>")
+        openings = [found.end() for found in re.finditer("<tool_call>", text)]
+        if not openings:
             return "Malformed call: </tool_call> has no <tool_call> before it."
-        body = text[start + len("<tool_call>") : -len("</tool_call>")].strip()
-        if not body:
-            return "Empty call: nothing stands between <tool_call> and </tool_call>."
-        try:
-            call = json.loads(body, strict=False)  # strict=False: real newlines inside code strings are accepted
-        except (json.JSONDecodeError, RecursionError) as error:
-            return f"Malformed call: the text in <tool_call> is not valid JSON ({error})."
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+        # The call begins at the last opening tag, unless that one stands inside a string of an earlier one's JSON.
+        objects = [start for start in openings if text[start : start + 20].lstrip().startswith("{")]
+        call = _read_json(text[openings[-1] :])
+        for start in objects[:-5:-1]:
+            if isinstance(call, dict):
+                break
+            earlier = _read_json(text[start:])
+            call = earlier if isinstance(earlier, dict) else call
+        if isinstance(call, str):
+            return call
+        if not isinstance(call.get("name"), str) or "arguments" not in call:
             return 'Malformed call: expected {"name": "…", "arguments": {…}}.'
-        name, arguments = call["name"], call["arguments"]
+        return self._read_arguments(call["name"], call["arguments"])
+
+    def _read_arguments(self, name: str, arguments: Any) -> Call | str:
+        tool = next((tool for tool in self.tools if tool.name == name), ToolSpec(name))
+        # Some models write the arguments as a string of JSON, as OpenAI's interface has them.
+        if isinstance(arguments, str) and isinstance(decoded := _decode(arguments), dict):
+            arguments = decoded
         if isinstance(arguments, dict):
-            if len(arguments) == 1 and isinstance(only := next(iter(arguments.values())), str):
-                arguments = only
-            else:  # several arguments, or one that is no string: the tool reads them as JSON
-                arguments = json.dumps(arguments, ensure_ascii=False)
+            text = _argument_of(tool, arguments)
+            if isinstance(text, _Problem):
+                return f"Malformed call: {text}."
+            arguments = text
         if not isinstance(arguments, str):
             return f"Malformed call: arguments must be an object or a string, not {type(arguments).__name__}."
         if not arguments.strip() or arguments == "{}":
             return f"Empty call: {name} was given no argument."
         return Call(name, arguments)
 
-    def render_call(self, name: str, argument: str) -> str:
-        key = {"python": "code", "search": "query"}.get(name, "input")
-        body = json.dumps({"name": name, "arguments": {key: argument}}, ensure_ascii=False)
-        return f"<tool_call>\n{body}\n</tool_call>"
+    def render_call(self, name: str, argument: str, closed: bool = True) -> str:
+        tool = next((tool for tool in self.tools if tool.name == name), ToolSpec(name))
+        opening, closing = self._around(name)
+        if tool.several_arguments and isinstance(_decode(argument), dict):
+            opening, text, closing = opening.rpartition("{")[0], argument, "}\n</tool_call>"
+        else:
+            text = json.dumps(argument, ensure_ascii=False)[1:-1]
+        for tag in ("<tool_call>", "</tool_call>"):  # JSON's own way to write a character otherwise
+            text = text.replace(tag, "\\u003c" + tag[1:])
+        return opening + text + (closing if closed else "")
 
-    def render_result(self, text: str) -> str:
-        return f"\n<tool_response>\n{_shield(text, 'tool_response')}\n</tool_response>\n"
+    def _around(self, name: str) -> tuple[str, str]:
+        tool = next((tool for tool in self.tools if tool.name == name), ToolSpec(name))
+        parts = (json.dumps(part, ensure_ascii=False) for part in (name, tool.key))
+        return '<tool_call>\n{{"name": {}, "arguments": {{{}: "'.format(*parts), '"}}\n</tool_call>'
+
+    def invented_result(self, text: str) -> str | None:
+        return _first_tag(_RESPONSE, text)
+
+    def turn_error(self, turn: str, answered: bool) -> str | None:
+        openings, closings = turn.count("<tool_call>"), turn.count("</tool_call>")
+        if not openings and not closings and not answered:
+            return None
+        whole = turn.rstrip().endswith("</tool_call>") and openings > 0 and closings == 1
+        if whole and openings > 1:  # the others stand inside the call's own JSON, or the turn is not one call
+            body = turn.rstrip().removesuffix("</tool_call>").partition("<tool_call>")[2]
+            whole = not isinstance(_read_json(body), str)
+        if not whole:
+            return "a tool call is not one <tool_call>, its JSON and </tool_call> at the end of the turn"
+        return None if answered else "a tool call without a result"
+
+    def instructions(self) -> str:
+        ways = [
+            (tool, self.render_call(tool.name, '{"…": "…"}' if tool.several_arguments else "…")) for tool in self.tools
+        ]
+        return _instructions(ways, "<tool_response> and </tool_response>")
 
 
-def _shield(text: str, tag: str) -> str:
-    """Keep a result from closing its own block."""
-    return text.replace(f"</{tag}>", f"</ {tag}>")
+def _instructions(ways: Sequence[tuple[ToolSpec, str]], marks: str) -> str:
+    if not ways:
+        return ""
+    lines = [
+        f"{tool.name}{': ' + tool.description.rstrip('.') if tool.description else ''}. To call it, write {way}"
+        for tool, way in ways
+    ]
+    return "\n".join([*lines, f"The result of a call is then shown to you between {marks}."])
+
+
+class _Problem(str):
+    """What is wrong with a call's arguments."""
+
+
+def _read_json(body: str) -> dict[str, Any] | str:
+    """The object of a call, or what is wrong with it."""
+    if not body.strip():
+        return "Empty call: nothing stands between <tool_call> and </tool_call>."
+    try:
+        call = json.loads(body.strip(), strict=False)  # strict=False: real newlines inside code strings are accepted
+    except (ValueError, RecursionError) as error:
+        hint = (
+            r" Inside a string write <\/tool_call> for the tag that ends the call."
+            if "Unterminated" in str(error)
+            else ""
+        )
+        return f"Malformed call: the text in <tool_call> is not valid JSON ({error}).{hint}"
+    return call if isinstance(call, dict) else 'Malformed call: expected {"name": "…", "arguments": {…}}.'
+
+
+def _decode(text: str) -> Any:
+    """The value of a JSON text, or None."""
+    try:
+        return json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _argument_of(tool: ToolSpec, arguments: dict[str, Any]) -> str | _Problem:
+    """The text that a tool is called with. A tool of one argument gets that argument, others the JSON object."""
+    only = next(iter(arguments.values())) if len(arguments) == 1 else None
+    if tool.several_arguments or (tool.argument_name is None and tool.parameters is None):
+        declared = tool.parameters is not None
+        return only if isinstance(only, str) and not declared else json.dumps(arguments, ensure_ascii=False)
+    for _ in range(4):  # {"code": "{\"code\": …}"}: the arguments encoded once more than they should be
+        inner = _decode(only) if isinstance(only, str) else only
+        if not (isinstance(inner, dict) and list(inner) == [tool.key]):
+            break
+        only = inner[tool.key]
+    if not arguments or isinstance(only, str):
+        return only or ""
+    extra = [key for key in arguments if key != tool.key]
+    if extra and len(arguments) > 1:
+        return _Problem(f'{tool.name} takes one argument, "{tool.key}"; it was also given {", ".join(extra)[:80]}')
+    if tool.parameters is not None:
+        return json.dumps(arguments, ensure_ascii=False)
+    return _Problem(f'"{tool.key}" of {tool.name} must be a string, not {type(only).__name__}')

@@ -8,6 +8,7 @@ backs its states by processes frees each one when the last reference to its stat
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from appo_jax.types import Outcome
@@ -22,9 +23,19 @@ class ToolResult:
 
 
 class Tool(Protocol):
-    """Implementations must be safe to call from several threads and return within their own time limit."""
+    """Implementations must be safe to call from several threads and return within their own time limit.
 
-    name: str  # also the tag: <name>…</name>
+    A tool may also have the attributes below. They say how the tool is presented to a policy and demonstrated to it.
+
+        timeout: float                    seconds that a call may take
+        description: str                  one sentence on what the tool does, for the system prompt
+        argument_name: str                name of its one argument, for calls written as JSON ("code", "query")
+        parameters: Mapping               JSON schema of its arguments, for a tool that reads a JSON object
+        skills: Collection[str]           what the demonstrations of a data source may use it for (SKILLS)
+        examples: Sequence[ToolExample]   demonstrations of its own, for the cold start
+    """
+
+    name: str
 
     def start(self) -> Any:
         """State of a rollout that has not called the tool yet (None for a stateless tool)."""
@@ -34,3 +45,59 @@ class Tool(Protocol):
 
     def close(self) -> None:
         """Free every process, file and connection."""
+
+
+SKILLS = {
+    "compute": "takes an arithmetic expression and returns its value",
+    "run_python": "takes Python code and returns what it prints",
+    "look_up": "takes the name of a thing and returns text about it",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolExample:
+    """A question that one call of a tool answers."""
+
+    question: str
+    argument: str
+    answer: str | Callable[[str], str]  # the answer, or how it is read from the tool's result
+    thought: str = ""  # what the policy thinks before the call
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolSpec:
+    """A tool as it is presented to the policy."""
+
+    name: str
+    argument_name: str | None = None  # None: the tool does not say how its argument is called
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None  # JSON schema of a tool that reads its argument as a JSON object
+    skills: Collection[str] = ()
+    examples: Sequence[ToolExample] = ()
+
+    @classmethod
+    def of(cls, tool: Tool) -> ToolSpec:
+        """What a tool's attributes say."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: getattr(tool, name) for name in fields if hasattr(tool, name)})
+
+    @property
+    def key(self) -> str:
+        """Name of the argument in a call written as JSON."""
+        properties = list((self.parameters or {}).get("properties", ()))
+        return self.argument_name or (properties[0] if len(properties) == 1 else "input")
+
+    @property
+    def several_arguments(self) -> bool:
+        """Whether the tool reads a JSON object of arguments."""
+        return self.parameters is not None and len(self.parameters.get("properties", ())) != 1
+
+    def schema(self) -> dict[str, Any]:
+        """The tool as an OpenAI-style function, as chat templates expect it."""
+        one = {"type": "object", "properties": {self.key: {"type": "string"}}, "required": [self.key]}
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": one if self.parameters is None else dict(self.parameters),
+        }
+        return {"type": "function", "function": function}

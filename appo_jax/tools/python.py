@@ -26,7 +26,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
-from appo_jax.config import PythonToolConfig
+from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.errors import ToolError
 from appo_jax.tools.bubblewrap import advice, command_line
 from appo_jax.tools.protocol import ToolResult
@@ -43,10 +43,17 @@ FREE_EVERY = 0.2  # seconds between looks at the states to be freed while no mes
 MAX_CODE_BYTES = 100_000
 
 
+def make_tool(config: ToolsConfig, documents: object) -> PythonTool:
+    return PythonTool(config.python)
+
+
 class PythonTool:
     """The `python` tool. Safe to call from several threads."""
 
     name = "python"
+    argument_name = "code"
+    description = "Runs Python code and returns what it prints, or the value of its last expression"
+    skills = ("compute", "run_python")
 
     def __init__(self, config: PythonToolConfig):
         """Start the sandbox. Raises ToolError where the isolation asked for is not available."""

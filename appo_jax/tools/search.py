@@ -6,7 +6,6 @@ memory-mapped, so that many processes share it.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -15,39 +14,44 @@ import tempfile
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import bm25s
 import numpy as np
 import Stemmer
 
-from appo_jax.errors import DataError
-from appo_jax.tools.protocol import ToolResult
-from appo_jax.types import Outcome
+from appo_jax.config import ToolsConfig
+from appo_jax.errors import ConfigError, DataError
+from appo_jax.tools.protocol import Tool, ToolResult
+from appo_jax.types import Document, Outcome
 
 
-class Document(Protocol):
-    """Anything with a title and a text."""
+def make_tool(config: ToolsConfig, documents: Sequence[Document] | None) -> Tool:
+    """Search over `search.corpus`, else at `search.url`, else over the data source's documents, else in `search.cache`."""
+    from appo_jax.tools.web import WebSearch  # it uses this module
 
-    @property
-    def title(self) -> str: ...
-
-    @property
-    def text(self) -> str: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """A document of a corpus file, or a page a server returned."""
-
-    title: str
-    text: str
+    search = config.search
+    if search.corpus is not None:
+        return LocalSearch.from_file(search.corpus, search.top_k)
+    if search.url is not None:
+        return WebSearch(search)
+    if documents is not None:
+        return LocalSearch(documents, search.top_k)
+    if search.cache is not None:
+        return WebSearch(search)
+    raise ConfigError(
+        "tools.search.corpus: the search tool needs a corpus (or tools.search.url, tools.search.cache, or a data "
+        "source that brings documents)"
+    )
 
 
 class LocalSearch:
     """The `search` tool over documents in memory or a corpus file. Stateless; safe to call from several threads."""
 
     name = "search"
+    argument_name = "query"
+    description = "Finds pages about a query"
+    skills = ("look_up",)
     timeout = 30.0
 
     def __init__(self, documents: Sequence[Document], top_k: int = 3, index: bm25s.BM25 | None = None):
@@ -151,7 +155,7 @@ def _cache_dir(folder: str | Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "appo_jax"
 
 
-def load_corpus(path: str | Path) -> list[Page]:
+def load_corpus(path: str | Path) -> list[Document]:
     """Documents of a .jsonl, .json (a list) or .parquet file with `title` and `text` (or Search-R1's `contents`), the
     same page kept once. Raises DataError that names the file and the line."""
     path = Path(path)
@@ -193,19 +197,19 @@ def _records(path: Path) -> Iterable[tuple[str, Any]]:
         raise DataError(f"search corpus {path}: unknown kind {path.suffix!r}; expected .jsonl, .json or .parquet")
 
 
-def _page(record: Any, where: str) -> Page:
+def _page(record: Any, where: str) -> Document:
     if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return Page(str(record.get("title") or ""), record["text"])
+        return Document(str(record.get("title") or ""), record["text"])
     if isinstance(record, dict) and isinstance(record.get("contents"), str):
         return split_contents(record["contents"])
     got = sorted(record) if isinstance(record, dict) else type(record).__name__
     raise DataError(f"search corpus {where}: expected an object with `title` and `text`, got {got}")
 
 
-def split_contents(contents: str) -> Page:
+def split_contents(contents: str) -> Document:
     """Search-R1 keeps a document as one string: the title, often in quotes, on the first line, then the text."""
     title, _, text = contents.partition("\n")
-    return Page(title.strip().strip('"'), text.strip()) if text else Page("", contents.strip())
+    return Document(title.strip().strip('"'), text.strip()) if text else Document("", contents.strip())
 
 
 def format_pages(pages: Sequence[Document], max_page_words: int = 160) -> str:

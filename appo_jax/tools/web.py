@@ -25,8 +25,8 @@ from appo_jax.config import SearchToolConfig
 from appo_jax.errors import ConfigError
 from appo_jax.tools.cache import QueryCache
 from appo_jax.tools.protocol import ToolResult
-from appo_jax.tools.search import Page, format_pages, split_contents
-from appo_jax.types import Outcome
+from appo_jax.tools.search import format_pages, split_contents
+from appo_jax.types import Document, Outcome
 
 MAX_BYTES = 4 << 20  # of a response
 KEY_VARIABLE = "SERPER_API_KEY"
@@ -49,6 +49,9 @@ class WebSearch:
     {"contents"}}]]}. serper: google.serper.dev's protocol, with the key in the environment variable SERPER_API_KEY."""
 
     name = "search"
+    argument_name = "query"
+    description = "Finds pages about a query"
+    skills = ("look_up",)
 
     def __init__(self, config: SearchToolConfig):
         self._config = config
@@ -102,7 +105,7 @@ class WebSearch:
         if self._cache is not None:
             self._cache.close()
 
-    def _pages(self, query: str) -> list[Page]:
+    def _pages(self, query: str) -> list[Document]:
         """Ask the server, again after failures that may pass, within `timeout` seconds in all."""
         deadline = time.monotonic() + self._config.timeout
         attempt = 0
@@ -132,12 +135,12 @@ class WebSearch:
             self._next_slot = slot + 1.0 / self._config.max_per_second
         time.sleep(max(0.0, slot - time.monotonic()))
 
-    def _ask(self, query: str, deadline: float) -> list[Page]:
+    def _ask(self, query: str, deadline: float) -> list[Document]:
         config = self._config
         assert config.url is not None
         if config.provider == "serper":
             answer = self._post({"q": query, "num": config.top_k}, deadline)
-            return _read(lambda: [Page(hit["title"], hit["snippet"]) for hit in answer["organic"][: config.top_k]])
+            return _read(lambda: [Document(hit["title"], hit["snippet"]) for hit in answer["organic"][: config.top_k]])
         answer = self._post({"queries": [query], "topk": config.top_k, "return_scores": True}, deadline)
         return _read(lambda: [_retrieved(hit) for hit in answer["result"][0][: config.top_k]])
 
@@ -150,12 +153,16 @@ class WebSearch:
             raise Fault("garbage", "the server's answer is not JSON", retry=True) from None
 
 
-def _retrieved(hit: Any) -> Page:
+def _retrieved(hit: Any) -> Document:
     document = hit.get("document", hit)
-    return split_contents(document["contents"]) if "contents" in document else Page(document["title"], document["text"])
+    return (
+        split_contents(document["contents"])
+        if "contents" in document
+        else Document(document["title"], document["text"])
+    )
 
 
-def _read(pages: Any) -> list[Page]:
+def _read(pages: Any) -> list[Document]:
     try:
         found = pages()
         for page in found:

@@ -38,15 +38,15 @@ class FunctionTool:
         self.timeout = timeout
         self.description = inspect.getdoc(function) or ""
         self._function = function
-        self._parameters = parameters
+        self.parameters = parameters
 
     def start(self) -> None:
         return None
 
     def call(self, state: None, argument: str) -> tuple[ToolResult, None]:
-        if self._parameters is None:
+        if self.parameters is None:
             return self._run(argument.strip()), None
-        arguments = read_arguments(argument, self._parameters)
+        arguments = read_arguments(argument, self.parameters)
         if isinstance(arguments, str):
             return ToolResult(arguments, Outcome.MALFORMED), None
         return self._run(**arguments), None
@@ -104,7 +104,7 @@ class McpTool:
         return None
 
     def call(self, state: None, argument: str) -> tuple[ToolResult, None]:
-        arguments = read_arguments(argument, self._schema)
+        arguments = read_arguments(argument, self.parameters)
         if isinstance(arguments, str):
             return ToolResult(arguments, Outcome.MALFORMED), None
         with self._lock:
@@ -139,7 +139,8 @@ class McpTool:
         if self._tool not in tools:
             self._stop()
             raise ToolError(f"the MCP server {self._command} has no tool {self._tool!r}; it has: {', '.join(tools)}")
-        self._schema = tools[self._tool].get("inputSchema", {})
+        self.description = tools[self._tool].get("description", "")
+        self.parameters = tools[self._tool].get("inputSchema", {})
 
     def _request(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         identity = next(self._ids)

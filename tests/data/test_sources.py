@@ -12,11 +12,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from appo_jax.config import DataConfig
-from appo_jax.data import gsm8k
-from appo_jax.data.appo_rl import repair
-from appo_jax.data.source import load_dataset
-from appo_jax.errors import DataError
+from appo_jax.config import DataConfig, ToolsConfig
+from appo_jax.data.demonstrations import demonstrate
+from appo_jax.data.source import load_dataset, source_names
+from appo_jax.data.sources import gsm8k
+from appo_jax.data.sources.appo_rl import repair
+from appo_jax.errors import ConfigError, DataError
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.wrap import FunctionTool
 
 CLIPS = {
     "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
@@ -33,17 +36,29 @@ def write_gsm8k(folder, train_lines):
 
 def python_results(code):
     """What a real interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return ran.stdout.strip() or ran.stderr.strip().splitlines()[-1]
 
 
-def test_gsm8k_example_and_trace(tmp_path):
+@pytest.fixture
+def executor():
+    """A real interpreter as the python tool."""
+    python = FunctionTool(python_results, "python")
+    python.skills = ("run_python",)
+    with ToolExecutor([python], ToolsConfig()) as executor:
+        yield executor
+
+
+def test_gsm8k_example_and_trace(tmp_path, executor):
     dataset = load_dataset(write_gsm8k(tmp_path, [json.dumps(CLIPS)]))
     (example,) = dataset.train
     assert (example.golds, example.kind, example.system) == (("1072",), "math", gsm8k.SYSTEM_PROMPT)
     assert example.question == CLIPS["question"]
     assert dataset.held_out[0].question == "Another?"
     assert dataset.documents is None
-    (trace,) = dataset.make_traces(search=str, python=python_results)
+    (trace,) = demonstrate(dataset, executor)
+    assert "<python>" in trace.example.system
+    assert "{tools}" not in trace.example.system
     assert [(segment.text, segment.sampled) for segment in trace.segments] == [
         ("<think>She sold 48/2 =</think><python>\nprint(48/2)\n</python>", True),
         (" <result>\n24.0\n</result>", False),
@@ -53,19 +68,16 @@ def test_gsm8k_example_and_trace(tmp_path):
     ]
 
 
-def test_gsm8k_wrong_or_missing_notes_make_no_trace(tmp_path, caplog):
+def test_gsm8k_wrong_or_missing_notes_make_no_trace(tmp_path, caplog, executor):
     wrong = CLIPS | {"answer": "It is <<48/2=25>>25.\n#### 25"}
     broken = CLIPS | {"answer": "It is <<48/=25>>25.\n#### 25"}
     none = CLIPS | {"answer": "It is 25.\n#### 25"}
     config = write_gsm8k(tmp_path, [json.dumps(line) for line in (wrong, none, CLIPS, broken, CLIPS)])
 
-    def python(code):
-        return "SyntaxError: invalid syntax" if "/)" in code else python_results(code)
-
     with caplog.at_level(logging.INFO):
-        assert len(load_dataset(config).make_traces(search=str, python=python)) == 2
-    assert "3 of 5" in caplog.text
-    assert len(load_dataset(config).make_traces(search=str, python=python, limit=1)) == 1
+        assert len(demonstrate(load_dataset(config), executor)) == 2
+    assert "3 of 5 demonstrations are left out" in caplog.text
+    assert len(demonstrate(load_dataset(config), executor, limit=1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -132,8 +144,7 @@ def test_official_prompts_are_repaired(tmp_path):
         ("Form \\frac{m}{n}?", ("3",), "math", "Put it in \\boxed{}."),
     ]
     assert [e.id for e in dataset.held_out] == ["valid-1"]
-    with pytest.raises(DataError, match=r"sft\.steps"):
-        dataset.make_traces(search=str, python=str)
+    assert dataset.demonstration is None
     ours = load_dataset(DataConfig(source="appo_rl", path=config.path, system_prompt="Be brief."))
     assert {e.system for e in ours.train} == {"Be brief."}
 
@@ -163,11 +174,11 @@ def data():
     return Path(os.environ["APPO_JAX_DATA"])
 
 
-def test_real_gsm8k(data):
+def test_real_gsm8k(data, executor):
     dataset = load_dataset(DataConfig(source="gsm8k", path=str(data / "gsm8k")))
     assert (len(dataset.train), len(dataset.held_out)) == (7473, 1319)
     assert not {e.question for e in dataset.train} & {e.question for e in dataset.held_out}
-    made = dataset.make_traces(search=str, python=python_results, limit=8)
+    made = demonstrate(dataset, executor, limit=8)
     assert len(made) == 8
     assert all(trace.segments[-1].text.endswith(f"\\boxed{{{trace.example.golds[0]}}} </answer>") for trace in made)
 
@@ -180,3 +191,61 @@ def test_real_official_prompts(data):
     hard = load_dataset(DataConfig(source="appo_rl", path=str(data / "appo_rl" / "hard_search_1k.parquet")))
     assert len(hard.train) == 1071
     assert {e.kind for e in hard.train} == {"qa"}
+
+
+MY_SOURCE = """
+from appo_jax.data.source import Dataset
+from appo_jax.types import Example, Segment, Trace
+
+def load(config):
+    asked = Example("mine-1", "What is 2 + 3?", ("5",), "math", config.system_prompt or "Use {tools}")
+    def demonstration(index, kit):
+        call = kit.write_call("python", "print(2 + 3)")
+        result = kit.write_result(kit.run("python", "print(2 + 3)"))
+        return Trace(asked, (Segment(call, True), Segment(result, False), Segment("5", True)))
+    return Dataset([asked], [asked], None, demonstration, 1)
+
+def wrong(config): return [1]
+def wrong_examples(config): return Dataset([{"question": "?"}], [])
+CONSTANT = 3
+"""
+
+
+@pytest.fixture
+def my_source(tmp_path, monkeypatch):
+    (tmp_path / "my_source.py").write_text(MY_SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("my_source")
+def test_a_source_of_your_own(executor):
+    dataset = load_dataset(DataConfig(source="my_source:load"))
+    assert dataset.train[0].golds == ("5",)
+    (trace,) = demonstrate(dataset, executor)
+    assert [segment.text for segment in trace.segments] == [
+        "<python>print(2 + 3)</python>",
+        " <result>\n5\n</result>",
+        "5",
+    ]
+
+
+@pytest.mark.usefixtures("my_source")
+@pytest.mark.parametrize(
+    ("source", "error", "complaint"),
+    [
+        ("gsm9k", ConfigError, r"data\.source = 'gsm9k': expected .*gsm8k.*world"),
+        ("no_such_module:load", ConfigError, "cannot be imported"),
+        ("my_source:nothing", ConfigError, "cannot be imported"),
+        ("my_source:CONSTANT", ConfigError, "is a int, not a function"),
+        ("my_source:wrong", ConfigError, "returned a list; expected an appo_jax.data.source.Dataset"),
+        ("my_source:wrong_examples", DataError, "train holds a dict; expected appo_jax.types.Example"),
+        ("gsm8k", ConfigError, r"data\.path: needed for data\.source = 'gsm8k'"),
+    ],
+)
+def test_an_unusable_source_is_refused_by_name(source, error, complaint):
+    with pytest.raises(error, match=complaint):
+        load_dataset(DataConfig(source=source))
+
+
+def test_source_names():
+    assert set(source_names()) >= {"world", "gsm8k", "appo_rl"}

@@ -18,7 +18,6 @@ from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tree import blank_tokens, fork_of, valid_positions
 from appo_jax.text.tokenizer import load_tokenizer
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.tools.format import make_format
 from appo_jax.tools.protocol import ToolResult
 from appo_jax.types import Example, Outcome, Rollout, StopReason, ToolCall
 
@@ -164,7 +163,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(tokenizer):
     arch = Architecture(tokenizer.vocab_size, 8, 1, 1, 1, 8, 8)
-    with ToolExecutor([Ledger()], make_format("tags"), ToolsConfig(enabled=("python",))) as executor:
+    with ToolExecutor([Ledger()], ToolsConfig(enabled=("python",))) as executor:
         yield Engine(arch, tokenizer, executor, RolloutConfig(), seed=0, dtype=jnp.float32)
 
 

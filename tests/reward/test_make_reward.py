@@ -2,7 +2,11 @@ import pytest
 
 from appo_jax.errors import ConfigError
 from appo_jax.reward import Response, make_reward
+from appo_jax.tools.format import TagFormat
+from appo_jax.tools.protocol import ToolSpec
 from appo_jax.types import Segment, StopReason
+
+FORMAT = TagFormat((ToolSpec("python"), ToolSpec("search")))
 
 TEXT = r"<think> </think> <answer> \boxed{-5} </answer>"
 RESPONSE = Response((Segment(TEXT, True),), ("5",), "math", frozenset(), StopReason.ANSWERED)
@@ -21,8 +25,8 @@ def user_module(tmp_path, monkeypatch):
 
 
 def test_robust_and_official_by_name():
-    assert make_reward("robust", 0.1, ("python",))(RESPONSE).reward == 0
-    assert make_reward("official", 0.1, ("python",))(RESPONSE).reward == 1  # its "-5" equals "5"
+    assert make_reward("robust", 0.1, FORMAT)(RESPONSE).reward == 0
+    assert make_reward("official", 0.1, FORMAT)(RESPONSE).reward == 1  # its "-5" equals "5"
 
 
 @pytest.mark.parametrize("name", ["robust", "official"])
@@ -36,12 +40,12 @@ def test_bonus_is_the_given_one(name):
     )
     tools = frozenset({"python", "search"})
     given = Response(segments, ("5",), "math", tools, StopReason.ANSWERED)
-    assert make_reward(name, 0.5, tools)(given).reward == 1.5
+    assert make_reward(name, 0.5, FORMAT)(given).reward == 1.5
 
 
 @pytest.mark.usefixtures("user_module")
 def test_user_function():
-    assert make_reward("my_rewards:length", 0.1, ())(RESPONSE).reward == len(TEXT)
+    assert make_reward("my_rewards:length", 0.1, FORMAT)(RESPONSE).reward == len(TEXT)
 
 
 @pytest.mark.usefixtures("user_module")
@@ -58,11 +62,11 @@ def test_user_function():
 )
 def test_bad_names_are_config_errors(name, complaint):
     with pytest.raises(ConfigError, match=complaint) as caught:
-        make_reward(name, 0.1, ())
+        make_reward(name, 0.1, FORMAT)
     assert f"reward = {name!r}" in str(caught.value)
 
 
 @pytest.mark.usefixtures("user_module")
 def test_user_function_that_returns_something_else():
     with pytest.raises(ConfigError, match=r"'my_rewards:number' returned 1\.0; expected .*RewardResult"):
-        make_reward("my_rewards:number", 0.1, ())(RESPONSE)
+        make_reward("my_rewards:number", 0.1, FORMAT)(RESPONSE)

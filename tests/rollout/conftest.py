@@ -14,18 +14,17 @@ import pytest
 import sentencepiece
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
-from appo_jax.data.documents import Document
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tree import TreeGrower
 from appo_jax.text.tokenizer import SentencePieceTokenizer
-from appo_jax.text.train_tokenizer import CONTROL_SYMBOLS, TAGS
+from appo_jax.text.train_tokenizer import CONTROL_SYMBOLS
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.tools.format import make_format
 from appo_jax.tools.search import LocalSearch
-from appo_jax.types import Example
+from appo_jax.types import Document, Example
 
 TEXT = ["the quick brown fox jumps over the lazy dog . < / > 0 1 2 3 4 5 6 7 8 9"] * 20
+TAGS = [f"<{slash}{tag}>" for tag in ("think", "search", "python", "result", "answer") for slash in ("", "/")]
 ROLLOUT = RolloutConfig(
     num_initial=3, budget=9, max_prompt_tokens=12, max_response_tokens=60, max_result_tokens=24, max_tool_calls=3,
     decode_rows=16, max_seconds=120,
@@ -53,7 +52,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, text: list[str]) -> Sent
 def executor() -> Iterator[ToolExecutor]:
     documents = [Document("fox", "the fox is quick"), Document("dog", "the dog is lazy")]
     config = ToolsConfig(enabled=("search",))
-    with ToolExecutor([LocalSearch(documents, top_k=1)], make_format("tags"), config) as executor:
+    with ToolExecutor([LocalSearch(documents, top_k=1)], config) as executor:
         yield executor
 
 

@@ -1,6 +1,6 @@
 """Rollouts over a search server that fails in every way: each has a stop reason, and the metrics count each fault."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import pytest
@@ -26,18 +26,17 @@ class AtO:
     def __init__(self) -> None:
         self.asked = 0
 
-    def stop_strings(self, tool_names: Sequence[str]) -> tuple[str, ...]:
+    tools = ()
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
         return ("o",)
 
     def parse(self, text: str) -> Call | str:
         self.asked += 1
         return Call("search", f"{FAULTS[self.asked % len(FAULTS)]} {self.asked}")
 
-    def render_call(self, name: str, argument: str) -> str:
-        return "o"
-
-    def render_result(self, text: str) -> str:
-        return f" {text} "
+    result_marks = (" ", " ")
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_a_step_over_a_broken_server_completes(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("appo_jax.tools.lanes.TRIP_AFTER", 10**6)  # every fault shall be met, not only the first
     search = WebSearch(SearchToolConfig(url=server.url, allow_private=True, timeout=0.5, max_retries=1))
-    with ToolExecutor([search], AtO(), ToolsConfig(enabled=("search",), max_concurrency=16)) as executor:
+    with ToolExecutor([search], ToolsConfig(enabled=("search",), max_concurrency=16), AtO()) as executor:
         engine = Engine(arch, tokenizer, executor, rollout_config, seed=0, dtype=jnp.float32)
         grower = TreeGrower(engine, rollout_config, BranchingConfig(num_branch_points=2))
         trees = engine.initial(params, examples, 3, (0, 0))

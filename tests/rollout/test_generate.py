@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
-from appo_jax.data.documents import Document
 from appo_jax.errors import ConfigError
 from appo_jax.policy.parameters import Params
 from appo_jax.rollout.engine import Engine
@@ -19,10 +18,9 @@ from appo_jax.rollout.tool_results import result_buckets
 from appo_jax.rollout.tree import TreeGrower
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.tools.format import make_format
 from appo_jax.tools.protocol import ToolResult
 from appo_jax.tools.search import LocalSearch
-from appo_jax.types import Example, Rollout, StopReason
+from appo_jax.types import Document, Example, Rollout, StopReason
 
 
 def teacher_forced_error(grower: TreeGrower, params: Params, rollouts: list[Rollout]) -> float:
@@ -170,7 +168,7 @@ def test_a_rollout_does_not_depend_on_the_tools_timing(
     """The same bits, whichever row draws it, whoever sat there before and beside it: what an exact resume rests on."""
     config = dataclasses.replace(rollout_config, decode_rows=5)
     tool = Unsteady([Document("fox", "the fox is quick"), Document("dog", "the dog is lazy")], top_k=1)
-    with ToolExecutor([tool], make_format("tags"), ToolsConfig(enabled=("search",))) as executor:
+    with ToolExecutor([tool], ToolsConfig(enabled=("search",))) as executor:
         engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
         runs = [engine.initial(params, examples, 4, (0, 0)) for _ in range(4)]
     assert sum(len(rollout.calls) for tree in runs[0] for rollout in tree) > 3
@@ -188,7 +186,7 @@ def test_a_rollout_out_of_time_is_the_beginning_of_what_it_would_have_been(
     """Whether it ends while it decodes, while its tool runs or while the result waits to be appended."""
     tool = Unsteady([Document("fox", "the fox is quick"), Document("dog", "the dog is lazy")], top_k=1)
     reasons = set()
-    with ToolExecutor([tool], make_format("tags"), ToolsConfig(enabled=("search",))) as executor:
+    with ToolExecutor([tool], ToolsConfig(enabled=("search",))) as executor:
 
         def drawn(seconds: float) -> list[Rollout]:
             config = dataclasses.replace(rollout_config, max_seconds=seconds)

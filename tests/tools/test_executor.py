@@ -10,11 +10,9 @@ from appo_jax.errors import ConfigError
 from appo_jax.tools import lanes
 from appo_jax.tools.build import build_executor, import_tool
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.tools.format import make_format
 from appo_jax.tools.protocol import ToolResult
 from appo_jax.tools.sandbox.system import descendants
-from appo_jax.tools.search import Page
-from appo_jax.types import Outcome
+from appo_jax.types import Document, Outcome
 
 
 class Echo:
@@ -81,7 +79,7 @@ def echo():
 @pytest.fixture
 def executor(echo, monkeypatch):
     monkeypatch.setattr(lanes, "GRACE", 0.1)
-    with ToolExecutor([echo, Counter()], make_format("tags"), ToolsConfig(max_concurrency=3)) as executor:
+    with ToolExecutor([echo, Counter()], ToolsConfig(max_concurrency=3)) as executor:
         yield executor
 
 
@@ -192,7 +190,7 @@ def test_metrics_count_by_tool_and_outcome_and_start_anew(executor):
 
 
 def test_closing_answers_what_waits_and_closes_the_tools(echo):
-    executor = ToolExecutor([echo], make_format("tags"), ToolsConfig(max_concurrency=1))
+    executor = ToolExecutor([echo], ToolsConfig(max_concurrency=1))
     futures = [executor.submit(executor.start(), f"<echo>hang {i}</echo>") for i in range(3)]
     executor.close()
     executor.close()
@@ -234,7 +232,7 @@ def test_cancelled_alarms_take_no_room():
 
 def test_two_tools_of_one_name_are_refused(echo):
     with pytest.raises(ConfigError, match="named alike"):
-        ToolExecutor([echo, Echo()], make_format("tags"), ToolsConfig())
+        ToolExecutor([echo, Echo()], ToolsConfig())
 
 
 def make_echo():
@@ -254,7 +252,7 @@ def test_tools_by_import_path(monkeypatch):
 
 def test_the_built_in_tools_together():
     config = ToolsConfig(python=PythonToolConfig(isolation="process", preload=("math",)))
-    pages = [Page("Ada", "Ada lives in Bern."), Page("Bob", "Bob lives in Rome.")]
+    pages = [Document("Ada", "Ada lives in Bern."), Document("Bob", "Bob lives in Rome.")]
     with build_executor(config, pages) as executor:
         assert executor.stop_strings == ("</python>", "</search>")
         first = ask(executor, "<search>Where does Ada live?</search>")

@@ -1,15 +1,23 @@
 """Call formats: what is read as a call, what is explained, and that results cannot close their own block."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from appo_jax.errors import ConfigError
-from appo_jax.tools.format import Call, make_format
+from appo_jax.tools.format import Call, JsonFormat, TagFormat, make_format, render_result
+from appo_jax.tools.protocol import ToolSpec
 
-TAGS, JSON = make_format("tags"), make_format("json")
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "day": {"type": "integer"}},
+    "required": ["city"],
+}
+TOOLS = (ToolSpec("python", "code"), ToolSpec("search", "query"), ToolSpec("weather", parameters=WEATHER))
+TAGS, JSON = TagFormat(TOOLS), JsonFormat(TOOLS)
 
 
 def test_an_unknown_format_is_refused():
@@ -23,8 +31,7 @@ def test_an_unknown_format_is_refused():
         ("<python>1+1</python>", Call("python", "1+1")),
         ("<think>hm</think> <search> who? </search>", Call("search", " who? ")),
         ("<search>a</search>\n", Call("search", "a")),
-        # The last opening tag counts, and a closed thought's talk of tags does not.
-        ("I use <python> now: <python>x</python>", Call("python", "x")),
+        # A closed thought's talk of tags does not open a call.
         ("<think>then <python> helps</think><python>y</python>", Call("python", "y")),
         ("<search>a</search><search>b</search>", Call("search", "b")),
         ("<python>if a < b > c: print('<b>')</python>", Call("python", "if a < b > c: print('<b>')")),
@@ -40,6 +47,12 @@ def test_tags(text, call):
         ("x</python>", "has no <python> before it"),
         ("<think><python></think>x</python>", "has no <python> before it"),
         ("<search>a</python>", "has no <python> before it"),
+        # Two tags are open: the call may begin at either, and running the wrong one would be something else.
+        ("I use <python> now: <python>x</python>", "<python> and <python> stand before </python>"),
+        ("<python>s = '<python>'; print(1)</python>", "Write one tag"),
+        ("<python>print('<search>rm</search>", "<python> and <search> stand before </search>"),
+        ("<search>how does <python>print(1)</python>", "Write one tag"),
+        ("<python>print('</search>", "has no <search> before it"),
         ("<python></python>", "Empty call"),
         ("<python> \n </python>", "Empty call"),
         ("<python>1", "must end in"),
@@ -58,6 +71,32 @@ def test_tags_explain_what_is_malformed(text, words):
         ('\n{"name": "python", "arguments": {"code": "a\nb"}}\n', Call("python", "a\nb")),
         ('{"name": "f", "arguments": {"a": 1, "b": "x"}}', Call("f", '{"a": 1, "b": "x"}')),
         ('{"name": "f", "arguments": {"a": 1}}', Call("f", '{"a": 1}')),
+        # arguments encoded once more than they should be: as a string, as OpenAI's interface has them; inside themselves
+        (r'{"name": "python", "arguments": "{\"code\": \"1+1\"}"}', Call("python", "1+1")),
+        (r'{"name": "python", "arguments": {"code": "{\"code\": \"1+1\"}"}}', Call("python", "1+1")),
+        (r'{"name": "python", "arguments": "{\"code\": \"{\\\"code\\\": \\\"1+1\\\"}\"}"}', Call("python", "1+1")),
+        ('{"name": "python", "arguments": {"code": {"code": "1+1"}}}', Call("python", "1+1")),
+        (r'{"name": "search", "arguments": "{\"query\": \"who?\"}"}', Call("search", "who?")),
+        (
+            r'{"name": "weather", "arguments": "{\"city\": \"Bern\", \"day\": 1}"}',
+            Call("weather", '{"city": "Bern", "day": 1}'),
+        ),
+        # what only looks like it is left alone
+        (r'{"name": "python", "arguments": {"code": "{\"a\": 1}"}}', Call("python", '{"a": 1}')),
+        (r'{"name": "search", "arguments": {"query": "\"New York\""}}', Call("search", '"New York"')),
+        ('{"name": "search", "arguments": {"q": "who?"}}', Call("search", "who?")),  # one text: no doubt what is meant
+        ('{"name": "weather", "arguments": {"city": "Bern"}}', Call("weather", '{"city": "Bern"}')),
+        # the call's own tags inside its code
+        ('{"name": "python", "arguments": {"code": "# <tool_call>"}}', Call("python", "# <tool_call>")),
+        (r'{"name": "python", "arguments": {"code": "# <\/tool_call>"}}', Call("python", "# </tool_call>")),
+        (
+            r'{"name": "python", "arguments": {"code": "# <tool_call>{\"name\"}"}}',
+            Call("python", '# <tool_call>{"name"}'),
+        ),
+        (
+            '{"name": "python", "arguments": {"code": "# ' + "<tool_call>" * 99 + '"}}',
+            Call("python", "# " + "<tool_call>" * 99),
+        ),
     ],
 )
 def test_json(body, call):
@@ -75,6 +114,27 @@ def test_json(body, call):
         ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', "expected"),
         ('<tool_call>{"name": "f", "arguments": {}}</tool_call>', "no argument"),
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "must be an object or a string"),
+        (
+            '<tool_call>{"name": "python", "arguments": {"code": "1", "timeout": 5}}</tool_call>',
+            'takes one argument, "code"',
+        ),
+        (
+            r'<tool_call>{"name": "python", "arguments": "{\"a\": 1, \"b\": 2}"}</tool_call>',
+            'takes one argument, "code"',
+        ),
+        (
+            '<tool_call>{"name": "python", "arguments": {"code": ["1", "2"]}}</tool_call>',
+            '"code" of python must be a string',
+        ),
+        (
+            '<tool_call>{"name": "python", "arguments": {"code": {"a": "1"}}}</tool_call>',
+            '"code" of python must be a string',
+        ),
+        (
+            '<tool_call>{"name": "search", "arguments": {"query": null}}</tool_call>',
+            '"query" of search must be a string',
+        ),
+        ('<tool_call>{"name": "python", "arguments": {"code": "s = \'</tool_call>', r"write <\/tool_call>"),
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", "not valid JSON"),
     ],
 )
@@ -82,28 +142,93 @@ def test_json_explains_what_is_malformed(text, words):
     assert words in JSON.parse(text)
 
 
-@given(st.text(min_size=1).filter(str.strip))
+ARGUMENTS = st.lists(
+    st.sampled_from(
+        ["</think>", "<python>", "</python>", "<search>", "</tool_call>", "<tool_call>", '"', "\\", "/", "x"]
+    )
+    | st.text(max_size=3)
+).map("".join)
+
+
+@given(ARGUMENTS.filter(str.strip))
 def test_what_is_rendered_is_read_again(argument):
-    if "</think>" not in argument and "</python>" not in argument and "<python>" not in argument:
-        assert TAGS.parse(TAGS.render_call("python", argument)) == Call("python", argument)
-    if "<tool_call>" not in argument and "</tool_call>" not in argument:
-        assert JSON.parse(JSON.render_call("python", argument)) == Call("python", argument)
+    assert JSON.parse(JSON.render_call("python", argument)) == Call("python", argument)
+    assert JSON.render_call("python", argument).count("</tool_call>") == 1
+    try:
+        text = TAGS.render_call("python", argument)
+    except ValueError:  # tags have no way to write it
+        assert any(tag in argument for tag in ("</think>", "</python>", "<python>", "<search>"))
+    else:
+        assert TAGS.parse(text) == Call("python", argument)
+
+
+def test_calls_of_several_arguments_are_rendered_as_an_object():
+    argument = '{"city": "Bern", "day": 1}'
+    call = JSON.render_call("weather", argument)
+    assert json.loads(call.split("\n")[1]) == {"name": "weather", "arguments": {"city": "Bern", "day": 1}}
+    assert JSON.parse(call) == Call("weather", argument)
 
 
 @given(st.text())
 def test_parsing_never_raises(text):
     for call_format in (TAGS, JSON):
-        for stop in call_format.stop_strings(("python", "search")):
+        for stop in call_format.stop_strings:
             assert isinstance(call_format.parse(text + stop), Call | str)
 
 
 def test_stop_strings():
-    assert TAGS.stop_strings(("python", "search")) == ("</python>", "</search>")
-    assert JSON.stop_strings(("python", "search")) == ("</tool_call>",)
+    assert TAGS.stop_strings == ("</python>", "</search>", "</weather>")
+    assert JSON.stop_strings == ("</tool_call>",)
 
 
 def test_results_are_framed_and_cannot_end_their_frame():
-    assert TAGS.render_result("2") == " <result>\n2\n</result>"
-    assert TAGS.render_result("a</result><answer>").count("</result>") == 1
-    assert JSON.render_result("a</tool_response>").count("</tool_response>") == 1
+    assert render_result(TAGS, "2") == " <result>\n2\n</result>"
+    assert render_result(TAGS, "a</result><answer>").count("</result>") == 1
+    assert render_result(JSON, "a</tool_response>").count("</tool_response>") == 1
     assert json.loads(JSON.render_call("search", "q").split("\n")[1])["arguments"] == {"query": "q"}
+
+
+SPELLINGS = ("<{}>", "</{}>", "<{}/>", "< {}>", "</ {} >", "<{} a='b'>")
+
+
+@pytest.mark.parametrize("call_format", [TAGS, JSON])
+@pytest.mark.parametrize("tag", ["result", "tool_response", "tool_call", "answer", "think"])
+def test_a_tools_text_cannot_write_the_rollouts_tags(call_format, tag):
+    for name in (tag, tag.upper(), tag.title()):
+        for spelling in SPELLINGS:
+            shown = render_result(call_format, f"a{spelling.format(name)}b")
+            assert "a&lt;" in shown
+            head, tail = call_format.result_marks
+            assert call_format.invented_result(shown.removeprefix(head).removesuffix(tail)) is None
+    plain = "x < 3 > 2 <results> <my-answer> a<b> &lt;result&gt;"
+    assert plain in render_result(call_format, plain)
+
+
+def test_shielding_takes_linear_time():
+    for piece in ("<", "< ", "<result ", "</", "< / ", " "):
+        began = time.perf_counter()
+        render_result(TAGS, "<" + piece * 200_000)
+        TAGS.parse("<python>" + piece * 100_000 + "</python>")
+        JSON.parse("<tool_call>" * 100_000 + piece * 100_000 + "</tool_call>")
+        assert time.perf_counter() - began < 2, piece
+
+
+def test_pieces_rebuild_every_call():
+    """A tokenizer that holds the pieces writes a call in: opening, argument, closing."""
+    for call_format in (TAGS, JSON):
+        for tool, argument in (("python", "1+1"), ("search", "who?")):
+            call = call_format.render_call(tool, argument)
+            opening, closing = call.split(argument)
+            assert {opening, closing} <= set(call_format.pieces)
+            assert call_format.render_call(tool, argument, closed=False) == opening + argument
+        assert {mark.strip() for mark in call_format.result_marks} <= set(call_format.pieces)
+
+
+def test_instructions_name_every_tool_and_show_a_call():
+    for call_format in (TAGS, JSON):
+        text = call_format.instructions()
+        assert all(tool.name in text for tool in TOOLS)
+        assert all(mark.strip() in text for mark in call_format.result_marks)
+    assert "<python>code</python>" in TAGS.instructions()
+    assert JSON.render_call("search", "…") in JSON.instructions()
+    assert TagFormat(()).instructions() == JsonFormat(()).instructions() == ""

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appo_jax.errors import DataError
-from appo_jax.tools.search import LocalSearch, Page, format_pages, load_corpus, split_contents, words
-from appo_jax.types import Outcome
+from appo_jax.tools.search import LocalSearch, format_pages, load_corpus, split_contents, words
+from appo_jax.types import Document, Outcome
 
 DOCUMENTS = [
-    Page("Bern", "Bern is the capital of Switzerland."),
-    Page("Rome", "Rome is the capital of Italy. Rome has many fountains."),
-    Page("Fountains", "A fountain throws water into the air."),
-    Page("Ada", "Ada was born in Bern."),
+    Document("Bern", "Bern is the capital of Switzerland."),
+    Document("Rome", "Rome is the capital of Italy. Rome has many fountains."),
+    Document("Fountains", "A fountain throws water into the air."),
+    Document("Ada", "Ada was born in Bern."),
 ]
 
 
@@ -49,7 +49,7 @@ WORDS = st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=8)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(WORDS, min_size=1, max_size=12), WORDS, st.integers(1, 5))
 def test_the_ranking_is_bm25(texts, query, k):
-    documents = [Page(str(i), " ".join(text)) for i, text in enumerate(texts)]
+    documents = [Document(str(i), " ".join(text)) for i, text in enumerate(texts)]
     scores = bm25(" ".join(query), documents)
     found = LocalSearch(documents, top_k=k).search([" ".join(query)])[0]
     got = [scores[int(page.title)] for page in found]
@@ -70,7 +70,7 @@ def test_a_call_gives_pages_as_text():
 
 
 def test_pages_are_deduplicated_and_cut():
-    pages = [Page("A", "one two"), Page("B", "one  two"), Page("", "w " * 200)]
+    pages = [Document("A", "one two"), Document("B", "one  two"), Document("", "w " * 200)]
     lines = format_pages(pages, max_page_words=5).split("\n")
     assert lines == ["Page 1: A. one two", "Page 2: w w w w w …"]
 
@@ -92,8 +92,8 @@ def test_corpus_files(tmp_path, kind):
 
 
 def test_search_r1_documents():
-    assert split_contents('"Bern"\nBern is a town.') == Page("Bern", "Bern is a town.")
-    assert split_contents("only text") == Page("", "only text")
+    assert split_contents('"Bern"\nBern is a town.') == Document("Bern", "Bern is a town.")
+    assert split_contents("only text") == Document("", "only text")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_recall_on_hotpotqa():
     data = Path(os.environ["APPO_JAX_DATA"])
     questions = [json.loads(line) for line in (data / "hotpotqa/dev_first300.jsonl").read_text().splitlines()]
     pages = load_corpus(data / "2wiki/corpus.json")
-    pages += [Page(c["title"], c["text"]) for question in questions for c in question["context"]]
+    pages += [Document(c["title"], c["text"]) for question in questions for c in question["context"]]
     search = LocalSearch(list(dict.fromkeys(pages)), top_k=10)
     asked = [q for q in questions if not {answer.lower() for answer in q["answers"]} & {"yes", "no"}]
     assert len(asked) == 279

@@ -5,36 +5,38 @@ Source: openai/grade-school-math. A line is {"question": ..., "answer": rational
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
-import logging
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from appo_jax.config import DataConfig
+from appo_jax.data.demonstrations import CannotDemonstrate, ToolKit
 from appo_jax.data.records import OnMalformed, need_file, parse_records, text_field
-from appo_jax.data.traces import render_result
+from appo_jax.data.source import Dataset, data_path
 from appo_jax.types import Example, Segment, Trace
-
-logger = logging.getLogger(__name__)
 
 SYSTEM_PROMPT = (
     "Solve the problem step by step. Put your reasoning between <think> and </think>. For every calculation write "
-    "Python code that prints the result between <python> and </python>; the result is then shown to you between "
-    "<result> and </result>. When you are done, write <answer> \\boxed{number} </answer>."
+    "Python code that prints the result. Your tools:\n{tools}\nWhen you are done, write "
+    "<answer> \\boxed{number} </answer>."
 )
 
 _NOTE = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 
 
-def load_gsm8k(
-    folder: Path, system: str | None, malformed: OnMalformed
-) -> tuple[list[Example], list[Example], list[str]]:
-    """(train, held_out, the rationale of every train example). Raises DataError with file and line."""
-    train = _read(folder / "train.jsonl", "train", system, malformed)
-    held_out = _read(folder / "test.jsonl", "test", system, malformed)
-    return [example for example, _ in train], [example for example, _ in held_out], [text for _, text in train]
+def load(config: DataConfig) -> Dataset:
+    """train.jsonl and test.jsonl in the folder `data.path`. Raises DataError with file and line."""
+    folder = data_path(config)
+    train = _read(folder / "train.jsonl", "train", config.system_prompt, config.malformed)
+    held_out = _read(folder / "test.jsonl", "test", config.system_prompt, config.malformed)
+
+    def demonstration(index: int, kit: ToolKit) -> Trace:
+        return demonstrate(*train[index], kit)
+
+    return Dataset(
+        [example for example, _ in train], [example for example, _ in held_out], None, demonstration, len(train)
+    )  # fmt: skip
 
 
 def _read(path: Path, split: str, system: str | None, malformed: OnMalformed) -> list[tuple[Example, str]]:
@@ -56,39 +58,21 @@ def _read(path: Path, split: str, system: str | None, malformed: OnMalformed) ->
         return parse_records(path, lines, parse, malformed)
 
 
-def demonstrate(
-    examples: Sequence[Example], rationales: Sequence[str], python: Callable[[str], str], limit: int | None
-) -> list[Trace]:
-    """Traces of the first `limit` usable examples: each note becomes a python call with its real result.
+def demonstrate(example: Example, rationale: str, kit: ToolKit) -> Trace:
+    """A rationale as a trace: each calculator note becomes a call with its real result.
 
-    An example without notes, or with one that python does not confirm, is left out; how many is logged.
-    """
-    python = functools.cache(python)
-    made = (_trace(example, text, python) for example, text in zip(examples, rationales, strict=True))
-    traces: list[Trace] = []
-    seen = 0
-    for trace in made:
-        if len(traces) == limit:
-            break
-        seen += 1
-        if trace is not None:
-            traces.append(trace)
-    if seen > len(traces):
-        logger.info("GSM8K: no trace from %d of %d rationales (no note, or a wrong one)", seen - len(traces), seen)
-    return traces
-
-
-def _trace(example: Example, rationale: str, python: Callable[[str], str]) -> Trace | None:
+    Raises CannotDemonstrate for a rationale without notes, and for one with a note that the tool does not confirm."""
     first, *rest = _NOTE.split(rationale)
     if not rest:
-        return None
+        raise CannotDemonstrate("the rationale has no calculator note")
+    tool = kit.tool_for("run_python")
     segments, written = [], _think(first)
     for expression, value, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
-        result = python(f"print({expression})")
+        result = kit.run(tool, f"print({expression})")
         if not _agrees(result, value):
-            return None
-        written += f"<python>\nprint({expression})\n</python>"
-        segments += [Segment(written, sampled=True), Segment(render_result(result), sampled=False)]
+            raise CannotDemonstrate("a calculator note of the rationale is wrong")
+        written += kit.write_call(tool, f"\nprint({expression})\n")
+        segments += [Segment(written, sampled=True), Segment(kit.write_result(result), sampled=False)]
         written = _think(text)
     written += f"<answer> \\boxed{{{example.golds[0]}}} </answer>"
     return Trace(example, (*segments, Segment(written, sampled=True)))

@@ -14,7 +14,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from appo_jax.config import DataConfig
 from appo_jax.data.records import OnMalformed, need_file, parse_records, text_field
+from appo_jax.data.source import Dataset, data_path
 from appo_jax.errors import DataError
 from appo_jax.types import Example, Kind
 
@@ -23,12 +25,16 @@ logger = logging.getLogger(__name__)
 TRAIN_FILE, HELD_OUT_FILE = "train_10k.parquet", "valid.parquet"
 
 
-def load_appo_rl(path: Path, system: str | None, malformed: OnMalformed) -> tuple[list[Example], list[Example]]:
-    """(train, held_out). `path`: the folder, or the training file (such as hard_search_1k.parquet) in it.
+def load(config: DataConfig) -> Dataset:
+    """`data.path`: the folder, or the training file (such as hard_search_1k.parquet) in it.
 
     Raises DataError with file and row."""
+    path = data_path(config)
     train = path if path.suffix == ".parquet" else path / TRAIN_FILE
-    return _read(train, system, malformed), _read(train.parent / HELD_OUT_FILE, system, malformed)
+    held_out = train.parent / HELD_OUT_FILE
+    return Dataset(
+        _read(train, config.system_prompt, config.malformed), _read(held_out, config.system_prompt, config.malformed)
+    )  # fmt: skip
 
 
 def _read(path: Path, system: str | None, malformed: OnMalformed) -> list[Example]:

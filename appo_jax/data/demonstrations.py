@@ -1,0 +1,129 @@
+"""Demonstrations for the cold start, written with the tools that the run has.
+
+A data source says how its questions are answered; a tool may bring examples of its own. Both are written in the run's
+call format, with what the tools really return. What the run's tools cannot do is left out and counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+from appo_jax.errors import DataError
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.format import render_result
+from appo_jax.tools.protocol import SKILLS, ToolExample
+from appo_jax.types import Example, Outcome, Segment, Trace
+
+logger = logging.getLogger(__name__)
+
+TOOLS_PLACE = "{tools}"  # in a system prompt: where the run's tools and the way to call them are told
+
+
+class CannotDemonstrate(Exception):
+    """This question cannot be demonstrated with the tools of the run, or its script is not confirmed by them."""
+
+
+class ToolKit:
+    """The tools of a run as a demonstration uses them. The same call is made once and its result kept."""
+
+    def __init__(self, executor: ToolExecutor):
+        self._executor = executor
+        self._format = executor.call_format
+        self.run = functools.cache(self._run)
+
+    def tool_for(self, skill: str) -> str:
+        """Name of the first tool that has a skill (see SKILLS). Raises CannotDemonstrate where none has it."""
+        for tool in self._format.tools:
+            if skill in tool.skills:
+                return tool.name
+        raise CannotDemonstrate(f"no tool of the run {SKILLS[skill]} ({skill})")
+
+    def write_call(self, tool: str, argument: str, closed: bool = True) -> str:
+        """A call as the policy writes it. closed=False: as a policy writes it that forgets to end it."""
+        try:
+            return self._format.render_call(tool, argument, closed)
+        except ValueError as error:
+            raise CannotDemonstrate(str(error)) from error
+
+    def write_result(self, text: str) -> str:
+        """A result as the policy reads it."""
+        return render_result(self._format, text)
+
+    def _run(self, tool: str, argument: str) -> str:
+        """What a tool returns. Raises CannotDemonstrate where the call fails."""
+        record = self._executor.run(tool, argument)
+        if record.outcome not in (Outcome.OK, Outcome.ERROR):
+            raise CannotDemonstrate(f"a call of {tool} ended as {record.outcome}")
+        return record.result
+
+    def own_examples(self, system: str) -> Iterator[Callable[[], Trace]]:
+        """The demonstrations that the tools themselves bring."""
+        for tool in self._format.tools:
+            for i, example in enumerate(tool.examples):
+                yield functools.partial(self._trace, tool.name, example, f"{tool.name}-example-{i}", system)
+
+    def _trace(self, tool: str, example: ToolExample, id: str, system: str) -> Trace:
+        result = self.run(tool, example.argument)
+        answer = example.answer if isinstance(example.answer, str) else example.answer(result)
+        thought = example.thought or f"I use {tool}."
+        return Trace(
+            Example(id, example.question, (answer,), "qa", system),
+            (
+                Segment(f"<think>{thought}</think>{self.write_call(tool, example.argument)}", sampled=True),
+                Segment(self.write_result(result), sampled=False),
+                Segment(f"<answer>\\boxed{{{answer}}}</answer>", sampled=True),
+            ),
+        )
+
+
+class Demonstrated(Protocol):
+    """What is needed of a `Dataset`."""
+
+    @property
+    def train(self) -> Iterable[Example]: ...
+    @property
+    def demonstration(self) -> Callable[[int, ToolKit], Trace] | None: ...
+    @property
+    def num_demonstrations(self) -> int: ...
+
+
+def demonstrate(dataset: Demonstrated, executor: ToolExecutor, limit: int | None = None) -> list[Trace]:
+    """The tools' own examples and the source's demonstrations, in order, at most `limit` of them.
+
+    Raises DataError when there are none, with the reasons."""
+    kit = ToolKit(executor)
+    system = next((example.system for example in dataset.train), "")
+    makers = list(kit.own_examples(system))
+    if dataset.demonstration is not None:
+        makers += [functools.partial(dataset.demonstration, i, kit) for i in range(dataset.num_demonstrations)]
+    if not makers:
+        raise DataError("data.source has no demonstrations: set sft.steps to 0 and start from a policy that uses tools")
+    traces: list[Trace] = []
+    left_out: collections.Counter[str] = collections.Counter()
+    for make in makers:
+        if len(traces) == limit:
+            break
+        try:
+            traces.append(make())
+        except CannotDemonstrate as error:
+            left_out[str(error)] += 1
+    if left_out:
+        reasons = "; ".join(f"{count}: {why}" for why, count in left_out.most_common(5))
+        message = f"{left_out.total()} of {left_out.total() + len(traces)} demonstrations are left out ({reasons})"
+        if not traces:
+            raise DataError(f"{message}; change tools.enabled, or set sft.steps to 0")
+        logger.warning("%s", message)
+    instructions = executor.call_format.instructions()
+    return [dataclasses.replace(trace, example=introduce(trace.example, instructions)) for trace in traces]
+
+
+def introduce(example: Example, instructions: str) -> Example:
+    """The example with the tools' instructions in its system prompt, where that has a place for them."""
+    if TOOLS_PLACE not in example.system:
+        return example
+    return dataclasses.replace(example, system=example.system.replace(TOOLS_PLACE, instructions))
