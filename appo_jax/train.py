@@ -34,7 +34,7 @@ from appo_jax.metrics import MetricsLogger
 from appo_jax.policy.parameters import Params
 from appo_jax.policy.sharding import batch_sharding, place
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
-from appo_jax.rollout.tree import Growth, Tree, TreeGrower
+from appo_jax.rollout.tree import Growth, Tree, TreeGrower, inherit
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.sft import cold_start
 from appo_jax.types import Example, Rollout
@@ -230,9 +230,14 @@ def _kl_penalties(
 ) -> list[list[np.ndarray]]:  # fmt: skip
     """β·KL(π‖π_ref) at each sampled token `[T]` of every rollout, π being the policy that drew it.
 
-    `old`: of each tree's first rollouts, their log-probs under π_old; branches beyond them were drawn by `params`.
+    `old`: of each tree's first rollouts, their log-probs under π_old. The branches beyond them were drawn by `params`
+    from their fork on; what they have from their parent was drawn as the parent was.
     """
     branches = _log_probs(grower, params, [tree[len(known) :] for tree, known in zip(trees, old, strict=True)])
+    by_drawer = [list(known) for known in old]
+    for tree, known, scored in zip(trees, by_drawer, branches, strict=True):
+        for rollout, log_probs in zip(tree[len(known) :], scored, strict=True):
+            known.append(inherit(rollout, known, log_probs))
     by_reference = _log_probs(grower, reference, trees)
 
     def penalty(rollout: Rollout, drawn: np.ndarray, ref: np.ndarray) -> np.ndarray:
@@ -242,8 +247,8 @@ def _kl_penalties(
         return np.where(rollout.sampled, loss.kl_weight * np.asarray(kl)[: rollout.length], 0.0)
 
     return [
-        [penalty(*x) for x in zip(tree, [*known, *drawn], refs, strict=True)]
-        for tree, known, drawn, refs in zip(trees, old, branches, by_reference, strict=True)
+        [penalty(*x) for x in zip(tree, drawn, refs, strict=True)]
+        for tree, drawn, refs in zip(trees, by_drawer, by_reference, strict=True)
     ]
 
 

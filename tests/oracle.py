@@ -206,11 +206,24 @@ def arpo_probabilities(entropies_T, sampled_T, vocab_size: int, p=0.5, w=0.2, wi
 
 
 def tree_sizes(num_initial: int, num_branch_points: int, num_loops: int, budget: int) -> list[int]:
-    """§2 "Multi-loop trees": rollouts of a prompt after 0, 1, …, L loops when every rollout has room."""
-    sizes = [num_initial]
-    for _ in range(num_loops):
-        sizes.append(min(budget, sizes[-1] * (num_branch_points + 1)))
+    """§2 "Multi-loop trees": rollouts of a prompt after 0, 1, … loops when every rollout has room.
+
+    "Each further loop … branches again, until M rollouts exist"; "an M above N(B+1)^L is filled by further loops".
+    """
+    sizes, loop = [num_initial], 0
+    while loop < num_loops or sizes[-1] < budget:
+        branches = sum(num_branch_points for _ in range(sizes[-1]))  # B of every rollout of the tree
+        sizes.append(min(budget, sizes[-1] + branches))
+        loop += 1
     return sizes
+
+
+def inherited(parent_T, own_T, fork: int) -> list[float]:
+    """§3 "Branches scored in loops > 1": a branch's number at each token: its parent's before the fork, then its own.
+
+    For log π_old the own part is log π_θ ("a branch's own tokens were drawn by the present π_θ: ratio 1").
+    """
+    return [parent_T[t] if t < fork else own_T[t] for t in range(len(own_T))]
 
 
 # ---------------------------------------------------------------- §2.2d and §4 row 9: A_base

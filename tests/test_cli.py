@@ -26,7 +26,7 @@ def appo_jax(*args):
         (["--branching.num-branch-point", "2"], ["--branching.num-branch-point", "--branching.num-branch-points INT"]),
         (["--branching.num-branch-points", "two"], ["--branching.num-branch-points", "int", "'two'"]),
         (["--loss.aggregation", "sum"], ["--loss.aggregation", "'sum'", "'token_mean'"]),
-        (["--rollout.budget", "99"], ["rollout.budget = 99 cannot be filled", "= 16"]),
+        (["--rollout.budget", "4"], ["rollout.budget = 4 leaves no room for branches", "N·(B+1)^L = 16"]),
         (["--prompts-per-minibatch", "7"], ["prompts_per_minibatch = 7", "prompts_per_step = "]),
         (["--steps", "0"], ["steps = 0: should be greater than 0"]),
         (["--loss.dual-clip", "0.5"], ["loss.dual_clip = 0.5: must be above 1, or 0 (off)"]),

@@ -129,6 +129,9 @@ def test_pooled_takes_the_best_of_the_prompt():
         (1, 2, 3, 16, [1, 3, 9, 16]),  # 27 cut to M
         (1, 4, 2, 25, [1, 5, 25]),
         (3, 1, 2, 12, [3, 6, 12]),
+        (3, 1, 2, 16, [3, 6, 12, 16]),  # M above N(B+1)^L: a third loop
+        (1, 2, 1, 16, [1, 3, 9, 16]),
+        (4, 3, 3, 16, [4, 16, 16, 16]),  # loops that find the tree full add nothing
     ],
 )
 def test_tree_sizes(n, b, loops, m, sizes):

@@ -9,6 +9,18 @@ import numpy as np
 from appo_jax.config import BranchingConfig
 
 
+def tree_sizes(num_initial: int, num_branch_points: int, num_loops: int, budget: int) -> list[int]:
+    """Rollouts of a prompt before the first loop and after each one, when no rollout lacks positions.
+
+    A loop multiplies a tree by B + 1 until it holds M rollouts. L loops, or as many more as M needs: Algorithm 1 of the
+    paper branches while fewer than M − N branches exist.
+    """
+    sizes = [num_initial]
+    while len(sizes) <= num_loops or sizes[-1] < budget:
+        sizes.append(min(budget, sizes[-1] * (num_branch_points + 1)))
+    return sizes
+
+
 def rank_positions(
     score: np.ndarray, preferred: np.ndarray, valid: np.ndarray, sampled: np.ndarray, min_spacing: int = 1
 ) -> list[int]:

@@ -18,7 +18,7 @@ class BranchingConfig:
     num_branch_points: PositiveInt = 3
     """B: positions per rollout and loop where a new rollout is drawn. Paper: 3."""
     num_loops: PositiveInt = 1
-    """L: rounds of scoring and branching. Paper: 1."""
+    """L: loops of scoring and branching. A budget above N·(B+1)^L adds loops until it is used (Algorithm 1). Paper: 1."""
     tau: PositiveFloat = 32.0
     """τ: half-life, in sampled tokens, of the discount γ = 2^(−1/τ) in the future value Ω. Paper: 32."""
     clip_low: NonNegativeFloat = 1.0

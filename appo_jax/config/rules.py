@@ -43,12 +43,7 @@ def _branching(config: Config) -> Iterator[str]:
     if config.algorithm in BRANCHING and r.budget <= r.num_initial:
         yield (
             f"rollout.budget = {r.budget} leaves no room for branches beside rollout.num_initial = {r.num_initial}: "
-            f"raise it, up to N·(B+1)^L = {full}"
-        )
-    if config.algorithm == "appo" and r.budget > full:
-        yield (
-            f"rollout.budget = {r.budget} cannot be filled: N·(B+1)^L = {r.num_initial}·({b.num_branch_points}+1)^"
-            f"{b.num_loops} = {full}; lower rollout.budget or raise branching.num_branch_points"
+            f"raise it (N·(B+1)^L = {full})"
         )
     if b.clip_low >= b.clip_high:
         yield f"branching.clip_low = {b.clip_low} must be below branching.clip_high = {b.clip_high}"

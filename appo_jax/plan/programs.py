@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from appo_jax.algorithms import make_algorithm
+from appo_jax.branching.select import tree_sizes
 from appo_jax.config import Architecture, Config
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
@@ -136,13 +137,13 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     )  # fmt: skip
 
     # ---- scores
-    most = rows  # rollouts that the last branching loop starts from
-    for _ in range(branching.num_loops - 1):
-        most = min(config.prompts_per_minibatch * rollout.budget, most * (branching.num_branch_points + 1))
+    sizes = tree_sizes(algorithm.initial, branching.num_branch_points, branching.num_loops, rollout.budget)
+    loops = len(sizes) - 1 if algorithm.branches else 0
+    most = config.prompts_per_minibatch * sizes[-2]  # rollouts that the last branching loop starts from
     parents = even(min(max(1, rollout.decode_rows // branching.num_branch_points), most))
     passes = -(-most // parents)
     one_cache = on_chip(placed(jax.eval_shape(lambda: empty_prefixes(arch, parents, length, dtype))))
-    scorings = 1 + (config.loss.kl_weight > 0) + (branching.num_loops if algorithm.branches else 0)
+    scorings = 1 + (config.loss.kl_weight > 0) + loops
     yield Program(
         "score",
         lambda: score.trace(

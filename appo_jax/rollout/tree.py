@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from appo_jax.branching.score import branching_scores, future_value
-from appo_jax.branching.select import select
+from appo_jax.branching.select import select, tree_sizes
 from appo_jax.branching.turns import after_tool_calls, fresh, random_turns
 from appo_jax.config import BranchingConfig, RolloutConfig
 from appo_jax.policy.attention import LayerCache
@@ -47,7 +47,7 @@ class Growth:
 
     trees: list[Tree]
     scores: list[list[NodeScores]]  # by prompt, by node, as of the loop that scored it last; initial rollouts first
-    missing_branches: int = 0  # budget that no valid position could use
+    missing_branches: int = 0  # rollouts that the trees lack of the budget, because no valid position was left
 
 
 def blank_tokens(tokenizer: Tokenizer) -> np.ndarray:
@@ -91,6 +91,13 @@ def already_branched(tree: Tree, include_token: bool) -> list[np.ndarray]:
             if cut - include_token < rollout.length and owner(rollout.node, cut) == node:
                 taken[cut - include_token] = True
     return out
+
+
+def inherit(rollout: Rollout, by_node: Sequence[np.ndarray], own: np.ndarray) -> np.ndarray:
+    """`own [T]`, with the parent's numbers (in `by_node`) at the tokens that a branch has from its parent."""
+    if rollout.parent is None or rollout.fork is None:
+        return own
+    return np.concatenate([by_node[rollout.parent][: rollout.fork], own[rollout.fork :]])
 
 
 _future_value = jax.jit(future_value, static_argnames="tau")
@@ -153,27 +160,38 @@ class TreeGrower:
     def grow(
         self, params: Params, trees: Sequence[Tree], old_log_probs: Sequence[Sequence[np.ndarray]], salt: Sequence[int]
     ) -> Growth:
-        """Branch `trees` (initial rollouts; their log-probs under π_old alike) until the budget M is used, in L loops."""
+        """Branch `trees` (initial rollouts; their log-probs under π_old alike) until each holds M rollouts.
+
+        L loops, and further ones when M is above N·(B+1)^L. A loop that finds all trees full is left out.
+        """
         growth = Growth([list(tree) for tree in trees], [[] for _ in trees])
+        b, budget = self.branching, self.rollout.budget
+        if b.score in TURN_SCORES:  # a rollout may have more branches than B; the last loop fills the budget
+            sizes = [len(trees[0]), *[budget] * b.num_loops]
+        else:
+            sizes = tree_sizes(len(trees[0]), b.num_branch_points, b.num_loops, budget)
         old = [list(tree) for tree in old_log_probs]
-        most_per_tree = len(trees[0])
-        for loop in range(1, self.branching.num_loops + 1):
+        now: list[list[np.ndarray]] = [[] for _ in trees]  # log-probs under the present policy, from a node's first pass
+        for loop, size in enumerate(sizes[:-1], start=1):
+            if all(len(tree) == budget for tree in growth.trees):
+                break
             nodes = [(p, n) for p, tree in enumerate(growth.trees) for n in range(len(tree))]
             rollouts = [growth.trees[p][n] for p, n in nodes]
-            most = most_per_tree * len(trees)
+            most = size * len(trees)
             scored, caches = self.score(params, rollouts, most)
-            for (p, n), (log_probs, _) in zip(nodes, scored, strict=True):
-                if n == len(old[p]):  # a branch: the policy that drew it is the present one
-                    old[p].append(log_probs)
+            for (p, n), rollout, (log_probs, _) in zip(nodes, rollouts, scored, strict=True):
+                if n == len(now[p]):
+                    now[p].append(inherit(rollout, now[p], log_probs))
+                if n == len(old[p]):  # its own tokens were drawn by the present policy, the others as the parent's were
+                    old[p].append(inherit(rollout, old[p], log_probs))
+            scored = [(now[p][n], entropies) for (p, n), (_, entropies) in zip(nodes, scored, strict=True)]
             scores = self._branching_scores(rollouts, [old[p][n] for p, n in nodes], scored, most)
             growth.scores = [[] for _ in trees]
             for (p, _), node_scores in zip(nodes, scores, strict=True):
                 growth.scores[p].append(node_scores)
             points = self._choose(growth, loop, salt)
             self._branch(params, growth, nodes, iter(caches), points, most, loop, [*salt, loop])
-            if self.branching.score in TURN_SCORES:  # a rollout may have more branches than B
-                most_per_tree = self.rollout.budget
-            most_per_tree = min(self.rollout.budget, most_per_tree * (self.branching.num_branch_points + 1))
+        growth.missing_branches = sum(budget - len(tree) for tree in growth.trees)
         return growth
 
     def _branching_scores(
@@ -213,7 +231,6 @@ class TreeGrower:
                 [s.valid & ~t for s, t in zip(scores, taken, strict=True)], [r.sampled for r in tree], budget,
                 self.branching,
             )  # fmt: skip
-            growth.missing_branches += min(budget, self.branching.num_branch_points * len(tree)) - len(chosen)
             points.append(chosen)
         return points
 

@@ -36,9 +36,14 @@ study = Study(
         "n2_b3": shape(2, 3, 1, 8),
         "n1_b3": shape(1, 3, 1, 4),
         "n2_b1": shape(2, 1, 1, 4),
+        # The paper's three rows with several loops, as its text reads them: N roots, B branch points a rollout.
         "n1_b2_l3": shape(1, 2, 3, 16),
         "n1_b4_l2": shape(1, 4, 2, 16),
-        "n3_b1_l2": shape(3, 1, 2, 12),
+        "n3_b1_l2": shape(3, 1, 2, 16),  # a third loop draws the last four
+        # The same rows as its appendix counts them, M = B·(N+1)^L: N and B change places.
+        "n2_b1_l3": shape(2, 1, 3, 16),
+        "n4_b1_l2": shape(4, 1, 2, 16),
+        "n1_b3_l2": shape(1, 3, 2, 16),
     },
     seeds=(0, 1, 2),
     max_sampled_tokens=40_000,

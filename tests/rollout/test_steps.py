@@ -141,7 +141,7 @@ def test_kl_in_the_reward_and_sampler_correction_change_the_batch_and_not_the_re
 def test_penalties_are_the_oracles_under_the_policy_that_drew_the_token(
     engine: Engine, grower: TreeGrower, params: Params, examples: list[Example], estimator: Any
 ) -> None:
-    """Initial rollouts were drawn by π_old, their branches by the policy as it is now."""
+    """Initial rollouts were drawn by π_old, their branches by the policy as it is now, from the fork on."""
     now, reference = (jax.tree.map(lambda x, by=by: by * x, params) for by in (1.02, 0.9))
     initial = engine.initial(params, examples, 3, (0, 0))
     old = [grower.log_probs(params, tree) for tree in initial]
@@ -149,7 +149,9 @@ def test_penalties_are_the_oracles_under_the_policy_that_drew_the_token(
     loss = LossConfig(kl_weight=0.3, kl_estimator=estimator, kl_in="reward")
     got = _kl_penalties(grower, now, reference, trees, old, loss)
     for tree, penalties in zip(trees, got, strict=True):
-        drawn = [grower.log_probs(params if r.is_initial else now, [r])[0] for r in tree]
+        drawn = [
+            oracle.inherited(grower.log_probs(params, [r])[0], grower.log_probs(now, [r])[0], r.fork or r.length) for r in tree
+        ]
         for r, by, ref, penalty in zip(tree, drawn, grower.log_probs(reference, tree), penalties, strict=True):
             every = zip(by, ref, r.sampled, strict=True)
             expected = [0.3 * oracle.kl(a, b, estimator) if own else 0.0 for a, b, own in every]

@@ -41,13 +41,19 @@ def draw(
 
 
 @pytest.mark.parametrize(
-    ("n", "b", "loops", "m"), [(1, 2, 3, 16), (1, 4, 2, 16), (1, 4, 2, 25), (3, 1, 2, 12), (8, 1, 1, 16), (2, 7, 1, 16)]
-)
+    ("n", "b", "loops", "m"),
+    [
+        (1, 2, 3, 16), (1, 4, 2, 25), (3, 1, 2, 12), (2, 7, 1, 16),
+        # budgets above N·(B+1)^L
+        (3, 1, 2, 16), (2, 1, 1, 16), (1, 2, 1, 16), (4, 3, 1, 20),
+    ],
+)  # fmt: skip
 def test_trees_have_the_declared_shape_and_keep_the_budget(draw, n: int, b: int, loops: int, m: int) -> None:
     for tree in draw(n, m, BranchingConfig(num_branch_points=b, num_loops=loops)):
         assert [r.node for r in tree] == list(range(m))
         per_loop = Counter(r.loop for r in tree)
         sizes = oracle.tree_sizes(n, b, loops, m)
+        loops = len(sizes) - 1
         assert [per_loop[loop] for loop in range(loops + 1)] == [sizes[0], *np.diff(sizes)]
         for rollout in tree[n:]:
             parent = tree[rollout.parent]
@@ -98,20 +104,24 @@ def test_every_branch_point_is_the_oracles(
     initial = engine.initial(params, examples, 2, (0, 0))
     old = [grower.log_probs(params, tree) for tree in initial]
     growth = grower.grow(moved, initial, old, (1, 0))
-    gated = 0
-    for tree, before, scores in zip(growth.trees, old, growth.scores, strict=True):
-        names = heads(tree)
+    gated = inherited = 0
+    for tree, drawn_by, scores in zip(growth.trees, old, growth.scores, strict=True):
+        names, before = heads(tree), list(drawn_by)
+        for r in tree[2 : len(scores)]:  # a branch has its parent's numbers before the fork, its own after it
+            before.append(oracle.inherited(before[r.parent], scores[r.node].log_probs, r.fork))
         for loop in (1, 2):
             nodes = [r for r in tree if r.loop < loop]
             branched = {names[r.parent][r.fork] for r in nodes if r.parent is not None}
             orders = []
             for r in nodes:
                 s = scores[r.node]
-                then = before[r.node] if r.is_initial else s.log_probs  # a branch was drawn by the moved policy
-                omega = oracle.omega(oracle.log_ratio(s.log_probs, then, r.sampled), r.sampled, 4.0)
+                omega = oracle.omega(oracle.log_ratio(s.log_probs, before[r.node], r.sampled), r.sampled, 4.0)
                 np.testing.assert_allclose(s.future_value, omega, rtol=1e-3)
                 bs, z_h, z_o, constant = oracle.branching_score(s.entropies, omega, s.valid, 1.0, 1.2)
-                assert constant == s.constant_future == (not r.is_initial)
+                assert constant == s.constant_future
+                if not r.is_initial:  # its own tokens have ratio 1, the inherited ones the parent's
+                    assert (s.future_value[r.fork :] == 1).all()
+                    inherited += bool((s.future_value[: r.fork] != 1).any())
                 np.testing.assert_allclose(s.score, bs, atol=1e-3)
                 order = oracle.ranking(bs, z_h, z_o, s.valid, constant)
                 gated += order != oracle.ranking(bs, z_h, z_o, s.valid, constant, "literal")
@@ -122,6 +132,33 @@ def test_every_branch_point_is_the_oracles(
             drawn = [(r.parent, r.fork) for r in tree if r.loop == loop]
             assert sorted(drawn) == sorted((n, t) for n, ts in enumerate(chosen) for t in ts)
     assert gated > 0, "the case must contain a position that the gate moves"
+    assert inherited > 0, "the case must contain a branch that inherits tokens of the policy before it moved"
+
+
+def test_the_future_value_of_a_branch_of_a_branch_is_inherited_through_both(
+    engine: Engine, params: Params, examples: list[Example], rollout_config: RolloutConfig
+) -> None:
+    """Over three loops, Ω at the tokens two generations share is one discounted sum over the same ratios."""
+    config = dataclasses.replace(rollout_config, num_initial=1, budget=8)
+    grower = TreeGrower(engine, config, BranchingConfig(num_branch_points=1, num_loops=4, tau=1e9))  # γ = 1
+    initial = engine.initial(params, examples, 1, (0, 0))
+    old = [[log_probs] for log_probs in grower.log_probs(params, [tree[0] for tree in initial])]  # as train_step does
+    unmoved = grower.grow(params, initial, old, (1, 0))
+    assert all(s.constant_future and (s.future_value == 1).all() for scores in unmoved.scores for s in scores)
+    growth = grower.grow(jax.tree.map(lambda x: 1.02 * x, params), initial, old, (1, 0))
+    grandchildren = 0
+    for tree, known, scores in zip(growth.trees, old, growth.scores, strict=True):
+        for r in tree[1 : len(scores)]:
+            line = [r]
+            while line[-1].parent is not None:
+                line.append(tree[line[-1].parent])
+            by_root = min(node.fork for node in line[:-1])  # tokens that π_old drew
+            first = tree[0].prompt_length
+            expected = np.exp(float((scores[0].log_probs - known[0])[first:by_root][tree[0].sampled[first:by_root]].sum()))
+            if by_root > first:
+                assert scores[r.node].future_value[first] == pytest.approx(expected, rel=1e-3)
+                grandchildren += len(line) > 2
+    assert grandchildren > 0
 
 
 def test_where_no_position_is_left_branches_are_missed_and_counted(
