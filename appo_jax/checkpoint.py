@@ -2,7 +2,8 @@
 
 Orbax alone lists a half-deleted step, restores flipped bits in silence, takes an empty folder for the latest step,
 casts dtypes without a word and skips a step it will not save. Here every step carries a digest of each array and of its
-own metadata, a step that fails verification is refused with the reason, and the newest good one is restored.
+own metadata and is read back once it is written; a step that fails verification is refused with the reason, and the newest
+good one is restored.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from appo_jax.errors import CheckpointError
+from appo_jax.storage import usable_path
 
 PyTree = Any
 _log = logging.getLogger(__name__)
+
+# A step is read back in parts of at most so many bytes: beside the state that is being trained there is little room.
+MAX_BYTES_READ_BACK = 1 << 28
 
 
 class Checkpointer:
@@ -34,21 +40,24 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        self._directory = Path(directory).absolute()
+        self._directory = usable_path(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._unread: tuple[int, PyTree, dict[str, Any]] | None = (
+            None  # step, abstract state, arrays: not read back yet
+        )
 
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any], iterator: grain.DatasetIterator | None) -> None:
         """Start to write a step: state, JSON `meta`, position of the data. `state` may be donated once this returns.
 
-        Raises CheckpointError if a step this new exists already, or if the write before this one failed (a full disk
-        shows up here, or in `wait`).
+        Raises CheckpointError if a step this new exists already, or as `wait` does for the step before this one.
         """
+        self.wait()
         record = {"step": step, "meta": dict(meta), "arrays": _describe(state)}
         if iterator is not None:  # all hosts read the same data and stand at the same place
             record["position"] = _position(iterator)
         items: dict[str, Any] = {
-            "state": ocp.args.StandardSave(state),
+            "state": ocp.args.PyTreeSave(state),
             "meta": ocp.args.JsonSave({"record": record, "sha256": _sha256(record)}),
         }
         try:
@@ -60,6 +69,7 @@ class Checkpointer:
                 f"{self._directory}: step {step} was not saved, for step {self._manager.latest_step()} exists already; "
                 "restore it and go on from there, or give another --run-dir"
             )
+        self._unread = step, jax.tree.map(ocp.utils.to_shape_dtype_struct, state), record["arrays"]
 
     def restore_latest(
         self, abstract_state: PyTree, iterator: grain.DatasetIterator | None, partial: bool = False
@@ -99,41 +109,73 @@ class Checkpointer:
         return None
 
     def wait(self) -> None:
-        """Return when everything saved so far is on disk. Raises CheckpointError if it could not be written."""
+        """Return when everything saved so far is on disk, and the newest step has been read back from it.
+
+        Raises CheckpointError if it could not be written (a full disk shows up here), or reads back as something else.
+        """
+        unread, self._unread = self._unread, None
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._failed(error) from error
+        if unread is not None:
+            self._read_back(*unread)
 
     def close(self) -> None:
         """Wait, then free orbax's threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _read_back(self, step: int, abstract_state: PyTree, written: dict[str, Any]) -> None:
+        """Compare a step on disk with what was given to `save`. Raises CheckpointError if they differ."""
+        try:
+            if self._record(step)["arrays"] != written:  # what the first host wrote; the rest of it may be its own
+                raise ValueError("its metadata is not what was written")
+            leaves, structure = jax.tree.flatten(abstract_state)
+            for part in _parts(leaves):
+                chosen = [leaf if i in part else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
+                self._load(step, jax.tree.unflatten(structure, chosen), written)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise CheckpointError(
+                f"{self._directory}: step {step} was written, but cannot be read back ({reason}); the storage under "
+                "this folder loses data: move the run to another disk and start again, it goes on from its last good step"
+            ) from error
 
     def _restore(
         self, step: int, abstract_state: PyTree, iterator: grain.DatasetIterator | None, partial: bool
     ) -> tuple[PyTree, dict[str, Any]]:
         """Raises CheckpointError where the caller's state does not fit, another exception where the step is broken."""
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        record = meta["record"]
-        if _sha256(record) != meta["sha256"] or record["step"] != step:
-            raise ValueError("its metadata is not what was written")
+        record = self._record(step)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
         written = record["arrays"]
         if partial:
             written = {name: written[name] for name, _ in _named_leaves(abstract) if name in written}
-            where = ocp.checkpoint_utils.construct_restore_args(abstract)
-            args: Any = ocp.args.PyTreeRestore(abstract, restore_args=where, partial_restore=True)
-        else:
-            args = ocp.args.StandardRestore(abstract)
         self._check_fit(step, written, abstract)
-        state = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-        damaged = [name for name, found in _describe(state).items() if found != written[name]]
-        if damaged:
-            raise ValueError(f"{len(damaged)} arrays are not what was written, among them {damaged[0]}")
+        state = self._load(step, abstract, written)
         if iterator is not None:
             iterator.set_state(record["position"])
         return state, record["meta"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What stands beside a step's arrays. Raises ValueError where it is not what was written."""
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if _sha256(meta["record"]) != meta["sha256"] or meta["record"]["step"] != step:
+            raise ValueError("its metadata is not what was written")
+        return meta["record"]
+
+    def _load(self, step: int, abstract_state: PyTree, written: Mapping[str, Any]) -> PyTree:
+        """The arrays of a step that `abstract_state` names. Raises ValueError where one is not what was written."""
+        where = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        args = ocp.args.PyTreeRestore(abstract_state, restore_args=where, partial_restore=True)
+        state = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        arrays = jax.tree.map(lambda leaf: None if leaf is ocp.PLACEHOLDER else leaf, state)
+        damaged = [name for name, found in _describe(arrays).items() if found != written[name]]
+        if damaged:
+            raise ValueError(f"{len(damaged)} arrays are not what was written, among them {damaged[0]}")
+        return state
 
     def _check_fit(self, step: int, written: Mapping[str, Any], abstract_state: PyTree) -> None:
         expected = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in _named_leaves(abstract_state)}
@@ -169,6 +211,20 @@ class Checkpointer:
             f"{self._directory}: a checkpoint could not be written ({type(error).__name__}: {error}); "
             "check the disk's free space and rights, then start again: the run goes on from its last good step"
         )
+
+
+def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[set[int]]:
+    """Indices of the leaves, in parts of at most MAX_BYTES_READ_BACK on all devices together (or a single leaf)."""
+    parts: list[set[int]] = []
+    room = 0
+    for i, leaf in enumerate(leaves):
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if not parts or size > room:
+            parts.append(set())
+            room = MAX_BYTES_READ_BACK
+        parts[-1].add(i)
+        room -= size
+    return parts
 
 
 def _describe(state: PyTree) -> dict[str, list[Any]]:

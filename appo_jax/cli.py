@@ -93,9 +93,10 @@ def _train(args: Sequence[str]) -> None:
     """Train a policy: cold start (if the config has one), then APPO or a baseline; goes on with a run that exists."""
     config = config_from("train", args)
     from appo_jax import distributed
+
+    distributed.initialize()  # before any import that might touch a device
     from appo_jax.train import train
 
-    distributed.initialize()
     train(config)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from appo_jax import distributed
+from appo_jax.storage import write_atomically
 from appo_jax.types import Rollout
 
 Value = float | int | str
@@ -65,7 +66,7 @@ class MetricsLogger:
         if not self._writes:
             return
         if self._file.exists():
-            _write_atomically(self._file, "".join(_to_json(record) for record in kept))
+            write_atomically(self._file, "".join(_to_json(record) for record in kept))
         if self._name == "metrics":
             for path in (self._run_dir / "rollouts").glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > step:
@@ -74,14 +75,14 @@ class MetricsLogger:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json; a reader finds the old one or the new one, never half of one."""
         if self._writes:
-            _write_atomically(self._run_dir / "summary.json", _to_json(summary, indent=2))
+            write_atomically(self._run_dir / "summary.json", _to_json(summary, indent=2))
 
     def dump_trees(self, step: int, trees: Sequence[Sequence[Rollout]], decode: Callable[[Sequence[int]], str]) -> Path:
         """Write rollouts/step_000012.jsonl, one prompt's tree a line (see `tree_record`). `decode`: ids to text."""
         path = self._run_dir / "rollouts" / f"step_{step:06d}.jsonl"
         if self._writes:
             path.parent.mkdir(exist_ok=True)
-            _write_atomically(path, "".join(_to_json(tree_record(step, tree, decode)) for tree in trees))
+            write_atomically(path, "".join(_to_json(tree_record(step, tree, decode)) for tree in trees))
         return path
 
     def close(self) -> None:
@@ -154,12 +155,3 @@ def _to_json(record: Mapping[str, Any], indent: int | None = None) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(plain(record), indent=indent, allow_nan=False) + "\n"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -20,6 +20,7 @@ from appo_jax import distributed
 from appo_jax.config import Config
 from appo_jax.config_io import diff_configs, flatten, load_config, save_config
 from appo_jax.errors import CheckpointError, ConfigError
+from appo_jax.storage import usable_path
 
 # A run is continued under another value of these: they say where it lives and when it ends, never what a step computes.
 MAY_CHANGE = (
@@ -83,7 +84,8 @@ def open_run(config: Config) -> RunDir:
     """Create `config.run_dir`, or continue the run of the same config that it holds, and lock it for this process.
 
     Raises CheckpointError where the directory holds a run of another config (the differing fields are listed; those in
-    MAY_CHANGE may differ) or of an unknown one, is in use by another process, or cannot be written. With several hosts the
+    MAY_CHANGE may differ) or of an unknown one, is in use by another process, cannot be written, or
+    cannot hold checkpoints (`usable_path`). With several hosts the
     first one does all this and the others hear whether it could: they must see the same folder.
     """
     run = error = None
@@ -99,7 +101,7 @@ def open_run(config: Config) -> RunDir:
 
 
 def _open(config: Config) -> RunDir:
-    path = Path(config.run_dir).absolute()
+    path = usable_path(config.run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

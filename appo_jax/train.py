@@ -109,6 +109,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
                 step, next(prompts), state, reference, update, algorithm, grower, components, prompts
             )
             step += 1
+            checkpointer.wait()  # what the step before this one saved is on disk, and reads back
             require_finite(record, "update", step, "optimizer.learning_rate")
             sampled_tokens += int(record["rollout/sampled_tokens"])
             if config.eval.every and step % config.eval.every == 0 and not over():

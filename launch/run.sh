@@ -10,9 +10,9 @@ source "$(dirname "$0")/common.sh"
 printf -v arguments '%q ' "$@"
 # systemd is the supervisor: it outlives the ssh connection, restarts after a crash, and stops after so many. One host's
 # crash ends the others too (a lost peer aborts them), so that all of them start anew and go on from the last checkpoint.
-# Exit codes 2 (a config that cannot run) and 130 (asked to stop) are final.
+# Exit codes 1 (an error that a restart meets again), 2 (a config that cannot run) and 130 (asked to stop) are final.
 on_all "sudo systemctl reset-failed appo 2>/dev/null; sudo systemd-run --unit appo --uid \$(id -u) --gid \$(id -g) \
 --working-directory \$HOME/$home --setenv HOME=\$HOME --setenv APPO_DISTRIBUTED=1 --property Restart=on-failure --property RestartSec=15 \
 --property StartLimitIntervalSec=infinity --property StartLimitBurst=${TPU_RETRIES:-20} \
---property RestartPreventExitStatus='2 130' --property KillMode=mixed --property KillSignal=SIGINT --property TimeoutStopSec=600 \
+--property RestartPreventExitStatus='1 2 130' --property KillMode=mixed --property KillSignal=SIGINT --property TimeoutStopSec=600 \
 --property LimitNOFILE=65536 \$HOME/$home/.venv/bin/appo-jax train $arguments"

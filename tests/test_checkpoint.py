@@ -336,3 +336,40 @@ def test_sigkill_at_any_moment_loses_no_finished_step(tmp_path):
         assert int(lines[0][1]) >= finished
         finished = int(lines[-1][1]) - 1  # the last save may still have been on its way, the one before had ended
     assert finished >= 6
+
+
+ODD = {"[": "a[b]c", "*": "a*b", "**": "**", "?": "a?b", "backslash": "a\\b"}
+
+
+@pytest.mark.parametrize("name", ODD.values(), ids=ODD)
+def test_a_path_under_which_checkpoints_are_lost_is_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(CheckpointError, match="could not be read again; rename the folder"):
+        Checkpointer(tmp_path / name / "c", 2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a b", "a]b", "ä€{x}", "a%20b#c:d", "a\nb", "'$HOME\"", "x.orbax-checkpoint-tmp"])
+def test_any_other_path_holds_checkpoints(tmp_path, name):
+    saved(tmp_path / name, [1, 2])
+    step, state, _ = restored(tmp_path / name)
+    assert step == 2
+    assert_equal(state, make_state(2))
+
+
+@pytest.mark.parametrize("max_bytes", [1000, 1 << 28])
+def test_a_step_that_does_not_read_back_is_told_at_once(tmp_path, monkeypatch, max_bytes):
+    """The disk changes what was written: a bit of every file of arrays is flipped before the step is read back."""
+    monkeypatch.setattr("appo_jax.checkpoint.MAX_BYTES_READ_BACK", max_bytes)
+    checkpointer = Checkpointer(tmp_path / "c", 3)
+    checkpointer.save(1, make_state(1), {}, None)
+    checkpointer.wait()  # a good disk: nothing is raised
+    checkpointer.save(2, make_state(2), {}, None)
+    checkpointer._manager.wait_until_finished()
+    for path in (tmp_path / "c" / "2" / "state").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="step 2 was written, but cannot be read back"):
+        checkpointer.wait()
+    checkpointer.close()
+    assert restored(tmp_path / "c")[0] == 1

@@ -1,12 +1,22 @@
-"""The launch scripts, run for real against a `gcloud` that writes down what it was asked and answers as told."""
+"""The launch scripts, run for real against a `gcloud` that writes down what it was asked and answers as told.
+
+Where $WORKERS names a folder, it also runs the commands it is given for all workers: on two, whose homes are there.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from appo_jax.config import Config
+from appo_jax.config_io import save_config
+from appo_jax.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 POD = {"TPU_PROJECT": "p", "TPU_ZONE": "z", "TPU_NAME": "pod"}
@@ -22,15 +32,41 @@ if [[ $* == *" describe "* ]]; then
   echo "$state"
 fi
 if [[ $* == *" scp "* ]]; then tar -tzf "$5" > "$CALLS.files"; fi
+if [[ $* == *" ssh "* && -n "${WORKERS:-}" ]]; then
+  for i in 0 1; do HOME=$WORKERS/$i OMPI_COMM_WORLD_RANK=$i bash -c "${@: -1}" & workers+=($!); done
+  for worker in "${workers[@]}"; do wait "$worker"; done
+fi
+"""
+
+# systemd as far as run.sh uses it: a clean environment, and restarts by the unit's properties. One exit code a line in ~/exits.
+SYSTEMD_RUN = """#!/usr/bin/env python3
+import os, signal, subprocess, sys
+arguments, options = sys.argv[1:], []
+while arguments[0].startswith("--"):
+    options.append((arguments.pop(0), arguments.pop(0)))
+properties = dict(value.split("=", 1) for name, value in options if name == "--property")
+cluster = {k: v for k, v in os.environ.items() if k.startswith(("OMPI_", "JAX_", "XLA_"))}  # Cloud TPU asks its metadata
+environment = {"PATH": os.environ["PATH"]} | cluster | dict(v.split("=", 1) for n, v in options if n == "--setenv")
+(folder,) = (value for name, value in options if name == "--working-directory")
+assert properties["Restart"] == "on-failure"
+for _ in range(int(properties["StartLimitBurst"])):
+    with open(os.environ["HOME"] + "/journal", "a") as journal:
+        code = subprocess.run(arguments, env=environment, cwd=folder, stdout=journal, stderr=subprocess.STDOUT).returncode
+    with open(os.environ["HOME"] + "/exits", "a") as exits:
+        print(code, file=exits)
+    clean = (0, *(-int(getattr(signal, name)) for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGPIPE")))
+    if code in clean or str(code) in properties["RestartPreventExitStatus"].split():
+        break
 """
 
 
 @pytest.fixture
 def launch(tmp_path):
     (tmp_path / "bin").mkdir()
-    gcloud = tmp_path / "bin/gcloud"
-    gcloud.write_text(GCLOUD)
-    gcloud.chmod(0o755)
+    nothing, command = "#!/bin/sh\n", '#!/bin/sh\nexec "$@"\n'
+    for name, text in {"gcloud": GCLOUD, "systemd-run": SYSTEMD_RUN, "systemctl": nothing, "sudo": command}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
     calls, states = tmp_path / "calls", tmp_path / "states"
 
     def run(
@@ -41,7 +77,7 @@ def launch(tmp_path):
         variables = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")} | env
         variables |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "STATES": str(states)}
         done = subprocess.run(
-            ["bash", str(ROOT / "launch" / script), *args], env=variables, capture_output=True, text=True, timeout=60
+            ["bash", str(ROOT / "launch" / script), *args], env=variables, capture_output=True, text=True, timeout=500
         )  # fmt: skip
         return done, calls.read_text().splitlines()
 
@@ -100,6 +136,54 @@ def test_run_starts_the_same_command_on_all_workers_under_a_supervisor(launch):
     assert "Restart=on-failure" in call
     assert "StartLimitBurst=7" in call
     assert "$HOME/appo_jax" in call  # the worker's home, not ours
+
+
+@pytest.fixture
+def workers(
+    tmp_path: Path, compiled: dict[str, str], one_of: Callable[[int, int], dict[str, str]]
+) -> tuple[Path, dict[str, str]]:
+    """A folder of two workers' homes as setup.sh leaves them, and the variables of a launch on them."""
+    folder = tmp_path / "workers"
+    for i in range(2):
+        program = folder / str(i) / "appo_jax/.venv/bin/appo-jax"
+        program.parent.mkdir(parents=True)
+        program.symlink_to(Path(sys.executable).parent / "appo-jax")
+    return folder, compiled | one_of(0, 2) | {"WORKERS": str(folder)} | POD
+
+
+def told(workers: Path, i: int) -> tuple[list[str], str]:
+    """Exit codes of worker `i`'s processes, and what they printed."""
+    return (workers / str(i) / "exits").read_text().split(), (workers / str(i) / "journal").read_text()
+
+
+@pytest.mark.timeout(600)
+def test_the_very_command_trains_on_two_workers(launch, workers, tiny: Config, tmp_path: Path):
+    folder, variables = workers
+    config = dataclasses.replace(
+        tiny, steps=1, sft=dataclasses.replace(tiny.sft, steps=0), mesh=dataclasses.replace(tiny.mesh, fsdp=2)
+    )
+    save_config(config, tmp_path / "tiny.json")
+    done, _ = launch(
+        "run.sh", "--config", str(tmp_path / "tiny.json"), "--run-dir", str(tmp_path / "a run"), **variables
+    )
+    assert done.returncode == 0, done.stderr
+    for i in range(2):
+        assert told(folder, i)[0] == ["0"], told(folder, i)[1][-4000:]
+    assert [record["step"] for record in read_metrics(tmp_path / "a run/metrics.jsonl")] == [1]
+    assert (tmp_path / "a run/summary.json").exists()
+
+
+def test_a_run_that_cannot_go_on_is_not_started_again(launch, workers, tiny: Config, tmp_path: Path):
+    folder, variables = workers
+    save_config(tiny, tmp_path / "tiny.json")  # its mesh is of one device, and there are two
+    launch("run.sh", "--config", str(tmp_path / "tiny.json"), "--run-dir", str(tmp_path / "run"), **variables)
+    launch("run.sh", "--config", str(tmp_path / "gone.json"), **variables)
+    for i in range(2):
+        exits, journal = told(folder, i)
+        assert exits == ["2", "2"], journal
+        assert "mesh" in journal
+        assert "gone.json: no such file" in journal
+        assert "Traceback" not in journal
 
 
 def test_run_needs_a_command(launch):

@@ -86,3 +86,15 @@ def test_a_place_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"run_dir = .*file/run: cannot be written"):
         open_run(dataclasses.replace(config, run_dir=str(tmp_path / "file" / "run")))
+
+
+@pytest.mark.parametrize("name", ["a[b]c", "a*b", "a?b", "a\\b"])
+def test_a_path_under_which_checkpoints_are_lost_is_refused_before_anything_is_written(config, tmp_path, name):
+    with pytest.raises(CheckpointError, match="could not be read again"):
+        open_run(dataclasses.replace(config, run_dir=str(tmp_path / name)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_object_store_is_refused_with_what_to_do(config):
+    with pytest.raises(CheckpointError, match="gs://bucket/run: runs are written through the file system; mount"):
+        open_run(dataclasses.replace(config, run_dir="gs://bucket/run"))

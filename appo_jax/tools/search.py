@@ -14,9 +14,8 @@ import tempfile
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import bm25s
 import numpy as np
 import Stemmer
 
@@ -24,6 +23,9 @@ from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.tools.protocol import Tool, ToolResult
 from appo_jax.types import Document, Outcome
+
+if TYPE_CHECKING:  # to import it runs a JAX operation, which no host may do before it has joined the others
+    import bm25s
 
 
 def make_tool(config: ToolsConfig, documents: Sequence[Document] | None) -> Tool:
@@ -117,6 +119,8 @@ def words(text: str) -> list[str]:
 
 def build_index(documents: Sequence[Document]) -> bm25s.BM25:
     """A BM25 index (k1 = 1.2, b = 0.75, Lucene's idf) of the documents' titles and texts."""
+    import bm25s
+
     vocabulary: dict[str, int] = {}
     ids = [
         [vocabulary.setdefault(word, len(vocabulary)) for word in words(f"{doc.title} {doc.text}")] for doc in documents
@@ -130,6 +134,8 @@ def build_index(documents: Sequence[Document]) -> bm25s.BM25:
 
 def stored_index(documents: Sequence[Document], folder: Path) -> bm25s.BM25:
     """The index of these documents from `folder`, memory-mapped; built and stored there when it is missing."""
+    import bm25s
+
     digest = hashlib.sha256(_INDEX_VERSION)
     for document in documents:
         digest.update(f"{document.title}\0{document.text}\0".encode("utf-8", "surrogatepass"))
