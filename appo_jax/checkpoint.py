@@ -53,7 +53,8 @@ class Checkpointer:
         Raises CheckpointError if a step this new exists already, or as `wait` does for the step before this one.
         """
         self.wait()
-        record = {"step": step, "meta": dict(meta), "arrays": _describe(state)}
+        arrays = _describe(state)
+        record: dict[str, Any] = {"step": step, "meta": dict(meta), "arrays": arrays}
         if iterator is not None:  # all hosts read the same data and stand at the same place
             record["position"] = _position(iterator)
         items: dict[str, Any] = {
@@ -69,7 +70,7 @@ class Checkpointer:
                 f"{self._directory}: step {step} was not saved, for step {self._manager.latest_step()} exists already; "
                 "restore it and go on from there, or give another --run-dir"
             )
-        self._unread = step, jax.tree.map(ocp.utils.to_shape_dtype_struct, state), record["arrays"]
+        self._unread = step, jax.tree.map(ocp.utils.to_shape_dtype_struct, state), arrays
 
     def restore_latest(
         self, abstract_state: PyTree, iterator: grain.DatasetIterator | None, partial: bool = False
