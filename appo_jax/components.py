@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,15 +24,14 @@ from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.sharding import make_mesh, param_shardings, use_mesh
 from appo_jax.reward import RewardFunction, make_reward
 from appo_jax.reward.overlong import overlong_penalty
-from appo_jax.reward.response import Response
+from appo_jax.reward.response import Response, opened_thought
 from appo_jax.rollout.engine import Engine
 from appo_jax.text.tokenizer import Tokenizer, check_tags, load_tokenizer
 from appo_jax.text.train_tokenizer import structure
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.format import offer_tools
 from appo_jax.types import Example, Rollout, Segment
-
-_OPENED_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +65,7 @@ def build(config: Config) -> Components:
     arch = architecture_of(config.policy)
     with contextlib.ExitStack() as stack:
         executor = stack.enter_context(build_executor(config.tools, dataset.documents))
+        tokenizer = offer_tools(executor.call_format, tokenizer)
         check_tags(tokenizer, structure(executor.call_format.pieces))
         train, held_out = (_prompts(part, tokenizer, executor, config) for part in (dataset.train, dataset.held_out))
         mesh, dtype = make_mesh(config.mesh), compute_dtype(config)
@@ -124,8 +123,7 @@ def prompt_opening(prompt: np.ndarray, tokenizer: Tokenizer) -> str:
     start = len(prompt)
     while start and token_bytes[prompt[start - 1]]:  # back to the last control token: the rest is the policy's turn
         start -= 1
-    found = _OPENED_THOUGHT.search(tokenizer.decode(prompt[start:].tolist()))
-    return found[0] if found else ""
+    return opened_thought(tokenizer.decode(prompt[start:].tolist()))
 
 
 def give_rewards(rollouts: Sequence[Rollout], components: Components, overlong_buffer: int = 0) -> None:

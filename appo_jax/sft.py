@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from appo_jax.metrics import MetricsLogger
 from appo_jax.policy.parameters import Params, abstract_params
 from appo_jax.policy.sharding import annotate, batch_sharding, place, state_shardings
 from appo_jax.run_dir import RunDir, open_run
+from appo_jax.tools.format import encode_result
 from appo_jax.types import Trace
 from appo_jax.view.progress import Progress
 
@@ -90,8 +92,14 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
     optimizer = sft_optimizer(config.sft, config.optimizer)
     state = init_state(params, optimizer, components.arch, components.mesh)
     del params
+    encode = functools.partial(encode_result, components.executor.call_format, components.tokenizer)
     batches = trace_batches(
-        _make_traces(components), components.tokenizer, config.sft.batch_size, config.sft.max_tokens, config.seed
+        _make_traces(components),
+        components.tokenizer,
+        config.sft.batch_size,
+        config.sft.max_tokens,
+        config.seed,
+        encode,
     )
     checkpointer = Checkpointer(run.checkpoints / "sft", keep=1)
     metrics = MetricsLogger(run.path, "sft")

@@ -60,9 +60,10 @@ class ToolsConfig:
 
     enabled: tuple[str, ...] = ("python", "search")
     """Tools a rollout may call: python, search, or `package.module:factory` of your own."""
-    call_format: Literal["tags", "json"] = "tags"
+    call_format: Literal["tags", "json", "chat"] = "tags"
     """How calls are written (tools/format.py). tags: in tags of the tool's name, as in the paper. json: a JSON object with
-    name and arguments, as Qwen and Hermes models write it."""
+    name and arguments, as Qwen and Hermes models write it. chat: the same calls, with the tools in the system prompt and results in
+    turns of their own, as the model's chat template has them."""
     max_concurrency: PositiveInt = 8
     """Calls of one tool that run at the same time, on one host."""
     python: PythonToolConfig = PythonToolConfig()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -20,6 +20,8 @@ from appo_jax.types import Example, Trace
 
 logger = logging.getLogger(__name__)
 
+
+EncodeResult = Callable[[str], list[int]]
 
 # One thread: a batch costs microseconds, and read-ahead threads would compete with XLA for the cores.
 READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -45,13 +47,18 @@ def prompt_batches(
 
 
 def trace_batches(
-    traces: Sequence[Trace], tokenizer: Tokenizer, batch_size: int, max_tokens: int, seed: int
+    traces: Sequence[Trace],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    max_tokens: int,
+    seed: int,
+    encode_result: EncodeResult | None = None,
 ) -> grain.DatasetIterator[TraceBatch]:
     """Endless batches of encoded traces, packed into `batch_size` rows (grain's first-fit packing).
 
     A trace of more than `max_tokens` is left out, since a cut one would teach to
     break off; how many is logged. Raises DataError when none fits."""
-    encoded = [encode_trace(trace, tokenizer) for trace in traces]
+    encoded = [encode_trace(trace, tokenizer, encode_result) for trace in traces]
     fitting = [pair for pair in encoded if len(pair[0]) <= max_tokens]
     if len(fitting) < len(encoded):
         longest = max(len(tokens) for tokens, _ in encoded)
@@ -82,12 +89,16 @@ def trace_batches(
     return iter(packed.batch(batch_size, drop_remainder=True, batch_fn=batch))
 
 
-def encode_trace(trace: Trace, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [T] int32, sampled [T] bool) of prompt, segments and EOS, tokenised piece by piece as a rollout is."""
+def encode_trace(
+    trace: Trace, tokenizer: Tokenizer, encode_result: EncodeResult | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [T] int32, sampled [T] bool) of prompt, segments and EOS, tokenised piece by piece as a rollout is.
+
+    encode_result: ids of a tool result as the run's call format has it; by default those of its text."""
     prompt = tokenizer.render_prompt(trace.example.system, trace.example.question)
     tokens, sampled = list(prompt), [False] * len(prompt)
     for segment in trace.segments:
-        ids = tokenizer.encode(segment.text)
+        ids = tokenizer.encode(segment.text) if segment.sampled else (encode_result or tokenizer.encode)(segment.text)
         tokens += ids
         sampled += [segment.sampled] * len(ids)
     return np.array([*tokens, tokenizer.eos_id], np.int32), np.array([*sampled, True])

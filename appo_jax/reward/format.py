@@ -17,7 +17,7 @@ def format_error(response: Response, call_format: CallFormat) -> str | None:
     - no marks of a tool result of the policy's own, in any spelling: results are the tools' to write;
     - every tool call well formed, at the end of its turn, and answered by a result.
     """
-    text = response.opening + response.sampled_text
+    text = response.framed_text
     if (mark := call_format.invented_result(text)) is not None:
         return f"the policy wrote the mark of a tool result, {mark[:40]}"
 

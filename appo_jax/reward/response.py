@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 from appo_jax.types import Kind, Segment, StopReason
 
@@ -37,6 +38,26 @@ class Response:
         return turns
 
     @property
+    def framed_text(self) -> str:
+        """`sampled_text` with the thoughts that the prompt, or the template after a tool result, opened for the policy."""
+        opening, texts = self.opening, []
+        for sampled, group in itertools.groupby(self.segments, key=lambda segment: segment.sampled):
+            text = "".join(segment.text for segment in group)
+            if sampled:
+                texts.append(opening + text)
+            opening = "" if sampled else opened_thought(text)
+        return "\n".join(texts)
+
+    @property
     def sampled_text(self) -> str:
         """The policy's own words. A line break stands where a tool result was, so that no tag forms across it."""
         return "\n".join(text for text, _ in self.turns)
+
+
+_OPENED_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+
+
+def opened_thought(text: str) -> str:
+    """The thought that `text` ends with, if it is open or empty: `<think>`, or `<think>` and `</think>`."""
+    found = _OPENED_THOUGHT.search(text[-200:])
+    return found[0] if found else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appo_jax.errors import ConfigError
 from appo_jax.text.tokenizer import Tokenizer
-from appo_jax.tools.format import CallFormat, shield
+from appo_jax.tools.format import CallFormat, result_ids, shield
 
 CUT_MARK = " […]"
 
@@ -17,9 +17,8 @@ class ToolResults:
 
     def __init__(self, tokenizer: Tokenizer, call_format: CallFormat, most: int):
         self._tokenizer, self._most = tokenizer, most
-        head, tail = call_format.result_marks
-        self._head, self._tail = tokenizer.encode(head), tokenizer.encode(tail)
-        self._cut_tail = tokenizer.encode(CUT_MARK + tail)
+        self._head, self._tail = result_ids(call_format, tokenizer)
+        self._cut_tail = [*tokenizer.encode(CUT_MARK), *self._tail]
         marks = len(self._head) + len(self._cut_tail)
         if marks >= most:
             raise ConfigError(

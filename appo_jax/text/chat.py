@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -18,7 +18,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from appo_jax.errors import DataError
 
-Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": …}
+# {"role": "system" | "user" | "assistant" | "tool", "content": …}; an assistant's message may have "tool_calls", as
+# transformers' have them.
+Message = Mapping[str, Any]
+Guarded = TypeVar("Guarded")
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -37,13 +40,18 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def render(
-    template: jinja2.Template, messages: Sequence[Message], add_generation_prompt: bool, **variables: Any
+    template: jinja2.Template,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
 ) -> str:
-    """Text of a conversation. `variables` are the template's special tokens (`bos_token`, …).
+    """Text of a conversation. tools: OpenAI-style functions, which the template describes to the policy. `variables`
+    are the template's special tokens (`bos_token`, …).
     Raises DataError when the template refuses the conversation (say, a role it does not know)."""
     try:
         return template.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **variables
+            messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=None, **variables
         )
     except jinja2.TemplateError as error:
         roles = [message["role"] for message in messages]
@@ -55,15 +63,23 @@ def control_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
-def guard(messages: Sequence[Message], control: re.Pattern[str]) -> tuple[list[dict[str, str]], str]:
-    """Messages whose contents hold no control token's text, because a mark parts it, and the mark to take out again."""
-    text = "".join(message["content"] for message in messages)
+def guard(value: Guarded, control: re.Pattern[str]) -> tuple[Guarded, str]:
+    """Messages (or tools, or both) in which no text holds a control token's, because a mark parts it, and that mark, to be
+    taken out again. Values other than lists, objects and strings stay as they are."""
+    text = json.dumps(value, ensure_ascii=False)
     mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
 
     def part(match: re.Match[str]) -> str:
         return match[0][0] + mark + match[0][1:]
 
-    return [{**message, "content": control.sub(part, message["content"])} for message in messages], mark
+    def walk(item: Any) -> Any:
+        if isinstance(item, str):
+            return control.sub(part, item)
+        if isinstance(item, Mapping):
+            return {key: walk(inner) for key, inner in item.items()}
+        return [walk(inner) for inner in item] if isinstance(item, list | tuple) else item
+
+    return walk(value), mark
 
 
 def split(text: str, control: re.Pattern[str]) -> Iterator[tuple[str, bool]]:

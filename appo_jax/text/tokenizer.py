@@ -12,10 +12,11 @@ Text is UTF-8; a lone surrogate becomes "?". A sentencepiece model cannot tell U
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.text import chat
+
+_RESULT_PLACE = "THE-RESULT-OF-THE-CALL"
 
 
 class Tokenizer(Protocol):
@@ -156,6 +159,7 @@ class JsonTokenizer:
         self.pad_id: int = self._special_id("pad_token", config_file) if "pad_token" in self._special else self.eos_id
         self._pattern = chat.control_pattern(list(self._control))
         self._template = chat.compile_template(_chat_template(folder, config))
+        self._tools: list[Mapping[str, Any]] | None = None
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(_valid_unicode(text), add_special_tokens=False).ids
@@ -170,13 +174,47 @@ class JsonTokenizer:
         head = [{"role": "system", "content": system}] if system else []
         return self.render_chat([*head, {"role": "user", "content": question}])
 
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> JsonTokenizer:
+        """This tokenizer with tools on offer: its template describes these OpenAI-style functions in every prompt.
+
+        Raises ConfigError for a template that has no place for them."""
+        other = copy.copy(self)
+        other._tools = list(tools)
+        if tools and other.render_prompt("s", "q") == self.render_prompt("s", "q"):
+            raise ConfigError("policy.tokenizer: its chat template does not describe tools to the policy")
+        return other
+
+    def result_turn(self, call_end: str) -> tuple[list[int], list[int]]:
+        """What the template writes before and after a tool's result: the ids from the end of the call, which is written
+        `call_end`, to the result, and from the result to where the policy goes on.
+
+        Raises ConfigError for a template that writes no such calls."""
+        call = {"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}
+        messages: list[chat.Message] = [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": "f", "content": _RESULT_PLACE},
+        ]
+        text = chat.render(self._template, messages, True, self._tools, **self._special)
+        before, place, after = text.partition(_RESULT_PLACE)
+        _, end, head = before.rpartition(call_end)
+        if not place or not end:
+            raise ConfigError(
+                f"policy.tokenizer: its chat template does not write calls that end in {call_end} with results in turns of "
+                "their own"
+            )
+        return self._ids(head), self._ids(after)
+
     def render_chat(self, messages: Sequence[chat.Message], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation: transformers' `apply_chat_template`, but control tokens in contents stay text."""
-        guarded, mark = chat.guard(messages, self._pattern)
-        text = chat.render(self._template, guarded, add_generation_prompt, **self._special)
+        (guarded, tools), mark = chat.guard((messages, self._tools), self._pattern)
+        return self._ids(chat.render(self._template, guarded, add_generation_prompt, tools, **self._special), mark)
+
+    def _ids(self, text: str, mark: str = "") -> list[int]:
+        """Ids of rendered text, whose control tokens the template wrote. mark: what `chat.guard` put into the others."""
         ids: list[int] = []
         for piece, is_control in chat.split(text, self._pattern):
-            ids += [self._control[piece]] if is_control else self.encode(piece.replace(mark, ""))
+            ids += [self._control[piece]] if is_control else self.encode(piece.replace(mark, "") if mark else piece)
         return ids
 
     def _special_id(self, key: str, file: Path) -> int:

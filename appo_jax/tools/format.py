@@ -2,7 +2,7 @@
 
 `tags` is the paper's: `<python>print(1)</python>`, answered by ` <result>\\n1\\n</result>`. `json` is the format of
 Qwen and Hermes: `<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>`, answered in
-`<tool_response>`.
+`<tool_response>`. `chat` writes calls like `json`, and leaves the rest to the model's chat template.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from appo_jax.errors import ConfigError
+from appo_jax.text.tokenizer import JsonTokenizer, Tokenizer
 from appo_jax.tools.protocol import Tool, ToolSpec
 
 
@@ -73,7 +74,41 @@ def make_format(name: str, tools: Sequence[Tool] = ()) -> CallFormat:
         return TagFormat(specs)
     if name == "json":
         return JsonFormat(specs)
-    raise ConfigError(f"tools.call_format = {name!r}: expected 'tags' or 'json'")
+    if name == "chat":
+        return ChatFormat(specs)
+    raise ConfigError(f"tools.call_format = {name!r}: expected 'tags', 'json' or 'chat'")
+
+
+def offer_tools(call_format: CallFormat, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer that the run uses: in the chat format its template describes the tools in every prompt.
+
+    Raises ConfigError for a tokenizer whose template cannot."""
+    if not isinstance(call_format, ChatFormat):
+        return tokenizer
+    if not isinstance(tokenizer, JsonTokenizer):
+        raise ConfigError(
+            "tools.call_format = 'chat' follows a chat template, which this tokenizer has not: use tags or json, or a "
+            "policy.tokenizer with tokenizer.json"
+        )
+    return tokenizer.with_tools([tool.schema() for tool in call_format.tools])
+
+
+def result_ids(call_format: CallFormat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids of what stands before and after a result in a rollout."""
+    if isinstance(call_format, ChatFormat):
+        assert isinstance(tokenizer, JsonTokenizer)  # offer_tools
+        return tokenizer.result_turn("</tool_call>")
+    head, tail = call_format.result_marks
+    return tokenizer.encode(head), tokenizer.encode(tail)
+
+
+def encode_result(call_format: CallFormat, tokenizer: Tokenizer, rendered: str) -> list[int]:
+    """Token ids of what `render_result` gave."""
+    if not isinstance(call_format, ChatFormat):
+        return tokenizer.encode(rendered)
+    head, tail = result_ids(call_format, tokenizer)
+    before, after = call_format.result_marks
+    return [*head, *tokenizer.encode(rendered.removeprefix(before).removesuffix(after)), *tail]
 
 
 def render_result(call_format: CallFormat, text: str) -> str:
@@ -268,6 +303,14 @@ class JsonFormat:
             (tool, self.render_call(tool.name, '{"…": "…"}' if tool.several_arguments else "…")) for tool in self.tools
         ]
         return _instructions(ways, "<tool_response> and </tool_response>")
+
+
+class ChatFormat(JsonFormat):
+    """Calls as in `json`; what surrounds them is the model's own chat template's: it describes the tools in the system
+    prompt and puts each result into a turn of its own. For Qwen's and Hermes' templates, and others like them."""
+
+    def instructions(self) -> str:
+        return ""  # the template gives them
 
 
 def _instructions(ways: Sequence[tuple[ToolSpec, str]], marks: str) -> str:

@@ -18,6 +18,20 @@ import tokenizers
 HERE = Path(__file__).parent
 FAMILIES = ("qwen2", "qwen3", "llama3", "smollm2")
 TEMPLATES = ("chatml", "headers", "thinking")
+TOOL_TEMPLATES = ("tools", "tools_thinking")
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": description,
+            "parameters": {"type": "object", "properties": {key: {"type": "string"}}, "required": [key]},
+        },
+    }
+    for name, description, key in (
+        ("python", "Runs Python code", "code"), ("search", "Finds pages, “best” first; naïve", "query"),
+    )
+]  # fmt: skip
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eot_id|>",
@@ -124,6 +138,26 @@ def conversations(seed: int = 0, count: int = NUM_CONVERSATIONS) -> list[list[di
     return chats
 
 
+def tool_conversations(seed: int = 0, count: int = NUM_CONVERSATIONS) -> list[list[dict[str, Any]]]:
+    """Conversations that end in an answer after none to three calls, one a turn, over the text of `conversations`."""
+    draw = random.Random(seed)
+    awkward = [message["content"].strip() for chat in conversations(seed + 1) for message in chat]
+    simple = ["What is 12 + 7?", "print(12 + 7)", "19", "Who wrote Emma", "Jane Austen wrote it", "It is \\boxed{19}"]
+    chats: list[list[dict[str, Any]]] = []
+    for _ in range(count):
+        texts = draw.choice((awkward, simple))
+        chat: list[dict[str, Any]] = [{"role": "system", "content": draw.choice(texts)}] if draw.random() < 0.5 else []
+        chat.append({"role": "user", "content": draw.choice(texts)})
+        for _ in range(draw.randint(0, 3)):
+            name, key = draw.choice((("python", "code"), ("search", "query")))
+            call = {"type": "function", "function": {"name": name, "arguments": {key: draw.choice(texts)}}}
+            chat.append({"role": "assistant", "content": draw.choice(("", draw.choice(texts))), "tool_calls": [call]})
+            chat.append({"role": "tool", "name": name, "content": draw.choice(texts)})
+        chat.append({"role": "assistant", "content": draw.choice(texts)})
+        chats.append(chat)
+    return chats
+
+
 def special_tokens(template: str) -> dict[str, str]:
     """The special token fields of tokenizer_config.json that go with a template."""
     if template == "headers":
@@ -171,15 +205,34 @@ def hf_model(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
     return model
 
 
-def hf_chat_ids(tokenizer: Any, chats: list[list[dict[str, str]]]) -> list[list[int]]:
-    """transformers' ids of each conversation, with the generation prompt and the date our rendering prints."""
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, "date_string": "26 Jul 2024"}
-    return [tokenizer.apply_chat_template(chat, **options) for chat in chats]
+def hf_chat_ids(tokenizer: Any, chats: list[list[dict[str, Any]]], **options: Any) -> list[list[int]]:
+    """transformers' ids of each conversation, with the date our rendering prints."""
+    defaults = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, "date_string": "26 Jul 2024"}
+    return [tokenizer.apply_chat_template(chat, **(defaults | options)) for chat in chats]
+
+
+def chat_arrays() -> dict[str, np.ndarray]:
+    """transformers' ids of the conversations: with the generation prompt, and with tools up to the answer's end."""
+    import transformers
+
+    arrays: dict[str, np.ndarray] = {}
+    for template in (*TEMPLATES, *TOOL_TEMPLATES):
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(HERE / "tokenizer.json"),
+            chat_template=(HERE / "templates" / f"{template}.jinja").read_text(),
+            **special_tokens(template),
+        )
+        if template in TEMPLATES:
+            ids = hf_chat_ids(tokenizer, conversations(), add_generation_prompt=True)
+        else:
+            ids = hf_chat_ids(tokenizer, tool_conversations(), add_generation_prompt=False, tools=TOOLS)
+        arrays[f"chat/{template}/ids"] = np.concatenate(ids).astype(np.int16)
+        arrays[f"chat/{template}/lengths"] = np.array([len(row) for row in ids], np.int16)
+    return arrays
 
 
 def main() -> None:
     import torch
-    import transformers
 
     golden: dict[str, np.ndarray] = {}
     for seed, family in enumerate(FAMILIES):
@@ -189,16 +242,7 @@ def main() -> None:
             golden[f"logits/{family}"] = hf_model(config, tiny_weights(config, seed))(tokens).logits.numpy()
 
     train_tokenizer().save(str(HERE / "tokenizer.json"), pretty=False)
-    for template in TEMPLATES:
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(HERE / "tokenizer.json"),
-            chat_template=(HERE / "templates" / f"{template}.jinja").read_text(),
-            **special_tokens(template),
-        )
-        ids = hf_chat_ids(tokenizer, conversations())
-        golden[f"chat/{template}/ids"] = np.concatenate(ids).astype(np.int16)
-        golden[f"chat/{template}/lengths"] = np.array([len(row) for row in ids], np.int16)
-    np.savez_compressed(HERE / "golden.npz", **golden)
+    np.savez_compressed(HERE / "golden.npz", **golden, **chat_arrays())
     for file in ("golden.npz", "tokenizer.json"):
         print(f"{file}: {(HERE / file).stat().st_size} bytes")
 
