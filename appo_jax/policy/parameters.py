@@ -179,7 +179,7 @@ def init_params(arch: Architecture, seed: int, shardings: Any = None) -> Params:
             nonlocal count
             shape = row.shape(arch)
             if row.kind in ("norm", "bias"):
-                return jnp.full(shape, 1.0 if row.kind == "norm" else 0.0)
+                return jnp.full(shape, 1.0 if row.kind == "norm" else 0.0, jnp.float32)
             fan_in = math.prod(shape[: row.inputs]) if row.inputs else arch.width
             scale = (fan_in * (2 * arch.num_layers if row.residual else 1)) ** -0.5
             key = jax.random.fold_in(jax.random.key(seed), count)

@@ -34,6 +34,8 @@ def test_random_parameters(family: str) -> None:
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract_params(arch)
     )
+    # A weakly typed parameter would be another program at the second step.
+    assert not any(x.weak_type for x in jax.tree.leaves(params))
     flat = {path: np.asarray(_at(params, path)) for path, _ in parameters(arch)}
     assert len(flat) == len(jax.tree.leaves(params))
     # Standard deviations by hand: 1/√fan-in, for what is added to the residual stream 1/√(fan-in · 2 · 3 layers).
