@@ -41,6 +41,7 @@ REPLY_GRACE = 20.0  # seconds over its own deadline after which a silent sandbox
 CLOSE_TIMEOUT = 5.0  # seconds for a sandbox to end by itself
 FREE_EVERY = 0.2  # seconds between looks at the states to be freed while no messages pass
 MAX_CODE_BYTES = 100_000
+KEPT = "Variables are as they were before this call."
 
 
 def make_tool(config: ToolsConfig, documents: object) -> PythonTool:
@@ -131,11 +132,17 @@ class PythonTool:
                 return ToolResult(f"{text}\n{why}".lstrip(), Outcome.LIMIT)
             case "timeout":
                 why = f"The code did not finish within {self._config.timeout:g} s."
-                kept = "Variables are as they were before this call."
-                return ToolResult(f"{text}\n{why} {kept}".lstrip(), Outcome.TIMEOUT)
+                return ToolResult(f"{text}\n{why} {KEPT}".lstrip(), Outcome.TIMEOUT)
             case "died":
-                why = "The interpreter ended (a crash or os._exit). Variables are as they were before this call."
-                return ToolResult(f"{text}\n{why}".lstrip(), Outcome.ERROR)
+                why = "The interpreter ended (a crash or os._exit)."
+                return ToolResult(f"{text}\n{why} {KEPT}".lstrip(), Outcome.ERROR)
+            case "refused":
+                return ToolResult(f"{text}\n{KEPT}".lstrip(), Outcome.ERROR)
+            case "stuck":
+                why = (
+                    "No call can be made from this state of the interpreter now: its limits do not allow a new process."
+                )
+                return ToolResult(why, Outcome.LIMIT)
             case "full":
                 return ToolResult("The machine has no room for another interpreter state.", Outcome.UNAVAILABLE)
             case _:

@@ -20,7 +20,7 @@ from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ToolError
 from appo_jax.tools.python import PythonTool, shorten
 from appo_jax.tools.sandbox import system
-from appo_jax.tools.sandbox.interpreter import clean
+from appo_jax.tools.sandbox.cell import clean
 from appo_jax.tools.sandbox.system import descendants
 from appo_jax.types import Outcome
 

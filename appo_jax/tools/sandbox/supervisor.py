@@ -1,20 +1,22 @@
 """The trusted half of the sandbox: an event loop between the trainer and the interpreter processes.
 
 It runs no policy code. It alone decides which process may fork and when (through the system-call filter's listener),
-gives every cell its output file, its private /tmp and its deadline, stops finished cells so that snapshots are truly
+gives every call its output file, its private /tmp and its deadline, stops finished calls so that snapshots are truly
 frozen, and kills. In the sandbox it is process 1: when it ends, for whatever reason, the kernel ends everything else in
 there. It ends when its socket to the trainer closes, that is, when the trainer is gone.
 
-Messages are JSON with a 4-byte length. In: {"run": id, "from": id, "code", "timeout"} and {"free": id}.
-Out: {"ready": true} or {"error"}, then {"id", "outcome", "text"}, the outcome one of ok, error, limit, timeout, died,
-lost and full.
+An interpreter is a `Node` (node.py) and moves through its phases here alone. Three rules hold throughout:
+nothing waits for a peer; what goes wrong about one state is that state's loss (`_guard`); every request is answered once.
+
+Messages (messages.py). In: {"run": id, "from": id, "code", "timeout"} and {"free": id}. Out: {"ready": true} or
+{"error"}, then {"id", "outcome", "text"}. Outcomes: ok, error, limit, timeout, died, refused (the state could not be
+kept), lost (the state called from cannot be used), stuck (it cannot be continued at the moment), full (the machine has
+no room).
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import dataclasses
 import json
 import os
 import resource
@@ -22,6 +24,7 @@ import selectors
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
 import time
@@ -29,75 +32,64 @@ from collections.abc import Callable
 from typing import Any
 
 from . import enter, interpreter, seccomp, system
+from .budget import Budget
+from .messages import Trainer, TrainerGone
+from .node import Node, Phase
 
 TMPFS_SIZE = "16m"
 TAIL = 4096  # bytes of the end of an overlong output that are kept: the traceback stands there
 MEMORY_SHARE = 0.5  # of the memory available at start, for all snapshots together
+WEIGH_EVERY = 0.1  # seconds between looks at the memory of running calls
+PATIENCE = 10.0  # seconds for what only a stalled machine delays: a fork's appearance, a place in a queue
+START_TIMEOUT = 60.0  # seconds for state 0 to import its modules
+MAX_RESTARTS = 10  # of state 0 in a row, without a call in between
+MAX_REPORTS = 200  # lines about faults that are written for the trainer to find
 
-
-class TrainerGone(Exception):
-    """There is nobody left to serve."""
-
-
-@dataclasses.dataclass(eq=False)
-class Node:
-    """An interpreter: asked for, then a cell that is forked and runs, then a frozen snapshot."""
-
-    id: int
-    code: bytes = b""
-    timeout: float = 0.0
-    parent: Node | None = None
-    channel: socket.socket | None = None
-    pid: int = 0
-    pidfd: int = -1
-    output: int = -1
-    files: int = -1  # the mount of its /tmp
-    deadline: float = 0.0
-    allowed: set[int] = dataclasses.field(default_factory=set)  # supervised system calls it may make now, once each
-    verdict: str = "died"  # what its death means while it runs
-    running: bool = True
-    memory: int = 0  # bytes of private memory, pages shared with its ancestors included
-    growth: int = 0  # bytes by which it outgrew its parent, its files included
-    child: Node | None = None  # being forked from it
-    unmet: bool = False  # it has forked a child that has not made itself known
-    queue: collections.deque[Node] = dataclasses.field(default_factory=collections.deque)  # to be forked from it
+CLONE, UNSHARE, MOVE_MOUNT = (seccomp.SYSCALLS[name] for name in ("clone", "unshare", "move_mount"))
 
 
 def main(control: int, options: dict[str, Any]) -> None:
     """Set up the sandbox, start state 0, serve the trainer until its socket closes."""
-    host = socket.socket(fileno=control)
+    trainer = Trainer(socket.socket(fileno=control))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     if options["isolation"] == "bubblewrap":
         # The parent is bwrap's outer process, which in turn dies with the thread that started it (--die-with-parent).
         system.prctl(system.PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        system.prctl(system.PR_SET_CHILD_SUBREAPER, 1)  # whatever a state leaves behind becomes a child of this one
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # should memory run out, this goes before the trainer
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every state needs two descriptors here
     try:
-        supervisor = Supervisor(host, options)
+        supervisor = Supervisor(trainer, options)
     except Exception as error:
-        host.sendall(_pack({"error": f"{type(error).__name__}: {error}"}))
+        trainer.tell({"error": f"{type(error).__name__}: {error}"})
         return
-    supervisor._tell({"ready": True, "filtered": supervisor.listener is not None})
-    with contextlib.suppress(TrainerGone):
-        supervisor.serve()
-    supervisor.end()
+    try:
+        with contextlib.suppress(TrainerGone):
+            supervisor.serve()
+    finally:
+        supervisor.end()
 
 
 class Supervisor:
     """State 0 and all that was forked from it."""
 
-    def __init__(self, host: socket.socket, options: dict[str, Any]):
-        self.host = host
+    def __init__(self, trainer: Trainer, options: dict[str, Any]):
+        self.trainer = trainer
         self.options = options
         self.sandboxed = options["isolation"] == "bubblewrap"
-        self.inbox = bytearray()
-        self.outbox = bytearray()
         self.nodes: dict[int, Node] = {}  # asked for and not freed
         self.by_pid: dict[int, Node] = {}  # alive
-        self.waiting: set[Node] = set()  # forking or running: these have deadlines
-        self.memory_left = int(MEMORY_SHARE * system.available_memory())
+        self.waiting: set[Node] = set()  # these have deadlines
+        self.budget = Budget(int(MEMORY_SHARE * system.available_memory()))
+        self.devices: set[int] = set()  # of the file systems that all states see; a state's /tmp is another
+        self.ready = False  # state 0 has been there once
+        self.filtered = False
+        self.restarts = 0
+        self.reports = 0
+        self.weigh_at = 0.0
         if self.sandboxed:
             if os.getuid() == 0:
                 enter.become_unprivileged()
@@ -106,23 +98,73 @@ class Supervisor:
             os.close(system.new_tmpfs(TMPFS_SIZE))  # fails here, at start, where the kernel cannot do it
         else:
             os.mkdir(os.path.join(options["folder"], "0"), 0o700)
-        self.selector = (
-            selectors.DefaultSelector()
-        )  # what becomes readable: the node that it belongs to, and its handler
-        self.listener = self._start_root()
-        host.setblocking(False)
-        self.selector.register(host, selectors.EVENT_READ, (None, self._on_host))
-        if self.listener is not None:
-            self.selector.register(self.listener, selectors.EVENT_READ, (None, self._on_notification))
+        self.selector = selectors.DefaultSelector()  # what becomes readable: the node it belongs to, and its handler
+        self.selector.register(trainer.line, selectors.EVENT_READ, (None, self._on_trainer))
+        self._start_root([])
 
-    def _start_root(self) -> int | None:
-        """Fork state 0. Returns the listener of its system-call filter."""
+    def serve(self) -> None:
+        """Run until the trainer is gone (TrainerGone)."""
+        while True:
+            nearest = min((node.deadline for node in self.waiting), default=None)
+            if any(node.phase is Phase.RUNNING and node.id for node in self.waiting):
+                nearest = min(nearest or self.weigh_at, self.weigh_at)
+            events = self.selector.select(None if nearest is None else max(0.0, nearest - time.monotonic()))
+            for key, _ in events:
+                if self.selector.get_map().get(key.fd) is key:  # an earlier event may have closed it
+                    self._guard(*key.data)
+            now = time.monotonic()
+            for node in [node for node in self.waiting if node.deadline <= now]:
+                self._guard(node, self._expire)
+            if now >= self.weigh_at:
+                self.weigh_at = now + WEIGH_EVERY
+                self._guard(None, self._weigh_running)
+
+    def end(self) -> None:
+        """Kill every interpreter, and whatever else is below this process."""
+        for node in list(self.by_pid.values()):
+            self._kill(node)
+        if not self.sandboxed:
+            for pid in system.descendants(os.getpid()):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            shutil.rmtree(self.options["folder"], ignore_errors=True)
+
+    # Faults
+
+    def _guard(self, node: Node | None, handler: Callable[..., None]) -> None:
+        """Handle an event. What goes wrong about one state is that state's loss and nobody else's."""
+        try:
+            handler() if node is None else handler(node)
+        except TrainerGone:
+            raise
+        except Exception as error:
+            self._report(f"state {node.id if node else '-'}: {handler.__name__}: {type(error).__name__}: {error}")
+            if node is not None:
+                self._give_up(node)
+
+    def _report(self, text: str) -> None:
+        self.reports += 1
+        if self.reports <= MAX_REPORTS:
+            print(text, file=sys.stderr, flush=True)
+
+    def _give_up(self, node: Node) -> None:
+        """End a state that the supervisor cannot deal with; its call, if it has one, is answered."""
+        node.verdict = "lost"
+        if node.alive:
+            self._kill(node)  # answered when it is dead
+        elif node.phase is not Phase.DEAD:
+            self._end(node, "lost")
+
+    # State 0
+
+    def _start_root(self, queue: list[Node]) -> None:
+        """Fork state 0. `queue` waits for it."""
         ours, theirs = _channel()
         pid = os.fork()
         if pid == 0:
             try:
                 ours.close()
-                self.host.close()
+                os.close(self.trainer.line.fileno())
                 interpreter.main(theirs, self.options)
             except BaseException as error:
                 with contextlib.suppress(OSError):
@@ -130,124 +172,127 @@ class Supervisor:
             finally:
                 os._exit(1)
         theirs.close()
-        message = ours.recv(4096)
-        if message == interpreter.UNMAPPED:
-            system.map_user(pid, os.getuid(), os.getgid())
-            ours.send(b"mapped")
-            message = ours.recv(4096)
-        if not message.startswith(interpreter.READY):
-            raise RuntimeError(message.decode("utf-8", "replace") or "the interpreter died at start")
-        theirs_fd = int(message[len(interpreter.READY) :] or b"-1")
-        root = Node(0, channel=ours, running=False)
+        ours.setblocking(False)
+        root = Node(0, channel=ours)
+        root.queue.extend(queue)
+        root.become(Phase.FORKING)
         self.nodes[0] = root
         self._born(root, pid)
-        root.memory = system.private_memory(pid)
-        if self.sandboxed and theirs_fd < 0:
-            raise RuntimeError("no listener for the system-call filter")
-        listener = None if theirs_fd < 0 else system.take_descriptor(root.pidfd, theirs_fd)
-        ours.send(b"taken")
-        ours.setblocking(False)
-        return listener
+        root.deadline = time.monotonic() + START_TIMEOUT
+        self.waiting.add(root)
+        self.selector.register(ours, selectors.EVENT_READ, (root, self._on_root))
 
-    def serve(self) -> None:
-        """Run until the trainer is gone (TrainerGone)."""
-        while True:
-            nearest = min((node.deadline for node in self.waiting), default=None)
-            events = self.selector.select(None if nearest is None else max(0.0, nearest - time.monotonic()))
-            for key, _ in events:
-                if self.selector.get_map().get(key.fd) is key:  # an earlier event may have closed it
-                    self._handle(*key.data)
-            now = time.monotonic()
-            for node in [node for node in self.waiting if node.deadline <= now]:
-                self._handle(node, self._expire)
+    def _on_root(self, root: Node) -> None:
+        """State 0 gets ready: its user is mapped, the filter's listener taken, requests are handed to it."""
+        assert root.channel is not None
+        message = root.channel.recv(4096)
+        if message == interpreter.UNMAPPED:
+            system.map_user(root.pid, os.getuid(), os.getgid())
+            root.channel.send(b"mapped")
+            return
+        if not message.startswith(interpreter.READY):
+            if not self.ready:
+                self._refuse_service(message.decode("utf-8", "replace") or "the interpreter died at start")
+            self.selector.unregister(root.channel)
+            self._kill(root)
+            return
+        fd = int(message[len(interpreter.READY) :])
+        if fd < 0 and self.sandboxed:
+            self._refuse_service("no listener for the system-call filter")
+        if fd >= 0:
+            self.filtered = True
+            listener = system.take_descriptor(root.pidfd, fd)
+            self.selector.register(listener, selectors.EVENT_READ, (None, lambda: self._on_notification(listener)))
+        root.channel.send(b"taken")
+        self.selector.unregister(root.channel)
+        self.waiting.discard(root)
+        root.become(Phase.FROZEN)
+        self.budget.start(system.private_memory(root.pid))
+        if self.sandboxed:
+            output = system.new_output()  # code may keep what it wrote to: it is emptied and closed to writing
+            self.devices = system.mounted_devices(root.pid) | {os.fstat(output).st_dev}
+            os.close(output)
+        if not self.ready:
+            self.ready = True
+            self._tell({"ready": True, "filtered": self.filtered})
+        self._fork_next(root)
 
-    def _handle(self, node: Node | None, handler: Callable[..., None]) -> None:
-        """Handle an event. What goes wrong about one state is that state's loss and nobody else's."""
-        try:
-            handler() if node is None else handler(node)
-        except TrainerGone:
-            raise
-        except Exception as error:
-            if node is None or node.id == 0:
-                raise
-            print(f"state {node.id}: {handler.__name__}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            self._give_up(node)
+    def _refuse_service(self, why: str) -> None:
+        self._tell({"error": why})
+        raise TrainerGone(why)
 
-    def _give_up(self, node: Node) -> None:
-        """End a state that the supervisor cannot deal with; its call, if it has one, is answered."""
-        node.verdict = "lost"
-        if node.pid in self.by_pid:
-            self._kill(node)  # answered when it is dead
-        elif node.running:
-            self.waiting.discard(node)
-            self._lose(node)
-
-    def end(self) -> None:
-        """Kill every interpreter."""
-        for node in list(self.by_pid.values()):
-            self._kill(node)
-        if not self.sandboxed:
-            shutil.rmtree(self.options["folder"], ignore_errors=True)
+    def _replace_root(self, root: Node) -> None:
+        """Make state 0 anew. What was forked from it lives on; what waited for it goes on waiting."""
+        if not self.ready:
+            self._refuse_service("the interpreter died at start")
+        self.restarts += 1
+        if self.restarts > MAX_RESTARTS:
+            raise TrainerGone("state 0 does not stay alive")
+        self._report("state 0 has died and is made anew")
+        queue = list(root.queue)
+        if root.child is not None and root.child.phase is Phase.FORKING:  # it has not run yet: ask again
+            lost = root.child
+            again = Node(lost.id, code=lost.code, timeout=lost.timeout, deadline=time.monotonic() + PATIENCE)
+            self._let_go(lost)
+            self.waiting.discard(lost)
+            lost.become(Phase.DEAD)
+            self.nodes[lost.id] = again
+            self.waiting.add(again)
+            queue.insert(0, again)
+        root.child = None
+        root.queue.clear()
+        self._start_root(queue)
+        for node in queue:
+            node.parent = self.nodes[0]
 
     # The trainer asks
 
-    def _on_host(self) -> None:
-        self._flush()
-        try:
-            data = self.host.recv(1 << 16)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            raise TrainerGone("the trainer is gone")
-        self.inbox += data
-        while len(self.inbox) >= 4:
-            (length,) = struct.unpack_from("!I", self.inbox)
-            if len(self.inbox) < 4 + length:
-                break
-            message = json.loads(bytes(self.inbox[4 : 4 + length]))
-            del self.inbox[: 4 + length]
+    def _on_trainer(self) -> None:
+        self.trainer.flush()
+        for message in self.trainer.read():
             if "run" in message:
                 self._run(message)
-            else:
+            elif isinstance(message.get("free"), int):
                 self._free(message["free"])
+        self._watch_trainer()
 
     def _tell(self, message: dict[str, Any]) -> None:
-        """Answer the trainer, now or when it reads again: nothing here waits for anybody."""
-        self.outbox += _pack(message)
-        self._flush()
+        self.trainer.tell(message)
+        self._watch_trainer()
 
-    def _flush(self) -> None:
-        try:
-            while self.outbox:
-                del self.outbox[: self.host.send(self.outbox)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            raise TrainerGone("the trainer is gone") from None
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.outbox else 0)
-        if self.selector.get_key(self.host).events != wanted:
-            self.selector.modify(self.host, wanted, (None, self._on_host))
+    def _watch_trainer(self) -> None:
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.trainer.waits else 0)
+        if self.selector.get_key(self.trainer.line).events != wanted:
+            self.selector.modify(self.trainer.line, wanted, (None, self._on_trainer))
 
     def _run(self, message: dict[str, Any]) -> None:
-        parent = self.nodes.get(message["from"])
-        code = message["code"].encode("utf-8", "replace")
-        node = Node(message["run"], code, message["timeout"], parent)
-        if parent is None or parent.running or parent.pid not in self.by_pid:
-            self._answer(node, "lost")
+        try:
+            identity, start, timeout = int(message["run"]), int(message["from"]), min(float(message["timeout"]), 1e6)
+            code = str(message["code"]).encode("utf-8", "replace")
+        except (KeyError, TypeError, ValueError):
+            self._report("a request that cannot be read")
             return
-        self.nodes[node.id] = node
+        if identity <= 0 or identity in self.nodes:
+            self._report(f"a request for state {identity}, which exists")
+            return
+        parent = self.nodes.get(start)
+        node = self.nodes[identity] = Node(identity, parent, code, timeout)
+        if parent is None or (parent.phase is not Phase.FROZEN and parent.id):
+            self._end(node, "lost")
+            return
+        node.deadline = time.monotonic() + timeout + PATIENCE
+        self.waiting.add(node)
         parent.queue.append(node)
         self._fork_next(parent)
 
     def _free(self, identity: int) -> None:
-        node = self.nodes.pop(identity, None)
-        if node is None or identity == 0:
+        node = self.nodes.pop(identity, None) if identity else None
+        if node is None:
             return
-        self.memory_left += node.growth
-        if node.pid in self.by_pid:
+        if node.alive:
             self._kill(node)
+        elif node.phase is not Phase.DEAD:
+            self._end(node, "lost")
         if not self.sandboxed:
             shutil.rmtree(self._folder(node), ignore_errors=True)
 
@@ -260,38 +305,44 @@ class Supervisor:
             os.close(node.files)
             node.files = -1
         self.waiting.discard(node)
+        node.code = b""
         self._tell({"id": node.id, "outcome": outcome, "text": text})
 
-    # From request to running cell
+    # From request to running call
 
     def _fork_next(self, parent: Node) -> None:
-        if parent.child is not None or not parent.queue or parent.channel is None:
-            return
-        node = parent.child = parent.queue.popleft()
-        try:
-            with contextlib.ExitStack() as given:
+        while parent.phase is Phase.FROZEN and parent.child is None and parent.queue:
+            node = parent.queue.popleft()
+            if node.phase is Phase.ASKED:
+                self._fork(parent, node)
+
+    def _fork(self, parent: Node, node: Node) -> None:
+        """Ask a state to fork. Until the child is known, or known not to come, the parent is asked nothing else."""
+        assert parent.channel is not None
+        node.become(Phase.FORKING)
+        node.deadline = time.monotonic() + node.timeout
+        with contextlib.ExitStack() as given:
+            try:
                 fds = self._equip(node, given)
-                node.deadline = time.monotonic() + node.timeout
-                self.waiting.add(node)
-                parent.allowed = {seccomp.SYSCALLS["clone"]}
-                self._thaw(parent)
-                head = json.dumps({"folder": self._folder(node)}).encode()
+                head = json.dumps({"folder": self._folder(node), "descriptors": len(fds)}).encode()
                 socket.send_fds(parent.channel, [head + b"\n" + node.code], fds)
-        except ProcessLookupError:  # the parent is dying: its death is reported by its pidfd
-            return
-        except BlockingIOError:  # the parent forks but does not read what it is asked
-            self._expire(node)
-            return
-        except OSError:  # out of descriptors, memory or disk
-            parent.child = None
-            self._answer(node, "full")
-            self._fork_next(parent)
-            return
+            except (BlockingIOError, BrokenPipeError, ConnectionError):  # it does not read, or cannot any more
+                self._end(node, "lost")
+                if parent.id:
+                    self._kill(parent)
+                return
+            except OSError as error:  # out of descriptors, memory or disk
+                self._report(f"no room for another state: {error}")
+                self._end(node, "full")
+                return
         assert node.channel is not None
         self.selector.register(node.channel, selectors.EVENT_READ, (node, self._on_report))
+        parent.child = node
+        parent.allowed = {CLONE}
+        self._thaw(parent)
 
     def _equip(self, node: Node, given: contextlib.ExitStack) -> list[int]:
-        """What a cell gets: its end of a channel, its output, its /tmp. Raises OSError."""
+        """What a call gets: its end of a channel, its output, its /tmp. Raises OSError."""
         node.channel, theirs = _channel()
         node.channel.setblocking(False)
         given.enter_context(theirs)
@@ -300,79 +351,96 @@ class Supervisor:
             os.mkdir(self._folder(node), 0o700)
             node.channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             return [theirs.fileno(), node.output]
-        node.allowed = {seccomp.SYSCALLS["unshare"], seccomp.SYSCALLS["move_mount"]}
+        node.allowed = {UNSHARE, MOVE_MOUNT}
         node.files = system.new_tmpfs(TMPFS_SIZE)
         return [theirs.fileno(), node.output, node.files]
 
     def _adopt(self, pid: int) -> Node | None:
-        """The node of a process; a new one is known by its parent, which the kernel names."""
+        """The node of a process; a new one is known by its parent, which the kernel names. A process that nobody has
+        asked for, or whose call has ended meanwhile, is killed."""
         if pid in self.by_pid:
             return self.by_pid[pid]
         parent = self.by_pid.get(system.parent_of(pid))
-        if parent is None or parent.child is None:
-            return None
-        node = parent.child
-        try:
-            self._born(node, pid)
-        except ProcessLookupError:
-            return None
-        self._release(node)
+        node = parent.child if parent is not None else None
+        if node is None or node.phase is not Phase.FORKING:
+            if pid in system.descendants(os.getpid()):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            node = None
+        else:
+            try:
+                self._born(node, pid)
+            except ProcessLookupError:
+                self._end(node, "died")
+                node = None
+        if parent is not None and parent.child is not None:
+            self._release(parent)
         return node
 
-    def _release(self, node: Node) -> None:
-        """Its parent has done its part: it is frozen again, or asked for the next child."""
-        parent = node.parent
-        assert parent is not None
+    def _born(self, node: Node, pid: int) -> None:
+        node.pidfd = os.pidfd_open(pid)
+        node.pid = pid
+        node.become(Phase.RUNNING)
+        self.by_pid[pid] = node
+        self.selector.register(node.pidfd, selectors.EVENT_READ, (node, self._on_death))
+
+    def _release(self, parent: Node) -> None:
+        """A state has done its part in a fork: it is frozen again, and asked for the next child."""
         assert parent.channel is not None
         parent.child = None
         parent.unmet = False
         parent.allowed = set()
         self._freeze(parent)
-        if system.unread(parent.channel):  # it forks without reading: requests, and their descriptors, would pile up
-            self._give_up(parent)
+        if parent.id == 0:
+            self.restarts = 0
+        elif system.unread(parent.channel):  # it forks without reading: requests and their descriptors would pile up
+            self._kill(parent)
+        self.waiting.discard(parent)
         self._fork_next(parent)
 
-    def _born(self, node: Node, pid: int) -> None:
-        node.pid, node.pidfd = pid, os.pidfd_open(pid)
-        self.by_pid[pid] = node
-        self.selector.register(node.pidfd, selectors.EVENT_READ, (node, self._on_death))
-
-    def _on_notification(self) -> None:
-        assert self.listener is not None
-        asked = seccomp.receive(self.listener)
+    def _on_notification(self, listener: int) -> None:
+        asked = seccomp.receive(listener)
         if asked is None:
             return
-        verdict = seccomp.Verdict.REFUSED
-        node = self._adopt(asked.pid)
-        if node is not None and asked.syscall in node.allowed:
-            node.allowed.discard(asked.syscall)
-            node.unmet = asked.syscall == seccomp.SYSCALLS["clone"]
-            if asked.syscall != seccomp.SYSCALLS["move_mount"]:
-                verdict = seccomp.Verdict.GO_ON
-            elif self._give_files(node):
-                verdict = seccomp.Verdict.DONE
-        seccomp.decide(self.listener, asked, verdict)
+        verdict, node = seccomp.Verdict.REFUSED, None
+        try:
+            node = self._adopt(asked.pid)
+            if node is not None and asked.syscall in node.allowed:
+                node.allowed.discard(asked.syscall)
+                node.unmet = asked.syscall == CLONE
+                if asked.syscall != MOVE_MOUNT:
+                    verdict = seccomp.Verdict.GO_ON
+                elif self._give_files(node):
+                    verdict = seccomp.Verdict.DONE
+        except TrainerGone:
+            raise
+        except Exception as error:
+            self._report(f"process {asked.pid}: {type(error).__name__}: {error}")
+            if node is not None:
+                self._give_up(node)
+        seccomp.decide(listener, asked, verdict)
 
     def _give_files(self, node: Node) -> bool:
         """Mount a new state's own /tmp in place of its parent's. Only in a mount namespace that is its own."""
-        assert node.parent is not None
+        parent = node.parent
+        if parent is None or not parent.alive:
+            return False
         try:
-            with (
-                open(f"/proc/{node.pid}/ns/mnt", "rb") as mounts,
-                open(f"/proc/{node.parent.pid}/ns/mnt", "rb") as others,
-            ):
+            with open(f"/proc/{node.pid}/ns/mnt", "rb") as mounts, open(f"/proc/{parent.pid}/ns/mnt", "rb") as others:
                 if os.path.sameopenfile(mounts.fileno(), others.fileno()):
                     return False
                 with system.inside_mounts(mounts.fileno(), self.mounts):
-                    if node.parent.id:
+                    if parent.id:
                         system.detach_mount(interpreter.PRIVATE)
                     system.attach_mount(node.files, interpreter.PRIVATE)
         except OSError:
             return False
         return True
 
+    # Reports
+
     def _on_report(self, node: Node) -> None:
-        """The cell says that it is done; its channel closes when it cannot even be forked."""
+        """The call says that it is done; before it runs, its channel tells of a fork that failed."""
         assert node.channel is not None
         # Descriptors that a forged report may bring find no room: that of the credentials is taken.
         room = 0 if self.sandboxed else socket.CMSG_SPACE(12)
@@ -382,90 +450,142 @@ class Supervisor:
             return
         except OSError:
             message, control = b"", []
-        if message == interpreter.HELLO and not self.sandboxed:
+        if message == interpreter.HELLO and not self.sandboxed and node.phase is Phase.FORKING:
             # Without namespaces nobody here may forge the sender that the kernel attaches.
-            pid = next(struct.unpack("3i", data)[0] for _, kind, data in control if kind == socket.SCM_CREDENTIALS)
-            if self._adopt(pid) is None:  # it is dead already
-                self.selector.unregister(node.channel)
-                self._release(node)
-                self._answer(node, "died")
+            pid = next((struct.unpack("3i", data)[0] for _, kind, data in control if kind == socket.SCM_CREDENTIALS), 0)
+            self._adopt(pid)
             return
         self.selector.unregister(node.channel)
-        if node.pid == 0:
-            self._lose(node)
-        elif node.pid in self.by_pid and message:
+        if node.phase is Phase.FORKING:
+            self._not_forked(node, message)
+        elif node.phase is Phase.RUNNING and message:
             self._finish(node, message)
-        # otherwise it is dying: its death is reported by its pidfd
+        # otherwise it is dying, or will run into its deadline
+
+    def _not_forked(self, node: Node, message: bytes) -> None:
+        parent = node.parent
+        assert parent is not None
+        if message == interpreter.NO_FORK:
+            self._end(node, "stuck" if parent.id else "full")
+        else:
+            self._end(node, "lost" if parent.id else "died")
+        if parent.child is node and parent.alive:
+            if parent.unmet:
+                self._sweep(parent)
+            self._release(parent)
 
     def _finish(self, node: Node, report: bytes) -> None:
+        """Freeze a call that has ended. Only what can be kept becomes a snapshot."""
         self._freeze(node)
-        node.memory = system.private_memory(node.pid)
-        assert node.parent is not None
-        node.growth = max(0, node.memory - node.parent.memory)
-        if self.sandboxed:
-            used = os.fstatvfs(node.files)
-            node.growth += (used.f_blocks - used.f_bfree) * used.f_frsize
-        node.parent, node.code = None, b""
         self.waiting.discard(node)
-        if node.growth > self.memory_left:
-            node.growth = 0
-            node.verdict = "limit"
+        node.verdict = self._unfit(node, report)
+        if node.verdict:
             self._kill(node)  # answered when it is dead
             return
-        self.memory_left -= node.growth
-        node.running = False
+        node.become(Phase.FROZEN)
+        node.parent = None
         outcomes = {interpreter.DONE: "ok", interpreter.FAILED: "error", interpreter.OUT_OF_MEMORY: "limit"}
         self._answer(node, outcomes.get(report, "error"))
+
+    def _unfit(self, node: Node, report: bytes) -> str:
+        """Why a state cannot be kept; empty if it can."""
+        if report == interpreter.REFUSED:
+            return "refused"
+        files = 0
+        if self.sandboxed:
+            if not self._seal(node):
+                return "refused"
+            used = os.fstatvfs(node.files)
+            files = (used.f_blocks - used.f_bfree) * used.f_frsize
+        parent = node.parent.id if node.parent else 0
+        return "" if self.budget.add(node.id, parent, system.private_memory(node.pid), files) else "limit"
+
+    def _seal(self, node: Node) -> bool:
+        """Make a state's /tmp read-only to all that will be forked from it, and see that it holds no other state's files.
+        Fails where a file is still open for writing: the interpreter reopens those, code that patches it does not."""
+        try:
+            with open(f"/proc/{node.pid}/ns/mnt", "rb") as mounts, system.inside_mounts(mounts.fileno(), self.mounts):
+                own = os.stat(interpreter.PRIVATE).st_dev
+                system.make_read_only(interpreter.PRIVATE)
+            links = [f"/proc/{node.pid}/cwd", *(f"/proc/{node.pid}/fd/{fd}" for fd in system.descriptors(node.pid))]
+            for link in links:
+                info = os.stat(link)
+                file = stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)
+                if file and info.st_dev != own and info.st_dev not in self.devices:
+                    return False
+        except OSError:
+            return False
+        return True
+
+    def _weigh_running(self) -> None:
+        """End the largest running call when all together, with the snapshots, take more than there is."""
+        growth = {}
+        for node in self.waiting:
+            if node.phase is Phase.RUNNING and node.id and node.parent is not None:
+                growth[node] = self.budget.growth(node.parent.id, system.private_memory(node.pid))
+        if growth and self.budget.used + sum(growth.values()) > self.budget.total:
+            largest = max(growth, key=growth.__getitem__)
+            largest.verdict = "limit"
+            self._kill(largest)
 
     # Ends
 
     def _expire(self, node: Node) -> None:
         self.waiting.discard(node)
-        node.verdict = "timeout"
-        if node.pid:
+        if node.phase is Phase.RUNNING:
+            node.verdict = "timeout"
             self._kill(node)
-        else:  # its parent does not fork
-            self._lose(node)
+        elif node.phase is Phase.FORKING:  # its parent does not fork: a stalled machine, or its code's doing
+            parent = node.parent
+            self._end(node, "timeout")
+            if parent is not None and parent.child is node:
+                parent.deadline = time.monotonic() + PATIENCE
+                self.waiting.add(parent)
+        elif node.phase is Phase.ASKED:
+            self._end(node, "stuck" if node.parent and node.parent.id else "full")
+        elif node.phase is Phase.FROZEN and node.child is not None:
+            self._kill(node)
 
-    def _lose(self, node: Node) -> None:
-        """A child that its parent did not fork; the parent can no longer be used."""
-        parent = node.parent
-        if node.channel is not None and node.channel in self.selector.get_map():
-            self.selector.unregister(node.channel)
-        node.channel = None
-        self._answer(node, "lost")
-        if parent is None or parent.child is not node:
-            return
-        parent.child = None
-        if parent.pid in self.by_pid:
-            self._kill(parent)
+    def _end(self, node: Node, outcome: str) -> None:
+        """End and answer a request that has no process."""
+        self._let_go(node)
+        node.become(Phase.DEAD)
+        self._answer(node, outcome)
 
-    def _on_death(self, node: Node) -> None:
-        self.selector.unregister(node.pidfd)
-        os.close(node.pidfd)
-        del self.by_pid[node.pid]
+    def _let_go(self, node: Node) -> None:
         if node.channel is not None:
             if node.channel in self.selector.get_map():
                 self.selector.unregister(node.channel)
             node.channel.close()
             node.channel = None
-        if node.running:
-            node.running = False
+
+    def _on_death(self, node: Node) -> None:
+        self.selector.unregister(node.pidfd)
+        os.close(node.pidfd)
+        del self.by_pid[node.pid]
+        self._let_go(node)
+        self.waiting.discard(node)
+        running = node.phase is Phase.RUNNING
+        node.become(Phase.DEAD)
+        self.budget.remove(node.id)
+        if node.id == 0:
+            self._replace_root(node)
+            return
+        if running:
             self._answer(node, node.verdict)
         for child in [*([node.child] if node.child else []), *node.queue]:
-            self._lose(child)
+            if child.phase is not Phase.DEAD:
+                self._end(child, "lost")
         node.child = None
         node.queue.clear()
         if node.unmet and self.sandboxed:
-            self._sweep()
-        if node.id == 0:
-            raise TrainerGone("state 0 is gone")
+            self._sweep(node)
 
-    def _sweep(self) -> None:
-        """Kill the child of a dead state whose code saw to it that it never made itself known."""
+    def _sweep(self, gone: Node) -> None:
+        """Kill the child of a state whose code saw to it that it never made itself known."""
         for pid in system.descendants(os.getpid()) - self.by_pid.keys():
             parent = self.by_pid.get(system.parent_of(pid))
-            if parent is None or parent.child is None:  # nobody's newborn
+            if parent is None or parent is gone or parent.child is None:  # nobody's newborn
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -483,7 +603,8 @@ class Supervisor:
 
     def _thaw(self, node: Node) -> None:
         if node.id:
-            signal.pidfd_send_signal(node.pidfd, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(node.pidfd, signal.SIGCONT)
 
     def _folder(self, node: Node) -> str:
         return os.path.join(self.options["folder"], str(node.id))
@@ -491,8 +612,3 @@ class Supervisor:
 
 def _channel() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages whole
-
-
-def _pack(message: dict[str, Any]) -> bytes:
-    data = json.dumps(message).encode()
-    return struct.pack("!I", len(data)) + data

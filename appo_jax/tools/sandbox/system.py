@@ -18,7 +18,7 @@ CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 0x4000, 1 << 18
 MS_REMOUNT, MS_BIND = 32, 4096
 DEVICES = ("null", "zero", "random", "urandom")  # what policy code sees of /dev
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
 _FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT, _PIDFD_GETFD = 430, 431, 432, 429, 438  # the same on x86_64 and aarch64
 _CAP_SYS_ADMIN = 21
 
@@ -93,6 +93,26 @@ def inside_mounts(fd: int, home: int) -> Iterator[None]:
         yield
     finally:
         _check(_libc.setns(home, CLONE_NEWNS), "setns back")
+
+
+def make_read_only(target: str) -> None:
+    """Make the mount at `target` read-only; fails with EBUSY while a file in it is open for writing."""
+    mount("", target, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+
+
+def mounted_devices(pid: int) -> set[int]:
+    """Device numbers of the file systems that a process sees."""
+    found = set()
+    with open(f"/proc/{pid}/mountinfo") as file:
+        for line in file:
+            major, minor = line.split()[2].split(":")
+            found.add(os.makedev(int(major), int(minor)))
+    return found
+
+
+def descriptors(pid: int) -> list[int]:
+    """Open descriptors of a process but its standard ones."""
+    return [int(name) for name in os.listdir(f"/proc/{pid}/fd") if int(name) > 2]
 
 
 def lock_devices() -> None:

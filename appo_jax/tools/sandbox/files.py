@@ -1,0 +1,223 @@
+"""A state's files: sealed when its call ends, copied for every state that is forked from it.
+
+After a call the supervisor makes the state's /tmp read-only, so that no fork can change what another one starts from.
+`seal` prepares that: files held open for writing are reopened for reading. `take` gives a fork its own copy: names,
+contents, holes, hard links, modes and times, and the open files as they were, those without a name included.
+What cannot be copied is refused when the call ends (`Refused`), with the reason: the state before it goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import select
+import stat
+from typing import Any
+
+MAX_PATH = 3800  # bytes of a path below /tmp that can still be named in one system call
+Identity = tuple[int, int]  # device and inode
+
+
+class Refused(Exception):
+    """A state that no later call could be forked from. The text is for the policy."""
+
+
+@dataclasses.dataclass
+class Held:
+    """An open file of a state: how it was open before `seal`."""
+
+    fd: int
+    flags: int
+    same: int  # the descriptor that this one is a duplicate of; itself for an original
+    position: int
+
+
+held: list[Held] = []  # of this state, as `seal` found them
+
+
+def seal(folder: int, first: int, last: int) -> None:
+    """Reopen for reading what is open for writing below `folder`, descriptors `first` to `last - 1`. Raises Refused."""
+    held.clear()
+    device = os.fstat(folder).st_dev
+    names = _names(folder)
+    for fd in open_descriptors(first, last):
+        info = os.fstat(fd)
+        known = (info.st_dev, info.st_ino) in names or info.st_nlink == 0
+        if info.st_dev != device or not known:
+            continue
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if stat.S_ISDIR(info.st_mode):
+            if os.lseek(fd, 0, os.SEEK_CUR):
+                raise Refused("a folder is being listed (os.scandir); finish that, or close it, within one call")
+            held.append(Held(fd, flags, fd, 0))
+        elif stat.S_ISREG(info.st_mode):
+            held.append(Held(fd, flags, _duplicate_of(fd, flags), os.lseek(fd, 0, os.SEEK_CUR)))
+    for file in held:
+        if file.flags & os.O_ACCMODE == os.O_RDONLY:
+            continue
+        if file.same != file.fd:
+            os.dup2(file.same, file.fd, inheritable=False)
+            continue
+        info = os.fstat(file.fd)
+        name = names.get((info.st_dev, info.st_ino))
+        if name is not None:
+            copy = os.open(name, os.O_RDONLY, dir_fd=folder)
+        elif file.flags & os.O_ACCMODE == os.O_WRONLY:
+            raise Refused("a file without a name is open for writing only; close it before the call ends")
+        else:
+            copy = _nameless_copy(file.fd, folder, os.O_RDONLY)
+        os.lseek(copy, file.position, os.SEEK_SET)
+        os.dup2(copy, file.fd, inheritable=False)
+        os.close(copy)
+
+
+def take(old: int, new: int) -> None:
+    """Copy everything below the folder `old` to the empty folder `new`, and point the open files there. Raises OSError."""
+    copied: dict[Identity, str] = {}
+    _copy_folder(old, new, ".", copied)
+    for file in held:
+        info = os.fstat(file.fd)
+        name = copied.get((info.st_dev, info.st_ino))
+        if file.same != file.fd:
+            copy = os.dup(file.same)
+        elif name is not None:
+            copy = os.open(name, file.flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC), dir_fd=new)
+        else:
+            copy = _nameless_copy(file.fd, new, file.flags)
+        if file.same == file.fd and not stat.S_ISDIR(info.st_mode):
+            os.lseek(copy, file.position, os.SEEK_SET)
+        os.dup2(copy, file.fd, inheritable=False)
+        os.close(copy)
+
+
+def check(folder: int) -> None:
+    """See that everything below `folder` can be copied. Raises Refused."""
+    for path, info in _walk(folder):
+        if len(path.encode("utf-8", "surrogateescape")) > MAX_PATH:
+            raise Refused("folders are nested too deeply to be copied for later calls")
+        needed = {stat.S_IFREG: os.R_OK, stat.S_IFDIR: os.R_OK | os.X_OK}.get(stat.S_IFMT(info.st_mode), 0)
+        if needed and not os.access(path, needed, dir_fd=folder):
+            raise Refused(f"{path[2:]!r} may not be read (mode {stat.S_IMODE(info.st_mode):04o})")
+
+
+def forget() -> None:
+    """There is nothing in the folder, and nothing is open."""
+    held.clear()
+
+
+def open_descriptors(first: int, last: int) -> list[int]:
+    """Which descriptors are open: one system call for all."""
+    poll = select.poll()
+    for fd in range(first, last):
+        poll.register(fd, 0)
+    closed = {fd for fd, event in poll.poll(0) if event & select.POLLNVAL}
+    return [fd for fd in range(first, last) if fd not in closed]
+
+
+def _duplicate_of(fd: int, flags: int) -> int:
+    """The earlier descriptor that shares this one's position; itself if there is none."""
+    info, position = os.fstat(fd), os.lseek(fd, 0, os.SEEK_CUR)
+    for other in held:
+        theirs = os.fstat(other.fd)
+        if (
+            other.same != other.fd
+            or other.flags != flags
+            or (theirs.st_dev, theirs.st_ino) != (info.st_dev, info.st_ino)
+        ):
+            continue
+        os.lseek(fd, position + 1, os.SEEK_SET)
+        shared = os.lseek(other.fd, 0, os.SEEK_CUR) == position + 1 != other.position
+        os.lseek(fd, position, os.SEEK_SET)
+        if shared:
+            return other.fd
+    return fd
+
+
+def _nameless_copy(fd: int, folder: int, flags: int) -> int:
+    """A copy, without a name, of an open file that has none."""
+    name = ".nameless"
+    target = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
+    try:
+        _copy_content(fd, target)
+        return os.open(name, flags & (os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK), dir_fd=folder)
+    finally:
+        os.close(target)
+        os.unlink(name, dir_fd=folder)
+
+
+def _walk(folder: int, path: str = ".") -> Any:
+    """Paths below an open folder, with what `stat` says of them; a folder before what is in it."""
+    todo = [path]
+    while todo:
+        here = todo.pop()
+        below = os.open(here, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+        try:
+            names = os.listdir(below)
+        finally:
+            os.close(below)
+        for name in names:
+            where = f"{here}/{name}"
+            info = os.stat(where, dir_fd=folder, follow_symlinks=False)
+            yield where, info
+            if stat.S_ISDIR(info.st_mode):
+                todo.append(where)
+
+
+def _names(folder: int) -> dict[Identity, str]:
+    top = os.fstat(folder)
+    return {(top.st_dev, top.st_ino): "."} | {(info.st_dev, info.st_ino): path for path, info in _walk(folder)}
+
+
+def _copy_folder(old: int, new: int, top: str, copied: dict[Identity, str]) -> None:
+    info = os.fstat(old)
+    copied[info.st_dev, info.st_ino] = top
+    folders: list[tuple[str, os.stat_result]] = [(top, info)]
+    for path, info in _walk(old, top):
+        identity = (info.st_dev, info.st_ino)
+        if stat.S_ISLNK(info.st_mode):
+            os.symlink(os.readlink(path, dir_fd=old), path, dir_fd=new)
+            os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns), dir_fd=new, follow_symlinks=False)
+        elif stat.S_ISDIR(info.st_mode):
+            os.mkdir(path, 0o700, dir_fd=new)
+            folders.append((path, info))
+            copied[identity] = path
+        elif stat.S_ISREG(info.st_mode) and identity in copied:
+            os.link(copied[identity], path, src_dir_fd=new, dst_dir_fd=new)
+        elif stat.S_ISREG(info.st_mode):
+            _copy_file(old, new, path, info)
+            copied[identity] = path
+    for path, info in reversed(folders):  # times last: what is made in a folder changes them
+        os.chmod(path, stat.S_IMODE(info.st_mode), dir_fd=new)
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns), dir_fd=new)
+
+
+def _copy_file(old: int, new: int, path: str, info: os.stat_result) -> None:
+    source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=old)
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=new)
+    try:
+        _copy_content(source, target)
+        os.fchmod(target, stat.S_IMODE(info.st_mode))
+    finally:
+        os.close(source)
+        os.close(target)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns), dir_fd=new)
+
+
+def _copy_content(source: int, target: int) -> None:
+    """Copy data and leave holes as they are."""
+    position, end = os.lseek(source, 0, os.SEEK_CUR), os.fstat(source).st_size
+    os.ftruncate(target, end)
+    start = 0
+    with contextlib.suppress(OSError):  # ENXIO: no more data
+        while start < end:
+            start = os.lseek(source, start, os.SEEK_DATA)
+            stop = os.lseek(source, start, os.SEEK_HOLE)
+            os.lseek(target, start, os.SEEK_SET)
+            while start < stop:
+                sent = os.sendfile(target, source, start, stop - start)
+                if not sent:
+                    raise EOFError("the file became shorter while it was copied")
+                start += sent
+    os.lseek(source, position, os.SEEK_SET)
