@@ -131,6 +131,38 @@ def _study(args: Sequence[str]) -> None:
     tyro.cli(study, prog="appo-jax study", args=list(args))
 
 
+def _sweep(args: Sequence[str]) -> None:
+    """Sweep over config fields: trials on shared seeds and cold starts, on this machine or by workers on many."""
+
+    def sweep(config: Path, jobs: int = 1, worker: bool = False, report: bool = False) -> None:
+        """Run the trials of a sweep that are not done, then its report.
+
+        Args:
+            config: A python file with `sweep = Sweep(...)`: see configs/sweeps/.
+            jobs: Number of trials at a time, each on its share of this machine's cores.
+            worker: Be one worker: take trials from the sweep's folder, which workers on other machines may share, until
+                all are done. Writes no report.
+            report: Run nothing, only write the report of what is done.
+        """
+        from appo_jax.sweep.plan import load_sweep
+
+        chosen = load_sweep(config)
+        if worker:
+            from appo_jax.sweep.worker import work
+
+            work(chosen)
+        elif report:
+            from appo_jax.sweep.report import write_report
+
+            print(write_report(chosen))
+        else:
+            from appo_jax.sweep.run import run_sweep
+
+            print(run_sweep(chosen, config, jobs))
+
+    tyro.cli(sweep, prog="appo-jax sweep", args=list(args))
+
+
 def _sft(args: Sequence[str]) -> None:
     """Make the cold start alone: supervised fine-tuning on tool-use traces."""
     config = config_from("sft", args)
@@ -237,6 +269,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "sft": _sft,
     "study": _study,
+    "sweep": _sweep,
     "view": _view,
     "data": _data,
     "convert": _convert,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import runpy
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,20 @@ def flatten(config: Config) -> dict[str, Any]:
                 yield name, item
 
     return dict(walk(config, ""))
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with other values at dotted names. Raises ConfigError for an unknown field or a value of a wrong type."""
+    record = json.loads(pydantic_core.to_json(config, inf_nan_mode="null"))
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        node = record
+        for part in parents:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise ConfigError(f"{name} is not a field of the config")
+        node[last] = value
+    return _parse(pydantic_core.to_json(record, inf_nan_mode="null"), "the config")
 
 
 def _run_python(path: Path) -> dict[str, Any]:

@@ -41,11 +41,12 @@ def load_outcomes(study: Study) -> dict[str, dict[int, Outcome]]:
         for seed in study.seeds:
             folder = study.run_dir(arm, seed)
             if (folder / "summary.json").exists():
-                out[arm][seed] = _load(folder)
+                out[arm][seed] = load_outcome(folder)
     return out
 
 
-def _load(folder: Path) -> Outcome:
+def load_outcome(folder: Path) -> Outcome:
+    """The outcome of a finished run, from its summary and its metrics."""
     summary = json.loads((folder / "summary.json").read_text())
     records = [r for r in read_metrics(folder / "metrics.jsonl") if r.get("eval/accuracy") is not None]
     points = [

@@ -8,17 +8,16 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from appo_jax.config import Config
-from appo_jax.config_io import save_config
 from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.interrupt import stop_requests
 from appo_jax.study.plan import Study
+from appo_jax.study.process import log_file, start_run
 from appo_jax.study.report import write_report
 
 log = logging.getLogger(__name__)
@@ -46,14 +45,14 @@ def run_study(study: Study, jobs: int = 1) -> str:
     checkpoint. Raises ConfigError for more jobs than cores; TrainingError, after the report, when runs failed;
     KeyboardInterrupt when it was asked to stop: the runs it was making have been saved.
     """
-    cores = _shares(jobs)
-    (Path(study.out) / "runs").mkdir(parents=True, exist_ok=True)
+    cores = shares(jobs)
+    _folder(study).mkdir(parents=True, exist_ok=True)
     failed = _run(plan_jobs(study), cores, study)
     if not failed:
         return write_report(study)
     with contextlib.suppress(DataError):  # there may be no run to report
         write_report(study)
-    logs = ", ".join(str(_log_file(study, job)) for job in failed)
+    logs = ", ".join(str(log_file(_folder(study), job.name)) for job in failed)
     raise TrainingError(f"{len(failed)} runs failed: see {logs}; the same command tries them again")
 
 
@@ -79,7 +78,7 @@ def finished(study: Study, arm: str, seed: int) -> bool:
     return summary.exists() and json.loads(summary.read_text())["sampled_tokens"] >= study.max_sampled_tokens
 
 
-def _shares(jobs: int) -> list[list[int]]:
+def shares(jobs: int) -> list[list[int]]:
     """The cores of each job. Pools of threads size themselves by the cores a process may use, and stay on them."""
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= jobs <= len(cores):
@@ -108,7 +107,8 @@ def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list
                 for share in range(len(cores)):
                     if share not in running and (job := next_ready()):
                         waiting.remove(job)
-                        running[share] = job, _start(job, cores[share], study), time.perf_counter()
+                        process = start_run(job.command, job.config, _folder(study), cores[share])
+                        running[share] = job, process, time.perf_counter()
                 time.sleep(POLL_S)
                 for share, (job, process, began) in list(running.items()):
                     if (code := process.poll()) is not None:
@@ -126,20 +126,5 @@ def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list
     return failed
 
 
-def _start(job: Job, cores: list[int], study: Study) -> subprocess.Popen[bytes]:
-    """Start `appo-jax COMMAND` on a config, its output in a log file beside its run directory."""
-    file = Path(study.out) / "runs" / f"{job.name}.json"
-    save_config(job.config, file)
-    # Programs are compiled once for all runs.
-    environment = {"JAX_COMPILATION_CACHE_DIR": str((Path(study.out) / "xla").absolute())} | os.environ
-    with _log_file(study, job).open("a") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "appo_jax.cli", *job.command.split(), "--config", str(file)],
-            stdout=out, stderr=subprocess.STDOUT, env=environment, process_group=0,
-        )  # fmt: skip
-    os.sched_setaffinity(process.pid, cores)
-    return process
-
-
-def _log_file(study: Study, job: Job) -> Path:
-    return Path(study.out) / "runs" / f"{job.name}.log"
+def _folder(study: Study) -> Path:
+    return Path(study.out) / "runs"

@@ -51,3 +51,16 @@ def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> 
     )
     t = 0.0 if np.ptp(difference) == 0 else float(stats.ttest_1samp(difference, 0.0).pvalue)
     return Paired(interval, float(flips.pvalue), t)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being one of several (Holm's step-down method), in their order. NaN stays NaN and does not count."""
+    p = np.asarray(p_values, float)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known])]
+    out = p.copy()
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, float((len(order) - rank) * p[index])))
+        out[index] = largest
+    return out.tolist()

@@ -1,0 +1,46 @@
+"""Runs of a study or a sweep as processes of their own: `appo-jax COMMAND` on a config, output in a log file."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from appo_jax.config import Config
+from appo_jax.config_io import save_config
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def start_run(command: str, config: Config, folder: Path, cores: list[int] | None = None) -> subprocess.Popen[bytes]:
+    """Start `appo-jax COMMAND` on `config`; its config and its log lie in `folder`, named like its run directory.
+
+    The process is in a group of its own: a Ctrl-C at the terminal reaches its parent alone, which passes it on once. When
+    the parent dies, even by SIGKILL, the process gets SIGTERM: it saves its run and ends. `cores`: where it may run.
+    """
+    name = Path(config.run_dir).name
+    file = folder / f"{name}.json"
+    save_config(config, file)
+    # Programs are compiled once for all runs.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str((folder.parent / "xla").absolute())} | os.environ
+    with log_file(folder, name).open("a") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "appo_jax.cli", *command.split(), "--config", str(file)],
+            stdout=out, stderr=subprocess.STDOUT, env=environment, process_group=0, preexec_fn=end_with_parent,
+        )  # fmt: skip
+    if cores is not None:
+        os.sched_setaffinity(process.pid, cores)
+    return process
+
+
+def end_with_parent() -> None:
+    """In a new process: ask the kernel for SIGTERM when the parent ends."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def log_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.log"

@@ -1,0 +1,171 @@
+"""What a sweep is: a base config, a space of fields to vary, an objective and a budget, read from a python file."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import runpy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from appo_jax.config import Config, validate
+from appo_jax.config_io import flatten, with_fields
+from appo_jax.errors import ConfigError
+from appo_jax.study.plan import COLD_START, MOST_STEPS
+
+Point = dict[str, Any]  # a value for every field of the space
+
+# Draws of a random sweep, for each point that is wanted, that may break a rule between fields before the sweep is refused.
+MAX_DRAWS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Trials of one base config. Each trial is a point of the space, run with every seed."""
+
+    out: str
+    """Folder of the sweep: its storage, runs and report. Workers on several machines share it."""
+    base: Config
+    space: Mapping[str, tuple[Any, ...] | BaseDistribution]
+    """Dotted config field -> the values it takes, or an Optuna distribution (not for a grid)."""
+    seeds: tuple[int, ...]
+    """Seeds of every trial. All trials share them, and the cold start of each: comparisons are paired."""
+    max_sampled_tokens: int
+    """Budget of one run."""
+    search: Literal["grid", "random", "tpe"] = "grid"
+    trials: int = 0
+    """Number of trials; a grid has as many as it has points."""
+    objective: str = "on_the_way"
+    """on_the_way: accuracy averaged over the sampled tokens. final: accuracy at the end. Else a metric of metrics.jsonl, at
+    the last step that has it."""
+    maximize: bool = True
+    prune: bool = True
+    """Whether a trial leaves out its last seeds once its interval excludes the best trial (sweep/racing.py)."""
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return {
+            name: values if isinstance(values, BaseDistribution) else CategoricalDistribution(values)
+            for name, values in self.space.items()
+        }
+
+    def run_dir(self, trial: int, seed: int) -> Path:
+        return Path(self.out) / "runs" / f"{trial:04d}-{seed}"
+
+    def point_config(self, point: Point) -> Config:
+        """The base config at a point. Raises ConfigError where the point breaks a rule between fields."""
+        config = with_fields(self.base, point)
+        validate(config)
+        return config
+
+    def config(self, trial: int, point: Point, seed: int) -> Config:
+        """The config of one run."""
+        return dataclasses.replace(
+            self.point_config(point), seed=seed, run_dir=str(self.run_dir(trial, seed)),
+            init_from=self.cold_start(seed).run_dir, steps=MOST_STEPS, max_sampled_tokens=self.max_sampled_tokens,
+        )  # fmt: skip
+
+    def cold_start(self, seed: int) -> Config:
+        """The config of the cold start that every trial of a seed begins with."""
+        return dataclasses.replace(self.base, seed=seed, run_dir=str(Path(self.out) / "runs" / f"cold-{seed}"))
+
+    def possible(self, point: Point) -> bool:
+        """Whether the point keeps the rules between fields."""
+        try:
+            self.point_config(point)
+        except ConfigError:
+            return False
+        return True
+
+    def planned_points(self) -> list[Point]:
+        """The points of a grid or of a random sweep, in their order; impossible ones are left out. None for TPE, which
+        chooses as it goes. Raises ConfigError when the space holds too few possible points."""
+        if self.search == "tpe":
+            return []
+        if self.search == "grid":
+            values = [distribution.choices for distribution in self._categorical().values()]
+            points = [dict(zip(self.space, choice, strict=True)) for choice in itertools.product(*values)]
+            points = [point for point in points if self.possible(point)]
+            if not points:
+                raise ConfigError("space: every point of the grid breaks a rule between fields (appo_jax/config)")
+            return points
+        drawn = (p for p in itertools.islice(self._draws(), MAX_DRAWS * self.trials) if self.possible(p))
+        points = list(itertools.islice(drawn, self.trials))
+        if len(points) < self.trials:
+            raise ConfigError(
+                f"space: only {len(points)} of {MAX_DRAWS * self.trials} random points keep the rules between fields, "
+                f"{self.trials} are wanted: narrow the space, or lower `trials`"
+            )
+        return points
+
+    def _categorical(self) -> dict[str, CategoricalDistribution]:
+        found = {n: d for n, d in self.distributions.items() if isinstance(d, CategoricalDistribution)}
+        if other := self.space.keys() - found.keys():
+            raise ConfigError(f"space: {', '.join(sorted(other))}: a grid needs a tuple of values for every field")
+        return found
+
+    def _draws(self) -> Iterator[Point]:
+        rng = np.random.default_rng(0)
+        while True:
+            yield {name: _draw(distribution, rng) for name, distribution in self.distributions.items()}
+
+
+def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
+    """One value, uniform over the choices or the range (over its logarithm with `log`)."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[rng.integers(len(distribution.choices))]
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    low, high = distribution.low, distribution.high
+    whole = isinstance(distribution, IntDistribution)
+    if distribution.log:
+        value = math.exp(rng.uniform(math.log(low), math.log(high + whole)))
+        return min(high, int(value)) if whole else value
+    if distribution.step:
+        return type(low)(low + distribution.step * rng.integers(int((high - low) / distribution.step + 1e-9) + 1))
+    return rng.uniform(low, high)
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """The module-level `sweep` of a python file, checked.
+
+    Raises ConfigError: no such file or no sweep in it, an unknown field, a field that the shared cold start depends on, a
+    value of the wrong type, a space without a possible point.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give a .py file with `sweep = Sweep(...)`")
+    sweep = runpy.run_path(str(path)).get("sweep")
+    if not isinstance(sweep, Sweep):
+        raise ConfigError(f"{path}: expected a module-level `sweep = Sweep(...)`, found {type(sweep).__name__}")
+    check_sweep(sweep)
+    return sweep
+
+
+def check_sweep(sweep: Sweep) -> None:
+    """Raise ConfigError for a sweep that cannot be run or whose trials could not be compared."""
+    if not sweep.space or not sweep.seeds:
+        raise ConfigError("sweep: give at least one field in `space` and one seed in `seeds`")
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        raise ConfigError(f"seeds = {sweep.seeds}: a seed stands there twice")
+    if sweep.max_sampled_tokens <= 0:
+        raise ConfigError(f"max_sampled_tokens = {sweep.max_sampled_tokens}: the budget of a run must be above 0")
+    if sweep.search != "grid" and sweep.trials <= 0:
+        raise ConfigError(f"trials = {sweep.trials}: a {sweep.search} sweep needs their number")
+    known = flatten(sweep.base)
+    for name, values in sweep.space.items():
+        if name not in known:
+            raise ConfigError(f"space: {name!r} is not a field of the config")
+        if name.startswith(COLD_START) or name in ("seed", "run_dir", "init_from", "steps", "max_sampled_tokens"):
+            raise ConfigError(
+                f"space: {name!r} cannot vary: all trials share their seeds, their budget and the cold start of each seed"
+            )
+        if isinstance(values, tuple):
+            for value in values:
+                with_fields(sweep.base, {name: value})  # raises for a value of the wrong type
+    validate(sweep.base)
+    sweep.planned_points()

@@ -1,0 +1,212 @@
+"""The report of a sweep: sweep.md, sweep.json, sweep.png and best.json in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from optuna.trial import TrialState
+
+from appo_jax.config_io import save_config
+from appo_jax.errors import DataError
+from appo_jax.study.statistics import mean_interval, paired
+from appo_jax.sweep.effects import Effect, Runs, detectable, field_effects, levels_of, noise
+from appo_jax.sweep.plan import Sweep
+from appo_jax.sweep.store import Store
+from appo_jax.view.plots import STYLE
+
+MAX_ROWS = 40  # of the table of trials; sweep.json has all
+MAX_PAIRS = 6  # heat maps
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One trial that has run at least one seed."""
+
+    number: int
+    params: dict[str, Any]
+    values: dict[int, float]  # objective by seed
+    state: TrialState
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.values.values())))
+
+
+def results(store: Store) -> list[Result]:
+    """All trials that have results, the best first; whole trials before those that left out seeds or still run."""
+    sign = -1 if store.sweep.maximize else 1
+    found = [Result(t.number, t.params, store.values(t), t.state) for t in store.trials() if store.values(t)]
+    return sorted(found, key=lambda r: (r.state != TrialState.COMPLETE, sign * r.mean))
+
+
+def write_report(sweep: Sweep) -> str:
+    """Write the report of what is finished; returns its text. Raises DataError when no trial has a result."""
+    store = Store(sweep)
+    found = results(store)
+    if not found:
+        raise DataError(f"{sweep.out}: no trial has a result; see the logs in {Path(sweep.out) / 'runs'}")
+    runs, trials = _runs(found)
+    effects = field_effects(runs, list(sweep.space))
+    folder = Path(sweep.out)
+    text = "\n\n".join(
+        [_summary(store, found), _fields(effects), _resolution(runs, trials, effects), _trials(sweep, found)]
+    )
+    (folder / "sweep.md").write_text(text + "\n")
+    record = {
+        "objective": sweep.objective,
+        "trials": [
+            {"trial": r.number, "state": r.state.name, "fields": r.params, "values": r.values} for r in found
+        ],
+        "fields": [dataclasses.asdict(effect) for effect in effects],
+    }  # fmt: skip
+    (folder / "sweep.json").write_text(json.dumps(record, indent=2) + "\n")
+    save_config(dataclasses.replace(sweep.point_config(found[0].params), run_dir="runs/best"), folder / "best.json")
+    draw(sweep, found, effects, folder / "sweep.png")
+    return text
+
+
+def _runs(found: Sequence[Result]) -> tuple[Runs, list[int]]:
+    """Every run as an entry, and its trial."""
+    entries = [(r.number, r.params, seed, value) for r in found for seed, value in r.values.items()]
+    runs = Runs([e[1] for e in entries], [e[2] for e in entries], np.array([e[3] for e in entries]))
+    return runs, [e[0] for e in entries]
+
+
+def _summary(store: Store, found: Sequence[Result]) -> str:
+    sweep = store.sweep
+    states = [trial.state for trial in store.trials() if "impossible" not in trial.user_attrs]
+    counts = ", ".join(
+        f"{states.count(state)} {name}"
+        for state, name in (
+            (TrialState.COMPLETE, "whole"), (TrialState.PRUNED, "stopped early"), (TrialState.FAIL, "failed"),
+            (TrialState.RUNNING, "running"), (TrialState.WAITING, "waiting"),
+        )
+        if state in states
+    )  # fmt: skip
+    best = found[0]
+    fields = ", ".join(f"{name} = {_value(value)}" for name, value in best.params.items())
+    return (
+        f"Objective: {sweep.objective}; {sweep.max_sampled_tokens:,} sampled tokens a run; seeds "
+        f"{', '.join(map(str, sweep.seeds))}. Trials: {counts}.\n\n"
+        f"Best: trial {best.number} ({fields}), {best.mean:.4f}. Train from it: `appo-jax train --config "
+        f"{Path(sweep.out) / 'best.json'}`. It is the best of {len(found)}: its figure is higher than a new run's would be."
+    )
+
+
+def _fields(effects: Sequence[Effect]) -> str:
+    lines = [
+        "Which fields matter (other fields and seeds averaged out; p by F test, adjusted by Holm):",
+        "",
+        "| field | explains | p | objective at each value |",
+        "|---|---|---|---|",
+    ]
+    for e in effects:
+        levels = ", ".join(f"{level}: {mean:.4f}" for level, mean in zip(e.levels, e.means, strict=True))
+        share = "" if math.isnan(e.share) else f"{100 * e.share:.0f} %"
+        lines.append(f"| {e.name} | {share} | {_p(e.p)} | {levels} |")
+    return "\n".join(lines)
+
+
+def _resolution(runs: Runs, trials: Sequence[int], effects: Sequence[Effect]) -> str:
+    """What differences the runs can show."""
+    deviation, freedom = noise(runs, trials)
+    if freedom <= 0:
+        return "What the data can resolve: nothing yet, each trial has too few seeds to tell the noise between runs."
+    seeds = len(set(runs.seeds))
+    lines = [
+        f"What the data can resolve: a run lies {deviation:.4f} (one standard deviation, {freedom} degrees of freedom) about "
+        f"its trial's mean. Two trials of {seeds} seeds that truly differ by {detectable(deviation, freedom, seeds):.4f} would "
+        "be told apart (5 %, two-sided) with 95 % probability. Two values of a field:"
+    ]
+    for e in effects:
+        lines.append(
+            f"- {e.name}: {detectable(deviation, freedom, min(e.counts)):.4f} ({min(e.counts)} runs each or more)"
+        )
+    return "\n".join(lines)
+
+
+def _trials(sweep: Sweep, found: Sequence[Result]) -> str:
+    names = list(sweep.space)
+    lines = [
+        "| trial | " + " | ".join(names) + " | seeds | objective | against the best, by seed | p (t) |",
+        "|" + "---|" * (len(names) + 5),
+    ]
+    best = found[0]
+    for r in found[:MAX_ROWS]:
+        x = mean_interval(list(r.values.values()))
+        interval = "" if math.isnan(x.low) else f" [{x.low:.4f}, {x.high:.4f}]"
+        shared = [seed for seed in r.values if seed in best.values]
+        against, p = "", ""
+        if r is not best and len(shared) > 1:
+            test = paired([r.values[s] for s in shared], [best.values[s] for s in shared])
+            d = test.difference
+            against, p = f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]", _p(test.p_t)
+        seeds = f"{len(r.values)}" + ("" if r.state == TrialState.COMPLETE else f" ({r.state.name.lower()})")
+        cells = [str(r.number), *(_value(r.params[n]) for n in names), seeds, f"{x.mean:.4f}{interval}", against, p]
+        lines.append("| " + " | ".join(cells) + " |")
+    if len(found) > MAX_ROWS:
+        lines.append(f"\n{len(found) - MAX_ROWS} more are in sweep.json.")
+    return "\n".join(lines)
+
+
+def draw(sweep: Sweep, found: Sequence[Result], effects: Sequence[Effect], path: Path) -> None:
+    """A slice for each field, the fields that matter most first, and heat maps of their pairs."""
+    pairs = list(itertools.combinations([e.name for e in effects], 2))[:MAX_PAIRS]
+    columns = max(2, min(4, len(effects)))
+    rows = -(-len(effects) // columns) + -(-len(pairs) // columns)
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(3.2 * columns, 2.8 * rows), layout="constrained", squeeze=False
+        )
+        axes = grid.ravel()
+        for ax, effect in zip(axes, effects, strict=False):
+            _slice(ax, found, effect, sweep.objective)
+        start = -(-len(effects) // columns) * columns
+        for ax, pair in zip(axes[start:], pairs, strict=False):
+            _heat_map(ax, found, pair)
+        used = {*range(len(effects)), *range(start, start + len(pairs))}
+        for number, ax in enumerate(axes):
+            if number not in used:
+                ax.set_axis_off()
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _slice(ax: Axes, found: Sequence[Result], effect: Effect, objective: str) -> None:
+    labels = levels_of([r.params[effect.name] for r in found])
+    where = {level: i for i, level in enumerate(effect.levels)}
+    ax.plot([where[label] for label in labels], [r.mean for r in found], ".", alpha=0.5, color="C0")
+    ax.plot(range(len(effect.levels)), effect.means, "o-", color="C1")
+    ax.set(xticks=range(len(effect.levels)), xticklabels=effect.levels, xlabel=effect.name, ylabel=objective)
+
+
+def _heat_map(ax: Axes, found: Sequence[Result], pair: tuple[str, str]) -> None:
+    """Mean objective of the trials at each pair of levels."""
+    x, y = (levels_of([r.params[name] for r in found]) for name in pair)
+    xs, ys = (list(dict.fromkeys(sorted(labels, key=lambda s: (len(s), s)))) for labels in (x, y))
+    cells = np.full((len(ys), len(xs)), np.nan)
+    for i, j in itertools.product(range(len(ys)), range(len(xs))):
+        values = [r.mean for r, a, b in zip(found, x, y, strict=True) if (a, b) == (xs[j], ys[i])]
+        if values:
+            cells[i, j] = np.mean(values)
+    image = ax.imshow(cells, aspect="auto", origin="lower", cmap="viridis")
+    ax.grid(False)
+    ax.set(xticks=range(len(xs)), xticklabels=xs, yticks=range(len(ys)), yticklabels=ys, xlabel=pair[0], ylabel=pair[1])
+    ax.figure.colorbar(image, ax=ax)
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _p(p: float) -> str:
+    return "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"

@@ -1,0 +1,126 @@
+"""`appo-jax sweep`: workers on this machine's cores, live progress, and the report at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import rich
+from optuna.trial import TrialState
+from rich.live import Live
+from rich.table import Table
+
+from appo_jax.errors import TrainingError
+from appo_jax.interrupt import Stop, stop_requests
+from appo_jax.metrics import read_metrics
+from appo_jax.study.process import end_with_parent
+from appo_jax.study.run import shares
+from appo_jax.sweep.plan import Sweep
+from appo_jax.sweep.report import results, write_report
+from appo_jax.sweep.store import Store
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 2.0
+
+
+def run_sweep(sweep: Sweep, file: Path, jobs: int) -> str:
+    """Run all trials that are not done with `jobs` workers, then the report; returns its text.
+
+    Trials that failed in an earlier start are tried again. Raises ConfigError for more jobs than cores, TrainingError when
+    trials or workers failed, KeyboardInterrupt when asked to stop: the runs in progress have been saved.
+    """
+    cores = shares(jobs)
+    store = Store(sweep)
+    if retried := store.retry_failed():
+        log.info("%d trials failed before and are tried again", retried)
+    with stop_requests() as stop:
+        workers = [_start_worker(file, share) for share in cores]
+        try:
+            with _progress(store):
+                codes = _wait(workers, store, stop)
+        finally:
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:
+                worker.wait()
+        if stop.requested:
+            raise KeyboardInterrupt
+    text = write_report(sweep)
+    failed = [t.number for t in store.trials() if t.state == TrialState.FAIL and "error" in t.user_attrs]
+    retried_ones = {t.user_attrs.get("retry_of") for t in store.trials()}
+    if left := [number for number in failed if number not in retried_ones]:
+        print(text)
+        raise TrainingError(
+            f"trials {', '.join(map(str, left))} failed: see {sweep.out}/runs; the same command tries again"
+        )
+    if not store.all_done():
+        raise TrainingError(
+            f"the workers ended with exit codes {codes} before all trials were done; see their messages"
+        )
+    return text
+
+
+def _start_worker(file: Path, cores: list[int]) -> subprocess.Popen[bytes]:
+    """A worker on its share of the cores, in a group of its own; it ends when this process does."""
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "appo_jax.cli", "sweep", "--config", str(file), "--worker"],
+        process_group=0, preexec_fn=end_with_parent,
+    )  # fmt: skip
+    os.sched_setaffinity(worker.pid, cores)
+    return worker
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]], store: Store, stop: Stop) -> list[int]:
+    """Until all workers have ended or a stop is asked for."""
+    while any(worker.poll() is None for worker in workers) and not stop.requested:
+        time.sleep(0.2)
+    return [worker.returncode for worker in workers if worker.returncode is not None]
+
+
+@contextlib.contextmanager
+def _progress(store: Store) -> Iterator[None]:
+    """A live table on a terminal. Elsewhere the workers' own messages are the progress."""
+    if not rich.get_console().is_terminal:
+        yield
+        return
+    with Live(get_renderable=lambda: _table(store), refresh_per_second=1 / LOOK_S):
+        yield
+
+
+def _table(store: Store) -> Table:
+    """What every trial is at: running ones with their seed and step, then the best so far."""
+    trials = store.trials()
+    ended = sum(t.state.is_finished() and "impossible" not in t.user_attrs for t in trials)
+    total = store.sweep.trials if store.sweep.search == "tpe" else len(trials)
+    table = Table(title=f"{ended} of {total} trials have ended", title_justify="left")
+    for column in ("trial", *store.sweep.space, "state", "objective"):
+        table.add_column(column)
+    running = [t for t in trials if t.state == TrialState.RUNNING]
+    for t in running:
+        values = store.values(t)
+        at = next((seed for seed in store.sweep.seeds if seed not in values), None)
+        step = "" if at is None else _step(store.sweep.run_dir(t.number, at))
+        shown = f"{sum(values.values()) / len(values):.4f}" if values else ""
+        table.add_row(str(t.number), *(str(t.params.get(n, "")) for n in store.sweep.space), f"seed {at}{step}", shown)
+    for r in results(store)[:5]:
+        if r.state != TrialState.RUNNING:
+            fields = (str(r.params[n]) for n in store.sweep.space)
+            table.add_row(str(r.number), *fields, f"{len(r.values)} seeds, {r.state.name.lower()}", f"{r.mean:.4f}")
+    return table
+
+
+def _step(run: Path) -> str:
+    """Where a run is, by the last line of its metrics."""
+    records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    return (
+        f", step {records[-1]['step']}, {records[-1].get('rollout/sampled_tokens_total', 0):,} tokens"
+        if records
+        else ""
+    )

@@ -1,0 +1,23 @@
+"""A first sweep: the half-life τ, the clip of Ω and b on the embedded world, two seeds a trial.
+
+Hardware: 2 CPU cores, 4 GB. Command:
+    appo-jax sweep --config configs/sweeps/quickstart.py --jobs 2
+Interrupted or killed, the same command goes on. It ends in runs/sweeps/quickstart/sweep.md, sweep.png and best.json.
+"""
+
+from pathlib import Path
+
+from appo_jax.config_io import load_config
+from appo_jax.sweep.plan import Sweep
+
+sweep = Sweep(
+    out="runs/sweeps/quickstart",
+    base=load_config(Path(__file__).parents[1] / "quickstart.py"),
+    space={
+        "branching.tau": (8.0, 32.0, 128.0),
+        "branching.clip_high": (1.1, 1.2, 1.5),
+        "advantage.future_weight": (0.0, 0.5, 1.0),
+    },
+    seeds=(0, 1),
+    max_sampled_tokens=20_000,
+)

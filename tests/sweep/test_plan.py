@@ -1,0 +1,93 @@
+"""What a sweep may be, and which points it has."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from optuna.distributions import FloatDistribution, IntDistribution
+
+from appo_jax.config_io import load_config
+from appo_jax.errors import ConfigError
+from appo_jax.sweep.plan import Sweep, check_sweep, load_sweep
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_config(CONFIGS / "quickstart.py")
+
+
+def sweep(base, space, **others):
+    return Sweep(**({"out": "x", "base": base, "space": space, "seeds": (0, 1), "max_sampled_tokens": 100} | others))
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "sweeps").glob("*.py")), ids=lambda file: file.stem)
+def test_the_sweeps_of_configs_hold_together(file):
+    found = load_sweep(file)
+    for point in found.planned_points():
+        found.point_config(point)
+
+
+def test_a_grid_has_every_possible_point_once(base):
+    s = sweep(base, {"branching.num_branch_points": (3, 4), "rollout.num_initial": (4, 16)})
+    points = s.planned_points()
+    # 16 initial rollouts leave no branch in a budget of 16
+    assert points == [{"branching.num_branch_points": b, "rollout.num_initial": 4} for b in (3, 4)]
+
+
+def test_random_points_are_possible_and_the_same_each_time(base):
+    space = {
+        "branching.tau": FloatDistribution(4.0, 256.0, log=True), "branching.num_branch_points": IntDistribution(3, 6),
+        "rollout.num_initial": (4, 8, 16), "advantage.future_weight": FloatDistribution(0.0, 1.0, step=0.25),
+    }  # fmt: skip
+    s = sweep(base, space, search="random", trials=30)
+    points = s.planned_points()
+    assert points == s.planned_points()
+    assert len(points) == 30
+    assert all(p["rollout.num_initial"] < 16 and 4 <= p["branching.tau"] <= 256 for p in points)
+    assert {p["advantage.future_weight"] for p in points} <= {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert {p["branching.num_branch_points"] for p in points} == {3, 4, 5, 6}
+    assert sum(p["branching.tau"] < 32 for p in points) == pytest.approx(15, abs=8)  # uniform in the logarithm
+
+
+@pytest.mark.parametrize(
+    ("space", "others", "message"),
+    [
+        ({"branching.tao": (1.0,)}, {}, "'branching.tao' is not a field"),
+        ({"branching.tau": ("much",)}, {}, r"branching\.tau = 'much'"),
+        ({"sft.steps": (1, 2)}, {}, r"'sft\.steps' cannot vary"),
+        ({"seed": (1, 2)}, {}, "'seed' cannot vary"),
+        ({}, {}, "at least one field"),
+        ({"branching.tau": (8.0,)}, {"seeds": (0, 0)}, "twice"),
+        ({"branching.tau": (8.0,)}, {"max_sampled_tokens": 0}, "max_sampled_tokens = 0"),
+        ({"branching.tau": (8.0,)}, {"search": "tpe"}, "trials = 0"),
+        ({"branching.tau": FloatDistribution(1.0, 2.0)}, {}, "a grid needs a tuple"),
+        ({"rollout.num_initial": (16,)}, {}, "every point of the grid breaks a rule"),
+        ({"rollout.num_initial": (16,)}, {"search": "random", "trials": 2}, "only 0 of"),
+    ],
+)
+def test_what_cannot_be_a_sweep_is_named(base, space, others, message):
+    with pytest.raises(ConfigError, match=message):
+        check_sweep(sweep(base, space, **others))
+
+
+def test_a_run_of_a_trial_differs_from_the_base_in_its_point_alone(base):
+    s = sweep(base, {"branching.tau": (8.0, 32.0), "optimizer.learning_rate": (1e-4,)})
+    config = s.config(7, {"branching.tau": 8.0, "optimizer.learning_rate": 1e-4}, seed=1)
+    assert config.branching.tau == 8.0
+    assert config.init_from == s.cold_start(1).run_dir
+    assert (config.seed, config.max_sampled_tokens, Path(config.run_dir).name) == (1, 100, "0007-1")
+    back = dataclasses.replace(
+        config, seed=base.seed, run_dir=base.run_dir, init_from=None, steps=base.steps, max_sampled_tokens=0,
+        branching=base.branching, optimizer=base.optimizer,
+    )  # fmt: skip
+    assert back == base
+
+
+def test_a_file_without_a_sweep_is_named(tmp_path):
+    (tmp_path / "s.py").write_text("sweep = 3")
+    with pytest.raises(ConfigError, match="module-level `sweep = Sweep"):
+        load_sweep(tmp_path / "s.py")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_sweep(tmp_path / "t.py")

@@ -1,0 +1,133 @@
+"""Claims on a shared disk: real processes, real kills."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from appo_jax.config_io import load_config
+from appo_jax.errors import ConfigError
+from appo_jax.sweep.plan import Sweep
+from appo_jax.sweep.store import LEASE_S, Store
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
+
+
+def make_sweep(out, **others):
+    space = {"branching.tau": (2.0, 4.0, 8.0, 16.0), "branching.num_branch_points": (3, 4, 5)}
+    fields = {"out": str(out), "base": load_config(QUICKSTART), "space": space, "seeds": (0,), "max_sampled_tokens": 9}
+    return Sweep(**(fields | others))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(make_sweep(tmp_path))
+
+
+WORKER = """
+    import sys, time
+    sys.path.insert(0, {tests!r})
+    from test_store import make_sweep
+    from appo_jax.sweep.store import Store
+
+    store = Store(make_sweep({out!r}))
+    while not store.all_done():
+        if (trial := store.claim_trial()) is None:
+            time.sleep(0.05)
+            continue
+        print("began", trial.number, flush=True)
+        time.sleep(0.1)
+        trial.set_user_attr("seed-0", trial.params["branching.tau"])
+        store.study.tell(trial, trial.params["branching.tau"])
+        store.release(f"trial-{{trial.number}}")
+        print("ended", trial.number, flush=True)
+"""
+
+
+def test_workers_that_are_killed_lose_no_trial_and_none_is_done_twice(tmp_path):
+    code = textwrap.dedent(WORKER.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    rng, out = random.Random(0), tmp_path / "printed"
+
+    def start():
+        with out.open("a") as file:
+            return subprocess.Popen([sys.executable, "-c", code], stdout=file)
+
+    workers = [start(), start()]
+    for _ in range(3):
+        time.sleep(2.0 + rng.random())
+        victim = workers.pop(0)
+        victim.kill()
+        victim.wait()
+        workers.append(start())
+    assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    store = Store(make_sweep(tmp_path))
+    assert [t.state for t in store.trials()] == [TrialState.COMPLETE] * 12
+    points = Counter(tuple(t.params.values()) for t in store.trials())
+    assert set(points.values()) == {1}
+    assert len(points) == 12
+    ended = Counter(line.split()[1] for line in out.read_text().splitlines() if line.startswith("ended"))
+    assert set(ended.values()) == {1}
+
+
+def test_a_silent_workers_trial_goes_to_another_and_a_living_ones_does_not(store, tmp_path):
+    trial = store.claim_trial()
+    lease = tmp_path / "leases" / f"trial-{trial.number}.json"
+    elsewhere = {"host": "another", "pid": 1, "time": time.time()}
+    lease.write_text(json.dumps(elsewhere))
+    second = store.claim_trial()
+    assert second.number != trial.number
+    store.release(f"trial-{second.number}")
+    lease.write_text(json.dumps(elsewhere | {"time": time.time() - LEASE_S - 1}))
+    store.study.tell(second, 0.0)
+    assert store.claim_trial().number == trial.number
+
+
+def test_a_worker_that_lost_its_lease_is_told(store, tmp_path):
+    assert store.take("cold-0")
+    assert store.renew("cold-0")
+    (tmp_path / "leases" / "cold-0.json").write_text(json.dumps({"host": "another", "pid": 1, "time": time.time()}))
+    assert not store.renew("cold-0")
+    assert not store.take("cold-0")
+    store.release("cold-0")  # another's lease stays
+    assert not store.take("cold-0")
+
+
+def test_failed_trials_are_tried_again_once_for_each_failure(store):
+    trial = store.claim_trial()
+    trial.set_user_attr("error", "exit code 1")
+    store.study.tell(trial, state=TrialState.FAIL)
+    store.release(f"trial-{trial.number}")
+    assert store.retry_failed() == 1
+    assert store.retry_failed() == 0
+    points = [tuple(t.system_attrs.get("fixed_params", t.params).values()) for t in store.trials()]
+    assert Counter(points)[tuple(trial.params.values())] == 2
+
+
+def test_a_folder_belongs_to_one_sweep(store, tmp_path):
+    with pytest.raises(ConfigError, match="holds another sweep: seeds differ"):
+        Store(make_sweep(tmp_path, seeds=(0, 1)))
+    base = load_config(QUICKSTART)
+    other = dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, learning_rate=1.0))
+    with pytest.raises(ConfigError, match="holds another sweep: base differ"):
+        Store(make_sweep(tmp_path, base=other))
+
+
+def test_tpe_chooses_only_possible_points_and_as_many_as_asked(tmp_path):
+    space = {"rollout.num_initial": (4, 16), "branching.tau": (2.0, 4.0, 8.0)}
+    store = Store(make_sweep(tmp_path, search="tpe", trials=6, space=space))
+    numbers = []
+    while (trial := store.claim_trial()) is not None:
+        assert trial.params["rollout.num_initial"] == 4
+        numbers.append(trial.number)
+        store.study.tell(trial, trial.params["branching.tau"])
+        store.release(f"trial-{trial.number}")
+    assert len(numbers) == 6
+    assert store.all_done()
