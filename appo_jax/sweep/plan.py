@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from appo_jax.config import Config, validate
-from appo_jax.config_io import flatten, with_fields
+from appo_jax.config import Config
+from appo_jax.config_io import check, flatten, with_fields
 from appo_jax.errors import ConfigError
 from appo_jax.study.plan import COLD_START, MOST_STEPS
 
@@ -60,7 +60,7 @@ class Sweep:
     def point_config(self, point: Point) -> Config:
         """The base config at a point. Raises ConfigError where the point breaks a rule between fields."""
         config = with_fields(self.base, point)
-        validate(config)
+        check(config)
         return config
 
     def config(self, trial: int, point: Point, seed: int) -> Config:
@@ -92,7 +92,7 @@ class Sweep:
             points = [dict(zip(self.space, choice, strict=True)) for choice in itertools.product(*values)]
             points = [point for point in points if self.possible(point)]
             if not points:
-                raise ConfigError("space: every point of the grid breaks a rule between fields (appo_jax/config)")
+                raise ConfigError("space: every point of the grid breaks a rule between fields (appo_jax/config/rules.py)")
             return points
         drawn = (p for p in itertools.islice(self._draws(), MAX_DRAWS * self.trials) if self.possible(p))
         points = list(itertools.islice(drawn, self.trials))
@@ -167,5 +167,5 @@ def check_sweep(sweep: Sweep) -> None:
         if isinstance(values, tuple):
             for value in values:
                 with_fields(sweep.base, {name: value})  # raises for a value of the wrong type
-    validate(sweep.base)
+    check(sweep.base)
     sweep.planned_points()
