@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from appo_jax.config import Architecture, Remat
 from appo_jax.policy.attention import Attend
@@ -72,28 +73,34 @@ def _rows(columns: jax.Array, *shape: int) -> jax.Array:
     return jax.lax.optimization_barrier(columns).T.reshape(shape)
 
 
-def layer(
-    params: Params, arch: Architecture, x: jax.Array, rotation: Rotations, attend: Callable[..., Any]
-) -> tuple[jax.Array, Any]:
-    """Pre-norm attention and a SwiGLU MLP, each added to the stream x `[..., D]`; and what `attend` keeps.
+class Layer(nnx.Module):
+    """Pre-norm attention and a SwiGLU MLP, each added to the stream. Its parameters are one layer's of the table.
 
     A parameter that only some families have is applied where the layer has it.
     """
-    a, p = arch, {name: w if LAYER[name].kind == "norm" else w.astype(x.dtype) for name, w in params.items()}
-    turned = p["q"].shape[0] != a.width  # no policy has as many heads as channels
 
-    h = rms_norm(x, p["attn_norm"], a.norm_eps)
-    q, k, v = (_project(h, p[name], turned) for name in ("q", "k", "v"))
-    if "q_bias" in p:
-        q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
-    if "q_norm" in p:
-        q, k = rms_norm(q, p["q_norm"], a.norm_eps), rms_norm(k, p["k_norm"], a.norm_eps)
-    q, k, v = (constrain(y, ROWS, None, "tensor") for y in (q, k, v))
-    out, kept = attend(rotate(q, rotation), rotate(k, rotation), v)
-    x = constrain(x + _output(out, p["o"], turned), ROWS)
+    def __init__(self, arch: Architecture, params: Params):
+        self.arch = arch
+        self.params = nnx.Dict({name: nnx.Param(value) for name, value in params.items()})
 
-    h = rms_norm(x, p["mlp_norm"], a.norm_eps)
-    return constrain(x + _mlp(h, p["gate"], p["up"], p["down"], turned), ROWS), kept
+    def __call__(self, x: jax.Array, rotation: Rotations, attend: Callable[..., Any]) -> tuple[jax.Array, Any]:
+        """The stream x `[..., D]` after this layer, and what `attend` keeps."""
+        a, stored = self.arch, {name: w[...] for name, w in self.params.items()}
+        p = {name: w if LAYER[name].kind == "norm" else w.astype(x.dtype) for name, w in stored.items()}
+        turned = p["q"].shape[0] != a.width  # no policy has as many heads as channels
+
+        h = rms_norm(x, p["attn_norm"], a.norm_eps)
+        q, k, v = (_project(h, p[name], turned) for name in ("q", "k", "v"))
+        if "q_bias" in p:
+            q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
+        if "q_norm" in p:
+            q, k = rms_norm(q, p["q_norm"], a.norm_eps), rms_norm(k, p["k_norm"], a.norm_eps)
+        q, k, v = (constrain(y, ROWS, None, "tensor") for y in (q, k, v))
+        out, kept = attend(rotate(q, rotation), rotate(k, rotation), v)
+        x = constrain(x + _output(out, p["o"], turned), ROWS)
+
+        h = rms_norm(x, p["mlp_norm"], a.norm_eps)
+        return constrain(x + _mlp(h, p["gate"], p["up"], p["down"], turned), ROWS), kept
 
 
 def _project(h: jax.Array, w: jax.Array, turned: bool) -> jax.Array:
@@ -131,7 +138,7 @@ def hidden_states(
 
     def block(x: jax.Array, of_layer: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         weights, cache = of_layer
-        return layer(weights, arch, x, rotation, functools.partial(attend, cache))
+        return Layer(arch, weights)(x, rotation, functools.partial(attend, cache))
 
     if remat != "none":
         block = jax.checkpoint(block, policy=_KEPT[remat])

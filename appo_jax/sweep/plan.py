@@ -92,7 +92,9 @@ class Sweep:
             points = [dict(zip(self.space, choice, strict=True)) for choice in itertools.product(*values)]
             points = [point for point in points if self.possible(point)]
             if not points:
-                raise ConfigError("space: every point of the grid breaks a rule between fields (appo_jax/config/rules.py)")
+                raise ConfigError(
+                    "space: every point of the grid breaks a rule between fields (appo_jax/config/rules.py)"
+                )
             return points
         drawn = (p for p in itertools.islice(self._draws(), MAX_DRAWS * self.trials) if self.possible(p))
         points = list(itertools.islice(drawn, self.trials))
