@@ -171,7 +171,9 @@ class TreeGrower:
         else:
             sizes = tree_sizes(len(trees[0]), b.num_branch_points, b.num_loops, budget)
         old = [list(tree) for tree in old_log_probs]
-        now: list[list[np.ndarray]] = [[] for _ in trees]  # log-probs under the present policy, from a node's first pass
+        now: list[list[np.ndarray]] = [
+            [] for _ in trees
+        ]  # log-probs under the present policy, from a node's first pass
         for loop, size in enumerate(sizes[:-1], start=1):
             if all(len(tree) == budget for tree in growth.trees):
                 break

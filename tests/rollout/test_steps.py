@@ -150,7 +150,8 @@ def test_penalties_are_the_oracles_under_the_policy_that_drew_the_token(
     got = _kl_penalties(grower, now, reference, trees, old, loss)
     for tree, penalties in zip(trees, got, strict=True):
         drawn = [
-            oracle.inherited(grower.log_probs(params, [r])[0], grower.log_probs(now, [r])[0], r.fork or r.length) for r in tree
+            oracle.inherited(grower.log_probs(params, [r])[0], grower.log_probs(now, [r])[0], r.fork or r.length)
+            for r in tree
         ]
         for r, by, ref, penalty in zip(tree, drawn, grower.log_probs(reference, tree), penalties, strict=True):
             every = zip(by, ref, r.sampled, strict=True)

@@ -154,7 +154,9 @@ def test_the_future_value_of_a_branch_of_a_branch_is_inherited_through_both(
                 line.append(tree[line[-1].parent])
             by_root = min(node.fork for node in line[:-1])  # tokens that π_old drew
             first = tree[0].prompt_length
-            expected = np.exp(float((scores[0].log_probs - known[0])[first:by_root][tree[0].sampled[first:by_root]].sum()))
+            expected = np.exp(
+                float((scores[0].log_probs - known[0])[first:by_root][tree[0].sampled[first:by_root]].sum())
+            )
             if by_root > first:
                 assert scores[r.node].future_value[first] == pytest.approx(expected, rel=1e-3)
                 grandchildren += len(line) > 2
