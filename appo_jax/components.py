@@ -19,7 +19,7 @@ from appo_jax.data.demonstrations import introduce
 from appo_jax.data.pipeline import check_prompts
 from appo_jax.data.source import Dataset, load_dataset
 from appo_jax.policy import weights
-from appo_jax.policy.architecture import architecture_of
+from appo_jax.policy.architecture import architecture_of, for_tokenizer
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.sharding import make_mesh, param_shardings, use_mesh
 from appo_jax.reward import RewardFunction, make_reward
@@ -62,7 +62,7 @@ def build(config: Config) -> Components:
     """Data and tokenizer first: what is wrong with them is said before tools or devices are started."""
     dataset = load_dataset(config.data)
     tokenizer = load_tokenizer(config.policy.tokenizer or str(config.policy.path))
-    arch = architecture_of(config.policy)
+    arch = for_tokenizer(architecture_of(config.policy), tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
         executor = stack.enter_context(build_executor(config.tools, dataset.documents))
         tokenizer = offer_tools(executor.call_format, tokenizer)

@@ -51,6 +51,9 @@ class Architecture:
     """ε of RMSNorm (`rms_norm_eps`)."""
     tie_embeddings: bool = True
     """Whether the output layer is the embedding, transposed (`tie_word_embeddings`)."""
+    num_tokens: PositiveInt | None = None
+    """Ids that the tokenizer has. Rows of the embedding beyond them are padding, with probability 0 everywhere. A run sets it
+    from its tokenizer. None: vocab_size."""
     family: str = "llama"
     """Which parameters a layer has and what it does with them, by a name of policy/parameters.py. llama: Llama 3, SmolLM2.
     qwen2: Qwen2 and Qwen2.5, with biases on queries, keys and values. qwen3: with a norm on queries and keys."""

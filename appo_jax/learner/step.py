@@ -76,7 +76,9 @@ def batch_loss(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.A
     else:
         where, attend = batch.positions, attention.packed(batch.segments)
     hidden, _ = whole_rows(params, spec.arch, batch.tokens, where, attend, spec.dtype, spec.remat)
-    log_probs, entropies = token_log_probs(hidden, unembedding(params), batch.tokens, spec.temperature)
+    log_probs, entropies = token_log_probs(
+        hidden, unembedding(params), batch.tokens, spec.temperature, spec.arch.num_tokens
+    )
     if spec.loss is None:
         loss, metrics = -(batch.weights * log_probs).sum(), {"tokens": (batch.weights > 0).sum()}
     else:

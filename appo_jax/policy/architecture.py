@@ -119,6 +119,19 @@ def architecture_of(config: PolicyConfig) -> Architecture:
     return found
 
 
+def for_tokenizer(arch: Architecture, num_tokens: int) -> Architecture:
+    """The architecture with the rows beyond a tokenizer's ids marked as padding.
+
+    Raises ConfigError for a tokenizer with more ids than the embedding has rows.
+    """
+    if num_tokens > arch.vocab_size:
+        raise ConfigError(
+            f"policy.tokenizer: it has {num_tokens} ids, but the policy's embedding has {arch.vocab_size} rows (vocab_size): "
+            "use the tokenizer that the policy was trained with, or raise policy.architecture.vocab_size for a new policy"
+        )
+    return dataclasses.replace(arch, num_tokens=num_tokens if num_tokens < arch.vocab_size else None)
+
+
 def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:
     """Fields set to a value that would change the result."""
     supported: dict[str, tuple[Any, ...]] = {

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from appo_jax.policy.constraints import ROWS, constrain, parts
+from appo_jax.policy.transformer import unembed
 
 LOGITS_BYTES = 128 * 2**20  # float32 logits held at once
 
@@ -22,13 +23,13 @@ def log_prob_and_entropy(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Arra
 
 
 def token_log_probs(
-    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, temperature: float
+    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, temperature: float, num_tokens: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy of every token of a batch, aligned with the tokens.
 
-    hidden `[R, T, D]`, unembedding `[V, D]`, tokens `[R, T]`. Returns two float32 `[R, T]`; index t speaks of token t,
-    drawn from the hidden state at t−1; index 0 is 0. Runs over chunks of positions, all rows at once, and recomputes each
-    chunk's logits in the backward pass.
+    hidden `[R, T, D]`, unembedding `[V, D]`, tokens `[R, T]`; `num_tokens` as of `unembed`. Returns two float32 `[R, T]`;
+    index t speaks of token t, drawn from the hidden state at t−1; index 0 is 0. Runs over chunks of positions, all rows at
+    once, and recomputes each chunk's logits in the backward pass.
     """
     R, T, _ = hidden.shape
     chunk = positions_at_once(R, T, unembedding.shape[0])
@@ -44,7 +45,7 @@ def token_log_probs(
 
     @jax.checkpoint
     def one_chunk(states: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.einsum("rtd,vd->rtv", states, weights, preferred_element_type=jnp.float32)
+        logits = unembed(states, weights, num_tokens)
         return log_prob_and_entropy(constrain(logits, ROWS, None, "tensor") / temperature, targets)
 
     log_probs, entropies = jax.lax.map(lambda x: one_chunk(*x), (chunked(hidden), chunked(targets)))

@@ -45,7 +45,7 @@ def whole_rows(
 def score(params: Params, tokens: jax.Array, *, arch: Architecture, temperature: float, dtype: jnp.dtype) -> Scored:
     """Log-probabilities, entropies and KV cache of right-padded rollouts `[R, T]` in one pass."""
     hidden, cache = whole_rows(params, arch, tokens, positions(tokens), attention.causal, dtype)
-    log_probs, entropies = token_log_probs(hidden, unembedding(params), tokens, temperature)
+    log_probs, entropies = token_log_probs(hidden, unembedding(params), tokens, temperature, arch.num_tokens)
     return Scored(replicate(log_probs), replicate(entropies), attention.laid_out(cache))
 
 

@@ -27,6 +27,9 @@ from appo_jax.policy.parameters import LAYER, Params
 
 Rotations = tuple[jax.Array, jax.Array]  # cosines and sines of the rotary embedding
 
+# Finite, so that neither the gradient of an entropy nor a division by the temperature gives NaN; exp of it is 0.
+_PADDING_LOGIT = -1e30
+
 # What a rematerialised layer keeps for its backward pass, beside its input.
 _KEPT = {"layers": None, "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -164,6 +167,16 @@ def unembedding(params: Params) -> jax.Array:
     return params["unembed"].T if "unembed" in params else params["embed"]
 
 
-def unembed(hidden: jax.Array, weights: jax.Array) -> jax.Array:
-    """Logits of one token per row as columns, float32 `[V, W]`, of hidden states `[W, D]` and the `unembedding [V, D]`."""
-    return jnp.einsum("vd,wd->vw", weights, hidden, preferred_element_type=jnp.float32)
+def unembed(hidden: jax.Array, weights: jax.Array, num_tokens: int | None = None, columns: bool = False) -> jax.Array:
+    """Float32 logits `[..., V]` of hidden states `[..., D]` and the `unembedding [V, D]`; or, of `[W, D]`, as columns `[V, W]`.
+
+    Rows of the embedding from `num_tokens` on are padding. Here, and nowhere else, they get a logit whose probability is 0:
+    in the sampler, the score pass and the loss alike.
+    """
+    equation = "vd,wd->vw" if columns else "...d,vd->...v"
+    operands = (weights, hidden) if columns else (hidden, weights)
+    logits = jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+    if num_tokens is None or num_tokens == len(weights):
+        return logits
+    ids = jnp.arange(len(weights))
+    return jnp.where((ids[:, None] if columns else ids) < num_tokens, logits, _PADDING_LOGIT)

@@ -241,7 +241,7 @@ def decode_segment(
         hidden, cache = feed(
             params, arch, prefixes, places, s.cache, token, last, jnp.ones_like(last), s.start, table, dtype
         )  # fmt: skip
-        logits = unembed(hidden[:, 0], weights)
+        logits = unembed(hidden[:, 0], weights, arch.num_tokens, columns=True)
         uniforms = None
         if spec.temperature > 0:
             logits = truncate(logits / spec.temperature, spec.top_k, spec.top_p)

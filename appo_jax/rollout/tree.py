@@ -63,7 +63,9 @@ def valid_positions(rollout: Rollout, blank: np.ndarray, config: BranchingConfig
     """`[T]` bool: tokens before which (with `include_token`: after which) a branch may begin."""
     valid = rollout.sampled.copy()
     if config.skip_blank:
-        valid &= ~blank[rollout.tokens]
+        valid &= ~np.append(blank, True)[
+            np.minimum(rollout.tokens, len(blank))
+        ]  # ids beyond the tokenizer's are blank too
     if config.include_token:
         # After EOS there is nothing to continue, and the last token may have used up the room.
         valid &= rollout.tokens != eos_id

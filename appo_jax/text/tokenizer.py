@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
         """Ids of any text; never a control token."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; control tokens add nothing, broken UTF-8 becomes U+FFFD."""
+        """Text of the ids; control tokens and ids from vocab_size on add nothing, broken UTF-8 becomes U+FFFD."""
 
     def token_bytes(self) -> list[bytes]:
         """[V] the bytes each token adds to the text; b"" for control tokens."""
@@ -251,7 +251,8 @@ def check_tags(tokenizer: Tokenizer, tags: Sequence[str]) -> None:
 
 
 def _join(token_bytes: Sequence[bytes], ids: Sequence[int]) -> str:
-    return b"".join(token_bytes[token] for token in ids).decode("utf-8", errors="replace")
+    known = len(token_bytes)  # ids beyond are padding of a model's embedding
+    return b"".join(token_bytes[token] for token in ids if token < known).decode("utf-8", errors="replace")
 
 
 def _valid_unicode(text: str) -> str:

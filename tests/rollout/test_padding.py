@@ -1,0 +1,123 @@
+"""Rows of the embedding that no token has: they are as if they were not there, however large their logits are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from appo_jax.config import Architecture, BranchingConfig, LossConfig, RolloutConfig
+from appo_jax.errors import ConfigError
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
+from appo_jax.policy.architecture import for_tokenizer
+from appo_jax.policy.parameters import Params, init_params
+from appo_jax.policy.score import score
+from appo_jax.rollout.engine import Engine
+from appo_jax.rollout.tree import blank_tokens, valid_positions
+from appo_jax.text.tokenizer import SentencePieceTokenizer
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.types import Example, Rollout
+
+PADDING = 37
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["own", "tied"])
+def plain(request: pytest.FixtureRequest, arch: Architecture) -> Architecture:
+    return dataclasses.replace(arch, tie_embeddings=request.param)
+
+
+@pytest.fixture(scope="session")
+def without(plain: Architecture) -> Params:
+    """A policy with a row for each token."""
+    return jax.tree.map(lambda x: 1.4 * x, init_params(plain, seed=1))
+
+
+@pytest.fixture(scope="session")
+def padded(plain: Architecture, without: Params) -> tuple[Architecture, Params]:
+    """The same with rows more, whose logits are the largest of all at most positions."""
+    arch = dataclasses.replace(plain, vocab_size=plain.vocab_size + PADDING)
+    rows = 5 * jax.random.normal(jax.random.key(3), (PADDING, arch.width))
+    params = without | {"embed": jnp.concatenate([without["embed"], rows])}
+    if "unembed" in without:
+        params["unembed"] = jnp.concatenate([without["unembed"], rows.T], axis=1)
+    return for_tokenizer(arch, plain.vocab_size), params
+
+
+@pytest.mark.parametrize("config", [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0.3}])
+def test_padding_is_never_drawn(
+    config: dict[str, float], plain: Architecture, without: Params, padded: tuple[Architecture, Params],
+    tokenizer: SentencePieceTokenizer, executor: ToolExecutor, examples: list[Example], rollout_config: RolloutConfig,
+) -> None:  # fmt: skip
+    rollouts = dataclasses.replace(rollout_config, max_response_tokens=24, max_result_tokens=8, **config)
+
+    def draw(arch: Architecture, params: Params, temperature: float | None = None) -> list[Rollout]:
+        engine = Engine(arch, tokenizer, executor, rollouts, 0, jnp.float32)
+        return [rollout for tree in engine.initial(params, examples, 2, (0, 0), temperature) for rollout in tree]
+
+    for temperature in (None, 0.0) if not config else (None,):  # 0: greedy
+        found, expected = draw(*padded, temperature), draw(plain, without, temperature)
+        for a, b in zip(found, expected, strict=True):
+            assert a.tokens.tolist() == b.tokens.tolist()
+            np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+            np.testing.assert_allclose(a.entropies, b.entropies, atol=1e-5)
+
+
+def test_log_probs_entropies_and_gradients_are_those_without_padding(
+    plain: Architecture, without: Params, padded: tuple[Architecture, Params]
+) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, plain.vocab_size, (2, 11)).astype(np.int32)
+    batch = TrainBatch(
+        tokens, np.full((2, 11), 0.1, np.float32), rng.normal(size=(2, 11)).astype(np.float32),
+        rng.normal(-4, 0.2, (2, 11)).astype(np.float32),
+    )  # fmt: skip
+
+    def numbers(arch: Architecture, params: Params) -> tuple[np.ndarray, np.ndarray, Params]:
+        scored = score(params, tokens, arch=arch, temperature=0.7, dtype=jnp.dtype("float32"))
+        loss = LossConfig(entropy_weight=0.5)  # the entropy's gradient is where masked logits give NaN
+        step = make_train_step(optax.sgd(1.0), StepSpec(arch, loss, 0.7, 0, jnp.dtype("float32")))
+        copy = jax.tree.map(jnp.array, params)
+        state, _ = step(TrainState(copy, optax.sgd(1.0).init(copy)), jax.tree.map(jnp.asarray, batch))
+        grads = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), params, state.params)
+        return np.asarray(scored.log_probs), np.asarray(scored.entropies), grads
+
+    found, expected = numbers(*padded), numbers(plain, without)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+    V = plain.vocab_size
+    cut = found[2] | {"embed": found[2]["embed"][:V]}
+    assert not found[2]["embed"][V:].any()
+    if "unembed" in cut:
+        assert not cut["unembed"][:, V:].any()
+        cut["unembed"] = cut["unembed"][:, :V]
+    for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(expected[2]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_text_functions_do_not_fall_over_padding(tokenizer: SentencePieceTokenizer, rollouts: list[Rollout]) -> None:
+    beyond = [tokenizer.vocab_size, tokenizer.vocab_size + PADDING]
+    text = tokenizer.encode("the fox")
+    assert tokenizer.decode([beyond[0], *text, beyond[1]]) == "the fox"
+    rollout = dataclasses.replace(rollouts[0], tokens=rollouts[0].tokens.copy())
+    last = int(np.flatnonzero(rollout.sampled)[-2])
+    rollout.tokens[last] = beyond[1]
+    assert not valid_positions(rollout, blank_tokens(tokenizer), BranchingConfig(), tokenizer.eos_id)[last]
+
+
+@pytest.fixture(scope="session")
+def rollouts(
+    arch: Architecture, params: Params, tokenizer: SentencePieceTokenizer, executor: ToolExecutor,
+    examples: list[Example], rollout_config: RolloutConfig,
+) -> list[Rollout]:  # fmt: skip
+    engine = Engine(arch, tokenizer, executor, rollout_config, 0, jnp.float32)
+    return engine.initial(params, examples[:1], 1, (0, 0))[0]
+
+
+def test_the_architecture_of_a_tokenizer(arch: Architecture) -> None:
+    assert for_tokenizer(arch, arch.vocab_size) == arch  # nothing is padded: the very programs of before
+    with pytest.raises(ConfigError, match=rf"it has {arch.vocab_size + 1} ids, but .* {arch.vocab_size} rows"):
+        for_tokenizer(arch, arch.vocab_size + 1)
