@@ -22,7 +22,7 @@ from appo_jax.policy import weights
 from appo_jax.policy.architecture import architecture_of, for_tokenizer
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.sharding import make_mesh, param_shardings, use_mesh
-from appo_jax.reward import RewardFunction, make_reward
+from appo_jax.reward import Judge, Judgement, make_reward
 from appo_jax.reward.overlong import overlong_penalty
 from appo_jax.reward.response import Response, opened_thought
 from appo_jax.rollout.engine import Engine
@@ -48,7 +48,7 @@ class Components:
     dtype: Any
     mesh: Mesh
     engine: Engine
-    reward: RewardFunction
+    reward: Judge
     resources: contextlib.ExitStack  # the tools, and the mesh in use
 
     def __enter__(self) -> Components:
@@ -72,6 +72,7 @@ def build(config: Config) -> Components:
         stack.enter_context(use_mesh(mesh))
         engine = Engine(arch, tokenizer, executor, config.rollout, config.seed, dtype, mesh)
         reward = make_reward(config.reward.function, config.reward.tool_bonus, executor.call_format)
+        reward.try_out(train[0])
         return Components(
             config, dataset, train, held_out, tokenizer, executor, arch, dtype, mesh, engine, reward, stack.pop_all()
         )  # fmt: skip
@@ -129,17 +130,21 @@ def prompt_opening(prompt: np.ndarray, tokenizer: Tokenizer) -> str:
 def give_rewards(rollouts: Sequence[Rollout], components: Components, overlong_buffer: int = 0) -> None:
     """Fill in `reward`, `correct` and `reward_detail` of finished rollouts, the punishment of overlong ones included.
 
-    Each host judges its own rollouts and tells the others.
+    Each host judges its own rollouts and tells the others. A rollout that the function gives no finite reward keeps a NaN
+    and `reward_error`; groups leave it out. Raises TrainingError when that is so for all of them.
     """
     limit = components.config.rollout.max_response_tokens
     own = []
     for i, rollout in enumerate(rollouts):
         if rollout.host == distributed.host():
-            result = components.reward(response_of(rollout, components.tokenizer))
-            own.append((i, float(result.reward), bool(result.correct), dict(result.detail)))
-    for i, reward, correct, detail in itertools.chain.from_iterable(distributed.exchange(own)):
-        rollout = rollouts[i]
-        rollout.reward, rollout.correct, rollout.reward_detail = reward, correct, detail
+            judgement = components.reward(response_of(rollout, components.tokenizer))
+            own.append((i, dataclasses.astuple(judgement)))
+    told = itertools.chain.from_iterable(distributed.exchange(own))
+    judged = [(rollouts[i], Judgement(*fields)) for i, fields in told]
+    components.reward.report([(rollout.example.id, judgement) for rollout, judgement in judged])
+    for rollout, judgement in judged:
+        rollout.reward, rollout.correct = judgement.reward, judgement.correct
+        rollout.reward_detail, rollout.reward_error = judgement.detail, judgement.error
         if overlong_buffer:
             penalty = overlong_penalty(rollout.length - rollout.prompt_length, limit, overlong_buffer)
             rollout.reward += penalty

@@ -25,7 +25,7 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         return {
             "eval/accuracy": self.accuracy,
-            "eval/reward": float(np.mean([r.reward for r in self.rollouts])),
+            "eval/reward": float(np.nanmean([r.reward for r in self.rollouts])),
             "eval/truncated": float(np.mean([r.truncated for r in self.rollouts])),
             "eval/calls": float(np.mean([len(r.calls) for r in self.rollouts])),
             "eval/seconds": self.seconds,

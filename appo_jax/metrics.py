@@ -132,6 +132,7 @@ def _node_record(rollout: Rollout, tree: Sequence[Rollout], decode: Callable[[Se
         "reward": rollout.reward,
         "correct": bool(rollout.correct),
         "reward_detail": rollout.reward_detail,
+        "reward_error": rollout.reward_error,
         "stop_reason": str(rollout.stop_reason),
         "branch_positions": forks,
         "calls": [call.to_json() for call in rollout.calls],

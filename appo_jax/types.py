@@ -116,9 +116,10 @@ class Rollout:
     fork: int | None = None  # index of the first token that is its own (the parent's token there is drawn again)
     loop: int = 0  # 0 for initial rollouts, else the branching loop that made it
     host: int = 0  # which host runs its tools and gives its reward: that of its prompt
-    reward: float = float("nan")
+    reward: float = float("nan")  # NaN: none yet, or none at all
     correct: bool = False
     reward_detail: dict[str, float] = dataclasses.field(default_factory=dict)
+    reward_error: str | None = None  # why the reward function gave it no reward
 
     @property
     def is_initial(self) -> bool:

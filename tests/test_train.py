@@ -19,15 +19,19 @@ import pytest
 
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
-from appo_jax.components import Components, build, initial_params
+from appo_jax.components import Components, build, initial_params, response_of
 from appo_jax.config import Config
 from appo_jax.config_io import check, save_config
+from appo_jax.errors import ConfigError, TrainingError
+from appo_jax.evaluate import evaluate
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.metrics import read_metrics
 from appo_jax.prepare import prepare_world
+from appo_jax.reward import Judge, Response
 from appo_jax.rollout.tree import TreeGrower
 from appo_jax.train import train_step
+from appo_jax.types import RewardResult
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +184,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(config: Config, tmp_pat
     assert re.search(r"sft/(loss|grad_norm) is (nan|inf) at step 3: training stops", text), text[-3000:]
     assert "sft.learning_rate" in text
     assert "Traceback" not in text
+
+
+def test_a_reward_that_fails_is_counted_and_one_that_always_fails_ends_the_run(config: Config) -> None:
+    def flaky(response: Response) -> RewardResult:
+        return RewardResult(float("nan") if len(response.text) % 3 == 0 else 1.0 + len(response.text), True)
+
+    def broken(response: Response) -> float:
+        return 1.0
+
+    with build(config) as built:
+        components = dataclasses.replace(built, reward=Judge("mine:flaky", flaky))
+        state, update = learner(config, components)
+        plan, examples = make_algorithm(config), components.train[:4]
+        grower = TreeGrower(components.engine, config.rollout, config.branching)
+        state, record, trees = train_step(0, examples, state, None, update, plan, grower, components)
+        failed = [r for tree in trees for r in tree if len(response_of(r, components.tokenizer).text) % 3 == 0]
+        assert 0 < record["reward/failed"] == len(failed)
+        assert {r.reward_error for r in failed} == {"returned the reward nan"}
+        for name in ("reward/initial", "update/loss", "advantage/abs_mean"):
+            assert np.isfinite(record[name])
+        with pytest.raises(TrainingError, match=r"'mine:broken' returned 1.0, a float"):
+            evaluate(state.params, dataclasses.replace(built, reward=Judge("mine:broken", broken)))
+
+
+def test_a_reward_of_the_wrong_kind_is_found_before_the_run(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong_rewards.py").write_text("def number(response): return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, function="wrong_rewards:number"))
+    with pytest.raises(ConfigError, match=r"'wrong_rewards:number', tried out on a right answer to .* returned 1\.0"):
+        build(config)

@@ -69,6 +69,8 @@ def shared_prefix(tree: Tree, rewards: np.ndarray) -> list[np.ndarray]:
     initial, branches = own_zscores(rewards[first]), own_zscores(rewards[~first])
     total, count = ([np.zeros(tree[n].length) for n in range(len(initial))] for _ in range(2))
     for rollout, own in zip(tree[len(initial) :], branches, strict=True):
+        if np.isnan(rewards[rollout.node]):
+            continue
         root, shared = root_and_shared(tree, rollout)
         total[root][:shared] += own
         count[root][:shared] += 1
@@ -117,10 +119,11 @@ def global_returns(trees: Sequence[Tree], penalties: Sequence[Sequence[np.ndarra
         returns.append([r.reward - np.cumsum(x[::-1])[::-1] for r, x in zip(tree, to_go, strict=True)])
     rollouts = [r for tree in trees for r in tree]
     tokens = np.concatenate([x[r.sampled] for r, x in zip(rollouts, (x for row in returns for x in row), strict=True)])
+    tokens = tokens[~np.isnan(tokens)]  # rollouts without a reward
     if not tokens.size or tokens.max() - tokens.min() <= EQUAL:
         return [[np.zeros(r.length) for r in tree] for tree in trees]
     mean, std = tokens.mean(), tokens.std()
     return [
-        [np.where(r.sampled, (x - mean) / std, 0.0) for r, x in zip(tree, row, strict=True)]
+        [np.where(r.sampled, np.nan_to_num((x - mean) / std), 0.0) for r, x in zip(tree, row, strict=True)]
         for tree, row in zip(trees, returns, strict=True)
     ]

@@ -1,4 +1,7 @@
-"""Advantages of whole rollouts from groups of rewards (eq. 6). Host side, float64: a few numbers per prompt."""
+"""Advantages of whole rollouts from groups of rewards (eq. 6). Host side, float64: a few numbers per prompt.
+
+A NaN is a rollout without a reward (its reward function failed): no group counts it, and its own advantage is 0.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ EQUAL = 1e-9  # rewards no further apart are the same reward: what rounding adde
 
 def without_spread(rewards: np.ndarray) -> bool:
     """Whether a group's rewards are all the same."""
-    return bool(rewards.max() - rewards.min() <= EQUAL)
+    rewards = rewards[~np.isnan(rewards)]
+    return rewards.size == 0 or bool(rewards.max() - rewards.min() <= EQUAL)
 
 
 def zscores(rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -18,10 +22,11 @@ def zscores(rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
     Over a group without spread the quotient is 0/0 for the group's own value, which counts as 0, and undefined (NaN) for
     any other; so it is over an empty group.
     """
+    group = group[~np.isnan(group)]
     if group.size == 0:
         return np.full(rewards.shape, np.nan)
     if without_spread(group):
-        return np.where(np.abs(rewards - group[0]) <= EQUAL, 0.0, np.nan)
+        return np.where(np.abs(rewards - group[0]) <= EQUAL, 0.0, np.nan)  # no comparison holds for a NaN
     return (rewards - group.mean()) / group.std()
 
 

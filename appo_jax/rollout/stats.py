@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,12 @@ def rollout_metrics(trees: Sequence[Tree], stats: GenerationStats) -> dict[str, 
     initial = [r for r in rollouts if r.is_initial]
     branches = [r for r in rollouts if not r.is_initial]
     record: dict[str, Any] = {
-        "reward/initial": mean([r.reward for r in initial]),
-        "reward/branch": mean([r.reward for r in branches]),
-        "reward/initial_std": mean([float(np.std([r.reward for r in tree if r.is_initial])) for tree in trees]),
+        "reward/initial": mean(_rewards(initial)),
+        "reward/branch": mean(_rewards(branches)),
+        "reward/initial_std": mean(
+            [float(np.std(x)) for tree in trees if (x := _rewards(t for t in tree if t.is_initial))]
+        ),
+        "reward/failed": sum(r.reward_error is not None for r in rollouts),
         "accuracy/initial": mean([r.correct for r in initial]),
         "accuracy/branch": mean([r.correct for r in branches]),
         "rollout/count": len(rollouts),
@@ -47,6 +50,11 @@ def rollout_metrics(trees: Sequence[Tree], stats: GenerationStats) -> dict[str, 
     record |= {f"calls/{name}/{outcome}": count for (name, outcome), count in sorted(calls.items())}
     record["calls/per_rollout"] = mean([len(r.calls) for r in initial])
     return record
+
+
+def _rewards(rollouts: Iterable[Rollout]) -> list[float]:
+    """The rewards of the rollouts that have one."""
+    return [rollout.reward for rollout in rollouts if rollout.reward_error is None]
 
 
 def update_metrics(

@@ -271,3 +271,17 @@ def test_overlong_penalty_is_the_oracles(length, limit, data):
     buffer = data.draw(st.integers(1, limit))
     assert overlong_penalty(length, limit, buffer) == pytest.approx(oracle.overlong(length, limit, buffer))
     assert overlong_penalty(length, limit, 0) == 0
+
+
+@given(
+    st.lists(rewards, min_size=1, max_size=4), st.lists(rewards, max_size=4),
+    st.sampled_from(["paper", "joint", "init_only", "shared_prefix", "global", "tree", "turn"]),
+)  # fmt: skip
+def test_a_rollout_without_a_reward_counts_in_no_group_and_learns_nothing(initial, branches, rule):
+    config = AdvantageConfig(base=rule)
+    (without,) = base_advantages([tree_of(initial, branches)], None, config)
+    (found,) = base_advantages([tree_of([*initial, np.nan], [*branches, np.nan])], None, config)
+    n = len(initial)
+    assert not found[n].any()
+    assert not found[-1].any()
+    np.testing.assert_allclose([*found[:n], *found[n + 1 : -1]], without, atol=1e-12)
