@@ -29,6 +29,7 @@ _ASSIGNMENT = re.compile(
 _BASE = re.compile(r"_\s*\{?(\d+)\}?$")
 # What only a computer algebra system can read beside a group: x > 2 is (2, \infty).
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|mid|mathbb|cup|cap|setminus|begin)(?![a-z])")
+_COMMAS = re.compile(r"-?\d+(?:,\d+)+")
 _WORDS = re.compile(r"[\w\s:'.-]*[^\W\d_]{2}[\w\s:'.-]*")
 _ONLY_WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s'-]+[^\W\d_]+)*")
 
@@ -67,9 +68,13 @@ class _Comparison:
         answer, gold = unwrapped(answer), unwrapped(gold)
         if (verdict := _plain_numbers(answer, gold)) is not None:
             return verdict
+        if (values := _without_units(answer, gold)) != (answer, gold):
+            return values is not None and self.equal(*values, depth + 1)
         a, g = _read(answer), _read(gold)
+        if a is None and g is not None and _COMMAS.fullmatch(answer):
+            a = Group("", "", tuple(answer.split(",")))  # 1,234 are two numbers where the gold is a list
         if a is None and g is None:
-            return self._expressions(answer, gold, depth)
+            return self._expressions(answer, gold)
         return self._groups(a or _alone(answer), g or _alone(gold), depth) or (
             bool(_RELATION.search(answer + gold)) and self._verify(answer, gold)
         )
@@ -100,16 +105,11 @@ class _Comparison:
             left.pop(match)
         return not left
 
-    def _expressions(self, answer: str, gold: str, depth: int) -> bool:
+    def _expressions(self, answer: str, gold: str) -> bool:
         if _WORDS.fullmatch(answer) and _WORDS.fullmatch(gold) and _same_words(answer, gold):
             return True
         if _ONLY_WORDS.fullmatch(answer) and _ONLY_WORDS.fullmatch(gold):
             return False  # math-verify would take words for products of letters: "act" for "cat"
-        a, g = split_unit(answer), split_unit(gold)
-        if a is None or g is None or (g[1] is not None and a[1] not in (None, g[1])):
-            return False
-        if a[1] is not None or g[1] is not None:
-            return self.equal(a[0], g[0], depth + 1)
         bases = [base[1] for text in (answer, gold) if (base := _BASE.search(text))]
         if len(set(bases)) > 1:
             return False  # math-verify drops the base of 43_5
@@ -138,6 +138,14 @@ def _plain_numbers(answer: str, gold: str) -> bool | None:
     return numbers_equal(a, g) if a is not None and g is not None else None
 
 
+def _without_units(answer: str, gold: str) -> tuple[str, str] | None:
+    """Both without their units; None when the gold's unit is another one."""
+    a, g = split_unit(answer), split_unit(gold)
+    if a is None or g is None or (g[1] is not None and a[1] not in (None, g[1])):
+        return None
+    return (answer if a[1] is None else a[0]), (gold if g[1] is None else g[0])
+
+
 def _read(text: str) -> Group | None:
     """The parts of an answer, with `\\pm` written out as two."""
     if text == r"\emptyset":
@@ -160,7 +168,7 @@ def _signed(text: str, plus_minus: str, minus_plus: str) -> str:
 
 
 def _same_brackets(answer: Group, gold: Group) -> bool:
-    """Whether two groups are of one kind. A tuple's brackets may be left out or be pointed; a column is a tuple."""
+    """Whether two groups are of one kind. A tuple's parentheses may be left out or be pointed; a column is a tuple."""
 
     def kind(group: Group) -> tuple[str, str]:
         if group.opening == "matrix":
@@ -170,7 +178,7 @@ def _same_brackets(answer: Group, gold: Group) -> bool:
             return "matrix", ""
         return ("(", ")") if group.opening == "\\langle" else (group.opening, group.closing)
 
-    return kind(answer) == kind(gold) or (kind(answer) == ("", "") and kind(gold) == ("(", ")"))
+    return kind(answer) == kind(gold) or {kind(answer), kind(gold)} == {("", ""), ("(", ")")}
 
 
 def _without_assignment(answer: str, gold: str) -> tuple[str, str]:

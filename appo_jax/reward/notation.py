@@ -42,7 +42,7 @@ def clean(text: str) -> str:
     text = _ascii_signs(text)
     if "matrix" not in text and "array" not in text:  # where \\\\ ends no row, it is a command escaped once too often
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
-    text = re.sub(r"\\!\s*|\{\}", "", text).replace("{,}", ",")
+    text = re.sub(r"\s*\\!\s*|\{\}", "", text).replace("{,}", ",")
     text = re.sub(r"(?<!\\)\\[,;: ]|~", " ", text)
     text = _COMMAND.sub(_synonym, text)
     text = _dollars(re.sub(r"(?<!\\)\\[()\[\]]", "", text))
@@ -55,6 +55,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<![a-zA-Z\\])(?:infinity|infty)(?![a-zA-Z])", r"\\infty", text)
     text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", text)
     text = re.sub(r"(?<=[\d}])\s*(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?![a-zA-Z])", "%", text)
+    text = re.sub(r"(?<=\d), (?=0\d\d(?!\d))", ",", text)  # 80, 000: a list has no part that begins with 0
     text = re.sub(r"\*\*(.*)\*\*", r"\1", text.strip())  # bold, as Markdown writes it
     return " ".join(text.split()).rstrip(".,; ").strip()
 

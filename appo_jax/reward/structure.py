@@ -59,7 +59,7 @@ def unwrapped(text: str) -> str:
         opening, inside, closing = _outer_brackets(text)
         if (opening, closing) not in (("(", ")"), ("{", "}")) or len(_split(inside)) != 1:
             return text
-        text = inside
+        text = inside.rstrip(", ")
 
 
 def choice(text: str) -> str | None:

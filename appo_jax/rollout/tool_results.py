@@ -6,42 +6,58 @@ from appo_jax.errors import ConfigError
 from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.tools.format import CallFormat, result_ids, shield
 
-CUT_MARK = " […]"
+CUT_MARK = "\n[…]\n"
+MAX_TOKEN_CHARS = 64
+"""Of a result that is longer than all its tokens could be at this length, only the two ends are tokenised."""
 
 
 class ToolResults:
-    """Encodes what tools return as it enters a rollout, `most` tokens at most, marks included.
+    """Encodes what tools return as it enters a rollout, `max_tokens` tokens at most, the marks around it included.
 
     Raises ConfigError where the marks alone take that many.
     """
 
-    def __init__(self, tokenizer: Tokenizer, call_format: CallFormat, most: int):
-        self._tokenizer, self._most = tokenizer, most
+    def __init__(self, tokenizer: Tokenizer, call_format: CallFormat, max_tokens: int):
+        self._tokenizer = tokenizer
         self._head, self._tail = result_ids(call_format, tokenizer)
-        self._cut_tail = [*tokenizer.encode(CUT_MARK), *self._tail]
-        marks = len(self._head) + len(self._cut_tail)
-        if marks >= most:
+        self._cut = tokenizer.encode(CUT_MARK)
+        self._room = max_tokens - len(self._head) - len(self._tail)
+        marks = len(self._head) + len(self._tail) + len(self._cut)
+        if marks >= max_tokens:
             raise ConfigError(
-                f"rollout.max_result_tokens = {most}: a result's own marks take {marks} tokens; give it at least {marks + 1}"
+                f"rollout.max_result_tokens = {max_tokens}: a result's own marks take {marks} tokens; give it at least "
+                f"{marks + 1}"
             )
-        self.buckets = result_buckets(most)
+        self.buckets = result_buckets(max_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a result, cut with a visible mark where it is too long."""
-        ids = self._tokenizer.encode(shield(text))
-        if len(self._head) + len(ids) + len(self._tail) <= self._most:
-            return [*self._head, *ids, *self._tail]
-        keep = max(0, self._most - len(self._head) - len(self._cut_tail))
-        return [*self._head, *ids[:keep], *self._cut_tail]
+        """Token ids of a result between its marks; a long one is cut in the middle, once, with a visible mark."""
+        return [*self._head, *self._fitting(shield(text)), *self._tail]
+
+    def _fitting(self, text: str) -> list[int]:
+        max_chars = MAX_TOKEN_CHARS * self._room
+        if len(text) <= 2 * max_chars:
+            ids = self._tokenizer.encode(text)
+            if len(ids) <= self._room:
+                return ids
+        room, text = self._room - len(self._cut), text.rstrip()
+        # The last line says what went wrong in a traceback, and often what a program computed: it stays whole.
+        last_line = text.rpartition("\n")[2]
+        tail = len(self._tokenizer.encode(last_line[: max_chars + 1]))
+        if tail > room:
+            text, tail = last_line, 0
+        tail = max(room // 2, tail)
+        end = self._tokenizer.encode(text[-max_chars:])[-tail:] if tail else []
+        return [*self._tokenizer.encode(text[:max_chars])[: room - tail], *self._cut, *end]
 
     def bucket(self, length: int) -> int:
         """The length that a result of `length` tokens is padded to."""
         return next(bucket for bucket in self.buckets if bucket >= length)
 
 
-def result_buckets(most: int) -> list[int]:
-    """Lengths in which tool results are appended: 32, 128, 512 … while well below `most`, and `most`."""
+def result_buckets(max_tokens: int) -> list[int]:
+    """Lengths in which tool results are appended: 32, 128, 512 … while well below `max_tokens`, and `max_tokens`."""
     buckets = [32]
-    while 2 * buckets[-1] < most:
+    while 2 * buckets[-1] < max_tokens:
         buckets.append(4 * buckets[-1])
-    return [*buckets[:-1], most]
+    return [*buckets[:-1], max_tokens]

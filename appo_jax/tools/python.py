@@ -121,7 +121,7 @@ class PythonTool:
             return self._sandbox
 
     def _result(self, reply: dict[str, Any]) -> ToolResult:
-        text = shorten(reply["text"].rstrip("\n"), self._config.max_output_chars)
+        text = reply["text"].rstrip("\n")  # the rollout cuts it to its tokens
         match reply["outcome"]:
             case "ok":
                 return ToolResult(text or "(no output)", Outcome.OK)
@@ -147,14 +147,6 @@ class PythonTool:
                 return ToolResult("The machine has no room for another interpreter state.", Outcome.UNAVAILABLE)
             case _:
                 return ToolResult("The state of the interpreter is lost: its code interfered with it.", Outcome.ERROR)
-
-
-def shorten(text: str, limit: int) -> str:
-    """Cut an overlong output in the middle, with a visible mark: the beginning and the end tell most."""
-    if len(text) <= limit:
-        return text
-    tail = limit // 4
-    return f"{text[: limit - tail]}\n… (output cut: over {limit} characters) …\n{text[len(text) - tail :]}"
 
 
 class Snapshot:

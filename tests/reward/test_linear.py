@@ -15,11 +15,11 @@ from appo_jax.reward.latex import last_boxed, plain
 from appo_jax.reward.math import math_equal
 from appo_jax.reward.official import official_reward
 from appo_jax.reward.qa import exact_match, token_f1
-from appo_jax.tools.format import make_format
-from appo_jax.tools.python import shorten
-from appo_jax.tools.search import Page, format_pages, split_contents, words
+from appo_jax.tools.format import JsonFormat, TagFormat, shield
+from appo_jax.tools.protocol import ToolSpec
+from appo_jax.tools.search import format_pages, split_contents, words
 from appo_jax.tools.wrap import read_arguments
-from appo_jax.types import Segment, StopReason
+from appo_jax.types import Document, Segment, StopReason
 
 SHORT, FACTOR, ALLOWED = 10_000, 4, 8  # characters; allowed: twice what linear code needs
 AT_ONCE = 0.1  # seconds: a text that needs less is nothing to worry about
@@ -67,6 +67,9 @@ HOSTILE = {
     "deep JSON": ("<tool_call>", "[", "</tool_call>"),
     "quotes": ('<tool_call>"', '\\"', "</tool_call>"),
     "half tags": "</",
+    "open tags with attributes": "<result x",
+    "loose tags": "< / Result a = 1 >",
+    "spaces in a tag": ("<", " ", "result>"),
     "tags and spaces": ("</python>", " ", "x"),
 }
 
@@ -82,6 +85,9 @@ def response(text, kind="qa"):
     return Response((Segment(text, True),), ("1,234 apples",), kind, frozenset(), StopReason.ANSWERED)
 
 
+SPECS = (ToolSpec("python", "code"), ToolSpec("search", "query"))
+TAGS, JSON = TagFormat(SPECS), JsonFormat(SPECS)
+THOUGHT = "<think>{}</think><answer>\\boxed{{5}}</answer>"
 READERS = {
     "last_boxed": last_boxed,
     "plain": plain,
@@ -89,20 +95,18 @@ READERS = {
     "math_equal": lambda text: math_equal(text, "1,234 apples"),
     "exact_match": lambda text: exact_match(text, ["1,234 apples"]),
     "token_f1": lambda text: token_f1(text, ["1,234 apples"]),
-    "format_error": lambda text: format_error(response(text), ("python", "search")),
-    "format_error of a thought": lambda text: format_error(
-        response(f"<think>{text}</think><answer>\\boxed{{5}}</answer>"), ("python", "search")
-    ),
+    "format_error": lambda text: format_error(response(text), TAGS),
+    "format_error of a thought": lambda text: format_error(response(THOUGHT.format(text)), TAGS),
+    "format_error of JSON calls": lambda text: format_error(response(THOUGHT.format(text)), JSON),
     "official_reward": lambda text: official_reward(response(text), 0.1),
-    "parse of tags": lambda text: make_format("tags").parse(text),
-    "parse of tags at the end": lambda text: make_format("tags").parse(f"{text}</python>"),
-    "parse of JSON": lambda text: make_format("json").parse(text),
-    "parse of JSON at the end": lambda text: make_format("json").parse(f"{text}</tool_call>"),
-    "render_result": lambda text: make_format("tags").render_result(text),
-    "shorten": lambda text: shorten(text, 1000),
+    "parse of tags": TAGS.parse,
+    "parse of tags at the end": lambda text: TAGS.parse(f"{text}</python>"),
+    "parse of JSON": JSON.parse,
+    "parse of JSON at the end": lambda text: JSON.parse(f"{text}</tool_call>"),
+    "shield": shield,
     "read_arguments": lambda text: read_arguments(text, {"properties": {"code": {"type": "string"}}}),
     "words": words,
-    "format_pages": lambda text: format_pages([Page("title", text)] * 3),
+    "format_pages": lambda text: format_pages([Document("title", text)] * 3),
     "split_contents": split_contents,
 }
 

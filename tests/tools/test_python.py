@@ -18,7 +18,7 @@ import pytest
 
 from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ToolError
-from appo_jax.tools.python import PythonTool, shorten
+from appo_jax.tools.python import PythonTool
 from appo_jax.tools.sandbox import system
 from appo_jax.tools.sandbox.cell import clean
 from appo_jax.tools.sandbox.system import descendants
@@ -121,13 +121,6 @@ def test_a_lost_call_leaves_the_state_before_it(tool, bad):
         assert quick.call(after, "x")[0].text == "[1]"
     finally:
         quick.close()
-
-
-def test_output_is_cut_in_the_middle():
-    assert shorten("a" * 400, 400) == "a" * 400
-    cut = shorten("a" * 5000 + "b" * 5000, 400)
-    assert cut.startswith("a" * 300 + "\n…")
-    assert cut.endswith("\n" + "b" * 100)
 
 
 def test_clean_leaves_ordinary_code_alone():
