@@ -1,6 +1,7 @@
 # Every target sets up what it needs on a machine that has Python >= 3.11 and make.
 #   make demo      train the embedded world's policy, from nothing to its held-out accuracy
 #   make test      the tests                make lint     style, types, layers
+#   make docs      the documentation's site, in site/
 #   make bench     speed: the sampler and the tools; make parity: our policies against transformers, live
 #   make compare   APPO against GRPO at equal sampled tokens, over three seeds
 
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Programs compiled once are compiled for every later run of this checkout.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/artifacts/xla
 
-.PHONY: setup demo test lint bench parity compare
+.PHONY: setup demo test lint docs bench parity compare
 .DELETE_ON_ERROR:
 
 setup: $(RUN)
@@ -52,6 +53,9 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(DEV)
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict --site-dir site
 
 bench: $(PEERS) artifacts/smollm2
 	$(PEERS)/python benchmarks/sampler.py --policy artifacts/smollm2

@@ -1,0 +1,14 @@
+"""The version is said once."""
+
+import importlib.metadata
+import tomllib
+from pathlib import Path
+
+import appo_jax
+
+
+def test_the_metadata_takes_the_version_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "appo_jax.__version__"}
+    assert importlib.metadata.version("appo-jax") == appo_jax.__version__
