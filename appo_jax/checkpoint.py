@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from appo_jax import heartbeat
 from appo_jax.errors import CheckpointError
 from appo_jax.storage import usable_path
 
@@ -47,6 +48,7 @@ class Checkpointer:
             None  # step, abstract state, arrays: not read back yet
         )
 
+    @heartbeat.phase("checkpoint")
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any], iterator: grain.DatasetIterator | None) -> None:
         """Start to write a step: state, JSON `meta`, position of the data. `state` may be donated once this returns.
 
@@ -72,6 +74,7 @@ class Checkpointer:
             )
         self._unread = step, jax.tree.map(ocp.utils.to_shape_dtype_struct, state), arrays
 
+    @heartbeat.phase("checkpoint")
     def restore_latest(
         self, abstract_state: PyTree, iterator: grain.DatasetIterator | None, partial: bool = False
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
@@ -109,6 +112,7 @@ class Checkpointer:
             )
         return None
 
+    @heartbeat.phase("checkpoint")
     def wait(self) -> None:
         """Return when everything saved so far is on disk, and the newest step has been read back from it.
 

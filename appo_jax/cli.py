@@ -13,6 +13,7 @@ import json
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,15 +21,18 @@ import rich.console
 import tyro
 from rich.logging import RichHandler
 
+from appo_jax import distributed, failures
 from appo_jax.config import Config
 from appo_jax.config_io import check, load_config
-from appo_jax.errors import AppoError, ConfigError
+from appo_jax.errors import AppoError, ConfigError, DataError
+from appo_jax.supervision.status import describe, runs_under
+from appo_jax.supervision.supervisor import meet, supervise
 
 log = logging.getLogger("appo_jax.cli")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 a bad command line or config, 130 interrupted."""
+    """Run one command and return its exit code (failures.py says what each means)."""
     name, *args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
@@ -44,15 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         _set_up_logging()
         COMMANDS[name](args)
-    except ConfigError as error:
-        print(f"appo-jax: {error}", file=sys.stderr)
-        return 2
-    except AppoError as error:
-        print(f"appo-jax {name}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(f"appo-jax {name}: interrupted", file=sys.stderr)
-        return 130
+        return failures.INTERRUPTED
+    except ConfigError as error:
+        print(f"appo-jax: {error}", file=sys.stderr)
+        return failures.BAD_CONFIG
+    except Exception as error:
+        if not isinstance(error, AppoError):  # it is not known who can mend it: show all there is, the summary last
+            traceback.print_exc()
+        print(f"appo-jax {name}: {failures.explain(error)}", file=sys.stderr)
+        return failures.exit_code(error)
     return 0
 
 
@@ -92,12 +98,15 @@ def config_from(command: str, args: Sequence[str]) -> Config:
 def _train(args: Sequence[str]) -> None:
     """Train a policy: cold start (if the config has one), then APPO or a baseline; goes on with a run that exists."""
     config = config_from("train", args)
-    from appo_jax import distributed
 
-    distributed.initialize()  # before any import that might touch a device
-    from appo_jax.train import train
+    def run() -> None:
+        distributed.initialize()  # before any import that might touch a device
+        meet()
+        from appo_jax.train import train
 
-    train(config)
+        train(config)
+
+    supervise(config, run)
 
 
 def _study(args: Sequence[str]) -> None:
@@ -166,10 +175,14 @@ def _sweep(args: Sequence[str]) -> None:
 def _sft(args: Sequence[str]) -> None:
     """Make the cold start alone: supervised fine-tuning on tool-use traces."""
     config = config_from("sft", args)
-    from appo_jax import sft
 
-    for name, value in sft.run(config).items():
-        print(f"{name}: {value:.4f}")
+    def run() -> None:
+        from appo_jax import sft
+
+        for name, value in sft.run(config).items():
+            print(f"{name}: {value:.4f}")
+
+    supervise(config, run)
 
 
 def _data(args: Sequence[str]) -> None:
@@ -265,11 +278,32 @@ def _view(args: Sequence[str]) -> None:
     tyro.cli(view, prog="appo-jax view", args=list(args))
 
 
+def _status(args: Sequence[str]) -> None:
+    """Say what a run does now, on every host, and how it ended; for one run or a folder of runs."""
+
+    def status(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+        """Say what a run does now, on every host, and how it ended.
+
+        Args:
+            runs: Run directories, or folders of them.
+        """
+        found = [run for folder in runs for run in runs_under(folder)]
+        if not found:
+            raise DataError(
+                f"{', '.join(map(str, runs)) or 'status'}: no run here; give the directory of a run, or a folder of runs"
+            )
+        for run in found:
+            print(describe(run))
+
+    tyro.cli(status, prog="appo-jax status", args=list(args))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "sft": _sft,
     "study": _study,
     "sweep": _sweep,
+    "status": _status,
     "view": _view,
     "data": _data,
     "convert": _convert,

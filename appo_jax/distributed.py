@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from appo_jax import heartbeat
 from appo_jax.errors import ConfigError
 
 # Bytes of a message that one collective carries; longer ones take a second, of a power of two, so that programs stay few.
@@ -36,6 +37,18 @@ def initialize() -> None:
         ) from error
 
 
+def joined() -> tuple[int, int, str, Any]:
+    """Of hosts that have joined: their number, this one's index, the coordinator's address, JAX's key-value store."""
+    from jax._src.distributed import global_state  # asks no device, which jax.process_index() would
+
+    return (
+        global_state.num_processes,
+        global_state.process_id,
+        str(global_state.coordinator_address),
+        global_state.client,
+    )
+
+
 def host() -> int:
     """Index of this host."""
     return _jax().process_index() if num_hosts() > 1 else 0
@@ -57,8 +70,11 @@ def exchange(message: Any) -> list[Any]:
 
     Waits for the slowest host. A host that is lost does not come: JAX's heartbeat then ends the others.
     """
-    if num_hosts() == 1:
-        return [message]
+    with heartbeat.exchanging():
+        return [message] if num_hosts() == 1 else _exchange(message)
+
+
+def _exchange(message: Any) -> list[Any]:
     from jax.experimental.multihost_utils import process_allgather
 
     data = json.dumps(message).encode()

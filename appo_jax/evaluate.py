@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from appo_jax import heartbeat
 from appo_jax.components import Components, give_rewards
 from appo_jax.policy.parameters import Params
 from appo_jax.types import Example, Rollout
@@ -38,6 +39,7 @@ def held_out_examples(components: Components) -> Sequence[Example]:
     return [components.held_out[i] for i in range(min(count, len(components.held_out)))]
 
 
+@heartbeat.phase("evaluate")
 def evaluate(params: Params, components: Components) -> Evaluation:
     """One greedy rollout, tools and all, of every held-out question."""
     began = time.perf_counter()

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from appo_jax import distributed
+from appo_jax import distributed, heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -20,21 +20,26 @@ class Stop:
 
     def agreed(self) -> bool:
         """Whether somebody asked on any host, the same answer on all of them; they call it together."""
+        heartbeat.stoppable(True)
         return any(distributed.exchange(self.requested))
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Within: the first Ctrl-C or SIGTERM sets `requested`; the second one ends the process at once."""
-    stop = Stop()
+    """Within: the first Ctrl-C or SIGTERM sets `requested`; the second one ends the process at once.
+
+    Under a supervisor, that is the one to hear Ctrl-C: it asks with SIGTERM, and ends the process when it is asked again.
+    """
+    stop, supervised = Stop(), heartbeat.supervised()
 
     def ask(signum: int, frame: Any) -> None:
         stop.requested = True
-        log.warning("%s: stopping after this step (again: at once, without saving it)", signal.Signals(signum).name)
-        for number in previous:
+        log.warning("asked to stop: stopping after this step (again: at once, without saving it)")
+        for number in () if supervised else previous:
             signal.signal(number, signal.default_int_handler)
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGTERM,) if supervised else (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield stop
     finally:

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from appo_jax import distributed
+from appo_jax import distributed, heartbeat
 from appo_jax.config import Config
 from appo_jax.config_io import diff_configs, flatten, load_config, save_config
 from appo_jax.errors import CheckpointError, ConfigError
@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "checkpoint_every",
     "sft.checkpoint_every",
     "keep_checkpoints",
+    "max_silent_seconds",
 )
 
 
@@ -94,6 +95,8 @@ def open_run(config: Config) -> RunDir:
             run = _open(config)
         except CheckpointError as refused:
             error = refused
+    if run is not None:
+        heartbeat.send(run_dir=str(run.path))
     told = distributed.exchange([None if error is None else str(error), run is not None and run.continued])[0]
     if error is not None or told[0] is not None:
         raise error or CheckpointError(told[0])

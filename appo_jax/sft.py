@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from appo_jax import failures, heartbeat
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params
 from appo_jax.config import Config
@@ -82,6 +83,7 @@ def _make_traces(components: Components) -> list[Trace]:
     return demonstrate(components.dataset, components.executor, limit)
 
 
+@heartbeat.phase("cold start")
 def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> ColdStart:
     config = components.config
     params = initial_params(config, components.arch, components.mesh)
@@ -116,6 +118,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             batch = place(to_train_batch(next(batches)), batch_sharding(components.mesh), components.mesh)
             state, results = train_step(state, batch)
             step += 1
+            heartbeat.progress()
             record = {f"sft/{k}": float(v) for k, v in results.items()} | {"sft/seconds": time.perf_counter() - began}
             require_finite(record, "sft", step, "sft.learning_rate")
             metrics.log(step, record)
@@ -127,6 +130,9 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
                 raise KeyboardInterrupt
         accuracies = {"accuracy_base": base, "accuracy_sft": evaluate(state.params, components).accuracy}
         checkpointer.save(step, state, {"accuracies": accuracies}, batches)
+    except Exception as error:
+        failures.report(error)
+        raise
     finally:
         checkpointer.close()
         metrics.close()

@@ -32,11 +32,12 @@ def usable_path(path: str | Path) -> Path:
     return absolute
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that a reader, or the next start after a power cut, finds old or new and never half written."""
+def write_atomically(path: Path, text: str, durable: bool = True) -> None:
+    """Write a file that a reader finds old or new and never half written; `durable`: after a power cut, too."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(path)

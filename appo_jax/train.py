@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from appo_jax import distributed
+from appo_jax import distributed, failures, heartbeat
 from appo_jax.advantage.groups import without_spread
 from appo_jax.advantage.procedural import uses_future
 from appo_jax.algorithms import Algorithm, make_algorithm, make_batch
@@ -109,6 +109,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
                 step, next(prompts), state, reference, update, algorithm, grower, components, prompts
             )
             step += 1
+            heartbeat.at_step(step)
             checkpointer.wait()  # what the step before this one saved is on disk, and reads back
             require_finite(record, "update", step, "optimizer.learning_rate")
             sampled_tokens += int(record["rollout/sampled_tokens"])
@@ -130,6 +131,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             raise KeyboardInterrupt
 
         # ---- the result
+        heartbeat.stoppable(False)  # the last step is saved
         final = evaluate(state.params, components)
         summary = accuracies | {
             "accuracy_final": final.accuracy, "steps": step, "sampled_tokens": sampled_tokens,
@@ -139,6 +141,9 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         if distributed.host() == 0:
             draw_plots(run.path)
         progress.done(summary)
+    except Exception as error:
+        failures.report(error)  # before it unwinds: on the way out it may wait for other hosts
+        raise
     finally:
         checkpointer.close()
         metrics.close()
@@ -285,7 +290,8 @@ class Timer:
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
-        yield
+        with heartbeat.phase(phase):
+            yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
 
     def metrics(self) -> dict[str, float]:

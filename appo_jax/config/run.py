@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from appo_jax.config.bounds import Seed
 from appo_jax.config.data import DataConfig
@@ -85,6 +85,9 @@ class Config:
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 3
     """Newest checkpoints that are kept."""
+    max_silent_seconds: PositiveFloat = 600.0
+    """A run that makes no progress for so long, and for ten times as long as its phase ever took to make some, ends itself with
+    the stacks of all threads, and its supervisor starts it again. Three times as long while a phase may still be compiling."""
     policy: PolicyConfig = PolicyConfig()
     """The policy that the run starts from."""
     data: DataConfig = DataConfig()

@@ -1,0 +1,20 @@
+"""The `appo-jax` command. Ctrl-C and SIGTERM end it from its first line on: the rest is imported after this."""
+
+import os
+import signal
+import sys
+
+
+def main() -> int:
+    """Run the command line; returns its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(130))
+    from appo_jax.cli import main
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

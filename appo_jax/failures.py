@@ -1,0 +1,110 @@
+"""What a failure means: its exit code, and the sentence that says what was being done and what to do about it.
+
+0    done                            75   the process was lost, hung or crashed: the supervisor starts it again
+1    an error that a restart meets   130  asked to stop, by Ctrl-C or SIGTERM
+2    a bad command line or config
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import traceback
+
+from appo_jax import heartbeat
+from appo_jax.errors import AppoError, ConfigError
+
+FAILED, BAD_CONFIG, START_AGAIN, INTERRUPTED = 1, 2, 75, 130
+
+# What JAX says when another host went away while this one waited for it, or when memory ran out.
+_OTHER_HOST = re.compile(
+    r"gloo|coordination (service|agent)|connection (reset|closed|refused)|^(UNAVAILABLE|CANCELLED|ABORTED):", re.I
+)
+_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|failed to allocate|bad_alloc", re.I)
+_SIZE = re.compile(r"[\d.,]+ ?(?:[KMGT]i?B|bytes)|allocat\w* (?:of )?\d+", re.I)
+_THREADS = re.compile(r"can't start new thread|pthread_create|Resource temporarily unavailable", re.I)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that ends with `error`."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, ConfigError):
+        return BAD_CONFIG
+    if may_follow_from_another_host(error):
+        return START_AGAIN
+    return FAILED
+
+
+def may_follow_from_another_host(error: BaseException) -> bool:
+    """Whether the error may be what is left of another host's failure: JAX says that a connection or a barrier broke."""
+    return isinstance(error, RuntimeError | ValueError) and bool(_OTHER_HOST.search(str(error)))
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong, while what was being done, and what to do; a line for an error of ours, more for the system's."""
+    if isinstance(error, AppoError):
+        return str(error)
+    phase, step = heartbeat.now()
+    where = f"in step {step + 1}, phase {phase!r}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(text)):
+        asked = _SIZE.search(text)
+        return (
+            f"out of memory {where}{f' ({asked.group()} asked for)' if asked else ''}; {_memory()}. Lower what the phase holds "
+            "at once: optimizer.micro_batch and sft.micro_batch (update, score), rollout.decode_rows (rollout, branch), set "
+            f"optimizer.remat = 'layers', or take more devices (mesh.fsdp); `appo-jax plan` says what fits. JAX: {text[:300]}"
+        )
+    if (isinstance(error, RuntimeError | OSError)) and _THREADS.search(text):
+        return (
+            f"no more threads or processes {where}: {text}; this user may have {_limit('RLIMIT_NPROC')} of them and "
+            f"{len(os.listdir('/proc/self/task'))} are of this process. Raise the limit (ulimit -u, pids.max of the "
+            "container), or lower tools.max_concurrency and rollout.decode_rows"
+        )
+    if isinstance(error, OSError):
+        return _explain_os_error(error, where)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.relpath(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__} {where}: {text[:2000]}{place}"
+
+
+def report(error: BaseException) -> None:
+    """Tell the supervisor why this process fails; the first report counts."""
+    heartbeat.send(failed=explain(error), code=exit_code(error), secondary=may_follow_from_another_host(error))
+
+
+def _explain_os_error(error: OSError, where: str) -> str:
+    file = error.filename if isinstance(error.filename, str) else None
+    folder = os.path.dirname(os.path.abspath(file)) if file else os.getcwd()
+    advice = {
+        errno.ENOSPC: "free some space, or give --run-dir on another disk",
+        errno.EDQUOT: "the quota is used up: free some space, or give --run-dir on another disk",
+        errno.EACCES: "give this user the right to it, or give another folder",
+        errno.EPERM: "give this user the right to it, or give another folder",
+        errno.EROFS: "the file system is mounted read-only: mount it again, or give another folder",
+        errno.EMFILE: f"raise the limit on open files (ulimit -n, now {_limit('RLIMIT_NOFILE')})",
+        errno.ENOMEM: _memory(),
+    }.get(error.errno or 0, "see to the file or its disk, then start again")
+    space = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with contextlib.suppress(OSError):
+            space = f" ({shutil.disk_usage(folder).free / 1e6:.0f} MB are free)"
+    return f"{file or 'a file'}: {error.strerror or error} {where}{space}; {advice}. The run goes on from its last checkpoint"
+
+
+def _memory() -> str:
+    """Memory of this machine, as the system states it."""
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
+        return f"the host has {kib['MemAvailable'] / 2**20:.1f} of {kib['MemTotal'] / 2**20:.1f} GiB left"
+    return "the host's memory is not known"
+
+
+def _limit(name: str) -> str:
+    import resource
+
+    soft = resource.getrlimit(getattr(resource, name))[0]
+    return "any number" if soft == resource.RLIM_INFINITY else str(soft)

@@ -1,0 +1,145 @@
+"""Signs of life: which phase a run is in, when it last got on, what went wrong. Its supervisor hears of them.
+
+The loop says what it does (`phase`, `at_step`, `progress`); a thread tells the supervising process (supervision/) every
+second. Where there is none, as under a caller from Python, nobody listens and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+BEAT_S = 1.0  # seconds between two signs of life
+
+# A phase may make no progress for so many times as long as it ever did before, and for at least `floor_s`.
+PATIENCE = 10
+# Before a phase has made progress once it may be compiling: so many times `floor_s`.
+FIRST_PATIENCE = 3
+
+
+class _Life:
+    """What is known about this process. Written by the main thread, read by the one that tells."""
+
+    def __init__(self) -> None:
+        self.phase, self.step = "start", 0
+        self.failed_in: str | None = None
+        self.stoppable = False  # a request to stop is heard and acted upon
+        self.exchanges, self.waiting = 0, False
+        self.floor_s = 600.0
+        self.longest: dict[str, float] = {}
+        self.progressed = time.monotonic()
+        self.channel: socket.socket | None = None
+        self.sending = threading.Lock()
+
+    def limit_s(self) -> float:
+        longest = self.longest.get(self.phase)
+        return self.floor_s * FIRST_PATIENCE if longest is None else max(self.floor_s, PATIENCE * longest)
+
+    def beat(self) -> dict[str, Any]:
+        return {
+            "phase": self.phase, "step": self.step, "silent_s": time.monotonic() - self.progressed,
+            "limit_s": self.limit_s(), "exchanges": self.exchanges, "waiting": self.waiting, "stoppable": self.stoppable,
+        }  # fmt: skip
+
+
+_life = _Life()
+
+
+def connect(channel: socket.socket) -> None:
+    """Tell the supervisor at the other end from now on, as long as this process lives."""
+    _life.channel = channel
+    _life.progressed = time.monotonic()
+    threading.Thread(target=_tell, name="heartbeat", daemon=True).start()
+
+
+def supervised() -> bool:
+    """Whether somebody listens."""
+    return _life.channel is not None
+
+
+def send(**message: Any) -> None:
+    """Tell the supervisor something besides the beats, at once."""
+    if _life.channel is None:
+        return
+    with _life.sending, contextlib.suppress(OSError):  # without a supervisor this process is about to end
+        _life.channel.sendall(json.dumps(message).encode() + b"\n")
+
+
+def ask(**message: Any) -> dict[str, Any]:
+    """Tell the supervisor something, and wait for its answer. Raises OSError when none comes within ten seconds."""
+    assert _life.channel is not None
+    send(**message)
+    readable, _, _ = select.select([_life.channel], [], [], 10.0)
+    if not readable:
+        raise OSError("the supervising process does not answer")
+    return json.loads(_life.channel.recv(1 << 16))
+
+
+def progress() -> None:
+    """The phase has got on."""
+    now = time.monotonic()
+    _life.longest[_life.phase] = max(_life.longest.get(_life.phase, 0.0), now - _life.progressed)
+    _life.progressed = now
+
+
+def at_step(step: int) -> None:
+    """So many training steps are done."""
+    _life.step = step
+    progress()
+    send(**_life.beat())
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Within: the run is in this phase. To enter it and to leave it is progress."""
+    outer, _life.phase, _life.progressed = _life.phase, name, time.monotonic()
+    send(**_life.beat())
+    try:
+        yield
+    except Exception:
+        _life.failed_in = _life.failed_in or name
+        raise
+    finally:
+        progress()
+        _life.phase = outer
+
+
+@contextlib.contextmanager
+def exchanging() -> Iterator[None]:
+    """Within: this host tells the others something, and waits until all have come. To have met is progress."""
+    _life.exchanges += 1
+    _life.waiting = True
+    try:
+        yield
+    finally:
+        _life.waiting = False
+        progress()
+
+
+def stoppable(heard: bool) -> None:
+    """Whether requests to stop are heard and acted upon from now on; where not, nothing is lost by ending the process."""
+    if heard != _life.stoppable:
+        _life.stoppable = heard
+        send(**_life.beat())
+
+
+def expect_progress_within(seconds: float) -> None:
+    """The shortest time after which a phase without progress counts as hanging."""
+    _life.floor_s = seconds
+
+
+def now() -> tuple[str, int]:
+    """The phase the run is in, or was in when it failed, and the steps that are done."""
+    return _life.failed_in or _life.phase, _life.step
+
+
+def _tell() -> None:
+    while True:
+        send(**_life.beat())
+        time.sleep(BEAT_S)

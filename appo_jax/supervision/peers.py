@@ -1,0 +1,162 @@
+"""What the supervisors of a pod's hosts tell each other, over TCP: signs of life, and the first failure.
+
+Supervisor 0 is the hub. JAX has heartbeats of its own, but takes 100 seconds to miss one, ends the survivors with a core
+dump, and does not say what happened on the host that was lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import secrets
+import selectors
+import socket
+import time
+from typing import Any
+
+# A supervisor that says nothing for so long is lost, with its host or its network.
+SILENCE_S = 12.0
+# Time the hosts have to find each other's supervisors.
+CONNECT_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """Why a run ends, on every host."""
+
+    host: int
+    text: str
+    code: int
+    secondary: bool = False  # it may follow from a failure elsewhere, of which nothing has been heard yet
+
+
+class Line:
+    """JSON messages over a socket, one a line; never blocks."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.connection, self._begun, self.heard = connection, b"", time.monotonic()
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """What has come; None when the other end is gone."""
+        try:
+            data = self.connection.recv(1 << 16)
+        except (BlockingIOError, InterruptedError):
+            return []
+        except OSError:
+            return None
+        if not data:
+            return None
+        self.heard = time.monotonic()
+        *lines, self._begun = (self._begun + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def send(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):  # a broken connection is noticed where it is read
+            self.connection.send(json.dumps(message).encode() + b"\n")
+
+
+class Peers:
+    """The other hosts, as this host's supervisor knows them."""
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self.host, self.hosts = 0, 1
+        self.beats: dict[int, dict[str, Any]] = {}  # at the hub: the last of every other host
+        self.left: set[int] = set()  # hosts that ended well
+        self._selector = selector
+        self._lines: dict[int, Line] = {}  # by host; elsewhere than at the hub, the hub alone
+        self._listener: socket.socket | None = None
+        self._token, self._began = "", time.monotonic()
+
+    def listen(self, hosts: int) -> tuple[int, str]:
+        """Be the hub of `hosts` supervisors; returns the port and the token that the others must show."""
+        self.hosts, self._token, self._began = hosts, secrets.token_hex(16), time.monotonic()
+        dual = socket.has_dualstack_ipv6()
+        self._listener = socket.create_server(
+            ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
+        )
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        return self._listener.getsockname()[1], self._token
+
+    def connect(self, host: int, hosts: int, address: str, port: int, token: str) -> Cause | None:
+        """Join the hub as host number `host`."""
+        self.host, self.hosts = host, hosts
+        try:
+            line = Line(socket.create_connection((address, port), timeout=CONNECT_S))
+        except OSError as error:
+            return Cause(0, f"the supervisor of host 0 cannot be reached at {address}:{port} ({error})", 75)
+        line.send(token=token, host=host, machine=socket.gethostname())
+        self._add(0, line)
+        return None
+
+    def tell(self, **message: Any) -> None:
+        """Tell every supervisor that this one is connected to."""
+        for line in self._lines.values():
+            line.send(**message)
+
+    def lost(self) -> Cause | None:
+        """A host that has given no sign of life for too long."""
+        now = time.monotonic()
+        for host, line in self._lines.items():
+            if host not in self.left and (silent := now - line.heard) > SILENCE_S:
+                return self.gone(host, f"has given no sign of life for {silent:.0f} s")
+        if self._listener is not None and now - self._began > CONNECT_S:
+            missing = sorted(set(range(1, self.hosts)) - set(self._lines))
+            if missing:
+                return self.gone(missing[0], f"has not come within {CONNECT_S:.0f} s")
+        return None
+
+    def gone(self, host: int, what: str) -> Cause:
+        machine = self.beats.get(host, {}).get("machine")
+        return Cause(host, f"host {host}{f' ({machine})' if machine else ''} {what}: it is lost, or its network is", 75)
+
+    def behind(self) -> str:
+        """Which hosts the others wait for, by what the hub knows; empty when nobody waits."""
+        working = sorted(host for host, beat in self.beats.items() if not beat.get("waiting"))
+        if not working or len(working) == len(self.beats):
+            return ""
+        names = [
+            f"{host} ({self.beats[host].get('machine', '?')}, {self.beats[host].get('phase')})" for host in working
+        ]
+        return "the others wait for host " + " and host ".join(names)
+
+    def close(self) -> None:
+        for line in self._lines.values():
+            line.connection.close()
+        if self._listener is not None:
+            self._listener.close()
+
+    def _accept(self) -> Cause | None:
+        assert self._listener is not None
+        with contextlib.suppress(OSError):
+            connection, _ = self._listener.accept()
+            connection.settimeout(2.0)
+            hello = json.loads(connection.makefile("rb").readline(4096) or b"{}")
+            if secrets.compare_digest(str(hello.get("token")), self._token) and hello["host"] not in self._lines:
+                self.beats[hello["host"]] = {"machine": hello["machine"], "phase": "start", "step": 0}
+                self._add(hello["host"], Line(connection))
+            else:
+                connection.close()
+        return None
+
+    def _add(self, host: int, line: Line) -> None:
+        self._lines[host] = line
+        self._selector.register(line.connection, selectors.EVENT_READ, lambda: self._hear(host))
+
+    def _hear(self, host: int) -> Cause | None:
+        line = self._lines[host]
+        messages = line.receive()
+        if messages is None:
+            self._selector.unregister(line.connection)
+            del self._lines[host]
+            return None if host in self.left else self.gone(host, "has closed its connection")
+        for message in messages:
+            if "failed" in message:
+                return Cause(**message["failed"])
+            if message.get("left"):
+                self.left.add(host)
+            if "beat" in message:
+                self.beats[host] = self.beats.get(host, {}) | message["beat"]
+        return None

@@ -1,0 +1,288 @@
+"""The process that watches over a run: `appo-jax train` forks, the child trains, the parent stays small and looks on.
+
+Python cannot watch itself: what holds the interpreter's lock, waits in a device program, or was stopped or killed hears no
+signal and runs no thread. The parent passes on a request to stop, ends a run that makes no progress (with the stacks of all its
+threads), ends it when another host is lost or fails, writes status.json, and says last what came first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import resource
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from appo_jax import distributed, failures, heartbeat
+from appo_jax.config import Config
+from appo_jax.supervision.peers import Cause, Line, Peers
+from appo_jax.supervision.status import WRITE_S, Status
+
+# A run whose heartbeat is late for so long runs no Python: something holds the interpreter's lock.
+LOCKED_S = 120.0
+# A process that was stopped (SIGSTOP, a debugger) for so long counts as lost.
+STOPPED_S = 10.0
+# Stacks are printed by the signal that ends a hanging run; after so long it is killed.
+STACKS_S = 5.0
+# Time a failing run has to write what it was writing.
+UNWIND_S = 120.0
+# A failure that may follow from another host's waits so long for news of that one.
+SECONDARY_S = 15.0
+STOPS = {signal.SIGINT, signal.SIGTERM}
+PR_SET_PDEATHSIG = 1
+
+
+def supervise(config: Config, body: Callable[[], None]) -> None:
+    """Run `body` in a child process and return there when it returns; the parent ends with the run's exit code.
+
+    The child must not have threads yet. In the child, an exception leaves as it is; the parent has been told of it.
+    """
+    ours, theirs = socket.socketpair()
+    sys.stdout.flush()
+    parent = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until each side has its handlers
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        os._exit(Supervisor(config, pid, ours).run())
+    ours.close()
+    _be_a_child(parent, theirs, config)
+    try:
+        body()
+    except Exception as error:
+        failures.report(error)
+        raise
+
+
+def _be_a_child(parent: int, channel: socket.socket, config: Config) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os._exit(failures.START_AGAIN)
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends Ctrl-C to both; the parent passes it on as SIGTERM
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    faulthandler.enable()
+    heartbeat.expect_progress_within(config.max_silent_seconds)
+    heartbeat.connect(channel)
+
+
+class Supervisor:
+    """The parent's side."""
+
+    def __init__(self, config: Config, pid: int, channel: socket.socket) -> None:
+        self._config, self._pid = config, pid
+        self._selector = selectors.DefaultSelector()
+        self._peers = Peers(self._selector)
+        self._child = Line(channel)
+        self._selector.register(channel, selectors.EVENT_READ, self._hear_child)
+        self._beat: dict[str, Any] = {"phase": "start", "step": 0, "silent_s": 0.0, "limit_s": float("inf")}
+        self._cause: Cause | None = None
+        self._cause_at = 0.0
+        self._requests = self._passed_on = 0
+        self._run_dir: Path | None = None
+        self._written, self._told = 0.0, 0.0
+        self._stopped_since: float | None = None
+
+    def run(self) -> int:
+        """Watch until the child has ended; its exit code, or that of the cause it was ended for."""
+        for number in STOPS:
+            signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        while (status := self._ended()) is None:
+            for key, _ in self._selector.select(timeout=0.5):
+                self._fail(key.data())
+            if self._requests > self._passed_on:
+                self._fail(self._hear_child())  # the latest news of whether it hears
+                self._fail(self._pass_on())
+            self._fail(self._peers.lost())
+            self._fail(self._hanging())
+            self._tell()
+            if self._cause is not None and not self._may_be_secondary():
+                status = self._end_child()
+                break
+        return self._finish(status)
+
+    # ---- the child
+
+    def _hear_child(self) -> Cause | None:
+        messages = self._child.receive()
+        if messages is None:  # it has ended; how, waitpid says
+            if self._child.connection in self._selector.get_map():
+                self._selector.unregister(self._child.connection)
+            return None
+        for message in messages:
+            if "phase" in message:
+                self._beat = message
+            elif "failed" in message:
+                return Cause(self._peers.host, message["failed"], message["code"], message["secondary"])
+            elif "run_dir" in message:
+                self._run_dir = Path(message["run_dir"])
+            elif "hub" in message:  # the child is host 0 of so many
+                port, token = self._peers.listen(message["hub"])
+                self._child.send(port=port, token=token)
+            elif "join" in message:
+                return self._peers.connect(**message["join"])
+        return None
+
+    def _hanging(self) -> Cause | None:
+        """The child makes no progress, or cannot."""
+        now, host = time.monotonic(), self._peers.host
+        late = now - self._child.heard
+        if _is_stopped(self._pid):
+            self._stopped_since = self._stopped_since or now
+            if now - self._stopped_since > STOPPED_S:
+                return Cause(host, f"{self._name()} was stopped (SIGSTOP) for {STOPPED_S:.0f} s", 75)
+            return None
+        self._stopped_since = None
+        phase, silent, limit = self._beat["phase"], self._beat["silent_s"] + late, self._beat["limit_s"]
+        if late > LOCKED_S:
+            what = f"{self._name()} has run no Python for {late:.0f} s in phase {phase!r}: something holds the interpreter's lock"
+            return Cause(host, f"{what} (the stacks above say what)", 75)
+        if silent > limit:
+            behind = self._peers.behind()
+            return Cause(
+                host,
+                f"{self._name()} has made no progress for {silent:.0f} s in phase {phase!r}, step {self._beat['step'] + 1}; "
+                f"its limit is {limit:.0f} s: {heartbeat.PATIENCE} times the longest time without progress before, at least max_silent_seconds"
+                f"{'; ' + behind if behind else ''} (stacks above)",
+                75,
+            )
+        return None
+
+    def _name(self) -> str:
+        return f"the process of host {self._peers.host}" if self._peers.hosts > 1 else "the run's process"
+
+    def _ended(self) -> int | None:
+        """The child's exit code, or minus the signal that ended it; None while it lives."""
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
+
+    def _end_child(self) -> int:
+        """End the child: with its stacks where it hangs, else at once."""
+        cause = self._cause
+        assert cause is not None
+        if cause.host == self._peers.host and cause.code not in (failures.START_AGAIN, failures.INTERRUPTED):
+            alone = (
+                self._peers.hosts == 1
+            )  # it prints its own error and frees what it holds; with others it may wait for them
+            deadline = time.monotonic() + (UNWIND_S if alone else STACKS_S)
+        else:
+            if "stacks above" in cause.text:
+                os.kill(self._pid, signal.SIGABRT)
+            deadline = time.monotonic() + (STACKS_S if "stacks above" in cause.text else 0.0)
+        while time.monotonic() < deadline:
+            if (status := self._ended()) is not None:
+                return status
+            time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+    # ---- causes
+
+    def _fail(self, cause: Cause | None) -> None:
+        """Take note of a cause, and tell the other hosts. The first one counts, but for one that followed from another."""
+        if cause is None or (self._cause is not None and (cause.secondary or not self._cause.secondary)):
+            return
+        self._cause, self._cause_at = cause, time.monotonic()
+        if not cause.secondary:
+            self._peers.tell(failed=vars(cause))
+
+    def _may_be_secondary(self) -> bool:
+        """Whether the cause may follow from another host's, of which there may still be news."""
+        assert self._cause is not None
+        return self._cause.secondary and self._peers.hosts > 1 and time.monotonic() - self._cause_at < SECONDARY_S
+
+    def _on_signal(self, signum: int, _: Any) -> None:
+        self._requests += 1
+
+    def _pass_on(self) -> Cause | None:
+        """Pass a request to stop on to the child; end it where it has nothing to save yet, or when asked again."""
+        if self._requests == self._passed_on:
+            return None
+        first, self._passed_on = self._passed_on == 0, self._requests
+        if first and self._requests == 1 and self._beat.get("stoppable"):
+            os.kill(self._pid, signal.SIGTERM)
+            return None
+        return Cause(self._peers.host, "interrupted", failures.INTERRUPTED)
+
+    # ---- what others see
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if now - self._told >= heartbeat.BEAT_S:
+            self._told = now
+            beat = self._beat | {"silent_s": self._beat["silent_s"] + now - self._child.heard}
+            self._peers.tell(beat=beat)
+        if now - self._written >= WRITE_S:
+            self._write_status("running")
+
+    def _write_status(self, state: str, error: str | None = None) -> None:
+        if self._run_dir is None or self._peers.host != 0:
+            return
+        self._written = time.monotonic()
+        hosts = {"0": self._beat | {"machine": socket.gethostname(), "pid": self._pid}}
+        hosts |= {str(host): beat for host, beat in sorted(self._peers.beats.items())}
+        with contextlib.suppress(OSError):  # a full disk must not end what looks on
+            Status(state, self._config.steps, time.time(), hosts, error).write(self._run_dir)
+
+    def _finish(self, status: int | None) -> int:
+        """Say last what came first, leave word, and give the exit code."""
+        while (left := self._child.receive()) is not None and left:  # what the child said last
+            for message in left:
+                if "failed" in message:
+                    self._fail(Cause(self._peers.host, message["failed"], message["code"], message["secondary"]))
+        cause, host = self._cause, self._peers.host
+        if cause is None and status is not None and status < 0:
+            name = signal.Signals(-status).name
+            hint = " (the memory killer, or a person)" if name == "SIGKILL" else ""
+            cause = Cause(host, f"{self._name()} was ended by {name}{hint}", failures.START_AGAIN)
+            self._fail(cause)
+        elif cause is None and status not in (0, failures.INTERRUPTED):
+            cause = Cause(host, f"{self._name()} ended with exit code {status}", status or 0)
+            self._fail(cause)
+        if cause is None:
+            self._peers.tell(left=True)
+            self._write_status("done" if status == 0 else "stopped")
+            return status or 0
+        if cause.secondary:
+            self._peers.tell(failed=vars(cause))
+        interrupted = cause.code == failures.INTERRUPTED
+        self._write_status("stopped" if interrupted else "failed", None if interrupted else cause.text)
+        if self._peers.hosts > 1 or status is None or status < 0 or interrupted:
+            where = f"host {cause.host} failed first: " if self._peers.hosts > 1 and not interrupted else ""
+            print(f"appo-jax: {where}{cause.text}", file=sys.stderr, flush=True)
+        time.sleep(0.2 if self._peers.hosts > 1 else 0)  # the other supervisors read it before the connection closes
+        self._peers.close()
+        return cause.code
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
+
+
+def meet() -> None:
+    """In the child, when the hosts have joined: their supervisors meet."""
+    hosts, host, coordinator, store = distributed.joined()
+    if not heartbeat.supervised() or hosts == 1 or store is None:
+        return
+    if host == 0:
+        told = heartbeat.ask(hub=hosts)
+        store.key_value_set("appo_jax/supervisor", f"{told['port']} {told['token']}")
+    else:
+        port, token = store.blocking_key_value_get("appo_jax/supervisor", 60_000).split()
+        address = coordinator.rpartition(":")[0].strip("[]")
+        heartbeat.send(join={"host": host, "hosts": hosts, "address": address, "port": int(port), "token": token})

@@ -1,0 +1,127 @@
+"""Small programs under a supervisor, in processes of their own: `python programs.py NAME RUN_DIR [SETTING=VALUE ...]`.
+
+They train nothing: what is tested is what becomes of them. On several hosts (APPO_DISTRIBUTED=1) they meet in `exchange`, as the
+loop does; RUN_DIR/fault of a host makes it do something else at a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from appo_jax import distributed, heartbeat, interrupt
+from appo_jax.config import Config, PolicyConfig
+from appo_jax.errors import DataError
+from appo_jax.supervision import supervisor
+
+RUN_DIR = Path(sys.argv[2])
+
+
+def hang() -> None:
+    with heartbeat.phase("reward"):
+        heartbeat.progress()
+        time.sleep(1000)
+
+
+def hold_the_lock() -> None:
+    with heartbeat.phase("rollout"):
+        ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the interpreter's lock
+
+
+def fail() -> None:
+    raise DataError("train.jsonl: line 7 is not JSON")
+
+
+def crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def finish() -> None:
+    heartbeat.at_step(3)
+
+
+def start_up() -> None:
+    print("starting", flush=True)
+    time.sleep(1000)
+
+
+def train() -> None:
+    """Steps of a tenth of a second until asked to stop."""
+    with interrupt.stop_requests() as stop:
+        step = 0
+        while not stop.agreed():
+            step += 1
+            time.sleep(0.1)
+            heartbeat.at_step(step)
+            print("step", step, flush=True)
+        raise KeyboardInterrupt
+
+
+def ignore() -> None:
+    """Says that it hears requests to stop, and does not act upon them."""
+    heartbeat.stoppable(True)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    print("training", flush=True)
+    time.sleep(1000)
+
+
+def hosts() -> None:
+    """Steps in which all hosts meet five times. $FAULT says what host $AT_HOST does in step $AT_STEP."""
+    distributed.initialize()
+    supervisor.meet()
+    fault, host, step = os.environ.get("FAULT", ""), int(os.environ["AT_HOST"]), int(os.environ["AT_STEP"])
+    with interrupt.stop_requests() as stop:
+        for i in range(int(os.environ["STEPS"])):
+            stop.agreed()
+            for phase in ("rollout", "reward", "score", "branch", "update"):
+                with heartbeat.phase(phase):
+                    if (i, phase, distributed.host()) == (step, os.environ.get("AT_PHASE", "reward"), host):
+                        print(f"FAULT {time.time()}", flush=True)
+                        FAULTS[fault]()
+                    distributed.exchange({"step": i, "phase": phase})
+            heartbeat.at_step(i + 1)
+            print("step", i + 1, flush=True)
+
+
+def raise_error() -> None:
+    raise ValueError("the reward fell over")
+
+
+FAULTS = {
+    "": lambda: None,
+    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "stop both": lambda: (os.kill(os.getppid(), signal.SIGSTOP), os.kill(os.getpid(), signal.SIGSTOP)),
+    "kill both": lambda: (os.kill(os.getppid(), signal.SIGKILL), time.sleep(1000)),
+    "exception": raise_error,
+    "error of ours": fail,
+    "slow": lambda: time.sleep(25),
+    "hang": lambda: time.sleep(1000),
+}
+
+if __name__ == "__main__":
+    RUN_DIR.mkdir(parents=True, exist_ok=True)
+    config = Config(run_dir=str(RUN_DIR), steps=5, policy=PolicyConfig(path="weights"))
+    for setting in sys.argv[3:]:
+        name, value = setting.split("=")
+        if name.isupper():
+            setattr(supervisor, name, float(value))
+        else:
+            config = dataclasses.replace(config, **{name: float(value)})
+
+    def body() -> None:
+        heartbeat.send(run_dir=str(RUN_DIR))
+        globals()[sys.argv[1]]()
+
+    try:
+        supervisor.supervise(config, body)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,91 @@
+"""One of two hosts fails: both end within 30 seconds, with the first cause as the last line and one exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from appo_jax.supervision.status import read_status
+
+PROGRAMS = str(Path(__file__).parent / "programs.py")
+Variables = Callable[[int, int], dict[str, str]]
+
+
+def together(run_dir: Path, count: int, one_of: Variables, fault: str, **more: str) -> list[subprocess.Popen[str]]:
+    """Start the hosts, each with a log run_dir.HOST.log."""
+    processes = []
+    for i in range(count):
+        env = (
+            os.environ
+            | {"JAX_PLATFORMS": "cpu", "FAULT": fault, "AT_STEP": "2", "STEPS": "6"}
+            | more
+            | one_of(i, count)
+        )
+        with Path(f"{run_dir}.{i}.log").open("w") as log:
+            command = [sys.executable, PROGRAMS, "hosts", str(run_dir)]
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, text=True))
+    return processes
+
+
+def outcome(run_dir: Path, processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[float]]:
+    """Exit codes, logs, and the seconds from the fault to each host's end."""
+    ends: dict[int, float] = {}
+    deadline = time.monotonic() + 200
+    try:
+        while len(ends) < len(processes) and time.monotonic() < deadline:
+            for i, process in enumerate(processes):
+                if i not in ends and process.poll() is not None:
+                    ends[i] = time.time()
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [Path(f"{run_dir}.{i}.log").read_text() for i in range(len(processes))]
+    marks = [float(line.split()[1]) for log in logs for line in log.splitlines() if line.startswith("FAULT")]
+    began = marks[0] if marks else time.time()
+    codes = [process.wait() for process in processes]
+    return codes, logs, [ends.get(i, float("inf")) - began for i in range(len(processes))]
+
+
+def last_line(log: str) -> str:
+    return next(line for line in reversed(log.splitlines()) if line.startswith("appo-jax: "))
+
+
+@pytest.mark.parametrize(
+    ("fault", "host", "code", "cause"),
+    [
+        ("SIGKILL", 1, 75, "host 1 failed first: the process of host 1 was ended by SIGKILL"),
+        ("SIGSTOP", 1, 75, "host 1 failed first: the process of host 1 was stopped"),
+        ("exception", 1, 1, "host 1 failed first: ValueError in step 3, phase 'reward': the reward fell over"),
+        ("error of ours", 0, 1, "host 0 failed first: train.jsonl: line 7 is not JSON"),
+    ],
+)
+def test_one_host_ends_all_of_them(
+    tmp_path: Path, one_of: Variables, fault: str, host: int, code: int, cause: str
+) -> None:
+    processes = together(tmp_path / "run", 2, one_of, fault, AT_HOST=str(host))
+    codes, logs, seconds = outcome(tmp_path / "run", processes)
+    assert codes == [code, code], logs
+    assert max(seconds) < 30
+    for log in logs:
+        assert cause in last_line(log), log
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert status.state == "failed"
+    assert status.error is not None
+    assert status.error in cause or cause.removeprefix(f"host {host} failed first: ") in status.error
+
+
+def test_hosts_that_end_well_end_together(tmp_path: Path, one_of: Variables) -> None:
+    processes = together(tmp_path / "run", 2, one_of, "", AT_HOST="0")
+    codes, logs, _ = outcome(tmp_path / "run", processes)
+    assert codes == [0, 0], logs
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert [status.hosts[i]["step"] for i in ("0", "1")] == [6, 6]

@@ -1,0 +1,179 @@
+"""A supervised process is killed, stopped, hung and interrupted; what its supervisor says, leaves behind and returns."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from appo_jax.supervision.status import describe, read_status
+
+PROGRAMS = str(Path(__file__).parent / "programs.py")
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a program of programs.py; the run directory is tmp_path / "run"."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(name: str, *settings: str) -> subprocess.Popen[str]:
+        command = [sys.executable, PROGRAMS, name, str(tmp_path / "run"), *settings]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+def gone(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+def test_a_run_that_ends_well(start: Start, tmp_path: Path) -> None:
+    code, _, err = end(start("finish"))
+    assert (code, err) == (0, "")
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert (status.state, status.hosts["0"]["step"], status.error) == ("done", 3, None)
+    assert "done, step 3 of 5" in describe(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("program", "settings", "expected"),
+    [
+        (
+            "hang",
+            ["max_silent_seconds=2"],
+            ["has made no progress for", "phase 'reward'", "its limit is 2 s", "in hang"],
+        ),
+        ("hold_the_lock", ["LOCKED_S=3"], ["has run no Python", "phase 'rollout'", "in hold_the_lock"]),
+        ("crash", [], ["SIGSEGV", "in crash"]),
+    ],
+)
+def test_a_run_that_hangs_or_crashes_ends_with_its_stacks_and_is_started_again(
+    start: Start, tmp_path: Path, program: str, settings: list[str], expected: list[str]
+) -> None:
+    began = time.monotonic()
+    code, _, err = end(start(program, *settings))
+    assert code == 75
+    assert time.monotonic() - began < 20
+    for text in expected:
+        assert text in err
+    assert err.splitlines()[-1].startswith("appo-jax: the run's process")
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert status.state == "failed"
+    assert f"last error: {status.error}" in describe(tmp_path / "run")
+
+
+def test_an_error_keeps_its_code_and_is_told_once(start: Start, tmp_path: Path) -> None:
+    code, _, err = end(start("fail"))
+    assert (code, err) == (1, "error: train.jsonl: line 7 is not JSON\n")
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert (status.state, status.error) == ("failed", "train.jsonl: line 7 is not JSON")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_killed_or_stopped_is_told(start: Start, number: signal.Signals) -> None:
+    process = start("train", "STOPPED_S=2")
+    assert process.stdout is not None
+    process.stdout.readline()
+    child = child_of(process)
+    os.kill(child, number)
+    code, _, err = end(process)
+    assert code == 75
+    assert number.name in err
+    assert gone(child)
+
+
+def test_nothing_outlives_a_supervisor_that_is_killed(start: Start) -> None:
+    process = start("start_up")
+    assert process.stdout is not None
+    process.stdout.readline()
+    child = child_of(process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5
+    while not gone(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0])
+def test_one_request_ends_a_run_at_any_moment_of_its_start(start: Start, number: signal.Signals, delay: float) -> None:
+    process = start("start_up")
+    assert process.stdout is not None
+    if delay:
+        process.stdout.readline()  # until then it is the interpreter's own start
+        time.sleep(delay)
+    else:
+        while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
+            time.sleep(0.001)
+    began = time.monotonic()
+    process.send_signal(number)
+    code, _, err = end(process)
+    assert time.monotonic() - began < 3
+    assert code == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_lets_the_step_end(start: Start, number: signal.Signals) -> None:
+    process = start("train")
+    assert process.stdout is not None
+    while process.stdout.readline() != "step 2\n":
+        pass
+    process.send_signal(number)
+    code, out, err = end(process)
+    assert code == 130
+    assert "Traceback" not in err
+    assert len(out.splitlines()) <= 3  # the step it was in
+
+
+def test_asked_again_it_ends_at_once(start: Start) -> None:
+    process = start("ignore")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    code, _, err = end(process)
+    assert code == 130
+    assert "interrupted" in err
+
+
+def test_a_status_that_has_grown_old_is_that_of_a_run_that_is_gone(start: Start, tmp_path: Path) -> None:
+    process = start("train")
+    assert process.stdout is not None
+    while not (tmp_path / "run/status.json").exists():
+        process.stdout.readline()
+    assert "running, step" in describe(tmp_path / "run")
+    later = describe(tmp_path / "run", time.time() + 100)
+    assert re.search(r"no sign of life for 10\d s: its machine is gone", later)
+    assert json.loads((tmp_path / "run/status.json").read_text())["hosts"]["0"]["phase"] == "start"
