@@ -152,7 +152,7 @@ class Supervisor:
             return Cause(
                 host,
                 f"{self._name()} has made no progress for {silent:.0f} s in phase {phase!r}, step {self._beat['step'] + 1}; "
-                f"its limit is {limit:.0f} s: {heartbeat.PATIENCE} times the longest time without progress before, at least max_silent_seconds"
+                f"its limit is {limit:.0f} s: {heartbeat.PATIENCE} times the longest pause before, at least max_silent_seconds"
                 f"{'; ' + behind if behind else ''} (stacks above)",
                 75,
             )
