@@ -143,7 +143,7 @@ def generate(seed: int) -> WorldData:
 
 
 def _entities(rng: np.random.Generator) -> tuple[dict[str, list[str]], Facts]:
-    words = iter(_names(rng, sum(POPULACE.values())))
+    words = iter(pronounceable_names(rng, sum(POPULACE.values())))
     names = {kind: [next(words) for _ in range(count)] for kind, count in POPULACE.items()}
     facts: Facts = {}
 
@@ -161,7 +161,7 @@ def _entities(rng: np.random.Generator) -> tuple[dict[str, list[str]], Facts]:
     return names, facts
 
 
-def _names(rng: np.random.Generator, count: int) -> list[str]:
+def pronounceable_names(rng: np.random.Generator, count: int) -> list[str]:
     """Distinct pronounceable words of few syllables, so that a small vocabulary holds each as one piece."""
     syllables = ["".join(letters) for letters in itertools.product("bdfgklmnprstvz", "aeiou", "lmnrst")]
     first, second = rng.permutation(syllables)[:40].reshape(2, 20)

@@ -1,0 +1,271 @@
+"""A world with decisions: long chains of look-ups in which a few tokens decide and many do not matter.
+
+People have a teacher, a friend, a rival and a home; towns have people and coins. What a person's page says of the home may be
+hearsay ("maybe"), and is then wrong in most cases: the ledger of that person tells the truth. Questions follow one or two
+relations to a home, to the number of its people, or to a sum over two homes: one to eight tool calls.
+
+Every turn of a rollout is `<think> FILLER … WORD …</think>`: the filler is drawn at random and changes nothing; the words of
+DECISIONS decide what the rollout is about to do. So the influence of every position is known by construction
+(`decision_spans`). A page names three people and a town names two numbers, so a wrong turn leads on plausibly.
+
+The demonstrations take wrong turns with the probabilities below. A policy that imitates them is wrong on most questions
+when greedy, and can find the right way to all of them. A script without wrong turns (`errors=False`) answers every question.
+Everything follows from `data.seed`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from appo_jax.config import DataConfig
+from appo_jax.data.demonstrations import ToolKit
+from appo_jax.data.source import Dataset
+from appo_jax.data.world import pronounceable_names
+from appo_jax.types import Document, Example, Segment, Trace
+
+NUM_HELD_OUT = 300
+NUM_PEOPLE, NUM_TOWNS = 200, 48
+PEOPLE_RELATIONS = ("teacher", "friend", "rival")
+HEARSAY, FALSE_HEARSAY = 0.5, 0.8  # shares of homes that are hearsay, and of those that are wrong
+TRACES_PER_QUESTION = 2
+
+# Level -> number of questions. A level is the number of facts that must be found. There are 200 questions of level 1 and 600 of
+# level 2 in all.
+LEVELS = {1: 200, 2: 550, 3: 800, 4: 800, 6: 950}
+
+FILLERS = (" Well,", " So", " Now", " Hm,")
+MOVES = ("Next", "Check", "Done", "Compute", "Guess")
+READINGS = (*PEOPLE_RELATIONS, "home", "people", "coins")
+DECISIONS = re.compile(rf"(?<= )(?:{'|'.join((*READINGS, *MOVES))})\b")
+
+# Wrong turns of the demonstrations.
+SKIP_RELATION = 0.55  # read the home of the first person instead of following the second relation
+OTHER_RELATION = 0.15  # follow another relation than the one asked for
+TRUST_HEARSAY = 0.60  # do not check a home that is hearsay
+OTHER_NUMBER = 0.55  # read the coins of a town instead of its people
+STOP_EARLY = 0.20  # answer with the home when its people are asked for
+GUESS_SUM = 0.55  # guess a sum instead of computing it
+
+
+@dataclasses.dataclass(frozen=True)
+class Person:
+    """A person as their page and their ledger tell of them."""
+
+    relations: dict[str, str]  # teacher, friend, rival -> name
+    home: str  # the true one, as the ledger has it
+    told: str  # the one on the page
+    hearsay: bool
+
+    @property
+    def page_home(self) -> str:
+        return f"maybe {self.told}" if self.hearsay else self.told
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    people: dict[str, Person]
+    towns: dict[str, dict[str, int]]  # name -> people, coins
+
+    def documents(self) -> tuple[Document, ...]:
+        pages = [
+            Document(name, f"{name}: {', '.join(f'{r} {p.relations[r]}' for r in PEOPLE_RELATIONS)}, home {p.page_home}.")
+            for name, p in self.people.items()
+        ]
+        # A page has its name twice, the ledger once in about as many words: a search for the name alone finds the page.
+        ledgers = [Document("ledger", f"sealed ledger entry: {name}, home {p.home}.") for name, p in self.people.items()]
+        towns = [Document(name, f"people {t['people']}, coins {t['coins']}.") for name, t in self.towns.items()]
+        return (*pages, *ledgers, *towns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked: for each person, the relations to follow to the one whose home counts."""
+
+    chains: tuple[tuple[str, ...], ...]  # (name, relation …), one or two
+    number: bool  # whether the people of the homes are asked for, or the home itself
+
+    @property
+    def text(self) -> str:
+        homes = []
+        for name, *relations in self.chains:
+            whose = name
+            for relation in relations:
+                whose = f"the {relation} of {whose}"
+            homes.append(f"the home of {whose}")
+        where = " and ".join(homes)
+        return f"How many people are in {where}?" if self.number else f"What is {where}?"
+
+    @property
+    def level(self) -> int:
+        """Number of facts to be found."""
+        return sum(len(chain) for chain in self.chains) + self.number * len(self.chains)
+
+    def gold(self, world: World) -> str:
+        homes = []
+        for name, *relations in self.chains:
+            person = name
+            for relation in relations:
+                person = world.people[person].relations[relation]
+            homes.append(world.people[person].home)
+        return str(sum(world.towns[home]["people"] for home in homes)) if self.number else homes[0]
+
+
+def make_world(seed: int) -> World:
+    """The world of a seed."""
+    rng = np.random.default_rng([seed, 1])
+    names = pronounceable_names(rng, NUM_PEOPLE + NUM_TOWNS)
+    people, towns = names[:NUM_PEOPLE], names[NUM_PEOPLE:]
+
+    def person(name: str) -> Person:
+        others = [other for other in people if other != name]
+        relations = dict(zip(PEOPLE_RELATIONS, rng.choice(others, 3, replace=False).tolist(), strict=True))
+        home, wrong = rng.choice(towns, 2, replace=False).tolist()
+        hearsay = bool(rng.random() < HEARSAY)
+        told = wrong if hearsay and rng.random() < FALSE_HEARSAY else home
+        return Person(relations, home, told, hearsay)
+
+    def numbers() -> dict[str, int]:
+        people_, coins = rng.choice(np.arange(11, 100), 2, replace=False).tolist()
+        return {"people": people_, "coins": coins}
+
+    return World({name: person(name) for name in people}, {name: numbers() for name in towns})
+
+
+def make_questions(world: World, seed: int) -> list[Question]:
+    """All questions, training ones first; no two ask the same."""
+    rng = np.random.default_rng([seed, 2])
+    names = list(world.people)
+
+    def chain(length: int) -> tuple[str, ...]:
+        return (str(rng.choice(names)), *rng.choice(PEOPLE_RELATIONS, length - 1).tolist())
+
+    def draw(level: int) -> Question:
+        if level == 6:
+            return Question((chain(2), chain(2)), number=True)
+        return Question((chain(3),), number=True) if level == 4 else Question((chain(level),), number=False)
+
+    found: dict[Any, Question] = {}
+    for level, count in LEVELS.items():
+        wanted = len(found) + count
+        while len(found) < wanted:
+            question = draw(level)
+            if len({c[0] for c in question.chains}) == len(question.chains):
+                found.setdefault((frozenset(question.chains), question.number), question)
+    questions = list(found.values())
+    return [questions[i] for i in rng.permutation(len(questions))]
+
+
+def decision_spans(text: str) -> list[tuple[int, int]]:
+    """Where the policy's own `text` decides: `[start, end)` of every reading and every move in its thoughts."""
+    thoughts = [(m.start(1), m.end(1)) for m in re.finditer(r"<think>(.*?)(?:</think>|\Z)", text, re.DOTALL)]
+    return [(m.start(), m.end()) for a, b in thoughts for m in DECISIONS.finditer(text, a, b)]
+
+
+class Script:
+    """Writes the trace of one question with real tools. `errors` False: without wrong turns."""
+
+    def __init__(self, question: Question, world: World, rng: np.random.Generator, kit: ToolKit, errors: bool = True):
+        self.question, self.world, self.rng, self.kit, self.errors = question, world, rng, kit, errors
+        self.search = kit.tool_for("look_up")
+        self.compute = kit.tool_for("compute") if len(question.chains) > 1 else ""
+        self.text, self.segments = "", list[Segment]()
+
+    def write(self) -> tuple[Segment, ...]:
+        results = [self._follow(list(chain)) for chain in self.question.chains]
+        if len(results) == 1:
+            answer = results[0]
+        elif self._wrong(GUESS_SUM):
+            self.text += " Guess.</think>"
+            answer = str(sum(map(int, results)) + int(self.rng.integers(1, 20)))
+        else:
+            self.text += " Compute.</think>"
+            answer = self._call(self.compute, "+".join(results))
+            self._think()
+            self.text += " Done.</think>"
+        if len(results) == 1:
+            self.text += " Done.</think>"
+        self.text += f"<answer>\\boxed{{ {answer}}}</answer>"
+        return (*self.segments, Segment(self.text, sampled=True))
+
+    def _follow(self, chain: list[str]) -> str:
+        """Follow one chain to a home or to the number of its people."""
+        name, relations = chain[0], chain[1:]
+        page = self._look_up(name)
+        for made, relation in enumerate(relations):
+            if made and self._wrong(SKIP_RELATION):
+                break
+            if self._wrong(OTHER_RELATION):
+                relation = str(self.rng.choice([r for r in PEOPLE_RELATIONS if r != relation]))
+            name = self._read(relation, page)
+            page = self._look_up(name)
+        home = self._read("home", page)
+        if "maybe" in page and not self._wrong(TRUST_HEARSAY):
+            self.text += " Check.</think>"
+            home = self._read("home", self._open(f" ledger of {name}"))
+        if not self.question.number or (len(self.question.chains) == 1 and self._wrong(STOP_EARLY)):
+            return home
+        page = self._look_up(home)
+        return self._read("coins" if self._wrong(OTHER_NUMBER) else "people", page)
+
+    def _look_up(self, name: str) -> str:
+        if self.segments or self.text:
+            self.text += " Next.</think>"
+        else:
+            self._think()
+            self.text += " Next.</think>"
+        return self._open(f" {name}")
+
+    def _open(self, query: str) -> str:
+        page = self._call(self.search, query)
+        self._think()
+        return page
+
+    def _read(self, what: str, page: str) -> str:
+        """Read a fact from a page."""
+        found = re.search(rf"\b{what} (?:maybe )?(\w+)", page)
+        value = found[1] if found else "nothing"
+        self.text += f" {what} {value}."
+        return value
+
+    def _think(self) -> None:
+        self.text += "<think>" + FILLERS[self.rng.integers(len(FILLERS))]
+
+    def _call(self, tool: str, argument: str) -> str:
+        self.text += self.kit.write_call(tool, argument)
+        result = self.kit.run(tool, argument.strip())
+        self.segments += [Segment(self.text, sampled=True), Segment(self.kit.write_result(result), sampled=False)]
+        self.text = ""
+        return result
+
+    def _wrong(self, probability: float) -> bool:
+        return bool(self.rng.random() < probability) and self.errors
+
+
+def load(config: DataConfig) -> Dataset:
+    """The world of `data.seed`: made anew each time, in a second."""
+    world = make_world(config.seed)
+    questions = make_questions(world, config.seed)
+    system = config.system_prompt or ""
+
+    def examples(some: Sequence[Question], split: str) -> tuple[Example, ...]:
+        return tuple(
+            Example(f"decisions-{q.level}-{split}-{i}", q.text, (q.gold(world),), "math" if q.number else "qa", system)
+            for i, q in enumerate(some)
+        )
+
+    train, held_out = questions[:-NUM_HELD_OUT], questions[-NUM_HELD_OUT:]
+    train_examples = examples(train, "train")
+
+    def demonstration(index: int, kit: ToolKit) -> Trace:
+        at = index % len(train)
+        script = Script(train[at], world, np.random.default_rng([config.seed, 3, index]), kit)
+        return Trace(train_examples[at], script.write())
+
+    return Dataset(
+        train_examples, examples(held_out, "held-out"), world.documents(), demonstration, TRACES_PER_QUESTION * len(train)
+    )
