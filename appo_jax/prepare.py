@@ -1,4 +1,4 @@
-"""The `data` command: makes the embedded world's dataset and trains its tokenizer."""
+"""The `data` command: makes a generated world's dataset and trains its tokenizer."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from appo_jax.tools.executor import ToolExecutor
 
 
 def prepare_world(config: Config) -> str:
-    """Build the world of `config.data` (unless it is there) and train `config.policy.tokenizer` on it.
+    """Make the world of `config.data` (unless it is there) and train `config.policy.tokenizer` on it.
 
     The tokenizer sees documents, training questions and demonstrations with real tool results; nothing of the held-out
-    questions. Returns a line that says what was made. Raises ConfigError where the config is not of the world.
+    questions. Returns a line that says what was made. Raises ConfigError where there is nothing to train a tokenizer on.
     """
     path, architecture = config.policy.tokenizer, config.policy.architecture
-    if config.data.source != "world":
-        raise ConfigError(f"data.source = {config.data.source!r}: only 'world' is made by this command")
     if path is None or not path.endswith(".model") or architecture is None:
         raise ConfigError(
-            f"policy.tokenizer = {path!r}: the world's tokenizer is a new .model file, for a policy.architecture"
+            f"policy.tokenizer = {path!r}: a world's tokenizer is a new .model file, for a policy.architecture"
         )
     dataset = load_dataset(config.data)
+    if dataset.demonstration is None:
+        raise ConfigError(
+            f"data.source = {config.data.source!r} has no demonstrations that a tokenizer could be trained on"
+        )
     with build_executor(config.tools, dataset.documents) as executor:
         pieces = executor.call_format.pieces
         train_tokenizer(_texts(dataset, executor), Path(path), pieces, architecture.vocab_size)

@@ -18,6 +18,12 @@ MOST_STEPS = 100_000
 COLD_START = ("policy.", "data.", "sft.", "tools.", "eval.num_prompts", "rollout.max_")
 
 
+def lacks_tokenizer(config: Config) -> bool:
+    """Whether the run's tokenizer is yet to be trained on its world (`appo-jax data world`)."""
+    tokenizer = config.policy.tokenizer
+    return tokenizer is not None and tokenizer.endswith(".model") and not Path(tokenizer).exists()
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
     """Arms by name; the others are compared with the first one."""

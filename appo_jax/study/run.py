@@ -16,7 +16,7 @@ from typing import Literal
 from appo_jax.config import Config
 from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.interrupt import stop_requests
-from appo_jax.study.plan import Study
+from appo_jax.study.plan import Study, lacks_tokenizer
 from appo_jax.study.process import log_file, start_run
 from appo_jax.study.report import write_report
 
@@ -60,7 +60,7 @@ def plan_jobs(study: Study) -> list[Job]:
     """What is left to do, in order: the world's data, then for each seed its cold start and its arms."""
     first = study.cold_start(study.seeds[0])
     world = None
-    if first.data.source == "world" and not Path(str(first.policy.tokenizer)).exists():
+    if lacks_tokenizer(first):
         world = Job("data world", dataclasses.replace(first, run_dir=str(Path(study.out) / "runs" / "world")))
     left: list[Job] = []
     for seed in study.seeds:

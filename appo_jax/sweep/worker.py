@@ -23,6 +23,7 @@ from appo_jax.config import Config
 from appo_jax.errors import TrainingError
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.metrics import read_metrics
+from appo_jax.study.plan import lacks_tokenizer
 from appo_jax.study.process import log_file, start_run
 from appo_jax.study.report import load_outcome
 from appo_jax.sweep.plan import Sweep
@@ -98,7 +99,7 @@ def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: threading
 def _cold_start(store: Store, seed: int, stop: Stop, lost: threading.Event) -> None:
     """Make a seed's cold start, and before it the embedded world where it is missing."""
     config = store.sweep.cold_start(seed)
-    if config.data.source == "world" and not Path(str(config.policy.tokenizer)).exists():
+    if lacks_tokenizer(config):
         world = dataclasses.replace(config, run_dir=str(store.folder / "runs" / "world"))
         _once(store, "world", "data world", world, stop, lost)
     _once(store, f"cold-{seed}", "sft", config, stop, lost)

@@ -73,11 +73,15 @@ class World:
 
     def documents(self) -> tuple[Document, ...]:
         pages = [
-            Document(name, f"{name}: {', '.join(f'{r} {p.relations[r]}' for r in PEOPLE_RELATIONS)}, home {p.page_home}.")
+            Document(
+                name, f"{name}: {', '.join(f'{r} {p.relations[r]}' for r in PEOPLE_RELATIONS)}, home {p.page_home}."
+            )
             for name, p in self.people.items()
         ]
         # A page has its name twice, the ledger once in about as many words: a search for the name alone finds the page.
-        ledgers = [Document("ledger", f"sealed ledger entry: {name}, home {p.home}.") for name, p in self.people.items()]
+        ledgers = [
+            Document("ledger", f"sealed ledger entry: {name}, home {p.home}.") for name, p in self.people.items()
+        ]
         towns = [Document(name, f"people {t['people']}, coins {t['coins']}.") for name, t in self.towns.items()]
         return (*pages, *ledgers, *towns)
 
@@ -267,5 +271,9 @@ def load(config: DataConfig) -> Dataset:
         return Trace(train_examples[at], script.write())
 
     return Dataset(
-        train_examples, examples(held_out, "held-out"), world.documents(), demonstration, TRACES_PER_QUESTION * len(train)
+        train_examples,
+        examples(held_out, "held-out"),
+        world.documents(),
+        demonstration,
+        TRACES_PER_QUESTION * len(train),
     )
