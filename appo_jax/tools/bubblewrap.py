@@ -77,11 +77,16 @@ def _namespaces(root: bool) -> list[str]:
 def _mounts(modules: dict[str, Path]) -> list[str]:
     """Everything read-only: the system's libraries, Python and its standard library, the modules, four devices."""
     options = _folders("/usr", "/usr/share", "/etc", "/sandbox", SITE)
-    for path in SYSTEM:
-        options += ["--ro-bind-try", path, path]
+    for path in SYSTEM:  # few mounts: every call's namespace copies all of them
+        if os.path.islink(path) and not path.startswith("/etc/"):
+            options += ["--symlink", os.readlink(path), path]
+        else:
+            options += ["--ro-bind-try", path, path]
     executable = os.path.realpath(sys.executable)
     library = str(Path(sysconfig.get_config_var("prefix")).resolve() / "lib")
-    for path in (library, str(Path(sysconfig.get_path("stdlib")).resolve()), executable):
+    for path in dict.fromkeys((library, str(Path(sysconfig.get_path("stdlib")).resolve()), executable)):
+        if path != library and path.startswith(library + "/"):
+            continue
         above = [folder for folder in Path(path).parents if not any(folder.is_relative_to(place) for place in SYSTEM)]
         options += _folders(*map(str, reversed(above)))
         options += ["--ro-bind", path, path]

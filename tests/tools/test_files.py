@@ -97,11 +97,6 @@ KEPT_FILES = {
         "gone",
     ),
     "working_directory_elsewhere": (("import os\nos.chdir('/usr/lib')"), "os.getcwd()", "'/usr/lib'"),
-    "many_open_files": (
-        "f = [open('/dev/null') for _ in range(57)]",
-        "len(f), [x.close() for x in f][0]",
-        "(57, None)",
-    ),
     "deep_folders": (
         ("import os\nfor _ in range(200):\n    os.mkdir('d'); os.chdir('d')"),
         "os.getcwd().count('/d')",
@@ -121,6 +116,7 @@ def test_files_are_forked_as_they_are(tool, name):
 
 
 REFUSED_FILES = {
+    "many_open": ("f = [open('/dev/null') for _ in range(57)]", "57 files are open; close some"),
     "listing": (("import os\nopen('f', 'w').close(); s = os.scandir('.'); next(s)"), "is being listed"),
     "unreadable": (("import os\nopen('f', 'w').close(); os.chmod('f', 0)"), "'f' may not be read (mode 0000)"),
     "unreadable_folder": (("import os\nos.mkdir('d'); os.chmod('d', 0o300)"), "'d' may not be read (mode 0300)"),

@@ -35,14 +35,19 @@ class Held:
 
 
 held: list[Held] = []  # of this state, as `seal` found them
+_watched: list[int] = []
+_poll = select.poll()
+kept = False  # whether this state has anything that a fork must copy
 
 
-def seal(folder: int, first: int, last: int) -> None:
-    """Reopen for reading what is open for writing below `folder`, descriptors `first` to `last - 1`. Raises Refused."""
+def seal(folder: int, descriptors: list[int]) -> None:
+    """Reopen for reading what `descriptors` are open for writing below `folder`. Raises Refused."""
+    global kept
+    kept = True
     held.clear()
     device = os.fstat(folder).st_dev
     names = _names(folder)
-    for fd in open_descriptors(first, last):
+    for fd in descriptors:
         info = os.fstat(fd)
         known = (info.st_dev, info.st_ino) in names or info.st_nlink == 0
         if info.st_dev != device or not known:
@@ -104,16 +109,22 @@ def check(folder: int) -> None:
 
 def forget() -> None:
     """There is nothing in the folder, and nothing is open."""
+    global kept
+    kept = False
     held.clear()
 
 
-def open_descriptors(first: int, last: int) -> list[int]:
-    """Which descriptors are open: one system call for all."""
-    poll = select.poll()
+def watch(first: int, last: int) -> None:
+    """Say which descriptors policy code may have: `first` to `last - 1`."""
     for fd in range(first, last):
-        poll.register(fd, 0)
-    closed = {fd for fd, event in poll.poll(0) if event & select.POLLNVAL}
-    return [fd for fd in range(first, last) if fd not in closed]
+        _watched.append(fd)
+        _poll.register(fd, 0)
+
+
+def open_descriptors() -> list[int]:
+    """Which of them are open: one system call for all."""
+    closed = [fd for fd, event in _poll.poll(0) if event & select.POLLNVAL]
+    return [] if len(closed) == len(_watched) else sorted(set(_watched).difference(closed))
 
 
 def _duplicate_of(fd: int, flags: int) -> int:

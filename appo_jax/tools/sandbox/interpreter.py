@@ -28,8 +28,9 @@ from .cell import DONE, FAILED, OUT_OF_MEMORY
 
 CHANNEL = 60  # the file descriptor of a snapshot's channel to the supervisor
 FOLDER = 61  # and, with process isolation, of its own folder
+FIRST_FILE = 3
 MAX_FILES = 64
-SPARE_FILES = 12  # further descriptors, for what is done between the code of one call and the next
+SPARE_FILES = 8  # of these must be free at the end of a call, for what is done between it and the next
 MAX_FILE_BYTES = 16 << 20  # of one file, and of what a cell writes to its output
 MAX_REQUEST = 150_000
 PRIVATE = "/tmp"  # where a state's own files are mounted in a sandbox
@@ -55,6 +56,7 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
         os.dup2(os.open(os.path.join(options["folder"], "0"), os.O_RDONLY), FOLDER)
     os.chdir(PRIVATE if sandboxed else os.path.join(options["folder"], "0"))
     _prepare_modules(options["preload"])
+    files.watch(FIRST_FILE, CHANNEL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.collect()
@@ -64,14 +66,13 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
     limits = {
         resource.RLIMIT_AS: size + (options["memory_mb"] << 20),
         resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
-        resource.RLIMIT_NOFILE: MAX_FILES + SPARE_FILES,
+        resource.RLIMIT_NOFILE: MAX_FILES,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
-    _allow_files(MAX_FILES + SPARE_FILES)
     listener = -1
     try:
         listener = seccomp.install()
@@ -156,10 +157,8 @@ def _cell(message: bytes, fds: list[int], filename: str, max_output: int) -> Non
         os.close(fd)
     try:
         _take_files(json.loads(head)["folder"], bool(mount))
-        _allow_files(MAX_FILES)
         report = cell.run(code.decode("utf-8", "replace"), filename, max_output)
         _stop_timers()
-        _allow_files(MAX_FILES + SPARE_FILES)
         _settle_files(bool(mount))
     except files.Refused as reason:
         report = _refuse(str(reason))
@@ -167,12 +166,6 @@ def _cell(message: bytes, fds: list[int], filename: str, max_output: int) -> Non
         report = _refuse(f"its files cannot be copied ({error})")
     _close_output()
     os.write(CHANNEL, report)
-
-
-def _allow_files(number: int) -> None:
-    """Let so many files be open; fewer where the code has lowered the limit for itself."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(number, most), most))
 
 
 def _refuse(reason: str) -> bytes:
@@ -183,13 +176,16 @@ def _refuse(reason: str) -> bytes:
 
 def _settle_files(mounted: bool) -> None:
     """See that later calls can be forked from here, and make no file writable to them."""
+    opened = files.open_descriptors()
+    if len(opened) > CHANNEL - FIRST_FILE - SPARE_FILES:
+        raise files.Refused(f"{len(opened)} files are open; close some before the call ends")
+    if not opened and not os.listdir(PRIVATE if mounted else FOLDER):
+        files.forget()
+        return
     folder = os.open(PRIVATE, os.O_RDONLY) if mounted else os.dup(FOLDER)
     try:
-        if os.listdir(folder) or files.open_descriptors(3, CHANNEL):
-            files.check(folder)
-            files.seal(folder, 3, CHANNEL)
-        else:
-            files.forget()
+        files.check(folder)
+        files.seal(folder, opened)
     finally:
         os.close(folder)
 
@@ -215,6 +211,11 @@ def _take_files(folder: str, mounted: bool) -> None:
         here = os.getcwd()
     except FileNotFoundError:  # removed
         here = ""
+    if mounted and here == PRIVATE and not files.kept:
+        system.unshare(system.CLONE_NEWNS)
+        system.ask_for_mount()
+        os.chdir(PRIVATE)
+        return
     if mounted:
         old = os.open(PRIVATE, os.O_RDONLY)
         top = PRIVATE

@@ -50,6 +50,9 @@ class Node:
     channel: socket.socket | None = None
     output: int = -1  # the file that the call writes to
     files: int = -1  # the mount of its /tmp
+    mounts: int = -1  # its mount namespace, while its call runs
+    namespace: int = 0  # that namespace's number
+    has_files: bool = False  # a snapshot whose /tmp is not empty
     deadline: float = 0.0
     allowed: set[int] = dataclasses.field(default_factory=set)  # supervised system calls it may make now, once each
     verdict: str = "died"  # what the end of its process means while it runs

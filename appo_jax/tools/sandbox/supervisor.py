@@ -209,6 +209,7 @@ class Supervisor:
         root.become(Phase.FROZEN)
         self.budget.start(system.private_memory(root.pid))
         if self.sandboxed:
+            root.namespace = os.stat(f"/proc/{root.pid}/ns/mnt").st_ino
             output = system.new_output()  # code may keep what it wrote to: it is emptied and closed to writing
             self.devices = system.mounted_devices(root.pid) | {os.fstat(output).st_dev}
             os.close(output)
@@ -301,9 +302,10 @@ class Supervisor:
         if node.output >= 0:
             text = system.take_output(node.output, self.options["max_output_bytes"], TAIL).decode("utf-8", "replace")
             node.output = -1
-        if node.files >= 0:
-            os.close(node.files)
-            node.files = -1
+        for fd in (node.files, node.mounts):
+            if fd >= 0:
+                os.close(fd)
+        node.files = node.mounts = -1
         self.waiting.discard(node)
         node.code = b""
         self._tell({"id": node.id, "outcome": outcome, "text": text})
@@ -426,13 +428,14 @@ class Supervisor:
         if parent is None or not parent.alive:
             return False
         try:
-            with open(f"/proc/{node.pid}/ns/mnt", "rb") as mounts, open(f"/proc/{parent.pid}/ns/mnt", "rb") as others:
-                if os.path.sameopenfile(mounts.fileno(), others.fileno()):
-                    return False
-                with system.inside_mounts(mounts.fileno(), self.mounts):
-                    if parent.id:
-                        system.detach_mount(interpreter.PRIVATE)
-                    system.attach_mount(node.files, interpreter.PRIVATE)
+            node.mounts = os.open(f"/proc/{node.pid}/ns/mnt", os.O_RDONLY)
+            node.namespace = os.fstat(node.mounts).st_ino
+            if node.namespace == parent.namespace:
+                return False
+            with system.inside_mounts(node.mounts, self.mounts):
+                if parent.has_files:  # else it lies empty below; to unmount takes the kernel a while
+                    system.detach_mount(interpreter.PRIVATE)
+                system.attach_mount(node.files, interpreter.PRIVATE)
         except OSError:
             return False
         return True
@@ -491,22 +494,28 @@ class Supervisor:
         """Why a state cannot be kept; empty if it can."""
         if report == interpreter.REFUSED:
             return "refused"
+        parent = node.parent
+        assert parent is not None
         files = 0
         if self.sandboxed:
-            if not self._seal(node):
+            if not self._seal(node, parent):
                 return "refused"
             used = os.fstatvfs(node.files)
             files = (used.f_blocks - used.f_bfree) * used.f_frsize
-        parent = node.parent.id if node.parent else 0
-        return "" if self.budget.add(node.id, parent, system.private_memory(node.pid), files) else "limit"
+            node.has_files = used.f_files - used.f_ffree > 1
+        return "" if self.budget.add(node.id, parent.id, system.private_memory(node.pid), files) else "limit"
 
-    def _seal(self, node: Node) -> bool:
-        """Make a state's /tmp read-only to all that will be forked from it, and see that it holds no other state's files.
+    def _seal(self, node: Node, parent: Node) -> bool:
+        """Make a state's /tmp read-only to all that will be forked from it, and see that it holds no file of its parent.
         Fails where a file is still open for writing: the interpreter reopens those, code that patches it does not."""
         try:
-            with open(f"/proc/{node.pid}/ns/mnt", "rb") as mounts, system.inside_mounts(mounts.fileno(), self.mounts):
-                own = os.stat(interpreter.PRIVATE).st_dev
+            with system.inside_mounts(node.mounts, self.mounts):
                 system.make_read_only(interpreter.PRIVATE)
+            os.close(node.mounts)
+            node.mounts = -1
+            if not parent.has_files:
+                return True
+            own = os.fstat(node.files).st_dev
             links = [f"/proc/{node.pid}/cwd", *(f"/proc/{node.pid}/fd/{fd}" for fd in system.descriptors(node.pid))]
             for link in links:
                 info = os.stat(link)
