@@ -24,6 +24,10 @@ SYSTEM = (
     "/usr/share/zoneinfo",
 )  # fmt: skip
 
+EXTRA_OPTIONS: dict[
+    str, int
+] = {}  # of the supervisor, for tests: `memory_total`, bytes for all states; 0: half of what is free
+
 
 def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[list[str], dict[str, str]]:
     """The command and the environment of the sandbox's first process. `control` is its socket to the trainer."""
@@ -35,7 +39,7 @@ def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[l
     }  # fmt: skip
     options = {
         "isolation": config.isolation, "preload": config.preload, "memory_mb": config.memory_mb,
-        "max_output_bytes": 4 * config.max_output_chars, "folder": folder,
+        "max_output_bytes": 4 * config.max_output_chars, "folder": folder, "memory_total": 0, **EXTRA_OPTIONS,
     }  # fmt: skip
     modules = {} if not walled else locate([*config.preload, *config.modules])
     sites = [SITE] if walled else _site_folders()

@@ -16,7 +16,8 @@ import select
 import stat
 from typing import Any
 
-MAX_PATH = 3800  # bytes of a path below /tmp that can still be named in one system call
+MAX_DEPTH = 250  # of folders in each other
+MAX_PATH = 3800  # bytes of a path that can still be named in one system call
 Identity = tuple[int, int]  # device and inode
 
 
@@ -97,14 +98,13 @@ def take(old: int, new: int) -> None:
         os.close(copy)
 
 
-def check(folder: int) -> None:
-    """See that everything below `folder` can be copied. Raises Refused."""
-    for path, info in _walk(folder):
-        if len(path.encode("utf-8", "surrogateescape")) > MAX_PATH:
-            raise Refused("folders are nested too deeply to be copied for later calls")
-        needed = {stat.S_IFREG: os.R_OK, stat.S_IFDIR: os.R_OK | os.X_OK}.get(stat.S_IFMT(info.st_mode), 0)
-        if needed and not os.access(path, needed, dir_fd=folder):
-            raise Refused(f"{path[2:]!r} may not be read (mode {stat.S_IMODE(info.st_mode):04o})")
+def _check(path: str, info: os.stat_result, folder: int) -> None:
+    """See that a file or folder can be copied. Raises Refused."""
+    if path.count("/") > MAX_DEPTH or len(os.fsencode(path)) > MAX_PATH:
+        raise Refused("folders are nested too deeply to be copied for later calls")
+    needed = {stat.S_IFREG: os.R_OK, stat.S_IFDIR: os.R_OK | os.X_OK}.get(stat.S_IFMT(info.st_mode), 0)
+    if needed and not os.access(path, needed, dir_fd=folder):
+        raise Refused(f"{path[2:]!r} may not be read (mode {stat.S_IMODE(info.st_mode):04o})")
 
 
 def forget() -> None:
@@ -177,8 +177,13 @@ def _walk(folder: int, path: str = ".") -> Any:
 
 
 def _names(folder: int) -> dict[Identity, str]:
+    """The paths of what can be copied, by inode. Raises Refused."""
     top = os.fstat(folder)
-    return {(top.st_dev, top.st_ino): "."} | {(info.st_dev, info.st_ino): path for path, info in _walk(folder)}
+    names = {(top.st_dev, top.st_ino): "."}
+    for path, info in _walk(folder):
+        _check(path, info, folder)
+        names[info.st_dev, info.st_ino] = path
+    return names
 
 
 def _copy_folder(old: int, new: int, top: str, copied: dict[Identity, str]) -> None:

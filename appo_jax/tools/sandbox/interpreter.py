@@ -184,7 +184,6 @@ def _settle_files(mounted: bool) -> None:
         return
     folder = os.open(PRIVATE, os.O_RDONLY) if mounted else os.dup(FOLDER)
     try:
-        files.check(folder)
         files.seal(folder, opened)
     finally:
         os.close(folder)

@@ -54,7 +54,9 @@ class Node:
     namespace: int = 0  # that namespace's number
     has_files: bool = False  # a snapshot whose /tmp is not empty
     deadline: float = 0.0
+    tries: int = 0  # times that this request was made before
     allowed: set[int] = dataclasses.field(default_factory=set)  # supervised system calls it may make now, once each
+    killed: bool = False  # its end has been asked for and will be reported
     verdict: str = "died"  # what the end of its process means while it runs
     child: Node | None = None  # being forked from it
     unmet: bool = False  # it has forked a child that has not made itself known

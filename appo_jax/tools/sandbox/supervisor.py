@@ -42,6 +42,7 @@ MEMORY_SHARE = 0.5  # of the memory available at start, for all snapshots togeth
 WEIGH_EVERY = 0.1  # seconds between looks at the memory of running calls
 PATIENCE = 10.0  # seconds for what only a stalled machine delays: a fork's appearance, a place in a queue
 START_TIMEOUT = 60.0  # seconds for state 0 to import its modules
+MAX_TRIES = 3  # of a fork of state 0 whose process dies before it runs any code
 MAX_RESTARTS = 10  # of state 0 in a row, without a call in between
 MAX_REPORTS = 200  # lines about faults that are written for the trainer to find
 
@@ -83,7 +84,7 @@ class Supervisor:
         self.nodes: dict[int, Node] = {}  # asked for and not freed
         self.by_pid: dict[int, Node] = {}  # alive
         self.waiting: set[Node] = set()  # these have deadlines
-        self.budget = Budget(int(MEMORY_SHARE * system.available_memory()))
+        self.budget = Budget(options["memory_total"] or int(MEMORY_SHARE * system.available_memory()))
         self.devices: set[int] = set()  # of the file systems that all states see; a state's /tmp is another
         self.ready = False  # state 0 has been there once
         self.filtered = False
@@ -231,20 +232,30 @@ class Supervisor:
             raise TrainerGone("state 0 does not stay alive")
         self._report("state 0 has died and is made anew")
         queue = list(root.queue)
-        if root.child is not None and root.child.phase is Phase.FORKING:  # it has not run yet: ask again
-            lost = root.child
-            again = Node(lost.id, code=lost.code, timeout=lost.timeout, deadline=time.monotonic() + PATIENCE)
-            self._let_go(lost)
-            self.waiting.discard(lost)
-            lost.become(Phase.DEAD)
-            self.nodes[lost.id] = again
-            self.waiting.add(again)
-            queue.insert(0, again)
+        if root.child is not None and root.child.phase is Phase.FORKING:
+            queue.insert(0, self._ask_again(root.child))
         root.child = None
         root.queue.clear()
         self._start_root(queue)
         for node in queue:
             node.parent = self.nodes[0]
+
+    def _ask_again(self, node: Node) -> Node:
+        """A request in the place of one whose process died before it ran any code."""
+        again = Node(node.id, node.parent, node.code, node.timeout, tries=node.tries + 1)
+        again.deadline = time.monotonic() + node.timeout + PATIENCE
+        self._let_go(node)
+        for fd in (node.output, node.files):
+            if fd >= 0:
+                os.close(fd)
+        node.output = node.files = -1
+        if not self.sandboxed:
+            shutil.rmtree(self._folder(node), ignore_errors=True)
+        self.waiting.discard(node)
+        node.become(Phase.DEAD)
+        self.nodes[node.id] = again
+        self.waiting.add(again)
+        return again
 
     # The trainer asks
 
@@ -313,7 +324,7 @@ class Supervisor:
     # From request to running call
 
     def _fork_next(self, parent: Node) -> None:
-        while parent.phase is Phase.FROZEN and parent.child is None and parent.queue:
+        while parent.phase is Phase.FROZEN and not parent.killed and parent.child is None and parent.queue:
             node = parent.queue.popleft()
             if node.phase is Phase.ASKED:
                 self._fork(parent, node)
@@ -328,10 +339,12 @@ class Supervisor:
                 fds = self._equip(node, given)
                 head = json.dumps({"folder": self._folder(node), "descriptors": len(fds)}).encode()
                 socket.send_fds(parent.channel, [head + b"\n" + node.code], fds)
-            except (BlockingIOError, BrokenPipeError, ConnectionError):  # it does not read, or cannot any more
-                self._end(node, "lost")
-                if parent.id:
-                    self._kill(parent)
+            except (BlockingIOError, ConnectionError):  # it does not read, or is dying
+                if parent.id == 0 and node.tries < MAX_TRIES:
+                    parent.queue.appendleft(self._ask_again(node))
+                else:
+                    self._end(node, "lost")
+                self._kill(parent)
                 return
             except OSError as error:  # out of descriptors, memory or disk
                 self._report(f"no room for another state: {error}")
@@ -470,6 +483,8 @@ class Supervisor:
         assert parent is not None
         if message == interpreter.NO_FORK:
             self._end(node, "stuck" if parent.id else "full")
+        elif parent.id == 0 and node.tries < MAX_TRIES and node.id in self.nodes:  # its newborn died, or it did
+            parent.queue.appendleft(self._ask_again(node))
         else:
             self._end(node, "lost" if parent.id else "died")
         if parent.child is node and parent.alive:
@@ -599,6 +614,7 @@ class Supervisor:
                     os.kill(pid, signal.SIGKILL)
 
     def _kill(self, node: Node) -> None:
+        node.killed = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(node.pidfd, signal.SIGKILL)
             if not self.sandboxed:
