@@ -19,7 +19,8 @@ class PythonToolConfig:
     memory_mb: PositiveInt = 512
     """MiB that a rollout's code may take beyond what the preloaded interpreter has."""
     max_output_chars: PositiveInt = 4096
-    """Characters of a call's output that are kept; the middle is cut out."""
+    """How much of a call's output is kept: its first bytes, four times as many as this, and its last lines. What the policy
+    reads of it is cut to rollout.max_result_tokens."""
     preload: tuple[str, ...] = ("math", "numpy", "sympy")
     """Modules imported once, before the first rollout is forked: no call waits for their import."""
     modules: tuple[str, ...] = ()

@@ -64,7 +64,7 @@ class _Comparison:
             return False
         answer, gold = _without_assignment(answer, gold)
         if letter := choice(gold):
-            return (choice(answer) or answer.upper()) == letter
+            return (choice(answer) or choice(unwrapped(answer)) or answer.upper()) == letter
         answer, gold = unwrapped(answer), unwrapped(gold)
         if (verdict := _plain_numbers(answer, gold)) is not None:
             return verdict

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from appo_jax.errors import DataError
 
 
 class QueryCache:
-    """`{query: result text}` on disk. Queries that differ in case or spacing alone are one. Safe to use from several
-    threads and processes; `backend` keeps answers of different servers or page counts apart."""
+    """`{query: text}` on disk. Queries that differ in case, spacing or Unicode's spellings alone are one. Safe to use from
+    several threads and processes; `backend` keeps answers of different servers or page counts apart."""
 
     def __init__(self, path: str | Path, backend: str = ""):
         self.path = Path(path)
@@ -78,4 +79,4 @@ class QueryCache:
 
 
 def _key(query: str) -> str:
-    return " ".join(query.casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", query).casefold().split())

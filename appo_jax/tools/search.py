@@ -1,7 +1,7 @@
 """Search over a corpus on this machine: BM25 (bm25s), and what all search tools share: pages as text.
 
-Okapi BM25 over title and text, English stop words left out. The index of a corpus file is built once, kept on disk and
-memory-mapped, so that many processes share it.
+Okapi BM25 over title and text; English stop words count where a query has no other words. The index of a corpus file is
+built once, kept on disk and memory-mapped, so that many processes share it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import Stemmer
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError, DataError
@@ -96,7 +97,7 @@ class LocalSearch:
         columns, vocabulary = self._index.scores, self._index.vocab_dict
         data, indices, starts = columns["data"], columns["indices"], columns["indptr"]
         scores = np.zeros(len(self.documents), np.float32)
-        for word in words(query):
+        for word in query_terms(query):
             if (term := vocabulary.get(word)) is not None:
                 column = slice(starts[term], starts[term + 1])
                 scores[indices[column]] += data[column]
@@ -107,26 +108,76 @@ _WORD = re.compile(r"\w+")
 _STOPWORDS = """a an and are as at be been but by did do does for had has have how if in into is it no not of on or such
 that the their then there these they this to was were what when where which who whom whose why will with"""
 _STOP = frozenset(_STOPWORDS.split())
-_stemmers = threading.local()  # a Stemmer may not be shared between threads
+_local = threading.local()  # a Stemmer may not be shared between threads
+# One spelling of a letter whatever Unicode offers, in lower case, without accents; an ideograph is a word of its own.
+_NORMALIZER = normalizers.Sequence(
+    [
+        normalizers.NFKC(),
+        normalizers.Replace(Regex(r"\p{Cf}"), ""),  # what cannot be seen
+        normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=True, strip_accents=True, lowercase=True),
+    ]
+)
+_SPLITTER = pre_tokenizers.Split(Regex(r"[\p{L}\p{M}\p{N}_]+"), behavior="removed", invert=True)
 
 
 def words(text: str) -> list[str]:
-    """The index terms of a text: the stems (Snowball, English) of its lower-cased words without stop words."""
-    if not hasattr(_stemmers, "english"):
-        _stemmers.english = Stemmer.Stemmer("english")
-    return _stemmers.english.stemWords([word for word in _WORD.findall(text.lower()) if word not in _STOP])
+    """The words of a text, in one spelling: letters and digits, all else separates."""
+    if text.isascii():  # the same, faster
+        return _WORD.findall(text.lower())
+    return [word for word, _ in _SPLITTER.pre_tokenize_str(_NORMALIZER.normalize_str(text))]
+
+
+def terms(found: Sequence[str]) -> list[str]:
+    """The index terms of a text's words: the stems (Snowball, English) of those that are no stop words."""
+    if not hasattr(_local, "stemmer"):
+        _local.stemmer = Stemmer.Stemmer("english")
+    return _local.stemmer.stemWords([word for word in found if word not in _STOP])
+
+
+def stop_terms(found: Sequence[str], title: Sequence[str]) -> list[str]:
+    """The stop words of a text's words, marked by a space, and one term for its whole title where that holds no others."""
+    whole_title = [f"  {' '.join(title)}"] if title and _STOP.issuperset(title) else []
+    return [f" {word}" for word in found if word in _STOP] + whole_title
+
+
+def query_terms(query: str) -> list[str]:
+    """What a query looks for: its terms, or its stop words where it holds nothing else ("The Who", "It")."""
+    found = words(query)
+    return terms(found) or stop_terms(found, found)
 
 
 def build_index(documents: Sequence[Document]) -> bm25s.BM25:
-    """A BM25 index (k1 = 1.2, b = 0.75, Lucene's idf) of the documents' titles and texts."""
+    """A BM25 index (k1 = 1.2, b = 0.75, Lucene's idf) of the documents' titles and texts.
+
+    Stop words have columns of their own, which change nothing for the other words: they are scored as if a document
+    were its stop words alone."""
+    vocabulary: dict[str, int] = {}
+    stop_vocabulary: dict[str, int] = {}
+    ids: list[list[int]] = []
+    stop_ids: list[list[int]] = []
+    for document in documents:
+        title = words(document.title)
+        found = title + words(document.text)
+        ids.append([vocabulary.setdefault(term, len(vocabulary)) for term in terms(found)])
+        stop_ids.append([stop_vocabulary.setdefault(t, len(stop_vocabulary)) for t in stop_terms(found, title)])
+    if not vocabulary and not stop_vocabulary:
+        raise DataError(f"search corpus: none of the {len(documents)} documents holds a word that can be searched")
+    if not vocabulary or not stop_vocabulary:
+        return _columns(ids, vocabulary) if vocabulary else _columns(stop_ids, stop_vocabulary)
+    index, stop_words = _columns(ids, vocabulary), _columns(stop_ids, stop_vocabulary)
+    first, second = index.scores, stop_words.scores
+    index.scores = first | {
+        "data": np.concatenate([first["data"], second["data"]]),
+        "indices": np.concatenate([first["indices"], second["indices"]]),
+        "indptr": np.concatenate([first["indptr"], second["indptr"][1:] + first["indptr"][-1]]),
+    }
+    index.vocab_dict = vocabulary | {term: i + len(vocabulary) for term, i in stop_vocabulary.items()}
+    return index
+
+
+def _columns(ids: Sequence[Sequence[int]], vocabulary: dict[str, int]) -> bm25s.BM25:
     import bm25s
 
-    vocabulary: dict[str, int] = {}
-    ids = [
-        [vocabulary.setdefault(word, len(vocabulary)) for word in words(f"{doc.title} {doc.text}")] for doc in documents
-    ]
-    if not vocabulary:
-        raise DataError(f"search corpus: none of the {len(documents)} documents holds a word that can be searched")
     index = bm25s.BM25(k1=1.2, b=0.75, method="lucene")
     index.index((ids, vocabulary), create_empty_token=False, show_progress=False)
     return index
@@ -152,7 +203,7 @@ def stored_index(documents: Sequence[Document], folder: Path) -> bm25s.BM25:
     return bm25s.BM25.load(path, mmap=True)
 
 
-_INDEX_VERSION = b"appo_jax bm25 1"  # change it with anything that changes the index of the same text
+_INDEX_VERSION = b"appo_jax bm25 2"  # change it with anything that changes the index of the same text
 
 
 def _cache_dir(folder: str | Path | None) -> Path:

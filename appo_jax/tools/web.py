@@ -17,6 +17,7 @@ import socket
 import ssl
 import threading
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -80,7 +81,7 @@ class WebSearch:
 
     def call(self, state: None, argument: str) -> tuple[ToolResult, None]:
         """The pages for a query. Faults of the server are results, counted by kind in `faults`."""
-        query = " ".join(argument.split())
+        query = unicodedata.normalize("NFC", " ".join(argument.split()))
         text = self._cache.get(query) if self._cache else None
         if text is not None:
             return ToolResult(text, Outcome.OK), None

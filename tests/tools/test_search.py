@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import string
 from pathlib import Path
 
 import pyarrow
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appo_jax.errors import DataError
-from appo_jax.tools.search import LocalSearch, format_pages, load_corpus, split_contents, words
+from appo_jax.tools.search import LocalSearch, format_pages, load_corpus, split_contents, terms, words
 from appo_jax.types import Document, Outcome
 
 DOCUMENTS = [
@@ -26,17 +27,16 @@ DOCUMENTS = [
 def bm25(query, documents, k1=1.2, b=0.75):
     """Scores by the formula: sum of idf · tf / (tf + k1 (1 − b + b |d| / mean |d|)),
     idf = ln(1 + (N − n + ½)/(n + ½)).
-
     """
-    terms = [words(f"{d.title} {d.text}") for d in documents]
-    mean = sum(map(len, terms)) / len(terms)
+    of_all = [terms(words(f"{d.title} {d.text}")) for d in documents]
+    mean = sum(map(len, of_all)) / len(of_all)
     scores = []
-    for mine in terms:
+    for mine in of_all:
         score = 0.0
-        for word in words(query):
-            holders = sum(word in other for other in terms)
-            tf = mine.count(word)
-            idf = math.log(1 + (len(terms) - holders + 0.5) / (holders + 0.5))
+        for term in terms(words(query)):
+            holders = sum(term in other for other in of_all)
+            tf = mine.count(term)
+            idf = math.log(1 + (len(of_all) - holders + 0.5) / (holders + 0.5))
             score += idf * tf / (tf + k1 * (1 - b + b * len(mine) / mean))
         scores.append(score)
     return scores
@@ -57,10 +57,81 @@ def test_the_ranking_is_bm25(texts, query, k):
     assert got == pytest.approx(best, rel=1e-5)
 
 
+def titles(search, query):
+    return [page.title for page in search.search([query])[0]]
+
+
 def test_inflections_match_and_stop_words_do_not():
     search = LocalSearch(DOCUMENTS, top_k=4)
-    assert [page.title for page in search.search(["fountain"])[0]] == ["Fountains", "Rome"]
-    assert search.search(["the of is"])[0] == []
+    assert titles(search, "fountain") == ["Fountains", "Rome"]
+    assert titles(search, "the fountain of the is") == ["Fountains", "Rome"]
+
+
+BANDS = [
+    *DOCUMENTS,
+    Document("The Who", "The Who are an English rock band formed in London in 1964."),
+    Document("It", "It is a horror novel by Stephen King."),
+    Document("Them", "A band from Belfast."),
+    Document("Hamlet", "The speech begins: to be, or not to be, that is the question."),
+    Document(
+        "Essay", "It is said that it was he who did it, and that it is they who will do it, who then have it all."
+    ),
+    Document("Who's There", "A play in which the ghost of the king asks who is there."),
+    Document("", "of the and"),
+]
+
+
+@pytest.mark.parametrize(
+    ("query", "first"),
+    [
+        ("The Who", "The Who"), ("the who?", "The Who"), ("who the", "The Who"), ("It", "It"), ("IT!", "It"),
+        ("to be or not to be", "Hamlet"), ("of the and", ""),
+    ],
+)  # fmt: skip
+def test_a_query_of_stop_words_alone_looks_for_them(query, first):
+    assert titles(LocalSearch(BANDS, top_k=3), query)[0] == first
+
+
+@pytest.mark.parametrize("query", ["The Who of Bern", "capital", "who was born in the capital", "a band"])
+def test_stop_words_change_nothing_beside_other_words(query):
+    """Documents that differ in stop words alone rank by the others, as if there were none."""
+    plain = [
+        Document(d.title, " ".join(w for w in d.text.split() if w.lower() not in {"the", "is", "of"})) for d in BANDS
+    ]
+    assert titles(LocalSearch(BANDS, top_k=9), query) == titles(LocalSearch(plain, top_k=9), query)
+
+
+def test_documents_of_stop_words_alone_can_be_found():
+    assert titles(LocalSearch([Document("It", ""), Document("The Who", "")]), "It") == ["It"]
+
+
+ABROAD = [
+    Document("Beyoncé", "A singer from Houston."),
+    Document("Dvor\u030ca\u0301k", "A composer."),  # decomposed
+    Document("東京タワー", "東京タワーは東京の塔である。"),
+    Document("Straße", "Ein Weg."),
+    Document("ＡＢＣ", "Full-width letters."),
+    Document("हिन्दी", "हिन्दी भाषा"),
+    Document("Ёлка", "Дерево."),
+    Document("İzmir", "A city."),
+]
+
+
+@pytest.mark.parametrize(
+    ("query", "first"),
+    [
+        ("Beyoncé", "Beyoncé"), ("Beyonce\u0301", "Beyoncé"), ("BEYONCE", "Beyoncé"), ("beyonce\u200b", "Beyoncé"),
+        ("Dvořák", "Dvor\u030ca\u0301k"), ("Dvorak", "Dvor\u030ca\u0301k"), ("東京", "東京タワー"), ("abc", "ＡＢＣ"),
+        ("हिन्दी", "हिन्दी"), ("ёлка", "Ёлка"), ("Izmir", "İzmir"), ("straße", "Straße"),
+    ],
+)  # fmt: skip
+def test_one_letter_has_one_spelling(query, first):
+    assert titles(LocalSearch(ABROAD), query)[0] == first
+
+
+@given(st.text(string.printable))
+def test_the_short_way_for_plain_text_finds_the_same_words(text):
+    assert words(text) == words(text + " é")[:-1]
 
 
 def test_a_call_gives_pages_as_text():
@@ -110,7 +181,7 @@ def test_search_r1_documents():
         ("a.json", "[", "not valid JSON"),
         ("a.parquet", "no", "cannot be read as parquet"),
         ("a.txt", "x", "expected .jsonl, .json or .parquet"),
-        ("a.json", '[{"text": "of the"}]', "none of the 1 documents"),
+        ("a.json", '[{"text": "?!"}]', "none of the 1 documents"),
     ],
 )
 def test_bad_corpora_are_named(tmp_path, name, content, words):

@@ -11,7 +11,6 @@ from faulty_server import Server
 
 from appo_jax.config import SearchToolConfig, ToolsConfig
 from appo_jax.errors import ConfigError, DataError
-from appo_jax.tools import executor as executor_module
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.cache import QueryCache
 from appo_jax.tools.web import WebSearch
@@ -87,7 +86,7 @@ def test_nobody_listens(server):
 
 def test_a_mix_of_faults_through_the_executor(server, monkeypatch):
     """Every call of every rollout ends, and the metrics count each fault."""
-    monkeypatch.setattr(executor_module, "TRIP_AFTER", 10**6)
+    monkeypatch.setattr("appo_jax.tools.lanes.TRIP_AFTER", 10**6)
     tools = ToolsConfig(enabled=("search",), max_concurrency=16, search=config(server, max_retries=1))
     expected = {}
     with build_executor(tools) as executor:
