@@ -64,7 +64,7 @@ def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path 
 
 def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Path | None) -> Predictions:
     """Draw the samples that the folder does not hold yet. They are saved as they come, a few rounds of rows at a time."""
-    from appo_jax.benchmark.sampling import Sampler
+    from appo_jax.benchmark.sampling import PolicySampler
 
     if asked.samples > 1 and asked.temperature == 0:
         raise ConfigError("--samples above 1 needs --temperature above 0: greedy samples are all the same")
@@ -75,7 +75,7 @@ def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Pat
     left = [item for item in items if len(samples[item.id]) < asked.samples]
     if left:
         log.info("%d of %d questions are to be answered", len(left), len(items))
-        with Sampler(config, weights) as sampler, file.open("a", encoding="utf-8") as out:
+        with PolicySampler(config, weights) as sampler, file.open("a", encoding="utf-8") as out:
             size = max(1, ROUNDS_PER_SAVE * config.rollout.decode_rows // asked.samples)
             for first in range(0, len(left), size):
                 some = left[first : first + size]

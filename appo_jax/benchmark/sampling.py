@@ -19,7 +19,7 @@ from appo_jax.types import Example, Kind, Rollout
 EVALUATION = 4  # first number of every draw's identity: what the draws are for
 
 
-class Sampler:
+class PolicySampler:
     """Draws samples. A context manager: leaving it closes the tools."""
 
     def __init__(self, config: Config, run: Path | None):
@@ -34,7 +34,7 @@ class Sampler:
             self.params = place(found, param_shardings(c.arch, c.mesh, "train"), c.mesh)
         self.system = next(iter(c.held_out)).system if len(c.held_out) else ""
 
-    def __enter__(self) -> Sampler:
+    def __enter__(self) -> PolicySampler:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -56,8 +56,8 @@ class Sampler:
                     f"question {example.id!r} has {length} tokens: raise rollout.max_prompt_tokens = {limit}"
                 )
         # Every part of a set has draws of its own.
-        salt = (EVALUATION, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)
-        trees = self.components.engine.initial(self.params, examples, samples, salt, temperature, max_items)
+        draw_id = (EVALUATION, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)
+        trees = self.components.sampler.initial(self.params, examples, samples, draw_id, temperature, max_items)
         return [[self._sample(rollout) for rollout in tree] for tree in trees]
 
     def _sample(self, rollout: Rollout) -> Sample:
