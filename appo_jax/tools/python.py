@@ -64,9 +64,9 @@ class PythonTool:
         self._closed = False
         if config.isolation == "process":
             logger.warning(
-                "tools.python.isolation = process: policy code runs WITHOUT namespaces and can read what this user can "
-                "read. Use it only for policies you trust."
-            )
+                "tools.python.isolation = process: policy code runs WITHOUT namespaces. It can read, write and delete "
+                "what user %d can, the trainer's memory included. Use it only for policies you trust.", os.geteuid()
+            )  # fmt: skip
         elif os.geteuid() == 0:
             logger.warning(
                 "tools.python: the trainer runs as root. Policy code is mapped to the unprivileged user %d; better "
@@ -138,6 +138,10 @@ class PythonTool:
                 return ToolResult(f"{text}\n{why} {KEPT}".lstrip(), Outcome.ERROR)
             case "refused":
                 return ToolResult(f"{text}\n{KEPT}".lstrip(), Outcome.ERROR)
+            case "files":
+                return ToolResult(
+                    f"{text}\nThe files take more than 16 MB, or are too many. {KEPT}".lstrip(), Outcome.LIMIT
+                )
             case "stuck":
                 why = (
                     "No call can be made from this state of the interpreter now: its limits do not allow a new process."

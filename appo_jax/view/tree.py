@@ -43,9 +43,9 @@ def render_tree(record: dict[str, Any]) -> Tree:
         children[node["parent"]].append(node)
     top = Tree(
         Text.assemble(
-            (f"step {record['step']} · {record['id']}", "bold"),
+            (_harmless(f"step {record['step']} · {record['id']}"), "bold"),
             f"\n{_harmless(record['question'])}\n",
-            ("gold: " + " | ".join(record["golds"]), "green"),
+            (_harmless("gold: " + " | ".join(record["golds"])), "green"),
         ),
         guide_style="bright_black",
     )
@@ -67,7 +67,8 @@ def _render_node(node: dict[str, Any], branches: list[dict[str, Any]]) -> Text:
         (f"rollout {node['node']}", "bold"),
         f" ({origin}) ",
         right,
-        f" reward {reward} · {node['tokens']} tokens · {node['stop_reason']}" + (f" · calls: {calls}" if calls else ""),
+        f" reward {reward} · {node['tokens']} tokens · {node['stop_reason']}"
+        + (f" · calls: {_harmless(calls)}" if calls else ""),
         "\n",
     )
     for segment in node["segments"]:
@@ -79,5 +80,5 @@ def _render_node(node: dict[str, Any], branches: list[dict[str, Any]]) -> Text:
 
 
 def _harmless(text: str) -> str:
-    """What a policy or a web page wrote must not steer the terminal: control characters are shown as �."""
+    """What a policy, a web page or a data set wrote must not steer the terminal: control characters are shown as �."""
     return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)

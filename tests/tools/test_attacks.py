@@ -523,3 +523,88 @@ def test_only_the_standard_library_and_allowed_modules_are_visible():
         assert "home" not in listed
     finally:
         tool.close()
+
+
+# Two rollouts that try to talk: what the first does, what the second looks at, and what it must see either way.
+CHANNELS = {
+    "flock": (
+        "import fcntl\nf = open(fcntl.__file__)\nfcntl.flock(f, fcntl.LOCK_EX)",
+        "import fcntl\nf = open(fcntl.__file__)\ntry: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); print('free')\n"
+        "except OSError: print('held')",
+    ),
+    "record_lock": (
+        "import fcntl\nf = open('/dev/null', 'r+b', buffering=0)\nfcntl.lockf(f, fcntl.LOCK_EX)",
+        "import fcntl\nf = open('/dev/null', 'r+b', buffering=0)\n"
+        "try: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB); print('free')\nexcept OSError: print('held')",
+    ),
+    "stdin_flags": (
+        "import fcntl, os\nfor fd in (0, 1, 2): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_APPEND)",
+        "import fcntl\n[fcntl.fcntl(fd, fcntl.F_GETFL) & ~3 for fd in (0,)]",
+    ),
+    "sysinfo": (
+        "x = bytearray(100 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1",
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nb = (ctypes.c_ulong * 16)()\nprint(libc.sysinfo(b), list(b))",
+    ),
+    "host_name": ("import os\nos.uname()", "import os\nos.uname().nodename"),
+    "system_file_times": (
+        "import os\nfor _ in range(3): open(os.__file__).read()\ntry: os.utime(os.__file__, (1, 1))\nexcept OSError: pass",
+        "import os\nint(os.stat(os.__file__).st_mtime)",
+    ),
+    "files": ("open('/tmp/note', 'w').write('x')", "import os\nos.path.exists('/tmp/note')"),
+    "environment": ("import os\nos.environ['NOTE'] = 'x'", "import os\nos.environ.get('NOTE')"),
+    "device_mode": (
+        "import os\ntry: os.chmod('/dev/null', 0o600)\nexcept OSError: pass",
+        "import os\noct(os.stat('/dev/null').st_mode)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_two_rollouts_cannot_talk(tool, name):
+    """What the second sees must not depend on whether the first has done its part."""
+    write, read = CHANNELS[name]
+    quiet, _ = tool.call(tool.start(), read)
+    _, kept = tool.call(tool.start(), write)
+    told, _ = tool.call(tool.start(), read)
+    assert quiet.outcome is OK
+    assert (told.text, told.outcome) == (quiet.text, quiet.outcome)
+    assert kept is not None
+
+
+def test_a_branch_cannot_change_what_another_starts_from(tool):
+    """The next state's process writes to its parent's files before it takes its own, then as honest code does."""
+    _, state = tool.call(
+        tool.start(), "open('a', 'w').write('kept')\nf = open('b', 'w'); _ = f.write('kept'); f.flush()"
+    )
+    evil = """
+import os, sys
+inner = sys.modules["sandbox.interpreter"]
+take = inner._take_files
+def patched(*arguments):
+    done = []
+    for attack in (lambda: open('/tmp/a', 'w').write('changed'), lambda: os.write(f.fileno(), b'changed'),
+                   lambda: os.rename('/tmp/a', '/tmp/c'), lambda: open('/tmp/new', 'w'), lambda: os.truncate('/tmp/b', 0)):
+        try: attack(); done.append(1)
+        except OSError: pass
+    take(*arguments)
+inner._take_files = patched
+"""
+    _, poisoned = tool.call(state, evil)  # its own children run the patch, in its /tmp
+    before, _ = tool.call(
+        poisoned, "open('/tmp/a').read(), open('/tmp/b').read(), sorted(__import__('os').listdir('/tmp'))"
+    )
+    again, _ = tool.call(
+        poisoned, "open('/tmp/a').read(), open('/tmp/b').read(), sorted(__import__('os').listdir('/tmp'))"
+    )
+    assert before.text == again.text == "('kept', 'kept', ['a', 'b'])"
+    assert tool.call(state, "open('a').read(), open('b').read()")[0].text == "('kept', 'kept')"
+
+
+def test_a_state_cannot_keep_another_states_files(tool):
+    """Each state of a chain would hold the 16 MB of the one before it, uncounted."""
+    _, state = tool.call(tool.start(), "open('f', 'wb').write(bytes(8 << 20))\nf = open('f', 'rb')")
+    greedy = "import sys\nsys.modules['sandbox.files'].take = lambda *_: None\nkept = f"
+    _, state = tool.call(state, greedy)
+    result, _ = tool.call(state, "1 + 1")
+    assert result.outcome is ERROR
+    assert "as they were before" in result.text

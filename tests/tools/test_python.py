@@ -356,3 +356,24 @@ def test_missing_isolation_is_refused(monkeypatch, tmp_path):
 def test_a_preload_that_cannot_be_imported_is_an_error():
     with pytest.raises(ToolError, match="no_such_module"):
         PythonTool(PythonToolConfig(isolation="process", preload=("no_such_module",)))
+
+
+def test_process_isolation_limits_files_and_leaves_nothing():
+    """Many files of 8 MB, and a process that has left its group: the first are too many, the second ends with the tool."""
+    tool = PythonTool(PythonToolConfig(isolation="process", preload=("math",), timeout=5.0))
+    pid = tool.pid
+    try:
+        state = tool.start()
+        result, _ = tool.call(state, "for i in range(9):\n    open(str(i), 'wb').write(bytes(8 << 20))\nx = 1")
+        assert result.outcome is Outcome.LIMIT
+        assert "16 MB" in result.text
+        result, _ = tool.call(
+            state, "import time\nfor i in range(9):\n    open(str(i), 'wb').write(bytes(8 << 20))\ntime.sleep(4)"
+        )
+        assert result.outcome is Outcome.LIMIT
+        _, kept = tool.call(state, "import os\nos.setsid() if os.getpgid(0) != os.getpid() else None\nx = 1")
+        assert kept is not None
+        processes = descendants(pid) | {pid}
+    finally:
+        tool.close()
+    until(lambda: not any(alive(process) for process in processes))

@@ -13,7 +13,7 @@ from appo_jax.config_io import save_config
 from appo_jax.errors import DataError
 from appo_jax.view import compare, plots
 from appo_jax.view.progress import Progress
-from appo_jax.view.tree import show_tree
+from appo_jax.view.tree import render_tree, show_tree
 
 NODES = [
     {
@@ -66,6 +66,19 @@ def test_a_tree_shows_where_it_branched(tmp_path):
     assert "rollout 1 (branch of 0 at token 15) ✗ reward – · 18 tokens · length" in text
     lines = text.splitlines()
     assert lines[-1].index("them") > next(line.index("rollout 0") for line in lines if "rollout 0" in line)
+
+
+def test_nothing_in_a_record_steers_the_terminal():
+    """Neither what the policy wrote nor the data set's ids, questions and answers."""
+    evil = "\x1b[2J\x1b]0;title\x07\u202e\x9b31m"
+    node = {"node": 0, "parent": None, "fork": None, "correct": True, "reward": 1.0, "tokens": 3, "stop_reason": "stop",
+            "calls": [{"name": evil, "outcome": "ok"}], "segments": [{"start": 0, "text": evil, "sampled": True}]}  # fmt: skip
+    record = {"step": 1, "id": evil, "question": evil, "golds": [evil, "a"], "nodes": [node]}
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render_tree(record))
+    shown = console.file.getvalue()
+    assert not set(shown) & set("\x1b\x07\x9b\u202e")
+    assert "gold: " in shown
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,9 @@ def _cell(message: bytes, fds: list[int], filename: str, max_output: int) -> Non
         os.dup2(output, fd)
     for fd in fds:
         os.close(fd)
+    null = os.open("/dev/null", os.O_RDWR)  # its flags would be shared with every other state
+    os.dup2(null, 0)
+    os.close(null)
     try:
         _take_files(json.loads(head)["folder"], bool(mount))
         report = cell.run(code.decode("utf-8", "replace"), filename, max_output)

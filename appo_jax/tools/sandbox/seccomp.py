@@ -16,6 +16,7 @@ import errno
 import fcntl
 import platform
 import struct
+from collections.abc import Sequence
 
 ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}.get(platform.machine(), 0)
 
@@ -30,7 +31,7 @@ _X86_64 = {
     "getsockopt": 55, "clone": 56, "exit": 60, "wait4": 61, "uname": 63, "fcntl": 72, "flock": 73, "fsync": 74,
     "fdatasync": 75, "truncate": 76, "ftruncate": 77, "getdents": 78, "getcwd": 79, "chdir": 80, "fchdir": 81,
     "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "readlink": 89,
-    "chmod": 90, "fchmod": 91, "umask": 95, "gettimeofday": 96, "getrlimit": 97, "getrusage": 98, "sysinfo": 99,
+    "chmod": 90, "fchmod": 91, "umask": 95, "gettimeofday": 96, "getrlimit": 97, "getrusage": 98,
     "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110, "getpgrp": 111,
     "getgroups": 115, "getresuid": 118, "getresgid": 120, "rt_sigpending": 127, "rt_sigtimedwait": 128,
     "rt_sigsuspend": 130, "sigaltstack": 131, "utime": 132, "statfs": 137, "fstatfs": 138, "prctl": 157, "arch_prctl": 158,
@@ -57,7 +58,7 @@ _AARCH64 = {
     "sigaltstack": 132, "rt_sigsuspend": 133, "rt_sigaction": 134, "rt_sigprocmask": 135, "rt_sigpending": 136,
     "rt_sigtimedwait": 137, "rt_sigreturn": 139, "getresuid": 148, "getresgid": 150, "times": 153, "getgroups": 158,
     "uname": 160, "getrlimit": 163, "getrusage": 165, "umask": 166, "prctl": 167, "getcpu": 168, "gettimeofday": 169, "getpid": 172,
-    "getppid": 173, "getuid": 174, "geteuid": 175, "getgid": 176, "getegid": 177, "gettid": 178, "sysinfo": 179,
+    "getppid": 173, "getuid": 174, "geteuid": 175, "getgid": 176, "getegid": 177, "gettid": 178,
     "socketpair": 199, "getsockname": 204, "getpeername": 205, "sendto": 206, "recvfrom": 207, "getsockopt": 209,
     "shutdown": 210, "recvmsg": 212, "brk": 214, "munmap": 215, "mremap": 216, "clone": 220,
     "mmap": 222, "fadvise64": 223, "mprotect": 226, "msync": 227, "mincore": 232, "madvise": 233,
@@ -72,8 +73,11 @@ _FORK_FLAGS = 0x01000000 | 0x00200000 | 0xFF  # CLONE_CHILD_SETTID, CLONE_CHILD_
 _AF_UNIX = 1
 # Terminal size and queries, bytes waiting, close-on-exec, non-blocking: what Python's io and asyncio use.
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-# Duplicates, flags and locks. Not F_SETOWN, by which a pipe sends any signal to any state, nor F_ADD_SEALS.
-_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034)
+# Duplicates, flags, a pipe's size. Not F_SETOWN, by which a pipe sends any signal to any state, nor F_ADD_SEALS.
+_FCNTLS = (0, 1, 2, 3, 4, 1030, 1032, 1034)
+# Locks. A state is alone with its files: it has every lock that it asks for, without a call that other states, which see
+# the same system files and devices, could notice.
+_FCNTL_LOCKS = (5, 6, 7, 36, 37, 38)
 _MAP_SHARED = 1
 _PR_SET_DUMPABLE = 4
 
@@ -114,14 +118,34 @@ def program() -> bytes:
     undumpable = ((_EQUAL, 1, 0, _PR_SET_DUMPABLE), refuse, argument(1), (_EQUAL, 1, 0, 0), refuse)
     rule("prctl", argument(0), *undumpable, (_RETURN, 0, 0, _ALLOW))
     rule("mmap", argument(3), (_ANY_BIT, 0, 1, _MAP_SHARED), refuse, (_RETURN, 0, 0, _ALLOW))
-    for name, commands in (("ioctl", _IOCTLS), ("fcntl", _FCNTLS)):
-        tests = [(_EQUAL, len(commands) - i, 0, command) for i, command in enumerate(commands)]
-        rule(name, argument(1), *tests, refuse, (_RETURN, 0, 0, _ALLOW))
-    ruled = {"clone", "unshare", "move_mount", "clone3", "socketpair", "prlimit64", "prctl", "mmap", "ioctl", "fcntl"}
+    done = (_RETURN, 0, 0, _errno(0))
+    rule("flock", done)
+    locks = [(_EQUAL, 0, 1, command) for command in _FCNTL_LOCKS]
+    as_locks = [step for test in locks for step in (test, done)]
+    rule("fcntl", argument(1), *as_locks, *_one_of(_FCNTLS), refuse, (_RETURN, 0, 0, _ALLOW))
+    rule("ioctl", argument(1), *_one_of(_IOCTLS), refuse, (_RETURN, 0, 0, _ALLOW))
+    ruled = {
+        "clone",
+        "unshare",
+        "move_mount",
+        "clone3",
+        "flock",
+        "socketpair",
+        "prlimit64",
+        "prctl",
+        "mmap",
+        "ioctl",
+        "fcntl",
+    }
     for name in sorted(SYSCALLS.keys() - ruled):
         rule(name, (_RETURN, 0, 0, _ALLOW))
     code.append(refuse)
     return b"".join(struct.pack("=HBBI", *step) for step in code)
+
+
+def _one_of(values: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """Skip the step after these for each of the values."""
+    return [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
 
 
 class _Program(ctypes.Structure):

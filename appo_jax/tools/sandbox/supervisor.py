@@ -10,8 +10,8 @@ nothing waits for a peer; what goes wrong about one state is that state's loss (
 
 Messages (messages.py). In: {"run": id, "from": id, "code", "timeout"} and {"free": id}. Out: {"ready": true} or
 {"error"}, then {"id", "outcome", "text"}. Outcomes: ok, error, limit, timeout, died, refused (the state could not be
-kept), lost (the state called from cannot be used), stuck (it cannot be continued at the moment), full (the machine has
-no room).
+kept), files (it has too many), lost (the state called from cannot be used), stuck (it cannot be continued at the
+moment), full (the machine has no room).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .budget import Budget
 from .messages import Trainer, TrainerGone
 from .node import Node, Phase
 
-TMPFS_SIZE = "16m"
+MAX_FILES_BYTES, MAX_FILES_NUMBER = 16 << 20, 4096  # of a state
 TAIL = 4096  # bytes of the end of an overlong output that are kept: the traceback stands there
 MEMORY_SHARE = 0.5  # of the memory available at start, for all snapshots together
 WEIGH_EVERY = 0.1  # seconds between looks at the memory of running calls
@@ -96,7 +96,9 @@ class Supervisor:
                 enter.become_unprivileged()
             system.own_user_namespace()
             self.mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY)  # its own mount namespace
-            os.close(system.new_tmpfs(TMPFS_SIZE))  # fails here, at start, where the kernel cannot do it
+            os.close(
+                system.new_tmpfs(MAX_FILES_BYTES, MAX_FILES_NUMBER)
+            )  # fails here, at start, where the kernel cannot do it
         else:
             os.mkdir(os.path.join(options["folder"], "0"), 0o700)
         self.selector = selectors.DefaultSelector()  # what becomes readable: the node it belongs to, and its handler
@@ -367,7 +369,7 @@ class Supervisor:
             node.channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             return [theirs.fileno(), node.output]
         node.allowed = {UNSHARE, MOVE_MOUNT}
-        node.files = system.new_tmpfs(TMPFS_SIZE)
+        node.files = system.new_tmpfs(MAX_FILES_BYTES, MAX_FILES_NUMBER)
         return [theirs.fileno(), node.output, node.files]
 
     def _adopt(self, pid: int) -> Node | None:
@@ -518,6 +520,8 @@ class Supervisor:
             used = os.fstatvfs(node.files)
             files = (used.f_blocks - used.f_bfree) * used.f_frsize
             node.has_files = used.f_files - used.f_ffree > 1
+        elif self._too_many_files(node):
+            return "files"
         return "" if self.budget.add(node.id, parent.id, system.private_memory(node.pid), files) else "limit"
 
     def _seal(self, node: Node, parent: Node) -> bool:
@@ -541,8 +545,17 @@ class Supervisor:
             return False
         return True
 
+    def _too_many_files(self, node: Node) -> bool:
+        """With process isolation, where no file system of its own limits a state."""
+        size, number = system.folder_usage(self._folder(node))
+        return size > MAX_FILES_BYTES or number > MAX_FILES_NUMBER
+
     def _weigh_running(self) -> None:
         """End the largest running call when all together, with the snapshots, take more than there is."""
+        for node in [node for node in self.waiting if node.phase is Phase.RUNNING and node.id and not self.sandboxed]:
+            if self._too_many_files(node):
+                node.verdict = "files"
+                self._kill(node)
         growth = {}
         for node in self.waiting:
             if node.phase is Phase.RUNNING and node.id and node.parent is not None:

@@ -57,11 +57,11 @@ def map_user(pid: int | str, uid: int, gid: int) -> None:
             file.write(text)
 
 
-def new_tmpfs(size: str) -> int:
-    """A file descriptor of a fresh, unattached tmpfs of at most `size` (fsmount(2))."""
+def new_tmpfs(size: int, files: int) -> int:
+    """A file descriptor of a fresh, unattached tmpfs of at most `size` bytes and so many files (fsmount(2))."""
     context = _check(_libc.syscall(_FSOPEN, b"tmpfs", 1), "fsopen")
     try:
-        for key, value in ((b"size", size.encode()), (b"nr_inodes", b"4096"), (b"mode", b"0700")):
+        for key, value in ((b"size", b"%d" % size), (b"nr_inodes", b"%d" % files), (b"mode", b"0700")):
             _check(_libc.syscall(_FSCONFIG, context, 1, key, value, 0), "fsconfig")
         _check(_libc.syscall(_FSCONFIG, context, 6, None, None, 0), "fsconfig create")
         return _check(_libc.syscall(_FSMOUNT, context, 1, 2 | 4), "fsmount")  # nosuid, nodev
@@ -203,6 +203,18 @@ def private_memory(pid: int) -> int:
     except OSError:
         return 0
     return (resident - shared) * resource.getpagesize()
+
+
+def folder_usage(path: str) -> tuple[int, int]:
+    """Bytes on disk and number of what is below a folder; a file with several names counts once."""
+    sizes, number = {}, 0
+    for folder, below, files in os.walk(path):
+        number += len(below) + len(files)
+        for name in files:
+            with contextlib.suppress(OSError):
+                info = os.lstat(os.path.join(folder, name))
+                sizes[info.st_ino] = 512 * info.st_blocks
+    return sum(sizes.values()), number
 
 
 def available_memory() -> int:
