@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
+from conftest import QUICKSTART
 
 from appo_jax.config import Config, MeshConfig
 from appo_jax.config_io import check, save_config
@@ -31,6 +33,42 @@ for message, answers in zip(said, heard):
     assert answers[host()] == message
     assert [a["from"] for a in answers] == [0, 1], answers
 print(json.dumps([[len(a["text"]) for a in answers] for answers in heard]))
+"""
+)
+REWARDS = (
+    JOIN
+    + """
+import dataclasses, json, math
+import numpy as np
+from appo_jax.components import Components, give_rewards
+from appo_jax.config_io import load_config
+from appo_jax.distributed import num_hosts
+from appo_jax.errors import TrainingError
+from appo_jax.reward import Judge
+from appo_jax.text.tokenizer import load_tokenizer
+from appo_jax.types import Example, RewardResult, Rollout, StopReason
+
+config = load_config(sys.argv[1])
+tokenizer = load_tokenizer(sys.argv[2])
+prompt = tokenizer.render_prompt("", "?")
+def rollout(i):
+    tokens = np.array([*prompt, *tokenizer.encode("x" * i)], np.int32)
+    sampled = np.arange(len(tokens)) >= len(prompt)
+    empty = np.zeros(len(tokens), np.float32)
+    return Rollout(Example(f"q{i}", "?", ("5",), "math", ""), tokens, len(prompt), sampled, empty, empty,
+                   StopReason.ANSWERED, (), i, host=i % num_hosts())
+parts = dict.fromkeys(field.name for field in dataclasses.fields(Components))
+def judged(function):
+    rollouts = [rollout(i) for i in range(6)]
+    reward = Judge("mine:f", function)
+    try:
+        give_rewards(rollouts, Components(**parts | {"config": config, "tokenizer": tokenizer, "reward": reward}))
+    except TrainingError as error:
+        return str(error)
+    return [[None if math.isnan(r.reward) else r.reward, r.reward_detail, r.reward_error] for r in rollouts]
+nan = lambda response: RewardResult(np.float32("nan") if len(response.text) == 3 else np.float32(len(response.text)), np.bool_(1),
+                                    {"length": np.int64(len(response.text))})
+print(json.dumps([judged(nan), judged(lambda response: 1.0)]))
 """
 )
 
@@ -65,6 +103,29 @@ def test_hosts_hear_each_other(tmp_path: Path) -> None:
     told = together(EXCHANGE, 2, [], 1, tmp_path)
     lengths = [json.loads(text.splitlines()[-1]) for text in told]
     assert lengths[0] == lengths[1] == [[0, 0], [0, 1], [0, 2038], [0, 2040], [0, 100_000]]
+
+
+def test_rewards_mean_the_same_on_one_host_and_on_two(tmp_path: Path) -> None:
+    """Array scalars travel; one host's failure is known to the other; what fails on both ends both."""
+    sentences = ["x xx xxx xxxx xxxxx ?"] * 9
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_prefix=str(tmp_path / "x"), vocab_size=20, hard_vocab_limit=False,
+        control_symbols=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], pad_id=3, minloglevel=2,
+    )  # fmt: skip
+    arguments = [str(QUICKSTART), str(tmp_path / "x.model")]
+    alone = subprocess.run(
+        [sys.executable, "-c", "import sys" + REWARDS.removeprefix(JOIN), *arguments],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True, capture_output=True, check=True,
+    )  # fmt: skip
+    for text in (alone.stdout, *together(REWARDS, 2, arguments, 1, tmp_path)):
+        some, none = json.loads(text.splitlines()[-1])
+        assert [reward for reward, *_ in some] == [0, 1, 2, None, 4, 5]
+        assert [detail.get("length") for _, detail, _ in some] == [0, 1, 2, None, 4, 5]
+        assert some[3][2] == "returned the reward np.float32(nan)"
+        assert none == (
+            "none of 6 rollouts has a reward: reward.function = 'mine:f' returned 1.0, a float (6 times, first for 'q0'); "
+            "mend the function"
+        )
 
 
 @pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes four minutes: set APPO_JAX_LONG=1")

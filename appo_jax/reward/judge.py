@@ -45,7 +45,7 @@ class Judge:
             result = self.function(response)
         except AppoError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return _failed(f"raised {_shown(error)}")
         return _checked(result)
 

@@ -65,6 +65,7 @@ class Unprintable:
         (KeyError("gold"), "raised KeyError"),
         (AttributeError("no group"), "raised AttributeError.*no group"),
         (ZeroDivisionError(), "raised ZeroDivisionError"),
+        (SystemExit(1), "raised SystemExit"),
     ],
 )
 def test_anything_else_is_an_error_of_that_rollout_by_name(value, message):
