@@ -29,6 +29,7 @@ _ASSIGNMENT = re.compile(
 _BASE = re.compile(r"_\s*\{?(\d+)\}?$")
 # What only a computer algebra system can read beside a group: x > 2 is (2, \infty).
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|mid|mathbb|cup|cap|setminus|begin)(?![a-z])")
+_SET_BUILDER = re.compile(r"\\\{\s*[a-z]\s*(?:\\mid(?![a-z])|\||:)\s*([^,;]*)\\\}")
 _COMMAS = re.compile(r"-?\d+(?:,\d+)+")
 _WORDS = re.compile(r"[\w\s:'.-]*[^\W\d_]{2}[\w\s:'.-]*")
 _ONLY_WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s'-]+[^\W\d_]+)*")
@@ -65,7 +66,7 @@ class _Comparison:
         answer, gold = _without_assignment(answer, gold)
         if letter := choice(gold):
             return (choice(answer) or choice(unwrapped(answer)) or answer.upper()) == letter
-        answer, gold = unwrapped(answer), unwrapped(gold)
+        answer, gold = _condition(unwrapped(answer)), _condition(unwrapped(gold))
         if (verdict := _plain_numbers(answer, gold)) is not None:
             return verdict
         if (values := _without_units(answer, gold)) != (answer, gold):
@@ -75,21 +76,27 @@ class _Comparison:
             a = Group("", "", tuple(answer.split(",")))  # 1,234 are two numbers where the gold is a list
         if a is None and g is None:
             return self._expressions(answer, gold)
-        return self._groups(a or _alone(answer), g or _alone(gold), depth) or (
-            bool(_RELATION.search(answer + gold)) and self._verify(answer, gold)
-        )
+        if self._groups(a or _alone(answer), g or _alone(gold), depth):
+            return True
+        both_read = a is not None and g is not None and "\\cup" not in (a.opening, g.opening)
+        return not both_read and bool(_RELATION.search(answer + gold)) and self._verify(answer, gold)
 
     def _groups(self, answer: Group, gold: Group, depth: int) -> bool:
         """Lists and sets in any order, a list with as many of each, everything else part by part in the same brackets."""
         if max(len(answer.parts), len(gold.parts)) > MAX_PARTS:
             return False
         kinds = answer.opening, gold.opening
+        named = [_names_variables(answer), _names_variables(gold)]
+        if any(named) and not all(named) and {"", "("}.issuperset(kinds):  # x = 1, y = 2 is (1, 2)
+            return self._in_order(answer.parts, gold.parts, depth)
         if set(kinds) <= {"", "\\{"} or kinds == ("\\cup", "\\cup"):
             pairs_off = self._same_set if "\\{" in kinds else self._same_list
             return pairs_off(answer.parts, gold.parts, depth)
-        if len(answer.parts) != len(gold.parts) or not _same_brackets(answer, gold):
-            return False
-        return all(self.equal(a, g, depth + 1) for a, g in zip(answer.parts, gold.parts, strict=True))
+        return _same_brackets(answer, gold) and self._in_order(answer.parts, gold.parts, depth)
+
+    def _in_order(self, answer: Sequence[str], gold: Sequence[str], depth: int) -> bool:
+        pairs = zip(answer, gold, strict=False)
+        return len(answer) == len(gold) and all(self.equal(a, g, depth + 1) for a, g in pairs)
 
     def _same_set(self, answer: Sequence[str], gold: Sequence[str], depth: int) -> bool:
         return all(any(self.equal(a, g, depth + 1) for a in answer) for g in gold) and all(
@@ -157,6 +164,18 @@ def _read(text: str) -> Group | None:
     for part in group.parts:
         parts += [_signed(part, "+", "-"), _signed(part, "-", "+")] if r"\pm" in part else [part]
     return Group(group.opening, group.closing, tuple(parts))
+
+
+def _names_variables(group: Group) -> bool:
+    """Whether every part gives the value of another variable: `x = 1, y = 2`."""
+    names = {match[1] for part in group.parts if (match := _ASSIGNMENT.fullmatch(part))}
+    return len(names) == len(group.parts) > 1
+
+
+def _condition(text: str) -> str:
+    """`\\{x \\mid x > 2\\}` is x > 2."""
+    match = _SET_BUILDER.fullmatch(text)
+    return match[1] if match and _RELATION.search(match[1]) else text
 
 
 def _alone(text: str) -> Group:

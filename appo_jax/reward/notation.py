@@ -56,6 +56,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", text)
     text = re.sub(r"(?<=[\d}])\s*(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?![a-zA-Z])", "%", text)
     text = re.sub(r"(?<=\d), (?=0\d\d(?!\d))", ",", text)  # 80, 000: a list has no part that begins with 0
+    text = re.sub(r"(?<![a-zA-Z])([ap])\.\s?m(?![a-zA-Z])\.?", r"\1m", text)
     text = re.sub(r"\*\*(.*)\*\*", r"\1", text.strip())  # bold, as Markdown writes it
     return " ".join(text.split()).rstrip(".,; ").strip()
 
