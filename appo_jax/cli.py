@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -24,7 +25,7 @@ from rich.logging import RichHandler
 from appo_jax import distributed, failures
 from appo_jax.config import Config
 from appo_jax.config_io import check, load_config
-from appo_jax.errors import AppoError, ConfigError, DataError
+from appo_jax.errors import ConfigError, DataError, PlanError, ToolError
 from appo_jax.supervision.status import describe, runs_under
 from appo_jax.supervision.supervisor import meet, supervise
 
@@ -34,10 +35,13 @@ log = logging.getLogger("appo_jax.cli")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (failures.py says what each means)."""
     name, *args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    verbose = "--verbose" in args
+    args = [arg for arg in args if arg != "--verbose"]
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {key:{width}}  {(command.__doc__ or '').splitlines()[0]}" for key, command in COMMANDS.items()]
-        print("usage: appo-jax COMMAND [...]\n\n" + "\n".join(lines) + "\n\n`appo-jax COMMAND --help` tells more.")
+        more = "`appo-jax COMMAND --help` tells more. With --verbose every error comes with its traceback."
+        print("usage: appo-jax COMMAND [...]\n\n" + "\n".join(lines) + f"\n\n{more}")
         return 0
     try:
         if name not in COMMANDS:
@@ -47,19 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
                 + (f"did you mean {near[0]!r}?" if near else f"give {', '.join(COMMANDS)}")
             )
         _set_up_logging()
+        if os.getcwd() not in sys.path:  # a user's tools, rewards and data sources, as `python -m` finds them
+            sys.path.append(os.getcwd())
         COMMANDS[name](args)
     except KeyboardInterrupt:
         print(f"appo-jax {name}: interrupted", file=sys.stderr)
         return failures.INTERRUPTED
-    except ConfigError as error:
-        print(f"appo-jax: {error}", file=sys.stderr)
-        return failures.BAD_CONFIG
     except Exception as error:
-        if not isinstance(error, AppoError):  # it is not known who can mend it: show all there is, the summary last
+        if verbose or not failures.is_understood(
+            error
+        ):  # nobody knows who can mend it: show all there is, the summary last
             traceback.print_exc()
-        print(f"appo-jax {name}: {failures.explain(error)}", file=sys.stderr)
+        command = "" if isinstance(error, ConfigError) else f" {name}"
+        print(f"appo-jax{command}: {failures.explain(error)}", file=sys.stderr)
         return failures.exit_code(error)
     return 0
+
+
+def end_with_the_reader() -> None:
+    """End in silence when the reader of what is printed (head, a pager) has seen enough. For a process that only prints."""
+    if not LONG & set(sys.argv[1:2]) or {"-h", "--help"} & set(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def _set_up_logging() -> None:
@@ -172,47 +184,6 @@ def _sweep(args: Sequence[str]) -> None:
     tyro.cli(sweep, prog="appo-jax sweep", args=list(args))
 
 
-def _eval(args: Sequence[str]) -> None:
-    """Score a policy, or predictions made elsewhere, on a benchmark: AIME, MATH, GSM8K, HotpotQA, GAIA and others."""
-    from appo_jax.benchmark.judge import JudgeConfig
-    from appo_jax.benchmark.run import Evaluation, evaluate_set
-
-    if args and args[0] == "--compare":
-        from appo_jax.benchmark.report import compare
-
-        if len(args) != 3:
-            raise ConfigError("eval --compare A B: give two folders that `appo-jax eval` wrote")
-        print(compare(Path(args[1]), Path(args[2])))
-        return
-
-    def evaluate(
-        set: str, data: Path, out: Path, predictions: Path | None = None, run: Path | None = None, config: Path | None = None,
-        limit: int | None = None, samples: int = 1, temperature: float = 0.0, judge_url: str | None = None,
-        judge_model: str = "Qwen/Qwen2.5-72B-Instruct",
-    ) -> None:  # fmt: skip
-        """Score one set. `appo-jax eval --compare A B` compares two reports, question by question.
-
-        Args:
-            set: Name of the set: see docs/eval.md.
-            data: The set's file, as its authors or the official APPO repository have it.
-            out: Folder of the report. What a policy drew is kept there, and the same command goes on from it.
-            predictions: Score these: one JSON object a line with id and prediction, several lines of an id are samples.
-            run: Draw with the newest policy of this run, its prompt and its tools.
-            config: Draw with `policy.path`, the prompt and the tools of this config (with --run: other tools and limits).
-            limit: Take the first so many questions.
-            samples: Draws of every question.
-            temperature: Of the draws; 0 is greedy.
-            judge_url: Base URL of an OpenAI-compatible endpoint, for sets that a judge decides (key in OPENAI_API_KEY).
-            judge_model: The judge.
-        """
-        judge = JudgeConfig(judge_url, judge_model) if judge_url else None
-        asked = Evaluation(set, data, out, predictions, limit, samples, temperature, judge)
-        file = config or (run / "config.json" if run else None)
-        print(evaluate_set(asked, load_config(file) if file else None, run))
-
-    tyro.cli(evaluate, prog="appo-jax eval", args=list(args))
-
-
 def _sft(args: Sequence[str]) -> None:
     """Make the cold start alone: supervised fine-tuning on tool-use traces."""
     config = config_from("sft", args)
@@ -277,11 +248,10 @@ def _plan(args: Sequence[str]) -> None:
     plan = report.make_plan(config, known.topology, lambda name: log.info("compiling: %s", name))
     if known.json:
         print(json.dumps(plan.to_json(), indent=2))
-        return
-    console = rich.console.Console(width=max(160, rich.get_console().width))
-    for table in report.tables(plan):
-        console.print(table)
-    print(plan.verdict())
+    else:
+        report.show(plan, rich.get_console())
+    if not plan.fits:
+        raise PlanError(plan.verdict())
 
 
 def _doctor(args: Sequence[str]) -> None:
@@ -291,8 +261,11 @@ def _doctor(args: Sequence[str]) -> None:
         """Say what this machine can do: devices, sandbox."""
         from appo_jax.tools.doctor import probe
 
-        for found in probe():
+        checks = probe()
+        for found in checks:
             print(f"{'ok  ' if found.ok else 'FAIL'} {found.name}: {found.detail}")
+        if failed := [found.name for found in checks if not found.ok]:
+            raise ToolError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
     tyro.cli(doctor, prog="appo-jax doctor", args=list(args))
 
@@ -311,7 +284,6 @@ def _view(args: Sequence[str]) -> None:
         from appo_jax.view.plots import draw_plots
         from appo_jax.view.tree import show_tree
 
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end in silence when the reader (head, a pager) has seen enough
         show_tree(run_dir, step, tree)
         for path in draw_plots(run_dir):
             print(path)
@@ -339,12 +311,12 @@ def _status(args: Sequence[str]) -> None:
     tyro.cli(status, prog="appo-jax status", args=list(args))
 
 
+LONG = {"train", "sft", "study", "sweep"}  # they do more than print: a closed pipe does not end them in silence
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "sft": _sft,
     "study": _study,
     "sweep": _sweep,
-    "eval": _eval,
     "status": _status,
     "view": _view,
     "data": _data,
@@ -354,4 +326,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 if __name__ == "__main__":
+    end_with_the_reader()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What every phase of a run is made of: data, tokenizer, tools, the policy's shape and start, reward, sampler."""
+"""What every phase of a run is made of: data, tokenizer, tools, the policy's shape and start, reward, engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from appo_jax.config import Architecture, Config
 from appo_jax.data.demonstrations import introduce
 from appo_jax.data.pipeline import check_prompts
 from appo_jax.data.source import Dataset, load_dataset
+from appo_jax.errors import DataError
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import architecture_of, for_tokenizer
 from appo_jax.policy.parameters import Params, init_params
@@ -26,8 +28,6 @@ from appo_jax.reward import Judge, Judgement, make_reward
 from appo_jax.reward.overlong import overlong_penalty
 from appo_jax.reward.response import Response, opened_thought
 from appo_jax.rollout.engine import Engine
-from appo_jax.rollout.sampler import Sampler
-from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import Tokenizer, check_tags, load_tokenizer
 from appo_jax.text.train_tokenizer import structure
 from appo_jax.tools.build import build_executor
@@ -49,7 +49,7 @@ class Components:
     arch: Architecture
     dtype: Any
     mesh: Mesh
-    sampler: Sampler
+    engine: Engine
     reward: Judge
     resources: contextlib.ExitStack  # the tools, and the mesh in use
 
@@ -62,6 +62,11 @@ class Components:
 
 def build(config: Config) -> Components:
     """Data and tokenizer first: what is wrong with them is said before tools or devices are started."""
+    if config.data.source == "world" and config.policy.tokenizer and not Path(config.policy.tokenizer).exists():
+        raise DataError(
+            f"{config.policy.tokenizer}: no such tokenizer; make it, and the world's questions, with "
+            "`appo-jax data world --config FILE` (the config and overrides of this run)"
+        )
     dataset = load_dataset(config.data)
     tokenizer = load_tokenizer(config.policy.tokenizer or str(config.policy.path))
     arch = for_tokenizer(architecture_of(config.policy), tokenizer.vocab_size)
@@ -73,11 +78,10 @@ def build(config: Config) -> Components:
         mesh, dtype = make_mesh(config.mesh), compute_dtype(config)
         stack.enter_context(use_mesh(mesh))
         engine = Engine(arch, tokenizer, executor, config.rollout, config.seed, dtype, mesh)
-        sampler = TreeSampler(engine, config.branching)
         reward = make_reward(config.reward.function, config.reward.tool_bonus, executor.call_format)
         reward.try_out(train[0])
         return Components(
-            config, dataset, train, held_out, tokenizer, executor, arch, dtype, mesh, sampler, reward, stack.pop_all()
+            config, dataset, train, held_out, tokenizer, executor, arch, dtype, mesh, engine, reward, stack.pop_all()
         )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def load_config(path: str | Path) -> Config:
         return _parse(path.read_bytes(), str(path))
     if path.suffix != ".py":
         raise ConfigError(f"{path}: a config file ends in .py or .json, not in {path.suffix!r}")
-    config = _run_python(path).get("config")
+    config = run_python(path).get("config")
     if not isinstance(config, Config):
         raise ConfigError(
             f"{path}: expected a module-level `config = Config(...)`, found "
@@ -100,8 +100,8 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     return _parse(pydantic_core.to_json(record, inf_nan_mode="null"), "the config")
 
 
-def _run_python(path: Path) -> dict[str, Any]:
-    """The globals of an executed config file."""
+def run_python(path: Path) -> dict[str, Any]:
+    """The globals of an executed python file. Raises ConfigError with the file, the line and what was raised there."""
     try:
         return runpy.run_path(str(path))
     except ConfigError:

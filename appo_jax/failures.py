@@ -39,6 +39,19 @@ def exit_code(error: BaseException) -> int:
     return FAILED
 
 
+def is_understood(error: BaseException) -> bool:
+    """Whether `explain` says all that a user needs: what went wrong and what to do. Of anything else the traceback is shown."""
+    if isinstance(error, AppoError | MemoryError | OSError) or _has_no_backend(error):
+        return True
+    return isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error)) or _THREADS.search(str(error)))
+
+
+def _has_no_backend(error: BaseException) -> bool:
+    """Whether JAX could not start on the platform that it was asked for; it raises more than one type then."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, RuntimeError | AssertionError) and bool(frames) and "xla_bridge" in frames[-1].filename
+
+
 def may_follow_from_another_host(error: BaseException) -> bool:
     """Whether the error may be what is left of another host's failure: JAX says that a connection or a barrier broke."""
     return isinstance(error, RuntimeError | ValueError) and bool(_OTHER_HOST.search(str(error)))
@@ -64,6 +77,11 @@ def explain(error: BaseException) -> str:
             f"{len(os.listdir('/proc/self/task'))} are of this process. Raise the limit (ulimit -u, pids.max of the "
             "container), or lower tools.max_concurrency and rollout.decode_rows"
         )
+    if _has_no_backend(error):
+        wanted = os.environ.get("JAX_PLATFORMS")
+        how = f"JAX_PLATFORMS = {wanted!r} asks for it: unset it, or" if wanted else "Unset JAX_PLATFORMS, or"
+        install = "install JAX for it: pip install 'jax[tpu]' or 'jax[cuda13]'"
+        return f"JAX has no such device on this machine ({text[:300]}). {how} {install}"
     if isinstance(error, OSError):
         return _explain_os_error(error, where)
     frames = traceback.extract_tb(error.__traceback__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -14,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from appo_jax.cli import main
 from appo_jax.config import MeshConfig, OptimizerConfig
 from appo_jax.config_io import load_config
 from appo_jax.errors import ConfigError, PlanError
 from appo_jax.plan import hlo, programs, report
+from appo_jax.plan.topology import CHIPS, GIB, Chip, parse_slice
 from appo_jax.policy.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +169,7 @@ def need(name: str = "train", peak: float = 0.0, **fields) -> report.Need:
     return report.Need(**(zero | {"name": name, "peak": peak, "times": 1} | fields))
 
 
-CHIP = report.Chip(flops=100.0, hbm_bandwidth=10.0, ici_bandwidth=2.0, hbm=16 * report.GIB)
+CHIP = Chip(flops=100.0, hbm_bandwidth=10.0, ici_bandwidth=2.0, hbm=16 * GIB)
 
 
 def test_the_roofline_is_the_slowest_of_the_three():
@@ -179,15 +182,83 @@ def test_the_roofline_is_the_slowest_of_the_three():
 
 
 def test_the_verdict_names_what_is_left_or_what_to_lower():
-    fits = report.Plan("v5e:2x2", 4, CHIP, (need("train", 12 * report.GIB), need("score", 4 * report.GIB)))
+    fits = report.Plan("v5e:2x2", 4, CHIP, (need("train", 12 * GIB), need("score", 4 * GIB)))
     assert fits.fits
     assert fits.verdict() == "fits v5e:2x2: 12.00 of 16.00 GiB per chip (train); 4.00 GiB left (25%)"
-    over = report.Plan("v5e:2x2", 4, CHIP, (need("train", 18 * report.GIB), need("score", 4 * report.GIB)))
+    over = report.Plan("v5e:2x2", 4, CHIP, (need("train", 18 * GIB), need("score", 4 * GIB)))
     assert not over.fits
     assert over.verdict() == (
-        "does not fit v5e:2x2: 18.00 of 16.00 GiB per chip (train), 2.00 GiB too much; lower train: a.b"
+        "does not fit v5e:2x2: 18.00 of 16.00 GiB per chip (train), 2.00 GiB too much. train: lower a.b"
     )
     assert json.loads(json.dumps(over.to_json()))["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "advice"),
+    [
+        (
+            "optimizer.micro_batch, mesh.fsdp, mesh.tensor",
+            "lower optimizer.micro_batch or raise mesh.fsdp, mesh.tensor",
+        ),
+        ("mesh.tensor", "raise mesh.tensor"),
+        ("rollout.decode_rows", "lower rollout.decode_rows"),
+        ("mesh.fsdp, rollout.decode_rows", "lower rollout.decode_rows or raise mesh.fsdp"),
+    ],
+)
+def test_more_devices_along_an_axis_hold_less_each(fields, advice):
+    over = report.Plan("v5e:2x2", 4, CHIP, (need("train", 18 * GIB, fields=fields),))
+    assert over.verdict().endswith(f"train: {advice}")
+
+
+def printed(plan, width, terminal):
+    out = io.StringIO()
+    report.show(plan, Console(file=out, width=width, force_terminal=terminal, color_system=None))
+    return out.getvalue()
+
+
+def test_a_program_that_was_refused_has_no_roofline():
+    """Nothing is known of its work: neither it nor the step gets a time."""
+    plan = report.Plan("v5e:2x2", 4, CHIP, (need("train", 18 * GIB, refused=True), need("score", GIB, flops=300)))
+    assert plan.step_s is None
+    text = printed(plan, 200, False)
+    assert "not known, a program does not fit" in text
+    row = next(line for line in text.splitlines() if "train" in line and "does not fit" in line)
+    assert "0.0" not in row
+    record = plan.to_json()
+    assert (record["step_s"], record["needs"][0]["seconds"], record["needs"][1]["seconds"]) == (None, None, 3.0)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_tables_fold_to_a_terminal_and_are_whole_in_a_file(width):
+    plan = report.Plan("v5e:2x2", 4, CHIP, (need("decode, branches", GIB, counted="3 × 64 rows × 4096 tokens"),))
+    assert max(map(len, printed(plan, width, True).splitlines())) <= max(width, len(plan.verdict()))
+    whole = printed(plan, width, False)
+    assert any("decode, branches" in line and "3 × 64 rows × 4096 tokens" in line for line in whole.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "chips"),
+    [
+        ("v5litepod-64", "v5e:8x8", 64),
+        ("v5litepod-1", "v5e:1x1", 1),
+        ("v5e-16", "v5e:4x4", 16),
+        ("v6e-256", "v6e:16x16", 256),
+        ("v5p-128", "v5p:4x4x4", 64),  # the cloud counts TensorCores, two a chip
+        ("v5p-8", "v5p:2x2x1", 4),
+        ("v5p:4x4x8", "v5p:4x4x8", 128),
+    ],
+)
+def test_slices_by_their_names(name, topology, chips):
+    found = parse_slice(name)
+    assert (found.topology, found.num_chips) == (topology, chips)
+    assert found.chip == CHIPS[topology.split(":")[0]]
+
+
+def test_a_size_that_the_cloud_does_not_rent():
+    with pytest.raises(
+        ConfigError, match=r"v5litepod-60: .* expected one of v5litepod-1, v5litepod-4, .*v5litepod-256"
+    ):
+        parse_slice("v5litepod-60")
 
 
 @pytest.mark.parametrize(
@@ -201,23 +272,19 @@ def test_the_verdict_names_what_is_left_or_what_to_lower():
     ],
 )  # fmt: skip
 def test_what_the_compiler_refused_for_lack_of_memory(message, gib):
-    assert report.hbm_of_refusal(message) == (None if gib is None else gib * report.GIB)
+    assert report.hbm_of_refusal(message) == (None if gib is None else gib * GIB)
 
 
-@pytest.mark.parametrize("topology", ["v5p", "v9:2x2", "v5e:8", "v5p-128"])
+@pytest.mark.parametrize("topology", ["v5p", "v9:2x2", "v5e:8", "v9-128", "v4-8"])
 def test_a_topology_that_is_none(topology):
-    with pytest.raises(ConfigError, match="expected CHIP:AxB"):
-        report.parse_topology(topology)
-
-
-def test_chips_of_a_topology():
-    assert report.parse_topology("v5p:4x4x8") == (report.CHIPS["v5p"], 128)
+    with pytest.raises(ConfigError, match=r"expected CHIP:AxB.* or a slice as the cloud names it"):
+        parse_slice(topology)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
 def test_a_missing_compiler_is_said(capsys):
     config = ROOT / "configs/qwen2_5_7b_reasoning.py"
-    with pytest.raises(PlanError, match=r"pip install 'appo-jax\[tpu\]'"):
+    with pytest.raises(PlanError, match=r"pip install 'jax\[tpu\]'"):
         report.make_plan(load_config(config), "v5e:8x8")
     assert main(["plan", "--config", str(config), "--topology", "v5e:8x8"]) == 1
     assert "libtpu" in capsys.readouterr().err

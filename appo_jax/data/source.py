@@ -15,7 +15,7 @@ from pathlib import Path
 from appo_jax.config import DataConfig
 from appo_jax.data import sources
 from appo_jax.data.demonstrations import ToolKit
-from appo_jax.errors import ConfigError, DataError
+from appo_jax.errors import AppoError, ConfigError, DataError
 from appo_jax.types import Document, Example, Trace
 
 
@@ -41,7 +41,13 @@ def load_dataset(config: DataConfig) -> Dataset:
     """Read (for the world: make, if need be) the data of a run.
 
     Raises ConfigError for an unknown source, and DataError for data that cannot be read."""
-    dataset = _find(config.source)(config)
+    load = _find(config.source)
+    try:
+        dataset = load(config)
+    except (AppoError, OSError):
+        raise
+    except Exception as error:
+        raise DataError(f"data.source = {config.source!r} raised {type(error).__name__}: {error}") from error
     if not isinstance(dataset, Dataset):
         raise ConfigError(
             f"data.source = {config.source!r} returned a {type(dataset).__name__}; expected an appo_jax.data.source.Dataset"
@@ -64,8 +70,10 @@ def _find(name: str) -> Callable[[DataConfig], Dataset]:
         module, function = f"{sources.__name__}.{name}", "load"
     try:
         load = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"data.source = {name!r} cannot be imported ({error}); {expected}") from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise ConfigError(
+            f"data.source = {name!r} cannot be imported ({type(error).__name__}: {error}); {expected}"
+        ) from error
     if not callable(load):
         raise ConfigError(f"data.source = {name!r} is a {type(load).__name__}, not a function; {expected}")
     return load

@@ -16,38 +16,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from rich.console import Console
 from rich.table import Table
 
 from appo_jax.config import Config
 from appo_jax.errors import ConfigError, PlanError
 from appo_jax.plan import hlo
 from appo_jax.plan.programs import Program, programs
+from appo_jax.plan.topology import GIB, Chip, parse_slice
 from appo_jax.policy.architecture import architecture_of
 from appo_jax.policy.sharding import make_mesh, use_mesh
-
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One chip: figures of cloud.google.com/tpu/docs (v5e, v5p, v6e), and the HBM that the compiler lets programs use."""
-
-    flops: float  # bfloat16, per second
-    hbm_bandwidth: float  # bytes per second
-    ici_bandwidth: float  # bytes per second, one way, all links together
-    hbm: float  # bytes
-
-
-CHIPS = {
-    "v5e": Chip(197e12, 819e9, 200e9, 15.75 * GIB),
-    "v5p": Chip(459e12, 2765e9, 600e9, 95.74 * GIB),
-    "v6e": Chip(918e12, 1638e9, 400e9, 31.25 * GIB),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What one program needs on one chip. After a refusal for lack of memory only `peak` is known, the rest is 0."""
+    """What one program needs on one chip. Of a refused program only `peak` is known; the rest is 0."""
 
     name: str
     peak: float  # bytes of HBM, with what lies beside it
@@ -62,6 +45,7 @@ class Need:
     times: int  # a step
     counted: str
     fields: str
+    refused: bool = False  # the compiler ran out of memory
 
     def seconds(self, chip: Chip) -> float:
         """Roofline time of one run."""
@@ -87,8 +71,10 @@ class Plan:
         return max(self.needs, key=lambda need: need.peak)
 
     @property
-    def step_s(self) -> float:
-        """Roofline seconds of one training step."""
+    def step_s(self) -> float | None:
+        """Roofline seconds of one training step; None where a program was refused, whose work is not known."""
+        if any(need.refused for need in self.needs):
+            return None
         return sum(need.times * need.seconds(self.chip) for need in self.needs)
 
     @property
@@ -102,46 +88,50 @@ class Plan:
         if self.fits:
             left = hbm - need.peak
             return f"fits {self.topology}: {figures}; {left / GIB:.2f} GiB left ({left / hbm:.0%})"
-        over = [n for n in self.needs if n.peak > hbm]
-        advice = "; ".join(f"{n.name}: {n.fields}" for n in over)
-        return f"does not fit {self.topology}: {figures}, {(need.peak - hbm) / GIB:.2f} GiB too much; lower {advice}"
+        advice = "; ".join(f"{n.name}: {_advice(n.fields)}" for n in self.needs if n.peak > hbm)
+        return f"does not fit {self.topology}: {figures}, {(need.peak - hbm) / GIB:.2f} GiB too much. {advice}"
 
     def to_json(self) -> dict[str, Any]:
         record = dataclasses.asdict(self) | {"fits": self.fits, "verdict": self.verdict(), "step_s": self.step_s}
         for entry, need in zip(record["needs"], self.needs, strict=True):
-            entry |= {"seconds": need.seconds(self.chip), "bound": need.bound(self.chip)}
+            known = not need.refused
+            entry |= {
+                "seconds": need.seconds(self.chip) if known else None,
+                "bound": need.bound(self.chip) if known else None,
+            }
         return record
 
 
-def parse_topology(topology: str) -> tuple[Chip, int]:
-    """Chip and number of chips of `v5p:4x4x4`. Raises ConfigError."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
-    if found is None or found[1] not in CHIPS:
-        raise ConfigError(
-            f"--topology {topology}: expected CHIP:AxB or CHIP:AxBxC with CHIP one of {', '.join(CHIPS)}, e.g. v5p:4x4x4, v6e:8x8"
-        )
-    count = 1
-    for side in found[2].split("x"):
-        count *= int(side)
-    return CHIPS[found[1]], count
+def _advice(fields: str) -> str:
+    """What to do with the fields that a program's memory depends on: more devices along an axis of the mesh hold less each."""
+    names = [name.strip() for name in fields.split(",") if name.strip()]
+    raised = [name for name in names if name.startswith("mesh.")]
+    lowered = [name for name in names if name not in raised]
+    parts = [f"lower {', '.join(lowered)}"] * bool(lowered) + [f"raise {', '.join(raised)}"] * bool(raised)
+    return " or ".join(parts)
 
 
 def make_plan(config: Config, topology: str, on_program: Any = lambda name: None) -> Plan:
-    """Compile every program of `config` for `topology` (of one slice; there are `mesh.slices`).
+    """Compile every program of `config` for `topology`, the name of one slice (there are `mesh.slices`).
 
     `on_program` is called with the name of each program before it is compiled. Raises ConfigError for a topology that is
     none or whose chips are not those of the mesh, PlanError without the TPU compiler.
     """
-    chip, count = parse_topology(topology)
+    described = parse_slice(topology)
+    topology = described.topology
     if importlib.util.find_spec("libtpu") is None:
-        raise PlanError("libtpu, the TPU compiler, is not installed (no TPU is needed): pip install 'appo-jax[tpu]'")
+        raise PlanError("libtpu, the TPU compiler, is not installed (no TPU is needed): pip install 'jax[tpu]'")
     # Where there is no TPU: no metadata server is asked, and libtpu does not wonder who its neighbours are.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # It takes a lock, as if it were to use a TPU; another plan, or a training, may hold it.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
-    slices = {"num_slices": config.mesh.slices} if config.mesh.slices > 1 else {}
+    slices: dict[str, Any] = {"num_slices": config.mesh.slices} if config.mesh.slices > 1 else {}
+    if described.num_chips == 1:  # a host has four by default
+        slices["chips_per_host_bounds"] = (1, 1, 1)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **slices).devices
     except Exception as error:  # whatever libtpu makes of an unknown shape
@@ -159,7 +149,7 @@ def make_plan(config: Config, topology: str, on_program: Any = lambda name: None
     # A compilation keeps one core busy.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         needs = tuple(pool.map(one, all_programs))
-    return Plan(topology, count * config.mesh.slices, chip, needs)
+    return Plan(topology, described.num_chips * config.mesh.slices, described.chip, needs)
 
 
 def measure(program: Program, chips: int) -> Need:
@@ -174,7 +164,7 @@ def measure(program: Program, chips: int) -> Need:
             raise
         return Need(
             program.name, used + program.beside, program.beside, 0, 0, 0, 0, 0, {}, time.perf_counter() - began,
-            program.times, program.counted, program.fields,
+            program.times, program.counted, program.fields, refused=True,
         )  # fmt: skip
     seconds = time.perf_counter() - began
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
@@ -218,15 +208,31 @@ def tables(plan: Plan) -> Sequence[Table]:
         memory.add_column(column, justify="left" if column == "program" else "right")
     for n in plan.needs:
         sizes = (n.arguments, n.temporaries, n.output, n.beside, n.peak, plan.chip.hbm - n.peak)
-        memory.add_row(n.name, *(f"{size / GIB:.2f}" for size in sizes), f"{n.compile_s:.0f}")
-    work = Table(title=f"work per chip, and a step's roofline: {plan.step_s:.0f} s", title_justify="left")
+        cells = [f"{size / GIB:.2f}" for size in sizes]
+        memory.add_row(n.name, *(["?"] * 3 if n.refused else cells[:3]), *cells[3:], f"{n.compile_s:.0f}")
+    total = "not known, a program does not fit" if plan.step_s is None else f"{plan.step_s:.0f} s"
+    work = Table(title=f"work per chip, and a step's roofline: {total}", title_justify="left")
     for column in ("program", "TFLOP", "HBM GB", "collectives MB", "ms", "bound", "times a step", "s a step"):
         work.add_column(column, justify="left" if column in ("program", "collectives MB", "times a step") else "right")
     for n in plan.needs:
+        times = f"{n.times} = {n.counted}"
+        if n.refused:
+            work.add_row(n.name, *["?"] * 4, "does not fit", times, "?")
+            continue
         seconds = n.seconds(plan.chip)
         kinds = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in sorted(n.collectives.items()))
         work.add_row(
             n.name, f"{n.flops / 1e12:.3f}", f"{n.traffic / 1e9:.2f}", kinds or "none", f"{1000 * seconds:.1f}",
-            n.bound(plan.chip), f"{n.times} = {n.counted}", f"{n.times * seconds:.1f}",
+            n.bound(plan.chip), times, f"{n.times * seconds:.1f}",
         )  # fmt: skip
     return memory, work
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the tables, and the verdict where the plan fits. A terminal folds what is too wide for it; a file gets whole lines."""
+    if not console.is_terminal:
+        console.width = 1000  # no table is so wide
+    for table in tables(plan):
+        console.print(table)
+    if plan.fits:
+        console.print(plan.verdict(), soft_wrap=True, highlight=False)

@@ -40,7 +40,7 @@ def convert_smollm2(out: str | Path, wheel: str | Path | None = None) -> None:
     try:
         import gguf  # an extra: only this command needs it
     except ImportError as error:
-        raise WeightsError("converting SmolLM2 needs the gguf library: pip install 'appo-jax[smollm2]'") from error
+        raise WeightsError("converting SmolLM2 needs the gguf library: pip install gguf") from error
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".partial-") as scratch:

@@ -204,7 +204,9 @@ def _check(folder: Path, tensors: list[_Tensor]) -> dict[str, Path]:
         except FileNotFoundError:
             problems.append(f"{name}: the file is missing")
         except SafetensorError as error:
-            problems.append(f"{name}: not a complete safetensors file ({error})")
+            problems.append(f"{name}: not a complete safetensors file ({error}); download or copy it again")
+    if problems:  # what is in the files that can be read says nothing about the others
+        raise WeightsError(f"{folder}: " + "\n- ".join(["weights cannot be read:", *problems]))
     expected = {tensor.name: tensor.stored_shape for tensor in tensors}
     for key, shape in expected.items():
         if key not in found:

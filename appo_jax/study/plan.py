@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import runpy
 from collections.abc import Mapping
 from pathlib import Path
 
 from appo_jax.config import Config
-from appo_jax.config_io import check, flatten
+from appo_jax.config_io import check, flatten, run_python
 from appo_jax.errors import ConfigError
 
 # More steps than any budget of tokens lasts: the budget is what ends a run.
@@ -62,7 +61,7 @@ def load_study(path: str | Path) -> Study:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give a .py file with `study = Study(...)`")
-    study = runpy.run_path(str(path)).get("study")
+    study = run_python(path).get("study")
     if not isinstance(study, Study):
         raise ConfigError(f"{path}: expected a module-level `study = Study(...)`, found {type(study).__name__}")
     check_study(study)

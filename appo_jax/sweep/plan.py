@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import runpy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from appo_jax.config import Config
-from appo_jax.config_io import check, flatten, with_fields
+from appo_jax.config_io import check, flatten, run_python, with_fields
 from appo_jax.errors import ConfigError
 from appo_jax.study.plan import COLD_START, MOST_STEPS
 
@@ -141,7 +140,7 @@ def load_sweep(path: str | Path) -> Sweep:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give a .py file with `sweep = Sweep(...)`")
-    sweep = runpy.run_path(str(path)).get("sweep")
+    sweep = run_python(path).get("sweep")
     if not isinstance(sweep, Sweep):
         raise ConfigError(f"{path}: expected a module-level `sweep = Sweep(...)`, found {type(sweep).__name__}")
     check_sweep(sweep)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from appo_jax import tools as package
 from appo_jax.config import ToolsConfig
-from appo_jax.errors import ConfigError
+from appo_jax.errors import AppoError, ConfigError, ToolError
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.protocol import Tool
 from appo_jax.types import Document
@@ -56,11 +56,17 @@ def import_tool(path: str) -> Tool:
     module, _, attribute = path.partition(":")
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the module does when it is imported
         raise ConfigError(
-            f"tools.enabled: {path!r} cannot be imported ({error}); expected `package.module:factory`"
+            f"tools.enabled: {path!r} cannot be imported ({type(error).__name__}: {error}); expected `package.module:factory`, "
+            "of a package or of a file in the working directory"
         ) from error
-    tool = factory()
+    try:
+        tool = factory()
+    except AppoError:
+        raise
+    except Exception as error:
+        raise ToolError(f"tools.enabled: {path!r} raised {type(error).__name__} when it was called: {error}") from error
     missing = [need for need in ("name", "start", "call", "close") if not hasattr(tool, need)]
     if missing:
         raise ConfigError(

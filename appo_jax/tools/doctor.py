@@ -1,7 +1,8 @@
-"""What this machine offers to the tools: the checks behind `appo-jax doctor`."""
+"""What this machine offers: the checks behind `appo-jax doctor`."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.util
 import os
@@ -11,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
+
+import jax
 
 from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ToolError
@@ -29,8 +32,9 @@ class Check:
 
 
 def probe() -> list[Check]:
-    """Look at what the Python tool needs, from the ground up, and try it. Takes about a second."""
+    """Look at the devices and at what the Python tool needs, from the ground up, and try it. Takes about a second."""
     return [
+        _devices(),
         _bubblewrap(),
         _namespaces(),
         _seccomp(),
@@ -39,6 +43,21 @@ def probe() -> list[Check]:
         _try("bubblewrap"),
         _try("process"),
     ]
+
+
+def _devices() -> Check:
+    """What JAX computes on."""
+    try:
+        devices = jax.devices()
+    except Exception as error:  # JAX raises more than one type
+        return Check(
+            "devices", False, f"{error or type(error).__name__}; JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}"
+        )
+    kinds = collections.Counter(f"{device.platform} {device.device_kind}" for device in devices)
+    detail = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    if "cpu" in {device.platform for device in devices}:
+        detail += f", {len(os.sched_getaffinity(0))} cores"
+    return Check("devices", True, f"{detail} (JAX {jax.__version__})")
 
 
 def _bubblewrap() -> Check:
