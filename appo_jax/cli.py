@@ -184,6 +184,47 @@ def _sweep(args: Sequence[str]) -> None:
     tyro.cli(sweep, prog="appo-jax sweep", args=list(args))
 
 
+def _eval(args: Sequence[str]) -> None:
+    """Score a policy, or predictions made elsewhere, on a benchmark: AIME, MATH, GSM8K, HotpotQA, GAIA and others."""
+    from appo_jax.benchmark.judge import JudgeConfig
+    from appo_jax.benchmark.run import Evaluation, evaluate_set
+
+    if args and args[0] == "--compare":
+        from appo_jax.benchmark.report import compare
+
+        if len(args) != 3:
+            raise ConfigError("eval --compare A B: give two folders that `appo-jax eval` wrote")
+        print(compare(Path(args[1]), Path(args[2])))
+        return
+
+    def evaluate(
+        set: str, data: Path, out: Path, predictions: Path | None = None, run: Path | None = None, config: Path | None = None,
+        limit: int | None = None, samples: int = 1, temperature: float = 0.0, judge_url: str | None = None,
+        judge_model: str = "Qwen/Qwen2.5-72B-Instruct",
+    ) -> None:  # fmt: skip
+        """Score one set. `appo-jax eval --compare A B` compares two reports, question by question.
+
+        Args:
+            set: Name of the set: see docs/eval.md.
+            data: The set's file, as its authors or the official APPO repository have it.
+            out: Folder of the report. What a policy drew is kept there, and the same command goes on from it.
+            predictions: Score these: one JSON object a line with id and prediction, several lines of an id are samples.
+            run: Draw with the newest policy of this run, its prompt and its tools.
+            config: Draw with `policy.path`, the prompt and the tools of this config (with --run: other tools and limits).
+            limit: Take the first so many questions.
+            samples: Draws of every question.
+            temperature: Of the draws; 0 is greedy.
+            judge_url: Base URL of an OpenAI-compatible endpoint, for sets that a judge decides (key in OPENAI_API_KEY).
+            judge_model: The judge.
+        """
+        judge = JudgeConfig(judge_url, judge_model) if judge_url else None
+        asked = Evaluation(set, data, out, predictions, limit, samples, temperature, judge)
+        file = config or (run / "config.json" if run else None)
+        print(evaluate_set(asked, load_config(file) if file else None, run))
+
+    tyro.cli(evaluate, prog="appo-jax eval", args=list(args))
+
+
 def _sft(args: Sequence[str]) -> None:
     """Make the cold start alone: supervised fine-tuning on tool-use traces."""
     config = config_from("sft", args)
@@ -317,6 +358,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sft": _sft,
     "study": _study,
     "sweep": _sweep,
+    "eval": _eval,
     "status": _status,
     "view": _view,
     "data": _data,

@@ -1,4 +1,4 @@
-"""What every phase of a run is made of: data, tokenizer, tools, the policy's shape and start, reward, engine."""
+"""What every phase of a run is made of: data, tokenizer, tools, the policy's shape and start, reward, sampler."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from appo_jax.reward import Judge, Judgement, make_reward
 from appo_jax.reward.overlong import overlong_penalty
 from appo_jax.reward.response import Response, opened_thought
 from appo_jax.rollout.engine import Engine
+from appo_jax.rollout.sampler import Sampler
+from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import Tokenizer, check_tags, load_tokenizer
 from appo_jax.text.train_tokenizer import structure
 from appo_jax.tools.build import build_executor
@@ -49,7 +51,7 @@ class Components:
     arch: Architecture
     dtype: Any
     mesh: Mesh
-    engine: Engine
+    sampler: Sampler
     reward: Judge
     resources: contextlib.ExitStack  # the tools, and the mesh in use
 
@@ -78,10 +80,11 @@ def build(config: Config) -> Components:
         mesh, dtype = make_mesh(config.mesh), compute_dtype(config)
         stack.enter_context(use_mesh(mesh))
         engine = Engine(arch, tokenizer, executor, config.rollout, config.seed, dtype, mesh)
+        sampler = TreeSampler(engine, config.branching)
         reward = make_reward(config.reward.function, config.reward.tool_bonus, executor.call_format)
         reward.try_out(train[0])
         return Components(
-            config, dataset, train, held_out, tokenizer, executor, arch, dtype, mesh, engine, reward, stack.pop_all()
+            config, dataset, train, held_out, tokenizer, executor, arch, dtype, mesh, sampler, reward, stack.pop_all()
         )  # fmt: skip
 
 

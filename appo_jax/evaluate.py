@@ -43,9 +43,9 @@ def held_out_examples(components: Components) -> Sequence[Example]:
 def evaluate(params: Params, components: Components) -> Evaluation:
     """One greedy rollout, tools and all, of every held-out question."""
     began = time.perf_counter()
-    trees = components.engine.initial(params, held_out_examples(components), 1, salt=(2,), temperature=0.0)
+    trees = components.sampler.initial(params, held_out_examples(components), 1, draw_id=(2,), temperature=0.0)
     rollouts = [rollout for tree in trees for rollout in tree]
     give_rewards(rollouts, components)
-    components.engine.take_stats()  # an evaluation's calls and tokens belong to no training step
+    components.sampler.take_stats()  # an evaluation's calls and tokens belong to no training step
     components.executor.metrics()
     return Evaluation(rollouts, float(np.mean([r.correct for r in rollouts])), time.perf_counter() - began)

@@ -11,7 +11,7 @@ from appo_jax.config_io import load_config
 from appo_jax.errors import CheckpointError
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import architecture_of
-from appo_jax.policy.parameters import abstract_params
+from appo_jax.policy.parameters import Params, abstract_params
 from appo_jax.text.tokenizer import load_tokenizer
 
 
@@ -23,6 +23,15 @@ def export_run(run: Path, out: Path) -> str:
     """
     policy = load_config(run / "config.json").policy
     arch, tokenizer = architecture_of(policy), Path(str(policy.tokenizer or policy.path))
+    where, params = newest_params(run)
+    eos_id = load_tokenizer(str(tokenizer)).eos_id if tokenizer.is_file() else None
+    weights.save(out, params, arch, tokenizer, eos_id)
+    return where
+
+
+def newest_params(run: Path) -> tuple[str, Params]:
+    """The parameters of a run's newest checkpoint, float32 in host memory, and which step it is. Raises CheckpointError."""
+    arch = architecture_of(load_config(run / "config.json").policy)
     host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), abstract_params(arch))
     for phase in ("rl", "sft"):
@@ -35,7 +44,5 @@ def export_run(run: Path, out: Path) -> str:
         finally:
             checkpointer.close()
         if found is not None:
-            eos_id = load_tokenizer(str(tokenizer)).eos_id if tokenizer.is_file() else None
-            weights.save(out, found[1]["params"], arch, tokenizer, eos_id)
-            return f"step {found[0]} of {folder}"
-    raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl or checkpoints/sft; nothing can be exported")
+            return f"step {found[0]} of {folder}", found[1]["params"]
+    raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl or checkpoints/sft; it has no policy yet")

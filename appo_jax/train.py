@@ -33,17 +33,19 @@ from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, 
 from appo_jax.metrics import MetricsLogger
 from appo_jax.policy.parameters import Params
 from appo_jax.policy.sharding import batch_sharding, place
+from appo_jax.rollout.growth import Growth, TreeGrower
+from appo_jax.rollout.sampler import Sampler
+from appo_jax.rollout.scoring import future_values, inherit, log_probs
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
-from appo_jax.rollout.tree import Growth, Tree, TreeGrower, inherit
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.sft import cold_start
-from appo_jax.types import Example, Rollout
+from appo_jax.types import Example, Rollout, Tree
 from appo_jax.view.plots import draw_plots
 from appo_jax.view.progress import Progress
 
 log = logging.getLogger(__name__)
 
-# First number of every row key's salt: what the draws are for. (Evaluation is greedy; its salt is 2.)
+# First number of every draw_id: what the draws are for. (Evaluation is greedy; its number is 2.)
 INITIAL, BRANCH, RESAMPLE = 0, 1, 3
 
 Update = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]
@@ -85,7 +87,14 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         config.optimizer.remat,
     )
     update = make_train_step(optimizer, spec)
-    grower = TreeGrower(components.engine, config.rollout, algorithm.branching)
+    grower = TreeGrower(
+        components.sampler,
+        components.tokenizer,
+        config.rollout,
+        algorithm.branching,
+        components.arch.vocab_size,
+        config.seed,
+    )
     prompts = prompt_batches(components.train, config.prompts_per_step, config.seed)
 
     # ---- where the run left off
@@ -157,12 +166,13 @@ def train_step(
 
     `reference`: parameters of π_ref, for a KL term. `more`: batches of prompts that dynamic sampling may draw on.
     """
-    config, engine, timer = components.config, components.engine, Timer()
+    config, sampler, timer = components.config, components.sampler, Timer()
+    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
 
-    def draw(examples: Sequence[Example], salt: int) -> list[Tree]:
+    def draw(examples: Sequence[Example], phase: int) -> list[Tree]:
         with timer("rollout"):
-            trees = engine.initial(
-                state.params, examples, algorithm.initial, (salt, step), most=config.prompts_per_step
+            trees = sampler.initial(
+                state.params, examples, algorithm.initial, (phase, step), max_examples=config.prompts_per_step
             )
         with timer("reward"):
             give_rewards([rollout for tree in trees for rollout in tree], components, algorithm.overlong_buffer)
@@ -182,7 +192,7 @@ def train_step(
     with timer("score"):
         # log π_old is computed here once, by the program that will compute log π_θ: their difference is the policy's
         # movement alone, without the noise between two ways of computing the same number.
-        old = [_log_probs(grower, state.params, minibatch) for minibatch in minibatches]
+        old = [log_probs(sampler, state.params, minibatch) for minibatch in minibatches]
 
     def grow(i: int) -> Growth:
         with timer("branch"):
@@ -197,7 +207,7 @@ def train_step(
         growths = [grow(i) for i in range(len(minibatches))]
     if algorithm.train_branches:
         with timer("score"):
-            old = [_log_probs(grower, state.params, growth.trees) for growth in growths]
+            old = [log_probs(sampler, state.params, growth.trees) for growth in growths]
     updates: list[dict[str, Any]] = []
     grown: list[Tree] = []
     for i, minibatch in enumerate(minibatches):
@@ -212,17 +222,17 @@ def train_step(
                 if growth is not None and not growths:  # scored under the policy as it is now
                     future = [[s.future_value for s in scores] for scores in growth.scores]
                 else:
-                    future = grower.future_values(state.params, trained, old[i])
+                    future = future_values(sampler, state.params, trained, old[i], algorithm.branching.tau, length)
             if reference is not None and algorithm.loss.kl_in == "loss":
-                ref = _log_probs(grower, reference, trained)
+                ref = log_probs(sampler, reference, trained)
             elif reference is not None:
-                penalties = _kl_penalties(grower, state.params, reference, minibatch, old[i], algorithm.loss)
+                penalties = _kl_penalties(sampler, state.params, reference, minibatch, old[i], algorithm.loss, length)
         with timer("update"):
-            batch, base = make_batch(minibatch, old[i], ref, future, algorithm, config, grower.length, penalties)
+            batch, base = make_batch(minibatch, old[i], ref, future, algorithm, config, length, penalties)
             batch = place(batch, batch_sharding(components.mesh), components.mesh)
             state, results = update(state, batch)
             updates.append(update_metrics(jax.device_get(results), base, growth, algorithm.initial))
-    record = rollout_metrics(grown, engine.take_stats()) | components.executor.metrics()
+    record = rollout_metrics(grown, sampler.take_stats()) | components.executor.metrics()
     if algorithm.max_resamples:
         record["rollout/resampled_prompts"] = resampled
     record |= {name: float(np.mean([u[name] for u in updates])) for name in updates[0]} | timer.metrics()
@@ -231,23 +241,23 @@ def train_step(
 
 
 def _kl_penalties(
-    grower: TreeGrower, params: Params, reference: Params, trees: Sequence[Tree], old: Sequence[Sequence[np.ndarray]],
-    loss: LossConfig,
+    sampler: Sampler, params: Params, reference: Params, trees: Sequence[Tree], old: Sequence[Sequence[np.ndarray]],
+    loss: LossConfig, length: int,
 ) -> list[list[np.ndarray]]:  # fmt: skip
     """β·KL(π‖π_ref) at each sampled token `[T]` of every rollout, π being the policy that drew it.
 
     `old`: of each tree's first rollouts, their log-probs under π_old. The branches beyond them were drawn by `params`
     from their fork on; what they have from their parent was drawn as the parent was.
     """
-    branches = _log_probs(grower, params, [tree[len(known) :] for tree, known in zip(trees, old, strict=True)])
+    branches = log_probs(sampler, params, [tree[len(known) :] for tree, known in zip(trees, old, strict=True)])
     by_drawer = [list(known) for known in old]
     for tree, known, scored in zip(trees, by_drawer, branches, strict=True):
-        for rollout, log_probs in zip(tree[len(known) :], scored, strict=True):
-            known.append(inherit(rollout, known, log_probs))
-    by_reference = _log_probs(grower, reference, trees)
+        for rollout, values in zip(tree[len(known) :], scored, strict=True):
+            known.append(inherit(rollout, known, values))
+    by_reference = log_probs(sampler, reference, trees)
 
     def penalty(rollout: Rollout, drawn: np.ndarray, ref: np.ndarray) -> np.ndarray:
-        padding = (0, grower.length - rollout.length)  # one shape, one program
+        padding = (0, length - rollout.length)  # one shape, one program
         drawn, ref = (np.pad(x, padding) for x in (drawn, ref))
         kl = kl_estimate(jnp.asarray(drawn), jnp.asarray(ref), loss.kl_estimator)
         return np.where(rollout.sampled, loss.kl_weight * np.asarray(kl)[: rollout.length], 0.0)
@@ -256,12 +266,6 @@ def _kl_penalties(
         [penalty(*x) for x in zip(tree, drawn, refs, strict=True)]
         for tree, drawn, refs in zip(trees, by_drawer, by_reference, strict=True)
     ]
-
-
-def _log_probs(grower: TreeGrower, params: Params, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
-    """Log-probabilities `[T]` of every rollout's tokens under a policy, by tree."""
-    flat = iter(grower.log_probs(params, [rollout for tree in trees for rollout in tree]))
-    return [[next(flat) for _ in tree] for tree in trees]
 
 
 class Compilations:

@@ -135,6 +135,9 @@ class Rollout:
         return self.stop_reason is not StopReason.ANSWERED
 
 
+Tree = list[Rollout]  # one prompt's rollouts; a rollout's `node` is its index, initial rollouts come first
+
+
 def turn_starts(sampled: np.ndarray) -> np.ndarray:
     """First tokens of a rollout's turns, the stretches of the policy's own text, from its `sampled [T]`."""
     return np.flatnonzero(sampled & ~np.concatenate([[False], sampled[:-1]]))

@@ -40,12 +40,13 @@ import transformers
 from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
-from appo_jax.config import Architecture, RolloutConfig, ToolsConfig
+from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
 from appo_jax.policy import attention, convert, weights
 from appo_jax.policy.architecture import read_architecture
 from appo_jax.policy.parameters import Params
 from appo_jax.policy.transformer import hidden_states, rotations, unembedding
 from appo_jax.rollout.engine import Engine
+from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import JsonTokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.types import Example
@@ -163,7 +164,8 @@ def real_model(name: str, folder: Path, model: Any, their_tokenizer: Any) -> Non
     config = RolloutConfig(num_initial=1, max_prompt_tokens=128, max_response_tokens=NEW_TOKENS, max_result_tokens=16)
     with ToolExecutor([], ToolsConfig()) as executor, jax.default_matmul_precision("highest"):
         engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
-        rollouts = [row[0] for row in engine.initial(params, examples, copies=1, salt=[0], temperature=0.0)]
+        sampler = TreeSampler(engine, BranchingConfig())
+        rollouts = [tree[0] for tree in sampler.initial(params, examples, copies=1, draw_id=[0], temperature=0.0)]
     agree = 0
     for rollout in rollouts:
         prompt = torch.from_numpy(rollout.tokens[None, : rollout.prompt_length].astype(np.int64))

@@ -30,14 +30,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from appo_jax.config import Architecture, RolloutConfig, ToolsConfig
+from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import read_architecture
-from appo_jax.policy.parameters import turned
 from appo_jax.policy.score import score
-from appo_jax.rollout import decode
-from appo_jax.rollout.engine import Engine
-from appo_jax.rollout.seating import Fork, Seating
+from appo_jax.policy.sharding import GeneratingPolicy, generating
+from appo_jax.rollout import decode, state
+from appo_jax.rollout.engine import Draw, Engine
+from appo_jax.rollout.rows import Fork
+from appo_jax.rollout.seating import Seating
+from appo_jax.rollout.shapes import Shapes
 from appo_jax.text.tokenizer import JsonTokenizer, load_tokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.format import Call
@@ -59,6 +61,10 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     """Median wall time of `run` after one run that compiles."""
     run()
     return statistics.median(seconds(run) for _ in range(repeats))
+
+
+def shapes_of(engine: Engine) -> Shapes:
+    return Shapes(engine.config, BranchingConfig())
 
 
 Continue = Callable[[int], Any]  # the prompts of a batch by a number of new tokens
@@ -162,6 +168,9 @@ class Bench:
         executor = ToolExecutor([Pause(pause)], ToolsConfig(max_concurrency=64), OnString(string))
         return Engine(self.arch, self.tokenizer, executor, rollout, seed=0, dtype=jnp.float32)
 
+    def policy(self, engine: Engine) -> GeneratingPolicy:
+        return generating(self.params, engine.mesh, engine.dtype)
+
     def prompts(self, count: int, length: int, seed: int = 0) -> list[np.ndarray]:
         rng = np.random.default_rng(seed)
         return [row.astype(np.int32) for row in rng.integers(100, self.arch.vocab_size, (count, length))]
@@ -179,8 +188,10 @@ class Bench:
             [self.fork(tokens, node, len(tokens) - (room - count)) for node in range(copies)]
             for tokens, count in zip(prompts, new, strict=True)
         ]
-        caches = engine.prompt_caches(self.params, prompts, engine.config.max_prompt_tokens, len(prompts))
-        groups = engine.generate(self.params, caches, forks, copies, len(forks), (0,))
+        policy, shapes = self.policy(engine), shapes_of(engine)
+        length, rows = engine.config.max_prompt_tokens, shapes.prefill_rows(len(prompts))
+        caches = engine.prefill(policy, prompts, length, rows)
+        groups = engine.generate(policy, forks, caches, shapes.initial(len(forks), copies), Draw((0,), 1.0))
         return [rollout for rows in groups for rollout in rows]
 
 
@@ -208,30 +219,31 @@ def branching(bench: Bench, repeats: int) -> dict[str, float]:
     cache = score_pass().cache
 
     def branch(engine: Engine, cache: list) -> list:
-        return engine.generate(bench.params, iter([cache]), forks, columns, parents, (0,))
+        shapes = shapes_of(engine).generation(parents, columns, length)
+        return engine.generate(bench.policy(engine), forks, iter([cache]), shapes, Draw((0,), 1.0))
 
     fast = median_seconds(lambda: branch(shared, cache), repeats)
     slow = median_seconds(lambda: branch(unshared, cache), repeats)
 
     # Decoding alone: the same rows, prefixes in place, no host in the loop.
-    seating = Seating([(g, group) for g, group in enumerate(forks)], columns, parents * columns, parents)
+    shapes = shapes_of(shared).generation(parents, columns, length)
+    seating = Seating([(g, group) for g, group in enumerate(forks)], shapes)
     opened, seated = seating.seat()
-    params = turned(bench.params)  # as the engine does on a CPU
-    prefixes = decode.empty_prefixes(bench.arch, seating.num_slots, length, jnp.float32)
+    policy = bench.policy(shared)
+    prefixes = state.empty_prefixes(bench.arch, seating.num_slots, length, jnp.float32)
     for slot, index in opened:
-        prefixes = decode.load_prefix(prefixes, cache, index, slot)
-    new = decode.NewRows.none(seating.num_rows, 2)
+        prefixes = state.load_prefix(prefixes, cache, index, slot)
+    new = state.NewRows.none(seating.num_rows, 2)
     for w, _, fork in seated:
         new.on[w], new.last_token[w], new.start[w], new.limit[w] = True, fork.tokens[-1], middle - 1, NEW + 1
 
     def decode_alone() -> None:
-        state = decode.empty_state(bench.arch, seating.num_rows, NEW + 1, jnp.float32)
-        state = decode.begin_rows(state, new, 0)
-        state, _ = decode.decode_segment(
-            params, prefixes, seating.places(), state, *shared._tables, 0, NEW, arch=bench.arch,
-            spec=shared.spec(1.0), dtype=jnp.float32,
-        )  # fmt: skip
-        state.length.block_until_ready()
+        rows = state.empty_state(bench.arch, seating.num_rows, NEW + 1, jnp.float32)
+        rows = state.begin_rows(rows, new, 0)
+        until = decode.Until(0, NEW)
+        seats = state.Prefixes(prefixes, seating.places())
+        rows, _ = decode.decode_segment(policy.step, seats, rows, shared.stop_tables, until, spec=shared.spec(1.0))
+        rows.length.block_until_ready()
 
     with_branches = median_seconds(lambda: branch(shared, score_pass().cache), repeats)
 

@@ -40,6 +40,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def endless(self, head, more=None, pause=0.0):
+        """Send `head`, and `more` (or it again) for ever."""
+        self.wfile.write(head)
+        block = (more or head) * (1 if pause else 2000)
+        while not self.server.release.wait(pause):
+            self.wfile.write(block)
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         query = body["queries"][0] if "queries" in body else body["q"]
@@ -78,6 +85,31 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             while not self.server.release.wait(0.1):
                 self.wfile.write(b" ")
+        elif fault == "continue":
+            self.endless(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif fault == "headers":
+            self.endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n")
+        elif fault == "headerdrip":
+            self.endless(b"HTTP/1.1 200 OK\r\n", b"X", pause=0.05)
+        elif fault == "statusdrip":
+            self.endless(b"HTTP/1.1", b" ", pause=0.05)
+        elif fault == "trailers":
+            self.endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"X: y\r\n")
+        elif fault == "trailerdrip":
+            self.endless(
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"X: y\r\n", pause=0.05
+            )
+        elif fault == "extension":
+            self.endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;", b"x")
+        elif fault == "chunkdrip":
+            self.endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1;x=y\r\n \r\n", pause=0.05)
+        elif fault == "squared":
+            self.reply(503, b"no", [("Retry-After", "\u00b2")])
+        elif fault == "title":
+            hit = {"document": {"title": "T" * 3_900_000, "text": "w" * 90_000}}
+            self.reply(200, json.dumps({"result": [[hit]]}).encode())
+        elif fault == "surrogate":
+            self.reply(200, b'{"result": [[{"document": {"title": "\\ud800", "text": "\\udfff x"}}]]}')
         elif fault == "redirect":
             self.reply(302, b"", [("Location", "http://169.254.169.254/")])
         elif "q" in body:

@@ -29,7 +29,7 @@ from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.metrics import read_metrics
 from appo_jax.prepare import prepare_world
 from appo_jax.reward import Judge, Response
-from appo_jax.rollout.tree import TreeGrower
+from appo_jax.rollout.growth import TreeGrower
 from appo_jax.train import train_step
 from appo_jax.types import RewardResult
 
@@ -59,6 +59,13 @@ def learner(config: Config, components: Components) -> tuple:
     return TrainState(params, optimizer.init(params)), make_train_step(optimizer, spec)
 
 
+def make_grower(config: Config, components: Components) -> TreeGrower:
+    vocab_size = components.arch.vocab_size
+    return TreeGrower(
+        components.sampler, components.tokenizer, config.rollout, config.branching, vocab_size, config.seed
+    )
+
+
 @pytest.mark.parametrize(("algorithm", "steps"), [("appo", 20), ("grpo", 4)])
 def test_steps_compile_once_and_keep_the_budget(config: Config, algorithm: str, steps: int) -> None:
     config = dataclasses.replace(config, algorithm=algorithm)
@@ -73,7 +80,7 @@ def test_steps_compile_once_and_keep_the_budget(config: Config, algorithm: str, 
         with build(config) as components:
             state, update = learner(config, components)
             plan = make_algorithm(config)
-            grower = TreeGrower(components.engine, config.rollout, config.branching)
+            grower = make_grower(config, components)
             counts, records = [], []
             for step in range(steps):
                 examples = components.train[4 * step : 4 * step + 4]
@@ -197,7 +204,7 @@ def test_a_reward_that_fails_is_counted_and_one_that_always_fails_ends_the_run(c
         components = dataclasses.replace(built, reward=Judge("mine:flaky", flaky))
         state, update = learner(config, components)
         plan, examples = make_algorithm(config), components.train[:4]
-        grower = TreeGrower(components.engine, config.rollout, config.branching)
+        grower = make_grower(config, components)
         state, record, trees = train_step(0, examples, state, None, update, plan, grower, components)
         failed = [r for tree in trees for r in tree if len(response_of(r, components.tokenizer).text) % 3 == 0]
         assert 0 < record["reward/failed"] == len(failed)

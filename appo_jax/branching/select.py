@@ -47,9 +47,9 @@ def serve(ranked: Sequence[Sequence[int]], per_rollout: int, budget: int) -> lis
     """Branch points `(rollout, position)` of one prompt, in the order of service.
 
     `ranked[n]` are rollout n's positions, best first. Rounds go over the rollouts, one position each, so trees are served
-    uniformly; each rollout asks for `per_rollout`, `budget` cuts the rounds. What a rollout cannot use (too few valid
-    positions) goes to the prompt's other rollouts in further rounds. Fewer than wanted come back only when no position
-    is left.
+    uniformly. Each rollout asks for `per_rollout` positions, and the rounds end when `budget` is used up. What a rollout
+    cannot use (too few valid positions) goes to the prompt's other rollouts in further rounds. Fewer than wanted come back
+    only when no position is left.
     """
     wanted = min(budget, per_rollout * len(ranked))
     points: list[tuple[int, int]] = []

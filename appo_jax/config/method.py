@@ -10,6 +10,10 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from appo_jax.config.bounds import BelowOne
 
+# Names of the modules in branching/rules/: a score ranks every position, a rule by turns draws lots where a turn begins.
+Score = Literal["product", "entropy", "future", "additive"]
+TurnRule = Literal["entropy_change", "random_turn"]
+
 
 @dataclasses.dataclass(frozen=True)
 class BranchingConfig:
@@ -25,7 +29,7 @@ class BranchingConfig:
     """Ω is clipped to [clip_low, clip_high] before its z-score. Paper: 1; official code: 0.8."""
     clip_high: NonNegativeFloat = 1.2
     """Upper end of that clip, above clip_low. Paper: 1.2."""
-    score: Literal["product", "entropy", "future", "additive", "entropy_change", "random_turn"] = "product"
+    score: Literal[Score, TurnRule] = "product"
     """product: Z(Ω)·Z(H), the paper. entropy, future, additive are its ablations; additive weighs both with the two
     weights below. entropy_change (ARPO) and random_turn (Tree-GRPO) branch where a turn begins instead."""
     entropy_weight: NonNegativeFloat = 1.0

@@ -4,7 +4,9 @@ values, what is expected, what to do. Bounds of a single number stand in its typ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import get_args
 
+from appo_jax.config.method import TurnRule
 from appo_jax.config.run import Config
 
 BRANCHING = ("appo", "arpo", "tree_grpo")  # algorithms that fill the budget by branching
@@ -47,7 +49,7 @@ def _branching(config: Config) -> Iterator[str]:
         )
     if b.clip_low >= b.clip_high:
         yield f"branching.clip_low = {b.clip_low} must be below branching.clip_high = {b.clip_high}"
-    if b.score in ("entropy_change", "random_turn") and b.allocation != "per_rollout":
+    if b.score in get_args(TurnRule) and b.allocation != "per_rollout":
         yield (
             f"branching.allocation = {b.allocation!r}: branching.score = {b.score!r} has no score to share by; set "
             "per_rollout"

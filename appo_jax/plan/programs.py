@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from appo_jax.algorithms import make_algorithm
-from appo_jax.branching.select import tree_sizes
 from appo_jax.config import Architecture, Config
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
@@ -21,9 +20,10 @@ from appo_jax.policy.attention import Places
 from appo_jax.policy.constraints import row_shards
 from appo_jax.policy.parameters import abstract_params
 from appo_jax.policy.score import prefill, score
-from appo_jax.rollout.decode import SamplingSpec, append_tokens, decode_segment, empty_prefixes, empty_state
-from appo_jax.rollout.engine import APPEND_ROWS, SEGMENT_STEPS
-from appo_jax.rollout.seating import Seating
+from appo_jax.rollout.decode import AppendBatch, DecodeSpec, StopTables, Until, append_tokens, decode_segment
+from appo_jax.rollout.engine import SEGMENT_STEPS
+from appo_jax.rollout.shapes import GenerationShapes, Shapes
+from appo_jax.rollout.state import Prefixes, empty_prefixes, empty_state
 
 AUTOMATON_STATES = 32  # of the stop strings of two tools, and some more
 
@@ -50,14 +50,9 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     dtype = jnp.dtype("bfloat16" if config.policy.compute_dtype == "auto" else config.policy.compute_dtype)
     minibatches = config.prompts_per_step // config.prompts_per_minibatch
     rows = config.prompts_per_minibatch * algorithm.initial  # of a mini-batch
-    length = rollout.max_prompt_tokens + rollout.max_response_tokens
-    by_row, whole, shards = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec()), row_shards(mesh)
-
-    def even(rows: int) -> int:  # as Engine.whole
-        return -(-rows // shards) * shards
-
-    def seats(columns: int, most: int) -> Seating:  # as Engine.generate
-        return Seating((), columns, even(min(rollout.decode_rows, most)), -(-most // columns), shards)
+    shapes = Shapes(rollout, branching, row_shards(mesh))
+    length = shapes.rollout_length
+    by_row, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     def array(shape: tuple[int, ...], dtype: Any, where: NamedSharding = whole) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -99,8 +94,8 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     )  # fmt: skip
 
     # ---- initial rollouts
-    first = seats(algorithm.initial, config.prompts_per_step * algorithm.initial)
-    prompts = even(min(rollout.decode_rows, config.prompts_per_step))
+    first = shapes.initial(config.prompts_per_step, algorithm.initial)
+    prompts = shapes.prefill_rows(config.prompts_per_step)
     waves = -(-config.prompts_per_step // prompts)
     yield Program(
         "prefill",
@@ -109,38 +104,34 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
         "rollout.max_prompt_tokens, rollout.decode_rows",
     )  # fmt: skip
 
-    def generation(seating: Seating, columns: int, prefix: int) -> tuple[Any, Any, Any]:
-        """Prefixes, places and rows as the engine holds them."""
-        W, R = seating.num_rows, seating.num_slots
-        prefixes = jax.eval_shape(lambda: empty_prefixes(arch, R, prefix, dtype))
-        rows = jax.eval_shape(lambda: empty_state(arch, W, rollout.max_response_tokens + 1, dtype))
-        places = Places(array((W, 2), jnp.int32), array((R, columns), jnp.int32))
-        return placed(prefixes), places, placed(rows)
+    def generation(of: GenerationShapes) -> tuple[Prefixes, Any]:
+        """Prefixes and rows as the engine holds them."""
+        prefixes = jax.eval_shape(lambda: empty_prefixes(arch, of.slots, of.prefix_length, dtype))
+        rows = jax.eval_shape(lambda: empty_state(arch, of.rows, of.suffix_length, dtype))
+        places = Places(array((of.rows, 2), jnp.int32), array((of.slots, of.columns), jnp.int32))
+        return Prefixes(placed(prefixes), places), placed(rows)
 
-    def decode(seating: Seating, columns: int, prefix: int) -> Any:
-        prefixes, places, rows = generation(seating, columns, prefix)
-        spec = SamplingSpec(rollout.temperature, rollout.top_k, rollout.top_p, 0)
-        tables = array((AUTOMATON_STATES, arch.vocab_size), np.uint8), array((AUTOMATON_STATES,), jnp.int32)
+    def decode(of: GenerationShapes) -> Any:
+        prefixes, rows = generation(of)
+        spec = DecodeSpec(arch, dtype, rollout.temperature, rollout.top_k, rollout.top_p, 0)
+        states = array((AUTOMATON_STATES, arch.vocab_size), np.uint8), array((AUTOMATON_STATES,), jnp.int32)
         number = array((), jnp.int32)
-        return decode_segment.trace(
-            copy, prefixes, places, rows, *tables, number, number, arch=arch, spec=spec, dtype=dtype
-        )
+        return decode_segment.trace(copy, prefixes, rows, StopTables(*states), Until(number, number), spec=spec)
 
     prompt_caches = on_chip(
         placed(jax.eval_shape(lambda: empty_prefixes(arch, prompts, rollout.max_prompt_tokens, dtype)))
     )
-    fills = -(-config.prompts_per_step * algorithm.initial // first.num_rows)
+    fills = -(-config.prompts_per_step * algorithm.initial // first.rows)
     yield Program(
-        "decode, initial", lambda: decode(first, algorithm.initial, rollout.max_prompt_tokens),
-        fills * rollout.max_response_tokens, f"{fills} × {first.num_rows} rows × {rollout.max_response_tokens} tokens",
+        "decode, initial", lambda: decode(first),
+        fills * rollout.max_response_tokens, f"{fills} × {first.rows} rows × {rollout.max_response_tokens} tokens",
         resident + prompt_caches, "rollout.decode_rows, rollout.max_response_tokens", SEGMENT_STEPS,
     )  # fmt: skip
 
     # ---- scores
-    sizes = tree_sizes(algorithm.initial, branching.num_branch_points, branching.num_loops, rollout.budget)
-    loops = len(sizes) - 1 if algorithm.branches else 0
-    most = config.prompts_per_minibatch * sizes[-2]  # rollouts that the last branching loop starts from
-    parents = even(min(max(1, rollout.decode_rows // branching.num_branch_points), most))
+    max_scored = shapes.max_scored(config.prompts_per_minibatch, algorithm.initial)  # by each branching loop
+    most, loops = max_scored[-1], len(max_scored) if algorithm.branches else 0
+    parents = shapes.score_rows(most)
     passes = -(-most // parents)
     one_cache = on_chip(placed(jax.eval_shape(lambda: empty_prefixes(arch, parents, length, dtype))))
     scorings = 1 + (config.loss.kl_weight > 0) + loops
@@ -154,26 +145,24 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
     )  # fmt: skip
 
     # ---- branches
-    columns, prefix, kept = algorithm.initial, rollout.max_prompt_tokens, prompt_caches
-    last = first
+    last, kept = first, prompt_caches
     if algorithm.branches:
-        columns, prefix, kept = branching.num_branch_points, length, passes * one_cache
-        last = seats(columns, most * columns)
+        last, kept = shapes.branches(most), passes * one_cache
         drawn = config.prompts_per_minibatch * (rollout.budget - algorithm.initial)
-        fills = -(-drawn // last.num_rows) * minibatches
+        fills = -(-drawn // last.rows) * minibatches
         yield Program(
-            "decode, branches", lambda: decode(last, columns, prefix), fills * rollout.max_response_tokens,
-            f"{fills} × {last.num_rows} rows × {rollout.max_response_tokens} tokens", resident + kept,
+            "decode, branches", lambda: decode(last), fills * rollout.max_response_tokens,
+            f"{fills} × {last.rows} rows × {rollout.max_response_tokens} tokens", resident + kept,
             "rollout.decode_rows, rollout.max_response_tokens", SEGMENT_STEPS,
         )  # fmt: skip
 
-    appended = even(APPEND_ROWS)
+    appended = last.append_rows
 
     def append() -> Any:
-        prefixes, places, rows = generation(last, columns, prefix)
+        prefixes, rows = generation(last)
         chunk = array((appended, rollout.max_result_tokens), jnp.int32)
         some = array((appended,), jnp.int32)
-        return append_tokens.trace(copy, prefixes, places, rows, some, chunk, some, arch=arch, dtype=dtype)
+        return append_tokens.trace(copy, prefixes, rows, AppendBatch(some, chunk, some), arch=arch, dtype=dtype)
 
     calls = config.prompts_per_step * rollout.budget * rollout.max_tool_calls
     yield Program(

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from appo_jax.config import Architecture, MeshConfig
 from appo_jax.errors import ConfigError
-from appo_jax.policy.constraints import AXES, ROWS, spec_of
-from appo_jax.policy.parameters import TOP, Params, abstract_params, row_of
+from appo_jax.policy.constraints import AXES, ROWS, platform, spec_of
+from appo_jax.policy.parameters import TOP, Params, abstract_params, row_of, turned
 
 Layout = Literal["train", "generate"]
 Tree = TypeVar("Tree")
@@ -184,9 +184,21 @@ def reshard(params: Params, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Params:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def generating(params: Params, mesh: Mesh, dtype: Any) -> Params:
-    """`params` as decoding wants them: resharded, unless they are that already."""
+class GeneratingPolicy(NamedTuple):
+    """A policy's parameters as generation reads them."""
+
+    params: Params  # prefill, and appends of tool results
+    step: Params  # decode steps
+
+
+def generating(params: Params, mesh: Mesh, dtype: Any) -> GeneratingPolicy:
+    """`params` in the generating layout: resharded, unless they are in it already.
+
+    On a single CPU device, decode steps read a copy with turned matrices (`parameters.turned`), where few rows meet the
+    weights faster.
+    """
     rules, embed = RULES["generate"], params["embed"]
     target = NamedSharding(mesh, partition_spec("embed", TOP["embed"].axes, embed.shape, rules, mesh))
     in_place = mesh.size == 1 or embed.sharding.is_equivalent_to(target, embed.ndim)
-    return params if in_place and embed.dtype == dtype else reshard(params, mesh, dtype)
+    params = params if in_place and embed.dtype == dtype else reshard(params, mesh, dtype)
+    return GeneratingPolicy(params, turned(params) if mesh.size == 1 and platform() == "cpu" else params)

@@ -1,4 +1,4 @@
-"""Where the prefixes of a generation come from: caches with a row for each, made when they are wanted."""
+"""Where the prefixes of a generation come from: caches of several prefixes each, computed when they are asked for."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from appo_jax.policy.attention import LayerCache
 from appo_jax.policy.parameters import Params
 from appo_jax.policy.score import prefill
 
+Caches = Iterator[list[LayerCache]]  # each holds a few prefixes, one a row
+
 
 def prompt_caches(
     params: Params, prompts: Sequence[np.ndarray], rows: int, length: int, arch: Architecture, dtype: Any
-) -> Iterator[list[LayerCache]]:
-    """Caches of the prompts, right-padded to `length`, `rows` at a time and not before they are asked for."""
+) -> Caches:
+    """Caches of the prompts, right-padded to `length`. `rows` prompts are prefilled together, when the first is asked for."""
     for first in range(0, len(prompts), rows):
         tokens = np.zeros((rows, length), np.int32)
         for row, prompt in zip(tokens, prompts[first : first + rows], strict=False):
@@ -24,15 +26,16 @@ def prompt_caches(
         yield prefill(params, tokens, arch=arch, dtype=dtype)
 
 
-class CacheRows:
-    """The rows of an iterator of caches, asked for in rising order; caches that are past are let go."""
+class PrefixSource:
+    """The prefixes of a series of caches, by their index in all of them. Indices must rise; caches that are past are let go."""
 
-    def __init__(self, caches: Iterator[list[LayerCache]]):
-        self._caches, self._first, self._cache = caches, 0, next(caches)
+    def __init__(self, caches: Caches):
+        self._caches, self._next = caches, 0  # index of the first prefix of the next cache
+        self._cache: list[LayerCache] = []
 
     def at(self, index: int) -> tuple[list[LayerCache], int]:
-        """The cache that holds row `index` of them all, and the row within it."""
-        while index >= self._first + len(self._cache[0][0]):
-            self._first += len(self._cache[0][0])
+        """The cache that holds prefix `index`, and the row within it."""
+        while index >= self._next:
             self._cache = next(self._caches)
-        return self._cache, index - self._first
+            self._next += len(self._cache[0][0])
+        return self._cache, index - self._next + len(self._cache[0][0])

@@ -9,68 +9,35 @@ its device.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from appo_jax.policy.attention import Places
-from appo_jax.types import Example, ToolCall
-
-
-@dataclasses.dataclass(frozen=True)
-class Fork:
-    """Where a new rollout begins: after `tokens`, which are a prompt or the head of a parent."""
-
-    example: Example
-    tokens: np.ndarray  # [t] int32: everything before the first new token
-    prompt_length: int
-    sampled: np.ndarray  # [t] bool
-    log_probs: np.ndarray  # [t] float32
-    entropies: np.ndarray  # [t] float32
-    calls: tuple[ToolCall, ...]
-    states: Mapping[str, Any]  # tool states at the fork
-    node: int
-    parent: int | None = None
-    loop: int = 0
-    host: int = 0  # of the rollout
-
-    @property
-    def boundary(self) -> int:
-        """Index after the last tool result, or after the prompt: where the policy's own current text begins."""
-        return self.calls[-1].result_end if self.calls else self.prompt_length
+from appo_jax.rollout.rows import Fork
+from appo_jax.rollout.shapes import GenerationShapes
 
 
 class Seating:
-    """Seats forks on W rows, group by group. `groups` are (name, forks that share a prefix); names go through unread.
+    """Seats forks on W rows, group by group.
 
-    `most`: what the number of groups can never exceed. Rows and slots are multiples of `shards`.
+    `groups`: (name, forks that share a prefix). A name is only handed back, as that of the group of a seated fork.
     """
 
-    def __init__(
-        self, groups: Sequence[tuple[int, Sequence[Fork]]], columns: int, rows: int, most: int, shards: int = 1
-    ):
-        self.num_rows = rows
-        # Of C rows on one prefix the last ends long after the first: twice the slots keep all rows busy until then.
-        self.num_slots = rows if columns == 1 else min(2 * -(-rows // columns), most)
-        self.num_slots = -(-self.num_slots // shards) * shards
-        self.shards = shards
-        self._of_row = np.full((rows, 2), (self.num_slots, 0), np.int32)
-        self._members = np.full((self.num_slots, columns), rows, np.int32)
+    def __init__(self, groups: Sequence[tuple[int, Sequence[Fork]]], shapes: GenerationShapes):
+        self.num_rows, self.num_slots, self.shards, self._shard = shapes.rows, shapes.slots, shapes.shards, shapes.shard
+        self._of_row = np.full((self.num_rows, 2), (self.num_slots, 0), np.int32)
+        self._members = np.full((self.num_slots, shapes.columns), self.num_rows, np.int32)
         self._groups = deque((i, name, forks) for i, (name, forks) in enumerate(groups) if forks)
         self._pending: list[tuple[int, deque[Fork]]] = [(-1, deque()) for _ in range(self.num_slots)]
         # The first slot of every shard, then the second of each …: few prefixes are spread over the shards.
-        self._slots = np.arange(self.num_slots).reshape(shards, -1).T.flatten().tolist()
+        self._slots = np.arange(self.num_slots).reshape(self.shards, -1).T.flatten().tolist()
 
     @property
     def queued(self) -> bool:
         """Whether forks wait for a row."""
         return bool(self._groups) or any(forks for _, forks in self._pending)
-
-    def shard(self, row: int) -> int:
-        return row * self.shards // self.num_rows
 
     def places(self) -> Places:
         """Every shard counts its rows and slots from its first."""
@@ -88,17 +55,19 @@ class Seating:
         """
         free: list[deque[int]] = [deque() for _ in range(self.shards)]
         for row in np.flatnonzero(self._of_row[:, 0] == self.num_slots).tolist():
-            free[self.shard(row)].append(row)
-        beside = {slot: free[slot * self.shards // self.num_slots] for slot in self._slots}
-        seated = [who for slot in self._slots for who in self._fill(slot, beside[slot])]
+            free[self._shard(row)].append(row)
+        free_for = {
+            slot: free[slot * self.shards // self.num_slots] for slot in self._slots
+        }  # rows of the slot's shard
+        seated = [new for slot in self._slots for new in self._fill(slot, free_for[slot])]
         opened = []
         for slot in self._slots:
             empty = not self._pending[slot][1] and (self._members[slot] == self.num_rows).all()
-            if self._groups and beside[slot] and empty:
+            if self._groups and free_for[slot] and empty:
                 index, name, forks = self._groups.popleft()
                 self._pending[slot] = name, deque(forks)
                 opened.append((slot, index))
-                seated += self._fill(slot, beside[slot])
+                seated += self._fill(slot, free_for[slot])
         return opened, seated
 
     def _fill(self, slot: int, free: deque[int]) -> list[tuple[int, int, Fork]]:

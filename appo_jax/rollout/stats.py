@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from appo_jax.rollout.engine import GenerationStats
-from appo_jax.rollout.tree import Growth, Tree
-from appo_jax.types import Rollout, StopReason
+from appo_jax.rollout.growth import Growth
+from appo_jax.rollout.sampler import GenerationStats
+from appo_jax.types import Rollout, StopReason, Tree
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float:
@@ -45,8 +45,8 @@ def rollout_metrics(trees: Sequence[Tree], stats: GenerationStats) -> dict[str, 
     }
     stops = Counter(r.stop_reason for r in rollouts)
     record |= {f"stop/{reason}": stops[reason] / len(rollouts) for reason in StopReason}
-    own_calls = [call for r in rollouts for call in r.calls if r.fork is None or call.result_end > r.fork]
-    calls = Counter((call.name, call.outcome) for call in own_calls)
+    new_calls = [call for r in rollouts for call in r.calls if r.fork is None or call.result_end > r.fork]
+    calls = Counter((call.name, call.outcome) for call in new_calls)
     record |= {f"calls/{name}/{outcome}": count for (name, outcome), count in sorted(calls.items())}
     record["calls/per_rollout"] = mean([len(r.calls) for r in initial])
     return record

@@ -1,4 +1,4 @@
-"""Tool results as token ids: marked as results, cut to their limit, and of a few lengths for the device."""
+"""Tool results as token ids: marked as results and cut to their limit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ class ToolResults:
                 f"rollout.max_result_tokens = {max_tokens}: a result's own marks take {marks} tokens; give it at least "
                 f"{marks + 1}"
             )
-        self.buckets = result_buckets(max_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a result between its marks; a long one is cut in the middle, once, with a visible mark."""
@@ -49,15 +48,3 @@ class ToolResults:
         tail = max(room // 2, tail)
         end = self._tokenizer.encode(text[-max_chars:])[-tail:] if tail else []
         return [*self._tokenizer.encode(text[:max_chars])[: room - tail], *self._cut, *end]
-
-    def bucket(self, length: int) -> int:
-        """The length that a result of `length` tokens is padded to."""
-        return next(bucket for bucket in self.buckets if bucket >= length)
-
-
-def result_buckets(max_tokens: int) -> list[int]:
-    """Lengths in which tool results are appended: 32, 128, 512 … while well below `max_tokens`, and `max_tokens`."""
-    buckets = [32]
-    while 2 * buckets[-1] < max_tokens:
-        buckets.append(4 * buckets[-1])
-    return [*buckets[:-1], max_tokens]

@@ -25,7 +25,7 @@ from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError
 from appo_jax.tools.format import Call, CallFormat, make_format
 from appo_jax.tools.lanes import Clock, Lane
-from appo_jax.tools.protocol import Tool, ToolResult
+from appo_jax.tools.protocol import Tool, ToolResult, writable
 from appo_jax.types import Outcome
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class ToolExecutor:
                 answer, began, Call("malformed", text[-200:]), ToolResult(explanation, Outcome.MALFORMED), states
             )
             return answer
+        call = dataclasses.replace(call, argument=writable(call.argument))
         known = states.get(call.name)
         if isinstance(known, _Answered) and (earlier := known.get(call.argument)) is not None:
             notice = ToolResult(f"(You have asked this before; the result is the same.)\n{earlier}", Outcome.OK)
@@ -151,7 +152,7 @@ class ToolExecutor:
         self, answer: Future[CallRecord], began: float, call: Call, result: ToolResult, states: Mapping[str, Any]
     ) -> None:
         seconds = time.monotonic() - began
-        record = CallRecord(call.name, call.argument, result.text, result.outcome, seconds, states)
+        record = CallRecord(call.name, call.argument, writable(result.text), result.outcome, seconds, states)
         with contextlib.suppress(InvalidStateError):  # the first answer counts: the tool's, or the bound's
             answer.set_result(record)
             self._stats.count(call.name, result.outcome, seconds)

@@ -101,3 +101,8 @@ class ToolSpec:
             "parameters": one if self.parameters is None else dict(self.parameters),
         }
         return {"type": "function", "function": function}
+
+
+def writable(text: str) -> str:
+    """Text without lone surrogates, which JSON can spell and no file, server or tokenizer takes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

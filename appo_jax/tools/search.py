@@ -269,11 +269,20 @@ def split_contents(contents: str) -> Document:
     return Document(title.strip().strip('"'), text.strip()) if text else Document("", contents.strip())
 
 
+MAX_TITLE_CHARS = 300
+MAX_WORD_CHARS = 40  # a page of n words has at most n times as many characters
+
+
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
 def format_pages(pages: Sequence[Document], max_page_words: int = 160) -> str:
-    """`Page i: title. text`, one page a line, the same page once, long pages cut with a visible mark."""
+    """`Page i: title. text`, one page a line, the same page once, long pages and titles cut with a visible mark."""
     lines: list[str] = []
     seen = set()
     for page in pages:
+        title = _shortened(page.title, MAX_TITLE_CHARS)
         text = " ".join(page.text.split())
         if text in seen:
             continue
@@ -281,5 +290,6 @@ def format_pages(pages: Sequence[Document], max_page_words: int = 160) -> str:
         whole = text.split(" ")
         if len(whole) > max_page_words:
             text = " ".join(whole[:max_page_words]) + " …"
-        lines.append(f"Page {len(lines) + 1}: {page.title}. {text}" if page.title else f"Page {len(lines) + 1}: {text}")
+        text = _shortened(text, MAX_WORD_CHARS * max_page_words)
+        lines.append(f"Page {len(lines) + 1}: {title}. {text}" if title else f"Page {len(lines) + 1}: {text}")
     return "\n".join(lines) if lines else "No page matches this query. Try other words."

@@ -1,46 +1,32 @@
 """Search over HTTP: a retriever with Search-R1's protocol, or a web-search service; retried, limited, cached.
 
-Policy-chosen text goes into queries only, never into addresses. A server is reached at an address checked at connection
-time, so that neither a name nor a redirect leads to the cloud's metadata service or into a private network.
+Policy-chosen text goes into queries only, never into addresses. The exchange itself, its deadline, size and allowed
+addresses, is in exchange.py.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import http.client
-import ipaddress
 import json
 import os
 import random
-import socket
-import ssl
 import threading
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from appo_jax.config import SearchToolConfig
 from appo_jax.errors import ConfigError
 from appo_jax.tools.cache import QueryCache
-from appo_jax.tools.protocol import ToolResult
+from appo_jax.tools.exchange import Fault, addresses, post
+from appo_jax.tools.protocol import ToolResult, writable
 from appo_jax.tools.search import format_pages, split_contents
 from appo_jax.types import Document, Outcome
 
-MAX_BYTES = 4 << 20  # of a response
 KEY_VARIABLE = "SERPER_API_KEY"
-
-
-class Fault(Exception):
-    """A request that failed. `kind` is counted in the metrics; `retry` says whether another attempt may help."""
-
-    def __init__(self, kind: str, detail: str, retry: bool, wait: float = 0.0):
-        super().__init__(detail)
-        self.kind = kind
-        self.retry = retry
-        self.wait = wait  # seconds the server asks for
 
 
 class WebSearch:
@@ -88,7 +74,7 @@ class WebSearch:
         if self._config.url is None:
             return ToolResult(format_pages([]), Outcome.OK), None
         try:
-            text = format_pages(self._pages(query))
+            text = writable(format_pages(self._pages(query)))
         except Fault as fault:
             outcome = Outcome.TIMEOUT if fault.kind == "timeout" else Outcome.UNAVAILABLE
             return ToolResult(f"The search failed: {fault}.", outcome), None
@@ -171,82 +157,3 @@ def _read(pages: Any) -> list[Document]:
         return found
     except (KeyError, IndexError, TypeError, AttributeError):
         raise Fault("garbage", "the server's answer has another form than expected", retry=True) from None
-
-
-def addresses(host: str, port: int, allow_private: bool) -> Sequence[tuple[str, int]]:
-    """The host's addresses. Raises ConfigError when one is private, loopback, link-local or otherwise not public."""
-    found = [info[4] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    if not allow_private:
-        for address in found:
-            ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
-            ip = getattr(ip, "ipv4_mapped", None) or ip
-            if not ip.is_global or ip.is_multicast:
-                raise ConfigError(
-                    f"tools.search.url: {host} is at {ip}, which is not a public address; if that is meant, "
-                    "give --tools.search.allow-private"
-                )
-    return [(str(address[0]), int(address[1])) for address in found]
-
-
-def post(url: str, body: bytes, headers: Mapping[str, str], deadline: float, allow_private: bool) -> bytes:
-    """POST, and read the whole answer before `deadline` (time.monotonic). No redirects, no proxies. Raises Fault."""
-    parts = urlsplit(url)
-    connection = _connect(parts.scheme, str(parts.hostname), parts.port, deadline, allow_private)
-    try:
-        connection.request(
-            "POST", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), body, dict(headers)
-        )
-        response = connection.getresponse()
-        if response.status != 200:
-            passing = response.status == 429 or response.status >= 500
-            wait = response.headers.get("Retry-After", "")
-            detail = f"the server answered with status {response.status}"
-            raise Fault(f"status_{response.status}", detail, passing, float(wait) if wait.isdigit() else 0.0)
-        data = bytearray()
-        while part := _read_part(connection, response, deadline):
-            data += part
-            if len(data) > MAX_BYTES:
-                raise Fault("too_large", f"the server's answer is larger than {MAX_BYTES >> 20} MB", retry=False)
-        if response.length:
-            raise Fault("cut_off", "the server's answer ended too early", retry=True)
-        return bytes(data)
-    except TimeoutError:
-        raise Fault("timeout", "the server did not answer in time", retry=False) from None
-    except (http.client.IncompleteRead, http.client.RemoteDisconnected):
-        raise Fault("cut_off", "the server's answer ended too early", retry=True) from None
-    except http.client.HTTPException:
-        raise Fault("garbage", "the server does not speak HTTP", retry=True) from None
-    except OSError as error:
-        raise Fault("connection", f"no connection to the server ({error})", retry=True) from None
-    finally:
-        connection.close()
-
-
-def _read_part(connection: http.client.HTTPConnection, response: http.client.HTTPResponse, deadline: float) -> bytes:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    if connection.sock is not None:
-        connection.sock.settimeout(left)
-    return response.read1(1 << 16)
-
-
-def _connect(
-    scheme: str, host: str, port: int | None, deadline: float, allow_private: bool
-) -> http.client.HTTPConnection:
-    timeout = max(0.01, deadline - time.monotonic())
-    connection: http.client.HTTPConnection
-    if scheme == "https":
-        connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
-    else:
-        connection = http.client.HTTPConnection(host, port, timeout=timeout)
-
-    def checked(address: tuple[str, int], *arguments: Any) -> socket.socket:
-        try:
-            allowed = addresses(*address, allow_private)
-        except ConfigError as error:
-            raise Fault("refused", str(error), retry=False) from None
-        return socket.create_connection(allowed[0], *arguments)
-
-    connection._create_connection = checked  # type: ignore[attr-defined]
-    return connection

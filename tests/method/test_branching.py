@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from appo_jax.branching.score import branching_scores, future_value
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
 from appo_jax.rollout.engine import Engine
-from appo_jax.rollout.tree import blank_tokens, fork_of, valid_positions
+from appo_jax.rollout.growth import blank_tokens, valid_positions
+from appo_jax.rollout.rows import fork_of
+from appo_jax.rollout.sampler import Branch
 from appo_jax.text.tokenizer import load_tokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.protocol import ToolResult
@@ -200,7 +202,7 @@ def parent(engine):
 
 def test_fork_of_every_cut_has_the_calls_and_states_of_that_moment(engine, parent):
     for cut in (np.flatnonzero(parent.sampled)).tolist():
-        fork = fork_of(parent, cut, node=7, loop=2, engine=engine)
+        fork = fork_of(parent, Branch(cut, node=7, loop=2), engine.start)
         done = [call for call in parent.calls if call.call_end <= cut]
         told = ("apple", "banana")[: len(done)]
         assert [call.argument for call in fork.calls] == list(told)
@@ -216,7 +218,7 @@ def test_fork_inside_a_call_knows_nothing_of_its_result(engine, parent):
     second = parent.calls[1]
     inside = [t for t in range(second.call_end - 8, second.call_end) if parent.sampled[t]]
     for cut in inside:
-        fork = fork_of(parent, cut, 4, 1, engine)
+        fork = fork_of(parent, Branch(cut, 4, 1), engine.start)
         text = engine.tokenizer.decode(fork.tokens.tolist())
         assert "told apple;" not in text
         assert text.count("</result>") == len(fork.calls) == 1
@@ -230,7 +232,7 @@ def test_fork_inside_a_call_knows_nothing_of_its_result(engine, parent):
 
 
 def test_fork_before_the_first_call_starts_with_fresh_tools(engine, parent):
-    fork = fork_of(parent, parent.prompt_length, 4, 1, engine)
+    fork = fork_of(parent, Branch(parent.prompt_length, 4, 1), engine.start)
     assert fork.calls == ()
     assert fork.states == engine.executor.start()
     assert len(fork.tokens) == fork.boundary == parent.prompt_length
@@ -249,7 +251,7 @@ def cut_short(parent):
 
 def test_call_whose_result_was_never_read_belongs_to_no_branch(engine, cut_short):
     """Its empty result stands at the rollout's end, behind every possible fork."""
-    assert len(fork_of(cut_short, cut_short.length - 1, 4, 1, engine).calls) == 1
+    assert len(fork_of(cut_short, Branch(cut_short.length - 1, 4, 1), engine.start).calls) == 1
 
 
 def test_blank_tokens_are_those_without_a_letter_or_digit(tokenizer):

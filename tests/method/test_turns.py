@@ -7,9 +7,16 @@ import oracle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appo_jax.branching.turns import after_tool_calls, branch_probabilities, fresh, random_turns
+from appo_jax.branching.rule import whole_rollouts
+from appo_jax.branching.rules.entropy_change import after_tool_calls, branch_probabilities
+from appo_jax.branching.rules.random_turn import random_turns
+from appo_jax.branching.tree import Loop
 
 V = 50
+
+
+def loop(budget: int, rng: np.random.Generator) -> Loop:
+    return Loop(number=1, budget=budget, vocab_size=V, rng=rng)
 
 
 @st.composite
@@ -40,28 +47,28 @@ def test_probability_by_hand():
 @given(st.lists(rollouts(), min_size=1, max_size=4), st.integers(0, 8), st.integers(0, 5))
 def test_arpo_branches_after_tool_calls_within_the_budget(prompt, budget, seed):
     entropies, sampled = zip(*prompt, strict=True)
-    points = after_tool_calls(entropies, sampled, [0] * len(prompt), budget, V, np.random.default_rng(seed))
+    points = after_tool_calls(entropies, sampled, [0] * len(prompt), loop(budget, np.random.default_rng(seed)))
     assert len(points) <= budget
     assert len(set(points)) == len(points)
     for n, t in points:
         assert sampled[n][t]
         assert not sampled[n][t - 1]
         assert sampled[n][:t].any()
-    done = after_tool_calls(entropies, sampled, [len(s) for s in sampled], 8, V, np.random.default_rng(seed))
+    done = after_tool_calls(entropies, sampled, [len(s) for s in sampled], loop(8, np.random.default_rng(seed)))
     assert done == [], "lots are drawn once"
 
 
 def test_arpo_branches_as_often_as_its_probability_says():
     sampled, entropies = np.array([False, True, False, True]), np.array([0.0, 0.0, 0.0, math.log(V)])
     rng = np.random.default_rng(0)
-    hits = sum(len(after_tool_calls([entropies], [sampled], [0], 9, V, rng)) for _ in range(4000))
+    hits = sum(len(after_tool_calls([entropies], [sampled], [0], loop(9, rng))) for _ in range(4000))
     assert abs(hits / 4000 - 0.7) < 4 * math.sqrt(0.7 * 0.3 / 4000)
 
 
 @given(st.lists(rollouts(), min_size=1, max_size=4), st.integers(1, 3), st.integers(0, 8), st.integers(0, 5))
 def test_tree_grpo_serves_random_turns_in_rounds(prompt, per_rollout, budget, seed):
     sampled = [s for _, s in prompt]
-    points = random_turns(sampled, per_rollout, budget, np.random.default_rng(seed))
+    points = random_turns(sampled, per_rollout, loop(budget, np.random.default_rng(seed)))
     starts = [[turn[0] for turn in oracle.turns(s)] for s in sampled]
     assert len(points) == min(budget, sum(min(per_rollout, len(s)) for s in starts))
     assert len(set(points)) == len(points)
@@ -74,11 +81,11 @@ def test_tree_grpo_serves_random_turns_in_rounds(prompt, per_rollout, budget, se
 def test_every_turn_is_as_likely():
     sampled = [np.array([False, True, False, True, False, True])]
     rng = np.random.default_rng(0)
-    first = [random_turns(sampled, 1, 1, rng)[0][1] for _ in range(3000)]
+    first = [random_turns(sampled, 1, loop(1, rng))[0].length for _ in range(3000)]
     for t in (1, 3, 5):
         assert abs(first.count(t) / 3000 - 1 / 3) < 4 * math.sqrt(2 / 9 / 3000)
 
 
 def test_what_is_left_goes_to_whole_new_rollouts():
-    assert fresh(2, 7, 5) == [(0, 7), (1, 7), (0, 7), (1, 7), (0, 7)]
-    assert fresh(2, 7, 0) == []
+    assert whole_rollouts(2, 7, 5) == [(0, 7), (1, 7), (0, 7), (1, 7), (0, 7)]
+    assert whole_rollouts(2, 7, 0) == []

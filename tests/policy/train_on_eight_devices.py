@@ -126,9 +126,9 @@ def test_generating_parameters_are_the_same_policy(dtype: str) -> None:
     arch, mesh = FAMILIES["qwen3"], mesh_of("2x2x2")
     with use_mesh(mesh):
         params = place(init_params(arch, 0), param_shardings(arch, mesh, "train"), mesh)
-        moved = generating(params, mesh, jnp.dtype(dtype))
+        moved = generating(params, mesh, jnp.dtype(dtype)).params
         assert jax.tree.map(lambda x: x.sharding, moved) == param_shardings(arch, mesh, "generate")
-        assert generating(moved, mesh, jnp.dtype(dtype)) is moved
+        assert generating(moved, mesh, jnp.dtype(dtype)).params is moved
         tokens = np.asarray(batch().tokens)
         before, after = (score(p, tokens, arch=arch, temperature=1.0, dtype=jnp.dtype(dtype)) for p in (params, moved))
         assert np.abs(np.asarray(before.log_probs) - np.asarray(after.log_probs)).max() < 1e-5

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import pytest
 import sentencepiece
+from growing import make_trees
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.rollout.engine import Engine
-from appo_jax.rollout.tree import TreeGrower
+from appo_jax.rollout.growth import TreeGrower
+from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.text.train_tokenizer import CONTROL_SYMBOLS
 from appo_jax.tools.executor import ToolExecutor
@@ -82,10 +83,15 @@ def rollout_config() -> RolloutConfig:
 
 
 @pytest.fixture
-def engine(arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor) -> Engine:
-    return Engine(arch, tokenizer, executor, ROLLOUT, seed=0, dtype=jnp.float32)
+def grower(arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor) -> TreeGrower:
+    return make_trees(arch, tokenizer, executor, ROLLOUT, BranchingConfig(num_branch_points=2))[1]
 
 
 @pytest.fixture
-def grower(engine: Engine) -> TreeGrower:
-    return TreeGrower(engine, ROLLOUT, BranchingConfig(num_branch_points=2))
+def sampler(grower: TreeGrower) -> TreeSampler:
+    return grower.sampler
+
+
+@pytest.fixture
+def engine(sampler: TreeSampler) -> Engine:
+    return sampler.engine

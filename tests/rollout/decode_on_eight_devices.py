@@ -9,21 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from growing import log_probs, make_trees
+from jax.sharding import Mesh
 
 from appo_jax.config import Architecture, BranchingConfig, MeshConfig, RolloutConfig
 from appo_jax.policy.attention import Places
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.sharding import generating, make_mesh, param_shardings, place, use_mesh
-from appo_jax.rollout.decode import (
-    SamplingSpec,
-    append_tokens,
-    decode_segment,
-    empty_prefixes,
-    empty_state,
-    load_prefix,
-)
-from appo_jax.rollout.engine import Engine
-from appo_jax.rollout.tree import TreeGrower
+from appo_jax.rollout.decode import AppendBatch, DecodeSpec, StopTables, Until, append_tokens, decode_segment
+from appo_jax.rollout.growth import TreeGrower
+from appo_jax.rollout.state import Prefixes, empty_prefixes, empty_state, load_prefix
+from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.types import Example, Rollout
@@ -43,28 +39,30 @@ def test_trees_are_those_of_one_device(
     def params() -> Params:
         return jax.tree.map(lambda x: 1.4 * x, init_params(arch, seed=1))
 
-    def draw(engine: Engine, params: Params) -> list[Rollout]:
-        grower = TreeGrower(engine, rollout_config, BranchingConfig(num_branch_points=2))
-        trees = engine.initial(params, examples, 3, (0, 0))
+    def make(mesh: Mesh | None = None) -> tuple[TreeSampler, TreeGrower]:
+        return make_trees(arch, tokenizer, executor, rollout_config, BranchingConfig(num_branch_points=2), mesh)
+
+    def draw(sampler: TreeSampler, grower: TreeGrower, params: Params) -> list[Rollout]:
+        trees = sampler.initial(params, examples, 3, (0, 0))
         # All at once, as a run does: passes of another size round otherwise, and the Branching Score would be of that.
-        flat = iter(grower.log_probs(params, [rollout for tree in trees for rollout in tree]))
+        flat = iter(log_probs(sampler, params, [rollout for tree in trees for rollout in tree]))
         old = [[next(flat) for _ in tree] for tree in trees]
         return [rollout for tree in grower.grow(params, trees, old, (1, 0)).trees for rollout in tree]
 
-    expected = draw(Engine(arch, tokenizer, executor, rollout_config, 0, jnp.float32), params())
+    expected = draw(*make(), params())
     mesh = make_mesh(MeshConfig(*shape))
     compiled: list[float] = []
     with use_mesh(mesh):
-        engine = Engine(arch, tokenizer, executor, rollout_config, 0, jnp.float32, mesh)
+        sampler, grower = make(mesh)
         sharded = place(params(), param_shardings(arch, mesh, "train"), mesh)
-        found = draw(engine, sharded)
+        found = draw(sampler, grower, sharded)
 
         def listen(event: str, duration: float, **kwargs: object) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
                 compiled.append(duration)
 
         jax.monitoring.register_event_duration_secs_listener(listen)
-        draw(engine, sharded)
+        draw(sampler, grower, sharded)
         jax.monitoring.clear_event_listeners()
     assert not compiled
     assert len(found) == len(expected) == 27
@@ -86,15 +84,15 @@ def test_caches_and_queries_stay_on_their_device() -> None:
         np.array([[0, 1] if r % 2 == 0 else [2, 2] for r in range(R)], np.int32),
     )
     with use_mesh(mesh):
-        params = generating(init_params(arch, 0), mesh, dtype)
+        params = generating(init_params(arch, 0), mesh, dtype).params
         state = empty_state(arch, W, S, dtype)
-        prefixes = empty_prefixes(arch, R, T, dtype)
-        tables = jnp.zeros((3, 512), jnp.int32), jnp.full(3, -1)
-        decode = decode_segment.lower(
-            params, prefixes, places, state, *tables, 0, 4, arch=arch, spec=SamplingSpec(1.0, 0, 1.0, 2), dtype=dtype
-        )
-        rows, chunk, count = np.arange(0, W, 2, dtype=np.int32), np.zeros((A, Q), np.int32), np.ones(A, np.int32)
-        append = append_tokens.lower(params, prefixes, places, state, rows, chunk, count, arch=arch, dtype=dtype)
+        prefixes = Prefixes(empty_prefixes(arch, R, T, dtype), places)
+        stops = StopTables(jnp.zeros((3, 512), jnp.int32), jnp.full(3, -1))
+        spec = DecodeSpec(arch, dtype, 1.0, 0, 1.0, 2)
+        decode = decode_segment.lower(params, prefixes, state, stops, Until(0, 4), spec=spec)
+        rows = np.arange(0, W, 2, dtype=np.int32)
+        batch = AppendBatch(rows, np.zeros((A, Q), np.int32), np.ones(A, np.int32))
+        append = append_tokens.lower(params, prefixes, state, batch, arch=arch, dtype=dtype)
     # A mesh with a tensor axis must reduce something. Logits are gathered for sampling.
     assert 0 < most_moved(decode.compile().as_text()) <= W // 4 * arch.vocab_size
     assert 0 < most_moved(append.compile().as_text()) <= A // 4 * Q * arch.width

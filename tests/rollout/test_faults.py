@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 
-import jax.numpy as jnp
 import pytest
 from faulty_server import Server
+from growing import draw_and_grow, make_trees
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, SearchToolConfig, ToolsConfig
 from appo_jax.policy.parameters import Params
-from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.stats import rollout_metrics
-from appo_jax.rollout.tree import TreeGrower
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.format import Call
@@ -55,11 +53,9 @@ def test_a_step_over_a_broken_server_completes(
     monkeypatch.setattr("appo_jax.tools.lanes.TRIP_AFTER", 10**6)  # every fault shall be met, not only the first
     search = WebSearch(SearchToolConfig(url=server.url, allow_private=True, timeout=0.5, max_retries=1))
     with ToolExecutor([search], ToolsConfig(enabled=("search",), max_concurrency=16), AtO()) as executor:
-        engine = Engine(arch, tokenizer, executor, rollout_config, seed=0, dtype=jnp.float32)
-        grower = TreeGrower(engine, rollout_config, BranchingConfig(num_branch_points=2))
-        trees = engine.initial(params, examples, 3, (0, 0))
-        grown = grower.grow(params, trees, [grower.log_probs(params, tree) for tree in trees], (1, 0)).trees
-        record = rollout_metrics(grown, engine.take_stats()) | executor.metrics()
+        sampler, grower = make_trees(arch, tokenizer, executor, rollout_config, BranchingConfig(num_branch_points=2))
+        grown = draw_and_grow(sampler, grower, params, examples)[2].trees
+        record = rollout_metrics(grown, sampler.take_stats()) | executor.metrics()
     rollouts = [rollout for tree in grown for rollout in tree]
     assert len(rollouts) == len(examples) * rollout_config.budget
     assert all(isinstance(rollout.stop_reason, StopReason) for rollout in rollouts)

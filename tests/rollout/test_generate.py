@@ -9,13 +9,14 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from growing import draw_and_grow, log_probs, make_trees
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
 from appo_jax.errors import ConfigError
 from appo_jax.policy.parameters import Params
 from appo_jax.rollout.engine import Engine
-from appo_jax.rollout.tool_results import result_buckets
-from appo_jax.rollout.tree import TreeGrower
+from appo_jax.rollout.growth import TreeGrower
+from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.protocol import ToolResult
@@ -23,33 +24,33 @@ from appo_jax.tools.search import LocalSearch
 from appo_jax.types import Document, Example, Rollout, StopReason
 
 
-def teacher_forced_error(grower: TreeGrower, params: Params, rollouts: list[Rollout]) -> float:
+def teacher_forced_error(sampler: TreeSampler, params: Params, rollouts: list[Rollout]) -> float:
     """Largest difference between the sampler's and the score pass's log-probabilities and entropies."""
-    worst = 0.0
-    for rollout, (log_probs, entropies) in zip(rollouts, grower.score(params, rollouts, len(rollouts))[0], strict=True):
+    worst, scored = 0.0, sampler.score(params, rollouts)
+    for rollout, teacher, entropies in zip(rollouts, scored.log_probs, scored.entropies, strict=True):
         own = rollout.sampled
-        worst = max(worst, np.abs(log_probs - rollout.log_probs)[own].max())
+        worst = max(worst, np.abs(teacher - rollout.log_probs)[own].max())
         worst = max(worst, np.abs(entropies - rollout.entropies)[own].max())
     return float(worst)
 
 
 def test_sampler_agrees_with_teacher_forcing_after_tools_and_in_branches(
-    engine: Engine, grower: TreeGrower, params: Params, examples: list[Example]
+    sampler: TreeSampler, grower: TreeGrower, params: Params, examples: list[Example]
 ) -> None:
-    trees = engine.initial(params, examples, 3, (0, 0))
+    trees = sampler.initial(params, examples, 3, (0, 0))
     flat = [rollout for tree in trees for rollout in tree]
-    old = grower.log_probs(params, flat)
+    old = log_probs(sampler, params, flat)
     growth = grower.grow(params, trees, [old[0:3], old[3:6], old[6:9]], (1, 0))
     everything = [rollout for tree in growth.trees for rollout in tree]
     assert len(everything) == 27
     assert sum(len(r.calls) for r in flat) > 0, "the case must contain tool results"
     assert any(r.calls and r.calls[-1].result_end > r.fork for r in everything if r.fork is not None)
-    assert teacher_forced_error(grower, params, everything) < 1e-4
+    assert teacher_forced_error(sampler, params, everything) < 1e-4
 
 
-def test_rollouts_are_well_formed(engine: Engine, params: Params, examples: list[Example]) -> None:
-    tokenizer, config = engine.tokenizer, engine.config
-    for rollout in (r for tree in engine.initial(params, examples, 4, (0, 1)) for r in tree):
+def test_rollouts_are_well_formed(sampler: TreeSampler, params: Params, examples: list[Example]) -> None:
+    tokenizer, config = sampler.engine.tokenizer, sampler.engine.config
+    for rollout in (r for tree in sampler.initial(params, examples, 4, (0, 1)) for r in tree):
         prompt = tokenizer.render_prompt("", rollout.example.question)
         assert rollout.tokens[: rollout.prompt_length].tolist() == prompt
         assert not rollout.sampled[: rollout.prompt_length].any()
@@ -74,8 +75,10 @@ def test_rollouts_are_well_formed(engine: Engine, params: Params, examples: list
             assert len(rollout.calls) == config.max_tool_calls
 
 
-def test_same_keys_same_tokens_other_keys_other_tokens(engine: Engine, params: Params, examples: list[Example]) -> None:
-    first, again, other = (engine.initial(params, examples, 3, (0, step)) for step in (5, 5, 6))
+def test_same_keys_same_tokens_other_keys_other_tokens(
+    sampler: TreeSampler, params: Params, examples: list[Example]
+) -> None:
+    first, again, other = (sampler.initial(params, examples, 3, (0, step)) for step in (5, 5, 6))
     for a, b, c in zip(*(itertools.chain(*trees) for trees in (first, again, other)), strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         assert a.tokens.tolist() != c.tokens.tolist()
@@ -83,18 +86,18 @@ def test_same_keys_same_tokens_other_keys_other_tokens(engine: Engine, params: P
         assert len({tuple(r.tokens.tolist()) for r in tree}) == len(tree)
 
 
-def test_greedy_is_the_argmax(engine: Engine, grower: TreeGrower, params: Params, examples: list[Example]) -> None:
-    rollout = engine.initial(params, examples, 1, (2,), temperature=0.0)[1][0]
+def test_greedy_is_the_argmax(sampler: TreeSampler, params: Params, examples: list[Example]) -> None:
+    rollout = sampler.initial(params, examples, 1, (2,), temperature=0.0)[1][0]
     # Every alternative last token of every prefix must be no more likely than the one that was taken.
     for t in np.flatnonzero(rollout.sampled)[::7]:
-        for token in range(0, engine.arch.vocab_size, 5):
+        for token in range(0, sampler.engine.arch.vocab_size, 5):
             changed = rollout.tokens[: t + 1].copy()
             changed[t] = token
             stub = Rollout(
                 rollout.example, changed, rollout.prompt_length, rollout.sampled[: t + 1], rollout.log_probs[: t + 1],
                 rollout.entropies[: t + 1], StopReason.LENGTH, (), 0,
             )  # fmt: skip
-            assert grower.log_probs(params, [stub])[0][t] <= rollout.log_probs[t] + 1e-4
+            assert log_probs(sampler, params, [stub])[0][t] <= rollout.log_probs[t] + 1e-4
 
 
 def test_a_long_result_is_cut_with_a_mark(engine: Engine) -> None:
@@ -126,11 +129,9 @@ def grow(
     """Initial rollouts and branches under a config, tree after tree."""
 
     def grow(config: RolloutConfig) -> list[Rollout]:
-        engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
-        grower = TreeGrower(engine, config, BranchingConfig(num_branch_points=2))
-        trees = engine.initial(params, examples, 3, (0, 0))
-        old = [grower.log_probs(params, tree) for tree in trees]
-        return [rollout for tree in grower.grow(params, trees, old, (1, 0)).trees for rollout in tree]
+        sampler, grower = make_trees(arch, tokenizer, executor, config, BranchingConfig(num_branch_points=2))
+        growth = draw_and_grow(sampler, grower, params, examples)[2]
+        return [rollout for tree in growth.trees for rollout in tree]
 
     return grow
 
@@ -169,8 +170,8 @@ def test_a_rollout_does_not_depend_on_the_tools_timing(
     config = dataclasses.replace(rollout_config, decode_rows=5)
     tool = Unsteady([Document("fox", "the fox is quick"), Document("dog", "the dog is lazy")], top_k=1)
     with ToolExecutor([tool], ToolsConfig(enabled=("search",))) as executor:
-        engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
-        runs = [engine.initial(params, examples, 4, (0, 0)) for _ in range(4)]
+        sampler, _ = make_trees(arch, tokenizer, executor, config, BranchingConfig())
+        runs = [sampler.initial(params, examples, 4, (0, 0)) for _ in range(4)]
     assert sum(len(rollout.calls) for tree in runs[0] for rollout in tree) > 3
     for run in runs[1:]:
         for a, b in zip(itertools.chain(*runs[0]), itertools.chain(*run), strict=True):
@@ -190,8 +191,8 @@ def test_a_rollout_out_of_time_is_the_beginning_of_what_it_would_have_been(
 
         def drawn(seconds: float) -> list[Rollout]:
             config = dataclasses.replace(rollout_config, max_seconds=seconds)
-            engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
-            return list(itertools.chain(*engine.initial(params, examples, 8, (0, 0))))
+            sampler, _ = make_trees(arch, tokenizer, executor, config, BranchingConfig())
+            return list(itertools.chain(*sampler.initial(params, examples, 8, (0, 0))))
 
         whole = drawn(120)
         for limit in (0, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016, 0.02, 0.03, 0.04, 0.05, 0.07):
@@ -207,13 +208,6 @@ def test_a_rollout_out_of_time_is_the_beginning_of_what_it_would_have_been(
                 calls = [dataclasses.replace(call, seconds=0, states={}) for call in short.calls]
                 assert calls == long_calls[: len(calls)]
     assert StopReason.TIME in reasons
-
-
-def test_result_buckets_hold_every_length() -> None:
-    assert result_buckets(24) == [24]
-    assert result_buckets(48) == [48]
-    assert result_buckets(512) == [32, 128, 512]
-    assert result_buckets(600) == [32, 128, 600]
 
 
 def test_a_result_that_has_no_room_is_refused_by_name(

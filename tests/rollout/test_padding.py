@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from growing import make_trees
 
 from appo_jax.config import Architecture, BranchingConfig, LossConfig, RolloutConfig
 from appo_jax.errors import ConfigError
@@ -16,8 +17,7 @@ from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_s
 from appo_jax.policy.architecture import for_tokenizer
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.score import score
-from appo_jax.rollout.engine import Engine
-from appo_jax.rollout.tree import blank_tokens, valid_positions
+from appo_jax.rollout.growth import blank_tokens, valid_positions
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.types import Example, Rollout
@@ -52,11 +52,11 @@ def test_padding_is_never_drawn(
     config: dict[str, float], plain: Architecture, without: Params, padded: tuple[Architecture, Params],
     tokenizer: SentencePieceTokenizer, executor: ToolExecutor, examples: list[Example], rollout_config: RolloutConfig,
 ) -> None:  # fmt: skip
-    rollouts = dataclasses.replace(rollout_config, max_response_tokens=24, max_result_tokens=8, **config)
+    rollouts = dataclasses.replace(rollout_config, max_response_tokens=24, max_result_tokens=12, **config)
 
     def draw(arch: Architecture, params: Params, temperature: float | None = None) -> list[Rollout]:
-        engine = Engine(arch, tokenizer, executor, rollouts, 0, jnp.float32)
-        return [rollout for tree in engine.initial(params, examples, 2, (0, 0), temperature) for rollout in tree]
+        sampler, _ = make_trees(arch, tokenizer, executor, rollouts, BranchingConfig())
+        return [rollout for tree in sampler.initial(params, examples, 2, (0, 0), temperature) for rollout in tree]
 
     for temperature in (None, 0.0) if not config else (None,):  # 0: greedy
         found, expected = draw(*padded, temperature), draw(plain, without, temperature)
@@ -113,8 +113,8 @@ def rollouts(
     arch: Architecture, params: Params, tokenizer: SentencePieceTokenizer, executor: ToolExecutor,
     examples: list[Example], rollout_config: RolloutConfig,
 ) -> list[Rollout]:  # fmt: skip
-    engine = Engine(arch, tokenizer, executor, rollout_config, 0, jnp.float32)
-    return engine.initial(params, examples[:1], 1, (0, 0))[0]
+    sampler, _ = make_trees(arch, tokenizer, executor, rollout_config, BranchingConfig())
+    return sampler.initial(params, examples[:1], 1, (0, 0))[0]
 
 
 def test_the_architecture_of_a_tokenizer(arch: Architecture) -> None:

@@ -7,7 +7,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from appo_jax.config import BranchingConfig, RolloutConfig
 from appo_jax.rollout.seating import Seating
+from appo_jax.rollout.shapes import Shapes
 
 
 @given(
@@ -19,7 +21,10 @@ def test_every_fork_sits_once_beside_its_prefix(
 ) -> None:
     rng = np.random.default_rng(seed)
     groups: list[tuple[int, list[Any]]] = [(g, [(g, i) for i in range(size)]) for g, size in enumerate(sizes)]
-    seating = Seating(groups, columns, rows * shards, len(groups) + spare, shards)
+    config = RolloutConfig(decode_rows=rows * shards)
+    shapes = Shapes(config, BranchingConfig(), shards).generation(len(groups) + spare, columns, 8)
+    seating = Seating(groups, shapes)
+    rows = shapes.rows // shards
     slots = seating.num_slots // shards
     loaded: dict[int, int] = {}  # slot -> group whose prefix it holds
     sitting: dict[int, tuple[int, int]] = {}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from growing import draw_and_grow, log_probs, make_trees
 
 from appo_jax.algorithms import make_algorithm
 from appo_jax.components import Components
@@ -26,9 +27,9 @@ from appo_jax.config import (
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.policy.parameters import Params
-from appo_jax.reward.response import Response
-from appo_jax.rollout.engine import Engine
-from appo_jax.rollout.tree import TreeGrower
+from appo_jax.reward import Judge, Response
+from appo_jax.rollout.growth import TreeGrower
+from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.train import _kl_penalties, train_step
@@ -61,12 +62,13 @@ def step(
             config, rollout=rollout, prompts_per_step=P, prompts_per_minibatch=2,
             policy=PolicyConfig(architecture=arch, tokenizer="x"), optimizer=OptimizerConfig(learning_rate=1e-3),
         )  # fmt: skip
-        engine = Engine(arch, tokenizer, executor, rollout, seed=0, dtype=jnp.float32)
+        algorithm = make_algorithm(config)
+        sampler, grower = make_trees(arch, tokenizer, executor, rollout, algorithm.branching)
         dataset: Any = None
         components = Components(
-            config, dataset, (), (), tokenizer, executor, arch, jnp.float32, engine.mesh, engine, reward, ExitStack()
-        )
-        algorithm = make_algorithm(config)
+            config, dataset, (), (), tokenizer, executor, arch, jnp.float32, sampler.engine.mesh, sampler, Judge("test", reward),
+            ExitStack(),
+        )  # fmt: skip
         optimizer = rl_optimizer(config.optimizer)
         update = make_train_step(optimizer, StepSpec(arch, algorithm.loss, 1.0, 0, jnp.float32, "none"))
         batches = []
@@ -77,7 +79,6 @@ def step(
 
         start = jax.tree.map(jnp.copy, params)
         examples = [Example(f"q{i}", text, ("x",), "qa", "") for i, text in enumerate(("the fox", "dog", "7", "lazy"))]
-        grower = TreeGrower(engine, rollout, algorithm.branching)
         reference = jax.tree.map(lambda x: 0.9 * x, params) if algorithm.loss.kl_weight else None
         state = TrainState(start, optimizer.init(start))
         state, record, trees = train_step(0, examples, state, reference, seen, algorithm, grower, components, more)
@@ -139,21 +140,21 @@ def test_kl_in_the_reward_and_sampler_correction_change_the_batch_and_not_the_re
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_penalties_are_the_oracles_under_the_policy_that_drew_the_token(
-    engine: Engine, grower: TreeGrower, params: Params, examples: list[Example], estimator: Any
+    sampler: TreeSampler, grower: TreeGrower, params: Params, examples: list[Example], estimator: Any
 ) -> None:
     """Initial rollouts were drawn by π_old, their branches by the policy as it is now, from the fork on."""
     now, reference = (jax.tree.map(lambda x, by=by: by * x, params) for by in (1.02, 0.9))
-    initial = engine.initial(params, examples, 3, (0, 0))
-    old = [grower.log_probs(params, tree) for tree in initial]
-    trees = grower.grow(now, initial, old, (1, 0)).trees
+    _, old, growth = draw_and_grow(sampler, grower, params, examples, moved=now)
+    trees = growth.trees
     loss = LossConfig(kl_weight=0.3, kl_estimator=estimator, kl_in="reward")
-    got = _kl_penalties(grower, now, reference, trees, old, loss)
+    length = grower.shapes.rollout_length
+    got = _kl_penalties(sampler, now, reference, trees, old, loss, length)
     for tree, penalties in zip(trees, got, strict=True):
         drawn = [
-            oracle.inherited(grower.log_probs(params, [r])[0], grower.log_probs(now, [r])[0], r.fork or r.length)
+            oracle.inherited(log_probs(sampler, params, [r])[0], log_probs(sampler, now, [r])[0], r.fork or r.length)
             for r in tree
         ]
-        for r, by, ref, penalty in zip(tree, drawn, grower.log_probs(reference, tree), penalties, strict=True):
+        for r, by, ref, penalty in zip(tree, drawn, log_probs(sampler, reference, tree), penalties, strict=True):
             every = zip(by, ref, r.sampled, strict=True)
             expected = [0.3 * oracle.kl(a, b, estimator) if own else 0.0 for a, b, own in every]
             np.testing.assert_allclose(penalty, expected, rtol=1e-4, atol=1e-5)

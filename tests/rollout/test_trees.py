@@ -6,18 +6,19 @@ import dataclasses
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from growing import draw_and_grow, make_trees
 
+from appo_jax.branching.tree import already_branched
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig
 from appo_jax.policy.parameters import Params
 from appo_jax.rollout.engine import Engine
-from appo_jax.rollout.tree import Tree, TreeGrower, already_branched
+from appo_jax.rollout.scoring import log_probs
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.types import Example
+from appo_jax.types import Example, Tree
 
 
 @pytest.fixture
@@ -29,11 +30,8 @@ def draw(
 
     def draw(num_initial: int, budget: int, branching: BranchingConfig) -> list[Tree]:
         config = dataclasses.replace(rollout_config, num_initial=num_initial, budget=budget)
-        engine = Engine(arch, tokenizer, executor, config, seed=0, dtype=jnp.float32)
-        grower = TreeGrower(engine, config, branching)
-        trees = engine.initial(params, examples, num_initial, (0, 0))
-        old = [grower.log_probs(params, tree) for tree in trees]
-        growth = grower.grow(params, trees, old, (1, 0))
+        sampler, grower = make_trees(arch, tokenizer, executor, config, branching)
+        _, _, growth = draw_and_grow(sampler, grower, params, examples, num_initial)
         assert growth.missing_branches == 0
         return growth.trees
 
@@ -84,7 +82,9 @@ def test_a_later_loop_knows_every_point_that_has_a_branch(draw, include_token: b
     for tree in draw(1, 16, branching):
         before = heads(tree)
         branched = {before[r.parent][r.fork] for r in tree if r.parent is not None}
-        for rollout, taken in zip(tree, already_branched(tree, include_token), strict=True):
+        lengths = [r.length for r in tree]
+        found = already_branched([r.parent for r in tree], [r.fork for r in tree], lengths, include_token)
+        for rollout, taken in zip(tree, found, strict=True):
             expected = [before[rollout.node][t + include_token] in branched for t in range(rollout.length)]
             assert taken.tolist() == expected
         # no rollout was branched at a point that an earlier loop had branched
@@ -99,11 +99,9 @@ def test_every_branch_point_is_the_oracles(
     """From π_old's log-probs and the moved policy's to the points of two loops, branches scored again in the second."""
     config = dataclasses.replace(rollout_config, num_initial=2, budget=9)
     branching = BranchingConfig(num_branch_points=2, num_loops=2, tau=4.0)
-    grower = TreeGrower(engine, config, branching)
+    sampler, grower = make_trees(engine.arch, engine.tokenizer, engine.executor, config, branching)
     moved = jax.tree.map(lambda x: 1.02 * x, params)
-    initial = engine.initial(params, examples, 2, (0, 0))
-    old = [grower.log_probs(params, tree) for tree in initial]
-    growth = grower.grow(moved, initial, old, (1, 0))
+    _, old, growth = draw_and_grow(sampler, grower, params, examples, 2, moved)
     gated = inherited = 0
     for tree, drawn_by, scores in zip(growth.trees, old, growth.scores, strict=True):
         names, before = heads(tree), list(drawn_by)
@@ -140,9 +138,10 @@ def test_the_future_value_of_a_branch_of_a_branch_is_inherited_through_both(
 ) -> None:
     """Over three loops, Ω at the tokens two generations share is one discounted sum over the same ratios."""
     config = dataclasses.replace(rollout_config, num_initial=1, budget=8)
-    grower = TreeGrower(engine, config, BranchingConfig(num_branch_points=1, num_loops=4, tau=1e9))  # γ = 1
-    initial = engine.initial(params, examples, 1, (0, 0))
-    old = [[log_probs] for log_probs in grower.log_probs(params, [tree[0] for tree in initial])]  # as train_step does
+    branching = BranchingConfig(num_branch_points=1, num_loops=4, tau=1e9)  # γ = 1
+    sampler, grower = make_trees(engine.arch, engine.tokenizer, engine.executor, config, branching)
+    initial = sampler.initial(params, examples, 1, (0, 0))
+    old = log_probs(sampler, params, initial)  # as train_step does
     unmoved = grower.grow(params, initial, old, (1, 0))
     assert all(s.constant_future and (s.future_value == 1).all() for scores in unmoved.scores for s in scores)
     growth = grower.grow(jax.tree.map(lambda x: 1.02 * x, params), initial, old, (1, 0))
@@ -167,11 +166,10 @@ def test_where_no_position_is_left_branches_are_missed_and_counted(
     engine: Engine, params: Params, examples: list[Example], rollout_config: RolloutConfig
 ) -> None:
     config = dataclasses.replace(rollout_config, max_response_tokens=2)
-    small = Engine(engine.arch, engine.tokenizer, engine.executor, config, seed=0, dtype=jnp.float32)
-    grower = TreeGrower(small, config, BranchingConfig(num_branch_points=3))
+    branching = BranchingConfig(num_branch_points=3)
+    sampler, grower = make_trees(engine.arch, engine.tokenizer, engine.executor, config, branching)
     with jax.debug_nans(True):
-        trees = small.initial(params, examples, 3, (0, 0))
-        growth = grower.grow(params, trees, [grower.log_probs(params, tree) for tree in trees], (1, 0))
+        _, _, growth = draw_and_grow(sampler, grower, params, examples)
     places = [sum(int(s.valid.sum()) for s in scores) for scores in growth.scores]
     assert min(places) < 6, "the case must lack positions"
     assert [len(tree) for tree in growth.trees] == [3 + min(6, n) for n in places]

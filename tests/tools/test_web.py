@@ -13,6 +13,7 @@ from appo_jax.config import SearchToolConfig, ToolsConfig
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.cache import QueryCache
+from appo_jax.tools.exchange import is_public
 from appo_jax.tools.web import WebSearch
 from appo_jax.types import Outcome
 
@@ -44,6 +45,17 @@ FAULTS = {
     "half": ("cut_off", 3),
     "chunks": ("cut_off", 3),
 }
+ENDLESS = {  # what surrounds a body goes on for ever
+    "continue": ("too_large", 1),
+    "headers": ("garbage", 3),
+    "headerdrip": ("timeout", 1),
+    "statusdrip": ("timeout", 1),
+    "trailers": ("too_large", 1),
+    "trailerdrip": ("timeout", 1),
+    "extension": ("garbage", 3),
+    "chunkdrip": ("timeout", 1),
+    "squared": ("status_503", 3),
+}
 
 
 def test_search_r1_protocol(server):
@@ -55,13 +67,13 @@ def test_search_r1_protocol(server):
     assert tool.faults() == {}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *ENDLESS])
 def test_faults_are_text_in_time_and_counted(server, fault):
-    tool = WebSearch(config(server))
+    tool = WebSearch(config(server, timeout=1.0 if fault in FAULTS else 1.5))
     began = time.monotonic()
     result, _ = tool.call(None, f"{fault} x")
-    assert time.monotonic() - began < 3
-    kind, attempts = FAULTS[fault]
+    assert time.monotonic() - began < 4
+    kind, attempts = (FAULTS | ENDLESS)[fault]
     assert result.outcome is (Outcome.TIMEOUT if kind == "timeout" else Outcome.UNAVAILABLE)
     assert "The search failed" in result.text
     assert len(server.asked) == attempts
@@ -118,6 +130,58 @@ def test_a_mix_of_faults_through_the_executor(server, monkeypatch):
 def test_private_addresses_are_refused(host):
     with pytest.raises(ConfigError, match=r"tools\.search\.url: .* --tools\.search\.allow-private$"):
         WebSearch(SearchToolConfig(url=f"http://{host}:9/x"))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["::7f00:1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2002:a9fe:a9fe::1", "192.0.0.8", "192.0.0.170",
+     "168.63.129.16", "64:ff9b:1::1", "fec0::1", "2001:0:7f00:1::", "::ffff:7f00:1", "fd00:ec2::254", "100.100.100.200",
+     "192.88.99.1", "2001:db8::1", "::", "::1", "0.0.0.1", "255.255.255.255", "240.0.0.1", "ff02::1", "fe80::1%1", "198.18.0.1"],
+)  # fmt: skip
+def test_addresses_that_are_or_carry_private_ones(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "2001:4860:4860::8888", "64:ff9b::808:808", "2002:808:808::1", "1.1.1.1"]
+)
+def test_public_addresses_are_public(address):
+    assert is_public(address)
+
+
+def test_an_ipv6_literal_is_an_address():
+    """Its last group was once taken for a port."""
+    tool = WebSearch(SearchToolConfig(url="http://[::1]/x", allow_private=True, timeout=0.5, max_retries=0))
+    result, _ = tool.call(None, "q")
+    assert result.outcome is Outcome.UNAVAILABLE
+    assert set(tool.faults()) == {"connection"}
+
+
+def test_an_overlong_title_is_cut(server):
+    result, _ = WebSearch(config(server, timeout=5.0)).call(None, "title")
+    assert result.outcome is Outcome.OK
+    assert result.text.startswith("Page 1: TTT")
+    assert len(result.text) < 10_000
+
+
+def test_lone_surrogates_are_no_failure_of_the_tool(server, tmp_path):
+    """In a query, as JSON can spell them, and in an answer; with the cache, which stores UTF-8."""
+    search = config(server, cache=str(tmp_path / "c.sqlite"))
+    with build_executor(ToolsConfig(enabled=("search",), search=search, call_format="json")) as executor:
+        for query in ("\\ud800 who", "surrogate"):
+            call = f'<tool_call>{{"name": "search", "arguments": {{"query": "{query}"}}}}</tool_call>'
+            record = executor.submit(executor.start(), call).result(10)
+            assert record.outcome is Outcome.OK, record.result
+            record.result.encode()
+            record.argument.encode()
+
+
+def test_a_name_that_is_not_resolved_in_time_is_a_timeout(monkeypatch):
+    tool = WebSearch(SearchToolConfig(url="http://slow.example:80/", timeout=0.4, max_retries=0))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: time.sleep(3))
+    began = time.monotonic()
+    assert tool.call(None, "q")[0].outcome is Outcome.TIMEOUT
+    assert time.monotonic() - began < 2
 
 
 def test_an_address_is_checked_when_it_is_used(server, monkeypatch):

@@ -1,0 +1,147 @@
+"""A language model as judge, behind any OpenAI-compatible endpoint: concurrent, retried, cached on disk, counted.
+
+A question that the judge did not decide has no verdict: it is listed in the report and never dropped in silence.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import requests
+
+PROMPT = """Decide whether an answer to a question is right. Compare it with the reference answer alone; do not solve the question.
+Wording may differ, the meaning may not. A number may differ in form, not in value.
+
+Question: {question}
+Reference answer: {gold}
+Answer: {answer}
+
+Reply with one line: "correct: yes" or "correct: no"."""
+
+_VERDICT = re.compile(r"correct:\s*\W*(yes|no)\b", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """Where the judge is and how patient we are."""
+
+    url: str
+    """Base URL; `/chat/completions` is appended."""
+    model: str
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; no key is sent where it is not set."""
+    concurrency: int = 8
+    timeout: float = 60.0
+    """Seconds for one request."""
+    attempts: int = 4
+    """Requests for one verdict, with growing pauses between them."""
+    cache: str | None = None
+    """SQLite file of verdicts; by default beside the report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What the judge said of one answer."""
+
+    correct: bool | None  # None: no verdict
+    reason: str  # its words, or what went wrong
+
+
+@dataclasses.dataclass
+class Counts:
+    """What judging cost."""
+
+    requests: int = 0
+    cached: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Judge:
+    """Decides answers; safe to use from several threads."""
+
+    def __init__(self, config: JudgeConfig, cache: Path):
+        self.config, self.counts = config, Counts()
+        self._lock = threading.Lock()
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        self._cache = sqlite3.connect(cache, check_same_thread=False, isolation_level=None)
+        self._cache.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, correct INTEGER, reason TEXT)")
+
+    def decide(self, questions: Sequence[tuple[str, Sequence[str], str]]) -> list[Decision]:
+        """The decision of each (question, golds, answer), in order."""
+        with concurrent.futures.ThreadPoolExecutor(self.config.concurrency) as pool:
+            return list(pool.map(lambda q: self._one(*q), questions))
+
+    def close(self) -> None:
+        self._cache.close()
+
+    def _one(self, question: str, golds: Sequence[str], answer: str) -> Decision:
+        prompt = PROMPT.format(question=question, gold=" / ".join(golds), answer=answer)
+        key = hashlib.sha256(json.dumps([self.config.model, prompt]).encode()).hexdigest()
+        with self._lock:
+            row = self._cache.execute("SELECT correct, reason FROM verdicts WHERE key = ?", (key,)).fetchone()
+        if row is not None:
+            self._count(cached=1)
+            return Decision(bool(row[0]), row[1])
+        decision = self._ask(prompt)
+        if decision.correct is None:
+            self._count(failed=1)
+            return decision
+        with self._lock:
+            self._cache.execute(
+                "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", (key, decision.correct, decision.reason)
+            )
+        return decision
+
+    def _ask(self, prompt: str) -> Decision:
+        problem = ""
+        for attempt in range(self.config.attempts):
+            if attempt:
+                time.sleep(min(2.0**attempt / 4, 8.0))
+            try:
+                reply = self._request(prompt)
+            except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
+                problem = f"{type(error).__name__}: {error}"[:300]
+                continue
+            if found := _VERDICT.findall(reply):
+                return Decision(found[-1].lower() == "yes", reply.strip()[:300])
+            problem = f"no verdict in its reply: {reply.strip()[:200]!r}"
+        return Decision(None, problem)
+
+    def _request(self, prompt: str) -> str:
+        """The text of one reply. The whole exchange is held to the timeout: a body that drips is cut off."""
+        key = os.environ.get(self.config.key_variable)
+        self._count(requests=1)
+        deadline = time.monotonic() + self.config.timeout
+        with requests.post(
+            self.config.url.rstrip("/") + "/chat/completions",
+            json={"model": self.config.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]},
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=self.config.timeout, stream=True, allow_redirects=False,
+        ) as response:  # fmt: skip
+            body = bytearray()
+            for chunk in response.iter_content(1 << 14):
+                body += chunk
+                if time.monotonic() > deadline or len(body) > 1 << 20:
+                    raise ValueError(f"the reply took more than {self.config.timeout:g} s or 1 MiB")
+            response.raise_for_status()
+        content = json.loads(body)
+        usage = content.get("usage") or {}
+        self._count(prompt_tokens=usage.get("prompt_tokens", 0), completion_tokens=usage.get("completion_tokens", 0))
+        return str(content["choices"][0]["message"]["content"])
+
+    def _count(self, **amounts: int) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self.counts, name, getattr(self.counts, name) + amount)

@@ -1,0 +1,111 @@
+"""From a prediction to a verdict, by each set's rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+from collections.abc import Sequence
+
+from appo_jax.benchmark.sets import Item, Scorer
+from appo_jax.reward import qa
+from appo_jax.reward.grade import final_answer
+from appo_jax.reward.math import math_equal
+from appo_jax.reward.response import Response
+from appo_jax.types import Segment, StopReason
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of one prediction."""
+
+    correct: bool | None  # None: no verdict
+    f1: float  # token F1 against the best alias, whatever the scorer
+    answer: str  # what was taken for the final answer
+    reason: str  # how the verdict came about
+
+
+def answer_of(prediction: str) -> str:
+    """The final answer of a prediction: of its last <answer> block or box, else all of it."""
+    response = Response((Segment(prediction, sampled=True),), (), "qa", frozenset(), StopReason.ANSWERED)
+    found = final_answer(response)
+    return prediction.strip() if found is None else found.strip()
+
+
+def score(item: Item, prediction: str, scorer: Scorer) -> Verdict:
+    """The verdict of every scorer but the judge, which answers None with reason "judge"."""
+    answer = answer_of(prediction)
+    f1 = qa.token_f1(answer, item.golds) if answer else 0.0
+    if not answer:
+        return Verdict(False, 0.0, "", "no answer")
+    if scorer == "judge":
+        return Verdict(None, f1, answer, "judge")
+    if scorer == "qa":
+        return Verdict(qa.exact_match(answer, item.golds), f1, answer, "exact match")
+    if scorer == "gaia":
+        right = any(gaia_equal(answer, gold) for gold in item.golds)
+        return Verdict(right, f1, answer, "quasi-exact match")
+    verdicts = [math_equal(answer, gold) for gold in item.golds]
+    if not any(verdicts) and None in verdicts:
+        return Verdict(False, f1, answer, "math-verify ran out of time")
+    return Verdict(any(verdicts), f1, answer, "equal value")
+
+
+def same_answer(a: str, b: str, scorer: Scorer) -> bool:
+    """Whether two predictions give one answer, for votes."""
+    if scorer == "math":
+        return bool(math_equal(a, b))
+    return gaia_equal(a, b) if scorer == "gaia" else qa.exact_match(a, [b])
+
+
+def gaia_equal(answer: str, gold: str) -> bool:
+    """GAIA's quasi-exact match, as its leaderboard decides.
+
+    A number: equal once $, % and thousands separators are gone. A list (the gold holds , or ;): as many elements, each
+    equal in its place, text in lower case and without spaces. Text: the same without punctuation as well.
+    """
+    if _is_number(gold):
+        return _gaia_number(answer) == float(gold)
+    if re.search("[,;]", gold):
+        golds, answers = (re.split("[,;]", text) for text in (gold, answer))
+        if len(golds) != len(answers):
+            return False
+        return all(
+            _gaia_number(a) == float(g)
+            if _is_number(g)
+            else _gaia_text(a, keep_punctuation=True) == _gaia_text(g, True)
+            for a, g in zip(answers, golds, strict=True)
+        )
+    return _gaia_text(answer) == _gaia_text(gold)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _gaia_number(text: str) -> float:
+    for sign in "$%,":
+        text = text.replace(sign, "")
+    return float(text) if _is_number(text) else float("inf")
+
+
+def _gaia_text(text: str, keep_punctuation: bool = False) -> str:
+    text = re.sub(r"\s", "", text).lower()
+    return text if keep_punctuation else text.translate(str.maketrans("", "", string.punctuation))
+
+
+def votes(answers: Sequence[str], scorer: Scorer) -> list[list[int]]:
+    """Samples by the answer they give, as lists of their indices; the most frequent answer first."""
+    groups: list[list[int]] = []
+    for i, answer in enumerate(answers):
+        for group in groups:
+            if answer == answers[group[0]] or (answer and same_answer(answer, answers[group[0]], scorer)):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return sorted(groups, key=len, reverse=True)

@@ -1,0 +1,174 @@
+"""The benchmark sets by name: where their questions come from, and how each is scored.
+
+An entry says how we score a set (`scorer`) and how its own authors and the paper's table do (`convention`). docs/eval.md has the
+same table with licences and pitfalls. A set is read from the file that its authors publish, or from the official APPO
+repository's copy: columns are found under any of the names that these use.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as parquet
+
+from appo_jax.errors import ConfigError, DataError
+
+Scorer = Literal["math", "qa", "gaia", "judge"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One set."""
+
+    title: str
+    scorer: Scorer
+    """math: equal value. qa: exact match, and token F1. gaia: GAIA's quasi-exact match. judge: a language model decides."""
+    headline: Literal["accuracy", "f1"]
+    """The figure of the paper's table."""
+    convention: str
+    """How its authors, or the paper, score it, where that differs from ours."""
+    where: str
+    """Where to get it."""
+    count: int
+    """Questions in the version that the paper uses."""
+    levels: tuple[str, ...] = ()
+    """The levels that the set knows; a question of another level is an error."""
+
+
+_F1 = "token F1 as HotpotQA's script computes it, best over the aliases (the paper's figure)"
+_JUDGE = "a language model as judge (paper: Qwen2.5-72B-Instruct)"
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "aime24": Benchmark("AIME 2024", "math", "accuracy", _JUDGE, "HuggingFaceH4/aime_2024", 30),
+    "aime25": Benchmark("AIME 2025", "math", "accuracy", _JUDGE, "math-ai/aime25", 30),
+    "math500": Benchmark("MATH-500", "math", "accuracy", _JUDGE, "HuggingFaceH4/MATH-500", 500),
+    "gsm8k": Benchmark("GSM8K", "math", "accuracy", _JUDGE, "openai/grade-school-math, test.jsonl", 1319),
+    "math": Benchmark("MATH", "math", "accuracy", _JUDGE, "hendrycks/competition_math, test split", 5000),
+    "hotpotqa": Benchmark("HotpotQA", "qa", "f1", _F1, "hotpotqa.github.io, dev distractor", 200),
+    "2wiki": Benchmark("2WikiMultihopQA", "qa", "f1", _F1, "Alab-NII/2wikimultihop, dev", 200),
+    "musique": Benchmark("MuSiQue", "qa", "f1", _F1, "StonyBrookNLP/musique, answerable dev", 200),
+    "bamboogle": Benchmark("Bamboogle", "qa", "f1", _F1, "ofirpress/self-ask", 125),
+    "webwalker": Benchmark("WebWalkerQA", "judge", "accuracy", _JUDGE, "Alibaba-NLP/WebWalker", 680),
+    "gaia": Benchmark(
+        "GAIA, text only", "gaia", "accuracy", "quasi-exact match (GAIA's leaderboard); the paper: a judge",
+        "gaia-benchmark/GAIA, validation, 103 of 165 questions have no file", 103, ("1", "2", "3"),
+    ),
+    "hle": Benchmark("Humanity's Last Exam", "judge", "accuracy", "its judge prompt (o3-mini)", "cais/hle, text only", 500),
+    "xbench": Benchmark("xbench-DeepSearch", "judge", "accuracy", "its judge prompt", "xbench-ai/xbench-evals", 100),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question of a set."""
+
+    id: str
+    question: str
+    golds: tuple[str, ...]
+    level: str = ""
+    type: str = ""
+
+
+QUESTION = ("question", "problem", "Question", "prompt")
+ANSWER = ("answer", "golden_answers", "Final answer", "gold", "target", "answers", "solution")
+ALIASES = ("answer_aliases", "aliases")
+ID = ("id", "_id", "task_id", "unique_id", "question_id")
+LEVEL, TYPE = ("level", "Level", "difficulty"), ("type", "subject", "category", "Type")
+
+
+def benchmark(name: str) -> Benchmark:
+    """Raises ConfigError for an unknown name."""
+    if name not in BENCHMARKS:
+        raise ConfigError(f"--set {name!r}: expected one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def load_items(name: str, path: Path) -> list[Item]:
+    """The questions of a set, in the order of the file. An id that is missing is the position, from 0.
+
+    Raises DataError: no such file (with where to get it), a line without a question or an answer, an unknown level, an id
+    given twice.
+    """
+    found = benchmark(name)
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file; {found.title} comes from {found.where} (docs/eval.md), give it with --data"
+        )
+    items: list[Item] = []
+    for number, record in enumerate(read_records(path)):
+        if name == "gaia" and record.get("file_name"):
+            continue  # text only
+        items.append(_item(name, found, record, number, path))
+    if not items:
+        raise DataError(f"{path}: holds no question")
+    seen: dict[str, int] = {}
+    for number, item in enumerate(items):
+        if item.id in seen:
+            raise DataError(f"{path}: id {item.id!r} is given twice (records {seen[item.id] + 1} and {number + 1})")
+        seen[item.id] = number
+    return items
+
+
+def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The records of a jsonl, json, parquet or csv file. Raises DataError that names the line."""
+    if path.suffix == ".parquet":
+        yield from parquet.read_table(path).to_pylist()
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            yield from csv.DictReader(file)
+        elif path.suffix == ".json":
+            content = _parse(file.read(), f"{path}")
+            yield from content if isinstance(content, list) else content.get("data", [])
+        else:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    record = _parse(line, f"{path}, line {number}")
+                    if not isinstance(record, dict):
+                        raise DataError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
+                    yield record
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON ({error})") from error
+
+
+def _item(name: str, found: Benchmark, record: Mapping[str, Any], number: int, path: Path) -> Item:
+    where = f"{path}, record {number + 1}"
+    question = _first(record, QUESTION)
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"{where}: no question; expected a text under one of {', '.join(QUESTION)}")
+    golds = [*_texts(_first(record, ANSWER)), *_texts(_first(record, ALIASES))]
+    if name == "gsm8k":
+        golds = [gold.rpartition("####")[2].strip() for gold in golds]
+    golds = list(dict.fromkeys(gold for gold in golds if gold.strip()))
+    if not golds:
+        raise DataError(f"{where}: no answer; expected a text, a number or a list under one of {', '.join(ANSWER)}")
+    level = str(_first(record, LEVEL) or "")
+    if found.levels and level not in found.levels:
+        raise DataError(f"{where}: level {level!r} is unknown; {found.title} has {', '.join(found.levels)}")
+    id = _first(record, ID)
+    return Item(str(number if id is None else id), question, tuple(golds), level, str(_first(record, TYPE) or ""))
+
+
+def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def _texts(value: Any) -> list[str]:
+    """Golds of any form: a text, a number, a list of either, `{"target": …}`."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        return _texts(value.get("target", value.get("value")))
+    if isinstance(value, list | tuple):
+        return [text for one in value for text in _texts(one)]
+    return [str(value)]

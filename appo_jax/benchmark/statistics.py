@@ -1,0 +1,59 @@
+"""Figures over samples and questions, with 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+class Figure(NamedTuple):
+    """A mean over questions and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that at least one of k of `samples` predictions is right: 1 − C(n−c, k) / C(n, k), without bias
+    (Chen et al. 2021). NaN for k above the number of samples."""
+    if k > samples:
+        return float("nan")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def over_questions(values: Sequence[float]) -> Figure:
+    """Mean over questions; the interval resamples questions (percentile bootstrap, always the same resamples)."""
+    x = np.asarray(values, float)
+    if not len(x):
+        return Figure(*[float("nan")] * 3)
+    rng = np.random.default_rng(0)
+    means = np.concatenate([x[rng.integers(len(x), size=(n, len(x)))].mean(1) for n in _chunks(len(x))])
+    return Figure(float(x.mean()), *map(float, np.quantile(means, (0.025, 0.975))))
+
+
+def over_questions_and_samples(values: Sequence[Sequence[float]]) -> Figure:
+    """Mean over questions of the mean over samples; the interval resamples questions, then the samples of each.
+
+    For sets of few questions, where the draws of the policy move the figure as much as the choice of questions.
+    """
+    if not len(values):
+        return Figure(*[float("nan")] * 3)
+    rng = np.random.default_rng(0)
+    samples = [np.asarray(row, float) for row in values]
+    means = np.empty(RESAMPLES // 5)
+    for i in range(len(means)):
+        rows = [samples[q] for q in rng.integers(len(samples), size=len(samples))]
+        means[i] = np.mean([row[rng.integers(len(row), size=len(row))].mean() for row in rows])
+    return Figure(float(np.mean([row.mean() for row in samples])), *map(float, np.quantile(means, (0.025, 0.975))))
+
+
+def _chunks(size: int) -> list[int]:
+    """RESAMPLES in parts that fit in memory."""
+    part = max(1, min(RESAMPLES, 4_000_000 // size))
+    return [part] * (RESAMPLES // part) + ([RESAMPLES % part] if RESAMPLES % part else [])

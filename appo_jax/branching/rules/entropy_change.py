@@ -1,0 +1,65 @@
+"""ARPO (arXiv 2507.19849): branch after a tool call, more likely where the entropy has risen.
+
+The probability of a branch is P = clip(p + w · ΔH, 0, 1), with H taken over a turn's first WINDOW tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from appo_jax.branching.rule import ByTurns
+from appo_jax.branching.tree import Cut, Loop, TreeView
+from appo_jax.config import BranchingConfig
+from appo_jax.types import turn_starts
+
+PROBABILITY, ENTROPY_WEIGHT, WINDOW = 0.5, 0.2, 20
+
+
+def turn_entropy(entropies: np.ndarray, sampled: np.ndarray, start: int, vocab_size: int) -> float:
+    """Mean entropy of the turn's first WINDOW tokens, as a share of ln V."""
+    turn = np.cumprod(sampled[start : start + WINDOW]).astype(bool)
+    return float(entropies[start : start + WINDOW][turn].mean()) / math.log(vocab_size)
+
+
+def branch_probabilities(entropies: np.ndarray, sampled: np.ndarray, vocab_size: int) -> dict[int, float]:
+    """The probability of a branch at each turn that follows a tool result, by the turn's first token.
+
+    ΔH is the turn's entropy less that of the rollout's first turn. `entropies`, `sampled`: `[T]`.
+    """
+    starts = turn_starts(sampled).tolist()
+    if not starts:
+        return {}
+    first, *later = (turn_entropy(entropies, sampled, t, vocab_size) for t in starts)
+    return {
+        t: min(1.0, max(0.0, PROBABILITY + ENTROPY_WEIGHT * (entropy - first)))
+        for t, entropy in zip(starts[1:], later, strict=True)
+    }
+
+
+def after_tool_calls(
+    entropies: Sequence[np.ndarray], sampled: Sequence[np.ndarray], undrawn_from: Sequence[int], loop: Loop
+) -> list[Cut]:
+    """The cuts of one prompt, within the budget, the rollouts' first calls first.
+
+    Beam 2: a turn whose lot says so is continued twice. `undrawn_from`: for each rollout, the index after which lots are yet
+    to be drawn.
+    """
+    points = []
+    for node, (entropy, own) in enumerate(zip(entropies, sampled, strict=True)):
+        probabilities = branch_probabilities(entropy, own, loop.vocab_size)
+        chances = [(t, p) for t, p in probabilities.items() if t > undrawn_from[node]]
+        points += [(call, node, t) for call, (t, p) in enumerate(chances) if loop.rng.random() < p]
+    return [Cut(node, t) for _, node, t in sorted(points)[: loop.budget]]
+
+
+def turns(tree: TreeView, loop: Loop, config: BranchingConfig) -> list[Cut]:
+    """Every turn's lot is drawn once: by the loop after the one that drew the turn."""
+    latest = [(fork or 0) if at == loop.number - 1 else None for fork, at in zip(tree.forks, tree.loops, strict=True)]
+    undrawn_from = [len(s) if fork is None else fork for fork, s in zip(latest, tree.sampled, strict=True)]
+    return after_tool_calls(tree.entropies, tree.sampled, undrawn_from, loop)
+
+
+RULE = ByTurns(turns)

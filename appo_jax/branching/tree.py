@@ -1,0 +1,71 @@
+"""One prompt's tree as the rules of branching see it, and the cuts that they answer with. Plain arrays, no model, no device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Cut(NamedTuple):
+    """Where a branch begins: it keeps the first `length` tokens of the rollout `node` and draws the rest anew."""
+
+    node: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeView:
+    """One prompt's rollouts. Every list has an entry for each rollout; entry n is the rollout with node n.
+
+    Arrays are `[T]`, T being the length of that rollout.
+    """
+
+    prompt_length: int
+    parents: Sequence[int | None]  # node that the rollout was branched from; None for initial rollouts
+    forks: Sequence[int | None]  # index of the first token of its own
+    loops: Sequence[int]  # branching loop that drew it; 0 for initial rollouts
+    sampled: Sequence[np.ndarray]  # bool: the policy chose this token
+    entropies: Sequence[np.ndarray]  # float32, nats, under the current policy
+    scores: Sequence[np.ndarray]  # float32: what positions are ranked by
+    preferred: Sequence[np.ndarray]  # bool: ranks before every position that is not preferred
+    valid: Sequence[np.ndarray]  # bool: a branch may begin here
+
+    @property
+    def num_initial(self) -> int:
+        return sum(parent is None for parent in self.parents)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What a rule is told about the branching loop that it chooses for."""
+
+    number: int  # 1 … L
+    budget: int  # rollouts that the tree may still be given
+    vocab_size: int
+    rng: np.random.Generator  # of this tree and loop
+
+
+def already_branched(
+    parents: Sequence[int | None], forks: Sequence[int | None], lengths: Sequence[int], include_token: bool
+) -> list[np.ndarray]:
+    """`[T]` bool for each rollout of a tree: a branch that keeps the same tokens begins there already.
+
+    The first tokens of a branch are its parent's. So a point among them is one point, on whichever of the two it was chosen.
+    """
+
+    def drawer(node: int, length: int) -> int:
+        """The rollout that drew the last of the first `length` tokens of `node`."""
+        while (parent := parents[node]) is not None and (fork := forks[node]) is not None and length <= fork:
+            node = parent
+        return node
+
+    branched = {(drawer(p, f), f) for p, f in zip(parents, forks, strict=True) if p is not None and f is not None}
+    out = [np.zeros(length, bool) for length in lengths]
+    for node, taken in enumerate(out):
+        for by, length in branched:
+            if length - include_token < len(taken) and drawer(node, length) == by:
+                taken[length - include_token] = True
+    return out

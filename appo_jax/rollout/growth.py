@@ -1,0 +1,187 @@
+"""From initial rollouts to rollout trees: score under the current policy, choose where to branch, draw the branches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from appo_jax.branching import tree as view
+from appo_jax.branching.rules import RULES
+from appo_jax.branching.score import branching_scores
+from appo_jax.config import BranchingConfig, RolloutConfig
+from appo_jax.policy.parameters import Params
+from appo_jax.rollout.sampler import Branch, Sampler, ScorePass
+from appo_jax.rollout.scoring import by_future, inherit, padded
+from appo_jax.rollout.shapes import Shapes
+from appo_jax.text.tokenizer import Tokenizer
+from appo_jax.types import Rollout, Tree
+
+
+@dataclasses.dataclass
+class NodeScores:
+    """What the score pass said of one rollout; all `[T]`, the rollout's own length."""
+
+    log_probs: np.ndarray  # under the current policy
+    entropies: np.ndarray
+    future_value: np.ndarray  # Ω
+    score: np.ndarray
+    preferred: np.ndarray
+    valid: np.ndarray
+    constant_future: bool
+
+
+@dataclasses.dataclass
+class Growth:
+    """A mini-batch's trees after branching, and what the metrics want to know about it."""
+
+    trees: list[Tree]
+    scores: list[list[NodeScores]]  # by prompt and node, as of the loop that scored it last; initial rollouts first
+    missing_branches: int = 0  # rollouts that the trees lack of the budget, because no valid position was left
+
+
+def blank_tokens(tokenizer: Tokenizer) -> np.ndarray:
+    """`[V]` bool: tokens that decode to nothing, whitespace or punctuation alone."""
+
+    def blank(piece: bytes) -> bool:
+        return not any(char.isalnum() or char == "�" for char in piece.decode("utf-8", errors="replace"))
+
+    return np.array([blank(piece) for piece in tokenizer.token_bytes()])
+
+
+def valid_positions(rollout: Rollout, blank: np.ndarray, config: BranchingConfig, eos_id: int) -> np.ndarray:
+    """`[T]` bool: tokens before which (with `include_token`: after which) a branch may begin."""
+    valid = rollout.sampled.copy()
+    if config.skip_blank:
+        beyond = len(blank)  # ids from the tokenizer's vocabulary on are blank too
+        valid &= ~np.append(blank, True)[np.minimum(rollout.tokens, beyond)]
+    if config.include_token:
+        # After EOS there is nothing to continue, and the last token may have used up the room.
+        valid &= rollout.tokens != eos_id
+        valid[-1] = False
+    return valid
+
+
+def view_of(tree: Tree, scores: Sequence[NodeScores]) -> view.TreeView:
+    """A tree as the rules of branching see it."""
+    return view.TreeView(
+        prompt_length=tree[0].prompt_length,
+        parents=[r.parent for r in tree],
+        forks=[r.fork for r in tree],
+        loops=[r.loop for r in tree],
+        sampled=[r.sampled for r in tree],
+        entropies=[s.entropies for s in scores],
+        scores=[s.score for s in scores],
+        preferred=[s.preferred for s in scores],
+        valid=[s.valid for s in scores],
+    )
+
+
+def _add(rollout: Rollout, by_node: list[np.ndarray], own: np.ndarray) -> None:
+    """Add a rollout's numbers to those of its tree, if they are not known yet. At inherited tokens they are the parent's."""
+    if rollout.node == len(by_node):
+        by_node.append(inherit(rollout, by_node, own))
+
+
+_branching_scores = jax.jit(branching_scores, static_argnames="config")
+
+
+class TreeGrower:
+    """Grows the trees of a mini-batch under the policy as it is now, with any sampler.
+
+    `vocab_size`: V of the policy. `seed`: of the rules that draw lots.
+    """
+
+    def __init__(
+        self, sampler: Sampler, tokenizer: Tokenizer, rollout: RolloutConfig, branching: BranchingConfig, vocab_size: int,
+        seed: int,
+    ):  # fmt: skip
+        self.sampler, self.branching, self.budget = sampler, branching, rollout.budget
+        self.vocab_size, self.seed = vocab_size, seed
+        self.eos_id, self.blank = tokenizer.eos_id, blank_tokens(tokenizer)
+        self.rule, self.shapes = RULES[branching.score], Shapes(rollout, branching)
+
+    def grow(
+        self,
+        params: Params,
+        trees: Sequence[Tree],
+        old_log_probs: Sequence[Sequence[np.ndarray]],
+        draw_id: Sequence[int],
+    ) -> Growth:
+        """Branch `trees` until each holds M rollouts.
+
+        `trees`: initial rollouts; `old_log_probs`: theirs under π_old, by tree. `draw_id`: as of `Sampler.initial`. L loops,
+        and further ones when M is above N·(B+1)^L. A loop that finds all trees full is left out.
+        """
+        growth = Growth([list(tree) for tree in trees], [[] for _ in trees])
+        old = [list(known) for known in old_log_probs]
+        new: list[list[np.ndarray]] = [
+            [] for _ in trees
+        ]  # under the present policy, from the first pass over a rollout
+        for loop, max_scored in enumerate(self.shapes.max_scored(len(trees), len(trees[0])), start=1):
+            if all(len(tree) == self.budget for tree in growth.trees):
+                break
+            rollouts = [rollout for tree in growth.trees for rollout in tree]
+            scored = self.sampler.score(params, rollouts, max_scored, to_branch=True)
+            values = iter(scored.log_probs)
+            for p, tree in enumerate(growth.trees):
+                for rollout in tree:
+                    _add(rollout, new[p], own := next(values))
+                    _add(rollout, old[p], own)  # the present policy drew a branch's own tokens
+            growth.scores = self._scores(growth.trees, old, new, scored, max_scored)
+            cuts = [self._choose(growth, p, loop, draw_id) for p in range(len(trees))]
+            self._branch(params, growth, scored, cuts, loop, [*draw_id, loop])
+        growth.missing_branches = sum(self.budget - len(tree) for tree in growth.trees)
+        return growth
+
+    def _scores(
+        self, trees: Sequence[Tree], old: Sequence[Sequence[np.ndarray]], new: Sequence[Sequence[np.ndarray]],
+        scored: ScorePass, max_scored: int,
+    ) -> list[list[NodeScores]]:  # fmt: skip
+        """What the score pass means for branching, by tree. `old` and `new`: log-probs by tree and node."""
+
+        def array(values: Sequence[np.ndarray]) -> np.ndarray:
+            return padded(values, max_scored, self.shapes.rollout_length)
+
+        rollouts = scored.rollouts
+        valid = array([valid_positions(r, self.blank, self.branching, self.eos_id) for r in rollouts])
+        then, now = ([values for tree in by_tree for values in tree] for by_tree in (old, new))
+        sampled = array([rollout.sampled for rollout in rollouts])
+        future = by_future(array(now), array(then), sampled, tau=self.branching.tau)
+        result = jax.device_get(_branching_scores(future, array(scored.entropies), valid, config=self.branching))
+        by_node = iter(
+            [
+                NodeScores(
+                    now[i], scored.entropies[i], result.future_value[i, : r.length], result.score[i, : r.length],
+                    result.preferred[i, : r.length], valid[i, : r.length], bool(result.constant_future[i]),
+                )
+                for i, r in enumerate(rollouts)
+            ]
+        )  # fmt: skip
+        return [[next(by_node) for _ in tree] for tree in trees]
+
+    def _choose(self, growth: Growth, prompt: int, loop: int, draw_id: Sequence[int]) -> list[view.Cut]:
+        """Where the branches of one prompt begin in this loop."""
+        tree = growth.trees[prompt]
+        budget = self.budget - len(tree)
+        rng = np.random.default_rng([self.seed, *draw_id, loop, prompt])
+        request = view.Loop(loop, budget, self.vocab_size, rng)
+        return self.rule.choose(view_of(tree, growth.scores[prompt]), request, self.branching)
+
+    def _branch(
+        self, params: Params, growth: Growth, scored: ScorePass, cuts: Sequence[Sequence[view.Cut]], loop: int,
+        draw_id: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Draw the branches and add them to their trees, in the order of `cuts`."""
+        wanted: list[list[Branch]] = []  # by scored rollout
+        for tree, chosen in zip(growth.trees, cuts, strict=True):
+            of_node: list[list[Branch]] = [[] for _ in tree]
+            for node, cut in enumerate(chosen, start=len(tree)):
+                of_node[cut.node].append(Branch(cut.length, node, loop))
+            wanted += of_node
+        drawn = iter(self.sampler.branches(params, scored, wanted, draw_id))
+        for tree in growth.trees:
+            branches = [rollout for _ in range(len(tree)) for rollout in next(drawn)]
+            tree += sorted(branches, key=lambda rollout: rollout.node)

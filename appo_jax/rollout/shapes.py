@@ -1,0 +1,109 @@
+"""Shapes of every program of a generation, and of the score passes that branches are drawn from.
+
+The sampler allocates and compiles by them, and `appo-jax plan` asks the same functions, so the two cannot disagree. Nothing
+here depends on what the policy writes: all shapes follow from the config, the mesh, and bounds that are known before a step begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from appo_jax.branching.rules import RULES
+from appo_jax.config import BranchingConfig, RolloutConfig
+
+# Tool results are appended for this many rows at a time (for more on a mesh that cannot split this many). The number is
+# fixed because a row's arithmetic must not depend, even in the last bit, on how many tools finish at the same moment.
+APPEND_ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationShapes:
+    """Sizes of one generation's arrays, in the axis letters of types.py and decode.py."""
+
+    rows: int  # W: rows that decode together
+    slots: int  # R: prefixes held at the same time
+    columns: int  # C: rows that may continue one prefix at the same time
+    prefix_length: int  # T of a prefix slot
+    suffix_length: int  # S: the last prefix token, and everything that a row may add to it
+    append_rows: int  # A: rows of one append of tool results
+    result_lengths: tuple[int, ...]  # Q: the lengths to which tool results are padded, rising
+    shards: int  # parts that the mesh splits rows and slots into
+
+    def padded_result(self, length: int) -> int:
+        """The length to which a tool result of `length` tokens is padded."""
+        return next(padded for padded in self.result_lengths if padded >= length)
+
+    def shard(self, row: int) -> int:
+        """The part of the mesh that holds a row."""
+        return row * self.shards // self.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """All shapes of a run's rollouts.
+
+    `shards`: how many parts the mesh splits rows into (`row_shards`). Numbers of rows are rounded up to a multiple of it; the
+    rows that this adds stay empty.
+    """
+
+    rollout: RolloutConfig
+    branching: BranchingConfig
+    shards: int = 1
+
+    @property
+    def rollout_length(self) -> int:
+        """T: the tokens of a whole rollout, prompt and response."""
+        return self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
+
+    def rounded_up(self, rows: int) -> int:
+        """`rows`, or the next number of rows that the mesh can split."""
+        return -(-rows // self.shards) * self.shards
+
+    def prefill_rows(self, max_prompts: int) -> int:
+        """Prompts of one prefill pass, where there are at most `max_prompts` of them."""
+        return self.rounded_up(min(self.rollout.decode_rows, max_prompts))
+
+    def score_rows(self, max_rollouts: int) -> int:
+        """Rows of one score pass, where at most `max_rollouts` are scored."""
+        return self.rounded_up(min(self.score_rollouts, max_rollouts))
+
+    @property
+    def score_rollouts(self) -> int:
+        """The most rollouts that one score pass is given: B branches of each fill the decoding rows."""
+        return max(1, self.rollout.decode_rows // self.branching.num_branch_points)
+
+    def max_scored(self, num_trees: int, num_initial: int) -> list[int]:
+        """For each branching loop, the most rollouts that it can score. Each tree begins with `num_initial` rollouts."""
+        sizes = RULES[self.branching.score].max_sizes(num_initial, self.rollout.budget, self.branching)
+        return [num_trees * size for size in sizes[:-1]]
+
+    def initial(self, max_examples: int, copies: int) -> GenerationShapes:
+        """Of the generation that draws `copies` rollouts of each of at most `max_examples` prompts."""
+        return self.generation(max_examples, copies, self.rollout.max_prompt_tokens)
+
+    def branches(self, max_rollouts: int) -> GenerationShapes:
+        """Of the generation that branches at most `max_rollouts` scored rollouts."""
+        return self.generation(max_rollouts, self.branching.num_branch_points, self.rollout_length)
+
+    def generation(self, max_groups: int, columns: int, prefix_length: int) -> GenerationShapes:
+        """Of a generation of at most `max_groups` prefixes, each continued by at most `columns` rows at the same time.
+
+        Without `rollout.share_prefix` every row has a prefix slot of its own.
+        """
+        if not self.rollout.share_prefix:
+            max_groups, columns = max_groups * columns, 1
+        rows = self.rounded_up(min(self.rollout.decode_rows, max_groups * columns))
+        # The last of C rows on one prefix ends long after the first: twice the slots keep all rows busy until then.
+        slots = rows if columns == 1 else min(2 * -(-rows // columns), max_groups)
+        return GenerationShapes(
+            rows, self.rounded_up(slots), columns, prefix_length, self.rollout.max_response_tokens + 1,
+            self.rounded_up(APPEND_ROWS), result_lengths(self.rollout.max_result_tokens), self.shards,
+        )  # fmt: skip
+
+
+def result_lengths(max_result_tokens: int) -> tuple[int, ...]:
+    """32, 128, 512 … while well below the limit of a tool result, and that limit."""
+    lengths = [32]
+    while 2 * lengths[-1] < max_result_tokens:
+        lengths.append(4 * lengths[-1])
+    return (*lengths[:-1], max_result_tokens)

@@ -1,0 +1,163 @@
+"""What the device holds of a generation: padded tree tensors, and how rows and prefixes enter them.
+
+W rows decode together. A row sits at a place (r, c): it continues the prefix in slot r, as one of at most C rows that do.
+Its text is the first `start + 1` tokens of that prefix followed by its suffix:
+
+    slot r        p0 p1 p2 p3 p4 p5 p6 …         keys [R, K, E, T] and values [R, K, T, E], from prefill or score pass;
+                                                 cut along T into blocks (`attention.cut`)
+    row w               └ start = 3: sees p0 p1 p2 of the prefix
+    suffix              p3 s1 s2 s3 __ __        slot 0 repeats the last prefix token, so that its logits draw s1
+                        ^^^^^^^^ cached  ^ slots 0 … length−2 have keys and values; the last token is still to be fed
+
+So a fork is a number, not a copy, and initial rollouts (N rows on one prompt) and branches (B rows on one parent) are the
+same program. Everything but attention over the prefix runs on the W rows; `Places` says who sits where.
+
+On a mesh, rows and prefix slots are split over (data, fsdp) and heads over tensor, caches with them. A row sits on a prefix
+of its own device, so each device reads and writes its own caches and attends by itself. The small per-row arrays are whole
+on every device: the host reads them at every look.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from appo_jax.config import Architecture
+from appo_jax.policy import attention
+from appo_jax.policy.attention import Blocks, LayerCache, Places
+from appo_jax.policy.constraints import replicate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The rows of a generation. Allocated once, donated from call to call."""
+
+    # Per layer: keys [W, K, E, S−1] and values [W, K, S−1, E] of the suffixes; the last token of a full row is never fed.
+    cache: list[LayerCache]
+    tokens: jax.Array  # [W, S] int32
+    log_probs: jax.Array  # [W, S] float32, of sampled tokens
+    entropies: jax.Array  # [W, S] float32, of sampled tokens
+    length: jax.Array  # [W] int32: tokens in the suffix, slot 0 included
+    start: jax.Array  # [W] int32: position of slot 0 in the row's text
+    limit: jax.Array  # [W] int32: the row stops at this length
+    automaton: jax.Array  # [W] int32: state of the stop automaton
+    active: jax.Array  # [W] bool: sampling goes on
+    key: jax.Array  # [W] PRNG key of the row; each token folds in its position
+
+
+class Prefixes(NamedTuple):
+    """The prefixes that rows continue, and which row continues which."""
+
+    slots: list[Blocks]  # per layer: R prefixes of T tokens, cut into blocks
+    places: Places
+
+
+class NewRows(NamedTuple):
+    """Rows to begin, as arrays over all W rows. Where `on` is False, a row stays as it is."""
+
+    on: np.ndarray  # [W] bool
+    last_token: np.ndarray  # [W] int32: the token at `start`
+    start: np.ndarray  # [W] int32
+    limit: np.ndarray  # [W] int32
+    automaton: np.ndarray  # [W] int32
+    ids: np.ndarray  # [W, n] int32: the row's identity (step, prompt, node …), from which its PRNG key is folded
+
+    @classmethod
+    def none(cls, rows: int, ids: int) -> NewRows:
+        last_token, start, limit, automaton = np.zeros((4, rows), np.int32)
+        return cls(np.zeros(rows, bool), last_token, start, limit, automaton, np.zeros((rows, ids), np.int32))
+
+
+def laid_out(state: DecodeState) -> DecodeState:
+    rest = jax.tree.map(replicate, dataclasses.replace(state, cache=[]))
+    return dataclasses.replace(rest, cache=attention.laid_out(state.cache))
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "slots", "length", "dtype"))
+def empty_prefixes(arch: Architecture, slots: int, length: int, dtype: jnp.dtype) -> list[Blocks]:
+    """Slots for R prefixes (`slots`) of T tokens (`length`): the layers' caches, cut into blocks."""
+    return attention.laid_out([attention.cut(_empty_cache(arch, slots, length, dtype)) for _ in range(arch.num_layers)])
+
+
+def _empty_cache(arch: Architecture, rows: int, length: int, dtype: jnp.dtype) -> LayerCache:
+    K, E = arch.num_kv_heads, arch.head_dim
+    return jnp.zeros((rows, K, E, length), dtype), jnp.zeros((rows, K, length, E), dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "rows", "slots", "dtype"))
+def empty_state(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> DecodeState:
+    """W rows, none of them active. `slots` is S."""
+
+    def per_row() -> jax.Array:
+        return jnp.zeros(rows, jnp.int32)
+
+    return laid_out(
+        DecodeState(
+            cache=[_empty_cache(arch, rows, slots - 1, dtype) for _ in range(arch.num_layers)],
+            tokens=jnp.zeros((rows, slots), jnp.int32),
+            log_probs=jnp.zeros((rows, slots), jnp.float32),
+            entropies=jnp.zeros((rows, slots), jnp.float32),
+            length=per_row() + 1,
+            start=per_row(),
+            limit=per_row(),
+            automaton=per_row(),
+            active=jnp.zeros(rows, bool),
+            key=jax.random.split(jax.random.key(0), rows),
+        )
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("prefixes",))
+def load_prefix(prefixes: list[Blocks], source: list[LayerCache], row: jax.Array, slot: jax.Array) -> list[Blocks]:
+    """Copy row `row` of a prefill's or score pass's cache into prefix slot `slot`.
+
+    The row is taken out by a gather: on a mesh only this row travels then. For a dynamic slice, every device would fetch all
+    rows.
+    """
+    prefix = rows_of(source, jnp.asarray(row)[None])
+
+    def put(slots: jax.Array, block: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(slots, block, slot, axis=0)
+
+    return attention.laid_out(jax.tree.map(put, prefixes, [attention.cut(cache) for cache in prefix]))
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def begin_rows(state: DecodeState, new: NewRows, seed: jax.Array | int) -> DecodeState:
+    """Set rows to the start of their suffix. What their slots held before lies beyond their length and is never read."""
+
+    def key(ids: jax.Array) -> jax.Array:
+        return functools.reduce(jax.random.fold_in, ids, jax.random.key(seed))
+
+    def put(fresh: jax.Array | np.ndarray, old: jax.Array) -> jax.Array:
+        return jnp.where(new.on, fresh, old)
+
+    return laid_out(
+        dataclasses.replace(
+            state,
+            tokens=state.tokens.at[:, 0].set(put(new.last_token, state.tokens[:, 0])),
+            length=put(jnp.ones_like(state.length), state.length),
+            start=put(new.start, state.start),
+            limit=put(new.limit, state.limit),
+            automaton=put(new.automaton, state.automaton),
+            active=state.active | new.on,
+            key=put(jax.vmap(key)(jnp.asarray(new.ids)), state.key),
+        )
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def halt_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
+    """End the sampling of `rows [W]` bool."""
+    return laid_out(dataclasses.replace(state, active=state.active & ~rows))
+
+
+def rows_of(cache: Any, rows: jax.Array) -> Any:
+    """Some rows of a cache; indices beyond it are clipped."""
+    return jax.tree.map(lambda x: x.at[rows].get(mode="clip"), cache)

@@ -1,0 +1,95 @@
+"""Our sampler: initial rollouts from prefilled prompts, branches from the caches of the very pass that scored their parents."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from appo_jax import distributed
+from appo_jax.config import BranchingConfig
+from appo_jax.policy.attention import LayerCache
+from appo_jax.policy.constraints import row_shards
+from appo_jax.policy.parameters import Params
+from appo_jax.policy.score import score
+from appo_jax.policy.sharding import generating
+from appo_jax.rollout.batch import Batch
+from appo_jax.rollout.engine import Draw, Engine
+from appo_jax.rollout.rows import fork_of, fork_of_prompt
+from appo_jax.rollout.sampler import Branch, GenerationStats, ScorePass
+from appo_jax.rollout.shapes import Shapes
+from appo_jax.types import Example, Rollout, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredPrefixes:
+    """The KV caches of a score pass, and the bound that the shapes of branching from it follow from."""
+
+    caches: list[list[LayerCache]]
+    max_rollouts: int
+
+
+class TreeSampler:
+    """A `Sampler` over our engine. Rollouts that share a prefix share its KV cache; scoring is the prefill of the branches."""
+
+    def __init__(self, engine: Engine, branching: BranchingConfig):
+        self.engine = engine
+        self.shapes = Shapes(engine.config, branching, row_shards(engine.mesh))
+
+    def initial(
+        self, params: Params, examples: Sequence[Example], copies: int, draw_id: Sequence[int],
+        temperature: float | None = None, max_examples: int | None = None,
+    ) -> list[Tree]:  # fmt: skip
+        """As `Sampler.initial`. Example i belongs to host i mod the number of hosts."""
+        engine, policy = self.engine, generating(params, self.engine.mesh, self.engine.dtype)
+        groups = []
+        for index, example in enumerate(examples):
+            host = index % distributed.num_hosts()
+            prompt = np.asarray(engine.tokenizer.render_prompt(example.system, example.question), np.int32)
+            groups.append([fork_of_prompt(example, prompt, engine.start(host), node, host) for node in range(copies)])
+        max_examples = max_examples or len(examples)
+        shapes = self.shapes.initial(max_examples, copies)
+        prompts = [group[0].tokens for group in groups]
+        caches = engine.prefill(policy, prompts, shapes.prefix_length, self.shapes.prefill_rows(max_examples))
+        temperature = engine.config.temperature if temperature is None else temperature
+        return engine.generate(policy, groups, caches, shapes, Draw(draw_id, temperature))
+
+    def score(
+        self, params: Params, rollouts: Sequence[Rollout], max_rollouts: int | None = None, to_branch: bool = False
+    ) -> ScorePass:
+        """As `Sampler.score`; several passes where the rollouts do not fit into one."""
+        max_rollouts = max_rollouts or len(rollouts)
+        scored = ScorePass(rollouts, [], [], ScoredPrefixes([], max_rollouts) if to_branch else None)
+        for first in range(0, len(rollouts), self.shapes.score_rollouts):
+            some = rollouts[first : first + self.shapes.score_rollouts]
+            batch = Batch.of(some, self.shapes.score_rows(max_rollouts), self.shapes.rollout_length)
+            result = score(
+                params, batch.tokens, arch=self.engine.arch, temperature=self.engine.config.temperature,
+                dtype=self.engine.dtype,
+            )  # fmt: skip
+            log_probs, entropies = np.asarray(result.log_probs), np.asarray(result.entropies)
+            for i, rollout in enumerate(some):
+                scored.log_probs.append(log_probs[i, : rollout.length])
+                scored.entropies.append(entropies[i, : rollout.length])
+            if to_branch:
+                scored.prefixes.caches.append(result.cache)
+        return scored
+
+    def branches(
+        self, params: Params, scored: ScorePass, branches: Sequence[Sequence[Branch]], draw_id: Sequence[int]
+    ) -> list[list[Rollout]]:
+        """As `Sampler.branches`."""
+        engine, prefixes = self.engine, scored.prefixes
+        assert isinstance(prefixes, ScoredPrefixes), "score the rollouts with to_branch=True first"
+        groups = [
+            [fork_of(parent, branch, engine.start) for branch in wanted]
+            for parent, wanted in zip(scored.rollouts, branches, strict=True)
+        ]
+        policy = generating(params, engine.mesh, engine.dtype)
+        shapes = self.shapes.branches(prefixes.max_rollouts)
+        draw = Draw(draw_id, engine.config.temperature)
+        return engine.generate(policy, groups, iter(prefixes.caches), shapes, draw)
+
+    def take_stats(self) -> GenerationStats:
+        return self.engine.take_stats()

@@ -1,0 +1,184 @@
+"""`appo-jax eval` on predictions: hand-computed figures, faulty files, a faulty judge."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from appo_jax.benchmark.judge import JudgeConfig
+from appo_jax.benchmark.report import compare
+from appo_jax.benchmark.run import Evaluation, evaluate_set
+from appo_jax.cli import main
+from appo_jax.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Four questions of which the answers are 1, 2, 3 and 4."""
+    file = tmp_path / "set.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps({"id": i, "question": f"{i}?", "answer": i, "level": "ab"[i % 2]}) + "\n" for i in (1, 2, 3, 4)
+        )
+    )
+    return file
+
+
+def write_predictions(path, *pairs):
+    path.write_text("".join(json.dumps({"id": id, "prediction": text}) + "\n" for id, text in pairs))
+    return path
+
+
+def report_of(asked):
+    evaluate_set(asked)
+    return json.loads((asked.out / "report.json").read_text())
+
+
+def test_figures_by_hand(data, tmp_path):
+    """Question 1: 3 of 3 right. 2: 2 of 3. 3: 0 of 3, three answers. 4: 1 of 3, and the vote is wrong."""
+    pairs = [(1, "1"), (1, "1.0"), (1, "\\boxed{1}"), (2, "2"), (2, "7"), (2, "2"), (3, "5"), (3, "6"), (3, "7")]
+    predictions = write_predictions(tmp_path / "p.jsonl", *pairs, (4, "9"), (4, "4"), (4, "9"))
+    record = report_of(Evaluation("math500", data, tmp_path / "out", predictions))
+    assert record["accuracy"][0] == pytest.approx((1 + 2 / 3 + 0 + 1 / 3) / 4)
+    assert record["pass_at_k"]["1"][0] == pytest.approx(record["accuracy"][0])
+    assert record["pass_at_k"]["3"][0] == pytest.approx(3 / 4)
+    assert "5" not in record["pass_at_k"]
+    assert record["majority"][0] == pytest.approx((1 + 1 + 0 + 0) / 4)
+    assert record["by_level"]["a"]["accuracy"][0] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert not any(record["problems"].values())
+    items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    assert [[s["correct"] for s in item["samples"]] for item in items][1] == [True, False, True]
+
+
+def test_what_is_missing_counts_as_wrong_and_is_listed(data, tmp_path):
+    predictions = write_predictions(tmp_path / "p.jsonl", (1, "1"), (2, "2"), (2, "2"), (99, "1"), (3, " "))
+    record = report_of(Evaluation("math500", data, tmp_path / "out", predictions))
+    assert record["accuracy"][0] == pytest.approx(0.5)
+    problems = record["problems"]
+    assert problems["without_prediction"] == ["4"]
+    assert problems["unknown_ids"] == ["99"]
+    assert problems["without_answer"] == ["3"]
+    assert problems["uneven_samples"] == ["2"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "without prediction: 1 (4)" in text
+
+
+def test_files_of_predictions_that_cannot_be_scored_are_named(data, tmp_path):
+    for lines, message in [
+        ("", "holds no prediction"),
+        ('{"prediction": "1"}', "record 1: expected fields id and prediction"),
+        ('{"id": 7, "prediction": "1"}', "none of its ids"),
+        ("{", "line 1: not valid JSON"),
+    ]:
+        (tmp_path / "p.jsonl").write_text(lines)
+        with pytest.raises(DataError, match=message):
+            evaluate_set(Evaluation("math500", data, tmp_path / "out", tmp_path / "p.jsonl"))
+    with pytest.raises(DataError, match="no such file"):
+        evaluate_set(Evaluation("math500", data, tmp_path / "out", tmp_path / "q.jsonl"))
+    with pytest.raises(ConfigError, match="whose answers"):
+        evaluate_set(Evaluation("math500", data, tmp_path / "out"))
+
+
+def test_two_reports_are_compared_question_by_question(data, tmp_path):
+    before = write_predictions(tmp_path / "a.jsonl", (1, "1"), (2, "0"), (3, "0"), (4, "4"))
+    after = write_predictions(tmp_path / "b.jsonl", (1, "1"), (2, "2"), (3, "3"), (4, "0"))
+    for name, file in (("a", before), ("b", after)):
+        evaluate_set(Evaluation("math500", data, tmp_path / name, file))
+    text = compare(tmp_path / "a", tmp_path / "b")
+    assert "50.0 % -> 75.0 %; difference +25.0 points" in text
+    assert "3 questions changed" in text
+    assert "| 4 | 100 % | 0 % | 4? |" in text
+    with pytest.raises(DataError, match=r"items\.jsonl: no such file"):
+        compare(tmp_path / "a", tmp_path / "c")
+
+
+class FaultyJudge(ThreadingHTTPServer):
+    """An OpenAI-compatible endpoint that behaves as the answer it is to judge says."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked, self.limited = [], set()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        pass  # clients hang up on purpose
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = body["messages"][0]["content"].split("\nAnswer: ")[1].split("\n")[0]
+        self.server.asked.append(answer)
+        if answer == "slow":
+            time.sleep(3)
+        if answer == "drip":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(40):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
+            return
+        if answer == "down" or (answer == "limited" and answer not in self.server.limited):
+            self.server.limited.add(answer)
+            self.send_error(500 if answer == "down" else 429)
+            return
+        reply = (
+            "I think it could be either." if answer == "prose" else "correct: yes" if answer != "bad" else "Correct: No"
+        )
+        content = {"choices": [{"message": {"content": reply}}], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}
+        data = b"{" if answer == "garbage" else json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def judge():
+    with FaultyJudge() as server:
+        yield server
+        server.shutdown()
+
+
+def test_a_faulty_judge_leaves_a_report_that_says_what_has_no_verdict(judge, tmp_path):
+    answers = ["good", "bad", "slow", "drip", "down", "limited", "prose", "garbage", "good"]
+    data = tmp_path / "set.jsonl"
+    data.write_text("".join(json.dumps({"id": i, "question": "?", "answer": "x"}) + "\n" for i in range(len(answers))))
+    predictions = write_predictions(tmp_path / "p.jsonl", *enumerate(answers))
+    config = JudgeConfig(f"http://127.0.0.1:{judge.server_address[1]}/v1", "m", timeout=1.0, attempts=2)
+    asked = Evaluation("webwalker", data, tmp_path / "out", predictions, judge=config)
+    record = report_of(asked)
+    assert record["problems"]["without_verdict"] == ["2", "3", "4", "6", "7"]
+    assert record["accuracy"][0] == pytest.approx(3 / 9)  # good, limited (at the second try), good
+    assert record["accuracy_if_open_are_right"] == pytest.approx(8 / 9)
+    assert record["judge"]["failed"] == 5
+    assert record["judge"]["prompt_tokens"] > 0
+    before = len(judge.asked)
+    again = report_of(asked)  # verdicts are kept: only the open ones are asked again
+    assert set(judge.asked[before:]) == {"slow", "drip", "down", "prose", "garbage"}
+    assert again["accuracy"] == record["accuracy"]
+
+
+def test_a_judged_set_without_a_judge_says_so(data, tmp_path):
+    record = report_of(Evaluation("hle", data, tmp_path / "out", write_predictions(tmp_path / "p.jsonl", (1, "1"))))
+    assert record["problems"]["without_verdict"] == ["1"]
+    assert "no judge was given" in (tmp_path / "out" / "items.jsonl").read_text()
+
+
+def test_the_command(data, tmp_path, capsys):
+    predictions = write_predictions(tmp_path / "p.jsonl", (1, "1"), (2, "2"), (3, "3"), (4, "0"))
+    out = tmp_path / "out"
+    command = ["eval", "--set", "math500", "--data", str(data), "--out", str(out), "--predictions", str(predictions)]
+    assert main(command) == 0
+    assert "| accuracy (mean over samples) | 75.0 %" in capsys.readouterr().out
+    assert main(["eval", "--compare", str(out), str(out)]) == 0
+    assert "0 questions changed" in capsys.readouterr().out
+    assert main(["eval", "--set", "mmlu", "--data", str(data), "--out", str(out)]) == 2
