@@ -1,27 +1,25 @@
 """Figures of the tools on this machine: `python benchmarks/tools.py [--data DIR] [--soak N]`.
 
 Writes benchmarks/results/tools.json: python calls per second (set-up of each rollout and one fork in six calls
-included), latency at half that load, memory of 300 live rollouts, search speed and recall, and a soak of N calls, 5% of
-them hostile, with what is left over afterwards.
+included), latency at half that load, memory of 300 live rollouts, search speed and recall, and a soak (tools_soak.py) of
+N calls through the executor, 5% of its rollouts hostile, with what is lost and what is left over.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
 import random
-import statistics
 import sys
-import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tools_soak import pss, soak
 
 from appo_jax.config import PythonToolConfig
 from appo_jax.tools.python import PythonTool
@@ -36,12 +34,6 @@ CELLS = (
     "def f(k):\n    return k * y\nf({n})",
     "sorted(values)[:5]",
 )
-HOSTILE = (
-    "while True: pass", "import os\nos.fork()", "x = []\nwhile True: x.append(bytearray(10**7))",
-    "import os\nos._exit(1)", "import ctypes\nctypes.string_at(0)", "while True: print('x' * 1000)",
-    "import os\nos.write(60, b'd')\nwhile True: pass",
-    "open('f', 'wb').write(bytes(1 << 22))", "import socket\nsocket.socket()", "import os\nos.closerange(3, 64)",
-)  # fmt: skip
 
 
 def rollout(tool: PythonTool, n: int) -> list[float]:
@@ -82,50 +74,9 @@ def latency_at(tool: PythonTool, rate: float, seconds: float = 6.0) -> dict[str,
 def live_memory(tool: PythonTool, rollouts: int = 300) -> float:
     """Proportional memory (MB) of the sandbox with that many rollouts alive, each with state."""
     states = [tool.call(tool.start(), f"import math\nx = list(range({i} + 1000))")[1] for i in range(rollouts)]
-    total = sum(_pss(pid) for pid in descendants(tool.pid))
+    total = sum(pss(pid) for pid in descendants(tool.pid))
     assert len(states) == rollouts
     return total / 2**20
-
-
-def soak(calls: int) -> dict[str, float]:
-    """Random rollouts, 5% hostile calls; what is left afterwards."""
-    before = {"threads": threading.active_count(), "fds": len(os.listdir("/proc/self/fd")), "temp": _temp_entries()}
-    tool = PythonTool(PythonToolConfig(timeout=0.2, memory_mb=256))
-    rng, lock, done = random.Random(0), threading.Lock(), 0
-    memory: list[float] = []
-    base, base_fds = len(descendants(tool.pid)), _fds(tool)
-
-    def one(seed: int) -> None:
-        nonlocal done
-        mine, states = random.Random(seed), [tool.start()]
-        for _ in range(10):
-            code = mine.choice(HOSTILE) if mine.random() < 0.05 else f"z = {mine.randrange(100)}\nz * 2"
-            states.append(tool.call(mine.choice(states), code)[1])
-        with lock:
-            done += 1
-            if done % max(1, calls // 200) == 0:
-                memory.append(sum(_pss(pid) for pid in descendants(tool.pid)) / 2**20)
-
-    began = time.perf_counter()
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(one, [rng.randrange(10**9) for _ in range(calls // 10)]))
-    seconds = time.perf_counter() - began
-    gc.collect()
-    time.sleep(2.0)
-    left_processes, inner = len(descendants(tool.pid)) - base, _fds(tool) - base_fds
-    tool.close()
-    time.sleep(0.5)
-    return {
-        "soak_calls": calls,
-        "soak_calls_per_s": calls / seconds,
-        "soak_left_processes": left_processes,
-        "soak_left_sandbox_fds": inner,
-        "soak_left_fds": len(os.listdir("/proc/self/fd")) - before["fds"],
-        "soak_left_threads": threading.active_count() - before["threads"],
-        "soak_left_temp_files": _temp_entries() - before["temp"],
-        "soak_memory_mb_first": statistics.mean(memory[: len(memory) // 4 or 1]),
-        "soak_memory_mb_last": statistics.mean(memory[-(len(memory) // 4 or 1) :]),
-    }
 
 
 def search_figures(data: Path) -> dict[str, float]:
@@ -154,36 +105,13 @@ def search_figures(data: Path) -> dict[str, float]:
     }
 
 
-def _pss(pid: int) -> int:
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return 0
-
-
-def _fds(tool: PythonTool) -> int:
-    """Descriptors open in the sandbox's first process."""
-    supervisor = min(descendants(tool.pid))
-    try:
-        return len(os.listdir(f"/proc/{supervisor}/fd"))
-    except OSError:
-        return 0
-
-
-def _temp_entries() -> int:
-    return len([name for name in os.listdir(tempfile.gettempdir()) if name.startswith("appo-")])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with hotpotqa and 2wiki")
     parser.add_argument("--soak", type=int, default=20_000, help="calls of the soak; 0: none")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tools.json")
     arguments = parser.parse_args()
-    figures: dict[str, float | str | int] = {
+    figures: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {sys.version.split()[0]}"
     }
     began = time.perf_counter()

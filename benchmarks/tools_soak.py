@@ -1,0 +1,248 @@
+"""A soak of the Python tool through the executor, as a run uses it: `soak(calls)`; `python benchmarks/tools_soak.py KIND`.
+
+Rollouts of ten calls, some from earlier states, beside hostile ones of every kind below. Counted are the honest calls that
+were lost (no right answer), the rate beside that of the same calls without hostile ones, and, by minute, processes,
+descriptors and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from appo_jax.config import PythonToolConfig, ToolsConfig
+from appo_jax.tools.build import build_executor
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.python import PythonTool
+from appo_jax.tools.sandbox.system import descendants
+from appo_jax.types import Outcome
+
+HOSTILE_SHARE = 0.05  # of the rollouts
+LENGTH = 10  # calls of an honest rollout
+AT_ONCE = 16  # rollouts
+
+_INNER = "import sys, os\ninner, system = sys.modules['sandbox.interpreter'], sys.modules['sandbox.system']\n"
+# What a hostile rollout calls, one after the other.
+KINDS: dict[str, Sequence[str]] = {
+    "endless_loop": ("while True: pass",),
+    "sleep": ("import time\ntime.sleep(100)",),
+    "memory": ("x = []\nwhile True: x.append(bytearray(10**7))",),
+    "memory_kept": ("x = bytearray(120 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1", "y = 1", "z = 1"),
+    "fork": ("import os\nos.fork()",),
+    "exit": ("import os\nos._exit(1)", "import os\nos.abort()"),
+    "crash": ("import ctypes\nctypes.string_at(0)",),
+    "flood": ("while True: print('x' * 1000)",),
+    "processor_limit": ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))", "1 + 1"),
+    "every_limit": (
+        "import resource as r\nfor k in range(16):\n    try: r.setrlimit(k, (0, 0))\n    except (ValueError, OSError): pass",
+        "1 + 1",
+    ),
+    "deaf": (
+        "import os\nos.write(60, b'd')\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        "#" + "x" * 95_000, "#" + "x" * 95_000, "#" + "x" * 95_000,
+    ),
+    "forged_reports": ("import os\nfor _ in range(10**4): os.write(60, b'd')", "1"),
+    "closed_channel": ("import os\nos.closerange(3, 64)", "1", "1"),
+    "no_files": (_INNER + "inner._take_files = lambda *_: None", "open('x', 'w').write('x')", "1"),
+    "no_namespace": (_INNER + "inner._take_files = lambda *_: system.ask_for_mount()", "1"),
+    "moved_proc": (
+        _INNER + "import ctypes\nlibc = ctypes.CDLL(None)\ndef take(*_):\n    system.unshare(0x20000)\n    os.mkdir('/tmp/p')\n"
+        "    libc.syscall(429, -100, b'/proc', -100, b'/tmp/p', 0)\ninner._take_files = take", "1",
+    ),
+    "no_child": (_INNER + "os.fork = lambda: 0", "1", "1"),
+    "silent_child": (_INNER + "def evil(*_):\n    while True: pass\ninner._cell = evil", "1"),
+    "dead_parent": (
+        _INNER + "import ctypes\nfork = os.fork\nos.fork = lambda: fork() and ctypes.string_at(0)", "1", "1",
+    ),
+    "files": ("for i in range(100): open(str(i), 'wb').write(bytes(1 << 18))", "1"),
+    "unreadable": ("import os\nopen('f', 'w').close(); os.chmod('f', 0)", "1"),
+    "descriptors": ("f = [open('/dev/null') for _ in range(60)]", "1"),
+    "sockets": ("import socket\nsocket.socket()", "import socket\ns = socket.socketpair()\ns[0].sendmsg([b'x'])"),
+    "mounts": ("import ctypes\nl = ctypes.CDLL(None)\nl.mount(b'none', b'/tmp', b'tmpfs', 0, 0); l.umount2(b'/proc', 2)",),
+    "finaliser": ("class A:\n    def __del__(self):\n        while True: pass\na = A()", "del a", "1"),
+}  # fmt: skip
+
+
+class Soak:
+    """One run of rollouts, counted."""
+
+    def __init__(self, kinds: Sequence[str], share: float):
+        config = PythonToolConfig(timeout=1.0, memory_mb=256)
+        self.executor: ToolExecutor = build_executor(ToolsConfig(enabled=("python",), python=config))
+        tool = self.executor._tools["python"]
+        assert isinstance(tool, PythonTool)
+        self.tool = tool
+        self._kinds, self._share = kinds, share
+        self._lock = threading.Lock()
+        self.honest = self.hostile = self.hostile_rollouts = self.rollouts = 0
+        self.lost: list[str] = []
+        self.minutes: list[dict[str, float]] = []
+
+    def run(self, calls: int, seed: int = 0) -> float:
+        """Make rollouts until so many honest calls have been made. Returns the seconds it took."""
+        stop = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(stop,))
+        watcher.start()
+        began = time.perf_counter()
+        numbers = iter(range(10**9))
+
+        def work(_: int) -> None:
+            while self.honest < calls:
+                with self._lock:
+                    number = next(numbers)
+                self._rollout(random.Random(seed * 10**9 + number))
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(work, range(AT_ONCE)))
+        seconds = time.perf_counter() - began
+        stop.set()
+        watcher.join()
+        return seconds
+
+    def _call(self, states: Any, code: str) -> Any:
+        return self.executor.submit(states, f"<python>{code}</python>", bound=600.0).result()
+
+    def _rollout(self, rng: random.Random) -> None:
+        with self._lock:
+            self.rollouts += 1
+        if rng.random() < self._share:
+            with self._lock:
+                self.hostile_rollouts += 1
+            states = self.executor.start()
+            for code in KINDS[rng.choice(self._kinds)]:
+                states = self._call(states, code).states
+                with self._lock:
+                    self.hostile += 1
+            return
+        known = [(self.executor.start(), 0)]
+        for i in range(LENGTH):
+            states, value = rng.choice(known[-3:])
+            step = rng.randrange(100)
+            code = f"x = globals().get('x', 0) + {step}\nx"
+            if i % 4 == 3:
+                code = f"open('x', 'w').write(str(x))\n{code}"
+            elif i == 0:
+                code = f"import math\n{code}"
+            if i % 4 == 3 and states is known[0][0]:
+                code = f"x = 0\n{code}"
+            record = self._call(states, code)
+            right = record.outcome is Outcome.OK and record.result.split()[-1:] == [str(value + step)]
+            with self._lock:
+                self.honest += 1
+                if not right:
+                    self.lost.append(f"{record.outcome}: {record.result[-300:]}")
+            if right:
+                known.append((record.states, value + step))
+
+    def _watch(self, stop: threading.Event) -> None:
+        """Note the largest counts of every minute."""
+        minute: list[dict[str, float]] = []
+        began = time.monotonic()
+        while True:
+            over = stop.wait(5.0)
+            minute.append(self.counts())
+            if over or time.monotonic() - began >= 60.0:
+                self.minutes.append({key: max(counts[key] for counts in minute) for key in minute[0]})
+                minute, began = [], time.monotonic()
+            if over:
+                return
+
+    def counts(self) -> dict[str, float]:
+        """Processes, descriptors and memory now."""
+        below = descendants(self.tool.pid)
+        return {
+            "processes": len(below),
+            "sandbox_descriptors": len(os.listdir(f"/proc/{min(below)}/fd")) if below else 0,
+            "descriptors": len(os.listdir("/proc/self/fd")),
+            "threads": threading.active_count(),
+            "memory_mb": round(sum(map(pss, below)) / 2**20, 1),
+        }
+
+    def settled(self, limit: float = 10.0) -> dict[str, float]:
+        """The counts once no rollout lives: two processes, the supervisor and state 0."""
+        gc.collect()
+        end = time.monotonic() + limit
+        while (counts := self.counts())["processes"] > 2 and time.monotonic() < end:
+            time.sleep(0.2)
+        return counts
+
+
+def soak(calls: int, kinds: Sequence[str] = tuple(KINDS), share: float = HOSTILE_SHARE) -> dict[str, Any]:
+    """The figures of benchmarks/results/tools.json."""
+    before = {"threads": threading.active_count(), "fds": len(os.listdir("/proc/self/fd")), "temp": _temporary()}
+    plain = Soak(kinds, 0.0)
+    plain.run(max(500, calls // 20), seed=1)  # warm
+    plain.honest = 0
+    plain_rate = calls // 4 / plain.run(calls // 4, seed=2)
+    plain.executor.close()
+    assert not plain.lost, plain.lost[:3]
+    hostile = Soak(kinds, share)
+    pid = hostile.tool.pid
+    hostile.run(max(200, calls // 100), seed=3)
+    start = hostile.settled()
+    hostile.honest = hostile.hostile = hostile.rollouts = hostile.hostile_rollouts = 0
+    hostile.minutes.clear()
+    seconds = hostile.run(calls, seed=4)
+    end = hostile.settled()
+    figures: dict[str, Any] = {
+        "soak_calls": hostile.honest + hostile.hostile,
+        "honest_calls": hostile.honest,
+        "honest_calls_lost": len(hostile.lost),
+        "hostile_share": hostile.hostile_rollouts / hostile.rollouts,
+        "hostile_kinds": len(kinds),
+        "throughput_ratio": hostile.honest / seconds / plain_rate,
+        "soak_calls_per_s": hostile.honest / seconds,
+        "soak_sandbox_restarted": int(hostile.tool.pid != pid),
+        "soak_minutes": hostile.minutes,
+        "soak_left_processes": end["processes"] - 2,
+        "soak_left_sandbox_fds": end["sandbox_descriptors"] - start["sandbox_descriptors"],
+        "soak_memory_mb_start": start["memory_mb"],
+        "soak_memory_mb_end": end["memory_mb"],
+    }
+    for line in hostile.lost[:10]:
+        print("LOST", line)
+    hostile.executor.close()
+    time.sleep(0.5)
+    return figures | {
+        "soak_left_fds": len(os.listdir("/proc/self/fd")) - before["fds"],
+        "soak_left_threads": threading.active_count() - before["threads"],
+        "soak_left_temp_files": _temporary() - before["temp"],
+    }
+
+
+def pss(pid: int) -> int:
+    """Proportional memory of a process, bytes."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return 0
+
+
+def _temporary() -> int:
+    return len([name for name in os.listdir(tempfile.gettempdir()) if name.startswith("appo-")])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], help="kinds of hostile rollouts; none: all")
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--share", type=float, default=HOSTILE_SHARE)
+    arguments = parser.parse_args()
+    print(json.dumps(soak(arguments.calls, arguments.kinds or tuple(KINDS), arguments.share), indent=2))
+
+
+if __name__ == "__main__":
+    main()
