@@ -12,8 +12,13 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 class PythonToolConfig:
     """The python tool: one interpreter per rollout, forked with it."""
 
-    isolation: Literal["bubblewrap", "process"] = "bubblewrap"
-    """bubblewrap: namespaces, seccomp, no network. process: resource limits only, for policies that are trusted."""
+    isolation: Literal["bubblewrap", "process", "remote"] = "bubblewrap"
+    """bubblewrap: namespaces, seccomp, no network. process: resource limits only, for policies that are trusted. remote: a
+    server of its own behind `url`; every call runs the rollout's earlier calls again."""
+    url: str | None = None
+    """Server for isolation remote, which speaks SandboxFusion's protocol: http://host:port, without /run_code."""
+    allow_private: bool = False
+    """Whether `url` may be a private, link-local or loopback address."""
     timeout: PositiveFloat = 5.0
     """Seconds of wall time per call."""
     memory_mb: PositiveInt = 512

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from appo_jax.errors import ConfigError
 
@@ -50,10 +50,27 @@ class Fault(Exception):
         self.wait = wait  # seconds the server asks for
 
 
-def post(url: str, body: bytes, headers: Mapping[str, str], deadline: float, allow_private: bool) -> bytes:
-    """POST, and read the whole answer before `deadline` (time.monotonic). No redirects, no proxies. Raises Fault."""
+def split_url(field: str, url: str) -> SplitResult:
+    """The parts of an HTTP address that a field of the config gives. Raises ConfigError."""
     parts = urlsplit(url)
-    connection = _connection(parts.scheme, str(parts.hostname), parts.port, deadline, allow_private)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{field} = {url!r}: expected http://host:port/path or https://…")
+    return parts
+
+
+def post(
+    url: str,
+    body: bytes,
+    headers: Mapping[str, str],
+    deadline: float,
+    allow_private: bool,
+    section: str = "tools.search",
+) -> bytes:
+    """POST, and read the whole answer before `deadline` (time.monotonic). No redirects, no proxies. Raises Fault.
+
+    `section` of the config gives `url` and `allow_private`: for messages."""
+    parts = urlsplit(url)
+    connection = _connection(parts.scheme, str(parts.hostname), parts.port, deadline, allow_private, section)
     try:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("POST", target, body, dict(headers))
@@ -77,7 +94,9 @@ def post(url: str, body: bytes, headers: Mapping[str, str], deadline: float, all
         connection.close()
 
 
-def addresses(host: str, port: int, allow_private: bool, deadline: float | None = None) -> Sequence[tuple[str, int]]:
+def addresses(
+    host: str, port: int, allow_private: bool, deadline: float | None = None, section: str = "tools.search"
+) -> Sequence[tuple[str, int]]:
     """The host's addresses. Raises ConfigError when one is private, loopback, link-local or otherwise not public,
     OSError when there is none, TimeoutError when the name is not resolved before `deadline`."""
     found = [info[4] for info in _resolve(host, port, deadline)]
@@ -85,8 +104,8 @@ def addresses(host: str, port: int, allow_private: bool, deadline: float | None 
         for address in found:
             if not is_public(str(address[0])):
                 raise ConfigError(
-                    f"tools.search.url: {host} is at {address[0]}, which is not a public address; if that is meant, "
-                    "give --tools.search.allow-private"
+                    f"{section}.url: {host} is at {address[0]}, which is not a public address; if that is meant, "
+                    f"give --{section}.allow-private"
                 )
     return [(str(address[0]), int(address[1])) for address in found]
 
@@ -189,7 +208,7 @@ class _BoundedTls(_Bounded, ssl.SSLSocket):
 
 
 def _connection(
-    scheme: str, host: str, port: int | None, deadline: float, allow_private: bool
+    scheme: str, host: str, port: int | None, deadline: float, allow_private: bool, section: str
 ) -> http.client.HTTPConnection:
     timeout = max(0.01, deadline - time.monotonic())
     name = f"[{host}]" if ":" in host else host
@@ -203,7 +222,7 @@ def _connection(
 
     def checked(address: tuple[str, int], *_: Any) -> socket.socket:
         try:
-            allowed = addresses(*address, allow_private, deadline)
+            allowed = addresses(*address, allow_private, deadline, section)
         except ConfigError as error:
             raise Fault("refused", str(error), retry=False) from None
         left = deadline - time.monotonic()

@@ -29,7 +29,8 @@ from typing import Any
 from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.errors import ToolError
 from appo_jax.tools.bubblewrap import advice, command_line
-from appo_jax.tools.protocol import ToolResult
+from appo_jax.tools.protocol import Tool, ToolResult
+from appo_jax.tools.remote import RemotePythonTool
 from appo_jax.tools.sandbox import system
 from appo_jax.tools.sandbox.enter import UNPRIVILEGED
 from appo_jax.types import Outcome
@@ -44,8 +45,9 @@ MAX_CODE_BYTES = 100_000
 KEPT = "Variables are as they were before this call."
 
 
-def make_tool(config: ToolsConfig, documents: object) -> PythonTool:
-    return PythonTool(config.python)
+def make_tool(config: ToolsConfig, documents: object) -> Tool:
+    """The tool for `python.isolation`. Raises ToolError, or ConfigError for a server's address."""
+    return RemotePythonTool(config.python) if config.python.isolation == "remote" else PythonTool(config.python)
 
 
 class PythonTool:

@@ -16,12 +16,11 @@ import time
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from appo_jax.config import SearchToolConfig
 from appo_jax.errors import ConfigError
 from appo_jax.tools.cache import QueryCache
-from appo_jax.tools.exchange import Fault, addresses, post
+from appo_jax.tools.exchange import Fault, addresses, post, split_url
 from appo_jax.tools.protocol import ToolResult, writable
 from appo_jax.tools.search import format_pages, split_contents
 from appo_jax.types import Document, Outcome
@@ -48,11 +47,9 @@ class WebSearch:
         self._next_slot = 0.0
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if config.url is not None:
-            parts = urlsplit(config.url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ConfigError(f"tools.search.url = {config.url!r}: expected http://host:port/path or https://…")
+            parts = split_url("tools.search.url", config.url)
             with contextlib.suppress(OSError):  # a name that cannot be resolved now may be later
-                addresses(parts.hostname, parts.port or 80, config.allow_private)
+                addresses(str(parts.hostname), parts.port or 80, config.allow_private)
         if config.url is not None and config.provider == "serper":
             key = os.environ.get(KEY_VARIABLE)
             if not key:

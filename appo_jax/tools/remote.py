@@ -1,0 +1,137 @@
+"""The Python tool on another machine: `tools.python.isolation = remote`, over SandboxFusion's protocol (`POST /run_code`).
+
+The server runs one program and forgets it. A state is therefore the calls that led to it; each call runs them again, their
+output left out, and then its own code. A fork costs nothing, and a branch equals a replay because it is one. Code that
+depends on the time or on what a server keeps is the exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import secrets
+import time
+from typing import Any
+
+from appo_jax.config import PythonToolConfig
+from appo_jax.errors import ConfigError
+from appo_jax.tools.exchange import Fault, addresses, post, split_url
+from appo_jax.tools.protocol import ToolResult, writable
+from appo_jax.tools.sandbox import cell
+from appo_jax.types import Outcome
+
+MAX_CODE_BYTES = 100_000  # of a call
+MAX_HISTORY_BYTES = 1 << 20  # of all calls of a rollout
+ROUND_TRIP = 10.0  # seconds for the server to start a program and to answer, beside the time that the code runs
+
+State = tuple[str, ...]  # the calls so far
+
+# Runs on the server. Strings hash alike in every replay; output goes to one descriptor, as `cell` writes it.
+_PROGRAM = """
+import os, sys
+if os.environ.get("PYTHONHASHSEED") != "0" and os.path.isfile(sys.argv[0]):
+    os.environ["PYTHONHASHSEED"] = "0"
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+import importlib, json, random, tempfile, types
+cell = types.ModuleType("cell")
+exec(compile(SOURCE, "cell", "exec"), cell.__dict__)
+for name in PRELOAD:
+    importlib.import_module(name)
+os.chdir(tempfile.mkdtemp())
+random.seed(0)
+if "numpy" in sys.modules:
+    sys.modules["numpy"].random.seed(0)
+sys.modules["__main__"] = types.ModuleType("__main__")
+out, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+os.dup2(1, 2)
+for number, code in enumerate(CALLS, 1):
+    last = number == len(CALLS)
+    for fd in (1, 2):
+        os.dup2(out if last else null, fd)
+    report = cell.run(code, f"<call {number}>", MAX_OUTPUT)
+os.write(out, b"\\n" + MARK.encode() + report)
+os._exit(0)
+"""
+
+
+class RemotePythonTool:
+    """The `python` tool over HTTP. Safe to call from several threads; nothing is kept between calls."""
+
+    name = "python"
+    argument_name = "code"
+    description = "Runs Python code and returns what it prints, or the value of its last expression"
+    skills = ("compute", "run_python")
+
+    def __init__(self, config: PythonToolConfig):
+        """Raises ConfigError for a URL that is none, or is not public and not allowed to be private."""
+        if config.url is None:
+            raise ConfigError("tools.python.isolation = remote: give the server's address, --tools.python.url http://…")
+        parts = split_url("tools.python.url", config.url)
+        if not config.allow_private:
+            with contextlib.suppress(OSError):  # a name that cannot be resolved now may be later
+                addresses(str(parts.hostname), parts.port or 80, False, time.monotonic() + 5.0, "tools.python")
+        self._config = config
+        self._url = config.url.rstrip("/") + "/run_code"
+        self.timeout = 2 * config.timeout + ROUND_TRIP  # calls before this one run again
+
+    def start(self) -> State:
+        return ()
+
+    def call(self, state: State | None, argument: str) -> tuple[ToolResult, State]:
+        """Run `argument` after the calls of `state`."""
+        state = state or ()
+        calls = (*state, argument)
+        if len(argument.encode("utf-8", "replace")) > MAX_CODE_BYTES:
+            return ToolResult(f"The code is longer than {MAX_CODE_BYTES} bytes.", Outcome.LIMIT), state
+        if sum(map(len, calls)) > MAX_HISTORY_BYTES:
+            return ToolResult("The calls of this rollout are too long to be run again.", Outcome.LIMIT), state
+        mark = secrets.token_hex(16)
+        try:
+            answer = self._run(self._program(calls, mark))
+            output, status = str(answer["run_result"]["stdout"] or ""), answer["run_result"]["status"]
+        except Fault as fault:
+            outcome = Outcome.TIMEOUT if fault.kind == "timeout" else Outcome.UNAVAILABLE
+            return ToolResult(f"The Python interpreter is not available ({fault}).", outcome), state
+        except (KeyError, TypeError):
+            return ToolResult(
+                "The Python interpreter is not available (an unknown answer).", Outcome.UNAVAILABLE
+            ), state
+        text, found, report = writable(output).rpartition(f"\n{mark}")
+        if not found:
+            return self._unfinished(output, status), state
+        text = text.rstrip("\n") or "(no output)"
+        outcomes = {"d": Outcome.OK, "f": Outcome.ERROR, "m": Outcome.LIMIT}
+        return ToolResult(text, outcomes.get(report.strip()[:1], Outcome.ERROR)), calls
+
+    def close(self) -> None:
+        pass
+
+    def _unfinished(self, output: str, status: object) -> ToolResult:
+        kept = "Variables are as they were before this call."
+        text = writable(output)[: self._config.max_output_chars].strip("\n")
+        if status == "TimeLimitExceeded":
+            why = f"The code did not finish within {self._config.timeout:g} s."
+            return ToolResult(f"{text}\n{why} {kept}".lstrip(), Outcome.TIMEOUT)
+        return ToolResult(f"{text}\nThe interpreter ended (a crash or os._exit). {kept}".lstrip(), Outcome.ERROR)
+
+    def _program(self, calls: State, mark: str) -> str:
+        values: dict[str, Any] = {
+            "SOURCE": inspect.getsource(cell), "PRELOAD": list(self._config.preload), "CALLS": list(calls),
+            "MAX_OUTPUT": 4 * self._config.max_output_chars, "MARK": mark,
+        }  # fmt: skip
+        return "\n".join(f"{name} = {value!r}" for name, value in values.items()) + _PROGRAM
+
+    def _run(self, program: str) -> Any:
+        limit = 2 * self._config.timeout
+        body = {"code": writable(program), "language": "python", "run_timeout": limit}
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        deadline = time.monotonic() + limit + ROUND_TRIP
+        data = post(self._url, json.dumps(body).encode(), headers, deadline, self._config.allow_private, "tools.python")
+        try:
+            answer = json.loads(data)
+        except (ValueError, RecursionError):
+            raise Fault("garbage", "the server's answer is not JSON", retry=False) from None
+        if not isinstance(answer, dict) or answer.get("status") == "SandboxError":
+            raise Fault("sandbox", "the server could not run it", retry=False)
+        return answer
