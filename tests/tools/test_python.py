@@ -123,6 +123,25 @@ def test_a_lost_call_leaves_the_state_before_it(tool, bad):
         quick.close()
 
 
+@pytest.mark.parametrize(
+    ("code", "first", "last"),
+    [
+        ("for i in range(100_000): print(i)", "0\n1\n", "\n99998\n99999"),
+        ("for i in range(100_000): print(i)\n1 / 0", "0\n1\n", "\nZeroDivisionError: division by zero"),
+        ("print('é' * 90_000)\nprint('done')", "ééé", "é\ndone"),
+        ("import sys\nsys.stdout.buffer.write(b'x' * 90_000)\nprint('\\nend')", "xxx", "x\nend"),
+        ("print('a' * 90_000)\nimport sys; sys.exit('that is all')", "aaa", "that is all"),
+        ("def f(n):\n    return f(n - 1) if n else 1 / 0  # " + "x" * 900 + "\nf(20)", "Traceback", "division by zero"),
+        ("raise ValueError('a' * 9000 + ' the end')", "Traceback", "aaa the end"),
+    ],
+)
+def test_a_long_output_keeps_its_beginning_and_its_end(tool, code, first, last):
+    result, _ = run(tool, code)
+    assert result.text.startswith(first)
+    assert result.text.endswith(last)
+    assert len(result.text) < 12_000
+
+
 def test_clean_leaves_ordinary_code_alone():
     code = "s = '''\n  two\n'''\nprint(s)"
     assert clean(code) == code

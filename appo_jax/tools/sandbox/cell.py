@@ -15,6 +15,7 @@ import traceback
 from typing import Any
 
 TRACE_FRAMES = 8
+END = 2000  # characters of the end of an overlong output, and of either end of a traceback, that are kept
 DONE, FAILED, OUT_OF_MEMORY = b"d", b"f", b"m"  # what is reported of a call
 
 
@@ -34,16 +35,20 @@ def run(code: str, filename: str, max_output: int) -> bytes:
             value = eval(compile(ast.Expression(last.value), filename, "eval", dont_inherit=True), space)
             if value is not None:
                 builtins.print(repr(value))
+        out.finish()
         return DONE
     except SystemExit as leave:
+        out.finish()
         if leave.code is None or leave.code == 0:
             return DONE
         _show(leave)
         return FAILED
     except MemoryError as error:
+        out.finish()
         _show(error)
         return OUT_OF_MEMORY
     except BaseException as error:
+        out.finish()
         _show(error)
         return FAILED
 
@@ -56,13 +61,14 @@ def clean(code: str) -> str:
 
 
 class _Output(io.TextIOBase):
-    """Standard output of a cell: keeps the first bytes and swallows the rest; a flood costs nothing and never fails."""
+    """Standard output of a cell: keeps the first bytes and the end; a flood costs little and never fails."""
 
     encoding = "utf-8"
     errors = "backslashreplace"
 
     def __init__(self, limit: int):
         self._room = limit
+        self._end = ""  # of what had no room
 
     def writable(self) -> bool:
         return True
@@ -73,11 +79,22 @@ class _Output(io.TextIOBase):
     def write(self, text: str) -> int:
         if not isinstance(text, str):
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+        kept = b""
         if self._room > 0:
-            data = text[: self._room].encode("utf-8", "backslashreplace")[: self._room]
-            self._room -= len(data)
-            os.write(1, data)
+            kept = text[: self._room].encode("utf-8", "backslashreplace")[: self._room]
+            self._room -= len(kept)
+            os.write(1, kept)
+        if self._room <= 0:
+            left_out = text[len(kept.decode("utf-8", "ignore")) :]
+            self._end = (self._end + left_out[-END:])[-END:]
         return len(text)
+
+    def finish(self) -> None:
+        """Write the end of what had no room, once the code has said all."""
+        if self._end:
+            with contextlib.suppress(BaseException):
+                os.write(1, f"\n[…]\n{self._end}".encode("utf-8", "backslashreplace"))
+        self._end = ""
 
     @property
     def buffer(self) -> io.RawIOBase:
@@ -114,4 +131,6 @@ def _show(error: BaseException) -> None:
     except BaseException:  # hostile exceptions
         text = f"{type(error).__name__}\n"
     with contextlib.suppress(BaseException):
-        os.write(1, text[:4000].encode("utf-8", "backslashreplace"))
+        if len(text) > 2 * END:  # the last line says what went wrong
+            text = f"{text[:END]}\n[…]\n{text[-END:]}"
+        os.write(1, text.encode("utf-8", "backslashreplace"))
