@@ -29,6 +29,7 @@ from appo_jax.storage import usable_path
 PyTree = Any
 _log = logging.getLogger(__name__)
 
+TEMPORARY = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
 # A step is read back in parts of at most so many bytes: beside the state that is being trained there is little room.
 MAX_BYTES_READ_BACK = 1 << 28
 
@@ -40,9 +41,16 @@ class Checkpointer:
     method together.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
-        self._directory = usable_path(directory)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    def __init__(self, directory: Path, keep: int, read_only: bool = False) -> None:
+        """`read_only`: nothing is written, removed or set aside; another process may be writing here."""
+        self._directory, self._read_only = usable_path(directory), read_only
+        if not read_only and jax.process_index() == 0:
+            self._tell_leftovers()
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+            if read_only
+            else ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._unread: tuple[int, PyTree, dict[str, Any]] | None = (
             None  # step, abstract state, arrays: not read back yet
@@ -87,30 +95,57 @@ class Checkpointer:
         that needs a person, not a silent start from nothing.
         """
         self.wait()
-        self._manager.reload()
-        steps = sorted(self._manager.all_steps(), reverse=True)
         start = None if iterator is None else iterator.get_state()
         refused: dict[int, str] = {}
-        for step in steps:
+        while (step := self._newest_besides(refused)) is not None:
             try:
                 state, meta = self._restore(step, abstract_state, iterator, partial)
             except CheckpointError:
                 raise
             except Exception as error:
+                if not (
+                    self._directory / str(step)
+                ).exists():  # the process that writes here has removed it: it was old
+                    refused[step] = "removed meanwhile"
+                    continue
+                if _is_denied(error):
+                    raise CheckpointError(
+                        f"{self._directory / str(step)}: this user may not read it; give it the right to (chown -R, chmod -R u+rX)"
+                    ) from error
                 refused[step] = f"{type(error).__name__}: {error}".splitlines()[0]
                 _log.warning("%s: checkpoint of step %d is refused: %s", self._directory, step, refused[step])
                 if iterator is not None:
                     iterator.set_state(start)
                 continue
-            self._set_aside(list(refused))
+            if not self._read_only:
+                self._set_aside([refused_step for refused_step, why in refused.items() if why != "removed meanwhile"])
             return step, state, meta
         if refused:
             reasons = "\n".join(f"  step {step}: {reason}" for step, reason in refused.items())
             raise CheckpointError(
                 f"{self._directory}: every checkpoint is broken:\n{reasons}\n"
-                "Put a good copy in place, or delete this folder to start the run anew."
+                + ("If the run is being written now, try again. " if self._read_only else "")
+                + "Put a good copy in place, or delete this folder to start the run anew."
             )
         return None
+
+    def _newest_besides(self, refused: Mapping[int, str]) -> int | None:
+        """The newest step on disk that has not been refused."""
+        self._manager.reload()
+        return max((step for step in self._manager.all_steps() if step not in refused), default=None)
+
+    def _tell_leftovers(self) -> None:
+        """Say what lies in the folder besides checkpoints."""
+        names = sorted(path.name for path in self._directory.iterdir()) if self._directory.is_dir() else []
+        half = [name for name in names if TEMPORARY in name]
+        refused = [name for name in names if name.startswith("refused_")]
+        if half:
+            _log.info("%s: a save was cut off, and what it left is removed: %s", self._directory, ", ".join(half))
+        if refused:
+            _log.info(
+                "%s: broken checkpoints are kept: %s; `appo-jax checkpoints RUN --prune` removes them", self._directory,
+                ", ".join(refused),
+            )  # fmt: skip
 
     @heartbeat.phase("checkpoint")
     def wait(self) -> None:
@@ -216,6 +251,36 @@ class Checkpointer:
             f"{self._directory}: a checkpoint could not be written ({type(error).__name__}: {error}); "
             "check the disk's free space and rights, then start again: the run goes on from its last good step"
         )
+
+
+def verify(step_folder: Path) -> str:
+    """ "sound", or what is wrong with a checkpoint: everything is read, whatever policy it is of, array after array."""
+    try:
+        checkpointer = Checkpointer(step_folder.parent, keep=1, read_only=True)
+        try:
+            record = checkpointer._record(int(step_folder.name))
+        finally:
+            checkpointer.close()
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        with ocp.PyTreeCheckpointer() as reader:
+            tree = reader.metadata(step_folder / "state").item_metadata.tree
+            where = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=host), tree)
+            arrays = reader.restore(step_folder / "state", ocp.args.PyTreeRestore(restore_args=where))
+        found = _describe(arrays)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    written = record["arrays"]
+    wrong = [name for name in {**written, **found} if written.get(name) != found.get(name)]
+    return f"{len(wrong)} arrays are not what was written, among them {wrong[0]}" if wrong else "sound"
+
+
+def _is_denied(error: BaseException | None) -> bool:
+    """Whether the system refused to let this user read something."""
+    while error is not None:
+        if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error) or "Permission denied" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[set[int]]:

@@ -25,7 +25,7 @@ from rich.logging import RichHandler
 from appo_jax import distributed, failures
 from appo_jax.config import Config
 from appo_jax.config_io import check, load_config
-from appo_jax.errors import ConfigError, DataError, PlanError, ToolError
+from appo_jax.errors import CheckpointError, ConfigError, DataError, PlanError, ToolError
 from appo_jax.supervision.status import describe, runs_under
 from appo_jax.supervision.supervisor import meet, supervise
 
@@ -80,6 +80,9 @@ def _set_up_logging() -> None:
     handler = RichHandler(console=console, show_path=False) if console.is_terminal else logging.StreamHandler()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("appo_jax").setLevel(logging.INFO)
+    # Orbax warns of what is in order and leaves failed reads behind, which checkpoint.py reports in a line of its own.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
 def config_from(command: str, args: Sequence[str]) -> Config:
@@ -332,6 +335,35 @@ def _view(args: Sequence[str]) -> None:
     tyro.cli(view, prog="appo-jax view", args=list(args))
 
 
+def _checkpoints(args: Sequence[str]) -> None:
+    """List the checkpoints of a run; verify them, copy the newest, remove what is left over of broken ones."""
+
+    def checkpoints(
+        run: tyro.conf.Positional[Path], verify: bool = False, prune: bool = False, copy_to: Path | None = None
+    ) -> None:
+        """List the checkpoints of a run.
+
+        Args:
+            run: The run's directory.
+            verify: Read each as a whole, and compare it with what was written.
+            prune: Remove broken and half-written ones that were set aside. Good checkpoints are kept.
+            copy_to: A new folder, for the newest sound checkpoint and the config: a run that can be continued or exported.
+        """
+        from appo_jax import archive
+
+        if copy_to is not None:
+            print(archive.copy(run, copy_to))
+        for entry in archive.prune(run) if prune else ():
+            print("removed", entry.line())
+        states = {entry.path: word for entry, word in archive.verified(run)} if verify else {}
+        for entry in archive.entries(run):
+            print(entry.line(states.get(entry.path, "")))
+        if broken := [path for path, word in states.items() if word != "sound"]:
+            raise CheckpointError(f"{len(broken)} checkpoints are broken; the run sets them aside when it goes on")
+
+    tyro.cli(checkpoints, prog="appo-jax checkpoints", args=list(args))
+
+
 def _status(args: Sequence[str]) -> None:
     """Say what a run does now, on every host, and how it ended; for one run or a folder of runs."""
 
@@ -360,6 +392,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sweep": _sweep,
     "eval": _eval,
     "status": _status,
+    "checkpoints": _checkpoints,
     "view": _view,
     "data": _data,
     "convert": _convert,

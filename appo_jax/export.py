@@ -38,7 +38,7 @@ def newest_params(run: Path) -> tuple[str, Params]:
         folder = run / "checkpoints" / phase
         if not folder.exists():
             continue
-        checkpointer = Checkpointer(folder, keep=1)
+        checkpointer = Checkpointer(folder, keep=1, read_only=True)
         try:
             found = checkpointer.restore_latest({"params": params}, None, partial=True)
         finally:

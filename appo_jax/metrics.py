@@ -5,41 +5,45 @@ Names are `group/name`; `view/plots.py` draws each group. Times are in seconds, 
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tensorboardX import SummaryWriter
 
 from appo_jax import distributed
-from appo_jax.storage import write_atomically
+from appo_jax.dumps import Decode, dumped_steps, settle_dumps, spans, write_dump
+from appo_jax.errors import CheckpointError
+from appo_jax.storage import set_aside, to_json, write_atomically
 from appo_jax.types import Rollout
 
 Value = float | int | str
+_log = logging.getLogger(__name__)
 
 
 class MetricsLogger:
     """Writes the metrics of the run in directory `run_dir`; with several hosts, the first one does.
 
-    A step's line is on disk when `log` returns. JSON has no NaN and no infinities: metrics.jsonl holds null in their
-    place, TensorBoard the value itself.
+    A step's line is on disk when `log` returns, and ends with a checksum of what stands before it. JSON has no NaN and no
+    infinities: metrics.jsonl holds null in their place, TensorBoard the value itself.
     """
 
-    def __init__(self, run_dir: Path, name: str = "metrics") -> None:
-        """`name`: of the file, for another phase than the main one ("sft" -> sft.jsonl, tensorboard/sft)."""
+    def __init__(self, run_dir: Path, name: str = "metrics", keep_rollouts: int = 0) -> None:
+        """`name`: of the file, for another phase than the main one ("sft" -> sft.jsonl, tensorboard/sft).
+
+        `keep_rollouts`: dumps of so many steps are kept, the newest; 0: all of them.
+        """
         self._run_dir = Path(run_dir)
         self._file = self._run_dir / f"{name}.jsonl"
-        self._name = name
-        self._last_step = -1
+        self._name, self._keep_rollouts = name, keep_rollouts
+        records, _ = _read(self._file)
+        self._last_step = records[-1]["step"] if records else -1
         self._board: SummaryWriter | None = None
         self._writes = distributed.host() == 0
-        records = read_metrics(self._file)
-        self.resume(records[-1]["step"] if records else -1)
 
     def log(self, step: int, metrics: Mapping[str, Value]) -> None:
         """Append one step. Raises ValueError unless steps grow: every step has exactly one line."""
@@ -49,7 +53,7 @@ class MetricsLogger:
         if not self._writes:
             return
         with self._file.open("a") as file:
-            file.write(_to_json({"step": step} | dict(metrics)))
+            file.write(_sealed({"step": step} | dict(metrics)))
             file.flush()
             os.fsync(file.fileno())
         if self._board is None:  # purge_step: TensorBoard forgets what a killed process logged from here on
@@ -59,31 +63,58 @@ class MetricsLogger:
                 self._board.add_scalar(key, float(value), step)
         self._board.flush()
 
-    def resume(self, step: int) -> None:
-        """Forget what was logged after `step`, and a last line cut short by a crash: the run goes on from `step`."""
-        kept = [record for record in read_metrics(self._file) if record["step"] <= step]
-        self._last_step = kept[-1]["step"] if kept else -1
+    def resume(self, step: int, last: Mapping[str, Value] | None = None, max_unsaved: int | None = None) -> None:
+        """Make the records those of a run that goes on from `step`, every step once.
+
+        Later steps are made again: their records and trees are removed. `last` is the record of `step` itself, where the
+        checkpoint holds it. Records that are lost are named in the log and marked by a line `{"step": …, "lost": true}`; a
+        damaged file is kept under a name that says so. `max_unsaved`: more steps than this are not made without a checkpoint;
+        raises CheckpointError, and touches nothing, where more of them are on record and `step` is 0.
+        """
+        records, damage = _read(self._file)
+        if step == 0 and max_unsaved is not None and records and records[-1]["step"] > max_unsaved:
+            raise CheckpointError(
+                f"{self._file} tells of {records[-1]['step']} steps, but there is no checkpoint of any; put the folder checkpoints "
+                "back, or delete the run's folder to start it anew"
+            )
+        kept = {record["step"]: record for record in records if record["step"] <= step}
+        if last is not None and step > 0:
+            kept.setdefault(step, {"step": step} | dict(last))
+        lost = [s for s in range(1, step + 1) if s not in kept]
+        self._last_step = step if kept or lost else -1
         if not self._writes:
             return
-        if self._file.exists():
-            write_atomically(self._file, "".join(_to_json(record) for record in kept))
-        if self._name == "metrics":
-            for path in (self._run_dir / "rollouts").glob("step_*.jsonl"):
-                if int(path.stem.removeprefix("step_")) > step:
-                    path.unlink()
+        cut_alone = len(damage) == 1 and "cut short" in damage[0]  # what a kill leaves; that step is made again
+        if self._file.exists() and ((damage and not cut_alone) or lost):
+            damage.append(f"the file as it was is kept as {set_aside(self._file, copy=True).name}")
+        if lost:
+            damage.append(
+                f"the records of {'steps' if len(lost) > 1 else 'step'} {spans(lost)} are lost, and marked so"
+            )
+        if self._file.exists() or lost:
+            whole = {s: {"step": s, "lost": True} for s in lost} | kept
+            write_atomically(self._file, "".join(_sealed(whole[s]) for s in sorted(whole)))
+        if damage and not (cut_alone and not lost):
+            _log.warning("%s: %s", self._file, "; ".join(damage))
+        if self._name == "metrics" and (damage := settle_dumps(self._run_dir / "rollouts", step, self._keep_rollouts)):
+            _log.warning("%s: %s", self._run_dir / "rollouts", "; ".join(damage))
+        if again := [record["step"] for record in records if record["step"] > step]:
+            _log.info("%s: no checkpoint holds steps %s: they are made again", self._file.name, spans(again))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json; a reader finds the old one or the new one, never half of one."""
         if self._writes:
-            write_atomically(self._run_dir / "summary.json", _to_json(summary, indent=2))
+            write_atomically(self._run_dir / "summary.json", to_json(summary, indent=2))
 
-    def dump_trees(self, step: int, trees: Sequence[Sequence[Rollout]], decode: Callable[[Sequence[int]], str]) -> Path:
-        """Write rollouts/step_000012.jsonl, one prompt's tree a line (see `tree_record`). `decode`: ids to text."""
-        path = self._run_dir / "rollouts" / f"step_{step:06d}.jsonl"
-        if self._writes:
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, "".join(_to_json(tree_record(step, tree, decode)) for tree in trees))
-        return path
+    def dump_trees(self, step: int, trees: Sequence[Sequence[Rollout]], decode: Decode) -> None:
+        """Write rollouts/step_000012.jsonl.gz, one prompt's tree a line. `decode`: ids to text."""
+        if not self._writes:
+            return
+        write_dump(self._run_dir / "rollouts", step, trees, decode)
+        if self._keep_rollouts:
+            for old, path in dumped_steps(self._run_dir / "rollouts").items():
+                if old <= step - self._keep_rollouts:
+                    path.unlink()
 
     def close(self) -> None:
         if self._board is not None:
@@ -91,68 +122,39 @@ class MetricsLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, in order; none where it does not exist. A last line cut short is left out."""
+    """The records of a metrics file, in order of their steps; none where it does not exist. What is damaged is left out."""
+    records, damage = _read(path)
+    if damage and not (len(damage) == 1 and "cut short" in damage[0]):
+        _log.warning("%s: %s; these are left out", path, "; ".join(damage[:5]))
+    return [record for record in records if not record.get("lost")]
+
+
+def _sealed(record: Mapping[str, Any]) -> str:
+    """A record as a line, with its checksum."""
+    text = to_json(record)
+    return f'{text[:-2]}, "crc": {zlib.crc32(text.encode())}}}\n'
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records that can be read, steps growing, and what is wrong with the file, in words."""
     if not path.exists():
-        return []
-    *lines, _ = path.read_text().split("\n")  # after the last newline: nothing, or a line cut short
-    return [json.loads(line) for line in lines]
-
-
-def tree_record(step: int, tree: Sequence[Rollout], decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """One prompt's rollouts as plain JSON.
-
-    A node's `segments` are its own tokens: all of the response for an initial rollout, those from `fork` on for a
-    branch. They are cut where sampled text and tool results meet and at every branch position, so that a segment
-    `start`s at each index in `branch_positions` (where another node was branched off this one).
-    """
-    example = tree[0].example
-    return {
-        "step": step,
-        "id": example.id,
-        "question": example.question,
-        "golds": list(example.golds),
-        "kind": example.kind,
-        "nodes": [_node_record(rollout, tree, decode) for rollout in tree],
-    }
-
-
-def _node_record(rollout: Rollout, tree: Sequence[Rollout], decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    forks = sorted({other.fork for other in tree if other.parent == rollout.node and other.fork is not None})
-    start = rollout.prompt_length if rollout.fork is None else rollout.fork
-    turns = start + 1 + np.flatnonzero(np.diff(rollout.sampled[start:]))  # where sampled text and tool results meet
-    cuts = sorted({start, *turns.tolist(), *(fork for fork in forks if fork > start), rollout.length})
-    return {
-        "node": rollout.node,
-        "parent": rollout.parent,
-        "fork": rollout.fork,
-        "loop": rollout.loop,
-        "prompt_tokens": rollout.prompt_length,
-        "tokens": rollout.length,
-        "sampled_tokens": int(rollout.sampled[start:].sum()),
-        "reward": rollout.reward,
-        "correct": bool(rollout.correct),
-        "reward_detail": rollout.reward_detail,
-        "reward_error": rollout.reward_error,
-        "stop_reason": str(rollout.stop_reason),
-        "branch_positions": forks,
-        "calls": [call.to_json() for call in rollout.calls],
-        "segments": [
-            {"start": a, "sampled": bool(rollout.sampled[a]), "text": decode(rollout.tokens[a:b].tolist())}
-            for a, b in itertools.pairwise(cuts)
-        ],
-    }
-
-
-def _to_json(record: Mapping[str, Any], indent: int | None = None) -> str:
-    """One line of strict JSON, or an indented document: array scalars as numbers, NaN and infinities as null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if hasattr(value, "item"):
-            value = value.item()
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(record), indent=indent, allow_nan=False) + "\n"
+        return [], []
+    records: list[dict[str, Any]] = []
+    damage: list[str] = []
+    *lines, rest = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            step, crc = record["step"], record.pop("crc", None)
+            if crc is not None and _sealed(record) != line.decode() + "\n":
+                raise ValueError("not what was written")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            damage.append(f"line {number} is not the record of a step")
+            continue
+        if not isinstance(step, int) or (records and step <= records[-1]["step"]):
+            damage.append(f"line {number} repeats an earlier step")
+            continue
+        records.append(record)
+    if rest:
+        damage.append(f"line {len(lines) + 1} is cut short")
+    return records, damage

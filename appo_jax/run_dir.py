@@ -4,7 +4,8 @@ config.json           the resolved config; `appo-jax train --config RUN_DIR/conf
 metrics.jsonl         one line a step
 summary.json          the run's figures
 checkpoints/          one folder a kept step
-rollouts/             step_000012.jsonl: one rollout tree a line
+rollouts/             step_000012.jsonl.gz: one rollout tree a line
+status.json           what the run does now (supervision/status.py)
 plots/  tensorboard/  pictures and event files of the metrics
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import logging
 import os
 from pathlib import Path
 from types import TracebackType
@@ -30,8 +32,26 @@ MAY_CHANGE = (
     "checkpoint_every",
     "sft.checkpoint_every",
     "keep_checkpoints",
+    "keep_rollouts",
     "max_silent_seconds",
 )
+
+# These say how a step is computed, not what: a checkpoint is laid out anew. Sums are taken in another order, so that the last
+# bits of the parameters, and then the rollouts, may differ from those of the run before.
+HOW_COMPUTED = (
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "mesh.slices",
+    "optimizer.micro_batch",
+    "optimizer.remat",
+    "sft.micro_batch",
+    "rollout.decode_rows",
+    "rollout.share_prefix",
+    "tools.max_concurrency",
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +105,8 @@ def open_run(config: Config) -> RunDir:
     """Create `config.run_dir`, or continue the run of the same config that it holds, and lock it for this process.
 
     Raises CheckpointError where the directory holds a run of another config (the differing fields are listed; those in
-    MAY_CHANGE may differ) or of an unknown one, is in use by another process, cannot be written, or
-    cannot hold checkpoints (`usable_path`). With several hosts the
+    MAY_CHANGE may differ, and those in HOW_COMPUTED with a warning) or of an unknown one, is in use by another process, cannot be
+    written, or cannot hold checkpoints (`usable_path`). With several hosts the
     first one does all this and the others hear whether it could: they must see the same folder.
     """
     run = error = None
@@ -122,6 +142,11 @@ def _open(config: Config) -> RunDir:
         run = RunDir(path, continued=bool(results), lock=lock)
         if run.continued:
             _check_same_run(run, config)
+        if run.metrics.exists() and run.metrics.stat().st_size and not (run.checkpoints / "rl").is_dir():
+            raise CheckpointError(
+                f"{run.metrics} tells of training steps, but {run.checkpoints / 'rl'} is gone; put it back, or delete "
+                f"{path} to start the run anew"
+            )
         written = run.config.with_suffix(".tmp")
         save_config(config, written)
         written.replace(run.config)  # a crash leaves the old config or the new one, never half of one
@@ -143,6 +168,12 @@ def _check_same_run(run: RunDir, config: Config) -> None:
         ) from error
     old, new = flatten(kept), flatten(config)
     changed = [name for name in diff_configs(kept, config) if name not in MAY_CHANGE]
+    if how := [name for name in changed if name in HOW_COMPUTED]:
+        words = ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in how)
+        log.warning(
+            "%s: goes on, computed in another way (%s): the last bits of its figures may differ", run.path, words
+        )
+    changed = [name for name in changed if name not in HOW_COMPUTED]
     if changed:
         absent = "(absent)"
         lines = [f"  {name}: {old.get(name, absent)!r} in the run, {new.get(name, absent)!r} given" for name in changed]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from appo_jax import failures, heartbeat
+from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params
 from appo_jax.config import Config
@@ -45,15 +46,35 @@ def cold_start(components: Components, run: RunDir, on_step: OnStep, stop: Stop)
     """The cold-started policy of a run: restored, taken over from `init_from`, or trained now.
 
     Training is resumed from its own checkpoints under checkpoints/sft. `on_step` hears of every step; once `stop` is
-    requested the step is saved and KeyboardInterrupt raised.
+    requested the step is saved and KeyboardInterrupt raised. A run that has RL checkpoints needs none of this, unless its
+    loss has a KL term: where the cold start's checkpoint is broken or gone it goes on without, and its accuracies are those
+    that the RL checkpoints hold.
     """
+    config = components.config
+    has_rl = any(path.name.isdigit() for path in (run.checkpoints / "rl").glob("*"))
+    if not has_rl or make_algorithm(config).loss.kl_weight > 0:
+        return _cold_start(components, run, on_step, stop)
+    try:
+        own = _finished(components, run)
+    except CheckpointError as error:
+        log.warning("%s\nThe run's RL checkpoints do not need it: going on from them", error)
+        own = None
+    return own or (initial_params(config, components.arch, components.mesh), {})
+
+
+def _cold_start(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> ColdStart:
+    return _finished(components, run) or _train(components, run, on_step, stop)
+
+
+def _finished(components: Components, run: RunDir) -> ColdStart | None:
+    """The run's finished cold start, or the one it takes over."""
     config = components.config
     own = _restore(run.checkpoints / "sft", config, components)
     if own is not None and own[0] == config.sft.steps:
         return own[1].params, own[2]["accuracies"]
     if config.init_from is not None:
         return _take_over(Path(config.init_from), components)
-    return _train(components, run, on_step, stop)
+    return None
 
 
 def run(config: Config) -> dict[str, float]:
@@ -144,7 +165,7 @@ def _restore(folder: Path, config: Config, components: Components) -> tuple[int,
     """The newest cold-start checkpoint in a folder, or None."""
     if not folder.exists():
         return None
-    checkpointer = Checkpointer(folder, keep=1)
+    checkpointer = Checkpointer(folder, keep=1, read_only=True)
     try:
         return checkpointer.restore_latest(abstract_state(config, components), None)
     finally:

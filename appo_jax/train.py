@@ -39,8 +39,9 @@ from appo_jax.rollout.scoring import future_values, inherit, log_probs
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.sft import cold_start
+from appo_jax.storage import plain
 from appo_jax.types import Example, Rollout, Tree
-from appo_jax.view.plots import draw_plots
+from appo_jax.view.plots import try_to_draw_plots
 from appo_jax.view.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,6 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
 
     # ---- policy
     params, accuracies = cold_start(components, run, progress.sft_step, stop)
-    progress.accuracies(accuracies)
 
     # ---- learner
     algorithm = make_algorithm(config)
@@ -99,13 +99,15 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
 
     # ---- where the run left off
     checkpointer = Checkpointer(run.checkpoints / "rl", config.keep_checkpoints)
-    metrics = MetricsLogger(run.path)
-    step, sampled_tokens, wall_before = 0, 0, 0.0
+    metrics = MetricsLogger(run.path, keep_rollouts=config.keep_rollouts)
+    step, sampled_tokens, wall_before, last = 0, 0, 0.0, None
     if (restored := checkpointer.restore_latest(state, prompts)) is not None:
         step, state, meta = restored
-        sampled_tokens, wall_before = meta["sampled_tokens"], meta["wall_s"]
+        sampled_tokens, wall_before, last = meta["sampled_tokens"], meta["wall_s"], meta["record"]
+        accuracies = meta["accuracies"]
         log.info("going on from step %d", step)
-    metrics.resume(step)
+    progress.accuracies(accuracies)
+    metrics.resume(step, last, config.checkpoint_every)
 
     def over() -> bool:
         return step >= config.steps or 0 < config.max_sampled_tokens <= sampled_tokens
@@ -134,7 +136,13 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             progress.step(step, record)
             stopping = stop.agreed()
             if step % config.checkpoint_every == 0 or over() or stopping:
-                checkpointer.save(step, state, {"sampled_tokens": sampled_tokens, "wall_s": wall_s}, prompts)
+                meta = {
+                    "sampled_tokens": sampled_tokens,
+                    "wall_s": wall_s,
+                    "record": plain(record),
+                    "accuracies": accuracies,
+                }
+                checkpointer.save(step, state, meta, prompts)
         if not over():
             log.warning("stopped after step %d, which is saved; the same command goes on from there", step)
             raise KeyboardInterrupt
@@ -146,9 +154,10 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             "accuracy_final": final.accuracy, "steps": step, "sampled_tokens": sampled_tokens,
             "wall_s": wall_before + time.perf_counter() - began, "seed": config.seed, "algorithm": config.algorithm,
         }  # fmt: skip
+        checkpointer.wait()  # who finds a summary finds the policy it speaks of
         metrics.write_summary(summary)
         if distributed.host() == 0:
-            draw_plots(run.path)
+            try_to_draw_plots(run.path)
         progress.done(summary)
     except Exception as error:
         failures.report(error)  # before it unwinds: on the way out it may wait for other hosts

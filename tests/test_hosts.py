@@ -17,6 +17,7 @@ from conftest import QUICKSTART
 
 from appo_jax.config import Config, MeshConfig
 from appo_jax.config_io import check, save_config
+from appo_jax.dumps import read_dump
 from appo_jax.metrics import read_metrics
 from appo_jax.prepare import prepare_world
 
@@ -162,8 +163,9 @@ def test_two_hosts_train_as_one_does(tmp_path: Path, short_quickstart: Callable[
     for a, b in zip(expected, found, strict=True):
         assert {key: b[key] for key in same} == pytest.approx({key: a[key] for key in same}, rel=1e-4, abs=1e-6)
     for step in (1, 2):
-        trees = [(folder / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines() for folder in (alone, both)]
-        for a, b in zip(*(map(json.loads, lines) for lines in trees), strict=True):
+        for a, b in zip(
+            *(read_dump(folder / f"rollouts/step_{step:06d}.jsonl.gz") for folder in (alone, both)), strict=True
+        ):
             assert [(n["segments"], n["stop_reason"], n["reward"]) for n in a["nodes"]] == [
                 (n["segments"], n["stop_reason"], n["reward"]) for n in b["nodes"]
             ]

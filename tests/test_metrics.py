@@ -1,12 +1,16 @@
 """What a run writes about itself, read back with strict JSON and TensorBoard's own record format."""
 
+import gzip
 import json
+import logging
 import struct
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from appo_jax.dumps import spans
+from appo_jax.errors import CheckpointError
 from appo_jax.metrics import MetricsLogger, read_metrics
 from appo_jax.types import Example, Outcome, Rollout, StopReason, ToolCall
 
@@ -16,7 +20,9 @@ def strict(text):
 
 
 def lines(path):
-    return [strict(line) for line in path.read_text().splitlines()]
+    """The records of a file, without their checksums."""
+    records = [strict(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "crc"} for record in records]
 
 
 def scalars(folder):
@@ -72,7 +78,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     again = MetricsLogger(tmp_path)
     again.resume(3)
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [
-        f"step_00000{n}.jsonl" for n in (1, 2, 3)
+        f"step_00000{n}.jsonl.gz" for n in (1, 2, 3)
     ]
     for step in range(4, 8):
         again.log(step, {"value": 10 * step})
@@ -84,8 +90,129 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 def test_a_line_cut_short_is_neither_read_nor_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 2}\n{"step": 2, "a"')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 2}]
-    MetricsLogger(tmp_path).log(2, {"a": 3})
+    logger = MetricsLogger(tmp_path)
+    logger.resume(1)
+    logger.log(2, {"a": 3})
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 2}, {"step": 2, "a": 3}]
+
+
+def logged(tmp_path, steps):
+    """A run's metrics and dumps up to a step."""
+    logger = MetricsLogger(tmp_path)
+    for step in range(1, steps + 1):
+        logger.log(step, {"value": step / 3, "note": "ä"})
+        logger.dump_trees(step, [], str)
+    logger.close()
+    return tmp_path / "metrics.jsonl"
+
+
+def cut_into_the_last_line(content):
+    return content[:-5]
+
+
+def cut_in_the_middle(content):
+    return content[: content.index(b'"step": 3') + 4]
+
+
+def blank_line(content):
+    return content.replace(b"\n", b"\n\n", 1)
+
+
+def nul_bytes(content):
+    at = content.index(b'"step": 2')
+    return content[:at] + bytes(16) + content[at + 16 :]
+
+
+def bad_byte(content):
+    return content[:30] + b"\xff" + content[31:]
+
+
+def another_digit(content):
+    return content.replace(b"0.6666666666666666", b"0.6666666666666667")
+
+
+def repeated(content):
+    return content + content
+
+
+def emptied(content):
+    return b""
+
+
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [
+        (cut_into_the_last_line, []), (cut_in_the_middle, [3, 4]), (blank_line, []), (nul_bytes, [2]), (bad_byte, [1]),
+        (another_digit, [2]), (repeated, []), (emptied, [1, 2, 3, 4]),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_keeps_what_it_can_and_says_what_is_lost(tmp_path, caplog, damage, lost):
+    path = logged(tmp_path, 5)
+    before = lines(path)
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
+    with caplog.at_level(logging.INFO):
+        logger = MetricsLogger(tmp_path)
+        logger.resume(5, {"value": 5 / 3, "note": "ä"})  # the checkpoint of step 5 holds its record
+    expected = [{"step": r["step"], "lost": True} if r["step"] in lost else r for r in before]
+    assert lines(path) == expected
+    if lost:
+        assert f"{spans(lost)} are lost" in caplog.text
+    if lost or damage in (blank_line, repeated):
+        assert (tmp_path / "metrics.damaged-1.jsonl").read_bytes() == damaged
+        assert "metrics.damaged-1.jsonl" in caplog.text
+    assert [r["step"] for r in read_metrics(path)] == [s for s in range(1, 6) if s not in lost]  # readers go on
+    assert len(list((tmp_path / "rollouts").iterdir())) == 5  # no tree is removed for it
+    logger.log(6, {"value": 2.0})
+    MetricsLogger(tmp_path).resume(6)  # what is marked as lost stays so, and is told once
+    assert lines(path) == [*expected, {"step": 6, "value": 2.0}]
+
+
+def test_a_run_without_its_checkpoints_is_not_begun_anew_in_silence(tmp_path):
+    path = logged(tmp_path, 5)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="tells of 5 steps, but there is no checkpoint"):
+        MetricsLogger(tmp_path).resume(0, max_unsaved=4)
+    assert path.read_bytes() == before
+    assert len(list((tmp_path / "rollouts").iterdir())) == 5
+    MetricsLogger(tmp_path).resume(0, max_unsaved=5)  # a kill before the first checkpoint
+
+
+@pytest.mark.parametrize(
+    "name", ["step_final.jsonl", "step_3.jsonl", "notes", "step_000002.jsonl~", "step_abc.jsonl.gz"]
+)
+def test_files_of_other_names_are_left_alone(tmp_path, name):
+    logged(tmp_path, 3)
+    (tmp_path / "rollouts" / name).write_text("mine")
+    MetricsLogger(tmp_path).resume(2)
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == sorted(
+        ["step_000001.jsonl.gz", "step_000002.jsonl.gz", name]
+    )
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "missing"])
+def test_a_damaged_dump_is_set_aside_and_told(tmp_path, caplog, damage):
+    logged(tmp_path, 3)
+    path = tmp_path / "rollouts" / "step_000002.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"step": 2}\n', mtime=0))
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[14] ^= 16
+        path.write_bytes({"cut": content[:-9], "flip": content, "empty": b""}[damage])
+    MetricsLogger(tmp_path).resume(3)
+    assert "step 2 are lost" in caplog.text
+    assert not path.exists()
+    assert (tmp_path / "rollouts" / "step_000002.damaged-1.jsonl.gz").exists() == (damage != "missing")
+
+
+def test_only_the_newest_dumps_are_kept_where_the_config_says_so(tmp_path):
+    logger = MetricsLogger(tmp_path, keep_rollouts=2)
+    for step in range(1, 6):
+        logger.dump_trees(step, [], str)
+    assert sorted(path.name[:11] for path in (tmp_path / "rollouts").iterdir()) == ["step_000004", "step_000005"]
+    logger.resume(5)
 
 
 def test_phases_keep_their_own_files(tmp_path):
@@ -96,7 +223,7 @@ def test_phases_keep_their_own_files(tmp_path):
     sft.resume(0)
     assert lines(tmp_path / "sft.jsonl") == []
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "reward/initial": 1.0}]
-    assert (tmp_path / "rollouts" / "step_000001.jsonl").exists()
+    assert (tmp_path / "rollouts" / "step_000001.jsonl.gz").exists()
 
 
 PROMPT = "Q? "
@@ -124,9 +251,8 @@ def test_a_dumped_tree_tells_text_tool_results_and_branches(tmp_path):
         rollout(3, "<6+7", "ssss", parent=0, fork=len(PROMPT) + 2, loop=1),
         rollout(4, "<6+x", "ssss", parent=3, fork=len(PROMPT) + 3, loop=2),
     ]
-    path = MetricsLogger(tmp_path).dump_trees(12, [tree], lambda ids: "".join(map(chr, ids)))
-    assert path == tmp_path / "rollouts" / "step_000012.jsonl"
-    (record,) = lines(path)
+    MetricsLogger(tmp_path).dump_trees(12, [tree], lambda ids: "".join(map(chr, ids)))
+    (record,) = strict(f"[{gzip.decompress((tmp_path / 'rollouts/step_000012.jsonl.gz').read_bytes()).decode()}]")
     nodes = record.pop("nodes")
     assert record == {
         "step": 12, "id": "q-1", "question": "six times seven?", "golds": ["42", "forty-two"], "kind": "math",

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from appo_jax.config import BranchingConfig, Config, PolicyConfig
-from appo_jax.config_io import load_config, save_config
+from appo_jax.config import BranchingConfig, Config, MeshConfig, PolicyConfig
+from appo_jax.config_io import flatten, load_config, save_config
 from appo_jax.errors import CheckpointError
-from appo_jax.run_dir import open_run
+from appo_jax.run_dir import HOW_COMPUTED, MAY_CHANGE, open_run
 
 
 @pytest.fixture
@@ -21,6 +21,7 @@ def config(tmp_path):
 def run_with_results(config):
     with open_run(config) as run:
         run.metrics.write_text('{"step": 1}\n')
+        (run.checkpoints / "rl").mkdir()
     return run
 
 
@@ -98,3 +99,38 @@ def test_a_path_under_which_checkpoints_are_lost_is_refused_before_anything_is_w
 def test_an_object_store_is_refused_with_what_to_do(config):
     with pytest.raises(CheckpointError, match="gs://bucket/run: runs are written through the file system; mount"):
         open_run(dataclasses.replace(config, run_dir="gs://bucket/run"))
+
+
+def test_training_steps_without_their_checkpoints_are_refused(config, run_with_results):
+    (run_with_results.checkpoints / "rl").rmdir()
+    with pytest.raises(CheckpointError, match=r"tells of training steps, but .*checkpoints/rl is gone; put it back"):
+        open_run(config)
+    assert run_with_results.metrics.read_text() == '{"step": 1}\n'
+
+
+def test_a_run_goes_on_on_other_hardware_with_a_warning(config, run_with_results, caplog):
+    other = dataclasses.replace(
+        config,
+        mesh=MeshConfig(fsdp=2),
+        optimizer=dataclasses.replace(config.optimizer, micro_batch=2, remat="layers"),
+        rollout=dataclasses.replace(config.rollout, decode_rows=8),
+    )
+    with open_run(other) as run:
+        assert load_config(run.config) == other
+    assert "mesh.fsdp was 1 and is 2" in caplog.text
+    assert "last bits of its figures may differ" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "field", ["rollout.temperature", "optimizer.learning_rate", "sft.steps", "policy.compute_dtype"]
+)
+def test_what_is_computed_may_not_change(config, run_with_results, field):
+    part, name = field.split(".")
+    value = {"temperature": 0.5, "learning_rate": 1e-3, "steps": 7, "compute_dtype": "bfloat16"}[name]
+    other = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{name: value})})
+    with pytest.raises(CheckpointError, match=rf"{field}: .* in the run, {value!r} given"):
+        open_run(other)
+
+
+def test_every_field_that_may_change_is_one_of_the_config(config):
+    assert set(MAY_CHANGE) | set(HOW_COMPUTED) <= set(flatten(config))

@@ -85,6 +85,8 @@ class Config:
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 3
     """Newest checkpoints that are kept."""
+    keep_rollouts: NonNegativeInt = 0
+    """Rollout trees of the newest so many steps are kept on disk. 0: of all steps."""
     max_silent_seconds: PositiveFloat = 600.0
     """A run that makes no progress for so long, and for ten times as long as its phase ever took to make some, ends itself with
     the stacks of all threads, and its supervisor starts it again. Three times as long while a phase may still be compiling."""

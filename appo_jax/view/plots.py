@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from appo_jax.dumps import dumped_steps, read_dump
 from appo_jax.errors import DataError
 from appo_jax.metrics import read_metrics
+
+log = logging.getLogger(__name__)
 
 STYLE: Any = {
     "figure.dpi": 120,
@@ -42,6 +45,9 @@ class Panel:
     metrics: tuple[str, ...]
     stacked: bool = False
 
+
+# So many steps' branches are drawn, evenly spaced: a picture has no room for more, and a long run has many dumps.
+MAX_COLUMNS = 100
 
 PHASES = ("rollout", "reward", "score", "branch", "update")  # of a training step, one after the other
 
@@ -74,6 +80,19 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
         Panel("Speed", "sampled tokens per second of a step", ("time/tokens_per_s",)),
     ),
 }
+
+
+def try_to_draw_plots(run_dir: Path) -> None:
+    """Draw every figure of a run that has ended; what cannot be drawn is told, and ends nothing."""
+    try:
+        draw_plots(run_dir)
+    except Exception as error:
+        log.warning(
+            "the plots could not be drawn (%s: %s); `appo-jax view %s` tries again",
+            type(error).__name__,
+            error,
+            run_dir,
+        )
 
 
 def draw_plots(run_dir: str | Path) -> list[Path]:
@@ -150,9 +169,14 @@ def _short(names: list[str]) -> list[str]:
 def _branch_points(folder: Path) -> list[tuple[int, float]]:
     """(step, where the branch begins as a share of its parent's response) of every dumped branch."""
     points = []
-    for path in sorted(folder.glob("step_*.jsonl")):
-        for line in path.read_text().splitlines():
-            tree = json.loads(line)
+    dumps = list(dumped_steps(folder).values())
+    for path in dumps[:: 1 + len(dumps) // MAX_COLUMNS]:
+        try:
+            trees = list(read_dump(path))
+        except DataError as error:
+            log.warning("%s; left out of the plots", error)
+            continue
+        for tree in trees:
             nodes = {node["node"]: node for node in tree["nodes"]}
             for node in nodes.values():
                 if node["parent"] is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from appo_jax.dumps import dumped_steps, read_dump, spans
 from appo_jax.errors import DataError
 
 
@@ -20,21 +20,22 @@ def show_tree(run_dir: str | Path, step: int | None = None, index: int = 0, cons
     Raises DataError that names what there is when the step or the tree is not.
     """
     folder = Path(run_dir) / "rollouts"
-    steps = sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
+    dumps = dumped_steps(folder)
+    steps = list(dumps)
     if not steps:
         raise DataError(f"{folder}: no rollout dumps; give the directory of a run that has made a step")
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise DataError(f"{folder}: no dump of step {step}; there are {', '.join(map(str, steps))}")
-    lines = (folder / f"step_{step:06d}.jsonl").read_text().splitlines()
-    if not 0 <= index < len(lines):
-        raise DataError(f"{folder}: step {step} has no tree {index}; give 0 to {len(lines) - 1}")
+        raise DataError(f"{folder}: no dump of step {step}; there are {spans(steps)}")
+    trees = list(read_dump(dumps[step]))
+    if not 0 <= index < len(trees):
+        raise DataError(f"{folder}: step {step} has no tree {index}; give 0 to {len(trees) - 1}")
     console = console or Console()
-    console.print(render_tree(json.loads(lines[index])))
+    console.print(render_tree(trees[index]))
 
 
 def render_tree(record: dict[str, Any]) -> Tree:
-    """A dumped tree (see `metrics.tree_record`) as rich draws it: each branch hangs under the rollout it forked from.
+    """A dumped tree (see `dumps.tree_record`) as rich draws it: each branch hangs under the rollout it forked from.
 
     ⑂n in a text marks the place where rollout n was branched off: it shares all that stands before the mark.
     """

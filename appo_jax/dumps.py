@@ -1,0 +1,131 @@
+"""Rollout trees on disk: rollouts/step_000012.jsonl.gz, one prompt's tree a line. Gzip's checksum tells a damaged file."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from appo_jax.errors import DataError
+from appo_jax.storage import set_aside, to_json, write_atomically
+from appo_jax.types import Rollout
+
+Decode = Callable[[Sequence[int]], str]
+_NAME = re.compile(r"step_(\d{6,})\.jsonl(\.gz)?")
+# At a start so many of the newest dumps are read to see whether they are whole: a second or two.
+MAX_CHECKED = 1000
+
+
+def dumped_steps(folder: Path) -> dict[int, Path]:
+    """Step -> its dump, in order. Files of other names are left alone."""
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := _NAME.fullmatch(path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def write_dump(folder: Path, step: int, trees: Sequence[Sequence[Rollout]], decode: Decode) -> Path:
+    """Write the trees of a step; a reader finds the whole file or none."""
+    path = folder / f"step_{step:06d}.jsonl.gz"
+    folder.mkdir(exist_ok=True)
+    text = "".join(to_json(tree_record(step, tree, decode)) for tree in trees)
+    write_atomically(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))
+    return path
+
+
+def read_dump(path: Path) -> Iterator[dict[str, Any]]:
+    """The trees of a step, one after the other. Raises DataError for a file that is damaged."""
+    try:
+        if path.suffix == ".gz" and path.stat().st_size == 0:  # gzip reads it as a whole file of nothing
+            raise EOFError("it is empty")
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+            for line in file:
+                yield json.loads(line)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise DataError(f"{path}: the trees of this step cannot be read ({type(error).__name__}: {error})") from error
+
+
+def settle_dumps(folder: Path, step: int, keep: int = 0) -> list[str]:
+    """Make the folder that of a run which goes on from `step`; returns what is wrong with it, in words.
+
+    Later steps are made again, and their dumps removed. A damaged dump is set aside under a name that says so. `keep`: so many
+    of the newest are kept (0: all); older ones are not missed.
+    """
+    found = dumped_steps(folder)
+    for later in [s for s in found if s > step]:
+        found.pop(later).unlink()
+    told = []
+    for damaged in list(found)[-MAX_CHECKED:]:
+        try:
+            for _ in read_dump(found[damaged]):
+                pass
+        except DataError:
+            told.append(f"{found[damaged].name} is damaged and set aside as {set_aside(found.pop(damaged)).name}")
+    first = max(1, step - keep + 1) if keep else 1
+    if missing := sorted(set(range(first, step + 1)) - set(found)):
+        told.append(f"the trees of {'steps' if len(missing) > 1 else 'step'} {spans(missing)} are lost")
+    return told
+
+
+def spans(steps: Sequence[int]) -> str:
+    """1, 2, 3, 7 -> "1-3, 7"."""
+    groups: list[list[int]] = []
+    for step in steps:
+        if groups and step == groups[-1][-1] + 1:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
+
+
+def tree_record(step: int, tree: Sequence[Rollout], decode: Decode) -> dict[str, Any]:
+    """One prompt's rollouts as plain JSON.
+
+    A node's `segments` are its own tokens: all of the response for an initial rollout, those from `fork` on for a
+    branch. They are cut where sampled text and tool results meet and at every branch position, so that a segment
+    `start`s at each index in `branch_positions` (where another node was branched off this one).
+    """
+    example = tree[0].example
+    return {
+        "step": step,
+        "id": example.id,
+        "question": example.question,
+        "golds": list(example.golds),
+        "kind": example.kind,
+        "nodes": [_node_record(rollout, tree, decode) for rollout in tree],
+    }
+
+
+def _node_record(rollout: Rollout, tree: Sequence[Rollout], decode: Decode) -> dict[str, Any]:
+    forks = sorted({other.fork for other in tree if other.parent == rollout.node and other.fork is not None})
+    start = rollout.prompt_length if rollout.fork is None else rollout.fork
+    turns = start + 1 + np.flatnonzero(np.diff(rollout.sampled[start:]))  # where sampled text and tool results meet
+    cuts = sorted({start, *turns.tolist(), *(fork for fork in forks if fork > start), rollout.length})
+    return {
+        "node": rollout.node,
+        "parent": rollout.parent,
+        "fork": rollout.fork,
+        "loop": rollout.loop,
+        "prompt_tokens": rollout.prompt_length,
+        "tokens": rollout.length,
+        "sampled_tokens": int(rollout.sampled[start:].sum()),
+        "reward": rollout.reward,
+        "correct": bool(rollout.correct),
+        "reward_detail": rollout.reward_detail,
+        "reward_error": rollout.reward_error,
+        "stop_reason": str(rollout.stop_reason),
+        "branch_positions": forks,
+        "calls": [call.to_json() for call in rollout.calls],
+        "segments": [
+            {"start": a, "sampled": bool(rollout.sampled[a]), "text": decode(rollout.tokens[a:b].tolist())}
+            for a, b in itertools.pairwise(cuts)
+        ],
+    }
