@@ -17,6 +17,7 @@ import jax
 
 from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ToolError
+from appo_jax.tools.attacks import try_attacks
 from appo_jax.tools.python import PythonTool
 from appo_jax.tools.sandbox import seccomp
 from appo_jax.types import Outcome
@@ -32,8 +33,9 @@ class Check:
 
 
 def probe() -> list[Check]:
-    """Look at the devices and at what the Python tool needs, from the ground up, and try it. Takes about a second."""
-    return [
+    """Look at the devices and at what the Python tool needs, from the ground up, try it, and try the worst attacks on it.
+    Takes some seconds."""
+    checks = [
         _devices(),
         _bubblewrap(),
         _namespaces(),
@@ -43,6 +45,9 @@ def probe() -> list[Check]:
         _try("bubblewrap"),
         _try("process"),
     ]
+    if checks[-2].ok:
+        checks += _attacks()
+    return checks
 
 
 def _devices() -> Check:
@@ -106,6 +111,16 @@ def _preload() -> Check:
     if missing:
         return Check("python modules", False, f"{', '.join(missing)}: pip install them, or change tools.python.preload")
     return Check("python modules", True, ", ".join(PythonToolConfig().preload))
+
+
+def _attacks() -> list[Check]:
+    try:
+        return [
+            Check(f"attack: {attack.name}", attack.held, attack.detail if attack.held else f"not held: {attack.detail}")
+            for attack in try_attacks()
+        ]
+    except ToolError as error:
+        return [Check("attacks", False, str(error))]
 
 
 def _try(isolation: str) -> Check:

@@ -1,9 +1,16 @@
 """The machine's checks say what they found, and agree with what the tool does."""
 
+import re
+from pathlib import Path
+
+import pytest
+from test_attacks import REFUSED
+
 from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ToolError
 from appo_jax.tools.doctor import probe
 from appo_jax.tools.python import PythonTool
+from appo_jax.tools.sandbox import seccomp
 
 
 def test_the_checks_agree_with_the_tool():
@@ -24,3 +31,17 @@ def test_a_machine_without_bubblewrap(monkeypatch, tmp_path):
     for name in ("bubblewrap", "user namespaces", "python tool, isolation bubblewrap"):
         assert not checks[name].ok
     assert "apt-get install bubblewrap" in checks["bubblewrap"].detail
+
+
+@pytest.mark.skipif(bool(REFUSED), reason=REFUSED)
+def test_the_worst_attacks_are_tried_and_held():
+    checks = [check for check in probe() if check.name.startswith("attack: ")]
+    assert len(checks) == 6
+    assert [check.detail for check in checks if not check.ok] == []
+
+
+def test_every_system_call_of_the_filter_is_argued_for():
+    text = Path("docs/tools.md").read_text().partition("### Every system call")[2].partition("## ")[0]
+    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("| ") and "`" in line.split("|")[2]]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(seccomp._X86_64.keys() | seccomp._AARCH64.keys())
