@@ -242,14 +242,14 @@ def _sft(args: Sequence[str]) -> None:
 
 
 def _data(args: Sequence[str]) -> None:
-    """`data world`: make the embedded world's dataset and train its tokenizer."""
-    kind = args[0] if args else None
-    if kind != "world":
-        raise ConfigError(f"data {kind or ''}: expected `appo-jax data world --config FILE`")
-    config = config_from("data world", args[1:])
-    from appo_jax.prepare import prepare_world
+    """`data world`: make the embedded world's dataset and train its tokenizer. `data describe`: what a config's data holds."""
+    kind = args[0] if args else ""
+    if kind not in ("world", "describe"):
+        raise ConfigError(f"data {kind}: expected `appo-jax data world --config FILE` or `appo-jax data describe --config FILE`")
+    config = config_from(f"data {kind}", args[1:])
+    from appo_jax.prepare import describe_data, prepare_world
 
-    print(prepare_world(config))
+    print(prepare_world(config) if kind == "world" else describe_data(config))
 
 
 def _convert(args: Sequence[str]) -> None:

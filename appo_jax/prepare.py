@@ -1,4 +1,4 @@
-"""The `data` command: makes a generated world's dataset and trains its tokenizer."""
+"""The `data` commands: make a generated world's dataset and train its tokenizer; say what a config's data holds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from appo_jax.config import Config
 from appo_jax.data.demonstrations import demonstrate
+from appo_jax.data.describe import describe
 from appo_jax.data.source import Dataset, load_dataset
 from appo_jax.errors import ConfigError
 from appo_jax.text.tokenizer import load_tokenizer
@@ -43,6 +44,13 @@ def prepare_world(config: Config) -> str:
         f"{len(dataset.train)} training and {len(dataset.held_out)} held-out questions, "
         f"{len(dataset.documents or ())} documents, {size} tokens in {path}"
     )
+
+
+def describe_data(config: Config) -> str:
+    """What the data of a config holds. Lengths are in tokens where its tokenizer is there already."""
+    path = config.policy.tokenizer or config.policy.path
+    tokenizer = load_tokenizer(path) if path is not None and Path(path).exists() else None
+    return describe(config.data, tokenizer, config.rollout.max_prompt_tokens)
 
 
 def _texts(dataset: Dataset, executor: ToolExecutor) -> Iterator[str]:

@@ -95,7 +95,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         components.arch.vocab_size,
         config.seed,
     )
-    prompts = prompt_batches(components.train, config.prompts_per_step, config.seed)
+    prompts = prompt_batches(components.train, config.prompts_per_step, config.seed, weights=components.dataset.weights)
 
     # ---- where the run left off
     checkpointer = Checkpointer(run.checkpoints / "rl", config.keep_checkpoints)

@@ -33,6 +33,8 @@ class Example:
     golds: tuple[str, ...]
     kind: Kind  # how golds are compared: "math" (equal values) or "qa" (equal strings, token F1)
     system: str  # the system prompt it is asked under
+    source: str = ""  # the set it is from
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)  # what else its record says
 
 
 @dataclasses.dataclass(frozen=True)

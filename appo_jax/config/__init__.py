@@ -5,7 +5,7 @@ gives a number. A field's docstring says what it means, in which unit, and where
 stand in its type. Rules between fields are in `rules`. `config_io.check` holds a config to all of them.
 """
 
-from appo_jax.config.data import DataConfig
+from appo_jax.config.data import ColumnsConfig, DataConfig, DataPart
 from appo_jax.config.learning import OptimizerConfig, Remat, SFTConfig
 from appo_jax.config.method import AdvantageConfig, BranchingConfig, LossConfig
 from appo_jax.config.policy import Architecture, PolicyConfig, RopeScaling
@@ -17,8 +17,10 @@ __all__ = [
     "AdvantageConfig",
     "Architecture",
     "BranchingConfig",
+    "ColumnsConfig",
     "Config",
     "DataConfig",
+    "DataPart",
     "EvalConfig",
     "LossConfig",
     "MeshConfig",

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -38,12 +37,24 @@ class TraceBatch:
 
 
 def prompt_batches(
-    examples: Sequence[Example], batch_size: int, seed: int, start: int = 0
+    examples: Sequence[Example], batch_size: int, seed: int, start: int = 0, weights: Mapping[str, float] | None = None
 ) -> grain.DatasetIterator[list[Example]]:
     """Endless batches of `batch_size` examples; every example once an epoch, each epoch in another order.
 
-    start: examples already used, for a run that is resumed from this count alone (on another number of hosts)."""
-    return _batches(examples, batch_size, seed, start, list)
+    weights: by `Example.source`, the share of the stream that comes from it; every example is then drawn once in an epoch of
+    its own source. start: examples already used. The stream follows from the examples and the seed alone, so that this count is
+    all a run needs to go on, also on another number of hosts: every host reads the whole stream, and a prompt's tools and
+    rewards belong to one host. Raises DataError for a source without examples."""
+    if not weights:
+        stream = grain.MapDataset.source(examples).shuffle(seed).repeat()
+    else:
+        groups = {name: [example for example in examples if example.source == name] for name in weights}
+        if empty := [name for name, group in groups.items() if not group]:
+            raise DataError(f"data.mixture: no question is left of {', '.join(empty)}; take it out, or mend its data")
+        parts = [grain.MapDataset.source(group).shuffle(seed).repeat() for group in groups.values()]
+        stream = grain.MapDataset.mix(parts, weights=list(weights.values()))
+    batches = stream.slice(slice(start, None)).batch(batch_size, drop_remainder=True, batch_fn=list)
+    return iter(batches.to_iter_dataset(READ))
 
 
 def trace_batches(
@@ -125,9 +136,3 @@ def check_prompts(
     if not fitting:
         raise DataError(f"no prompt fits rollout.max_prompt_tokens = {max_prompt_tokens}; raise that field")
     return tuple(fitting)
-
-
-def _batches(items: Sequence[Any], batch_size: int, seed: int, start: int, batch_fn: Any) -> grain.DatasetIterator[Any]:
-    stream = grain.MapDataset.source(items).shuffle(seed).repeat()
-    batches = stream.slice(slice(start, None)).batch(batch_size, drop_remainder=True, batch_fn=batch_fn)
-    return iter(batches.to_iter_dataset(READ))

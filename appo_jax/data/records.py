@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import pyarrow
+import pyarrow.parquet
 
 from appo_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
-Raw = TypeVar("Raw")
 Record = TypeVar("Record")
 OnMalformed = Literal["fatal", "skip"]
+# What a record is called in messages, by the file's suffix.
+UNITS = {".jsonl": "line", ".json": "record", ".parquet": "row", ".csv": "line", ".tsv": "line"}
 
 
 def need_file(path: Path, what: str) -> Path:
@@ -24,26 +30,33 @@ def need_file(path: Path, what: str) -> Path:
     return path
 
 
-def parse_records(
-    path: Path, raws: Iterable[Raw], parse: Callable[[Raw], Record], malformed: OnMalformed, unit: str = "line"
+def read_records(
+    path: Path, parse: Callable[[int, Any], Record | None], malformed: OnMalformed, what: str = "a file of questions"
 ) -> list[Record]:
-    """`parse` of every raw record, in order. `parse` raises KeyError, TypeError or ValueError for a malformed one.
+    """`parse(number, record)` of every record of a jsonl, json, parquet, csv or tsv file, in order; blank lines are passed over.
 
-    fatal: raises DataError with file and line of the first. skip: warns of each and counts them.
-    Raises DataError when nothing is left.
+    `number` counts lines, rows or records from 1. `parse` returns None for a record to leave out (it logs why), and raises
+    KeyError, TypeError or ValueError for a malformed one. fatal: the first of them raises DataError with file and line.
+    skip: each is warned of, and all are counted. Raises DataError when nothing is left.
     """
+    need_file(path, what)
+    unit = UNITS.get(path.suffix.lower())
+    if unit is None:
+        raise DataError(f"{path}: expected a file that ends in {', '.join(UNITS)}")
     records: list[Record] = []
     skipped = 0
-    for number, raw in enumerate(raws, start=1):
+    for number, raw in _rows(path):
         try:
-            records.append(parse(raw))
-        except (KeyError, TypeError, ValueError) as error:
+            record = parse(number, json.loads(raw) if isinstance(raw, bytes) else raw)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             problem = f"missing field {error}" if isinstance(error, KeyError) else str(error)
             message = f"{path}, {unit} {number}: {problem}"
             if malformed == "fatal":
                 raise DataError(f"{message}; mend it, or set data.malformed to skip") from error
             logger.warning("%s; skipped", message)
             skipped += 1
+        else:
+            records += [] if record is None else [record]
     if skipped:
         logger.warning("%s: skipped %d malformed of %d records", path, skipped, skipped + len(records))
     if not records:
@@ -51,16 +64,61 @@ def parse_records(
     return records
 
 
-def text_field(record: Any, *keys: str) -> str:
-    """A non-blank string at `record[key][key]...`. Raises KeyError, TypeError or ValueError."""
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, record) of a file; the lines of a jsonl file as bytes, so that a broken one is a matter of its own."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".jsonl":
+            with path.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if number == 1:
+                        line = line.removeprefix(b"\xef\xbb\xbf")
+                    if line.strip():
+                        yield number, line
+        elif suffix == ".json":
+            yield from enumerate(_listed(json.loads(path.read_bytes().decode("utf-8-sig")), path), start=1)
+        elif suffix == ".parquet":
+            number = 0
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                for row in batch.to_pylist():
+                    yield (number := number + 1), row
+        else:
+            csv.field_size_limit(2**31 - 1)  # the standard 128 KB are less than ten Wikipedia paragraphs
+            with path.open(newline="", encoding="utf-8-sig") as text:
+                rows = csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+                for row in rows:
+                    yield rows.line_num, row
+    except (pyarrow.ArrowException, csv.Error, OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected a {suffix[1:]} file: {error}") from error
+
+
+def _listed(content: Any, path: Path) -> list[Any]:
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        return content["data"]
+    if not isinstance(content, list):
+        raise DataError(
+            f"{path}: expected a list of records (or an object with one in `data`), got {type(content).__name__}"
+        )
+    return content
+
+
+def field(record: Any, path: str) -> Any:
+    """The value at a dotted path. Raises KeyError or TypeError."""
     value = record
-    for key in keys:
+    for key in path.split("."):
         if not isinstance(value, dict):
             raise TypeError(f"expected an object with field {key!r}, got {type(value).__name__}")
+        if key not in value:
+            raise KeyError(path)
         value = value[key]
-    name = ".".join(keys)
+    return value
+
+
+def text_field(record: Any, path: str) -> str:
+    """A non-blank string at a dotted path. Raises KeyError, TypeError or ValueError."""
+    value = field(record, path)
     if not isinstance(value, str):
-        raise TypeError(f"field {name!r}: expected text, got {value!r}")
+        raise TypeError(f"field {path!r}: expected text, got {value!r}")
     if not value.strip():
-        raise ValueError(f"field {name!r} is blank")
+        raise ValueError(f"field {path!r} is blank")
     return value

@@ -7,14 +7,18 @@ file's. Your own is any such function, given as `package.module:function`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from appo_jax.config import DataConfig
 from appo_jax.data import sources
 from appo_jax.data.demonstrations import ToolKit
+from appo_jax.data.records import read_records, text_field
+from appo_jax.data.repetitions import drop_repetitions
 from appo_jax.errors import AppoError, ConfigError, DataError
 from appo_jax.types import Document, Example, Trace
 
@@ -30,6 +34,8 @@ class Dataset:
     # Raises CannotDemonstrate where the tools do not suffice.
     demonstration: Callable[[int, ToolKit], Trace] | None = None
     num_demonstrations: int = 0
+    # By `Example.source`: the share of the prompts that come from it. Empty: every question once an epoch.
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def source_names() -> list[str]:
@@ -58,7 +64,24 @@ def load_dataset(config: DataConfig) -> Dataset:
             raise DataError(
                 f"data.source = {config.source!r}: {part} holds a {type(wrong).__name__}; expected appo_jax.types.Example"
             )
-    return dataset
+    if not config.drop:
+        return dataset
+    evaluation = [*dataset.held_out, *read_evaluation(config)]
+    return dataclasses.replace(dataset, train=drop_repetitions(dataset.train, evaluation, config.drop))
+
+
+def read_evaluation(config: DataConfig) -> list[Example]:
+    """The questions of the files in `data.evaluation`. Raises DataError."""
+    found: list[Example] = []
+    for file in config.evaluation:
+        found += read_records(Path(file), functools.partial(_evaluated, Path(file)), config.malformed)
+    return found
+
+
+def _evaluated(path: Path, number: int, record: Any) -> Example:
+    """A question of an evaluation file, for comparison alone: `question` or `problem`."""
+    name = "problem" if isinstance(record, dict) and "question" not in record else "question"
+    return Example(f"{path.stem}-{number}", text_field(record, name), (), "qa", "", path.stem)
 
 
 def _find(name: str) -> Callable[[DataConfig], Dataset]:
@@ -77,16 +100,3 @@ def _find(name: str) -> Callable[[DataConfig], Dataset]:
     if not callable(load):
         raise ConfigError(f"data.source = {name!r} is a {type(load).__name__}, not a function; {expected}")
     return load
-
-
-def data_path(config: DataConfig) -> Path:
-    """The file or folder that `data.path` leads to. Raises ConfigError when it is not given, DataError when nothing is there."""
-    if config.path is None:
-        raise ConfigError(
-            f"data.path: needed for data.source = {config.source!r} (the folder that holds its files; on the command line: "
-            "--data DIR)"
-        )
-    path = Path(config.path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; data.path (--data DIR) must lead to the {config.source} data")
-    return path

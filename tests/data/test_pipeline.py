@@ -1,5 +1,7 @@
 """Batches: every epoch a permutation, resumable at any point; traces masked token by token."""
 
+import random
+
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
@@ -71,6 +73,48 @@ def test_grain_checkpoint_resumes_the_shuffle(tmp_path):
         resumed = prompt_batches(examples(7), 3, seed=1)
         manager.restore(4, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
     assert ids(resumed, 10) == rest
+
+
+def mixed(counts):
+    return [Example(f"{name}{i}", "?", ("1",), "qa", "", name) for name, count in counts.items() for i in range(count)]
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    counts=st.fixed_dictionaries({"a": st.integers(1, 9), "b": st.integers(1, 9), "c": st.integers(1, 9)}),
+    weights=st.fixed_dictionaries({"a": st.integers(1, 4), "b": st.integers(1, 4), "c": st.integers(1, 4)}),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_a_mixture_holds_its_weights_and_each_sources_epochs(counts, weights, seed):
+    total = sum(weights.values())
+    drawn = ids(prompt_batches(mixed(counts), 1, seed, weights=weights), 12 * total)
+    for name, count in counts.items():
+        own = [id for id in drawn if id[0] == name]
+        assert abs(len(own) - 12 * weights[name]) <= 1
+        for start in range(0, len(own) - count + 1, count):
+            assert len(set(own[start : start + count])) == count
+
+
+def test_a_run_that_is_stopped_at_fifty_points_goes_on_with_the_same_stream():
+    """Also on other numbers of hosts: each host reads the stream from the global count and takes its share of a batch."""
+    questions, weights, size = mixed({"a": 7, "b": 5}), {"a": 2.0, "b": 1.0}, 4
+    whole = ids(prompt_batches(questions, size, 3, weights=weights), 150)
+    draw, drawn = random.Random(0), []
+    for life in range(50):
+        hosts = 1 + life % 2
+        streams = [prompt_batches(questions, size, 3, start=len(drawn), weights=weights) for _ in range(hosts)]
+        for _ in range(draw.randint(1, 4)):
+            batch = [""] * size
+            for host, stream in enumerate(streams):
+                batch[host::hosts] = [example.id for example in next(stream)][host::hosts]
+            drawn += batch
+    assert drawn == whole[: len(drawn)]
+    assert len(drawn) > 300
+
+
+def test_a_mixture_without_questions_of_a_source_is_refused():
+    with pytest.raises(DataError, match=r"data\.mixture: no question is left of b"):
+        prompt_batches(mixed({"a": 3}), 1, 0, weights={"a": 1.0, "b": 1.0})
 
 
 def trace(*segments, question="q"):

@@ -90,7 +90,6 @@ def test_gsm8k_wrong_or_missing_notes_make_no_trace(tmp_path, caplog, executor):
         ('{"question": " ", "answer": "#### 1"}', "'question' is blank"),
         ('{"question": 7, "answer": "#### 1"}', "expected text, got 7"),
         ("[1, 2]", "expected an object"),
-        ("", "Expecting value"),
     ],
 )
 def test_malformed_line_is_named_and_fatal_or_skipped(tmp_path, caplog, line, complaint):
@@ -151,13 +150,13 @@ def test_official_prompts_are_repaired(tmp_path):
 
 def test_official_prompts_malformed(tmp_path):
     config = write_appo_rl(tmp_path, [row(), row(question=None)])
-    with pytest.raises(DataError, match=r"train_10k\.parquet, row 2: field 'user': expected text, got None"):
+    with pytest.raises(DataError, match=r"train_10k\.parquet, row 2: field 'prompt.user': expected text, got None"):
         load_dataset(config)
     (tmp_path / "train_10k.parquet").write_bytes(b"PAR1 no parquet")
     with pytest.raises(DataError, match="expected a parquet file"):
         load_dataset(config)
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "train_10k.parquet")
-    with pytest.raises(DataError, match="expected a parquet file with prompt"):
+    with pytest.raises(DataError, match=r"row 1: missing field 'prompt'"):
         load_dataset(config)
 
 

@@ -5,60 +5,41 @@ Columns used: prompt (messages system, user), ability ("math", "qa" or null), re
 
 from __future__ import annotations
 
-import itertools
-import logging
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
-from appo_jax.config import DataConfig
-from appo_jax.data.records import OnMalformed, need_file, parse_records, text_field
-from appo_jax.data.source import Dataset, data_path
-from appo_jax.errors import DataError
-from appo_jax.types import Example, Kind
-
-logger = logging.getLogger(__name__)
+from appo_jax.config import ColumnsConfig, DataConfig
+from appo_jax.data.examples import Reader, split_files
+from appo_jax.data.source import Dataset
+from appo_jax.types import Example
 
 TRAIN_FILE, HELD_OUT_FILE = "train_10k.parquet", "valid.parquet"
+COLUMNS = ColumnsConfig("prompt", "reward_model.ground_truth", "", "ability", "data_source", "")
 
 
 def load(config: DataConfig) -> Dataset:
     """`data.path`: the folder, or the training file (such as hard_search_1k.parquet) in it.
 
     Raises DataError with file and row."""
-    path = data_path(config)
-    train = path if path.suffix == ".parquet" else path / TRAIN_FILE
-    held_out = train.parent / HELD_OUT_FILE
-    return Dataset(
-        _read(train, config.system_prompt, config.malformed), _read(held_out, config.system_prompt, config.malformed)
-    )  # fmt: skip
+    what = f"the folder with {TRAIN_FILE} and {HELD_OUT_FILE} of the official code (github.com/AMAP-ML/APPO)"
+    train, held_out = split_files(config, [TRAIN_FILE], [HELD_OUT_FILE], what)
+    reader = OfficialReader(config, COLUMNS, "qa", None)
+    return Dataset(reader.read(train, what), reader.read(held_out, what))
 
 
-def _read(path: Path, system: str | None, malformed: OnMalformed) -> list[Example]:
-    need_file(path, f"the folder with {TRAIN_FILE} and {HELD_OUT_FILE} of the official code")
-    try:
-        rows = pyarrow.parquet.read_table(path, columns=["prompt", "ability", "reward_model"]).to_pylist()
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{path}: expected a parquet file with prompt, ability, reward_model: {error}") from error
-    count = itertools.count(1)
+class OfficialReader(Reader):
+    """Escapes that were read into LaTeX commands are undone."""
 
-    def parse(row: dict[str, Any]) -> Example | None:
-        number = next(count)
-        contents = {message["role"]: message["content"] for message in row["prompt"]}
-        question, gold = text_field(contents, "user"), row["reward_model"]["ground_truth"]
-        if not isinstance(gold, str):
-            raise TypeError(f"field 'reward_model.ground_truth': expected text, got {gold!r}")
-        if not gold.strip():  # the official file has one such row, a construction without a value
-            logger.warning("%s, row %d: no accepted answer; left out", path, number)
+    def example(self, record: Any, path: Path, number: int) -> Example | None:
+        example = super().example(record, path, number)
+        if example is None:
             return None
-        kind: Kind = "math" if row["ability"] == "math" else "qa"
-        prompt = repair(text_field(contents, "system")) if system is None else system
-        return Example(f"{path.stem}-{number}", repair(question), (repair(gold),), kind, prompt)
-
-    return [example for example in parse_records(path, rows, parse, malformed, unit="row") if example is not None]
+        golds = tuple(map(repair, example.golds))
+        return dataclasses.replace(
+            example, question=repair(example.question), golds=golds, system=repair(example.system)
+        )
 
 
 def repair(text: str) -> str:

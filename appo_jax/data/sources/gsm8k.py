@@ -5,17 +5,18 @@ Source: openai/grade-school-math. A line is {"question": ..., "answer": rational
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 from appo_jax.config import DataConfig
 from appo_jax.data.demonstrations import CannotDemonstrate, ToolKit
-from appo_jax.data.records import OnMalformed, need_file, parse_records, text_field
-from appo_jax.data.source import Dataset, data_path
+from appo_jax.data.examples import split_files
+from appo_jax.data.records import read_records, text_field
+from appo_jax.data.source import Dataset
 from appo_jax.types import Example, Segment, Trace
 
+WHAT = "the folder with GSM8K's train.jsonl and test.jsonl (github.com/openai/grade-school-math)"
 SYSTEM_PROMPT = (
     "Solve the problem step by step. Put your reasoning between <think> and </think>. For every calculation write "
     "Python code that prints the result. Your tools:\n{tools}\nWhen you are done, write "
@@ -27,9 +28,8 @@ _NOTE = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 
 def load(config: DataConfig) -> Dataset:
     """train.jsonl and test.jsonl in the folder `data.path`. Raises DataError with file and line."""
-    folder = data_path(config)
-    train = _read(folder / "train.jsonl", "train", config.system_prompt, config.malformed)
-    held_out = _read(folder / "test.jsonl", "test", config.system_prompt, config.malformed)
+    files = split_files(config, ["train.jsonl"], ["test.jsonl"], WHAT)
+    train, held_out = (_read(path, split, config) for path, split in zip(files, ("train", "test"), strict=True))
 
     def demonstration(index: int, kit: ToolKit) -> Trace:
         return demonstrate(*train[index], kit)
@@ -39,23 +39,18 @@ def load(config: DataConfig) -> Dataset:
     )  # fmt: skip
 
 
-def _read(path: Path, split: str, system: str | None, malformed: OnMalformed) -> list[tuple[Example, str]]:
-    need_file(path, "the folder with GSM8K's train.jsonl and test.jsonl")
-    count = itertools.count(1)
+def _read(path: Path, split: str, config: DataConfig) -> list[tuple[Example, str]]:
+    prompt = SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
 
-    def parse(line: bytes) -> tuple[Example, str]:
-        number = next(count)
-        record = json.loads(line)
+    def parse(number: int, record: Any) -> tuple[Example, str]:
         question, answer = text_field(record, "question"), text_field(record, "answer")
         rationale, mark, gold = answer.rpartition("####")
         gold = gold.strip().replace(",", "")
         if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", gold):
             raise ValueError(f"field 'answer' must end in '#### number', got {answer[-40:]!r}")
-        prompt = SYSTEM_PROMPT if system is None else system
-        return Example(f"gsm8k-{split}-{number}", question, (gold,), "math", prompt), rationale.strip()
+        return Example(f"gsm8k-{split}-{number}", question, (gold,), "math", prompt, "gsm8k"), rationale.strip()
 
-    with path.open("rb") as lines:
-        return parse_records(path, lines, parse, malformed)
+    return read_records(path, parse, config.malformed, WHAT)
 
 
 def demonstrate(example: Example, rationale: str, kit: ToolKit) -> Trace:

@@ -1,0 +1,145 @@
+"""From a record of any data file to an `Example`: the one schema of all sources."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from appo_jax.config import ColumnsConfig, DataConfig
+from appo_jax.data.golds import accepted_answers
+from appo_jax.data.records import field, read_records
+from appo_jax.errors import ConfigError, DataError
+from appo_jax.types import Example, Kind
+
+logger = logging.getLogger(__name__)
+
+# For questions that come without instructions.
+SYSTEM_PROMPT = (
+    "Answer the question step by step. Put your reasoning between <think> and </think>. Your tools:\n{tools}\n"
+    "When you are done, write <answer> \\boxed{answer} </answer>."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How the records of one set become examples."""
+
+    config: DataConfig
+    columns: ColumnsConfig
+    kind: Kind
+    system: str | None = SYSTEM_PROMPT  # where a record has none; None: that is an error
+
+    def read(self, path: Path, what: str = "a file of questions") -> list[Example]:
+        """Every example of a file. Raises DataError with file and line."""
+        return read_records(
+            path, lambda number, record: self.example(record, path, number), self.config.malformed, what
+        )
+
+    def example(self, record: Any, path: Path, number: int) -> Example | None:
+        """One record; None, with a warning, where it has no accepted answer. Raises KeyError, TypeError or ValueError."""
+        columns = self.columns
+        question, system = self._prompt(field(record, columns.question))
+        golds = accepted_answers(field(record, columns.golds))
+        if not golds:
+            logger.warning("%s, record %d: no accepted answer; left out", path, number)
+            return None
+        id = _optional(record, columns.id)
+        kind = self._kind(_optional(record, columns.kind))
+        if system is None:
+            system = _text(_optional(record, columns.system), columns.system)
+        if (own := self.config.system_prompt) is not None:
+            system = own
+        elif system is None:
+            system = self.system
+        if system is None:
+            raise ValueError("it has no system message; give one with data.system_prompt")
+        return Example(
+            f"{path.stem}-{number}" if id is None else str(id),
+            question,
+            golds,
+            kind,
+            system,
+            _text(_optional(record, columns.source), columns.source) or path.stem,
+            {name: value for name in columns.extra if (value := _optional(record, name)) is not None},
+        )
+
+    def _prompt(self, value: Any) -> tuple[str, str | None]:
+        """(question, system prompt) of a question's column: text, or chat messages."""
+        name = self.columns.question
+        if not isinstance(value, list):
+            return _question(value, name), None
+        roles: dict[str, list[Any]] = {}
+        for message in value:
+            roles.setdefault(field(message, "role"), []).append(field(message, "content"))
+        users, systems = roles.pop("user", []), roles.pop("system", [])
+        if len(users) != 1 or len(systems) > 1 or roles:
+            turns = ", ".join(str(field(message, "role")) for message in value)
+            raise ValueError(
+                f"field {name!r}: expected one user message, after one system message at most; got {turns}"
+            )
+        return _question(users[0], f"{name}.user"), _text(systems[0], f"{name}.system") if systems else None
+
+    def _kind(self, value: Any) -> Kind:
+        if value is None:
+            return self.kind
+        if value not in ("math", "qa"):
+            raise ValueError(f"field {self.columns.kind!r}: expected math or qa, got {value!r}")
+        return value
+
+
+def _question(value: Any, name: str) -> str:
+    text = _text(value, name)
+    if text is None or not text.strip():
+        raise (TypeError if text is None else ValueError)(
+            f"field {name!r}: expected text, got None" if text is None else f"field {name!r} is blank"
+        )
+    return text
+
+
+def _text(value: Any, name: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise TypeError(f"field {name!r}: expected text, got {value!r}")
+
+
+def _optional(record: Any, path: str) -> Any:
+    """The value at a dotted path, or None."""
+    try:
+        return field(record, path)
+    except (KeyError, TypeError):
+        return None
+
+
+def split_files(config: DataConfig, train: Sequence[str], held_out: Sequence[str], what: str) -> tuple[Path, Path]:
+    """The files of the two splits: `data.path` is the training file or a folder that holds one of the names in `train`;
+    `data.held_out`, or one of the names in `held_out` beside it, is the other. what: the set, and where it is to be had.
+
+    Raises ConfigError or DataError that says what is missing."""
+    path = data_path(config)
+    file = path if path.is_file() else _first(path, train, what)
+    if config.held_out is not None:
+        return file, Path(config.held_out)
+    return file, _first(file.parent, held_out, f"{what} (or set data.held_out)")
+
+
+def _first(folder: Path, names: Sequence[str], what: str) -> Path:
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise DataError(f"{folder / names[0]}: no such file; data.path must lead to {what}")
+    return found
+
+
+def data_path(config: DataConfig) -> Path:
+    """The file or folder that `data.path` leads to. Raises ConfigError when it is not given, DataError when nothing is there."""
+    if config.path is None:
+        raise ConfigError(
+            f"data.path: needed for data.source = {config.source!r} (the folder that holds its files; on the command line: "
+            "--data DIR)"
+        )
+    path = Path(config.path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; data.path (--data DIR) must lead to the {config.source} data")
+    return path

@@ -1,0 +1,59 @@
+"""Accepted answers as data files write them: text, a number, a list of aliases, or an object around them."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+_TARGETS = ("target", "ground_truth", "answers", "aliases", "value")  # where objects keep the answers
+
+
+def accepted_answers(value: Any) -> tuple[str, ...]:
+    """The answers as texts, in order, each once; blank ones are left out, so an empty tuple means that there is none.
+
+    Takes text, numbers, truth values (yes and no), lists of these, JSON texts of such lists, and objects that hold them
+    under `target` (veRL, Search-R1), `ground_truth`, `answers`, `aliases` or `value`. Raises TypeError for anything else.
+    """
+    return tuple(dict.fromkeys(text for text in (answer.strip() for answer in _walk(value, 0)) if text))
+
+
+def _walk(value: Any, depth: int) -> list[str]:
+    if depth > 4:
+        raise TypeError("the accepted answers are nested too deeply")
+    if value is None:
+        return []
+    if isinstance(value, str):
+        listed = _list_of_texts(value)
+        return [value] if listed is None else listed
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    if isinstance(value, int):
+        return [str(value)]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"an accepted answer is {value}")
+        return [str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)]
+    if isinstance(value, list | tuple):
+        return [answer for item in value for answer in _walk(item, depth + 1)]
+    if isinstance(value, dict):
+        for key in _TARGETS:
+            if key in value:
+                return _walk(value[key], depth + 1)
+        raise TypeError(
+            f"accepted answers: expected one of {', '.join(_TARGETS)} in an object, got {sorted(value)[:8]}"
+        )
+    if hasattr(value, "tolist"):  # numpy's arrays and numbers
+        return _walk(value.tolist(), depth + 1)
+    raise TypeError(f"accepted answers: expected text, a number or a list of them, got {value!r}")
+
+
+def _list_of_texts(text: str) -> list[str] | None:
+    """`["a", "b"]` as the list it writes. Lists of numbers stay text: they may be vectors or intervals."""
+    if not (text.lstrip().startswith('["') and text.rstrip().endswith('"]')):
+        return None
+    try:
+        listed = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return listed if all(isinstance(item, str) for item in listed) else None

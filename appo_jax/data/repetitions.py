@@ -1,0 +1,113 @@
+"""Questions that are asked twice: within the training set, and in what the policy is evaluated on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import datasketch
+
+from appo_jax.types import Example
+
+logger = logging.getLogger(__name__)
+
+SIMILARITY = 0.8  # share of common word triples from which two questions are near duplicates
+NUM_PERMUTATIONS = 128
+_EMPTY = datasketch.MinHash(num_perm=NUM_PERMUTATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repetitions:
+    """Pairs (index of a training question, the id of what it repeats)."""
+
+    duplicates: list[tuple[int, str]]  # of an earlier training question, but for case, spaces and punctuation
+    near_duplicates: list[tuple[int, str]]  # nearly an earlier training question, and no duplicate
+    overlaps: list[tuple[int, str]]  # of a question for evaluation, by either rule
+
+    def indices(self, kinds: Iterable[str]) -> set[int]:
+        """The training questions of these kinds."""
+        return {index for kind in kinds for index, _ in getattr(self, kind)}
+
+
+def find_repetitions(train: Sequence[Example], evaluation: Sequence[Example]) -> Repetitions:
+    """Every repetition in `train`. Questions are near duplicates when they share most of their word triples (Jaccard
+    similarity of SIMILARITY or more) and hold the same numbers in the same order: word problems with other numbers are other
+    problems."""
+    seen, evaluated = _Index(), _Index()
+    for example in evaluation:
+        evaluated.add(example)
+    found = Repetitions([], [], [])
+    for index, example in enumerate(train):
+        question = _Question.of(example.question)
+        if (other := evaluated.exact(question) or evaluated.near(question)) is not None:
+            found.overlaps.append((index, other))
+        if (other := seen.exact(question)) is not None:
+            found.duplicates.append((index, other))
+            continue
+        if (other := seen.near(question)) is not None:
+            found.near_duplicates.append((index, other))
+        seen.add(example, question)
+    return found
+
+
+def drop_repetitions(train: Sequence[Example], evaluation: Sequence[Example], kinds: Sequence[str]) -> list[Example]:
+    """The training questions without those of the given kinds (fields of `Repetitions`); how many went is logged."""
+    found = find_repetitions(train, evaluation)
+    gone = found.indices(kinds)
+    counts = ", ".join(f"{len(getattr(found, kind))} {kind.replace('_', ' ')}" for kind in kinds)
+    logger.warning("%d of %d training questions are left out: %s", len(gone), len(train), counts)
+    return [example for index, example in enumerate(train) if index not in gone]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    key: str  # what exact duplicates share
+    shingles: frozenset[str]
+    numbers: tuple[str, ...]
+    sketch: datasketch.MinHash  # of the shingles
+
+    @classmethod
+    def of(cls, text: str) -> _Question:
+        folded = unicodedata.normalize("NFKC", text).casefold()
+        words = re.findall(r"\w+|[-+*/^=<>]", folded)
+        # Symbols count where they may be all that differs: 2+3 is not 2-3. A full stop or a quotation mark does not.
+        key = re.sub(r"[\s.,;:!?'\"“”‘’`]+", "", folded)
+        triples = (" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
+        shingles = frozenset(triples)
+        sketch = _EMPTY.copy()
+        sketch.update_batch([shingle.encode() for shingle in sorted(shingles)])
+        return cls(key, shingles, tuple(re.findall(r"\d+", folded)), sketch)
+
+
+class _Index:
+    """Questions to compare with."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, str] = {}
+        self._questions: dict[str, _Question] = {}
+        self._lsh = datasketch.MinHashLSH(threshold=SIMILARITY - 0.2, num_perm=NUM_PERMUTATIONS)
+
+    def add(self, example: Example, question: _Question | None = None) -> None:
+        question = question or _Question.of(example.question)
+        if question.key in self._keys:
+            return
+        name = f"{len(self._questions)} {example.id}"  # ids of several sets may coincide
+        self._keys[question.key] = example.id
+        self._questions[name] = question
+        self._lsh.insert(name, question.sketch)
+
+    def exact(self, question: _Question) -> str | None:
+        """The id of a question that is the same, or None."""
+        return self._keys.get(question.key)
+
+    def near(self, question: _Question) -> str | None:
+        """The id of a question that is nearly the same, or None."""
+        for name in sorted(self._lsh.query(question.sketch), key=lambda name: int(name.split(" ", 1)[0])):
+            other = self._questions[name]
+            union = len(question.shingles | other.shingles)
+            if question.numbers == other.numbers and len(question.shingles & other.shingles) >= SIMILARITY * union:
+                return name.split(" ", 1)[1]
+        return None

@@ -1,0 +1,79 @@
+"""Any TFDS dataset that was built as array_record files: read without TensorFlow."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from appo_jax.config import DataConfig
+from appo_jax.data.examples import Reader, data_path
+from appo_jax.data.source import Dataset
+from appo_jax.errors import DataError
+from appo_jax.types import Example
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_SPLITS = ("test", "validation", "valid", "dev", "held_out")
+
+
+def load(config: DataConfig) -> Dataset:
+    """`data.path`: the builder's folder, the one with dataset_info.json (…/name/version). The questions for evaluation: the
+    split that `data.held_out` names, or test, validation, valid, dev or held_out. Columns as in `data.columns`.
+
+    Raises DataError."""
+    folder = data_path(config)
+    try:
+        builder = tfds.builder_from_directory(str(folder))
+        splits = dict(builder.info.splits)
+    except Exception as error:  # TFDS raises what its layers raise
+        raise DataError(
+            f"{folder}: no TFDS dataset ({type(error).__name__}: {error}); expected a folder with dataset_info.json"
+        ) from error
+    held_out = config.held_out or next((name for name in HELD_OUT_SPLITS if name in splits), None)
+    missing = [name for name in ("train", held_out) if name not in splits]
+    if missing:
+        raise DataError(f"{folder}: no split {missing[0]!r}; it has {', '.join(splits)}; name one with data.held_out")
+    reader = Reader(config, config.columns, config.kind)
+    return Dataset(_read(builder, "train", reader, folder), _read(builder, str(held_out), reader, folder))
+
+
+def _read(builder: Any, split: str, reader: Reader, folder: Path) -> list[Example]:
+    expected = builder.info.splits[split].num_examples
+    try:
+        source = builder.as_data_source(split=split)
+        records = [_plain(source[i]) for i in range(len(source))]
+    except Exception as error:
+        raise DataError(
+            f"{folder}, split {split}: cannot be read ({type(error).__name__}: {error}); build it with "
+            'file_format="array_record"'
+        ) from error
+    if len(records) != expected:
+        raise DataError(f"{folder}, split {split}: holds {len(records)} of {expected} records; build it again")
+    examples = []
+    for number, record in enumerate(records, start=1):
+        try:
+            example = reader.example(record, Path(split), number)
+        except (KeyError, TypeError, ValueError) as error:
+            problem = f"missing field {error}" if isinstance(error, KeyError) else str(error)
+            if reader.config.malformed == "fatal":
+                raise DataError(
+                    f"{folder}, split {split}, record {number}: {problem}; set data.malformed to skip"
+                ) from error
+            logger.warning("%s, split %s, record %d: %s; skipped", folder, split, number, problem)
+            continue
+        examples += [] if example is None else [example]
+    return examples
+
+
+def _plain(value: Any) -> Any:
+    """TFDS features as JSON would have them: bytes are text, arrays are lists."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

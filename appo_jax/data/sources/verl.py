@@ -1,0 +1,42 @@
+"""Parquet files of veRL and Search-R1.
+
+Columns used: prompt (messages) or question; reward_model.ground_truth (text, or an object with `target`) or golden_answers;
+ability; data_source; extra_info.index. Search-R1's prompts ask for tags of its own, so where a record has a bare question that
+one is asked, under this program's system prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from appo_jax.config import ColumnsConfig, DataConfig
+from appo_jax.data.examples import Reader, split_files
+from appo_jax.data.source import Dataset
+from appo_jax.types import Example, Kind
+
+COLUMNS = ColumnsConfig(
+    "prompt", "reward_model.ground_truth", "id", "", "data_source", "", ("ability", "extra_info.index")
+)
+
+
+def load(config: DataConfig) -> Dataset:
+    """`data.path`: the folder with train.parquet and test.parquet, or the training file. Raises DataError with file and row."""
+    what = "a folder with train.parquet and test.parquet of veRL or Search-R1 (huggingface.co/datasets/PeterJinGo)"
+    train, held_out = split_files(config, ["train.parquet"], ["test.parquet", "valid.parquet", "val.parquet"], what)
+    reader = VerlReader(config, COLUMNS, config.kind)
+    return Dataset(reader.read(train, what), reader.read(held_out, what))
+
+
+class VerlReader(Reader):
+    """Takes the bare question where there is one, and `golden_answers` where there is no reward model."""
+
+    def example(self, record: Any, path: Path, number: int) -> Example | None:
+        columns = self.columns
+        if isinstance(record, dict) and isinstance(record.get("question"), str):
+            columns = dataclasses.replace(columns, question="question")
+        if isinstance(record, dict) and "reward_model" not in record:
+            columns = dataclasses.replace(columns, golds="golden_answers")
+        kind: Kind = "math" if isinstance(record, dict) and record.get("ability") == "math" else self.kind
+        return Reader(self.config, columns, kind, self.system).example(record, path, number)

@@ -1,0 +1,55 @@
+"""2WikiMultihopQA as distributed (github.com/Alab-NII/2wikimultihop, Apache-2.0).
+
+Its answers' aliases are in id_aliases.json, one object a line; where that file is beside the questions, they are accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from appo_jax.config import ColumnsConfig, DataConfig
+from appo_jax.data.examples import Reader, data_path
+from appo_jax.data.multihop import load_multihop, titled_paragraphs
+from appo_jax.data.records import text_field
+from appo_jax.data.source import Dataset
+from appo_jax.types import Example
+
+COLUMNS = ColumnsConfig("question", "answer", "_id", "", "", "", ("type", "answer_id"))
+
+
+def load(config: DataConfig) -> Dataset:
+    """`data.path`: the folder with train.json and dev.json, or the training file. Raises DataError with file and record."""
+    what = "a folder with train.json and dev.json of 2WikiMultihopQA (github.com/Alab-NII/2wikimultihop)"
+    path = data_path(config)
+    aliases = _aliases((path if path.is_dir() else path.parent) / "id_aliases.json")
+    reader = AliasReader(config, COLUMNS, "qa", aliases=aliases)
+    return load_multihop(config, reader, titled_paragraphs, (["train.json"], ["dev.json"]), what)
+
+
+@dataclasses.dataclass(frozen=True)
+class AliasReader(Reader):
+    """Accepts the aliases of the answer's Wikidata item."""
+
+    aliases: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def example(self, record: Any, path: Path, number: int) -> Example | None:
+        example = super().example(record, path, number)
+        if example is None:
+            return None
+        more = self.aliases.get(str(example.extra.get("answer_id")), ())
+        return dataclasses.replace(example, golds=tuple(dict.fromkeys((*example.golds, *more))))
+
+
+def _aliases(path: Path) -> dict[str, tuple[str, ...]]:
+    if not path.is_file():
+        return {}
+    import json
+
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            record = json.loads(line)
+            found[text_field(record, "Q_id")] = tuple(record.get("aliases", ())) + tuple(record.get("demonyms", ()))
+    return found

@@ -1,0 +1,351 @@
+"""Every source's own format, onto one schema: files written here as their publishers write them."""
+
+import csv
+import json
+import logging
+import math
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from appo_jax.config import ColumnsConfig, DataConfig, DataPart
+from appo_jax.data.examples import SYSTEM_PROMPT
+from appo_jax.data.golds import accepted_answers
+from appo_jax.data.source import load_dataset
+from appo_jax.data.world import load_world
+from appo_jax.errors import ConfigError, DataError
+from appo_jax.types import Document
+
+ROWS = [{"question": "Who?", "answer": "Ada"}, {"question": "How many?", "answer": "3"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "answers"),
+    [
+        ("Ada", ("Ada",)),
+        (" Ada \n", ("Ada",)),
+        (3, ("3",)),
+        (70.0, ("70",)),
+        (0.5, ("0.5",)),
+        (-2, ("-2",)),
+        (True, ("yes",)),
+        (["a", "b", "a", " "], ("a", "b")),
+        (["a", ["b", 3]], ("a", "b", "3")),
+        ({"target": ["a", "b"]}, ("a", "b")),
+        ({"ground_truth": {"target": "a"}, "style": "rule"}, ("a",)),
+        ('["a", "b"]', ("a", "b")),
+        ("[1, 2]", ("[1, 2]",)),  # an interval, not two answers
+        ('["a"', ('["a"',)),
+        (np.array(["a", "b"], object), ("a", "b")),
+        (np.float32(2), ("2",)),
+        (None, ()),
+        ("", ()),
+        ([], ()),
+        ([None, ""], ()),
+    ],
+)
+def test_accepted_answers(value, answers):
+    assert accepted_answers(value) == answers
+
+
+@pytest.mark.parametrize("value", [{"answer_text": "a"}, math.nan, math.inf, object(), [[[[[["a"]]]]]], b"a"])
+def test_what_is_no_answer_is_refused(value):
+    with pytest.raises(TypeError):
+        accepted_answers(value)
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("\n\n".join(map(json.dumps, rows)) + "\n  \n")  # blank lines stand anywhere
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv", ".tsv"])
+def test_plain_files_of_every_kind(tmp_path, suffix):
+    write(tmp_path / f"train{suffix}", ROWS)
+    write(tmp_path / f"dev{suffix}", ROWS[:1])
+    dataset = load_dataset(DataConfig("files", str(tmp_path)))
+    assert [(e.question, e.golds, e.kind, e.source, e.system) for e in dataset.train] == [
+        ("Who?", ("Ada",), "qa", "train", SYSTEM_PROMPT),
+        ("How many?", ("3",), "qa", "train", SYSTEM_PROMPT),
+    ]
+    numbers = {".jsonl": (1, 3), ".csv": (2, 3), ".tsv": (2, 3)}.get(suffix, (1, 2))
+    assert [e.id for e in dataset.train] == [f"train-{number}" for number in numbers]
+    assert len(dataset.held_out) == 1
+
+
+def test_columns_are_named_by_the_config(tmp_path):
+    row = {
+        "task": {"text": "1 + 1?"}, "solution": [2], "uid": 17, "how": "math", "set": "sums", "prompt": "Think.", "level": 3,
+        "noise": None,
+    }  # fmt: skip
+    file = write(tmp_path / "sums.jsonl", [row])
+    columns = ColumnsConfig("task.text", "solution", "uid", "how", "set", "prompt", ("level", "noise", "absent"))
+    config = DataConfig("files", str(file), held_out=str(file), columns=columns)
+    (example,) = load_dataset(config).train
+    assert (example.id, example.question, example.golds, example.kind) == ("17", "1 + 1?", ("2",), "math")
+    assert (example.source, example.system, example.extra) == ("sums", "Think.", {"level": 3})
+    config = DataConfig("files", str(file), held_out=str(file), columns=columns, system_prompt="Be brief.")
+    assert load_dataset(config).train[0].system == "Be brief."
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"answer": "a"}, "missing field 'question'"),
+        ({"question": "?"}, "missing field 'answer'"),
+        ({"question": " ", "answer": "a"}, "'question' is blank"),
+        ({"question": 3, "answer": "a"}, "expected text, got 3"),
+        ({"question": "?", "answer": {"b": 1}}, "expected one of target"),
+        ({"question": "?", "answer": "a", "kind": "code"}, "expected math or qa, got 'code'"),
+        ({"question": "?", "answer": "a", "system": 3}, "'system': expected text, got 3"),
+        ({"question": [], "answer": "a"}, "expected one user message"),
+        ({"question": [{"role": "user"}], "answer": "a"}, "missing field 'content'"),
+        ({"question": [{"role": "user", "content": "a"}] * 2, "answer": "a"}, "got user, user"),
+        (
+            {"question": [{"role": r, "content": "a"} for r in ("user", "assistant", "user")], "answer": "a"},
+            "got user, assistant, user",
+        ),
+        (
+            {"question": [{"role": r, "content": "a"} for r in ("system", "system", "user")], "answer": "a"},
+            "got system, sys",
+        ),
+        ("text", "expected an object"),
+    ],
+)
+def test_a_malformed_record_is_named_and_fatal_or_skipped(tmp_path, caplog, row, complaint):
+    file = write(tmp_path / "train.jsonl", [ROWS[0], row, ROWS[1]])
+    with pytest.raises(DataError, match=rf"train\.jsonl, line 3: .*{complaint}.*data\.malformed"):
+        load_dataset(DataConfig("files", str(file), held_out=str(file)))
+    dataset = load_dataset(DataConfig("files", str(file), held_out=str(file), malformed="skip"))
+    assert [e.id for e in dataset.train] == ["train-1", "train-5"]
+    assert "skipped 1 malformed of 3" in caplog.text
+
+
+def test_records_without_an_answer_are_left_out_by_name(tmp_path, caplog):
+    file = write(
+        tmp_path / "train.jsonl",
+        [{"question": "?", "answer": answer} for answer in (None, "", [], {"target": []}, "a")],
+    )
+    with caplog.at_level(logging.WARNING):
+        assert len(load_dataset(DataConfig("files", str(file), held_out=str(file))).train) == 1
+    assert caplog.text.count("no accepted answer; left out") == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("train.jsonl", b"", "the file is empty"),
+        ("train.json", b'{"a": 1}', "expected a list of records"),
+        ("train.json", b"[1", "expected a json file"),
+        ("train.parquet", b"PAR1 no parquet", "expected a parquet file"),
+        ("train.csv", b'question,answer\n"a,b', "expected a csv file"),
+        ("train.csv", b"question,answer\n\xff,b", "expected a csv file"),
+        ("train.txt", b"a", "expected a file that ends in .jsonl"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=complaint):
+        load_dataset(DataConfig("files", str(tmp_path / name), held_out=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    "source", ["files", "verl", "hotpotqa", "wiki2", "musique", "math", "gsm8k", "appo_rl", "tfds"]
+)
+def test_a_missing_set_says_what_and_where(tmp_path, source):
+    with pytest.raises(ConfigError, match=rf"data\.path: needed for data\.source = '{source}'"):
+        load_dataset(DataConfig(source))
+    with pytest.raises(DataError, match=r"nowhere: no such file or folder"):
+        load_dataset(DataConfig(source, str(tmp_path / "nowhere")))
+    where = {
+        "files": "a file of questions", "hotpotqa": r"hotpotqa\.github\.io", "tfds": "dataset_info.json",
+        "verl": "Search-R1",
+    }.get(source, r"github\.com")  # fmt: skip
+    with pytest.raises(DataError, match=where):
+        load_dataset(DataConfig(source, str(tmp_path)))
+
+
+def test_official_prompts_without_a_system_message_name_the_way_out(tmp_path):
+    row = {
+        "prompt": [{"role": "user", "content": "Who?"}],
+        "ability": "qa",
+        "reward_model": {"ground_truth": ["Ada", "A. L."]},
+    }
+    write(tmp_path / "train_10k.parquet", [row])
+    write(tmp_path / "valid.parquet", [row])
+    with pytest.raises(DataError, match=r"row 1: it has no system message; give one with data\.system_prompt"):
+        load_dataset(DataConfig("appo_rl", str(tmp_path)))
+    (example,) = load_dataset(DataConfig("appo_rl", str(tmp_path), system_prompt="")).train
+    assert (example.system, example.golds) == ("", ("Ada", "A. L."))
+
+
+def test_verl_and_search_r1(tmp_path):
+    search_r1 = {
+        "id": "nq_7", "question": "who sings it", "golden_answers": ["A", "B"], "data_source": "nq", "ability": "fact-reasoning",
+        "prompt": [{"role": "user", "content": "Use <information>. Question: who sings it"}],
+        "reward_model": {"style": "rule", "ground_truth": {"target": ["A", "B"]}}, "extra_info": {"index": 7, "split": "train"},
+    }  # fmt: skip
+    write(tmp_path / "train.parquet", [search_r1])
+    write(
+        tmp_path / "test.parquet",
+        [
+            {
+                "data_source": "gsm8k", "prompt": [{"role": "user", "content": "1 + 1?"}], "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": "2"},
+            }
+        ],
+    )  # fmt: skip
+    dataset = load_dataset(DataConfig("verl", str(tmp_path)))
+    (example,), (sums,) = dataset.train, dataset.held_out
+    assert (example.id, example.question, example.golds, example.kind) == ("nq_7", "who sings it", ("A", "B"), "qa")
+    assert (example.source, example.system) == ("nq", SYSTEM_PROMPT)
+    assert example.extra == {"ability": "fact-reasoning", "extra_info.index": 7}
+    assert (sums.id, sums.question, sums.golds, sums.kind) == ("test-1", "1 + 1?", ("2",), "math")
+    bare = {key: search_r1[key] for key in ("id", "question", "golden_answers")}
+    write(tmp_path / "train.parquet", [bare])
+    assert load_dataset(DataConfig("verl", str(tmp_path))).train[0].golds == ("A", "B")
+
+
+BERN = ["Bern", ["Bern is a town. ", "It lies on the Aare."]]
+HOTPOT = {
+    "_id": "5a", "question": "On what?", "answer": "Aare", "type": "bridge", "level": "hard", "supporting_facts": [["Bern", 1]],
+    "context": [BERN, ["Ada", ["Ada."]]],
+}  # fmt: skip
+
+
+def test_hotpotqa_and_2wiki(tmp_path):
+    write(tmp_path / "hotpot_train_v1.1.json", [HOTPOT])
+    write(tmp_path / "hotpot_dev_distractor_v1.json", [HOTPOT | {"_id": "5b", "context": [BERN]}])
+    dataset = load_dataset(DataConfig("hotpotqa", str(tmp_path)))
+    (example,) = dataset.train
+    assert (example.id, example.golds, example.extra) == ("5a", ("Aare",), {"type": "bridge", "level": "hard"})
+    assert dataset.documents == (Document("Bern", "Bern is a town. It lies on the Aare."), Document("Ada", "Ada."))
+
+    spelled = {
+        "id": 0,
+        "question": "On what?",
+        "answers": ["Aare", "the Aare"],
+        "context": [{"title": "Bern", "text": "A town."}],
+    }
+    file = write(tmp_path / "some.jsonl", [spelled])
+    dataset = load_dataset(DataConfig("hotpotqa", str(file), held_out=str(file)))
+    assert (dataset.train[0].id, dataset.train[0].golds) == ("0", ("Aare", "the Aare"))
+    assert dataset.documents == (Document("Bern", "A town."),)
+
+    for name in ("train.json", "dev.json"):
+        write(tmp_path / name, [HOTPOT | {"answer_id": "Q1"}, HOTPOT | {"answer_id": None}])
+    assert load_dataset(DataConfig("wiki2", str(tmp_path))).train[0].golds == ("Aare",)
+    (tmp_path / "id_aliases.json").write_text('{"Q_id": "Q1", "aliases": ["Aar", "Aare"], "demonyms": []}\n')
+    assert [e.golds for e in load_dataset(DataConfig("wiki2", str(tmp_path))).train] == [("Aare", "Aar"), ("Aare",)]
+
+
+def test_musique(tmp_path):
+    row = {
+        "id": "2hop__1", "question": "On what?", "answer": "Aare", "answer_aliases": ["Aar"], "answerable": True,
+        "paragraphs": [{"idx": 0, "title": "Bern", "paragraph_text": "A town.", "is_supporting": True}],
+    }  # fmt: skip
+    write(tmp_path / "musique_ans_v1.0_train.jsonl", [row, row | {"answerable": False}])
+    write(tmp_path / "musique_ans_v1.0_dev.jsonl", [row])
+    dataset = load_dataset(DataConfig("musique", str(tmp_path)))
+    assert [(e.id, e.golds) for e in dataset.train] == [("2hop__1", ("Aare", "Aar"))]
+    assert dataset.documents == (Document("Bern", "A town."),)
+
+
+def test_math_as_folders_and_as_files(tmp_path):
+    problem = {"problem": "1 + 1?", "level": "Level 1", "type": "Algebra", "solution": r"It is $\boxed{\frac{4}{2}}$."}
+    for split, number in (("train", 1), ("train", 2), ("test", 5)):
+        path = tmp_path / split / "algebra" / f"{number}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(problem))
+    dataset = load_dataset(DataConfig("math", str(tmp_path)))
+    assert [(e.id, e.golds, e.kind) for e in dataset.train] == [
+        ("algebra/1", (r"\frac{4}{2}",), "math"), ("algebra/2", (r"\frac{4}{2}",), "math"),
+    ]  # fmt: skip
+    assert dataset.held_out[0].extra == {"level": "Level 1", "type": "Algebra"}
+    file = write(tmp_path / "math500.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    assert load_dataset(DataConfig("math", str(file), held_out=str(file))).train[0].golds == ("2",)
+    (tmp_path / "test" / "algebra" / "5.json").write_text("{")
+    with pytest.raises(DataError, match=r"5\.json.*data\.malformed"):
+        load_dataset(DataConfig("math", str(tmp_path)))
+
+
+def test_tfds_builders_without_tensorflow(tmp_path):
+    """The embedded world is such a builder: read by columns it is the same questions."""
+    world = load_world(tmp_path, 0)
+    (folder,) = [path.parent for path in tmp_path.rglob("dataset_info.json")]
+    columns = ColumnsConfig("text", "gold")
+    dataset = load_dataset(DataConfig("tfds", str(folder), columns=columns))
+    assert [(e.id, e.question, e.golds) for e in dataset.train] == [(q.id, q.text, (q.gold,)) for q in world.train]
+    assert len(dataset.held_out) == len(world.held_out)
+    with pytest.raises(DataError, match=r"no split 'other'; it has .*train"):
+        load_dataset(DataConfig("tfds", str(folder), held_out="other", columns=columns))
+    with pytest.raises(DataError, match=r"split train, record 1: missing field 'question'"):
+        load_dataset(DataConfig("tfds", str(folder)))
+
+
+def test_a_mixture_keeps_each_parts_own(tmp_path):
+    sums = write(tmp_path / "sums.jsonl", [{"question": f"{i} + 1?", "answer": i + 1} for i in range(5)])
+    hotpot = write(tmp_path / "hotpot.json", [HOTPOT])
+    parts = (
+        DataPart("files", str(sums), str(sums), kind="math", weight=3.0),
+        DataPart("hotpotqa", str(hotpot), str(hotpot)),
+        DataPart("files", str(sums), str(sums), kind="math", weight=2.0),
+    )
+    dataset = load_dataset(DataConfig("mixture", mixture=parts))
+    assert dataset.weights == {"files": 3.0, "hotpotqa": 1.0, "files-2": 2.0}
+    assert [e.source for e in dataset.train] == ["files"] * 5 + ["hotpotqa"] + ["files-2"] * 5
+    assert len({e.id for e in dataset.train}) == 11
+    assert {(e.source, e.kind) for e in dataset.held_out} == {
+        ("files", "math"),
+        ("hotpotqa", "qa"),
+        ("files-2", "math"),
+    }
+    assert len(dataset.documents) == 2
+    assert dataset.demonstration is None
+    with pytest.raises(ConfigError, match=r"data\.mixture: empty"):
+        load_dataset(DataConfig("mixture"))
+    with pytest.raises(ConfigError, match="cannot be a mixture"):
+        load_dataset(DataConfig("mixture", mixture=(DataPart("mixture"),)))
+
+
+def test_demonstrations_of_a_mixture_are_those_of_its_parts(tmp_path):
+    line = {"question": "Q?", "answer": "It is <<1+1=2>>2.\n#### 2"}
+    for name in ("train", "test"):
+        write(tmp_path / "gsm8k" / f"{name}.jsonl", [line, line, line])
+    write(tmp_path / "files" / "train.jsonl", ROWS)
+    write(tmp_path / "files" / "test.jsonl", ROWS)
+    parts = (
+        DataPart("gsm8k", str(tmp_path / "gsm8k")), DataPart("files", str(tmp_path / "files")),
+        DataPart("gsm8k", str(tmp_path / "gsm8k")),
+    )  # fmt: skip
+    dataset = load_dataset(DataConfig("mixture", mixture=parts))
+    assert dataset.num_demonstrations == 6
+
+    class Kit:
+        def tool_for(self, skill):
+            return "python"
+
+        def run(self, tool, argument):
+            return "2"
+
+        def write_call(self, tool, argument):
+            return "call"
+
+        def write_result(self, text):
+            return text
+
+    ids = [dataset.demonstration(i, Kit()).example.id for i in range(6)]
+    assert ids == ["gsm8k-train-1", "gsm8k-train-3", "gsm8k-train-5"] * 2

@@ -1,0 +1,99 @@
+"""Questions asked twice, by hand and against a brute-force comparison of all pairs."""
+
+import random
+import re
+
+from appo_jax.config import DataConfig
+from appo_jax.data.describe import describe
+from appo_jax.data.repetitions import SIMILARITY, find_repetitions
+from appo_jax.data.source import load_dataset
+from appo_jax.types import Example
+
+LONG = "In which town was the leader of the company born that the oldest brother of Ada Lovelace works for since he left home"
+
+
+def asked(*questions, prefix="t"):
+    return [Example(f"{prefix}{i}", question, ("a",), "qa", "") for i, question in enumerate(questions)]
+
+
+def test_by_hand():
+    train = asked(
+        "Who wrote Emma?",
+        "  who wrote “EMMA” ",  # the same, but for case, spaces and punctuation
+        "Who wrote Persuasion?",
+        LONG + "?",
+        LONG + " again?",  # nearly the same
+        f"{LONG} in 1990?",
+        f"{LONG} in 1991?",  # another number: another question
+        "What is 2+3?",
+        "What is 2-3?",
+        "What is 2 + 3 ?",
+        "ｗｈｏ wrote emma",  # full-width letters
+        "Is Bern a town?",
+    )
+    found = find_repetitions(train, asked("is Bern a town", LONG + " now?", prefix="e"))
+    assert found.duplicates == [(1, "t0"), (9, "t7"), (10, "t0")]
+    assert found.near_duplicates == [(4, "t3")]
+    assert found.overlaps == [(3, "e1"), (4, "e1"), (11, "e0")]
+    assert found.indices(("duplicates", "overlaps")) == {1, 9, 10, 3, 4, 11}
+
+
+def test_near_duplicates_are_those_of_a_comparison_of_all_pairs():
+    draw = random.Random(0)
+    words = [f"w{chr(97 + i)}" for i in range(26)]
+    questions = []
+    for _ in range(60):
+        base = draw.choices(words, k=40)
+        questions.append(" ".join(base))
+        for _ in range(draw.randint(0, 3)):
+            changed = list(base)
+            for _ in range(draw.randint(1, 4)):
+                changed[draw.randrange(40)] = draw.choice(words)
+            questions.append(" ".join(changed))
+
+    def triples(text):
+        parts = re.findall(r"\w+", text)
+        return {tuple(parts[i : i + 3]) for i in range(len(parts) - 2)}
+
+    expected, clear = set(), set()
+    for i, question in enumerate(questions):
+        scores = [
+            len(triples(question) & triples(other)) / len(triples(question) | triples(other)) for other in questions[:i]
+        ]
+        if question in questions[:i]:
+            continue
+        if any(score >= SIMILARITY for score in scores):
+            expected.add(i)
+        if any(score >= SIMILARITY + 0.1 for score in scores):
+            clear.add(i)
+    found = {index for index, _ in find_repetitions(asked(*questions), []).near_duplicates}
+    assert found <= expected  # what is found is checked exactly
+    assert len(found) >= 0.9 * len(expected)  # hashing may miss one near the threshold
+    assert clear <= found
+    assert len(expected) > 20
+
+
+def test_what_data_drop_names_is_left_out_and_described(tmp_path, caplog):
+    rows = ["Who wrote Emma?", "who wrote emma", LONG + "?", LONG + " again?", "In an exam?", "Alone?"]
+    lines = [f'{{"question": "{question}", "answer": "a"}}' for question in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "test.jsonl").write_text('{"question": "Held out?", "answer": "a"}')
+    (tmp_path / "exam.jsonl").write_text('{"problem": "In an exam", "answer": 3}')
+
+    def config(*drop):
+        return DataConfig("files", str(tmp_path), drop=drop, evaluation=(str(tmp_path / "exam.jsonl"),))
+
+    def kept(*drop):
+        return [int(example.id.removeprefix("train-")) for example in load_dataset(config(*drop)).train]
+
+    assert kept() == [1, 2, 3, 4, 5, 6]
+    assert kept("duplicates") == [1, 3, 4, 5, 6]
+    assert kept("near_duplicates") == [1, 2, 3, 5, 6]
+    assert kept("duplicates", "near_duplicates", "overlaps") == [1, 3, 6]
+    assert "3 of 6 training questions are left out: 1 duplicates, 1 near duplicates, 1 overlaps" in caplog.text
+    report = describe(config("duplicates"), None, 0)
+    assert "train: 6 questions" in report
+    assert "duplicates: 1 of an earlier question, such as train-2 and train-1" in report
+    assert "overlaps: 1 of a question for evaluation" in report
+    assert "such as train-5 and exam-1" in report
+    assert report.count("accepted: 'a'") == 6
