@@ -245,7 +245,9 @@ def _data(args: Sequence[str]) -> None:
     """`data world`: make the embedded world's dataset and train its tokenizer. `data describe`: what a config's data holds."""
     kind = args[0] if args else ""
     if kind not in ("world", "describe"):
-        raise ConfigError(f"data {kind}: expected `appo-jax data world --config FILE` or `appo-jax data describe --config FILE`")
+        raise ConfigError(
+            f"data {kind}: expected `appo-jax data world --config FILE` or `appo-jax data describe --config FILE`"
+        )
     config = config_from(f"data {kind}", args[1:])
     from appo_jax.prepare import describe_data, prepare_world
 
