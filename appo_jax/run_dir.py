@@ -33,6 +33,9 @@ MAY_CHANGE = (
     "sft.checkpoint_every",
     "keep_checkpoints",
     "keep_rollouts",
+    "stop_grace_seconds",
+    "tools.max_unavailable",
+    "tools.pause_seconds",
     "max_silent_seconds",
 )
 

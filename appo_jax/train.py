@@ -40,6 +40,7 @@ from appo_jax.rollout.stats import rollout_metrics, update_metrics
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.sft import cold_start
 from appo_jax.storage import plain
+from appo_jax.tools.outage import OutageWatch
 from appo_jax.types import Example, Rollout, Tree
 from appo_jax.view.plots import try_to_draw_plots
 from appo_jax.view.progress import Progress
@@ -112,6 +113,8 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     def over() -> bool:
         return step >= config.steps or 0 < config.max_sampled_tokens <= sampled_tokens
 
+    outages = OutageWatch(config.tools)
+
     # ---- the loop
     try:
         stopping = stop.agreed()
@@ -122,6 +125,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             step += 1
             heartbeat.at_step(step)
             checkpointer.wait()  # what the step before this one saved is on disk, and reads back
+            outages.see(step, record)
             require_finite(record, "update", step, "optimizer.learning_rate")
             sampled_tokens += int(record["rollout/sampled_tokens"])
             if config.eval.every and step % config.eval.every == 0 and not over():

@@ -90,6 +90,9 @@ class Config:
     max_silent_seconds: PositiveFloat = 600.0
     """A run that makes no progress for so long, and for ten times as long as its phase ever took to make some, ends itself with
     the stacks of all threads, and its supervisor starts it again. Three times as long while a phase may still be compiling."""
+    stop_grace_seconds: NonNegativeFloat = 0.0
+    """A run that is asked to stop ends after the step it is in, which is saved. Where the machine is taken away sooner (spot
+    capacity: about 30 s), so many seconds after the request it ends without that step. 0: the step ends first, however long."""
     policy: PolicyConfig = PolicyConfig()
     """The policy that the run starts from."""
     data: DataConfig = DataConfig()

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from appo_jax.config.bounds import Fraction
+
 
 @dataclasses.dataclass(frozen=True)
 class PythonToolConfig:
@@ -72,6 +74,11 @@ class ToolsConfig:
     turns of their own, as the model's chat template has them."""
     max_concurrency: PositiveInt = 8
     """Calls of one tool that run at the same time, on one host."""
+    max_unavailable: Fraction = 0.5
+    """Share of a tool's calls in a step that may go unanswered. Above it the run pauses; if the next step is no
+    better, it stops."""
+    pause_seconds: NonNegativeFloat = 60.0
+    """Length of that pause."""
     python: PythonToolConfig = PythonToolConfig()
     """The python tool."""
     search: SearchToolConfig = SearchToolConfig()

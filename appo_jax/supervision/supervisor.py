@@ -88,6 +88,7 @@ class Supervisor:
         self._cause: Cause | None = None
         self._cause_at = 0.0
         self._requests = self._passed_on = 0
+        self._grace_ends = float("inf")
         self._run_dir: Path | None = None
         self._written, self._told = 0.0, 0.0
         self._stopped_since: float | None = None
@@ -103,6 +104,9 @@ class Supervisor:
             if self._requests > self._passed_on:
                 self._fail(self._hear_child())  # the latest news of whether it hears
                 self._fail(self._pass_on())
+            if time.monotonic() > self._grace_ends:
+                said = f"interrupted: step {self._beat['step'] + 1} did not end within stop_grace_seconds and is made again"
+                self._fail(Cause(self._peers.host, said, failures.INTERRUPTED))
             self._fail(self._peers.lost())
             self._fail(self._hanging())
             self._tell()
@@ -212,6 +216,7 @@ class Supervisor:
         first, self._passed_on = self._passed_on == 0, self._requests
         if first and self._requests == 1 and self._beat.get("stoppable"):
             os.kill(self._pid, signal.SIGTERM)
+            self._grace_ends = time.monotonic() + (self._config.stop_grace_seconds or float("inf"))
             return None
         return Cause(self._peers.host, "interrupted", failures.INTERRUPTED)
 

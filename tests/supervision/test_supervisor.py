@@ -155,6 +155,18 @@ def test_a_request_lets_the_step_end(start: Start, number: signal.Signals) -> No
     assert len(out.splitlines()) <= 3  # the step it was in
 
 
+def test_a_step_that_is_longer_than_the_grace_is_given_up(start: Start) -> None:
+    process = start("ignore", "stop_grace_seconds=2")
+    assert process.stdout is not None
+    process.stdout.readline()
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    code, _, err = end(process)
+    assert code == 130
+    assert 2 <= time.monotonic() - began < 8
+    assert "step 1 did not end within stop_grace_seconds and is made again" in err
+
+
 def test_asked_again_it_ends_at_once(start: Start) -> None:
     process = start("ignore")
     assert process.stdout is not None
