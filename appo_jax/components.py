@@ -21,7 +21,7 @@ from appo_jax.data.pipeline import check_prompts
 from appo_jax.data.source import Dataset, load_dataset
 from appo_jax.errors import DataError
 from appo_jax.policy import weights
-from appo_jax.policy.architecture import architecture_of, for_tokenizer
+from appo_jax.policy.architecture import architecture_of, check_positions, for_tokenizer
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.sharding import make_mesh, param_shardings, use_mesh
 from appo_jax.reward import Judge, Judgement, make_reward
@@ -30,7 +30,7 @@ from appo_jax.reward.response import Response, opened_thought
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.sampler import Sampler
 from appo_jax.rollout.tree_sampler import TreeSampler
-from appo_jax.text.tokenizer import Tokenizer, check_tags, load_tokenizer
+from appo_jax.text.tokenizer import Tokenizer, check_tags, policy_tokenizer
 from appo_jax.text.train_tokenizer import structure
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.executor import ToolExecutor
@@ -70,8 +70,9 @@ def build(config: Config) -> Components:
             "`appo-jax data world --config FILE` (the config and overrides of this run)"
         )
     dataset = load_dataset(config.data)
-    tokenizer = load_tokenizer(config.policy.tokenizer or str(config.policy.path))
+    tokenizer = policy_tokenizer(config.policy)
     arch = for_tokenizer(architecture_of(config.policy), tokenizer.vocab_size)
+    check_positions(arch, config)
     with contextlib.ExitStack() as stack:
         executor = stack.enter_context(build_executor(config.tools, dataset.documents))
         tokenizer = offer_tools(executor.call_format, tokenizer)

@@ -12,7 +12,8 @@ from appo_jax.errors import CheckpointError
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import architecture_of
 from appo_jax.policy.parameters import Params, abstract_params
-from appo_jax.text.tokenizer import load_tokenizer
+from appo_jax.text.export import tokenizer_files
+from appo_jax.text.tokenizer import policy_tokenizer
 
 
 def export_run(run: Path, out: Path) -> str:
@@ -22,10 +23,10 @@ def export_run(run: Path, out: Path) -> str:
     CheckpointError where the run has no checkpoint, WeightsError if `out` exists and is not empty.
     """
     policy = load_config(run / "config.json").policy
-    arch, tokenizer = architecture_of(policy), Path(str(policy.tokenizer or policy.path))
+    arch, tokenizer = architecture_of(policy), policy_tokenizer(policy)
     where, params = newest_params(run)
-    eos_id = load_tokenizer(str(tokenizer)).eos_id if tokenizer.is_file() else None
-    weights.save(out, params, arch, tokenizer, eos_id)
+    files = tokenizer_files(Path(policy.tokenizer or str(policy.path)))
+    weights.save(out, params, arch, policy.path, tokenizer.eos_ids, files)
     return where
 
 

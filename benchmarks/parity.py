@@ -111,7 +111,7 @@ def random_models() -> None:
                 save_file(tensors, folder / "model.safetensors")
                 arch, params = read_architecture(folder), weights.load(folder)
                 compare_logits(f"{family} {seed} logits", our_logits(params, arch, tokens), theirs)
-                weights.save(exported, params, arch, tokenizer=folder, max_shard_bytes=20_000)
+                weights.save(exported, params, arch, source=folder, max_shard_bytes=20_000)
                 model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
                 again = their_logits(model.eval(), tokens)
             report(

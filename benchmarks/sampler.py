@@ -160,7 +160,7 @@ class Bench:
         self.params = weights.load(folder, dtype=jnp.float32)
         tokenizer = load_tokenizer(str(folder))
         assert isinstance(tokenizer, JsonTokenizer)
-        tokenizer.eos_id = -1  # nothing ends before its limit
+        tokenizer.eos_ids = (-1,)  # nothing ends before its limit
         self.tokenizer = tokenizer
 
     def engine(self, string: str = "\0never\0", pause: float = 0.0, **config: Any) -> Engine:

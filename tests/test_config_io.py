@@ -1,5 +1,6 @@
 """Configs through files: what is written comes back equal, what is wrong is named."""
 
+import collections.abc
 import dataclasses
 import json
 import subprocess
@@ -46,6 +47,14 @@ def values(hint):
         return st.sampled_from(parts)
     if origin is tuple:
         return st.lists(values(parts[0]), max_size=3).map(tuple)
+    if origin is collections.abc.Mapping:
+        item = st.one_of(
+            st.booleans(),
+            st.integers(-(2**53), 2**53),
+            st.floats(allow_infinity=False, allow_nan=False),
+            st.text(max_size=8),
+        )
+        return st.dictionaries(st.text(max_size=8), item, max_size=3)
     if parts:
         return st.one_of(*(st.none() if part is type(None) else values(part) for part in parts))
     return {

@@ -24,6 +24,7 @@ from appo_jax.learner.step import TrainState
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import read_architecture
 from appo_jax.policy.parameters import Params
+from appo_jax.text.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 make = runpy.run_path(str(GOLDEN / "make_golden.py"))
@@ -36,6 +37,9 @@ def write_policy(folder: Path) -> list[str]:
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 2, "max_position_embeddings": 512}))
     save_file(tensors, folder / "model.safetensors")
     shutil.copyfile(GOLDEN / "tokenizer.json", folder / "tokenizer.json")
+    template = (GOLDEN / "templates" / "chatml.jinja").read_text()
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
     return sorted(tensors)
 
 
@@ -71,7 +75,11 @@ def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
         assert sorted(tensors.keys()) == names
     assert read_architecture(out) == read_architecture(policy)
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 512
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
+    ends = list(load_tokenizer(policy).eos_ids)
+    assert len(ends) == 2  # the tokenizer's, and the one that its config.json declares
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((out / name).read_text())["eos_token_id"] == ends
+    assert (out / "tokenizer_config.json").read_bytes() == (policy / "tokenizer_config.json").read_bytes()
     assert (out / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
 
 

@@ -8,7 +8,7 @@ stand in its type. Rules between fields are in `rules`. `config_io.check` holds 
 from appo_jax.config.data import ColumnsConfig, DataConfig, DataPart
 from appo_jax.config.learning import OptimizerConfig, Remat, SFTConfig
 from appo_jax.config.method import AdvantageConfig, BranchingConfig, LossConfig
-from appo_jax.config.policy import Architecture, PolicyConfig, RopeScaling
+from appo_jax.config.policy import Architecture, PolicyConfig, RopeScaling, YarnScaling
 from appo_jax.config.rollout import RolloutConfig
 from appo_jax.config.run import Config, EvalConfig, MeshConfig, RewardConfig
 from appo_jax.config.tools import PythonToolConfig, SearchToolConfig, ToolsConfig
@@ -34,4 +34,5 @@ __all__ = [
     "SFTConfig",
     "SearchToolConfig",
     "ToolsConfig",
+    "YarnScaling",
 ]

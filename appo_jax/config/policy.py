@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
+from annotated_types import Ge
 from pydantic import PositiveFloat, PositiveInt
 
 
@@ -20,6 +22,22 @@ class RopeScaling:
     """Wavelengths below original_max_position / this are kept as they are (`high_freq_factor`; Llama 3.1: 4)."""
     original_max_position: PositiveInt
     """Tokens of context before scaling (`original_max_position_embeddings`; Llama 3.1: 8192)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071, `rope_type: yarn`), by which Qwen2.5 and Qwen3 are extended beyond their training context."""
+
+    factor: Annotated[float, Ge(1)]
+    """How many times longer the context becomes (`factor`; Qwen2.5, Qwen3: 4)."""
+    original_max_position: PositiveInt
+    """Tokens of context before scaling (`original_max_position_embeddings`; Qwen2.5, Qwen3: 32768)."""
+    beta_fast: PositiveFloat = 32.0
+    """Frequencies that turn more often than this in the original context are kept (`beta_fast`)."""
+    beta_slow: PositiveFloat = 1.0
+    """Frequencies that turn less often than this are divided by the factor (`beta_slow`); between the two, in part."""
+    attention_factor: PositiveFloat | None = None
+    """Rotated queries and keys are multiplied by it (`attention_factor`). None: 0.1 · ln(factor) + 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +63,7 @@ class Architecture:
     """F: inner width of the gated MLP (`intermediate_size`)."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary frequencies (`rope_theta`)."""
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | YarnScaling | None = None
     """Scaling of the rotary frequencies. None: no scaling."""
     norm_eps: PositiveFloat = 1e-6
     """ε of RMSNorm (`rms_norm_eps`)."""
@@ -54,6 +72,9 @@ class Architecture:
     num_tokens: PositiveInt | None = None
     """Ids that the tokenizer has. Rows of the embedding beyond them are padding, with probability 0 everywhere. A run sets it
     from its tokenizer. None: vocab_size."""
+    max_positions: PositiveInt | None = None
+    """Tokens of a rollout, prompt and response, that the policy was made for (`max_position_embeddings`); yarn extends it. A
+    config with longer rollouts is refused. None: no limit."""
     family: str = "llama"
     """Which parameters a layer has and what it does with them, by a name of policy/parameters.py. llama: Llama 3, SmolLM2.
     qwen2: Qwen2 and Qwen2.5, with biases on queries, keys and values. qwen3: with a norm on queries and keys."""
@@ -70,5 +91,7 @@ class PolicyConfig:
     `appo-jax plan` works without the weights."""
     tokenizer: str | None = None
     """A sentencepiece .model file, or a folder with tokenizer.json. None: that of `path`."""
+    template_variables: Mapping[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    """Variables for the tokenizer's chat template, such as enable_thinking (Qwen3). On the command line: NAME VALUE …"""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; parameters are float32 always. auto: bfloat16 on accelerators, float32 on CPU."""

@@ -113,7 +113,7 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
 
     def decode(of: GenerationShapes) -> Any:
         prefixes, rows = generation(of)
-        spec = DecodeSpec(arch, dtype, rollout.temperature, rollout.top_k, rollout.top_p, 0)
+        spec = DecodeSpec(arch, dtype, rollout.temperature, rollout.top_k, rollout.top_p, (0,))
         states = array((AUTOMATON_STATES, arch.vocab_size), np.uint8), array((AUTOMATON_STATES,), jnp.int32)
         number = array((), jnp.int32)
         return decode_segment.trace(copy, prefixes, rows, StopTables(*states), Until(number, number), spec=spec)

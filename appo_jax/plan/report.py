@@ -24,7 +24,7 @@ from appo_jax.errors import ConfigError, PlanError
 from appo_jax.plan import hlo
 from appo_jax.plan.programs import Program, programs
 from appo_jax.plan.topology import GIB, Chip, parse_slice
-from appo_jax.policy.architecture import architecture_of
+from appo_jax.policy.architecture import architecture_of, check_positions
 from appo_jax.policy.sharding import make_mesh, use_mesh
 
 
@@ -137,6 +137,7 @@ def make_plan(config: Config, topology: str, on_program: Any = lambda name: None
     except Exception as error:  # whatever libtpu makes of an unknown shape
         raise ConfigError(f"--topology {topology}: the TPU compiler does not know it: {error}") from error
     arch = config.policy.architecture or architecture_of(config.policy)
+    check_positions(arch, config)
     mesh = make_mesh(config.mesh, devices)
 
     def one(program: Program) -> Need:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from appo_jax.config import Architecture, PolicyConfig, RopeScaling
+from appo_jax.config import Architecture, Config, PolicyConfig, RopeScaling, YarnScaling
 from appo_jax.errors import ConfigError, WeightsError
 from appo_jax.policy.parameters import FAMILIES, check_family
 
@@ -30,7 +31,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
     required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     problems += [f"{key}: missing" for key in required if not isinstance(config.get(key), int)]
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    scaling, rope_problems = _rope_scaling(rope)
+    scaling, rope_problems = _rope_scaling(rope, config.get("max_position_embeddings"))
     problems += rope_problems
     if problems:
         raise WeightsError("config.json: cannot be loaded as it is:\n" + "\n".join(f"- {p}" for p in problems))
@@ -47,6 +48,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
         mlp_width=config["intermediate_size"],
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
         rope_scaling=scaling,
+        max_positions=config.get("max_position_embeddings"),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         family=family,
@@ -73,7 +75,19 @@ def to_hf(arch: Architecture) -> dict[str, Any]:
         "attention_dropout": 0.0,
         **family.config,
     }
-    if (scaling := arch.rope_scaling) is not None:
+    if arch.max_positions is not None:
+        config["max_position_embeddings"] = arch.max_positions
+    if isinstance(scaling := arch.rope_scaling, YarnScaling):
+        config["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+        }
+        if scaling.attention_factor is not None:
+            config["rope_scaling"]["attention_factor"] = scaling.attention_factor
+    elif scaling is not None:
         config["rope_scaling"] = {
             "rope_type": "llama3",
             "factor": scaling.factor,
@@ -106,17 +120,47 @@ def architecture_of(config: PolicyConfig) -> Architecture:
         check_family(config.architecture)
         return config.architecture
     found, stated = read_architecture(config.path), config.architecture
-    if stated is not None and stated != found:
-        fields = [f.name for f in dataclasses.fields(Architecture)]
-        raise ConfigError.of(
-            [
-                f"policy.architecture.{name} = {getattr(stated, name)!r}, but {config.path}/config.json says "
-                f"{getattr(found, name)!r}: correct it, or leave policy.architecture out"
-                for name in fields
-                if getattr(stated, name) != getattr(found, name)
-            ]
-        )
+    if stated is None:
+        return found
+    # What the shape does not depend on may be left to the folder.
+    left_out = ("num_tokens", *(("max_positions",) if stated.max_positions is None else ()))
+    names = [f.name for f in dataclasses.fields(Architecture) if f.name not in left_out]
+    differing = [
+        f"policy.architecture.{name} = {getattr(stated, name)!r}, but {config.path}/config.json says "
+        f"{getattr(found, name)!r}: correct it, or leave policy.architecture out"
+        for name in names
+        if getattr(stated, name) != getattr(found, name)
+    ]
+    if differing:
+        raise ConfigError.of(differing)
     return found
+
+
+def check_positions(arch: Architecture, config: Config) -> None:
+    """Raises ConfigError for rollouts or demonstrations longer than the positions that the policy was made for."""
+    if arch.max_positions is None:
+        return
+    limit, original = arch.max_positions, arch.max_positions
+    if isinstance(arch.rope_scaling, YarnScaling):
+        original = arch.rope_scaling.original_max_position
+        limit = max(limit, int(arch.rope_scaling.factor * original))
+    rollout = config.rollout
+    lengths = {
+        "rollout.max_prompt_tokens + rollout.max_response_tokens": rollout.max_prompt_tokens
+        + rollout.max_response_tokens
+    }
+    if config.sft.steps:
+        lengths["sft.max_tokens"] = config.sft.max_tokens
+    problems = [
+        f"{fields} = {length} exceeds the {limit} positions that the policy was made for (max_position_embeddings"
+        f"{'' if limit == arch.max_positions else ', extended by yarn'}): lower it, or extend them by yarn with rope_scaling = "
+        f'{{"rope_type": "yarn", "factor": {math.ceil(length / original)}.0, "original_max_position_embeddings": {original}}} '
+        "in the policy's config.json"
+        for fields, length in lengths.items()
+        if length > limit
+    ]
+    if problems:
+        raise ConfigError.of(problems)
 
 
 def for_tokenizer(arch: Architecture, num_tokens: int) -> Architecture:
@@ -150,22 +194,37 @@ def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:
     return problems
 
 
-def _rope_scaling(rope: Mapping[str, Any]) -> tuple[RopeScaling | None, list[str]]:
-    """Llama 3's scaling, or None for plain rope, and what is wrong with the fields."""
+def _rope_scaling(
+    rope: Mapping[str, Any], max_positions: int | None
+) -> tuple[RopeScaling | YarnScaling | None, list[str]]:
+    """The scaling (None: plain rope), and what is wrong with the fields."""
     kind = rope.get("rope_type", rope.get("type", "default"))
+    only = {"partial_rotary_factor": 1.0, "mscale": None, "mscale_all_dim": None, "truncate": True}
     problems = [
-        f"rope partial_rotary_factor = {rope['partial_rotary_factor']!r}: not supported, only 1.0 is"
-        for _ in range(rope.get("partial_rotary_factor", 1.0) != 1.0)
+        f"rope {key} = {rope[key]!r}: not supported, only {value!r} is"
+        for key, value in only.items()
+        if rope.get(key, value) != value
     ]
     if any(isinstance(value, Mapping) for value in rope.values()):
         return None, [*problems, "rope_parameters: one set per layer type is not supported"]
     if kind == "default":
         return None, problems
-    if kind != "llama3":
-        return None, [*problems, f"rope_type = {kind!r}: not supported, only 'default' and 'llama3' are"]
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [f"rope {key}: missing (rope_type llama3 needs it)" for key in fields if key not in rope]
-    if missing:
+    if kind not in ("llama3", "yarn"):
+        return None, [*problems, f"rope_type = {kind!r}: not supported, only 'default', 'llama3' and 'yarn' are"]
+    rope = {"original_max_position_embeddings": max_positions} | {k: v for k, v in rope.items() if v is not None}
+    fields = ["factor", "original_max_position_embeddings"]
+    fields += ["low_freq_factor", "high_freq_factor"] if kind == "llama3" else []
+    missing = [f"rope {key}: missing (rope_type {kind} needs it)" for key in fields if rope.get(key) is None]
+    if missing or problems:
         return None, problems + missing
-    factor, low, high, original = (rope[key] for key in fields)
-    return RopeScaling(float(factor), float(low), float(high), int(original)), problems
+    factor, original = float(rope["factor"]), int(rope["original_max_position_embeddings"])
+    if kind == "llama3":
+        return RopeScaling(factor, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), original), []
+    yarn = YarnScaling(
+        factor,
+        original,
+        float(rope.get("beta_fast") or 32),
+        float(rope.get("beta_slow") or 1),
+        rope.get("attention_factor"),
+    )
+    return yarn, []

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from appo_jax.config import Architecture, Remat
+from appo_jax.config import Architecture, Remat, YarnScaling
 from appo_jax.policy.attention import Attend
 from appo_jax.policy.constraints import ROWS, constrain
 from appo_jax.policy.parameters import LAYER, Params
@@ -42,10 +42,21 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_frequencies(arch: Architecture) -> np.ndarray:
-    """Angular frequency of each rotated pair, `[E/2]` float64, with Llama 3's scaling where the architecture has it."""
-    frequencies = arch.rope_theta ** (-np.arange(0, arch.head_dim, 2, dtype=np.float64) / arch.head_dim)
+    """Angular frequency of each rotated pair, `[E/2]` float64, with the architecture's scaling."""
+    E = arch.head_dim
+    frequencies = arch.rope_theta ** (-np.arange(0, E, 2, dtype=np.float64) / E)
     if (s := arch.rope_scaling) is None:
         return frequencies
+    if isinstance(
+        s, YarnScaling
+    ):  # arXiv 2309.00071, sec. 3.2, with its bounds rounded to whole pairs as in transformers
+
+        def pair(turns: float) -> float:  # the (fractional) pair that turns so often in the original context
+            return E * math.log(s.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(arch.rope_theta))
+
+        low, high = max(math.floor(pair(s.beta_fast)), 0), min(math.ceil(pair(s.beta_slow)), E - 1)
+        slow = np.clip((np.arange(E // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+        return frequencies * (1 - slow + slow / s.factor)
     wavelength = 2 * np.pi / frequencies
     smooth = (s.original_max_position / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
@@ -53,9 +64,14 @@ def rope_frequencies(arch: Architecture) -> np.ndarray:
 
 
 def rotations(positions: jax.Array, arch: Architecture) -> Rotations:
-    """Cosines and sines of the angles by which heads turn at positions `[...]`, float32 `[..., E/2]`."""
+    """Cosines and sines of the angles by which heads turn at positions `[...]`, float32 `[..., E/2]`; with yarn, times its
+    attention factor."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(arch), jnp.float32)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if isinstance(s := arch.rope_scaling, YarnScaling):
+        scale = 0.1 * math.log(s.factor) + 1 if s.attention_factor is None else s.attention_factor
+        return cos * scale, sin * scale
+    return cos, sin
 
 
 def rotate(x: jax.Array, by: Rotations) -> jax.Array:

@@ -6,12 +6,12 @@ was loaded gives every tensor back byte for byte. Names and axes are those of pa
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,6 @@ from appo_jax.errors import WeightsError
 from appo_jax.policy.architecture import read_architecture, to_hf
 from appo_jax.policy.parameters import KeyPath, Parameter, Params, parameters, put
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -107,16 +103,21 @@ def save(
     folder: str | Path,
     params: Params,
     arch: Architecture,
-    tokenizer: str | Path | None = None,
-    eos_id: int | None = None,
+    source: str | Path | None = None,
+    eos_ids: Sequence[int] = (),
+    files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = 2 << 30,
 ) -> None:
     """Write a Hugging Face folder that transformers and vLLM load: config, generation config, tokenizer, safetensors.
 
-    `tokenizer` is the folder or .model file the policy was trained with; its generation settings and longest context go
-    along. `eos_id` is for a tokenizer without a config.json beside it. Host memory holds `max_shard_bytes`. The folder
-    appears when it is complete. With several hosts all must call; the first one writes. Raises WeightsError if the
-    folder exists and is not empty.
+    Args:
+        source: the Hugging Face folder that the policy began as; its generation settings go along.
+        eos_ids: the ids that end a turn, named in config.json and generation_config.json whatever `source` says.
+        files: content of further files by name: the tokenizer's.
+        max_shard_bytes: size of a weights file; the host holds so much.
+
+    The folder appears when it is complete. With several hosts all must call; the first one writes. Raises WeightsError if
+    the folder exists and is not empty.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -151,29 +152,23 @@ def save(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(partial / "model.safetensors.index.json", index)
     config = to_hf(arch) | {"dtype": str(params["embed"].dtype), "torch_dtype": str(params["embed"].dtype)}
-    if eos_id is not None:
-        config["eos_token_id"] = eos_id
-    _write_companions(partial, config, Path(tokenizer) if tokenizer is not None else None)
+    for name, content in (files or {}).items():
+        (partial / name).write_bytes(content)
+    _write_configs(partial, config, Path(source) if source is not None else None, eos_ids)
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
 
 
-def _write_companions(folder: Path, config: dict[str, Any], tokenizer: Path | None) -> None:
-    """config.json, generation_config.json and the tokenizer's files."""
-    source: dict[str, Any] = {}
-    generation: dict[str, Any] = {}
-    if tokenizer is not None and tokenizer.is_file():
-        shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    elif tokenizer is not None:
-        for name in TOKENIZER_FILES:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(tokenizer / name, folder / name)
-        source = _read_json_if_any(tokenizer / "config.json")
-        generation = _read_json_if_any(tokenizer / "generation_config.json")
-    inherited = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    config = {key: source[key] for key in inherited if source.get(key) is not None} | config
-    generation = {key: config[key] for key in inherited[1:] if key in config} | generation
+def _write_configs(folder: Path, config: dict[str, Any], source: Path | None, eos_ids: Sequence[int]) -> None:
+    """config.json and generation_config.json."""
+    theirs = _read_json_if_any(source / "config.json") if source is not None else {}
+    generation = _read_json_if_any(source / "generation_config.json") if source is not None else {}
+    inherited = ("bos_token_id", "eos_token_id", "pad_token_id")
+    config = {key: theirs[key] for key in inherited if theirs.get(key) is not None} | config
+    generation = {key: config[key] for key in inherited if key in config} | generation
+    if eos_ids:
+        config["eos_token_id"] = generation["eos_token_id"] = list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation)
 

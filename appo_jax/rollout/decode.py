@@ -32,7 +32,7 @@ class DecodeSpec:
     temperature: float  # 0: greedy
     top_k: int
     top_p: float
-    eos_id: int
+    eos_ids: tuple[int, ...]
 
 
 class StopTables(NamedTuple):
@@ -152,7 +152,7 @@ def decode_segment(
         slot = jnp.where(s.active, s.length, S)  # out of bounds, and so dropped, for inactive rows
         length = s.length + s.active
         automaton = jnp.where(s.active, stops.next_state[s.automaton, drawn], s.automaton).astype(jnp.int32)
-        stop = (drawn == spec.eos_id) | (stops.hit[automaton] >= 0) | (length >= s.limit)
+        stop = jnp.isin(drawn, jnp.asarray(spec.eos_ids)) | (stops.hit[automaton] >= 0) | (length >= s.limit)
         s = dataclasses.replace(
             s,
             cache=cache,

@@ -132,7 +132,7 @@ class Engine:
     def spec(self, temperature: float) -> DecodeSpec:
         """What decode programs of this engine are compiled for."""
         top_k, top_p = self.config.top_k, self.config.top_p
-        return DecodeSpec(self.arch, self.dtype, temperature, top_k, top_p, self.tokenizer.eos_id)
+        return DecodeSpec(self.arch, self.dtype, temperature, top_k, top_p, self.tokenizer.eos_ids)
 
     def prefill(self, policy: GeneratingPolicy, prompts: Sequence[np.ndarray], length: int, rows: int) -> Caches:
         """Caches of the prompts, right-padded to `length`, `rows` prompts at a time."""
@@ -247,7 +247,7 @@ class Engine:
 
     def _on_stop(self, row: Row, suffix: np.ndarray, automaton: int) -> None:
         """A row has stopped: its rollout is over, or it asks for a tool."""
-        if suffix[-1] == self.tokenizer.eos_id:
+        if suffix[-1] in self.tokenizer.eos_ids:
             row.stop_reason = StopReason.ANSWERED
         elif self.automaton.hit[automaton] < 0:
             row.stop_reason = StopReason.LENGTH

@@ -51,7 +51,7 @@ def blank_tokens(tokenizer: Tokenizer) -> np.ndarray:
     return np.array([blank(piece) for piece in tokenizer.token_bytes()])
 
 
-def valid_positions(rollout: Rollout, blank: np.ndarray, config: BranchingConfig, eos_id: int) -> np.ndarray:
+def valid_positions(rollout: Rollout, blank: np.ndarray, config: BranchingConfig, eos_ids: Sequence[int]) -> np.ndarray:
     """`[T]` bool: tokens before which (with `include_token`: after which) a branch may begin."""
     valid = rollout.sampled.copy()
     if config.skip_blank:
@@ -59,7 +59,7 @@ def valid_positions(rollout: Rollout, blank: np.ndarray, config: BranchingConfig
         valid &= ~np.append(blank, True)[np.minimum(rollout.tokens, beyond)]
     if config.include_token:
         # After EOS there is nothing to continue, and the last token may have used up the room.
-        valid &= rollout.tokens != eos_id
+        valid &= ~np.isin(rollout.tokens, eos_ids)
         valid[-1] = False
     return valid
 
@@ -100,7 +100,7 @@ class TreeGrower:
     ):  # fmt: skip
         self.sampler, self.branching, self.budget = sampler, branching, rollout.budget
         self.vocab_size, self.seed = vocab_size, seed
-        self.eos_id, self.blank = tokenizer.eos_id, blank_tokens(tokenizer)
+        self.eos_ids, self.blank = tokenizer.eos_ids, blank_tokens(tokenizer)
         self.rule, self.shapes = RULES[branching.score], Shapes(rollout, branching)
 
     def grow(
@@ -146,7 +146,7 @@ class TreeGrower:
             return padded(values, max_scored, self.shapes.rollout_length)
 
         rollouts = scored.rollouts
-        valid = array([valid_positions(r, self.blank, self.branching, self.eos_id) for r in rollouts])
+        valid = array([valid_positions(r, self.blank, self.branching, self.eos_ids) for r in rollouts])
         then, now = ([values for tree in by_tree for values in tree] for by_tree in (old, new))
         sampled = array([rollout.sampled for rollout in rollouts])
         future = by_future(array(now), array(then), sampled, tau=self.branching.tau)

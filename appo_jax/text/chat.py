@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from appo_jax.errors import DataError
@@ -37,6 +38,12 @@ def compile_template(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
         raise DataError(f"chat template: jinja2 cannot parse it: {error}") from error
+
+
+def variables_of(source: str) -> set[str]:
+    """Names of the variables that a template reads and does not set itself."""
+    environment = ImmutableSandboxedEnvironment(extensions=[jinja2.ext.loopcontrols])
+    return jinja2.meta.find_undeclared_variables(environment.parse(source))
 
 
 def render(

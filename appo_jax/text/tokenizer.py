@@ -13,7 +13,6 @@ Text is UTF-8; a lone surrogate becomes "?". A sentencepiece model cannot tell U
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,9 +23,19 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
+from appo_jax.config import PolicyConfig
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.text import chat
+from appo_jax.text.folder import (
+    byte_level_bytes,
+    chat_template,
+    declared_ends,
+    is_byte_level,
+    read_json,
+    read_json_if_any,
+)
 
+ROLES = ("system", "user", "assistant")
 _RESULT_PLACE = "THE-RESULT-OF-THE-CALL"
 
 
@@ -34,7 +43,8 @@ class Tokenizer(Protocol):
     """What the rest of the program knows of a tokenizer."""
 
     vocab_size: int  # ids are 0..vocab_size-1; a model's embedding may have more rows than that
-    eos_id: int  # ends the policy's turn
+    eos_id: int  # ends the policy's turn, in demonstrations too
+    eos_ids: tuple[int, ...]  # every id that ends a turn; eos_id is the first
     pad_id: int
 
     def encode(self, text: str) -> list[int]:
@@ -71,10 +81,11 @@ class SentencePieceTokenizer:
         self.eos_id: int = self._model.eos_id()
         if self.eos_id < 0:
             raise DataError(f"{path}: the sentencepiece model has no end-of-sequence symbol; train it with an eos_id")
+        self.eos_ids: tuple[int, ...] = (self.eos_id,)
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         self._token_bytes = [self._bytes_of(token) for token in range(self.vocab_size)]
         self._roles: dict[str, int] = {}
-        for role in ("system", "user", "assistant"):
+        for role in ROLES:
             token = self._model.piece_to_id(f"<|{role}|>")
             if not self._model.is_control(token):
                 raise DataError(f"{path}: no control symbol <|{role}|>; train it with control_symbols=<|{role}|>,…")
@@ -114,14 +125,14 @@ class JsonTokenizer:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        whole = _read_json(folder / "tokenizer.json")
-        if whole.get("model", {}).get("type") != "BPE" or '"ByteLevel"' not in json.dumps(whole.get("decoder")):
+        whole = read_json(folder / "tokenizer.json")
+        if not is_byte_level(whole):
             raise DataError(
                 f"{folder / 'tokenizer.json'}: only byte-level BPE is supported (model.type BPE, decoder ByteLevel); "
                 "of a tokenizer made by sentencepiece give its .model file"
             )
         config_file = folder / "tokenizer_config.json"
-        config = _read_json(config_file)
+        config = read_json(config_file)
         vocabulary: dict[str, int] = dict(whole["model"]["vocab"])
         self._control: dict[str, int] = {}
         plain_added: dict[str, int] = {}
@@ -150,16 +161,19 @@ class JsonTokenizer:
         self.vocab_size: int = 1 + max([*vocabulary.values(), *plain_added.values(), *self._control.values()])
         self._token_bytes = [b""] * self.vocab_size
         for piece, id in vocabulary.items():
-            self._token_bytes[id] = _byte_level_bytes(piece)
+            self._token_bytes[id] = byte_level_bytes(piece)
         for piece, id in plain_added.items():
             self._token_bytes[id] = piece.encode()
 
         self._special = {key: _content(value) for key, value in config.items() if key.endswith("_token") and value}
         self.eos_id: int = self._special_id("eos_token", config_file)
+        self.eos_ids: tuple[int, ...] = (self.eos_id,)
         self.pad_id: int = self._special_id("pad_token", config_file) if "pad_token" in self._special else self.eos_id
         self._pattern = chat.control_pattern(list(self._control))
-        self._template = chat.compile_template(_chat_template(folder, config))
+        self._template_source = chat_template(folder, config)
+        self._template = chat.compile_template(self._template_source)
         self._tools: list[Mapping[str, Any]] | None = None
+        self._variables: dict[str, Any] = {}
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(_valid_unicode(text), add_special_tokens=False).ids
@@ -184,6 +198,22 @@ class JsonTokenizer:
             raise ConfigError("policy.tokenizer: its chat template does not describe tools to the policy")
         return other
 
+    def with_variables(self, variables: Mapping[str, Any]) -> JsonTokenizer:
+        """This tokenizer with variables for its chat template, such as enable_thinking.
+
+        Raises ConfigError for a variable that the template does not read, or one that is ours to set."""
+        known = chat.variables_of(self._template_source) - {"messages", "tools", "documents", "add_generation_prompt"}
+        known -= self._special.keys()
+        unknown = sorted(variables.keys() - known)
+        if unknown:
+            raise ConfigError(
+                f"policy.template_variables: the chat template does not read {', '.join(unknown)}; "
+                f"it reads {', '.join(sorted(known)) or 'no variables'}"
+            )
+        other = copy.copy(self)
+        other._variables = dict(variables)
+        return other
+
     def result_turn(self, call_end: str) -> tuple[list[int], list[int]]:
         """What the template writes before and after a tool's result: the ids from the end of the call, which is written
         `call_end`, to the result, and from the result to where the policy goes on.
@@ -195,7 +225,7 @@ class JsonTokenizer:
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "name": "f", "content": _RESULT_PLACE},
         ]
-        text = chat.render(self._template, messages, True, self._tools, **self._special)
+        text = chat.render(self._template, messages, True, self._tools, **self._special, **self._variables)
         before, place, after = text.partition(_RESULT_PLACE)
         _, end, head = before.rpartition(call_end)
         if not place or not end:
@@ -208,7 +238,8 @@ class JsonTokenizer:
     def render_chat(self, messages: Sequence[chat.Message], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation: transformers' `apply_chat_template`, but control tokens in contents stay text."""
         (guarded, tools), mark = chat.guard((messages, self._tools), self._pattern)
-        return self._ids(chat.render(self._template, guarded, add_generation_prompt, tools, **self._special), mark)
+        variables = self._special | self._variables
+        return self._ids(chat.render(self._template, guarded, add_generation_prompt, tools, **variables), mark)
 
     def _ids(self, text: str, mark: str = "") -> list[int]:
         """Ids of rendered text, whose control tokens the template wrote. mark: what `chat.guard` put into the others."""
@@ -224,19 +255,40 @@ class JsonTokenizer:
         return self._control[token]
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, model: str | Path | None = None) -> Tokenizer:
     """The tokenizer at `path`: a sentencepiece .model, or a folder that holds tokenizer.json or tokenizer.model.
-    Raises DataError."""
+
+    A turn is also ended by the ids that generation_config.json (where it names none, config.json) declares, in the folder
+    of the tokenizer or in that of the `model`. Raises DataError.
+    """
     path = Path(path)
+    tokenizer: JsonTokenizer | SentencePieceTokenizer
     if path.is_file() and path.suffix == ".model":
-        return SentencePieceTokenizer(path)
-    if (path / "tokenizer.json").is_file():
-        return JsonTokenizer(path)
-    if (path / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(path / "tokenizer.model")
-    raise DataError(
-        f"{path}: no tokenizer here; expected a .model file or a folder with tokenizer.json or tokenizer.model"
-    )
+        tokenizer = SentencePieceTokenizer(path)
+    elif (path / "tokenizer.model").is_file() and not is_byte_level(read_json_if_any(path / "tokenizer.json")):
+        tokenizer = SentencePieceTokenizer(path / "tokenizer.model")  # a tokenizer.json beside it is made from it
+    elif (path / "tokenizer.json").is_file():
+        tokenizer = JsonTokenizer(path)
+    else:
+        raise DataError(
+            f"{path}: no tokenizer here; expected a .model file or a folder with tokenizer.json or tokenizer.model"
+        )
+    folders = dict.fromkeys(Path(folder) for folder in (path, model) if folder is not None)
+    declared = [id for folder in folders for id in declared_ends(folder, tokenizer.vocab_size)]
+    tokenizer.eos_ids = tuple(dict.fromkeys([tokenizer.eos_id, *declared]))
+    return tokenizer
+
+
+def policy_tokenizer(policy: PolicyConfig) -> Tokenizer:
+    """The tokenizer of a policy, with its template's variables. Raises DataError, and ConfigError for a variable that
+    nothing reads."""
+    tokenizer = load_tokenizer(policy.tokenizer or str(policy.path), policy.path)
+    if not policy.template_variables:
+        return tokenizer
+    if not isinstance(tokenizer, JsonTokenizer):
+        names = ", ".join(policy.template_variables)
+        raise ConfigError(f"policy.template_variables: a sentencepiece model has no chat template that reads {names}")
+    return tokenizer.with_variables(policy.template_variables)
 
 
 def check_tags(tokenizer: Tokenizer, tags: Sequence[str]) -> None:
@@ -259,40 +311,5 @@ def _valid_unicode(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected a JSON file of a Hugging Face tokenizer: {error}") from error
-
-
 def _content(token: str | dict[str, Any]) -> str:
     return token["content"] if isinstance(token, dict) else token
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str:
-    """Newer folders hold chat_template.jinja; older ones a string, or a list by name, in tokenizer_config.json."""
-    file = folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not template:
-        raise DataError(
-            f"{folder / 'tokenizer_config.json'}: no chat_template (nor {file.name}); use an instruction-tuned model"
-        )
-    return template
-
-
-@functools.cache
-def _byte_level_table() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: printable Latin-1 stands for itself, the rest moves up from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
-
-
-def _byte_level_bytes(piece: str) -> bytes:
-    table = _byte_level_table()
-    if any(char not in table for char in piece):  # as tokenizers' ByteLevel decoder: such a piece is plain text
-        return piece.encode()
-    return bytes(table[char] for char in piece)

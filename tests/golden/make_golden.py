@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 HERE = Path(__file__).parent
-FAMILIES = ("qwen2", "qwen3", "llama3", "smollm2")
+FAMILIES = ("qwen2", "qwen3", "llama3", "smollm2", "qwen2_yarn", "qwen3_yarn")
 TEMPLATES = ("chatml", "headers", "thinking")
 TOOL_TEMPLATES = ("tools", "tools_thinking")
 TOOLS = [
@@ -60,9 +60,9 @@ def tiny_config(family: str, seed: int) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    if family == "qwen2":
+    if family.startswith("qwen2"):
         config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1e6}
-    elif family == "qwen3":  # head_dim is free of hidden_size
+    elif family.startswith("qwen3"):  # head_dim is free of hidden_size
         config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rope_theta": 1e6}
         config |= {"hidden_size": 40, "head_dim": head_dim}
     elif family == "llama3":  # transformers 5's spelling; wavelengths on both sides of the scaling's two bounds
@@ -71,6 +71,12 @@ def tiny_config(family: str, seed: int) -> dict[str, Any]:
         config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_parameters": scaling}
     else:
         config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 1e5}
+    if family == "qwen2_yarn":  # in the spelling of Qwen2.5's model card; frequencies on both sides of its two bounds
+        yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}
+        config |= {"rope_theta": 100.0, "rope_scaling": yarn, "max_position_embeddings": 64}
+    elif family == "qwen3_yarn":  # Qwen3's own numbers
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+        config |= {"rope_scaling": yarn, "max_position_embeddings": 32768}
     return config
 
 

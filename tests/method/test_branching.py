@@ -267,7 +267,7 @@ def test_blank_tokens_are_those_without_a_letter_or_digit(tokenizer):
 
 
 def test_valid_positions(engine, parent):
-    blank, eos = blank_tokens(engine.tokenizer), engine.tokenizer.eos_id
+    blank, eos = blank_tokens(engine.tokenizer), engine.tokenizer.eos_ids
     every = valid_positions(parent, blank, BranchingConfig(skip_blank=False), eos)
     np.testing.assert_array_equal(every, parent.sampled)
     wordy = valid_positions(parent, blank, BranchingConfig(), eos)
@@ -282,7 +282,7 @@ def test_valid_positions(engine, parent):
 
 def test_after_the_last_token_of_a_full_rollout_nothing_can_branch(engine, cut_short):
     config = BranchingConfig(skip_blank=False, include_token=True)
-    valid = valid_positions(cut_short, blank_tokens(engine.tokenizer), config, engine.tokenizer.eos_id)
+    valid = valid_positions(cut_short, blank_tokens(engine.tokenizer), config, engine.tokenizer.eos_ids)
     np.testing.assert_array_equal(np.flatnonzero(cut_short.sampled & ~valid), [cut_short.length - 1])
 
 
@@ -292,7 +292,7 @@ def test_valid_positions_never_touch_prompt_or_results(engine, parent, data):
     config = BranchingConfig(skip_blank=data.draw(st.booleans()), include_token=data.draw(st.booleans()))
     blank = np.array(data.draw(st.lists(st.booleans(), min_size=8, max_size=8)))
     blank = np.resize(blank, engine.tokenizer.vocab_size)
-    valid = valid_positions(parent, blank, config, engine.tokenizer.eos_id)
+    valid = valid_positions(parent, blank, config, engine.tokenizer.eos_ids)
     assert not valid[: parent.prompt_length].any()
     for call in parent.calls:
         assert not valid[call.call_end : call.result_end].any()

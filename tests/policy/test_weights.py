@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from appo_jax.config import Architecture, PolicyConfig, RopeScaling
+from appo_jax.config import Architecture, PolicyConfig, RopeScaling, YarnScaling
 from appo_jax.errors import ConfigError, WeightsError
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import architecture_of, from_hf, read_architecture, to_hf
@@ -219,28 +218,31 @@ def test_copies_that_transformers_ignores_are_ignored(tmp_path):
     assert "unembed" not in weights.load(tmp_path)
 
 
-def test_export_carries_tokenizer_and_generation_settings(tmp_path):
+def test_export_carries_settings_and_names_the_ends_of_turn(tmp_path):
     source = tmp_path / "in"
     write_model(source, "qwen3")
-    shutil.copyfile(GOLDEN / "tokenizer.json", source / "tokenizer.json")
     (source / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [1, 2]}')
     arch, params = read_architecture(source), weights.load(source)
-    weights.save(tmp_path / "out", params, arch, tokenizer=source)
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+
+    def configs(name):
+        return [json.loads((tmp_path / name / f"{kind}.json").read_text()) for kind in ("config", "generation_config")]
+
+    weights.save(tmp_path / "out", params, arch, source, eos_ids=(3, 1), files={"tokenizer.json": b"{}"})
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"{}"
+    config, generation = configs("out")
     assert config["max_position_embeddings"] == 512
     assert config["dtype"] == "float32"
-    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert generation == {"temperature": 0.6, "eos_token_id": [1, 2], "bos_token_id": 0}
+    assert config["eos_token_id"] == [3, 1]  # whatever the source said
+    assert generation == {"temperature": 0.6, "eos_token_id": [3, 1], "bos_token_id": 0}
     assert (tmp_path / "out" / "model.safetensors").is_file()
     with pytest.raises(WeightsError, match="not empty"):
         weights.save(tmp_path / "out", params, arch)
 
-    model_file = tmp_path / "some.model"
-    model_file.write_bytes(b"sentencepiece")
-    weights.save(tmp_path / "sp", params, arch, tokenizer=model_file, eos_id=2)
-    assert (tmp_path / "sp" / "tokenizer.model").read_bytes() == b"sentencepiece"
-    assert json.loads((tmp_path / "sp" / "generation_config.json").read_text()) == {"eos_token_id": 2}
+    (source / "generation_config.json").unlink()  # or lacked
+    weights.save(tmp_path / "one", params, arch, source, eos_ids=(2,))
+    assert [config["eos_token_id"] for config in configs("one")] == [2, 2]
+    weights.save(tmp_path / "none", params, arch, eos_ids=(2,))
+    assert configs("none")[1] == {"eos_token_id": 2}
 
 
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
@@ -252,6 +254,10 @@ LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, orig
         Architecture(100, 32, 2, 4, 2, 8, 64, rope_theta=1e6, family="qwen2", tie_embeddings=False),
         Architecture(100, 32, 2, 4, 2, 16, 64, family="qwen3", norm_eps=1e-5),
         Architecture(100, 32, 2, 4, 4, 8, 64, rope_theta=5e5, rope_scaling=LLAMA3, tie_embeddings=False),
+        Architecture(
+            100, 32, 2, 4, 2, 8, 64, rope_scaling=YarnScaling(4.0, 32768), family="qwen2", max_positions=32768
+        ),
+        Architecture(100, 32, 2, 4, 2, 8, 64, rope_scaling=YarnScaling(2.0, 512, 16.0, 2.0, 1.1), family="qwen3"),
     ],
 )
 def test_architecture_survives_config_json(arch):
@@ -286,7 +292,10 @@ def test_fields_of_real_configs():
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds sliding_attention"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act = 'gelu'.*only 'silu'"),
         ("qwen2", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ("qwen2", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope_type = 'longrope'"),
+        ("qwen2", {"rope_scaling": {"type": "yarn"}}, "rope factor: missing .rope_type yarn"),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0}}, "rope mscale = 1.0: not supported"),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "rope truncate = False"),
         ("qwen3", {"attention_bias": True}, "attention_bias = True"),
         ("smollm2", {"attention_bias": True}, "attention_bias = True"),
         ("smollm2", {"mlp_bias": True}, "mlp_bias = True"),

@@ -105,7 +105,7 @@ def test_text_functions_do_not_fall_over_padding(tokenizer: SentencePieceTokeniz
     rollout = dataclasses.replace(rollouts[0], tokens=rollouts[0].tokens.copy())
     last = int(np.flatnonzero(rollout.sampled)[-2])
     rollout.tokens[last] = beyond[1]
-    assert not valid_positions(rollout, blank_tokens(tokenizer), BranchingConfig(), tokenizer.eos_id)[last]
+    assert not valid_positions(rollout, blank_tokens(tokenizer), BranchingConfig(), tokenizer.eos_ids)[last]
 
 
 @pytest.fixture(scope="session")

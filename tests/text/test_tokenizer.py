@@ -12,8 +12,9 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from appo_jax.config import PolicyConfig
 from appo_jax.errors import ConfigError, DataError
-from appo_jax.text.tokenizer import JsonTokenizer, SentencePieceTokenizer, check_tags, load_tokenizer
+from appo_jax.text.tokenizer import JsonTokenizer, SentencePieceTokenizer, check_tags, load_tokenizer, policy_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 make = runpy.run_path(str(GOLDEN / "make_golden.py"))
@@ -185,3 +186,74 @@ def test_unusable_tokenizers_are_named(tmp_path, json_folder):
     (broken / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer\.json: expected a JSON file"):
         load_tokenizer(broken)
+
+
+def with_config(folder: Path, tmp_path: Path, **files: object) -> Path:
+    """A copy of a tokenizer's folder with further JSON files."""
+    shutil.copytree(folder, tmp_path / "copy")
+    for name, content in files.items():
+        (tmp_path / "copy" / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path / "copy"
+
+
+IM_END, EOT, END = (make["train_tokenizer"]().token_to_id(t) for t in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>"))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, [IM_END]),
+        ({"config": {"eos_token_id": EOT}}, [IM_END, EOT]),
+        ({"config": {"eos_token_id": EOT}, "generation_config": {"eos_token_id": [END, IM_END]}}, [IM_END, END]),
+        ({"config": {"eos_token_id": [EOT, END]}, "generation_config": {"temperature": 0.6}}, [IM_END, EOT, END]),
+        ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": None}}, [IM_END]),
+    ],
+)
+def test_every_declared_end_of_turn_counts(json_folder, tmp_path, files, expected):
+    folder = with_config(json_folder, tmp_path, **files)
+    assert load_tokenizer(folder).eos_ids == tuple(expected)
+    assert load_tokenizer(folder).eos_id == IM_END
+    # Declared by the model's folder, the tokenizer being elsewhere.
+    assert set(load_tokenizer(json_folder, model=folder).eos_ids) == set(expected)
+
+
+def test_an_end_of_turn_that_is_no_id_is_named(json_folder, tmp_path):
+    folder = with_config(json_folder, tmp_path, generation_config={"eos_token_id": [2, 9999]})
+    with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id = \[2, 9999\]: expected ids of the"):
+        load_tokenizer(folder)
+
+
+THINKING = """{%- set shown = messages[0].content -%}
+<|im_start|>user
+{{ shown }}<|im_end|>
+<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% else %}<think>
+{% endif %}{{ suffix | default("") }}"""
+
+
+def test_template_variables_come_from_the_config(json_folder, tmp_path):
+    folder = with_config(json_folder, tmp_path)
+    (folder / "chat_template.jinja").write_text(THINKING)
+
+    def prompt(**variables):
+        tokenizer = policy_tokenizer(PolicyConfig(tokenizer=str(folder), template_variables=variables))
+        return tokenizer.decode(tokenizer.render_prompt("", "Why?"))
+
+    assert prompt().endswith("assistant\n<think>\n")
+    assert prompt(enable_thinking=False).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert prompt(enable_thinking=True, suffix="So").endswith("<think>\nSo")
+    for name in ("enable_thinkin", "messages", "add_generation_prompt", "eos_token", "shown"):
+        with pytest.raises(ConfigError, match=rf"does not read {name}; it reads enable_thinking, suffix"):
+            prompt(**{name: True})
+
+
+def test_a_sentencepiece_model_reads_no_template_variables(sentencepiece_file):
+    policy = PolicyConfig(tokenizer=str(sentencepiece_file), template_variables={"enable_thinking": False})
+    with pytest.raises(
+        ConfigError, match=r"policy\.template_variables: .* no chat template that reads enable_thinking"
+    ):
+        policy_tokenizer(policy)
