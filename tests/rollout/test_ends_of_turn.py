@@ -20,7 +20,7 @@ def test_each_end_of_turn_ends_a_rollout(
     arch: Architecture, params: Params, tokenizer: SentencePieceTokenizer, executor: ToolExecutor,
     examples: list[Example], rollout_config: RolloutConfig,
 ) -> None:  # fmt: skip
-    config = dataclasses.replace(rollout_config, max_response_tokens=40, max_result_tokens=8)
+    config = dataclasses.replace(rollout_config, max_response_tokens=40, max_result_tokens=12)
     [extra, further] = (tokenizer.encode(letter)[0] for letter in "ae")
 
     def draw(*more: int) -> list[Rollout]:
