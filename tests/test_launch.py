@@ -9,6 +9,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from appo_jax.config import Config
 from appo_jax.config_io import save_config
 from appo_jax.metrics import read_metrics
+from appo_jax.supervision.status import Status
 
 ROOT = Path(__file__).parents[1]
 POD = {"TPU_PROJECT": "p", "TPU_ZONE": "z", "TPU_NAME": "pod"}
@@ -33,7 +35,7 @@ if [[ $* == *" describe "* ]]; then
 fi
 if [[ $* == *" scp "* ]]; then tar -tzf "$5" > "$CALLS.files"; fi
 if [[ $* == *" ssh "* && -n "${WORKERS:-}" ]]; then
-  for i in 0 1; do HOME=$WORKERS/$i OMPI_COMM_WORLD_RANK=$i bash -c "${@: -1}" & workers+=($!); done
+  for i in ${ONLY:-0 1}; do HOME=$WORKERS/$i OMPI_COMM_WORLD_RANK=$i bash -c "${@: -1}" & workers+=($!); done
   for worker in "${workers[@]}"; do wait "$worker"; done
 fi
 """
@@ -205,6 +207,20 @@ def test_logs_follow_the_first_worker(launch):
     _, (call,) = launch("logs.sh", TPU_SLICES="2", **POD)
     assert call.startswith(f"compute tpus tpu-vm ssh pod-0 {WHERE} --worker 0 --command journalctl")
     assert call.endswith("--follow")
+
+
+def test_logs_show_the_status_of_a_run(launch, workers, tmp_path):
+    _, variables = workers
+    run = tmp_path / "runs" / "a b"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    Status("failed", 20, time.time() - 130, {"0": {"step": 7, "phase": "update"}}, "host 3 is lost").write(run)
+    done, (call,) = launch("logs.sh", "status", str(run.parent), **(variables | {"ONLY": "0"}))
+    assert "--worker 0" in call
+    assert f"{run}: failed, step 7 of 20, 2 min ago" in done.stdout, done.stderr
+    assert "last error: host 3 is lost" in done.stdout
+    done, _ = launch("logs.sh", "status", **POD)
+    assert done.returncode == 2
 
 
 def test_resume_leaves_a_living_pod_alone(launch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -13,6 +14,8 @@ from appo_jax.errors import DataError
 from appo_jax.storage import write_atomically
 
 FILE = "status.json"
+FAILURES = "failures.jsonl"
+IN_A_ROW = 3
 # Written at least so often while the run lives; a file three times as old is that of a run whose machine is gone.
 WRITE_S = 5.0
 
@@ -29,6 +32,24 @@ class Status:
 
     def write(self, run_dir: Path) -> None:
         write_atomically(run_dir / FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n", durable=False)
+
+
+def note_failure(run_dir: Path, host: int, machine: str, step: int, text: str) -> str:
+    """Add a failure to failures.jsonl; returns a sentence when the same host failed each of the last three times, else "".
+
+    Failures between which the run made steps count, too: a host that is sick now and then is sick.
+    """
+    path = run_dir / FAILURES
+    with path.open("a") as file:
+        record = {"time": round(time.time()), "host": host, "machine": machine, "step": step, "error": text}
+        file.write(json.dumps(record) + "\n")
+    last = []
+    for line in path.read_text(errors="replace").splitlines()[-IN_A_ROW:]:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            last.append((json.loads(line)["host"], json.loads(line)["machine"]))
+    if len(last) < IN_A_ROW or len(set(last)) > 1:
+        return ""
+    return f"host {host} ({machine}) failed first the last {IN_A_ROW} times (see {path}): look at it, or replace it"
 
 
 def read_status(run_dir: Path) -> Status | None:

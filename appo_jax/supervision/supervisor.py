@@ -24,7 +24,7 @@ from typing import Any
 from appo_jax import distributed, failures, heartbeat
 from appo_jax.config import Config
 from appo_jax.supervision.peers import Cause, Line, Peers
-from appo_jax.supervision.status import WRITE_S, Status
+from appo_jax.supervision.status import WRITE_S, Status, note_failure
 
 # A run whose heartbeat is late for so long runs no Python: something holds the interpreter's lock.
 LOCKED_S = 120.0
@@ -240,6 +240,18 @@ class Supervisor:
         with contextlib.suppress(OSError):  # a full disk must not end what looks on
             Status(state, self._config.steps, time.time(), hosts, error).write(self._run_dir)
 
+    def _note(self, cause: Cause) -> str:
+        """Put a failure on record in the run's folder; by host 0, or by host 1 where host 0 is the one that failed."""
+        writer = 1 if cause.host == 0 and self._peers.hosts > 1 else 0
+        crashed = cause.code == failures.START_AGAIN and self._peers.hosts > 1
+        if self._run_dir is None or self._peers.host != writer or not crashed:
+            return ""
+        own = cause.host == self._peers.host
+        machine = socket.gethostname() if own else str(self._peers.beats.get(cause.host, {}).get("machine", "?"))
+        with contextlib.suppress(OSError):
+            return note_failure(self._run_dir, cause.host, machine, self._beat["step"], cause.text)
+        return ""
+
     def _finish(self, status: int | None) -> int:
         """Say last what came first, leave word, and give the exit code."""
         while (left := self._child.receive()) is not None and left:  # what the child said last
@@ -263,6 +275,9 @@ class Supervisor:
             self._peers.tell(failed=vars(cause))
         interrupted = cause.code == failures.INTERRUPTED
         self._write_status("stopped" if interrupted else "failed", None if interrupted else cause.text)
+        sick = "" if interrupted else self._note(cause)
+        if sick:
+            print(f"appo-jax: {sick}", file=sys.stderr)
         if self._peers.hosts > 1 or status is None or status < 0 or interrupted:
             where = f"host {cause.host} failed first: " if self._peers.hosts > 1 and not interrupted else ""
             print(f"appo-jax: {where}{cause.text}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from appo_jax.supervision.status import read_status
+from appo_jax.supervision.status import note_failure, read_status
 
 PROGRAMS = str(Path(__file__).parent / "programs.py")
 Variables = Callable[[int, int], dict[str, str]]
@@ -80,6 +80,15 @@ def test_one_host_ends_all_of_them(
     assert status.state == "failed"
     assert status.error is not None
     assert status.error in cause or cause.removeprefix(f"host {host} failed first: ") in status.error
+
+
+def test_a_host_that_fails_again_and_again_is_named(tmp_path: Path) -> None:
+    said = [note_failure(tmp_path, host, f"worker-{host}", 5, "ended by SIGKILL") for host in (1, 3, 3, 3, 2)]
+    assert said[:3] == ["", "", ""]
+    assert said[3].startswith("host 3 (worker-3) failed first the last 3 times")
+    assert said[4] == ""
+    (tmp_path / "failures.jsonl").write_bytes(b"\x00\xff\n{}\n")
+    assert note_failure(tmp_path, 3, "worker-3", 5, "ended by SIGKILL") == ""
 
 
 def test_hosts_that_end_well_end_together(tmp_path: Path, one_of: Variables) -> None:

