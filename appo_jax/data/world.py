@@ -203,7 +203,7 @@ def _evaluate(expression: str) -> int:
     return sum(int(f"{sign}1") * math.prod(map(int, factors.split("*"))) for sign, factors in terms)
 
 
-class World(tfds.core.GeneratorBasedBuilder):
+class World(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # tfds has no types
     """TFDS builder of one seed's world: splits train, held_out and documents (`id` is the title; no gold, no plan)."""
 
     VERSION = tfds.core.Version("1.3.0")  # raise it with every change of what `generate` makes
