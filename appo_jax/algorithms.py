@@ -1,136 +1,206 @@
-"""Algorithms by name. They share the loop, the budget and the logging; each is three choices:
+"""Algorithms by name: the one place that knows what a name means.
 
-a plan for the rollouts (how many are drawn at once, how the rest are branched, which are trained on), an advantage, and a
-loss. Every choice is also a config field: a name sets the fields that make the algorithm, and the config's hold for the rest.
+All algorithms share the loop, the budget and the logging. Each is three choices: a plan for the rollouts (how many are drawn
+at once, how the rest are branched, which are trained on), an advantage, and a loss. Every choice is also a config field: a name
+sets the fields that make the algorithm, and the config's hold for the rest. Config checks, the loop and `appo-jax plan` ask
+`make_algorithm`; to add an algorithm that is made of existing choices, add its function to `ALGORITHMS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-import jax.numpy as jnp
-import numpy as np
-
-from appo_jax.advantage.base import base_advantages
-from appo_jax.advantage.procedural import procedural_advantage
 from appo_jax.config import AdvantageConfig, BranchingConfig, Config, LossConfig
-from appo_jax.learner.loss import sampler_correction, token_weights
-from appo_jax.learner.step import TrainBatch
-from appo_jax.rollout.batch import Batch
-from appo_jax.types import Rollout
+
+T = TypeVar("T")
 
 # What a name sets where the config leaves the field off.
 KL_WEIGHT = 1e-3  # reinforce_pp
-OVERLONG_SHARE = 0.2  # dapo: of the room for a response
+OVERLONG_SHARE = 0.2  # dapo: of rollout.max_response_tokens
 MAX_RESAMPLES = 3  # dapo
 
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """What `config.algorithm` stands for."""
+    """What a step does: the config's choices, with those that the algorithm's name sets."""
 
-    initial: int  # rollouts per prompt drawn at once from π_old
-    branches: bool  # whether the rest of the budget M is branched
-    train_branches: bool  # whether branches are trained on, or inform the advantages alone
+    initial: int
+    """Rollouts per prompt that are drawn at once from π_old."""
+    budget: int
+    """M: rollouts per prompt, branches included."""
+    branches: bool
+    """Whether the rest of the budget is branched."""
+    train_branches: bool
+    """Whether branches are trained on, or inform the advantages alone."""
     branching: BranchingConfig
+    """Where and when branches are drawn."""
     advantage: AdvantageConfig
+    """What a token's advantage is."""
     loss: LossConfig
+    """What an update minimises."""
     overlong_buffer: int
+    """Tokens at the end of the room over which a response's reward falls; 0: none."""
     max_resamples: int
+    """How often at most prompts without spread are replaced; 0: never."""
 
-    def trained(self, tree: Sequence[Rollout]) -> Sequence[Rollout]:
-        """The rollouts of a tree that the loss sees."""
-        return tree if self.train_branches else tree[: self.initial]
+    @property
+    def trained_per_prompt(self) -> int:
+        """Rollouts of a prompt that the loss sees."""
+        return self.budget if self.train_branches else self.initial
+
+    @property
+    def branches_at_start(self) -> bool:
+        """Whether all branches are drawn by π_old. Those that are trained on must be: the loss needs their log π_old."""
+        return self.branches and (self.branching.refresh == "step" or self.train_branches)
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a copy of the first policy is kept, for a KL term."""
+        return self.loss.kl_weight > 0
+
+    @property
+    def uses_future(self) -> bool:
+        """Whether the advantage depends on the future value Ω at all."""
+        return self.advantage.scaling == "plain" or self.advantage.future_weight != 0
+
+    @property
+    def scores_future(self) -> bool:
+        """Whether Ω takes a score pass of its own: it does where no branches are scored under the present policy."""
+        return self.uses_future and (not self.branches or self.branches_at_start)
+
+    @property
+    def needs_old_of_branches(self) -> bool:
+        """Whether log π_old of branches that π_old drew is used: by the loss, or by a KL term in the reward."""
+        return self.train_branches or (self.keeps_reference and self.loss.kl_in == "reward")
+
+    def trained(self, tree: Sequence[T]) -> Sequence[T]:
+        """Of a tree's rollouts, or of what is known of each, those that the loss sees."""
+        return tree[: self.trained_per_prompt]
 
 
 def make_algorithm(config: Config) -> Algorithm:
-    """The algorithm that `config.algorithm` names."""
-    replace, loss = dataclasses.replace, config.loss
-    appo = Algorithm(
-        config.rollout.num_initial, branches=True, train_branches=False, branching=config.branching,
-        advantage=config.advantage, loss=loss, overlong_buffer=config.reward.overlong_buffer, max_resamples=config.max_resamples,
+    """The algorithm that `config.algorithm` names. Raises KeyError for a name that is none (`broken` reports it)."""
+    return ALGORITHMS[config.algorithm](config)
+
+
+def _appo(config: Config) -> Algorithm:
+    """APPO (arXiv 2606.12384): branches by Branching Score inform the advantages; initial rollouts are trained on."""
+    return Algorithm(
+        initial=config.rollout.num_initial, budget=config.rollout.budget, branches=True, train_branches=False,
+        branching=config.branching, advantage=config.advantage, loss=config.loss,
+        overlong_buffer=config.reward.overlong_buffer, max_resamples=config.max_resamples,
     )  # fmt: skip
-    # GRPO: all M rollouts are initial ones; A = z-score within them; no future, so the scale 1 + b·clip(Ω) is 1.
-    plain = replace(config.advantage, base="init_only", scaling="offset", future_weight=0.0)
-    grpo = replace(appo, initial=config.rollout.budget, branches=False, advantage=plain)
-    # Baselines that branch and train on every rollout. All are drawn at the step's start: they need log π_old.
-    by_turns = replace(config.branching, refresh="step", allocation="per_rollout")
-    trees = replace(appo, train_branches=True)
-    match config.algorithm:
-        case "appo":
-            return appo
-        case "grpo":
-            return grpo
-        case "reinforce_pp":  # advantages normalised over the mini-batch, KL per token in the reward
-            weight = loss.kl_weight or KL_WEIGHT
-            loss = replace(loss, kl_in="reward", kl_estimator="k1", kl_weight=weight, aggregation="token_mean")
-            return replace(grpo, advantage=replace(plain, base="global"), loss=loss)
-        case "dapo":  # clip-higher, token mean, dynamic sampling, overlong shaping
-            return replace(
-                grpo,
-                loss=replace(loss, clip_low=0.2, clip_high=0.28, aggregation="token_mean"),
-                overlong_buffer=config.reward.overlong_buffer
-                or round(OVERLONG_SHARE * config.rollout.max_response_tokens),
-                max_resamples=config.max_resamples or MAX_RESAMPLES,
-            )
-        case "gppo":  # clipped tokens keep a bounded gradient
-            return replace(grpo, loss=replace(loss, surrogate="gppo", dual_clip=0.0, max_dual_clipped=-1))
-        case "cispo":  # no lower bound of the weight, as in its paper; the upper one is the config's
-            cispo = replace(loss, surrogate="cispo", clip_low=1.0, dual_clip=0.0, max_dual_clipped=-1)
-            return replace(grpo, loss=replace(cispo, aggregation="token_mean"))
-        case "gigpo":  # episode plus equal states
-            return replace(grpo, advantage=replace(plain, base="turn"))
-        case "arpo":  # branches after tool calls where the entropy rose; one group of all M
-            branching = replace(by_turns, score="entropy_change")
-            return replace(trees, branching=branching, advantage=replace(plain, base="joint"))
-        case "tree_grpo":  # branches at random turns; advantages within and between trees
-            branching = replace(by_turns, score="random_turn")
-            return replace(trees, branching=branching, advantage=replace(plain, base="tree"))
-        case "fipo":  # GRPO scaled by the clipped future value
-            return replace(grpo, advantage=replace(plain, scaling="plain"))
 
 
-def make_batch(
-    trees: Sequence[Sequence[Rollout]],
-    old_log_probs: Sequence[Sequence[np.ndarray]],
-    ref_log_probs: Sequence[Sequence[np.ndarray]] | None,
-    future_values: Sequence[Sequence[np.ndarray]] | None,
-    algorithm: Algorithm,
-    config: Config,
-    length: int,
-    penalties: Sequence[Sequence[np.ndarray]] | None = None,
-) -> tuple[TrainBatch, list[np.ndarray]]:
-    """The mini-batch of the loss, and A_base at the sampled tokens of each of its rollouts.
+def _grpo(config: Config) -> Algorithm:
+    """GRPO (arXiv 2402.03300): all M rollouts are initial ones; the advantage is the z-score within them."""
+    # There is no future-aware scaling: 1 + b·clip(Ω) is 1.
+    advantage = dataclasses.replace(config.advantage, base="init_only", scaling="offset", future_weight=0.0)
+    return dataclasses.replace(_appo(config), initial=config.rollout.budget, branches=False, advantage=advantage)
 
-    trees: P prompts' rollouts with their rewards, initial ones first. Of the trained ones, by tree and each `[T]`:
-    old_log_probs; ref_log_probs for a loss with a KL term; future_values Ω, None where the advantage does not use them.
-    penalties: `[T]` of every rollout, taken off the reward. Weights follow eq. 8's normalisation; truncated rollouts have
-    none with `loss.mask_truncated`.
-    """
-    loss = algorithm.loss
-    rollouts = [rollout for tree in trees for rollout in algorithm.trained(tree)]
-    rows = len(rollouts)
-    batch = Batch.of(rollouts, rows, length)
 
-    def padded(by_tree: Sequence[Sequence[np.ndarray]], fill: float = 0.0) -> np.ndarray:
-        out = np.full((rows, length), fill, np.float32)
-        values = (x for xs, tree in zip(by_tree, trees, strict=True) for x in xs[: len(algorithm.trained(tree))])
-        for row, x in zip(out, values, strict=True):
-            row[: len(x)] = x
-        return out
+def _reinforce_pp(config: Config) -> Algorithm:
+    """REINFORCE++ (arXiv 2501.03262): advantages normalised over the mini-batch, KL per token in the reward."""
+    weight = config.loss.kl_weight or KL_WEIGHT
+    return _varied(
+        _grpo(config),
+        advantage={"base": "global"},
+        loss={"kl_in": "reward", "kl_estimator": "k1", "kl_weight": weight, "aggregation": "token_mean"},
+    )
 
-    base = padded(base_advantages(trees, penalties, algorithm.advantage))
-    future = np.ones_like(base) if future_values is None else padded(future_values, 1.0)
-    old = padded(old_log_probs)
-    loss_mask = batch.sampled.copy()
-    if loss.mask_truncated:
-        loss_mask[[rollout.truncated for rollout in rollouts]] = False
-    weights = token_weights(loss_mask, config.rollout.budget, len(trees), loss.aggregation)
-    if loss.sampler_cap:
-        drawn = padded([[rollout.log_probs for rollout in tree] for tree in trees])
-        weights *= np.where(loss_mask, sampler_correction(old, drawn, loss.sampler_cap), 0.0)
-    advantages = procedural_advantage(jnp.asarray(base), jnp.asarray(future), algorithm.advantage)
-    ref = None if ref_log_probs is None else jnp.asarray(padded(ref_log_probs))
-    arrays = TrainBatch(jnp.asarray(batch.tokens), jnp.asarray(weights), advantages, jnp.asarray(old), ref)
-    return arrays, [row[sampled] for row, sampled in zip(base, batch.sampled, strict=True)]
+
+def _dapo(config: Config) -> Algorithm:
+    """DAPO (arXiv 2503.14476): clip-higher, token mean, dynamic sampling, overlong shaping."""
+    algorithm = _varied(_grpo(config), loss={"clip_low": 0.2, "clip_high": 0.28, "aggregation": "token_mean"})
+    return dataclasses.replace(
+        algorithm,
+        overlong_buffer=algorithm.overlong_buffer or round(OVERLONG_SHARE * config.rollout.max_response_tokens),
+        max_resamples=algorithm.max_resamples or MAX_RESAMPLES,
+    )
+
+
+def _gppo(config: Config) -> Algorithm:
+    """GPPO (arXiv 2508.07629): clipped tokens keep a bounded gradient."""
+    return _varied(_grpo(config), loss={"surrogate": "gppo", "dual_clip": 0.0, "max_dual_clipped": -1})
+
+
+def _cispo(config: Config) -> Algorithm:
+    """CISPO (arXiv 2506.13585): no lower bound of the weight, as in its paper; the upper one is `loss.clip_high`."""
+    changes = {"surrogate": "cispo", "clip_low": 1.0, "dual_clip": 0.0, "max_dual_clipped": -1}
+    return _varied(_grpo(config), loss=changes | {"aggregation": "token_mean"})
+
+
+def _gigpo(config: Config) -> Algorithm:
+    """GiGPO (arXiv 2505.10978): the group's advantage plus that of turns in equal states."""
+    return _varied(_grpo(config), advantage={"base": "turn"})
+
+
+def _arpo(config: Config) -> Algorithm:
+    """ARPO (arXiv 2507.19849): branches after tool calls where the entropy rose; one group of all M, all trained on."""
+    return _tree(config, score="entropy_change", base="joint")
+
+
+def _tree_grpo(config: Config) -> Algorithm:
+    """Tree-GRPO (arXiv 2509.21240): branches at random turns; advantages within and between trees, all trained on."""
+    return _tree(config, score="random_turn", base="tree")
+
+
+def _fipo(config: Config) -> Algorithm:
+    """FIPO (arXiv 2603.19835): GRPO, its advantage times the clipped future value."""
+    return _varied(_grpo(config), advantage={"scaling": "plain"})
+
+
+def _tree(config: Config, score: str, base: str) -> Algorithm:
+    """A baseline that branches by turns and trains on every rollout. All are drawn at the step's start."""
+    algorithm = dataclasses.replace(
+        _grpo(config), initial=config.rollout.num_initial, branches=True, train_branches=True
+    )
+    branching = {"score": score, "refresh": "step", "allocation": "per_rollout"}
+    return _varied(algorithm, branching=branching, advantage={"base": base})
+
+
+def _varied(algorithm: Algorithm, **changes: Mapping[str, Any]) -> Algorithm:
+    """`algorithm` with fields of its parts changed: `_varied(grpo, loss={"clip_high": 0.28})`."""
+    parts = {part: dataclasses.replace(getattr(algorithm, part), **fields) for part, fields in changes.items()}
+    return dataclasses.replace(algorithm, **parts)
+
+
+ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
+    "appo": _appo,
+    "grpo": _grpo,
+    "reinforce_pp": _reinforce_pp,
+    "dapo": _dapo,
+    "gppo": _gppo,
+    "cispo": _cispo,
+    "gigpo": _gigpo,
+    "arpo": _arpo,
+    "tree_grpo": _tree_grpo,
+    "fipo": _fipo,
+}
+
+
+def broken(config: Config) -> Iterator[str]:
+    """What is wrong between the config and its algorithm: a sentence for every broken rule, with the fields to change."""
+    if config.algorithm not in ALGORITHMS:
+        near = difflib.get_close_matches(config.algorithm, ALGORITHMS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(ALGORITHMS)}"
+        yield f"algorithm = {config.algorithm!r}: no algorithm has this name; {hint}"
+        return
+    algorithm = make_algorithm(config)
+    if algorithm.branches and algorithm.budget <= algorithm.initial:
+        full = algorithm.initial * (config.branching.num_branch_points + 1) ** config.branching.num_loops
+        yield (
+            f"rollout.budget = {algorithm.budget} leaves no room for branches beside rollout.num_initial = "
+            f"{algorithm.initial}: raise it (N·(B+1)^L = {full})"
+        )
+    # Rows of a mini-batch divide over micro-batches and devices.
+    field = "rollout.budget" if algorithm.trained_per_prompt == algorithm.budget else "rollout.num_initial"
+    rows, devices = config.prompts_per_minibatch * algorithm.trained_per_prompt, config.mesh.data * config.mesh.fsdp
+    if rows % devices:
+        yield f"prompts_per_minibatch × {field} = {rows} rows cannot be split over mesh.data × mesh.fsdp = {devices}"
+    micro = config.optimizer.micro_batch
+    if micro and rows % micro:
+        yield f"optimizer.micro_batch = {micro} does not divide a mini-batch of {rows} rollouts"

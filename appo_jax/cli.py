@@ -23,9 +23,11 @@ import tyro
 from rich.logging import RichHandler
 
 from appo_jax import commands, distributed, failures
+from appo_jax.algorithms import ALGORITHMS
 from appo_jax.config import Config
 from appo_jax.config_io import check, load_config
 from appo_jax.errors import ConfigError, PlanError
+from appo_jax.overrides import override
 from appo_jax.supervision.supervisor import meet, supervise
 
 log = logging.getLogger("appo_jax.cli")
@@ -98,13 +100,12 @@ def config_from(command: str, args: Sequence[str]) -> Config:
         raise ConfigError("--config FILE is missing: a file of configs/, or the config.json of a run")
     if known.data is not None:
         overrides += ["--data.path", known.data]
-    config = tyro.cli(
-        Config,
+    config = override(
+        load_config(known.config) if known.config else Config(),
+        overrides,
         prog=f"appo-jax {command}",
-        description="--config FILE is required; it sets the defaults below. --data DIR is short for --data.path DIR.",
-        args=overrides,
-        default=load_config(known.config) if known.config else Config(),
-        config=(tyro.conf.AvoidSubcommands,),
+        description="--config FILE is required; it sets the defaults below. --data DIR is short for --data.path DIR. "
+        f"--algorithm takes {', '.join(ALGORITHMS)}.",
     )
     return check(config)
 

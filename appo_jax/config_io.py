@@ -15,6 +15,7 @@ from typing import Any
 import pydantic
 import pydantic_core
 
+from appo_jax import algorithms
 from appo_jax import config as config_module
 from appo_jax.config import Config, rules
 from appo_jax.errors import ConfigError
@@ -52,7 +53,7 @@ def check(config: Config) -> Config:
     what was given, what was expected, what to do.
     """
     config = _parse(_to_json(config))
-    if problems := rules.broken(config):
+    if problems := [*rules.broken(config), *algorithms.broken(config)]:
         raise ConfigError.of(problems)
     return config
 

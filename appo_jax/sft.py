@@ -17,9 +17,10 @@ from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params
 from appo_jax.config import Config
+from appo_jax.config_io import diff_configs, load_config
 from appo_jax.data.demonstrations import demonstrate
 from appo_jax.data.pipeline import TraceBatch, trace_batches
-from appo_jax.errors import CheckpointError
+from appo_jax.errors import CheckpointError, ConfigError
 from appo_jax.evaluate import evaluate
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.optimizer import sft_optimizer
@@ -35,10 +36,13 @@ from appo_jax.view.progress import Progress
 log = logging.getLogger(__name__)
 
 
-# The policy that RL begins with, and its accuracy_base and accuracy_sft (equal when there was no cold start).
+# The policy that RL begins with, and its accuracy_base and accuracy_sft (equal when there was no cold start; of a policy
+# taken over from a run that was judged otherwise, accuracy_sft alone).
 ColdStart = tuple[Params, dict[str, float]]
 # More traces than this per row of the cold start's batches are not made: each costs tool calls.
 TRACES_PER_ROW = 8
+# Fields that say what a held-out accuracy is measured on, and by whom.
+MEASURED_BY = ("data.", "eval.num_prompts", "tools.", "rollout.max_", "reward.function", "policy.")
 OnStep = Callable[[int, dict[str, Any]], None]  # (steps done, metrics)
 
 
@@ -52,7 +56,7 @@ def cold_start(components: Components, run: RunDir, on_step: OnStep, stop: Stop)
     """
     config = components.config
     has_rl = any(path.name.isdigit() for path in (run.checkpoints / "rl").glob("*"))
-    if not has_rl or make_algorithm(config).loss.kl_weight > 0:
+    if not has_rl or make_algorithm(config).keeps_reference:
         return _cold_start(components, run, on_step, stop)
     try:
         own = _finished(components, run)
@@ -181,7 +185,10 @@ def abstract_state(config: Config, components: Components) -> Any:
 
 
 def _take_over(other: Path, components: Components) -> ColdStart:
-    """The finished cold start of another run."""
+    """The finished cold start of another run, with its accuracies where they were measured as this run measures its own.
+
+    Otherwise the policy's accuracy is measured anew, on this run's questions, and that before the cold start is left out.
+    """
     config = components.config
     found = _restore(other / "checkpoints" / "sft", config, components)
     if found is None or "accuracy_sft" not in found[2]["accuracies"]:
@@ -189,4 +196,17 @@ def _take_over(other: Path, components: Components) -> ColdStart:
             f"init_from = {str(other)!r}: no finished cold start there (expected a checkpoint under "
             f"{other / 'checkpoints' / 'sft'}); run `appo-jax sft` with --run-dir {other} first"
         )
-    return found[1].params, found[2]["accuracies"]
+    params, accuracies = found[1].params, found[2]["accuracies"]
+    if not _measures_alike(other, config):
+        accuracies = {"accuracy_sft": evaluate(params, components).accuracy}
+        log.info("held-out accuracy of the policy taken over: %.3f", accuracies["accuracy_sft"])
+    return params, accuracies
+
+
+def _measures_alike(other: Path, config: Config) -> bool:
+    """Whether a run asks the held-out questions that `config` asks, with the same tools, room and judge."""
+    try:
+        changed = diff_configs(load_config(other / "config.json"), config)
+    except ConfigError:  # of an older program: what its figures say cannot be told
+        return False
+    return not any(name.startswith(MEASURED_BY) for name in changed)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import get_args, get_type_hints
 
 import jax
 import numpy as np
 import oracle
 import pytest
 
-from appo_jax.algorithms import make_algorithm, make_batch
+from appo_jax.algorithms import ALGORITHMS, make_algorithm
 from appo_jax.config import Architecture, Config, LossConfig, PolicyConfig, RolloutConfig
+from appo_jax.learner.batch import Measured, make_batch
 from appo_jax.learner.loss import policy_loss
 from appo_jax.types import Example, Outcome, Rollout, StopReason, ToolCall
 
@@ -36,7 +36,7 @@ def test_appo_batch_by_hand() -> None:
     tree = [rollout(0, 1.0), rollout(1, 0.0), rollout(2, 1.0, parent=0), rollout(3, 0.0, parent=1)]
     future = [np.array([1, 1.1, 1, 2.0]), np.array([1, 0.5, 1, 1.0])]
     old = [np.full(4, -1.0, np.float32), np.full(4, -2.0, np.float32)]
-    batch, base = make_batch([tree], [old], None, [future], make_algorithm(CONFIG), CONFIG, length=6)
+    batch, base = make_batch([tree], Measured([old], None, [future]), make_algorithm(CONFIG), length=6)
     assert [a.tolist() for a in base] == [[1.0] * 2, [-1.0] * 2]  # both groups have mean 0.5 and std 0.5
     assert batch.tokens.shape == (2, 6), "branches stay out of the loss"
     # 1/M · 1/|H_n| = 1/4 · 1/2 on the two sampled tokens, nothing on prompt, tool result and padding.
@@ -54,7 +54,7 @@ def test_grpo_uses_the_whole_budget_at_once_and_no_future() -> None:
     tree = [rollout(n, reward) for n, reward in enumerate([1.0, 0.0, 0.0, 1.0])]
     old = [np.zeros(4, np.float32)] * 4
     ref = [np.full(4, -0.5, np.float32)] * 4
-    batch, base = make_batch([tree], [old], [ref], None, algorithm, CONFIG, length=4)
+    batch, base = make_batch([tree], Measured([old], [ref]), algorithm, length=4)
     assert [a.tolist() for a in base] == [[x] * 2 for x in (1.0, -1.0, -1.0, 1.0)]
     assert batch.advantages[:, 1].tolist() == [1.0, -1.0, -1.0, 1.0]
     assert batch.ref_log_probs is not None
@@ -65,7 +65,7 @@ def test_masked_truncated_rollouts_have_no_weight() -> None:
     config = dataclasses.replace(CONFIG, loss=LossConfig(mask_truncated=True))
     tree = [rollout(0, 1.0), rollout(1, 0.0, StopReason.LENGTH)]
     old = [np.zeros(4, np.float32)] * 2
-    batch, _ = make_batch([tree], [old], None, None, make_algorithm(config), config, length=4)
+    batch, _ = make_batch([tree], Measured([old]), make_algorithm(config), length=4)
     assert batch.weights.sum(-1).tolist() == [0.25, 0.0]
 
 
@@ -74,14 +74,13 @@ def test_the_samplers_rounding_is_corrected_by_truncated_weights() -> None:
     tree = [rollout(0, 1.0), rollout(1, 0.0)]
     tree[0].log_probs = np.log([1.0, 0.5, 1.0, 0.1])  # as the sampler has it; the learner has 0.4
     old = [np.log([1.0, 0.4, 1.0, 0.4]), np.zeros(4)]
-    batch, _ = make_batch([tree], [old], None, None, make_algorithm(config), config, length=4)
+    batch, _ = make_batch([tree], Measured([old]), make_algorithm(config), length=4)
     np.testing.assert_allclose(batch.weights, [[0, 0.8 / 8, 0, 1.5 / 8], [0, 1 / 8, 0, 1 / 8]], rtol=1e-6)
 
 
 # ---------------------------------------------------------------- every algorithm against the oracle
 
 PROMPTS, N, M, LENGTH = 2, 2, 6, 12
-ALGORITHMS = get_args(get_type_hints(Config)["algorithm"])
 TOKEN_MEAN = ("reinforce_pp", "dapo", "cispo")
 
 
@@ -172,7 +171,7 @@ def test_advantages_loss_and_gradient_of_every_algorithm_are_the_oracles(name: s
     pairs = [[next(cut) for _ in tree] for tree in trained]
     old_by_tree, future = ([[pair[i] for pair in tree] for tree in pairs] for i in (0, 1))
     given = penalties if algorithm.loss.kl_in == "reward" else None
-    batch, _ = make_batch(trees, old_by_tree, None, future, algorithm, config, LENGTH, given)
+    batch, _ = make_batch(trees, Measured(old_by_tree, None, future, given), algorithm, LENGTH)
 
     def loss(log_probs: np.ndarray) -> jax.Array:
         return policy_loss(log_probs, batch.old_log_probs, None, batch.advantages, batch.weights, algorithm.loss)[0]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from appo_jax import cli
-from appo_jax.config_io import load_config, save_config
+from appo_jax.config import Architecture, RopeScaling
+from appo_jax.config_io import flatten, load_config, save_config
 from appo_jax.errors import ConfigError
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
@@ -40,6 +41,16 @@ def appo_jax(*args):
             ["reward.overlong_buffer = 112", "below rollout.max_response_tokens = 112"],
         ),
         (["--max-resamples", "-1"], ["max_resamples = -1"]),
+        (["--algorithm", "grpoo"], ["algorithm = 'grpoo': no algorithm has this name; did you mean 'grpo'?"]),
+        (
+            ["--algorithm", "grpo", "--mesh.fsdp", "3"],
+            ["prompts_per_minibatch × rollout.budget = 128 rows", "mesh.fsdp = 3"],
+        ),
+        (["--mesh.fsdp", "3"], ["prompts_per_minibatch × rollout.num_initial = 32 rows cannot be split"]),
+        (
+            ["--algorithm", "tree_grpo", "--optimizer.micro-batch", "3"],
+            ["does not divide a mini-batch of 128 rollouts"],
+        ),
         (["--algorithm", "arpo", "--rollout.num-initial", "16"], ["rollout.budget = 16 leaves no room for branches"]),
         (
             ["--branching.score", "random_turn", "--branching.allocation", "pooled"],
@@ -93,6 +104,54 @@ def test_overrides_stand_on_top_of_the_file():
 def test_a_nested_optional_part_of_the_file_can_be_overridden():
     config = cli.config_from("train", ["--config", QUICKSTART, "--policy.architecture.num-layers", "1"])
     assert config.policy.architecture.num_layers == 1
+
+
+SHAPE = "vocab-size=10 width=8 num-layers=2 num-heads=2 num-kv-heads=1 head-dim=4 mlp-width=16"
+ROPE = "factor=8.0 low-freq-factor=1.0 high-freq-factor=4.0 original-max-position=8192"
+
+
+def options(part, fields):
+    return [word for field in fields.split() for word in ("--" + part + field.split("=")[0], field.split("=")[1])]
+
+
+def test_a_part_that_the_file_lacks_can_be_given(tmp_path):
+    (tmp_path / "c.py").write_text("from appo_jax.config import *\nconfig = Config(policy=PolicyConfig(path='x'))")
+    file = ["--config", str(tmp_path / "c.py")]
+    shape = options("policy.architecture.", SHAPE)
+    config = cli.config_from("train", [*file, *shape])
+    assert config.policy.architecture == Architecture(10, 8, 2, 2, 1, 4, 16)
+    rope = options("policy.architecture.rope-scaling.", ROPE)
+    config = cli.config_from("train", [*file, *shape, *rope])
+    assert config.policy.architecture.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    for incomplete in (shape[2:], rope[2:] + shape, rope[:2]):
+        with pytest.raises(SystemExit) as error:
+            cli.config_from("train", [*file, *incomplete])
+        assert error.value.code == 2
+
+
+def test_an_optional_part_of_the_file_can_be_left_out():
+    args = ["--config", QUICKSTART, "--policy.path", "x", "--policy.architecture", "None"]
+    assert cli.config_from("train", args).policy.architecture is None
+    scaled = [*args[:2], *options("policy.architecture.rope-scaling.", ROPE)]
+    assert cli.config_from("train", scaled).policy.architecture.rope_scaling.factor == 8
+    both = [*scaled, "--policy.architecture.rope-scaling", "None"]
+    with pytest.raises(SystemExit):
+        cli.config_from("train", both)
+
+
+def test_every_field_has_an_option():
+    """Those under optional parts too, as soon as one of the part's fields is given."""
+    args = ["--config", QUICKSTART, *options("policy.architecture.rope-scaling.", ROPE)]
+    config = cli.config_from("train", args)
+    for name, value in flatten(config).items():
+        *part, field = name.replace("_", "-").split(".")
+        option = "--" + ".".join([*part, field if value is not False else "no-" + field])
+        if value != ():
+            args += [
+                option,
+                *([] if isinstance(value, bool) else map(str, value if isinstance(value, tuple) else [value])),
+            ]
+    assert cli.config_from("train", args) == config
 
 
 def test_the_config_of_a_run_can_be_trained_from_again(tmp_path):

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 import pytest
 
+from appo_jax import sft
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params, response_of
-from appo_jax.config import Config
+from appo_jax.config import Config, EvalConfig
 from appo_jax.config_io import check, save_config
 from appo_jax.errors import ConfigError, TrainingError
 from appo_jax.evaluate import evaluate
@@ -30,7 +31,7 @@ from appo_jax.metrics import read_metrics
 from appo_jax.prepare import prepare_world
 from appo_jax.reward import Judge, Response
 from appo_jax.rollout.growth import TreeGrower
-from appo_jax.train import train_step
+from appo_jax.train_step import Trainer, train_step
 from appo_jax.types import RewardResult
 
 
@@ -79,13 +80,12 @@ def test_steps_compile_once_and_keep_the_budget(config: Config, algorithm: str, 
     try:
         with build(config) as components:
             state, update = learner(config, components)
-            plan = make_algorithm(config)
-            grower = make_grower(config, components)
+            trainer = Trainer(components, make_algorithm(config), make_grower(config, components), update, None)
             counts, records = [], []
             for step in range(steps):
                 examples = components.train[4 * step : 4 * step + 4]
                 before = jax.tree.map(np.asarray, state.params)
-                state, record, trees = train_step(step, examples, state, None, update, plan, grower, components)
+                state, record, trees = train_step(trainer, step, state, examples, iter(()))
                 counts.append(len(compiled))
                 records.append(record)
                 assert [len(tree) for tree in trees] == [config.rollout.budget] * 4
@@ -203,9 +203,8 @@ def test_a_reward_that_fails_is_counted_and_one_that_always_fails_ends_the_run(c
     with build(config) as built:
         components = dataclasses.replace(built, reward=Judge("mine:flaky", flaky))
         state, update = learner(config, components)
-        plan, examples = make_algorithm(config), components.train[:4]
-        grower = make_grower(config, components)
-        state, record, trees = train_step(0, examples, state, None, update, plan, grower, components)
+        trainer = Trainer(components, make_algorithm(config), make_grower(config, components), update, None)
+        state, record, trees = train_step(trainer, 0, state, components.train[:4], iter(()))
         failed = [r for tree in trees for r in tree if len(response_of(r, components.tokenizer).text) % 3 == 0]
         assert 0 < record["reward/failed"] == len(failed)
         assert {r.reward_error for r in failed} == {"returned the reward nan"}
@@ -223,3 +222,32 @@ def test_a_reward_of_the_wrong_kind_is_found_before_the_run(
     config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, function="wrong_rewards:number"))
     with pytest.raises(ConfigError, match=r"'wrong_rewards:number', tried out on a right answer to .* returned 1\.0"):
         build(config)
+
+
+def test_a_policy_taken_over_is_judged_on_this_runs_questions(tiny: Config, tmp_path: Path) -> None:
+    first = dataclasses.replace(tiny, run_dir=str(tmp_path / "first"), eval=EvalConfig(num_prompts=4))
+    measured = sft.run(first)
+    alike = dataclasses.replace(
+        first, run_dir=str(tmp_path / "alike"), init_from=first.run_dir, algorithm="grpo", seed=7
+    )
+    assert sft.run(alike) == measured
+    folder = tmp_path / "rewards"
+    folder.mkdir()
+    (folder / "short.py").write_text(
+        "from appo_jax.types import RewardResult\n"
+        "def question(response):\n    right = len(response.question) % 3 > 0\n    return RewardResult(1.0, right)\n"
+    )
+    sys.path.insert(0, str(folder))
+    try:
+        for other in ({"eval": EvalConfig(num_prompts=7)}, {"eval": EvalConfig(num_prompts=4)}):
+            reward = dataclasses.replace(tiny.reward, function="short:question")
+            other = dataclasses.replace(
+                alike, reward=reward, run_dir=str(tmp_path / f"{other['eval'].num_prompts}"), **other
+            )
+            with build(other) as components:
+                questions = [components.held_out[i].question for i in range(other.eval.num_prompts)]
+            expected = sum(len(question) % 3 > 0 for question in questions) / len(questions)
+            assert 0 < expected < 1
+            assert sft.run(other) == {"accuracy_sft": pytest.approx(expected)}
+    finally:
+        sys.path.remove(str(folder))

@@ -16,8 +16,3 @@ def procedural_advantage(base: jax.Array, future: jax.Array, config: AdvantageCo
     future = jnp.clip(future, config.clip_low, config.clip_high)
     scale = future if config.scaling == "plain" else 1.0 + config.future_weight * future
     return jax.lax.stop_gradient(base * scale)
-
-
-def uses_future(config: AdvantageConfig) -> bool:
-    """Whether the advantage depends on Ω at all."""
-    return config.scaling == "plain" or config.future_weight != 0

@@ -1,5 +1,8 @@
-"""Rules between fields. Each function yields a sentence for every rule of its subject that a config breaks: the fields, their
-values, what is expected, what to do. Bounds of a single number stand in its type, not here."""
+"""Rules between fields, but for those that depend on the algorithm: `algorithms.broken` knows them.
+
+Each function yields a sentence for every rule of its subject that a config breaks: the fields, their values, what is
+expected, what to do. Bounds of a single number stand in its type, not here.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from typing import get_args
 
 from appo_jax.config.method import TurnRule
 from appo_jax.config.run import Config
-
-BRANCHING = ("appo", "arpo", "tree_grpo")  # algorithms that fill the budget by branching
 
 
 def broken(config: Config) -> list[str]:
@@ -40,13 +41,7 @@ def _rollouts(config: Config) -> Iterator[str]:
 
 
 def _branching(config: Config) -> Iterator[str]:
-    r, b = config.rollout, config.branching
-    full = r.num_initial * (b.num_branch_points + 1) ** b.num_loops
-    if config.algorithm in BRANCHING and r.budget <= r.num_initial:
-        yield (
-            f"rollout.budget = {r.budget} leaves no room for branches beside rollout.num_initial = {r.num_initial}: "
-            f"raise it (N·(B+1)^L = {full})"
-        )
+    b = config.branching
     if b.clip_low >= b.clip_high:
         yield f"branching.clip_low = {b.clip_low} must be below branching.clip_high = {b.clip_high}"
     if b.score in get_args(TurnRule) and b.allocation != "per_rollout":
@@ -85,16 +80,15 @@ def _batches(config: Config) -> Iterator[str]:
         )
     if mesh.data % mesh.slices:
         yield f"mesh.slices = {mesh.slices} does not divide mesh.data = {mesh.data}: slices split that axis"
-    field = "rollout.num_initial" if c.algorithm == "appo" else "rollout.budget"
-    rows = c.prompts_per_minibatch * (c.rollout.num_initial if c.algorithm == "appo" else c.rollout.budget)
-    split = {f"prompts_per_minibatch × {field}": rows, "optimizer.micro_batch": c.optimizer.micro_batch}
     if sft.steps:
-        split |= {"sft.batch_size": sft.batch_size, "sft.micro_batch": sft.micro_batch}
-    for name, value in split.items():
-        if value % (mesh.data * mesh.fsdp):
-            yield f"{name} = {value} rows cannot be split over mesh.data × mesh.fsdp = {mesh.data * mesh.fsdp}"
-    if c.optimizer.micro_batch and rows % c.optimizer.micro_batch:
-        yield f"optimizer.micro_batch = {c.optimizer.micro_batch} does not divide a mini-batch of {rows} rollouts"
+        for name, value in {"sft.batch_size": sft.batch_size, "sft.micro_batch": sft.micro_batch}.items():
+            if value % (mesh.data * mesh.fsdp):
+                yield f"{name} = {value} rows cannot be split over mesh.data × mesh.fsdp = {mesh.data * mesh.fsdp}"
+    micro = c.optimizer.micro_batch
+    if micro % (mesh.data * mesh.fsdp):
+        yield (
+            f"optimizer.micro_batch = {micro} rows cannot be split over mesh.data × mesh.fsdp = {mesh.data * mesh.fsdp}"
+        )
     if sft.micro_batch and sft.batch_size % sft.micro_batch:
         yield f"sft.micro_batch = {sft.micro_batch} does not divide sft.batch_size = {sft.batch_size}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -64,10 +63,8 @@ class Config:
     """Folder of everything the run writes. An existing run of the same config is continued."""
     init_from: str | None = None
     """Run directory whose cold-started policy this run begins with, instead of its own cold start."""
-    algorithm: Literal[
-        "appo", "grpo", "reinforce_pp", "dapo", "gppo", "cispo", "gigpo", "arpo", "tree_grpo", "fipo"
-    ] = "appo"
-    """What is trained; appo_jax/algorithms.py says which of the fields below each name sets itself."""
+    algorithm: str = "appo"
+    """What is trained: a name of the table in appo_jax/algorithms.py, which says which of the fields below it sets itself."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the prompts and every draw."""
     steps: PositiveInt = 100

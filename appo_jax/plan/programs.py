@@ -1,4 +1,7 @@
-"""Every program of a run, as the run compiles it: the very jitted functions, given shapes and shardings instead of arrays."""
+"""Every program of a training step, as the run compiles it: the very jitted functions, given shapes instead of arrays.
+
+Left out are programs that move next to nothing: a prefix into its slot, the start of rows, scores of positions, advantages.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,21 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from appo_jax.algorithms import make_algorithm
 from appo_jax.config import Architecture, Config
-from appo_jax.learner.optimizer import rl_optimizer
-from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
+from appo_jax.learner.step import StepSpec, make_train_step
+from appo_jax.plan.abstract import Arrays, on_chip
+from appo_jax.plan.counts import Counts, Generation, Scoring, count
 from appo_jax.policy import sharding
-from appo_jax.policy.attention import Places
 from appo_jax.policy.constraints import row_shards
-from appo_jax.policy.parameters import abstract_params
 from appo_jax.policy.score import prefill, score
 from appo_jax.rollout.decode import AppendBatch, DecodeSpec, StopTables, Until, append_tokens, decode_segment
 from appo_jax.rollout.engine import SEGMENT_STEPS
-from appo_jax.rollout.shapes import GenerationShapes, Shapes
-from appo_jax.rollout.state import Prefixes, empty_prefixes, empty_state
+from appo_jax.rollout.shapes import Shapes
 
 AUTOMATON_STATES = 32  # of the stop strings of two tools, and some more
 
@@ -46,142 +46,156 @@ def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program
 
     A rollout is taken to use all of `max_response_tokens`: times and memory are those of the longest step.
     """
-    rollout, branching, algorithm = config.rollout, config.branching, make_algorithm(config)
-    dtype = jnp.dtype("bfloat16" if config.policy.compute_dtype == "auto" else config.policy.compute_dtype)
-    minibatches = config.prompts_per_step // config.prompts_per_minibatch
-    rows = config.prompts_per_minibatch * algorithm.initial  # of a mini-batch
-    shapes = Shapes(rollout, branching, row_shards(mesh))
-    length = shapes.rollout_length
-    by_row, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    return _StepPrograms(config, arch, mesh).all()
 
-    def array(shape: tuple[int, ...], dtype: Any, where: NamedSharding = whole) -> Any:  # stands for an array
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    def placed(tree: Any) -> Any:
-        """Caches and rows of a generation: first axis over data and fsdp, key/value heads over tensor."""
-        caches = sharding.cache_sharding(mesh)
+class _StepPrograms:
+    """The programs of a training step, and what they share."""
 
-        def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return array(x.shape, x.dtype, caches if x.ndim == 4 else whole)
+    def __init__(self, config: Config, arch: Architecture, mesh: Mesh):
+        self.config, self.arch, self.mesh = config, arch, mesh
+        self.algorithm = make_algorithm(config)
+        self.shapes = Shapes(config.rollout, self.algorithm.branching, row_shards(mesh))
+        self.counts: Counts = count(config, self.shapes)
+        self.arrays = Arrays(config, arch, mesh)
+        # ---- what lives as long as the run
+        self.state, self.copy = self.arrays.state(), self.arrays.generating()
+        self.reference = on_chip(self.state.params) if self.algorithm.keeps_reference else 0
+        self.moments = on_chip(self.state.opt_state) + self.reference
+        self.in_place = sharding.generates_in_place(self.state.params, mesh, self.arrays.dtype)
+        # While generation runs, its copy of the parameters is an argument; so are the parameters where they serve themselves.
+        self.resident = self.moments + (0 if self.in_place else on_chip(self.state.params))
 
-        return jax.tree.map(one, tree)
+    def all(self) -> Iterator[Program]:
+        if not self.in_place:
+            yield self.reshard()
+        yield self.prefill()
+        for generation in self.counts.generations:
+            if generation.name == "initial":
+                yield self.decode(generation)
+        for scoring in self.counts.scorings:
+            yield self.score(scoring)
+        for generation in self.counts.generations:
+            if generation.name != "initial":
+                yield self.decode(generation)
+        for generation in self.counts.generations:
+            yield self.append(generation)
+        yield self.train()
 
-    # ---- what lives as long as the run
-    optimizer = rl_optimizer(config.optimizer)
-    params = abstract_params(arch)
-    state = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p)), params)
-    state = sharding.annotate(state, sharding.state_shardings(state, arch, mesh), mesh)
-    copy = jax.tree_util.tree_map_with_path(  # as sharding.reshard makes it
-        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype if path[-1].key.endswith("norm") else dtype), params
-    )
-    copy = sharding.annotate(copy, sharding.param_shardings(arch, mesh, "generate"), mesh)
-    reference = on_chip(state.params) if config.loss.kl_weight > 0 else 0
-    resident, moments = on_chip(state) + reference, on_chip(state.opt_state) + reference
-
-    def train() -> Any:
-        spec = StepSpec(
-            arch, config.loss, rollout.temperature, config.optimizer.micro_batch, dtype, config.optimizer.remat
+    def reshard(self) -> Program:
+        """The copy of the parameters that a generation reads."""
+        return Program(
+            "reshard",
+            lambda: sharding.reshard.trace(self.state.params, self.mesh, self.arrays.dtype),
+            self.counts.reshards,
+            "generations",
+            self.moments,
+            "mesh.tensor",
         )
-        floats = array((rows, length), jnp.float32, by_row)
-        tokens = array((rows, length), jnp.int32, by_row)
-        batch = TrainBatch(tokens, floats, floats, floats, floats if config.loss.kl_weight > 0 else None)
-        step: Any = make_train_step(optimizer, spec)  # jitted
-        return step.trace(state, batch)
 
-    yield Program(
-        "reshard", lambda: sharding.reshard.trace(state.params, mesh, dtype), minibatches + 1,
-        f"{minibatches} mini-batches + the step's start", moments, "mesh.tensor",
-    )  # fmt: skip
+    def prefill(self) -> Program:
+        """The prompts' caches."""
+        rows, length = self.counts.prefill_rows, self.config.rollout.max_prompt_tokens
+        tokens = self.arrays.rows((rows, length), jnp.int32)
+        return Program(
+            "prefill",
+            lambda: prefill.trace(self.copy, tokens, arch=self.arch, dtype=self.arrays.dtype),
+            self.counts.prefills,
+            f"passes of {rows} prompts",
+            self.resident,
+            "rollout.max_prompt_tokens, rollout.decode_rows",
+        )
 
-    # ---- initial rollouts
-    first = shapes.initial(config.prompts_per_step, algorithm.initial)
-    prompts = shapes.prefill_rows(config.prompts_per_step)
-    waves = -(-config.prompts_per_step // prompts)
-    yield Program(
-        "prefill",
-        lambda: prefill.trace(copy, array((prompts, rollout.max_prompt_tokens), jnp.int32, by_row), arch=arch, dtype=dtype),
-        waves, f"{config.prompts_per_step} prompts, {prompts} at a time", resident,
-        "rollout.max_prompt_tokens, rollout.decode_rows",
-    )  # fmt: skip
+    def decode(self, generation: Generation) -> Program:
+        """One token of every row."""
+        shapes, rollout, number = generation.shapes, self.config.rollout, self.arrays.of((), jnp.int32)
 
-    def generation(of: GenerationShapes) -> tuple[Prefixes, Any]:
-        """Prefixes and rows as the engine holds them."""
-        prefixes = jax.eval_shape(lambda: empty_prefixes(arch, of.slots, of.prefix_length, dtype))
-        rows = jax.eval_shape(lambda: empty_state(arch, of.rows, of.suffix_length, dtype))
-        places = Places(array((of.rows, 2), jnp.int32), array((of.slots, of.columns), jnp.int32))
-        return Prefixes(placed(prefixes), places), placed(rows)
+        def trace() -> Any:
+            prefixes, rows = self.arrays.generation(shapes)
+            spec = DecodeSpec(self.arch, self.arrays.dtype, rollout.temperature, rollout.top_k, rollout.top_p, (0,))
+            stops = StopTables(
+                self.arrays.of((AUTOMATON_STATES, self.arch.vocab_size), np.uint8),
+                self.arrays.of((AUTOMATON_STATES,), jnp.int32),
+            )
+            return decode_segment.trace(self.copy, prefixes, rows, stops, Until(number, number), spec=spec)
 
-    def decode(of: GenerationShapes) -> Any:
-        prefixes, rows = generation(of)
-        spec = DecodeSpec(arch, dtype, rollout.temperature, rollout.top_k, rollout.top_p, (0,))
-        states = array((AUTOMATON_STATES, arch.vocab_size), np.uint8), array((AUTOMATON_STATES,), jnp.int32)
-        number = array((), jnp.int32)
-        return decode_segment.trace(copy, prefixes, rows, StopTables(*states), Until(number, number), spec=spec)
+        tokens = rollout.max_response_tokens
+        return Program(
+            f"decode, {self._named(generation)}",
+            trace,
+            generation.times * generation.fills * tokens,
+            f"{generation.times} generations × {generation.fills} fills of {shapes.rows} rows × {tokens} tokens",
+            self.resident + self._sources(generation),
+            "rollout.decode_rows, rollout.max_response_tokens",
+            SEGMENT_STEPS,
+        )
 
-    prompt_caches = on_chip(
-        placed(jax.eval_shape(lambda: empty_prefixes(arch, prompts, rollout.max_prompt_tokens, dtype)))
-    )
-    fills = -(-config.prompts_per_step * algorithm.initial // first.rows)
-    yield Program(
-        "decode, initial", lambda: decode(first),
-        fills * rollout.max_response_tokens, f"{fills} × {first.rows} rows × {rollout.max_response_tokens} tokens",
-        resident + prompt_caches, "rollout.decode_rows, rollout.max_response_tokens", SEGMENT_STEPS,
-    )  # fmt: skip
+    def append(self, generation: Generation) -> Program:
+        """A batch of tool results, of the greatest length, into the caches of their rows."""
+        shapes, rollout = generation.shapes, self.config.rollout
+        width, length = shapes.append_rows, rollout.max_result_tokens
 
-    # ---- scores
-    max_scored = shapes.max_scored(config.prompts_per_minibatch, algorithm.initial)  # by each branching loop
-    most, loops = max_scored[-1], len(max_scored) if algorithm.branches else 0
-    parents = shapes.score_rows(most)
-    passes = -(-most // parents)
-    one_cache = on_chip(placed(jax.eval_shape(lambda: empty_prefixes(arch, parents, length, dtype))))
-    scorings = 1 + (config.loss.kl_weight > 0) + loops
-    yield Program(
-        "score",
-        lambda: score.trace(
-            state.params, array((parents, length), jnp.int32, by_row), arch=arch, temperature=rollout.temperature, dtype=dtype
-        ),
-        passes * minibatches * scorings, f"{passes} × {parents} rollouts × {minibatches} mini-batches × {scorings}",
-        moments + (passes - 1) * one_cache, "rollout.decode_rows, rollout.max_response_tokens",
-    )  # fmt: skip
+        def trace() -> Any:
+            prefixes, rows = self.arrays.generation(shapes)
+            some = self.arrays.of((width,), jnp.int32)
+            batch = AppendBatch(some, self.arrays.of((width, length), jnp.int32), some)
+            return append_tokens.trace(self.copy, prefixes, rows, batch, arch=self.arch, dtype=self.arrays.dtype)
 
-    # ---- branches
-    last, kept = first, prompt_caches
-    if algorithm.branches:
-        last, kept = shapes.branches(most), passes * one_cache
-        drawn = config.prompts_per_minibatch * (rollout.budget - algorithm.initial)
-        fills = -(-drawn // last.rows) * minibatches
-        yield Program(
-            "decode, branches", lambda: decode(last), fills * rollout.max_response_tokens,
-            f"{fills} × {last.rows} rows × {rollout.max_response_tokens} tokens", resident + kept,
-            "rollout.decode_rows, rollout.max_response_tokens", SEGMENT_STEPS,
+        calls = generation.times * generation.drawn * rollout.max_tool_calls
+        return Program(
+            f"append, {self._named(generation)}",
+            trace,
+            -(-calls // width),
+            f"{generation.times * generation.drawn} rollouts × {rollout.max_tool_calls} calls / {width}",
+            self.resident + self._sources(generation),
+            "rollout.max_result_tokens, rollout.decode_rows",
+        )
+
+    def score(self, scoring: Scoring) -> Program:
+        """A teacher-forced pass over finished rollouts."""
+        tokens = self.arrays.rows((scoring.rows, self.shapes.rollout_length), jnp.int32)
+        cache = on_chip(self.arrays.caches(scoring.rows, self.shapes.rollout_length))
+        return Program(
+            "score" if len(self.counts.scorings) == 1 else f"score, {scoring.rows} rows",
+            lambda: score.trace(
+                self.state.params,
+                tokens,
+                arch=self.arch,
+                temperature=self.config.rollout.temperature,
+                dtype=self.arrays.dtype,
+            ),
+            scoring.times,
+            f"passes of {scoring.rows} rollouts",
+            self.moments + max(0, scoring.kept - 1) * cache,
+            "rollout.decode_rows, rollout.max_response_tokens",
+        )
+
+    def train(self) -> Program:
+        """One update."""
+        config, rows = self.config, self.counts.trained_rows
+        spec = StepSpec(
+            self.arch, self.algorithm.loss, config.rollout.temperature, config.optimizer.micro_batch, self.arrays.dtype,
+            config.optimizer.remat,
         )  # fmt: skip
+        step: Any = make_train_step(self.arrays.optimizer, spec)  # jitted
+        batch = self.arrays.batch(rows, self.shapes.rollout_length, self.algorithm)
+        return Program(
+            "train",
+            lambda: step.trace(self.state, batch),
+            self.counts.updates,
+            f"mini-batches of {rows} rollouts",
+            self.reference,
+            "optimizer.micro_batch, mesh.fsdp, mesh.tensor",
+        )
 
-    appended = last.append_rows
+    def _named(self, generation: Generation) -> str:
+        """The kind of a generation, and its rows where there are several of the kind."""
+        same = [other for other in self.counts.generations if other.name == generation.name]
+        return generation.name if len(same) == 1 else f"{generation.name}, {generation.shapes.rows} rows"
 
-    def append() -> Any:
-        prefixes, rows = generation(last)
-        chunk = array((appended, rollout.max_result_tokens), jnp.int32)
-        some = array((appended,), jnp.int32)
-        return append_tokens.trace(copy, prefixes, rows, AppendBatch(some, chunk, some), arch=arch, dtype=dtype)
-
-    calls = config.prompts_per_step * rollout.budget * rollout.max_tool_calls
-    yield Program(
-        "append", append, -(-calls // appended),
-        f"{config.prompts_per_step} prompts × {rollout.budget} rollouts × {rollout.max_tool_calls} calls / {appended}",
-        resident + kept, "rollout.max_result_tokens, rollout.decode_rows",
-    )  # fmt: skip
-    yield Program(
-        "train", train, minibatches, f"{minibatches} mini-batches of {rows} rollouts", reference,
-        "optimizer.micro_batch, mesh.fsdp, mesh.tensor",
-    )  # fmt: skip
-
-
-def on_chip(tree: Any) -> int:
-    """Bytes per chip of a tree of sharded `ShapeDtypeStruct`."""
-
-    def size(x: jax.ShapeDtypeStruct) -> int:
-        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        # PRNG keys are two words.
-        return int(np.prod(shape)) * (8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize)
-
-    return sum(size(x) for x in jax.tree.leaves(tree))
+    def _sources(self, generation: Generation) -> int:
+        """Bytes per chip of the caches that a generation's prefixes are taken from."""
+        if generation.name == "initial":
+            return on_chip(self.arrays.caches(self.counts.prefill_rows, self.config.rollout.max_prompt_tokens))
+        length = self.shapes.rollout_length
+        return max(s.kept * on_chip(self.arrays.caches(s.rows, length)) for s in self.counts.scorings)

@@ -184,6 +184,15 @@ def reshard(params: Params, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Params:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def generates_in_place(params: Params, mesh: Mesh, dtype: Any) -> bool:
+    """Whether generation can read `params` as they are: in its layout and its dtype already. Arrays, or what stands for them."""
+    embed = params["embed"]
+    if mesh.size == 1:
+        return embed.dtype == dtype
+    spec = partition_spec("embed", TOP["embed"].axes, embed.shape, RULES["generate"], mesh)
+    return embed.dtype == dtype and embed.sharding.is_equivalent_to(NamedSharding(mesh, spec), embed.ndim)
+
+
 class GeneratingPolicy(NamedTuple):
     """A policy's parameters as generation reads them."""
 
@@ -192,13 +201,10 @@ class GeneratingPolicy(NamedTuple):
 
 
 def generating(params: Params, mesh: Mesh, dtype: Any) -> GeneratingPolicy:
-    """`params` in the generating layout: resharded, unless they are in it already.
+    """`params` in the generating layout: resharded, unless they are in it already (`generates_in_place`).
 
     On a single CPU device, decode steps read a copy with turned matrices (`parameters.turned`), where few rows meet the
     weights faster.
     """
-    rules, embed = RULES["generate"], params["embed"]
-    target = NamedSharding(mesh, partition_spec("embed", TOP["embed"].axes, embed.shape, rules, mesh))
-    in_place = mesh.size == 1 or embed.sharding.is_equivalent_to(target, embed.ndim)
-    params = params if in_place and embed.dtype == dtype else reshard(params, mesh, dtype)
+    params = params if generates_in_place(params, mesh, dtype) else reshard(params, mesh, dtype)
     return GeneratingPolicy(params, turned(params) if mesh.size == 1 and platform() == "cpu" else params)

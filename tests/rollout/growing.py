@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -19,9 +21,9 @@ from appo_jax.types import Example, Rollout, Tree
 
 def make_trees(
     arch: Architecture, tokenizer: Tokenizer, executor: ToolExecutor, rollout: RolloutConfig, branching: BranchingConfig,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, dtype: Any = jnp.float32,
 ) -> tuple[TreeSampler, TreeGrower]:  # fmt: skip
-    engine = Engine(arch, tokenizer, executor, rollout, seed=0, dtype=jnp.float32, mesh=mesh)
+    engine = Engine(arch, tokenizer, executor, rollout, seed=0, dtype=dtype, mesh=mesh)
     sampler = TreeSampler(engine, branching)
     return sampler, TreeGrower(sampler, tokenizer, rollout, branching, arch.vocab_size, seed=0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import ExitStack
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,11 @@ import oracle
 import pytest
 from growing import draw_and_grow, log_probs, make_trees
 
-from appo_jax.algorithms import make_algorithm
+from appo_jax.advantage.base import base_advantages
+from appo_jax.algorithms import ALGORITHMS, make_algorithm
 from appo_jax.components import Components
 from appo_jax.config import (
+    AdvantageConfig,
     Architecture,
     BranchingConfig,
     Config,
@@ -32,10 +34,9 @@ from appo_jax.rollout.growth import TreeGrower
 from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.train import _kl_penalties, train_step
+from appo_jax.train_step import Trainer, _kl_penalties, train_step
 from appo_jax.types import Example, RewardResult
 
-ALGORITHMS = get_args(get_type_hints(Config)["algorithm"])
 N, M, P = 3, 6, 4
 
 
@@ -81,7 +82,8 @@ def step(
         examples = [Example(f"q{i}", text, ("x",), "qa", "") for i, text in enumerate(("the fox", "dog", "7", "lazy"))]
         reference = jax.tree.map(lambda x: 0.9 * x, params) if algorithm.loss.kl_weight else None
         state = TrainState(start, optimizer.init(start))
-        state, record, trees = train_step(0, examples, state, reference, seen, algorithm, grower, components, more)
+        trainer = Trainer(components, algorithm, grower, seen, reference)
+        state, record, trees = train_step(trainer, 0, state, examples, more or iter(()))
         moved = any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), state.params, params)))
         return record, trees, batches, moved
 
@@ -177,3 +179,20 @@ def test_branches_drawn_once_per_step_are_trees_of_the_old_policy(step) -> None:
     last = batches[-1]
     on, a = np.asarray(last.weights) > 0, np.abs(np.asarray(last.advantages))
     assert any(len(np.unique(row[mask].round(5))) > 1 for row, mask in zip(a, on, strict=True))
+
+
+def test_branches_of_the_steps_start_are_penalised_under_the_policy_that_drew_them(step, sampler, params) -> None:
+    """The last mini-batch is trained on after the policy has moved, but its branches were drawn before."""
+    loss = LossConfig(kl_weight=0.5, kl_in="reward", kl_estimator="k1")
+    branching, plain = BranchingConfig(num_branch_points=1, refresh="step"), AdvantageConfig(future_weight=0.0)
+    _, trees, batches, _ = step(Config(branching=branching, loss=loss, advantage=plain))
+    trees = trees[-2:]
+    reference = jax.tree.map(lambda x: 0.9 * x, params)
+    drawn, ref = ([log_probs(sampler, p, tree) for tree in trees] for p in (params, reference))
+    penalties = [
+        [np.where(r.sampled, 0.5 * (a - b), 0.0) for r, a, b in zip(*rows, strict=True)]
+        for rows in zip(trees, drawn, ref, strict=True)
+    ]
+    expected = [a for tree in base_advantages(trees, penalties, plain) for a in tree[:N]]
+    for row, a in zip(np.asarray(batches[-1].advantages), expected, strict=True):
+        np.testing.assert_allclose(row[: len(a)], a, rtol=1e-3, atol=1e-4)

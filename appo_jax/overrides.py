@@ -1,0 +1,65 @@
+"""Fields of a config set on the command line, by dotted names: `--branching.num-branch-points 2`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tyro
+
+from appo_jax.config import Config
+
+
+def override(config: Config, args: Sequence[str], prog: str, description: str) -> Config:
+    """`config` with the fields that `args` name. A bad one exits with code 2, a `--help` with 0.
+
+    A field under an optional part that `config` lacks (`--policy.architecture.width 64`) brings the part with it; the part's
+    fields without a default must then be given too. `--policy.architecture None` leaves an optional part out.
+    """
+    args = list(args)
+    for path, part in _optional_parts(Config, ()):
+        option = "--" + ".".join(path).replace("_", "-")
+        if not _has(config, path[:-1]):
+            continue
+        if (named := _position(args, option)) is not None:
+            config, args = _replaced(config, path, None), args[:named] + args[named + 2 :]
+        elif _get(config, path) is None and any(arg.replace("_", "-").startswith(option + ".") for arg in args):
+            required = [f.name for f in dataclasses.fields(part) if f.default is dataclasses.MISSING]
+            config = _replaced(config, path, part(**dict.fromkeys(required, tyro.MISSING)))
+    options = (tyro.conf.AvoidSubcommands,)
+    return tyro.cli(Config, prog=prog, description=description, args=args, default=config, config=options)
+
+
+def _optional_parts(cls: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Path and class of every part of the config that may be None, outer ones first."""
+    for name, hint in typing.get_type_hints(cls).items():
+        for option in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(option):
+                if option is not hint:
+                    yield (*path, name), option
+                yield from _optional_parts(option, (*path, name))
+
+
+def _position(args: Sequence[str], option: str) -> int | None:
+    """Where `option None` stands."""
+    pairs = itertools.pairwise(args)
+    return next((i for i, (a, b) in enumerate(pairs) if a.replace("_", "-") == option and b == "None"), None)
+
+
+def _get(config: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
+def _has(config: Any, path: Sequence[str]) -> bool:
+    """Whether the parts of a path are there."""
+    return all(_get(config, path[:i]) is not None for i in range(1, len(path) + 1))
+
+
+def _replaced(config: Any, path: Sequence[str], value: Any) -> Any:
+    first, *rest = path
+    return dataclasses.replace(config, **{first: _replaced(getattr(config, first), rest, value) if rest else value})

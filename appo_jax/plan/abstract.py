@@ -1,0 +1,85 @@
+"""A run's arrays without their numbers: shapes, dtypes and shardings, as the run would place them on a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from appo_jax.algorithms import Algorithm
+from appo_jax.config import Architecture, Config
+from appo_jax.learner.optimizer import rl_optimizer
+from appo_jax.learner.step import TrainBatch, TrainState
+from appo_jax.policy import sharding
+from appo_jax.policy.attention import Places
+from appo_jax.policy.parameters import abstract_params
+from appo_jax.rollout.shapes import GenerationShapes
+from appo_jax.rollout.state import DecodeState, Prefixes, empty_prefixes, empty_state
+
+
+class Arrays:
+    """The arrays of a run of `config` on `mesh`."""
+
+    def __init__(self, config: Config, arch: Architecture, mesh: Mesh):
+        self.arch, self.mesh = arch, mesh
+        self.dtype = jnp.dtype("bfloat16" if config.policy.compute_dtype == "auto" else config.policy.compute_dtype)
+        self.optimizer = rl_optimizer(config.optimizer)
+        self._whole = NamedSharding(mesh, PartitionSpec())
+
+    def of(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array that every device holds whole."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._whole)
+
+    def rows(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array whose first axis is split over the devices, as rollouts are."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh))
+
+    def state(self) -> TrainState:
+        """Parameters and optimizer state in the training layout."""
+        state = jax.eval_shape(lambda p: TrainState(p, self.optimizer.init(p)), abstract_params(self.arch))
+        return sharding.annotate(state, sharding.state_shardings(state, self.arch, self.mesh), self.mesh)
+
+    def generating(self) -> Any:
+        """The copy of the parameters that generation reads, as `sharding.reshard` makes it."""
+        params = self.state().params
+        copy = jax.eval_shape(lambda p: sharding.reshard(p, self.mesh, self.dtype), params)
+        return sharding.annotate(copy, sharding.param_shardings(self.arch, self.mesh, "generate"), self.mesh)
+
+    def caches(self, rows: int, length: int) -> Any:
+        """Keys and values of `rows` prefixes of `length` tokens, every layer's."""
+        return self._placed(jax.eval_shape(lambda: empty_prefixes(self.arch, rows, length, self.dtype)))
+
+    def generation(self, shapes: GenerationShapes) -> tuple[Prefixes, DecodeState]:
+        """Prefixes and rows as the engine holds them."""
+        rows = jax.eval_shape(lambda: empty_state(self.arch, shapes.rows, shapes.suffix_length, self.dtype))
+        places = Places(self.of((shapes.rows, 2), jnp.int32), self.of((shapes.slots, shapes.columns), jnp.int32))
+        return Prefixes(self.caches(shapes.slots, shapes.prefix_length), places), self._placed(rows)
+
+    def batch(self, rows: int, length: int, algorithm: Algorithm) -> TrainBatch:
+        """The mini-batch of an update."""
+        floats = self.rows((rows, length), jnp.float32)
+        ref = floats if algorithm.keeps_reference and algorithm.loss.kl_in == "loss" else None
+        return TrainBatch(self.rows((rows, length), jnp.int32), floats, floats, floats, ref)
+
+    def _placed(self, tree: Any) -> Any:
+        """Caches and rows of a generation: first axis over data and fsdp, key/value heads over tensor."""
+        caches = sharding.cache_sharding(self.mesh)
+
+        def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=caches if x.ndim == 4 else self._whole)
+
+        return jax.tree.map(one, tree)
+
+
+def on_chip(tree: Any) -> int:
+    """Bytes per chip of a tree of sharded `ShapeDtypeStruct`."""
+
+    def size(x: jax.ShapeDtypeStruct) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        # PRNG keys are two words.
+        return int(np.prod(shape)) * (8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize)
+
+    return sum(size(x) for x in jax.tree.leaves(tree))

@@ -1,0 +1,132 @@
+"""How often a training step runs each program, and with which shapes: what the loop and the sampler do, counted ahead of time.
+
+All rollouts are taken to be as long as they may be and to make all the calls they may, and every mini-batch to use every
+branching loop: the counts are those of the longest step. `tests/rollout/test_planned_steps.py` compares them with real steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from appo_jax.algorithms import Algorithm, make_algorithm
+from appo_jax.config import Config
+from appo_jax.rollout.shapes import GenerationShapes, Shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Generations of one kind and shape."""
+
+    name: str
+    """What is drawn: initial or branches."""
+    shapes: GenerationShapes
+    times: int
+    """Generations a step."""
+    drawn: int
+    """Rollouts of one generation, at most."""
+
+    @property
+    def fills(self) -> int:
+        """How often one generation fills its rows with rollouts."""
+        return -(-self.drawn // self.shapes.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """Score passes of one shape."""
+
+    rows: int
+    """Rollouts of one pass."""
+    times: int
+    """Passes a step."""
+    kept: int
+    """Passes whose caches are kept at the same time, for branches to be drawn from; 0: none are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What one training step runs."""
+
+    prefill_rows: int
+    """Prompts of one prefill pass."""
+    prefills: int
+    """Prefill passes a step."""
+    generations: tuple[Generation, ...]
+    """In their order; generations of equal shapes are one entry."""
+    scorings: tuple[Scoring, ...]
+    """In the order of their rows."""
+    reshards: int
+    """Copies of the parameters into the generating layout, where they must be made: one for each generation."""
+    updates: int
+    """Mini-batches."""
+    trained_rows: int
+    """Rollouts of one update."""
+
+
+def count(config: Config, shapes: Shapes) -> Counts:
+    """What a training step of `config` runs. `shapes`: those of its rollouts, with the branching of its algorithm."""
+    algorithm = make_algorithm(config)
+    draws = 1 + algorithm.max_resamples
+    prompts, rows = config.prompts_per_step, shapes.prefill_rows(config.prompts_per_step)
+    generations = [
+        Generation("initial", shapes.initial(prompts, algorithm.initial), draws, prompts * algorithm.initial),
+        *_branchings(config, algorithm, shapes),
+    ]
+    minibatches = config.prompts_per_step // config.prompts_per_minibatch
+    return Counts(
+        prefill_rows=rows,
+        prefills=draws * -(-prompts // rows),
+        generations=tuple(generations),
+        scorings=_scorings(config, algorithm, shapes),
+        reshards=sum(generation.times for generation in generations),
+        updates=minibatches,
+        trained_rows=config.prompts_per_minibatch * algorithm.trained_per_prompt,
+    )
+
+
+def _branchings(config: Config, algorithm: Algorithm, shapes: Shapes) -> list[Generation]:
+    """The generations that draw branches: one for each mini-batch and loop."""
+    if not algorithm.branches:
+        return []
+    prompts = config.prompts_per_minibatch
+    scored = shapes.max_scored(prompts, algorithm.initial)
+    sizes = [*scored, prompts * algorithm.budget]
+    by_shape: dict[GenerationShapes, list[int]] = {}
+    for before, after in itertools.pairwise(sizes):
+        # By turns, the first loop may fill the budget, or leave some of it to a later one.
+        by_shape.setdefault(shapes.branches(before), []).append(max(1, after - before))
+    minibatches = config.prompts_per_step // prompts
+    return [Generation("branches", shape, minibatches * len(drawn), max(drawn)) for shape, drawn in by_shape.items()]
+
+
+def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes) -> tuple[Scoring, ...]:
+    """Every score pass of a step, by the number of its rows."""
+    prompts, per_pass = config.prompts_per_minibatch, shapes.score_rollouts
+    minibatches = config.prompts_per_step // prompts
+    passes: dict[int, int] = {}
+    kept: dict[int, int] = {}
+
+    def score(per_prompt: int, max_rollouts: int | None = None) -> int:
+        """Count the passes over a mini-batch that score so many rollouts of each prompt, in every mini-batch."""
+        rollouts = prompts * per_prompt
+        rows = shapes.score_rows(max_rollouts or rollouts)
+        passes[rows] = passes.get(rows, 0) + minibatches * -(-rollouts // per_pass)
+        return rows
+
+    score(algorithm.initial)  # log π_old
+    if algorithm.branches:
+        for most in shapes.max_scored(prompts, algorithm.initial):
+            rows = score(most // prompts, most)
+            kept[rows] = max(kept.get(rows, 0), -(-most // per_pass))
+    if algorithm.branches_at_start and algorithm.needs_old_of_branches:
+        score(algorithm.budget)
+    if algorithm.scores_future:
+        score(algorithm.trained_per_prompt)
+    if algorithm.keeps_reference and algorithm.loss.kl_in == "loss":
+        score(algorithm.trained_per_prompt)
+    elif algorithm.keeps_reference:  # under π_ref, and branches under the policy that drew them
+        score(algorithm.budget)
+        if algorithm.branches and not algorithm.branches_at_start:
+            score(algorithm.budget - algorithm.initial)
+    return tuple(Scoring(rows, times, kept.get(rows, 0)) for rows, times in sorted(passes.items()))

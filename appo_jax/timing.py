@@ -1,0 +1,64 @@
+"""What a run and its steps take: wall time, time by phase, and compilations."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from appo_jax import heartbeat
+
+
+class Clock:
+    """Wall time of a run, earlier processes of it included, and the programs compiled since a step was logged."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self._began = time.perf_counter()
+        self._compilations = Compilations()
+
+    def wall_s(self) -> float:
+        """Seconds so far."""
+        return self.before + time.perf_counter() - self._began
+
+    def metrics(self) -> dict[str, float]:
+        """Called once a step: the compilations are counted anew from there."""
+        return {"time/wall_s": self.wall_s(), "time/compiled_programs": self._compilations.take()}
+
+
+class Compilations:
+    """Counts the programs that are compiled or taken from the compilation cache: none after a run's first steps, or a
+    shape has changed that should not."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        self._count += event == "/jax/core/compile/backend_compile_duration"
+
+    def take(self) -> int:
+        """The count since the last time it was taken."""
+        count, self._count = self._count, 0
+        return count
+
+
+class Timer:
+    """Seconds by phase. `with timer("rollout"): …`, as often as one likes."""
+
+    def __init__(self) -> None:
+        self._began, self._seconds = time.perf_counter(), dict[str, float]()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        with heartbeat.phase(phase):
+            yield
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    def metrics(self) -> dict[str, float]:
+        phases = {f"time/{phase}_s": seconds for phase, seconds in self._seconds.items()}
+        return phases | {"time/step_s": time.perf_counter() - self._began}

@@ -1,0 +1,220 @@
+"""One training step (paper, algorithm 1): sample, score, branch, learn.
+
+N rollouts per prompt from π_old; then, mini-batch by mini-batch, score them under the current π_θ, branch where the Branching
+Score is highest, reward, turn rewards into procedural advantages, update. A baseline leaves some of it out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from appo_jax.advantage.groups import without_spread
+from appo_jax.algorithms import Algorithm
+from appo_jax.components import Components, give_rewards
+from appo_jax.config import LossConfig
+from appo_jax.learner.batch import Measured, make_batch
+from appo_jax.learner.loss import kl_estimate
+from appo_jax.learner.step import TrainBatch, TrainState
+from appo_jax.policy.parameters import Params
+from appo_jax.policy.sharding import batch_sharding, place
+from appo_jax.rollout.growth import Growth, TreeGrower
+from appo_jax.rollout.sampler import Sampler
+from appo_jax.rollout.scoring import future_values, inherit, log_probs
+from appo_jax.rollout.stats import rollout_metrics, update_metrics
+from appo_jax.timing import Timer
+from appo_jax.types import Example, Rollout, Tree
+
+# What rollouts are drawn for: the first number of every draw_id. (2: evaluation, which is greedy.)
+INITIAL, BRANCH, RESAMPLE = 0, 1, 3
+
+Update = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What every step of a run uses."""
+
+    components: Components
+    algorithm: Algorithm
+    grower: TreeGrower
+    update: Update
+    reference: Params | None
+    """Parameters of π_ref, for a KL term."""
+
+
+def train_step(
+    trainer: Trainer, index: int, state: TrainState, examples: Sequence[Example], more: Iterator[Sequence[Example]]
+) -> tuple[TrainState, dict[str, Any], list[Tree]]:
+    """One step on `examples`: sample under π_old, the policy as it is now; then, mini-batch by mini-batch, score, branch, learn.
+
+    Consumes `state`. `index`: steps made before. `more`: batches of prompts that dynamic sampling may draw on.
+    """
+    algorithm, size = trainer.algorithm, trainer.components.config.prompts_per_minibatch
+    step = Step(trainer, index)
+    trees = step.sample(state.params, examples, more)
+    minibatches = [Minibatch(i, trees[first : first + size]) for i, first in enumerate(range(0, len(trees), size))]
+    # log π_old is computed here once, by the program that will compute log π_θ: their difference is the policy's
+    # movement alone, without the noise between two ways of computing the same number.
+    for minibatch in minibatches:
+        minibatch.old_log_probs = step.score(state.params, minibatch.trees)
+    if algorithm.branches_at_start:
+        for minibatch in minibatches:
+            step.branch(state.params, minibatch)
+    if algorithm.branches_at_start and algorithm.needs_old_of_branches:
+        for minibatch in minibatches:
+            minibatch.old_log_probs = step.score(state.params, minibatch.trees)
+    for minibatch in minibatches:
+        if algorithm.branches and not algorithm.branches_at_start:
+            step.branch(state.params, minibatch)
+        state = step.learn(state, minibatch, step.measure(state.params, minibatch))
+    return state, step.record(minibatches), [tree for minibatch in minibatches for tree in minibatch.trees]
+
+
+@dataclasses.dataclass
+class Minibatch:
+    """The prompts of one update, as far as the step has come with them."""
+
+    index: int
+    trees: list[Tree]
+    """Their rollouts: the initial ones, then the branches too."""
+    old_log_probs: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
+    """log π_old `[T]` of each tree's first rollouts: of the initial ones, and of those branches that π_old drew."""
+    growth: Growth | None = None
+    """What branching said of them."""
+    update: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Metrics of the update."""
+
+
+class Step:
+    """The parts of one training step; they share its clock."""
+
+    def __init__(self, trainer: Trainer, index: int):
+        self.trainer, self.index = trainer, index
+        self.components, self.algorithm, self.grower = trainer.components, trainer.algorithm, trainer.grower
+        self.sampler, self.length = trainer.components.sampler, trainer.grower.shapes.rollout_length
+        self.timer = Timer()
+        self.resampled = 0
+
+    def sample(self, params: Params, examples: Sequence[Example], more: Iterator[Sequence[Example]]) -> list[Tree]:
+        """Initial rollouts of every prompt, with their rewards.
+
+        Dynamic sampling: prompts whose rewards are all equal teach nothing; they make room for others, a few times at most.
+        """
+        trees = self._draw(params, examples, INITIAL)
+        for attempt in range(self.algorithm.max_resamples):
+            flat = [i for i, tree in enumerate(trees) if without_spread(np.array([r.reward for r in tree]))]
+            others = next(more, ()) if flat else ()
+            drawn = self._draw(params, others[: len(flat)], RESAMPLE + attempt) if others else []
+            for i, tree in zip(flat, drawn, strict=False):
+                trees[i] = tree
+            self.resampled += len(drawn)
+        return trees
+
+    def score(self, params: Params, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
+        """Log-probabilities `[T]` of every rollout's tokens under a policy, by tree."""
+        with self.timer("score"):
+            return log_probs(self.sampler, params, trees)
+
+    def branch(self, params: Params, minibatch: Minibatch) -> None:
+        """Fill the budget of every prompt with branches, and give them their rewards."""
+        with self.timer("branch"):
+            draw_id = (BRANCH, self.index, minibatch.index)
+            minibatch.growth = self.grower.grow(params, minibatch.trees, minibatch.old_log_probs, draw_id)
+            minibatch.trees = minibatch.growth.trees
+        self._reward([r for tree in minibatch.trees for r in tree if not r.is_initial])
+
+    def measure(self, params: Params, minibatch: Minibatch) -> Measured:
+        """What the loss must know of the trained tokens under the policy as it is now, and under π_ref."""
+        algorithm, reference, growth = self.algorithm, self.trainer.reference, minibatch.growth
+        trained = [list(algorithm.trained(tree)) for tree in minibatch.trees]
+        future = ref = penalties = None
+        with self.timer("score"):
+            if algorithm.scores_future:
+                old = [algorithm.trained(known) for known in minibatch.old_log_probs]
+                future = future_values(self.sampler, params, trained, old, algorithm.branching.tau, self.length)
+            elif algorithm.uses_future and growth is not None:  # scored when they branched, under the present policy
+                future = [[scores.future_value for scores in tree] for tree in growth.scores]
+            if reference is not None and algorithm.loss.kl_in == "loss":
+                ref = log_probs(self.sampler, reference, trained)
+            elif reference is not None:
+                penalties = _kl_penalties(
+                    self.sampler,
+                    params,
+                    reference,
+                    minibatch.trees,
+                    minibatch.old_log_probs,
+                    algorithm.loss,
+                    self.length,
+                )
+        return Measured(minibatch.old_log_probs, ref, future, penalties)
+
+    def learn(self, state: TrainState, minibatch: Minibatch, measured: Measured) -> TrainState:
+        """One update on the trained rollouts of the mini-batch. Consumes `state`."""
+        mesh = self.components.mesh
+        with self.timer("update"):
+            batch, base = make_batch(minibatch.trees, measured, self.algorithm, self.length)
+            state, results = self.trainer.update(state, place(batch, batch_sharding(mesh), mesh))
+            results = jax.device_get(results)
+            minibatch.update = update_metrics(results, base, minibatch.growth, self.algorithm.initial)
+        return state
+
+    def record(self, minibatches: Sequence[Minibatch]) -> dict[str, Any]:
+        """The step's metrics: docs/method.md explains them."""
+        trees = [tree for minibatch in minibatches for tree in minibatch.trees]
+        record = rollout_metrics(trees, self.sampler.take_stats()) | self.components.executor.metrics()
+        if self.algorithm.max_resamples:
+            record["rollout/resampled_prompts"] = self.resampled
+        updates = [minibatch.update for minibatch in minibatches]
+        record |= {name: float(np.mean([u[name] for u in updates])) for name in updates[0]} | self.timer.metrics()
+        record["time/tokens_per_s"] = record["rollout/sampled_tokens"] / record["time/step_s"]
+        return record
+
+    def _draw(self, params: Params, examples: Sequence[Example], purpose: int) -> list[Tree]:
+        with self.timer("rollout"):
+            trees = self.sampler.initial(
+                params,
+                examples,
+                self.algorithm.initial,
+                (purpose, self.index),
+                max_examples=self.components.config.prompts_per_step,
+            )
+        self._reward([rollout for tree in trees for rollout in tree])
+        return trees
+
+    def _reward(self, rollouts: Sequence[Rollout]) -> None:
+        with self.timer("reward"):
+            give_rewards(rollouts, self.components, self.algorithm.overlong_buffer)
+
+
+def _kl_penalties(
+    sampler: Sampler, params: Params, reference: Params, trees: Sequence[Tree], old: Sequence[Sequence[np.ndarray]],
+    loss: LossConfig, length: int,
+) -> list[list[np.ndarray]]:  # fmt: skip
+    """β·KL(π‖π_ref) at each sampled token `[T]` of every rollout, π being the policy that drew it.
+
+    `old`: of each tree's first rollouts, their log-probs under π_old. The branches beyond them were drawn by `params`
+    from their fork on; what they have from their parent was drawn as the parent was.
+    """
+    branches = log_probs(sampler, params, [tree[len(known) :] for tree, known in zip(trees, old, strict=True)])
+    by_drawer = [list(known) for known in old]
+    for tree, known, scored in zip(trees, by_drawer, branches, strict=True):
+        for rollout, values in zip(tree[len(known) :], scored, strict=True):
+            known.append(inherit(rollout, known, values))
+    by_reference = log_probs(sampler, reference, trees)
+
+    def penalty(rollout: Rollout, drawn: np.ndarray, ref: np.ndarray) -> np.ndarray:
+        padding = (0, length - rollout.length)  # one shape, one program
+        drawn, ref = (np.pad(x, padding) for x in (drawn, ref))
+        kl = kl_estimate(jnp.asarray(drawn), jnp.asarray(ref), loss.kl_estimator)
+        return np.where(rollout.sampled, loss.kl_weight * np.asarray(kl)[: rollout.length], 0.0)
+
+    return [
+        [penalty(*x) for x in zip(tree, drawn, refs, strict=True)]
+        for tree, drawn, refs in zip(trees, by_drawer, by_reference, strict=True)
+    ]

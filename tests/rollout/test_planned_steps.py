@@ -1,0 +1,139 @@
+"""What `appo-jax plan` says of a step against the programs that a real step runs: which, with which shapes, how often."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from growing import make_trees
+
+from appo_jax.algorithms import ALGORITHMS
+from appo_jax.components import Components
+from appo_jax.config import BranchingConfig, Config, LossConfig, OptimizerConfig, PolicyConfig, RolloutConfig
+from appo_jax.plan.programs import programs
+from appo_jax.policy import sharding
+from appo_jax.reward import Judge
+from appo_jax.rollout import engine as engine_module
+from appo_jax.rollout import prefixes, tree_sampler
+from appo_jax.train import begin
+from appo_jax.train_step import train_step
+from appo_jax.types import Example, RewardResult
+
+# The jitted functions of a run, where the run looks them up, and which of their arguments tell their programs apart.
+WATCHED = {
+    "reshard": (sharding, "reshard", ()),
+    "prefill": (prefixes, "prefill", (1,)),
+    "decode": (engine_module, "decode_segment", (1, 2)),
+    "append": (engine_module, "append_tokens", (1, 2, 3)),
+    "score": (tree_sampler, "score", (1,)),
+}
+ROLLOUT = RolloutConfig(
+    num_initial=3, budget=6, max_prompt_tokens=12, max_response_tokens=24, max_result_tokens=16, max_tool_calls=2,
+    decode_rows=8, max_seconds=120,
+)  # fmt: skip
+KL = LossConfig(kl_weight=0.1)
+
+
+def shapes(tree: Any) -> tuple:
+    """Shapes and dtypes of a tree's arrays, abstract or not."""
+    leaves = [getattr(leaf, "_aval", leaf) for leaf in jax.tree.leaves(tree)]
+    return tuple((np.shape(x), str(x.dtype)) for x in leaves)
+
+
+class Seen:
+    """Calls of the watched programs, by name and shapes; they run as ever."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: Counter = Counter()
+        self.decode_steps = 0
+        for name, (module, function, telling) in WATCHED.items():
+            monkeypatch.setattr(module, function, self.watch(name, getattr(module, function), telling))
+
+    def watch(self, name: str, function: Any, telling: tuple[int, ...]) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name, shapes([args[i] for i in telling])] += 1
+            out = function(*args, **kwargs)
+            self.decode_steps += int(out[1]) if name == "decode" else 0
+            return out
+
+        return watched
+
+
+def planned(config: Config, arch: Any, mesh: Any) -> dict[tuple, int]:
+    """How often the plan runs each program, by name and shapes."""
+    found: dict[tuple, int] = {}
+    for program in programs(config, arch, mesh):
+        name = program.name.split(",")[0]
+        args, _ = program.trace().args_info
+        telling = WATCHED[name][2] if name in WATCHED else (1,)
+        key = name, shapes([args[i] for i in telling])
+        assert key not in found, "two entries for one program"
+        found[key] = program.times
+    return found
+
+
+CASES = {name: Config(algorithm=name) for name in ALGORITHMS} | {
+    "appo, kl in the loss": Config(loss=KL),
+    "appo, kl in the reward": Config(loss=dataclasses.replace(KL, kl_in="reward")),
+    "appo, once a step": Config(
+        branching=BranchingConfig(refresh="step"), loss=dataclasses.replace(KL, kl_in="reward")
+    ),
+    "appo, in bfloat16": Config(policy=PolicyConfig(compute_dtype="bfloat16")),
+    "appo, two loops": Config(branching=BranchingConfig(num_loops=2), rollout=RolloutConfig(budget=12)),
+    "tree_grpo, two loops": Config(algorithm="tree_grpo", branching=BranchingConfig(num_loops=2), loss=KL),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_real_step_runs_what_the_plan_says(name: str, arch, tokenizer, executor, params, monkeypatch) -> None:
+    case = CASES[name]
+    config = dataclasses.replace(
+        case,
+        prompts_per_step=4, prompts_per_minibatch=2, optimizer=OptimizerConfig(learning_rate=1e-3),
+        rollout=dataclasses.replace(ROLLOUT, budget=max(6, min(12, case.rollout.budget if "loops" in name else 6))),
+        branching=dataclasses.replace(case.branching, num_branch_points=1),
+        policy=dataclasses.replace(case.policy, architecture=arch, tokenizer="x"),
+    )  # fmt: skip
+    dtype = jnp.dtype("float32" if config.policy.compute_dtype == "auto" else config.policy.compute_dtype)
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, compute_dtype=dtype.name))
+    sampler, _ = make_trees(arch, tokenizer, executor, config.rollout, config.branching, dtype=dtype)
+    dataset: Any = None
+    components = Components(
+        config, dataset, (), (), tokenizer, executor, arch, dtype, sampler.engine.mesh, sampler,
+        Judge("none", lambda response: RewardResult(0.0, False)), ExitStack(),
+    )  # fmt: skip
+    examples = [Example(f"q{i}", text, ("x",), "qa", "") for i, text in enumerate(("the fox", "dog", "7", "lazy"))]
+    trainer, state = begin(components, jax.tree.map(jnp.copy, params))
+    updates: Counter = Counter()
+
+    def update(state: Any, batch: Any) -> Any:
+        updates["train", shapes(batch)] += 1
+        return trainer.update(state, batch)
+
+    expected = planned(config, arch, sampler.engine.mesh)
+    seen = Seen(monkeypatch)
+    watched = dataclasses.replace(trainer, update=update)
+    train_step(watched, 0, state, examples, itertools.repeat(examples))
+    found = dict(seen.calls + updates)
+
+    # Appends of shorter results have programs of their own, which the plan leaves out.
+    longest = {key for key in expected if key[0] == "append"}
+    found = {key: times for key, times in found.items() if key[0] != "append" or key in longest}
+    assert found.keys() == expected.keys()
+    for key in found:
+        if key[0] in ("decode", "append"):  # as often as tokens and calls come; an append more, when it is compiled
+            assert 0 < found[key] <= expected[key] + 1
+        elif (
+            "loops" in name or name == "dapo"
+        ):  # a loop that finds the budget used is left out; some prompts have a spread
+            assert 0 < found[key] <= expected[key]
+        else:
+            assert found[key] == expected[key], key[0]
+    assert seen.decode_steps <= sum(times for (kind, _), times in expected.items() if kind == "decode")
