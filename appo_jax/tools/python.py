@@ -29,6 +29,7 @@ from typing import Any
 from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.errors import ToolError
 from appo_jax.tools.bubblewrap import advice, command_line
+from appo_jax.tools.cgroup import ControlGroup
 from appo_jax.tools.protocol import Tool, ToolResult
 from appo_jax.tools.remote import RemotePythonTool
 from appo_jax.tools.sandbox import system
@@ -182,6 +183,7 @@ class Sandbox:
         self._to_free: deque[int] = deque()
         self._folder = tempfile.mkdtemp(prefix="appo-python-") if config.isolation == "process" else ""
         self._socket, theirs = socket.socketpair()
+        self._group: ControlGroup | None = None
         self.alive = False
         started: Future[None] = Future()
         # bubblewrap dies with the thread that started it: this one lives as long as the sandbox.
@@ -227,6 +229,10 @@ class Sandbox:
         if not greeting["filtered"]:
             logger.warning("tools.python: this kernel gives no system-call filter; policy code can reach the network")
         self._socket.settimeout(None)
+        # The supervisor ends calls at its own, lower, limit. This one holds whatever it does not see.
+        self._group = ControlGroup.make(greeting["memory"] + (1 << 30)) if greeting.get("memory") else None
+        if self._group is not None:
+            self._group.add({self._process.pid} | system.descendants(self._process.pid))
 
     def run(self, state: Snapshot, code: str, timeout: float) -> tuple[dict[str, Any], Snapshot | None]:
         """Run code from a state. Returns the reply and the state after it, if there is one. Raises SandboxLost."""
@@ -264,6 +270,8 @@ class Sandbox:
         self._listener.join(1)
         self._socket.close()
         self._errors.close()
+        if self._group is not None:
+            self._group.close()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -218,7 +218,7 @@ class Supervisor:
             os.close(output)
         if not self.ready:
             self.ready = True
-            self._tell({"ready": True, "filtered": self.filtered})
+            self._tell({"ready": True, "filtered": self.filtered, "memory": self.budget.total})
         self._fork_next(root)
 
     def _refuse_service(self, why: str) -> None:
