@@ -317,7 +317,7 @@ def fuzz(seconds: float, seed: int) -> tuple[int, list[str], int]:
                 {"run": rng.randrange(-5, 1), "from": rng.randrange(-5, 10**6), "code": "1", "timeout": 0.1},
                 {"run": 10**9 + rng.randrange(10), "from": 10**9 + rng.randrange(10), "code": "1", "timeout": 0.1},
                 {"run": 10**9 + rng.randrange(10), "from": 0, "code": "1", "timeout": rng.choice([-1, 0, 0.01, 1e300])},
-                {"run": "x", "from": None}, {"free": rng.randrange(-5, 0)}, {"free": "x"}, {"free": 0}, {}, 
+                {"run": "x", "from": None}, {"free": rng.randrange(-5, 0)}, {"free": "x"}, {"free": 0}, {},
                 {"run": 10**9 + 50, "from": 0, "code": 7, "timeout": "x"}, {"free": 10**9 + rng.randrange(10)},
             ])  # fmt: skip
             data = rng.choice([json.dumps(message).encode(), b"{", b"[]", b"\xff" * 9, b""])
