@@ -12,19 +12,20 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from appo_jax import heartbeat
+from appo_jax.digests import describe, named_leaves
 from appo_jax.errors import CheckpointError
-from appo_jax.storage import usable_path
+from appo_jax.storage import folder_size, usable_path
 
 PyTree = Any
 _log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Checkpointer:
         Raises CheckpointError if a step this new exists already, or as `wait` does for the step before this one.
         """
         self.wait()
-        arrays = _describe(state)
+        arrays = describe(state)
         record: dict[str, Any] = {"step": step, "meta": dict(meta), "arrays": arrays}
         if iterator is not None:  # all hosts read the same data and stand at the same place
             record["position"] = _position(iterator)
@@ -71,6 +72,7 @@ class Checkpointer:
             "state": ocp.args.PyTreeSave(state),
             "meta": ocp.args.JsonSave({"record": record, "sha256": _sha256(record)}),
         }
+        self._foresee_a_full_disk(step)
         try:
             saved = self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:
@@ -128,6 +130,16 @@ class Checkpointer:
                 + "Put a good copy in place, or delete this folder to start the run anew."
             )
         return None
+
+    def _foresee_a_full_disk(self, step: int) -> None:
+        """Warn when this step or the one after it may not fit: a step is written before the oldest one is removed."""
+        sizes = [folder_size(path) for path in self._directory.glob("[0-9]*") if path.name.isdigit()]
+        free, needed = shutil.disk_usage(self._directory).free, max(sizes, default=0)
+        if needed and free < 2 * needed and jax.process_index() == 0:
+            _log.warning(
+                "%s: %.1f GB are free and a checkpoint takes %.1f: step %d %s. Free some space, or lower keep_checkpoints",
+                self._directory, free / 1e9, needed / 1e9, step, "may not fit" if free < needed else "fits, the next one may not",
+            )  # fmt: skip
 
     def _newest_besides(self, refused: Mapping[int, str]) -> int | None:
         """The newest step on disk that has not been refused."""
@@ -192,7 +204,7 @@ class Checkpointer:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
         written = record["arrays"]
         if partial:
-            written = {name: written[name] for name, _ in _named_leaves(abstract) if name in written}
+            written = {name: written[name] for name, _ in named_leaves(abstract) if name in written}
         self._check_fit(step, written, abstract)
         state = self._load(step, abstract, written)
         if iterator is not None:
@@ -212,13 +224,13 @@ class Checkpointer:
         args = ocp.args.PyTreeRestore(abstract_state, restore_args=where, partial_restore=True)
         state = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
         arrays = jax.tree.map(lambda leaf: None if leaf is ocp.PLACEHOLDER else leaf, state)
-        damaged = [name for name, found in _describe(arrays).items() if found != written[name]]
+        damaged = [name for name, found in describe(arrays).items() if found != written[name]]
         if damaged:
             raise ValueError(f"{len(damaged)} arrays are not what was written, among them {damaged[0]}")
         return state
 
     def _check_fit(self, step: int, written: Mapping[str, Any], abstract_state: PyTree) -> None:
-        expected = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in _named_leaves(abstract_state)}
+        expected = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(abstract_state)}
         lines = []
         for name in {**expected, **written}:
             have, want = written.get(name), expected.get(name)
@@ -266,7 +278,7 @@ def verify(step_folder: Path) -> str:
             tree = reader.metadata(step_folder / "state").item_metadata.tree
             where = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=host), tree)
             arrays = reader.restore(step_folder / "state", ocp.args.PyTreeRestore(restore_args=where))
-        found = _describe(arrays)
+        found = describe(arrays)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     written = record["arrays"]
@@ -295,47 +307,6 @@ def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[set[int]]:
         parts[-1].add(i)
         room -= size
     return parts
-
-
-def _describe(state: PyTree) -> dict[str, list[Any]]:
-    """Name -> [dtype, shape, digest] of every array."""
-    named = _named_leaves(state)
-    # One after the other: several CPU devices of one process can starve each other when many programs wait in a queue.
-    digests = [jax.device_get(_digest(leaf)) for _, leaf in named]
-    return {
-        name: [str(leaf.dtype), list(leaf.shape), f"{int(high):08x}{int(low):08x}"]
-        for (name, leaf), (high, low) in zip(named, digests, strict=True)
-    }
-
-
-def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in jax.tree.leaves_with_path(tree)
-    ]
-
-
-@jax.jit
-def _digest(array: jax.Array) -> jax.Array:
-    """[2] uint32: two sums over the array's words, each word times an odd number drawn from its index, modulo 2^32.
-
-    Integer sums do not depend on order, so the digest is the same under every sharding and is computed where the array
-    lies. A change inside a single word always changes it, for an odd factor never maps a difference to 0; any other
-    change escapes with probability 2^-64.
-    """
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    bits = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
-    words = jax.lax.bitcast_convert_type(array, bits).astype(jnp.uint32)
-    index = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-
-    def weighted_sum(multiplier: int) -> jax.Array:
-        factor = (index + 1) * jnp.uint32(multiplier)
-        factor = (factor ^ (factor >> 15)) * jnp.uint32(0x2C1B3C6D)  # a mix, so that near indices get unrelated factors
-        return jnp.sum(words * (factor ^ (factor >> 12) | 1), dtype=jnp.uint32)
-
-    return jnp.stack([weighted_sum(0x9E3779B1), weighted_sum(0x85EBCA77)])
 
 
 def _position(iterator: grain.DatasetIterator) -> Any:

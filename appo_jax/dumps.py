@@ -44,12 +44,17 @@ def write_dump(folder: Path, step: int, trees: Sequence[Sequence[Rollout]], deco
 def read_dump(path: Path) -> Iterator[dict[str, Any]]:
     """The trees of a step, one after the other. Raises DataError for a file that is damaged."""
     try:
-        if path.suffix == ".gz" and path.stat().st_size == 0:  # gzip reads it as a whole file of nothing
-            raise EOFError("it is empty")
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-            for line in file:
-                yield json.loads(line)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            whole = zlib.decompressobj(
+                wbits=31
+            )  # gzip.open would take an empty file, or two files in one, for a whole one
+            content = whole.decompress(content)
+            if not whole.eof or whole.unused_data:
+                raise ValueError("it is cut short" if not whole.eof else "something follows its end")
+        for line in content.splitlines():
+            yield json.loads(line)
+    except (OSError, zlib.error, ValueError) as error:
         raise DataError(f"{path}: the trees of this step cannot be read ({type(error).__name__}: {error})") from error
 
 

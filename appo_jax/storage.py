@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -36,6 +37,15 @@ def usable_path(path: str | Path) -> Path:
             f"{str(absolute)!r}: a path that is not valid UTF-8 cannot hold checkpoints; give another --run-dir"
         ) from error
     return absolute
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files under a folder; files that vanish meanwhile count nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:

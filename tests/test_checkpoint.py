@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appo_jax.checkpoint import Checkpointer, _digest
+from appo_jax.checkpoint import Checkpointer
+from appo_jax.digests import digest
 from appo_jax.errors import CheckpointError
 
 
@@ -266,14 +267,14 @@ def test_the_digest_sees_any_change_of_one_element(dtype, index, data):
     bit = data.draw(st.integers(0, 0 if dtype == "bool" else 8 * width - 1))
     raw[index * width + bit // 8] ^= 1 << (bit % 8)
     changed = jnp.asarray(np.frombuffer(bytes(raw), array.dtype).reshape(5, 7))
-    assert not np.array_equal(_digest(array), _digest(changed))
+    assert not np.array_equal(digest(array), digest(changed))
 
 
 def test_the_digest_sees_order_and_shape():
     array = jnp.arange(35.0)
-    assert not np.array_equal(_digest(array), _digest(array[::-1]))
-    assert not np.array_equal(_digest(jnp.zeros(4).at[1].set(2.0)), _digest(jnp.zeros(4).at[2].set(2.0)))
-    assert np.array_equal(_digest(array), _digest(array.reshape(5, 7)))  # shape is kept beside it
+    assert not np.array_equal(digest(array), digest(array[::-1]))
+    assert not np.array_equal(digest(jnp.zeros(4).at[1].set(2.0)), digest(jnp.zeros(4).at[2].set(2.0)))
+    assert np.array_equal(digest(array), digest(array.reshape(5, 7)))  # shape is kept beside it
 
 
 SHARDED = """
@@ -336,6 +337,39 @@ def test_sigkill_at_any_moment_loses_no_finished_step(tmp_path):
         assert int(lines[0][1]) >= finished
         finished = int(lines[-1][1]) - 1  # the last save may still have been on its way, the one before had ended
     assert finished >= 6
+
+
+@pytest.mark.parametrize(
+    ("free", "said"), [(1.5, "step 2 fits, the next one may not"), (0.5, "step 2 may not fit"), (9, None)]
+)
+def test_a_full_disk_is_said_a_step_ahead(tmp_path, monkeypatch, caplog, free, said):
+    checkpointer = Checkpointer(tmp_path / "c", 3)
+    checkpointer.save(1, make_state(1), {}, None)
+    checkpointer.wait()
+    size = sum(path.stat().st_size for path in (tmp_path / "c/1").rglob("*") if path.is_file())
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(free * size))  # a disk cannot be filled in a test
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    checkpointer.save(2, make_state(2), {}, None)
+    checkpointer.close()
+    assert (said in caplog.text) if said else "are free" not in caplog.text
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user without rights")
+def test_a_step_that_may_not_be_read_is_not_taken_for_broken(folder):
+    assert restored(folder)[0] == 12  # whatever is imported late is imported now
+    for path in [folder, *folder.parents][:-2]:
+        path.chmod(path.stat().st_mode | 0o055)
+    for path in (folder / "12").rglob("*"):
+        path.chmod(0o000)
+    checkpointer = Checkpointer(folder, 3, read_only=True)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(CheckpointError, match="12: this user may not read it; give it the right to"):
+            checkpointer.restore_latest(abstract(make_state(0)), None)
+    finally:
+        os.seteuid(0)
+    checkpointer.close()
+    assert (folder / "12").exists()
 
 
 ODD = {"[": "a[b]c", "*": "a*b", "**": "**", "?": "a?b", "backslash": "a\\b"}

@@ -190,7 +190,7 @@ def test_files_of_other_names_are_left_alone(tmp_path, name):
     )
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "twice", "missing"])
 def test_a_damaged_dump_is_set_aside_and_told(tmp_path, caplog, damage):
     logged(tmp_path, 3)
     path = tmp_path / "rollouts" / "step_000002.jsonl.gz"
@@ -200,7 +200,7 @@ def test_a_damaged_dump_is_set_aside_and_told(tmp_path, caplog, damage):
         path.unlink()
     else:
         content[14] ^= 16
-        path.write_bytes({"cut": content[:-9], "flip": content, "empty": b""}[damage])
+        path.write_bytes({"cut": content[:-9], "flip": content, "empty": b"", "twice": path.read_bytes() * 2}[damage])
     MetricsLogger(tmp_path).resume(3)
     assert "step 2 are lost" in caplog.text
     assert not path.exists()
