@@ -43,6 +43,7 @@ def held_out_examples(components: Components) -> Sequence[Example]:
 def evaluate(params: Params, components: Components) -> Evaluation:
     """One greedy rollout, tools and all, of every held-out question."""
     began = time.perf_counter()
+    heartbeat.detail(f"{len(held_out_examples(components))} questions")
     trees = components.sampler.initial(params, held_out_examples(components), 1, draw_id=(2,), temperature=0.0)
     rollouts = [rollout for tree in trees for rollout in tree]
     give_rewards(rollouts, components)

@@ -28,6 +28,7 @@ class _Life:
 
     def __init__(self) -> None:
         self.phase, self.step = "start", 0
+        self.detail = ""
         self.failed_in: str | None = None
         self.stoppable = False  # a request to stop is heard and acted upon
         self.exchanges, self.waiting = 0, False
@@ -88,6 +89,16 @@ def progress() -> None:
     _life.progressed = now
 
 
+def detail(text: str) -> None:
+    """How far the phase has come, in words for a reader: "40 of 64 rollouts". It ends with the phase."""
+    _life.detail = text
+
+
+def doing() -> tuple[str, str, bool]:
+    """The phase, how far it has come, and whether nothing has got on in it before: then it may be compiling."""
+    return _life.phase, _life.detail, _life.phase not in _life.longest
+
+
 def at_step(step: int) -> None:
     """So many training steps are done."""
     _life.step = step
@@ -98,7 +109,8 @@ def at_step(step: int) -> None:
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """Within: the run is in this phase. To enter it and to leave it is progress."""
-    outer, _life.phase, _life.progressed = _life.phase, name, time.monotonic()
+    outer, outer_detail = _life.phase, _life.detail
+    _life.phase, _life.detail, _life.progressed = name, "", time.monotonic()
     send(**_life.beat())
     try:
         yield
@@ -107,7 +119,7 @@ def phase(name: str) -> Iterator[None]:
         raise
     finally:
         progress()
-        _life.phase = outer
+        _life.phase, _life.detail = outer, outer_detail
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def train(config: Config) -> None:
     saved), TrainingError on a loss that is not finite.
     """
     config = check(config)
-    with open_run(config) as run, build(config) as components, Progress(config) as progress, stop_requests() as stop:
+    with open_run(config) as run, Progress(config) as progress, build(config) as components, stop_requests() as stop:
         _train(config, run, components, progress, stop)
 
 

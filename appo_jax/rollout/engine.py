@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from appo_jax import distributed
+from appo_jax import distributed, heartbeat
 from appo_jax.config import Architecture, MeshConfig, RolloutConfig
 from appo_jax.policy.attention import Blocks
 from appo_jax.policy.sharding import GeneratingPolicy, make_mesh, place
@@ -167,6 +167,7 @@ class Engine:
                 self._append_results(g)
             self._expire(g, late)
             self._collect(g)
+            heartbeat.detail(f"{sum(map(len, g.finished))} of {sum(map(len, groups))} rollouts")
         return [sorted(rollouts, key=lambda rollout: rollout.node) for rollouts in g.finished]
 
     def _start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from appo_jax import distributed
+from appo_jax import distributed, heartbeat
 from appo_jax.config import Config
 
 # Metric -> the word it is shown under.
@@ -34,8 +35,25 @@ SHOWN = {
 }
 
 
+# Phase of the run (heartbeat.phase) -> the words it is shown under.
+PHASES = {
+    "start": "reading data, starting tools",
+    "cold start": "cold start",
+    "evaluate": "evaluating",
+    "rollout": "sampling",
+    "reward": "giving rewards",
+    "score": "scoring",
+    "branch": "drawing branches",
+    "update": "updating",
+    "checkpoint": "saving",
+}
+
+
 class Progress:
-    """A context manager that is told of every step of a run. Nothing depends on it but the eyes, those on the first host."""
+    """A context manager that is told of every step of a run, and shows which phase it is in and for how long it has run.
+
+    Nothing depends on it but the eyes, those on the first host.
+    """
 
     def __init__(self, config: Config, console: Console | None = None) -> None:
         self._config = config
@@ -46,6 +64,7 @@ class Progress:
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
         self._last_line = -float("inf")
+        self._began = time.monotonic()
         self._metrics: dict[str, str] = {}
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2, transient=True)
 
@@ -88,7 +107,8 @@ class Progress:
         now = time.monotonic()
         if self._console.is_terminal:
             if phase not in self._tasks:
-                self._tasks[phase] = self._bars.add_task(phase, total=total, completed=step)
+                # The bar measures from one update to the next: the first step is one, so that the second tells its speed.
+                self._tasks[phase] = self._bars.add_task(phase, total=total, completed=step - 1)
             self._bars.update(self._tasks[phase], completed=step)
         elif now - self._last_line >= every or step == total:
             values = "  ".join(f"{word} {value}" for word, value in self._metrics.items())
@@ -100,7 +120,16 @@ class Progress:
         items = [f"[dim]{word}[/] {value}" for word, value in self._metrics.items()]
         for row in range(0, len(items), 4):
             table.add_row(*items[row : row + 4])
-        return Panel(Group(self._bars, table), title=self._config.run_dir, title_align="left")
+        return Panel(Group(self._bars, self._doing(), table), title=self._config.run_dir, title_align="left")
+
+    def _doing(self) -> str:
+        """What the run does at this moment, and the time since its start."""
+        phase, detail, first = heartbeat.doing()
+        words = PHASES.get(phase, phase) + (f", {detail}" if detail else "")
+        if first and phase not in ("start", "checkpoint") and not detail:
+            words += " (compiling its programs)"
+        elapsed = datetime.timedelta(seconds=int(time.monotonic() - self._began))
+        return f"[dim]{elapsed}[/] {words}"
 
     def _print(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)

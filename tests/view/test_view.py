@@ -2,17 +2,19 @@
 
 import io
 import json
+import time
 
 import numpy as np
 import pytest
 from matplotlib import image
 from rich.console import Console
 
+from appo_jax import heartbeat
 from appo_jax.config import Config, PolicyConfig, SFTConfig
 from appo_jax.config_io import save_config
 from appo_jax.errors import DataError
 from appo_jax.view import compare, plots
-from appo_jax.view.progress import Progress
+from appo_jax.view.progress import PHASES, Progress
 from appo_jax.view.tree import render_tree, show_tree
 
 NODES = [
@@ -160,6 +162,42 @@ def test_progress_off_a_terminal_is_plain_lines():
     assert "75.0 %" in text
     assert "1,234,567 tokens sampled, 61 s" in text
     assert "\x1b" not in text
+
+
+def panel(progress, console):
+    """The panel as a reader sees it at this moment."""
+    seen = Console(file=io.StringIO(), width=100)
+    seen.print(progress._render())
+    return seen.file.getvalue()
+
+
+def test_the_panel_says_from_the_first_second_what_the_run_does():
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with Progress(CONFIG, console) as progress:
+        assert "0:00:0" in panel(progress, console)
+        assert "reading data, starting tools" in panel(progress, console)
+        with heartbeat.phase("evaluate"):
+            assert "evaluating (compiling its programs)" in panel(progress, console)
+            heartbeat.detail("40 of 192 rollouts")
+            assert "evaluating, 40 of 192 rollouts" in panel(progress, console)
+        with heartbeat.phase("evaluate"):  # compiled by now
+            assert "compiling" not in panel(progress, console)
+            with heartbeat.phase("reward"):
+                assert "giving rewards" in panel(progress, console)
+            assert "evaluating" in panel(progress, console)
+        for phase in ("rollout", "score", "branch", "update", "checkpoint"):
+            with heartbeat.phase(phase):
+                assert PHASES[phase] in panel(progress, console)
+
+
+def test_the_time_that_is_left_is_known_after_the_second_step():
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with Progress(CONFIG, console) as progress:
+        progress.step(1, {})
+        assert "-:--:--" in panel(progress, console)
+        time.sleep(0.1)
+        progress.step(2, {})
+        assert "-:--:--" not in panel(progress, console)
 
 
 def test_progress_on_a_terminal_is_a_live_panel():
