@@ -67,9 +67,19 @@ class Algorithm:
         return self.advantage.scaling == "plain" or self.advantage.future_weight != 0
 
     @property
-    def scores_future(self) -> bool:
-        """Whether Ω takes a score pass of its own: it does where no branches are scored under the present policy."""
-        return self.uses_future and (not self.branches or self.branches_at_start)
+    def needs_present(self) -> bool:
+        """Whether log π_θ of the trained tokens is needed before the update: for Ω, or to count dual-clipped tokens."""
+        return self.uses_future or self.loss.max_dual_clipped >= 0
+
+    @property
+    def scores_present(self) -> bool:
+        """Whether that takes a score pass of its own: it does where no branches are scored under the present policy."""
+        return self.needs_present and (not self.branches or self.branches_at_start)
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the loss has a KL term, and so needs log π_ref of the trained tokens."""
+        return self.keeps_reference and self.loss.kl_in != "reward"
 
     @property
     def needs_old_of_branches(self) -> bool:

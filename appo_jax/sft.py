@@ -23,8 +23,9 @@ from appo_jax.data.pipeline import TraceBatch, trace_batches
 from appo_jax.errors import CheckpointError, ConfigError
 from appo_jax.evaluate import evaluate
 from appo_jax.interrupt import Stop, stop_requests
+from appo_jax.learner.loss import TrainBatch
 from appo_jax.learner.optimizer import sft_optimizer
-from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step, require_finite
+from appo_jax.learner.step import StepSpec, TrainState, init_state, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
 from appo_jax.policy.parameters import Params, abstract_params
 from appo_jax.policy.sharding import annotate, batch_sharding, place, state_shardings

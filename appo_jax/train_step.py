@@ -19,13 +19,13 @@ from appo_jax.algorithms import Algorithm
 from appo_jax.components import Components, give_rewards
 from appo_jax.config import LossConfig
 from appo_jax.learner.batch import Measured, make_batch
-from appo_jax.learner.loss import kl_estimate
-from appo_jax.learner.step import TrainBatch, TrainState
+from appo_jax.learner.loss import TrainBatch, kl_estimate
+from appo_jax.learner.step import TrainState
 from appo_jax.policy.parameters import Params
 from appo_jax.policy.sharding import batch_sharding, place
 from appo_jax.rollout.growth import Growth, TreeGrower
 from appo_jax.rollout.sampler import Sampler
-from appo_jax.rollout.scoring import future_values, inherit, log_probs
+from appo_jax.rollout.scoring import inherit, log_probs
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
 from appo_jax.timing import Timer
 from appo_jax.types import Example, Rollout, Tree
@@ -133,14 +133,13 @@ class Step:
         """What the loss must know of the trained tokens under the policy as it is now, and under π_ref."""
         algorithm, reference, growth = self.algorithm, self.trainer.reference, minibatch.growth
         trained = [list(algorithm.trained(tree)) for tree in minibatch.trees]
-        future = ref = penalties = None
+        present = ref = penalties = None
         with self.timer("score"):
-            if algorithm.scores_future:
-                old = [algorithm.trained(known) for known in minibatch.old_log_probs]
-                future = future_values(self.sampler, params, trained, old, algorithm.branching.tau, self.length)
-            elif algorithm.uses_future and growth is not None:  # scored when they branched, under the present policy
-                future = [[scores.future_value for scores in tree] for tree in growth.scores]
-            if reference is not None and algorithm.loss.kl_in == "loss":
+            if algorithm.scores_present:
+                present = log_probs(self.sampler, params, trained)
+            elif algorithm.needs_present and growth is not None:  # scored when they branched, under the present policy
+                present = [[scores.log_probs for scores in tree] for tree in growth.scores]
+            if reference is not None and algorithm.scores_reference:
                 ref = log_probs(self.sampler, reference, trained)
             elif reference is not None:
                 penalties = _kl_penalties(
@@ -152,7 +151,7 @@ class Step:
                     algorithm.loss,
                     self.length,
                 )
-        return Measured(minibatch.old_log_probs, ref, future, penalties)
+        return Measured(minibatch.old_log_probs, present, ref, penalties)
 
     def learn(self, state: TrainState, minibatch: Minibatch, measured: Measured) -> TrainState:
         """One update on the trained rollouts of the mini-batch. Consumes `state`."""
@@ -211,7 +210,7 @@ def _kl_penalties(
     def penalty(rollout: Rollout, drawn: np.ndarray, ref: np.ndarray) -> np.ndarray:
         padding = (0, length - rollout.length)  # one shape, one program
         drawn, ref = (np.pad(x, padding) for x in (drawn, ref))
-        kl = kl_estimate(jnp.asarray(drawn), jnp.asarray(ref), loss.kl_estimator)
+        kl = kl_estimate(jnp.asarray(drawn), jnp.asarray(ref), loss.kl_estimator, loss.max_k3)
         return np.where(rollout.sampled, loss.kl_weight * np.asarray(kl)[: rollout.length], 0.0)
 
     return [

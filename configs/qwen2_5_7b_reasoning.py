@@ -41,7 +41,9 @@ config = Config(
     tools=ToolsConfig(
         max_concurrency=64,
         # Any server of Search-R1's retriever protocol over Wikipedia.
-        search=SearchToolConfig(url="http://127.0.0.1:8000/retrieve", allow_private=True, cache="artifacts/search.sqlite"),
+        search=SearchToolConfig(
+            url="http://127.0.0.1:8000/retrieve", top_k=10, allow_private=True, cache="artifacts/search.sqlite"
+        ),
     ),
     rollout=RolloutConfig(
         num_initial=4, budget=16, max_prompt_tokens=1024, max_response_tokens=4096, max_result_tokens=512,

@@ -45,17 +45,21 @@ def log_ratio(new_log_probs_T, old_log_probs_T, sampled_T) -> np.ndarray:
     )
 
 
-def omega(log_ratio_T, sampled_T, tau: float) -> np.ndarray:
+def omega(
+    log_ratio_T, sampled_T, tau: float, max_ratio: float = math.inf, max_log_ratio: float = math.inf
+) -> np.ndarray:
     """Ω_i = exp(Σ_{j≥i} γ^{j−i} log ρ_j), γ = 2^(−1/τ), "over sampled tokens only"; 1 where not sampled.
 
-    §4 row 3: "distance counts sampled tokens". The quadratic definition, term by term.
+    §4 row 3: "distance counts sampled tokens". The quadratic definition, term by term. §4 row 11, official code:
+    "log-ratios clamped to ±20"; "tokens with log-ratio above log 3 leave the Ω sum", and their place in it stays.
     """
     gamma = 2.0 ** (-1.0 / tau)
     positions = [t for t, s in enumerate(sampled_T) if s]
+    terms = [clip(log_ratio_T[t], -max_log_ratio, max_log_ratio) for t in positions]
+    terms = [0.0 if x > math.log(max_ratio) else x for x in terms] if max_ratio < math.inf else terms
     result = np.ones(len(sampled_T))
     for i, t in enumerate(positions):
-        total = math.fsum(gamma ** (j - i) * float(log_ratio_T[positions[j]]) for j in range(i, len(positions)))
-        result[t] = math.exp(total)
+        result[t] = math.exp(math.fsum(gamma ** (j - i) * terms[j] for j in range(i, len(positions))))
     return result
 
 
@@ -229,18 +233,22 @@ def inherited(parent_T, own_T, fork: int) -> list[float]:
 # ---------------------------------------------------------------- §2.2d and §4 row 9: A_base
 
 
-def group_term(reward: float, group: Sequence[float]) -> float | None:
-    """(R − mean(G)) / std(G), population std. A group of equal rewards: 0 if R is that reward, else None (left out)."""
+def group_term(reward: float, group: Sequence[float], ddof: int = 0) -> float | None:
+    """(R − mean(G)) / std(G). A group of equal rewards: 0 if R is that reward, else None (left out).
+
+    Population std; §4 row 11, official code: "group std with ddof = 1" (its GRPO adds 1e-6 to it).
+    """
     rewards = [float(r) for r in group]
     if not rewards:
         return None
     if max(rewards) == min(rewards):
         return 0.0 if float(reward) == rewards[0] else None
     mean = math.fsum(rewards) / len(rewards)
-    return (float(reward) - mean) / math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / len(rewards))
+    std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / (len(rewards) - ddof))
+    return (float(reward) - mean) / (std + 1e-6 * ddof)
 
 
-def a_base(init_rewards_N, branch_rewards, mode: str = "paper") -> np.ndarray:
+def a_base(init_rewards_N, branch_rewards, mode: str = "paper", ddof: int = 0) -> np.ndarray:
     """[N] A_base of one prompt's initial rollouts. A group left out is not counted in the average (§3 row 3).
 
     paper: eq. 6, average over the init and the branch group. joint: one group of all. init_only: the init group.
@@ -249,7 +257,7 @@ def a_base(init_rewards_N, branch_rewards, mode: str = "paper") -> np.ndarray:
     groups = {"paper": [init, branch], "joint": [init + branch], "init_only": [init]}[mode]
     result = []
     for reward in init:
-        terms = [term for group in groups if (term := group_term(reward, group)) is not None]
+        terms = [term for group in groups if (term := group_term(reward, group, ddof)) is not None]
         result.append(math.fsum(terms) / len(terms) if terms else 0.0)
     return np.array(result)
 
@@ -358,13 +366,15 @@ def surrogate_slope(kind: str, log_ratio_i: float, advantage_i: float, clip_low:
     return bounded * a if kind == "gppo" else 0.0
 
 
-def kl(log_prob: float, ref_log_prob: float, estimator: str) -> float:
+def kl(log_prob: float, ref_log_prob: float, estimator: str, max_k3: float = math.inf) -> float:
     """Estimators of KL(π_θ‖π_ref) from a token drawn from π_θ, with r = π_ref/π_θ.
 
-    k1 = −log r, k2 = (log r)²/2, k3 = r − 1 − log r.
+    k1 = −log r, k2 = (log r)²/2, k3 = r − 1 − log r. §4 row 11, official code: k3 clamped "at 10".
     """
     log_r = float(ref_log_prob) - float(log_prob)
-    return {"k1": -log_r, "k2": 0.5 * log_r**2, "k3": math.exp(log_r) - 1.0 - log_r}[estimator]
+    if estimator == "k3":
+        return min(math.exp(min(log_r, 700.0)) - 1.0 - log_r, max_k3)
+    return {"k1": -log_r, "k2": 0.5 * log_r**2}[estimator]
 
 
 def aggregate(
@@ -408,41 +418,54 @@ def loss(
     ref_log_probs=None,
     kl_weight=0.0,
     kl_estimator="k3",
+    kl_in="outside",
+    max_k3=math.inf,
     dual_clip=0.0,
-    max_ratio=0.0,
     max_dual_clipped=-1,
+    max_log_ratio=math.inf,
     entropies=None,
     entropy_weight=0.0,
     kind="clip",
 ) -> float:
-    """Eq. 8 with its sign turned, to be minimised; lists over initial rollouts of lists over tokens.
+    """Eq. 8 with its sign turned, to be minimised; lists over trained rollouts of lists over tokens.
 
-    §6 gppo: the same value. §6 cispo: "stop-gradient clipped importance weight times log-prob", times A.
-
-    §4 row 11: tokens with a ratio above `max_ratio` are dropped, and rollouts with more than `max_dual_clipped` tokens
-    whose dual clip decided. What is dropped adds 0 and still counts in the normalisation.
+    §4 row 11a: β·KL "outside the sums over n and i" is β times the mean over rollouts of their token means; "inside", it
+    is averaged as the surrogate is. §4 row 11, official code: "sequences with more than one dual-clipped token leave the
+    token mean's numerator and denominator and keep their KL", and "log-ratios clamped to ±20".
+    §6 gppo: the value of eq. 8. §6 cispo: "stop-gradient clipped importance weight times log-prob", times A.
     """
-    values = []
-    for n in range(len(new_log_probs)):
-        row = []
-        ratios = [math.exp(float(a) - float(b)) for a, b in zip(new_log_probs[n], old_log_probs[n], strict=True)]
-        dual = sum(
-            bool(m) and a < 0 and r > dual_clip for m, a, r in zip(masks[n], advantages_[n], ratios, strict=True)
-        )
-        dropped = dual_clip > 0 and 0 <= max_dual_clipped < dual
-        for t in range(len(new_log_probs[n])):
-            if not masks[n][t] or dropped or 0 < max_ratio < ratios[t]:
-                row.append(0.0)
-                continue
-            new, old = float(new_log_probs[n][t]), float(old_log_probs[n][t])
-            if kind == "cispo":
-                value = -clip(ratios[t], 1.0 - clip_low, 1.0 + clip_high) * float(advantages_[n][t]) * new
-            else:
-                value = -surrogate(new - old, float(advantages_[n][t]), clip_low, clip_high, dual_clip)
-            if entropy_weight:
-                value -= entropy_weight * float(entropies[n][t])
-            if kl_weight:
-                value += kl_weight * kl(new, ref_log_probs[n][t], kl_estimator)
-            row.append(value)
-        values.append(row)
-    return aggregate(values, masks, mode, num_prompts, budget, constant)
+    shape = {"mode": mode, "num_prompts": num_prompts, "budget": budget, "constant": constant}
+    surrogates, kept = [], []
+    for new, old, adv, mask in zip(new_log_probs, old_log_probs, advantages_, masks, strict=True):
+        ratios = [clip(float(a) - float(b), -max_log_ratio, max_log_ratio) for a, b in zip(new, old, strict=True)]
+        dual = [
+            bool(m) and a < 0 and x > math.log(dual_clip or math.inf) for x, a, m in zip(ratios, adv, mask, strict=True)
+        ]
+        leaves = max_dual_clipped >= 0 and sum(dual) > max_dual_clipped
+        kept.append([bool(m) and not leaves for m in mask])
+        if kind == "cispo":
+            rho = [clip(math.exp(x), 1.0 - clip_low, 1.0 + clip_high) for x in ratios]
+            surrogates.append(
+                [r * float(a) * float(n) if m else 0.0 for r, a, n, m in zip(rho, adv, new, mask, strict=True)]
+            )
+        else:
+            pairs = zip(ratios, adv, mask, strict=True)
+            surrogates.append(
+                [surrogate(x, float(a), clip_low, clip_high, dual_clip) if m else 0.0 for x, a, m in pairs]
+            )
+    total = -aggregate(surrogates, kept, **shape)
+    if kl_weight:
+        values = [
+            [kl(a, b, kl_estimator, max_k3) if m else 0.0 for a, b, m in zip(new, ref, mask, strict=True)]
+            for new, ref, mask in zip(new_log_probs, ref_log_probs, masks, strict=True)
+        ]
+        if kl_in == "outside":
+            means = [
+                math.fsum(row) / sum(map(bool, mask)) for row, mask in zip(values, masks, strict=True) if any(mask)
+            ]
+            total += kl_weight * math.fsum(means) / max(1, len(means))
+        else:
+            total += kl_weight * aggregate(values, masks, **shape)
+    if entropy_weight:
+        total -= entropy_weight * aggregate(entropies, masks, **shape)
+    return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,15 @@ import oracle
 import pytest
 
 from appo_jax.algorithms import ALGORITHMS, make_algorithm
-from appo_jax.config import Architecture, Config, LossConfig, PolicyConfig, RolloutConfig
+from appo_jax.config import (
+    AdvantageConfig,
+    Architecture,
+    BranchingConfig,
+    Config,
+    LossConfig,
+    PolicyConfig,
+    RolloutConfig,
+)
 from appo_jax.learner.batch import Measured, make_batch
 from appo_jax.learner.loss import policy_loss
 from appo_jax.types import Example, Outcome, Rollout, StopReason, ToolCall
@@ -34,16 +43,18 @@ def rollout(node: int, reward: float, stop: StopReason = StopReason.ANSWERED, pa
 
 def test_appo_batch_by_hand() -> None:
     tree = [rollout(0, 1.0), rollout(1, 0.0), rollout(2, 1.0, parent=0), rollout(3, 0.0, parent=1)]
-    future = [np.array([1, 1.1, 1, 2.0]), np.array([1, 0.5, 1, 1.0])]
     old = [np.full(4, -1.0, np.float32), np.full(4, -2.0, np.float32)]
-    batch, base = make_batch([tree], Measured([old], None, [future]), make_algorithm(CONFIG), length=6)
+    # Ω is 1.1 and 2 at the sampled tokens of the first, 0.5 and 1 at those of the second; a token on, γ = 2^(−1/32)
+    first, last = math.log(1.1) - 2 ** (-1 / 32) * math.log(2), math.log(2)
+    new = [old[0] + [9, first, 9, last], old[1] + [9, math.log(0.5), 9, 0]]
+    batch, base = make_batch([tree], Measured([old], [new]), make_algorithm(CONFIG), length=6)
     assert [a.tolist() for a in base] == [[1.0] * 2, [-1.0] * 2]  # both groups have mean 0.5 and std 0.5
     assert batch.tokens.shape == (2, 6), "branches stay out of the loss"
     # 1/M · 1/|H_n| = 1/4 · 1/2 on the two sampled tokens, nothing on prompt, tool result and padding.
     assert batch.weights.tolist() == [[0, 0.125, 0, 0.125, 0, 0]] * 2
     # A = A_base · (1 + 0.5 · clip(Ω, 1, 1.2))
-    np.testing.assert_allclose(batch.advantages[0, [1, 3]], [1.55, 1.6], rtol=1e-6)
-    np.testing.assert_allclose(batch.advantages[1, [1, 3]], [-1.5, -1.5], rtol=1e-6)
+    np.testing.assert_allclose(batch.advantages[0, [1, 3]], [1.55, 1.6], rtol=1e-5)
+    np.testing.assert_allclose(batch.advantages[1, [1, 3]], [-1.5, -1.5], rtol=1e-5)
     assert batch.old_log_probs[:, 1].tolist() == [-1.0, -2.0]
     assert batch.ref_log_probs is None
 
@@ -54,7 +65,7 @@ def test_grpo_uses_the_whole_budget_at_once_and_no_future() -> None:
     tree = [rollout(n, reward) for n, reward in enumerate([1.0, 0.0, 0.0, 1.0])]
     old = [np.zeros(4, np.float32)] * 4
     ref = [np.full(4, -0.5, np.float32)] * 4
-    batch, base = make_batch([tree], Measured([old], [ref]), algorithm, length=4)
+    batch, base = make_batch([tree], Measured([old], ref_log_probs=[ref]), algorithm, length=4)
     assert [a.tolist() for a in base] == [[x] * 2 for x in (1.0, -1.0, -1.0, 1.0)]
     assert batch.advantages[:, 1].tolist() == [1.0, -1.0, -1.0, 1.0]
     assert batch.ref_log_probs is not None
@@ -127,6 +138,12 @@ def by_the_oracle(name: str, tree: list[Rollout]) -> list[np.ndarray]:
             return [np.full(LENGTH, a) for a in oracle.a_base(rewards, [], "init_only")]
 
 
+def by_tree(trees: list[list[Rollout]], rows: np.ndarray) -> list[list[np.ndarray]]:
+    """Rows `[rollouts, LENGTH]` by tree, each cut to its rollout's length."""
+    cut = iter(rows)
+    return [[next(cut)[: r.length] for r in tree] for tree in trees]
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_advantages_loss_and_gradient_of_every_algorithm_are_the_oracles(name: str, seed: int) -> None:
@@ -167,17 +184,155 @@ def test_advantages_loss_and_gradient_of_every_algorithm_are_the_oracles(name: s
         for rows in zip(weights, log_ratio, advantages, strict=True)
     ]
 
-    cut = iter([(row[: r.length], omega[: r.length]) for r, row, omega in zip(rollouts, old, omegas, strict=True)])
-    pairs = [[next(cut) for _ in tree] for tree in trained]
-    old_by_tree, future = ([[pair[i] for pair in tree] for tree in pairs] for i in (0, 1))
+    old_by_tree, new_by_tree = by_tree(trained, old), by_tree(trained, new)
     given = penalties if algorithm.loss.kl_in == "reward" else None
-    batch, _ = make_batch(trees, Measured(old_by_tree, None, future, given), algorithm, LENGTH)
+    batch, _ = make_batch(trees, Measured(old_by_tree, new_by_tree, None, given), algorithm, LENGTH)
 
     def loss(log_probs: np.ndarray) -> jax.Array:
-        return policy_loss(log_probs, batch.old_log_probs, None, batch.advantages, batch.weights, algorithm.loss)[0]
+        return policy_loss(log_probs, None, batch, algorithm.loss)[0]
 
     np.testing.assert_allclose(np.where(masks, batch.advantages, 0), advantages, rtol=1e-4, atol=1e-6)
     value, gradient = jax.value_and_grad(loss)(new.astype(np.float32))
     assert math.isclose(value, expected, rel_tol=1e-4, abs_tol=1e-6)
     np.testing.assert_allclose(gradient, slopes, rtol=1e-4, atol=1e-7)
     assert np.abs(slopes).max() > 0
+
+
+# ---------------------------------------------------------------- the official code's extras, and where the KL term stands
+
+
+OFFICIAL_LOSS = LossConfig(
+    clip_high=0.28, dual_clip=3.0, max_dual_clipped=1, max_log_ratio=20.0, kl_weight=0.02, max_k3=10.0
+)
+OFFICIAL_ADVANTAGE = AdvantageConfig(max_ratio=3.0, std="sample", future_weight=1.0, clip_low=0.8)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kl_in", ["outside", "inside"])
+@pytest.mark.parametrize("aggregation", ["paper", "token_mean", "seq_mean", "constant"])
+@pytest.mark.parametrize("name", ["appo", "grpo"])
+def test_a_batch_with_the_official_extras_has_the_oracles_loss(
+    name: str, aggregation: str, kl_in: str, seed: int
+) -> None:
+    """From rewards and log-probs to the loss: tokens of every ratio, some beyond the clamps, rollouts that are dropped."""
+    rng = np.random.default_rng(seed)
+    loss = dataclasses.replace(OFFICIAL_LOSS, aggregation=aggregation, kl_in=kl_in)
+    rollout_config = RolloutConfig(num_initial=N, budget=M)
+    config = dataclasses.replace(
+        CONFIG, algorithm=name, loss=loss, rollout=rollout_config, advantage=OFFICIAL_ADVANTAGE
+    )
+    algorithm = make_algorithm(config)
+    trees = [random_tree(rng, algorithm.branches) for _ in range(PROMPTS)]
+    trained = [tree[:N] if name == "appo" else tree for tree in trees]
+    rollouts = [r for tree in trained for r in tree]
+    masks = [[*r.sampled.tolist(), *[False] * (LENGTH - r.length)] for r in rollouts]
+    old = rng.uniform(-3, -0.1, (len(rollouts), LENGTH))
+    log_ratio = rng.choice([-25.0, -0.4, 0.05, 0.3, 1.2, 1.5], old.shape)
+    new, ref = old + log_ratio, old + log_ratio + rng.choice([-1.0, 0.5, 3.0], old.shape)
+
+    base: list[float] = []
+    for tree in trees:
+        rewards = [r.reward for r in tree]
+        two = name == "appo"
+        base += oracle.a_base(rewards[:N] if two else rewards, rewards[N:] if two else [], "paper", ddof=1).tolist()
+    advantages = []
+    for a, row, mask in zip(base, log_ratio, masks, strict=True):
+        omega = oracle.omega(row, mask, 32.0, max_ratio=3.0, max_log_ratio=20.0)
+        scaled = oracle.advantages(a, omega, mask, 1.0, 0.8, 1.2)
+        advantages.append(scaled if two else np.where(mask, a, 0.0))
+    expected = oracle.loss(
+        new, old, advantages, masks, clip_high=0.28, mode=aggregation, num_prompts=PROMPTS, budget=M, constant=LENGTH,
+        ref_log_probs=ref, kl_weight=0.02, kl_in=kl_in, max_k3=10.0, dual_clip=3.0, max_dual_clipped=1, max_log_ratio=20.0,
+    )  # fmt: skip
+    measured = Measured(*(by_tree(trained, rows) for rows in (old, new, ref)))
+    batch, _ = make_batch(trees, measured, algorithm, LENGTH)
+    got, _ = policy_loss(new.astype(np.float32), None, batch, algorithm.loss)
+    assert math.isclose(got, expected, rel_tol=2e-4, abs_tol=1e-5)
+    assert batch.surrogate_weights is not None
+    if seed == 0:
+        assert (np.asarray(batch.surrogate_weights) == 0).sum() > (np.asarray(batch.weights) == 0).sum(), "none dropped"
+
+
+def loss_of(config: Config, tree: list[Rollout], ratios: list[list[float]], ref_ratios: Any = None) -> float:
+    """The loss of one prompt's rollouts, each a prompt token and then sampled tokens, from the ratios of those."""
+    algorithm = make_algorithm(config)
+    old = [np.full(r.length, -1.0) for r in tree]
+    new = [o + np.log([1.0, *row]) for o, row in zip(old, ratios, strict=False)]
+    refs = None if ref_ratios is None else [[n + np.log([1.0, *row]) for n, row in zip(new, ref_ratios, strict=True)]]
+    batch, _ = make_batch([tree], Measured([old], [new], refs), algorithm, max(r.length for r in tree))
+    log_probs = np.zeros(batch.tokens.shape, np.float32)
+    for row, values in zip(log_probs, new, strict=False):
+        row[: len(values)] = values
+    return float(policy_loss(log_probs, None, batch, algorithm.loss)[0])
+
+
+def plain_rollout(node: int, reward: float, length: int, parent: int | None = None) -> Rollout:
+    sampled = np.array([False] + [True] * length)
+    zeros = np.zeros(length + 1, np.float32)
+    return Rollout(
+        EXAMPLE, np.arange(length + 1), 1, sampled, zeros, zeros, StopReason.ANSWERED, (), node, parent=parent,
+        fork=None if parent is None else 1, reward=reward,
+    )  # fmt: skip
+
+
+def test_a_token_of_a_large_ratio_leaves_the_sum_of_the_future_value_and_stays_in_the_loss() -> None:
+    """Ratios 1, 1, 4, 1 with A = 1, τ = 64, b = 1: Ω is 1 everywhere, so A = 2 and the objectives 2, 2, 1.28·2, 2."""
+    tree = [
+        plain_rollout(0, 1.0, 4),
+        plain_rollout(1, 0.0, 4),
+        plain_rollout(2, 1.0, 4, 0),
+        plain_rollout(3, 0.0, 4, 0),
+    ]
+    config = dataclasses.replace(
+        CONFIG, rollout=RolloutConfig(num_initial=2, budget=4), branching=BranchingConfig(tau=64.0),
+        advantage=AdvantageConfig(future_weight=1.0, max_ratio=3.0), loss=LossConfig(clip_high=0.28, aggregation="token_mean"),
+    )  # fmt: skip
+    ratios = [[1.0, 1.0, 4.0, 1.0], [1.0] * 4]
+    # The second rollout has A_base = −1, ratios of 1 and Ω = 1: objectives of −2.
+    assert math.isclose(loss_of(config, tree, ratios), -(4 * 2.14 - 4 * 2) / 8, rel_tol=1e-5)
+    kept = dataclasses.replace(config, advantage=AdvantageConfig(future_weight=1.0))
+    assert math.isclose(loss_of(kept, tree, ratios), -(2.2 * 3.28 + 2 - 4 * 2) / 8, rel_tol=1e-5)
+
+
+def test_dual_clipped_rollouts_leave_the_average_and_keep_their_kl() -> None:
+    """Of rewards 1, 0 with one branch each way A is 1, −1; the second has two tokens of ratio 4, and the branches none."""
+    tree = [
+        plain_rollout(0, 1.0, 2),
+        plain_rollout(1, 0.0, 4),
+        plain_rollout(2, 1.0, 2, 0),
+        plain_rollout(3, 0.0, 2, 0),
+    ]
+    loss = LossConfig(
+        aggregation="token_mean", dual_clip=3.0, max_dual_clipped=1, kl_weight=1.0, kl_in="inside", kl_estimator="k2"
+    )
+    config = dataclasses.replace(
+        CONFIG, rollout=RolloutConfig(num_initial=2, budget=4), advantage=AdvantageConfig(future_weight=0.0), loss=loss
+    )
+    ratios, refs = [[1.0, 1.0], [4.0, 4.0, 1.0, 1.0]], [[1.0, 1.0], [math.e, 1.0, 1.0, 1.0]]
+    # The surrogate's mean is over the first's two tokens; the KL's over all six, 1/2 · 1² at one of them.
+    assert math.isclose(loss_of(config, tree, ratios, refs), -1.0 + 0.5 / 6, rel_tol=1e-5)
+    most = dataclasses.replace(config, loss=dataclasses.replace(loss, max_dual_clipped=2))  # −3, −3, −1, −1 stay
+    assert math.isclose(loss_of(most, tree, ratios, refs), -(2 - 8) / 6 + 0.5 / 6, rel_tol=1e-5)
+
+
+def test_the_kl_term_stands_where_its_field_says() -> None:
+    """N = 2, M = 8: inside the sums of eq. 8 the KL counts N/M of what it does beside them. GRPO trains all M: no difference."""
+    loss = LossConfig(kl_weight=1.0, kl_estimator="k2", kl_in="outside")
+    tree = [plain_rollout(n, 0.0, 2 + n, None if n < 2 else 0) for n in range(8)]  # equal rewards: the surrogate is 0
+    config = dataclasses.replace(CONFIG, rollout=RolloutConfig(num_initial=2, budget=8), loss=loss)
+    ratios = [[1.0] * (2 + n) for n in range(8)]
+    refs = [[math.e, *[1.0] * (1 + n)] for n in range(8)]  # k2 = 1/2 at the first of 2 + n tokens
+    inside = dataclasses.replace(config, loss=dataclasses.replace(loss, kl_in="inside"))
+    mean = (1 / 2 / 2 + 1 / 2 / 3) / 2
+    assert math.isclose(loss_of(config, tree, ratios[:2], refs[:2]), mean, rel_tol=1e-5)
+    assert math.isclose(loss_of(inside, tree, ratios[:2], refs[:2]), mean * 2 / 8, rel_tol=1e-5)
+    flat = [plain_rollout(n, 0.0, 2 + n) for n in range(8)]
+    mean = sum(1 / 2 / (2 + n) for n in range(8)) / 8
+    for algorithm in ("grpo", "gigpo"):
+        for where in (config, inside):
+            grpo = dataclasses.replace(where, algorithm=algorithm)
+            assert math.isclose(loss_of(grpo, flat, ratios, refs), mean, rel_tol=1e-5)
+    # Under DAPO's token mean the two differ again: 8 · 1/2 over all 44 tokens, or the mean of the rollouts' means.
+    dapo = dataclasses.replace(inside, algorithm="dapo")
+    assert math.isclose(loss_of(dapo, flat, ratios, refs), 4 / 44, rel_tol=1e-5)
+    assert math.isclose(loss_of(dataclasses.replace(config, algorithm="dapo"), flat, ratios, refs), mean, rel_tol=1e-5)

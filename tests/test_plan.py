@@ -303,6 +303,7 @@ def test_the_papers_settings(name):
     assert (b.num_branch_points, b.num_loops, b.tau, b.clip_low, b.clip_high) == (3, 1, 32, 1, 1.2)
     assert (config.advantage.future_weight, config.loss.kl_weight, config.optimizer.learning_rate) == (0.5, 0, 1e-6)
     assert r.max_response_tokens == (4096 if "reasoning" in name else 8192)
+    assert config.tools.search.top_k == 10
 
 
 # Parameters of the released models, in billions, as their model cards count them.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from appo_jax.advantage.groups import EQUAL, dual_group, own_zscores
+from appo_jax.advantage.groups import EQUAL, Std, dual_group, own_zscores, spread
 from appo_jax.config import AdvantageConfig
 from appo_jax.types import Rollout, turn_starts
 
@@ -26,7 +26,7 @@ def base_advantages(
     for which a rollout is a rollout; elsewhere theirs is 0.
     """
     if config.base == "global":
-        return global_returns(trees, penalties)
+        return global_returns(trees, penalties, config.std)
     out = []
     for p, tree in enumerate(trees):
         rewards = np.array([r.reward for r in tree], np.float64)
@@ -40,14 +40,17 @@ def _of_tree(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> Iterab
     """A_base of each rollout of one prompt: a number for the whole rollout or `[T]`."""
     first = np.array([r.is_initial for r in tree])
     if config.base == "turn":
-        return turn_groups(tree, rewards)
+        return turn_groups(tree, rewards, config.std)
     if config.base == "tree":
-        return tree_groups(rewards, [root_and_shared(tree, r)[0] for r in tree])
+        return tree_groups(rewards, [root_and_shared(tree, r)[0] for r in tree], config.std)
     if config.base == "joint":
-        return own_zscores(rewards)
+        return own_zscores(rewards, config.std)
     if config.base == "shared_prefix":
-        return shared_prefix(tree, rewards)
-    initial = dual_group(rewards[first], rewards[~first]) if config.base == "paper" else own_zscores(rewards[first])
+        return shared_prefix(tree, rewards, config.std)
+    if config.base == "paper":
+        initial = dual_group(rewards[first], rewards[~first], config.std)
+    else:
+        initial = own_zscores(rewards[first], config.std)
     return np.concatenate([initial, np.zeros((~first).sum())])
 
 
@@ -59,14 +62,14 @@ def root_and_shared(tree: Tree, rollout: Rollout) -> tuple[int, int]:
     return rollout.node, shared
 
 
-def shared_prefix(tree: Tree, rewards: np.ndarray) -> list[np.ndarray]:
+def shared_prefix(tree: Tree, rewards: np.ndarray, std: Std) -> list[np.ndarray]:
     """Official code: A_init, and on every token shared with branches the mean of those branches' own advantages.
 
     A_init is the z-score within the initial rollouts, a branch's own advantage that within the branches; a group without
     spread gives 0. A token is shared with the branches (of any loop) that forked after it.
     """
     first = np.array([r.is_initial for r in tree])
-    initial, branches = own_zscores(rewards[first]), own_zscores(rewards[~first])
+    initial, branches = own_zscores(rewards[first], std), own_zscores(rewards[~first], std)
     total, count = ([np.zeros(tree[n].length) for n in range(len(initial))] for _ in range(2))
     for rollout, own in zip(tree[len(initial) :], branches, strict=True):
         if np.isnan(rewards[rollout.node]):
@@ -78,22 +81,22 @@ def shared_prefix(tree: Tree, rewards: np.ndarray) -> list[np.ndarray]:
     return [*values, *(np.zeros(r.length) for r in tree[len(initial) :])]
 
 
-def tree_groups(rewards: np.ndarray, roots: Sequence[int]) -> np.ndarray:
+def tree_groups(rewards: np.ndarray, roots: Sequence[int], std: Std) -> np.ndarray:
     """Tree-GRPO (arXiv 2509.21240): z-score among the rollouts of the same root plus z-score among all, `[M]`."""
     of_root = np.array(roots)
-    advantages = own_zscores(rewards)
+    advantages = own_zscores(rewards, std)
     for root in set(roots):
-        advantages[of_root == root] += own_zscores(rewards[of_root == root])
+        advantages[of_root == root] += own_zscores(rewards[of_root == root], std)
     return advantages
 
 
-def turn_groups(tree: Tree, rewards: np.ndarray) -> list[np.ndarray]:
+def turn_groups(tree: Tree, rewards: np.ndarray, std: Std) -> list[np.ndarray]:
     """GiGPO: z-score of the episode plus that of each turn among the turns that began in an equal state, `[T]` each.
 
     A turn's state is what the policy has just read: the prompt, or a tool's answer with the tool's name. Its return is the
     reward, discounted by the turns still to come.
     """
-    episodes = own_zscores(rewards)
+    episodes = own_zscores(rewards, std)
     groups: dict[tuple[str, str] | None, list[tuple[int, int, float]]] = {}  # state -> (rollout, first token, return)
     for n, rollout in enumerate(tree):
         starts = turn_starts(rollout.sampled)
@@ -103,7 +106,7 @@ def turn_groups(tree: Tree, rewards: np.ndarray) -> list[np.ndarray]:
             groups.setdefault(read.get(start), []).append((n, start, value))
     values = [np.full(rollout.length, episode) for rollout, episode in zip(tree, episodes, strict=True)]
     for members in groups.values():
-        scores = own_zscores(np.array([value for *_, value in members]))
+        scores = own_zscores(np.array([value for *_, value in members]), std)
         for (n, start, _), score in zip(members, scores, strict=True):
             later = [t for t in turn_starts(tree[n].sampled).tolist() if t > start]
             end = min(later, default=tree[n].length)
@@ -111,7 +114,9 @@ def turn_groups(tree: Tree, rewards: np.ndarray) -> list[np.ndarray]:
     return values
 
 
-def global_returns(trees: Sequence[Tree], penalties: Sequence[Sequence[np.ndarray]] | None) -> list[list[np.ndarray]]:
+def global_returns(
+    trees: Sequence[Tree], penalties: Sequence[Sequence[np.ndarray]] | None, std: Std
+) -> list[list[np.ndarray]]:
     """REINFORCE++ (arXiv 2501.03262): reward minus the penalties from here on, normalised over the mini-batch's tokens."""
     returns: list[list[np.ndarray]] = []
     for p, tree in enumerate(trees):
@@ -122,8 +127,8 @@ def global_returns(trees: Sequence[Tree], penalties: Sequence[Sequence[np.ndarra
     tokens = tokens[~np.isnan(tokens)]  # rollouts without a reward
     if not tokens.size or tokens.max() - tokens.min() <= EQUAL:
         return [[np.zeros(r.length) for r in tree] for tree in trees]
-    mean, std = tokens.mean(), tokens.std()
+    mean, scale = tokens.mean(), spread(tokens, std)
     return [
-        [np.where(r.sampled, np.nan_to_num((x - mean) / std), 0.0) for r, x in zip(tree, row, strict=True)]
+        [np.where(r.sampled, np.nan_to_num((x - mean) / scale), 0.0) for r, x in zip(tree, row, strict=True)]
         for tree, row in zip(trees, returns, strict=True)
     ]

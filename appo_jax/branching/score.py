@@ -22,9 +22,20 @@ class BranchingScores(NamedTuple):
     constant_future: jax.Array  # [R] bool: clip(Ω) did not vary over the rollout
 
 
-def future_value(log_probs: jax.Array, old_log_probs: jax.Array, sampled: jax.Array, tau: float) -> jax.Array:
-    """Ω_i = exp(Σ_{j ≥ i} γ^{j−i} log ρ_j) over sampled tokens, γ = 2^(−1/τ). All `[R, T]`; 1 outside `sampled`."""
+def future_value(
+    log_probs: jax.Array, old_log_probs: jax.Array, sampled: jax.Array, tau: float, *, max_ratio: float = 0.0,
+    max_log_ratio: float = 0.0,
+) -> jax.Array:  # fmt: skip
+    """Ω_i = exp(Σ_{j ≥ i} γ^{j−i} log ρ_j) over sampled tokens, γ = 2^(−1/τ). All `[R, T]`; 1 outside `sampled`.
+
+    Official code, in the loss: log ρ is clamped to ±`max_log_ratio`, and tokens with ρ > `max_ratio` add nothing to the sum.
+    0: off.
+    """
     log_ratio = jnp.where(sampled, log_probs - old_log_probs, 0.0)
+    if max_log_ratio:
+        log_ratio = jnp.clip(log_ratio, -max_log_ratio, max_log_ratio)
+    if max_ratio:
+        log_ratio = jnp.where(log_ratio <= jnp.log(max_ratio), log_ratio, 0.0)
     total = ops.discounted_suffix_sum(log_ratio, sampled, 2.0 ** (-1.0 / tau))
     return jnp.where(sampled, jnp.exp(total), 1.0)
 

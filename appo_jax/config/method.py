@@ -56,7 +56,8 @@ class AdvantageConfig:
     """What a token's advantage is (eq. 6, 7)."""
 
     base: Literal["paper", "shared_prefix", "joint", "init_only", "global", "tree", "turn"] = "paper"
-    """paper: eq. 6. shared_prefix: official code. joint: one group of all. init_only: the initial rollouts (GRPO).
+    """paper: eq. 6. shared_prefix: official code. joint: one group of all (the paper's ablation "without dual
+    groups"). init_only: the initial rollouts (GRPO).
     global: returns normalised over the mini-batch (REINFORCE++). tree: within the tree plus over all (Tree-GRPO).
     turn: episode plus turns that began in equal states (GiGPO)."""
     scaling: Literal["offset", "plain"] = "offset"
@@ -67,6 +68,12 @@ class AdvantageConfig:
     """Ω is clipped to [clip_low, clip_high] here. One-sided, as in the paper: 1. Two-sided: 0.8."""
     clip_high: NonNegativeFloat = 1.2
     """Upper end of that clip, at least clip_low. Paper: 1.2."""
+    max_ratio: NonNegativeFloat = 0.0
+    """Tokens with a ratio above it leave the sum in the Ω of eq. 7; they stay in the loss (official code: 3). 0: off; else
+    above 1. The Ω that branches are chosen by keeps them, as in the official code."""
+    std: Literal["population", "sample"] = "population"
+    """Standard deviation of a group. population: divided by the number of members. sample: by that number less one, plus
+    1e-6, as in the official code's GRPO (its APPO estimator uses the population's)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +83,16 @@ class LossConfig:
     clip_low: BelowOne = 0.2
     """ε of eq. 8, downwards: the ratio is clipped to [1 − clip_low, 1 + clip_high]. Official code: 0.2."""
     clip_high: NonNegativeFloat = 0.2
-    """ε of eq. 8, upwards. Official code: 0.2; DAPO: 0.28."""
+    """ε of eq. 8, upwards. The paper gives no ε; official code and DAPO: 0.28."""
     surrogate: Literal["clip", "gppo", "cispo"] = "clip"
     """clip: PPO's, eq. 8. gppo: its value, but clipped tokens keep a bounded gradient. cispo: sg(clip(ρ))·A·log π."""
     dual_clip: NonNegativeFloat = 0.0
     """c: with A < 0 the surrogate is at least c·A (official code: 3). 0: off; else above 1."""
-    max_ratio: NonNegativeFloat = 0.0
-    """Tokens with a ratio above it are left out of the loss (official code: 3). 0: off; else above 1."""
     max_dual_clipped: Annotated[int, Ge(-1)] = -1
-    """Rollouts with more dual-clipped tokens than this are left out of the loss (official code: 1). −1: off."""
+    """Rollouts with more dual-clipped tokens than this leave the surrogate's average, its sum and its count alike, and keep
+    their KL term and entropy bonus (official code: 1). −1: off."""
+    max_log_ratio: NonNegativeFloat = 0.0
+    """log ρ is clamped to ±this, in the surrogate and in the Ω of eq. 7 (official code: 20). 0: off."""
     aggregation: Literal["paper", "token_mean", "seq_mean", "constant"] = "paper"
     """How tokens are averaged. paper: eq. 8, 1/M of the sum over rollouts of their token means. token_mean: over all tokens
     of the mini-batch (DAPO). seq_mean: the mean over trained rollouts of their token means (GRPO). constant: the sum over
@@ -93,8 +101,13 @@ class LossConfig:
     """β: weight of KL(π_θ‖π_ref). 0 keeps no reference policy. Paper: 0; official code: 0.001."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """With r = π_ref/π_θ: k1 = −log r, k2 = (log r)²/2, k3 = r − 1 − log r."""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """Whether β·KL is a term of the loss, or is taken off the reward token by token, under the policy that drew it."""
+    max_k3: NonNegativeFloat = 0.0
+    """k3 is at most this for each token (official code: 10). 0: off."""
+    kl_in: Literal["outside", "inside", "reward"] = "outside"
+    """Where β·KL stands. outside: beside the sums over rollouts and tokens, eq. 8 as typeset; KL is the mean over trained
+    rollouts of their token means. inside: within those sums, with the surrogate's weights (GRPO's eq. 3; the official
+    code's token mean); with aggregation = paper this is N/M of `outside`. reward: taken off the reward token by token,
+    under the policy that drew it."""
     entropy_weight: NonNegativeFloat = 0.0
     """Weight of the entropy bonus. 0: off."""
     sampler_cap: NonNegativeFloat = 0.0

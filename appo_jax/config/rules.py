@@ -55,9 +55,11 @@ def _objective(config: Config) -> Iterator[str]:
     a, lo = config.advantage, config.loss
     if a.clip_low > a.clip_high:
         yield f"advantage.clip_low = {a.clip_low} exceeds advantage.clip_high = {a.clip_high}"
-    for name, value in {"dual_clip": lo.dual_clip, "max_ratio": lo.max_ratio}.items():
+    for name, value in {"loss.dual_clip": lo.dual_clip, "advantage.max_ratio": a.max_ratio}.items():
         if 0 < value <= 1:
-            yield f"loss.{name} = {value}: must be above 1, or 0 (off)"
+            yield f"{name} = {value}: must be above 1, or 0 (off)"
+    if lo.max_k3 > 0 and lo.kl_estimator != "k3":
+        yield f"loss.max_k3 = {lo.max_k3}: bounds loss.kl_estimator = 'k3' alone, not {lo.kl_estimator!r}; set it to 0"
     if lo.max_dual_clipped >= 0 and lo.dual_clip == 0:
         yield (
             f"loss.max_dual_clipped = {lo.max_dual_clipped} counts dual-clipped tokens: set loss.dual_clip too "

@@ -6,15 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from appo_jax.advantage.base import base_advantages
 from appo_jax.advantage.procedural import procedural_advantage
 from appo_jax.algorithms import Algorithm
-from appo_jax.learner.loss import sampler_correction, token_weights
-from appo_jax.learner.step import TrainBatch
+from appo_jax.learner.loss import TrainBatch, sampler_correction, token_weights, without_dual_clipped
 from appo_jax.rollout.batch import Batch
+from appo_jax.rollout.scoring import by_future
 from appo_jax.types import Rollout
 
 ByTree: TypeAlias = Sequence[Sequence[np.ndarray]]
@@ -27,10 +28,10 @@ class Measured:
 
     old_log_probs: ByTree
     """log π_old: under the policy that drew them."""
+    log_probs: ByTree | None = None
+    """log π_θ: under the policy as it is now. None where neither Ω nor the number of dual-clipped tokens is used."""
     ref_log_probs: ByTree | None = None
     """log π_ref, for a loss with a KL term."""
-    future_values: ByTree | None = None
-    """Ω; None where the advantage does not use it."""
     penalties: ByTree | None = None
     """Taken off the reward, token by token; of all rollouts."""
 
@@ -47,24 +48,40 @@ def make_batch(
     rollouts = [rollout for tree in trees for rollout in algorithm.trained(tree)]
     batch = Batch.of(rollouts, len(rollouts), length)
 
-    def padded(by_tree: ByTree, fill: float = 0.0) -> np.ndarray:
-        out = np.full((len(rollouts), length), fill, np.float32)
+    def padded(by_tree: ByTree) -> np.ndarray:
+        out = np.zeros((len(rollouts), length), np.float32)
         values = (x for xs in by_tree for x in algorithm.trained(xs))
         for row, x in zip(out, values, strict=True):
             row[: len(x)] = x
         return out
 
     base = padded(base_advantages(trees, measured.penalties, algorithm.advantage))
-    future = np.ones_like(base) if measured.future_values is None else padded(measured.future_values, 1.0)
     old = padded(measured.old_log_probs)
+    new = old if measured.log_probs is None else padded(measured.log_probs)
+    future = by_future(
+        new, old, batch.sampled, tau=algorithm.branching.tau, max_ratio=algorithm.advantage.max_ratio,
+        max_log_ratio=loss.max_log_ratio,
+    )  # fmt: skip
     loss_mask = batch.sampled.copy()
     if loss.mask_truncated:
         loss_mask[[rollout.truncated for rollout in rollouts]] = False
-    weights = token_weights(loss_mask, algorithm.budget, len(trees), loss.aggregation)
+    correction = np.ones_like(old)
     if loss.sampler_cap:
         drawn = padded([[rollout.log_probs for rollout in tree] for tree in trees])
-        weights *= np.where(loss_mask, sampler_correction(old, drawn, loss.sampler_cap), 0.0)
-    advantages = procedural_advantage(jnp.asarray(base), jnp.asarray(future), algorithm.advantage)
-    ref = None if measured.ref_log_probs is None else jnp.asarray(padded(measured.ref_log_probs))
-    arrays = TrainBatch(jnp.asarray(batch.tokens), jnp.asarray(weights), advantages, jnp.asarray(old), ref)
+        correction = np.where(loss_mask, sampler_correction(old, drawn, loss.sampler_cap), 0.0)
+
+    def weights(mask: np.ndarray, aggregation: str) -> jax.Array:
+        return jnp.asarray(token_weights(mask, algorithm.budget, len(trees), aggregation) * correction)
+
+    dropping, beside = loss.max_dual_clipped >= 0, algorithm.scores_reference and loss.kl_in == "outside"
+    kept = without_dual_clipped(loss_mask, new - old, base, loss) if dropping else loss_mask
+    arrays = TrainBatch(
+        tokens=jnp.asarray(batch.tokens),
+        weights=weights(loss_mask, loss.aggregation),
+        advantages=procedural_advantage(jnp.asarray(base), future, algorithm.advantage),
+        old_log_probs=jnp.asarray(old),
+        ref_log_probs=None if measured.ref_log_probs is None else jnp.asarray(padded(measured.ref_log_probs)),
+        surrogate_weights=weights(kept, loss.aggregation) if dropping else None,
+        kl_weights=weights(loss_mask, "seq_mean") if beside else None,
+    )
     return arrays, [row[sampled] for row, sampled in zip(base, batch.sampled, strict=True)]

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from appo_jax.config import LossConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """Rollouts of a mini-batch, or demonstrations. All `[R, T]`."""
+
+    tokens: jax.Array  # int32
+    weights: jax.Array  # float32: weight of the token in the loss; 0 outside the loss mask
+    advantages: jax.Array  # float32; 1 for demonstrations
+    old_log_probs: jax.Array  # float32; unused for demonstrations
+    ref_log_probs: jax.Array | None = None  # float32, when the loss has a KL term
+    surrogate_weights: jax.Array | None = None  # float32: the surrogate's, where they are not `weights`
+    kl_weights: jax.Array | None = None  # float32: the KL term's, where they are not `weights`
+    segments: jax.Array | None = None  # int32: which of a packed row's traces the token belongs to
+    positions: jax.Array | None = None  # int32: the token's index within its trace, for packed rows
 
 
 def token_weights(loss_mask: np.ndarray, budget: int, num_prompts: int, aggregation: str) -> np.ndarray:
@@ -28,13 +46,31 @@ def token_weights(loss_mask: np.ndarray, budget: int, num_prompts: int, aggregat
     return weights.astype(np.float32)
 
 
-def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: str) -> jax.Array:
-    """Per-token estimate of KL(π_θ‖π_ref) from tokens that π_θ drew, any shape; k1, k2 or k3, with r = π_ref/π_θ."""
+def without_dual_clipped(
+    loss_mask: np.ndarray, log_ratio: np.ndarray, advantages: np.ndarray, config: LossConfig
+) -> np.ndarray:
+    """`loss_mask [R, T]` without the rollouts that have more than `max_dual_clipped` dual-clipped tokens (official code).
+
+    log_ratio: log π_θ − log π_old, `[R, T]`. The dual clip decides where A < 0 and ρ > c.
+    """
+    if config.max_log_ratio:
+        log_ratio = np.clip(log_ratio, -config.max_log_ratio, config.max_log_ratio)
+    dual = loss_mask & (advantages < 0) & (log_ratio > np.log(config.dual_clip))
+    return loss_mask & (dual.sum(-1, keepdims=True) <= config.max_dual_clipped)
+
+
+def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: str, max_k3: float = 0.0) -> jax.Array:
+    """Per-token estimate of KL(π_θ‖π_ref) from tokens that π_θ drew, any shape; k1, k2 or k3, with r = π_ref/π_θ.
+
+    k3 is at most `max_k3`, without a gradient beyond (official code: 10); 0: as it is.
+    """
     log_r = ref_log_probs - log_probs
     if estimator == "k1":
         return -log_r
     if estimator == "k2":
         return 0.5 * jnp.square(log_r)
+    if max_k3:  # beyond e^80 the gradient of an overflow, 0 · inf, would be NaN
+        return jnp.minimum(jnp.exp(jnp.minimum(log_r, 80.0)) - log_r - 1.0, max_k3)
     return jnp.exp(log_r) - log_r - 1.0
 
 
@@ -58,22 +94,18 @@ def surrogate(log_ratio: jax.Array, log_probs: jax.Array, advantages: jax.Array,
 
 
 def policy_loss(
-    log_probs: jax.Array,
-    old_log_probs: jax.Array,
-    ref_log_probs: jax.Array | None,
-    advantages: jax.Array,
-    weights: jax.Array,
-    config: LossConfig,
-    entropies: jax.Array | None = None,
+    log_probs: jax.Array, entropies: jax.Array | None, batch: TrainBatch, config: LossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """−Σ w · (surrogate − β·KL + entropy_weight·H), and sums over tokens for the metrics. All arrays `[R, T]`.
+    """−Σ (w·surrogate − β·w_KL·KL + entropy_weight·w·H), and sums over tokens for the metrics, from arrays `[R, T]`.
 
-    Only tokens with a positive weight count. `ref_log_probs` are needed for the KL term, `entropies` (with their
-    gradient) for the bonus.
+    log_probs and entropies (with their gradient; entropies for the bonus) are those of π_θ at `batch.tokens`. Only tokens
+    with a positive weight count. The surrogate and the KL term have weights of their own where the batch gives them.
     """
-    on = weights > 0
-    log_ratio = jnp.where(on, log_probs - old_log_probs, 0.0)
-    advantages = jnp.where(on, advantages, 0.0)
+    on = batch.weights > 0
+    log_ratio = jnp.where(on, log_probs - batch.old_log_probs, 0.0)
+    if config.max_log_ratio:
+        log_ratio = jnp.clip(log_ratio, -config.max_log_ratio, config.max_log_ratio)
+    advantages, log_probs = jnp.where(on, batch.advantages, 0.0), jnp.where(on, log_probs, 0.0)
     ratio = jnp.exp(log_ratio)
     outside = (ratio < 1.0 - config.clip_low) & (advantages < 0) | (ratio > 1.0 + config.clip_high) & (advantages > 0)
     metrics = {
@@ -81,22 +113,17 @@ def policy_loss(
         "clip_fraction": (on & outside).sum(),
         "kl_old_new": jnp.where(on, jnp.exp(log_ratio) - log_ratio - 1.0, 0.0).sum(),  # k3 estimate of KL(old‖new)
     }
-    kept = on
-    if config.max_ratio:
-        kept &= ratio <= config.max_ratio
     if config.dual_clip:
-        dual = on & (advantages < 0) & (ratio > config.dual_clip)
-        metrics["dual_clip_fraction"] = dual.sum()
-        if config.max_dual_clipped >= 0:
-            kept &= dual.sum(-1, keepdims=True) <= config.max_dual_clipped
-    # Tokens that are left out stay in the normalisation: the weights were fixed before the ratios were known.
-    log_ratio, log_probs = jnp.where(kept, log_ratio, 0.0), jnp.where(kept, log_probs, 0.0)
-    objective = surrogate(log_ratio, log_probs, advantages, config)
-    if ref_log_probs is not None and config.kl_weight and config.kl_in == "loss":
-        objective -= config.kl_weight * kl_estimate(log_probs, jnp.where(kept, ref_log_probs, 0.0), config.kl_estimator)
+        metrics["dual_clip_fraction"] = (on & (advantages < 0) & (ratio > config.dual_clip)).sum()
+    weights = batch.weights if batch.surrogate_weights is None else batch.surrogate_weights
+    objective = weights * surrogate(log_ratio, log_probs, advantages, config)
+    if batch.ref_log_probs is not None and config.kl_weight and config.kl_in != "reward":
+        ref_log_probs = jnp.where(on, batch.ref_log_probs, 0.0)
+        kl = kl_estimate(log_probs, ref_log_probs, config.kl_estimator, config.max_k3)
+        objective -= config.kl_weight * (batch.weights if batch.kl_weights is None else batch.kl_weights) * kl
     if entropies is not None and config.entropy_weight:
-        objective += config.entropy_weight * jnp.where(kept, entropies, 0.0)
-    return -(jnp.where(kept, weights, 0.0) * objective).sum(), jax.lax.stop_gradient(metrics)
+        objective += config.entropy_weight * batch.weights * jnp.where(on, entropies, 0.0)
+    return -objective.sum(), jax.lax.stop_gradient(metrics)
 
 
 def sampler_correction(old_log_probs: np.ndarray, sampler_log_probs: np.ndarray, cap: float) -> np.ndarray:

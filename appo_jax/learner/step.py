@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from appo_jax.config import Architecture, LossConfig, Remat
 from appo_jax.errors import TrainingError
-from appo_jax.learner.loss import policy_loss
+from appo_jax.learner.loss import TrainBatch, policy_loss
 from appo_jax.policy import attention
 from appo_jax.policy.constraints import ROWS, constrain, parts
 from appo_jax.policy.logprobs import token_log_probs
@@ -23,20 +23,6 @@ from appo_jax.policy.parameters import Params
 from appo_jax.policy.score import positions, whole_rows
 from appo_jax.policy.sharding import place, state_shardings
 from appo_jax.policy.transformer import unembedding
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainBatch:
-    """Rollouts of a mini-batch, or demonstrations. All `[R, T]`."""
-
-    tokens: jax.Array  # int32
-    weights: jax.Array  # float32: weight of the token in the loss; 0 outside the loss mask
-    advantages: jax.Array  # float32; 1 for demonstrations
-    old_log_probs: jax.Array  # float32; unused for demonstrations
-    ref_log_probs: jax.Array | None = None  # float32, when the loss has a KL term
-    segments: jax.Array | None = None  # int32: which of a packed row's traces the token belongs to
-    positions: jax.Array | None = None  # int32: the token's index within its trace, for packed rows
 
 
 @jax.tree_util.register_dataclass
@@ -82,9 +68,7 @@ def batch_loss(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.A
     if spec.loss is None:
         loss, metrics = -(batch.weights * log_probs).sum(), {"tokens": (batch.weights > 0).sum()}
     else:
-        loss, metrics = policy_loss(
-            log_probs, batch.old_log_probs, batch.ref_log_probs, batch.advantages, batch.weights, spec.loss, entropies
-        )
+        loss, metrics = policy_loss(log_probs, entropies, batch, spec.loss)
     metrics["entropy"] = jax.lax.stop_gradient(jnp.where(batch.weights > 0, entropies, 0.0).sum())
     return loss, metrics
 

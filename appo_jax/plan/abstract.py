@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from appo_jax.algorithms import Algorithm
 from appo_jax.config import Architecture, Config
+from appo_jax.learner.loss import TrainBatch
 from appo_jax.learner.optimizer import rl_optimizer
-from appo_jax.learner.step import TrainBatch, TrainState
+from appo_jax.learner.step import TrainState
 from appo_jax.policy import sharding
 from appo_jax.policy.attention import Places
 from appo_jax.policy.parameters import abstract_params
@@ -61,8 +62,12 @@ class Arrays:
     def batch(self, rows: int, length: int, algorithm: Algorithm) -> TrainBatch:
         """The mini-batch of an update."""
         floats = self.rows((rows, length), jnp.float32)
-        ref = floats if algorithm.keeps_reference and algorithm.loss.kl_in == "loss" else None
-        return TrainBatch(self.rows((rows, length), jnp.int32), floats, floats, floats, ref)
+        loss, ref = algorithm.loss, floats if algorithm.scores_reference else None
+        return TrainBatch(
+            self.rows((rows, length), jnp.int32), floats, floats, floats, ref,
+            surrogate_weights=floats if loss.max_dual_clipped >= 0 else None,
+            kl_weights=floats if algorithm.scores_reference and loss.kl_in == "outside" else None,
+        )  # fmt: skip
 
     def _placed(self, tree: Any) -> Any:
         """Caches and rows of a generation: first axis over data and fsdp, key/value heads over tensor."""

@@ -121,9 +121,9 @@ def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes) -> tuple[Sco
             kept[rows] = max(kept.get(rows, 0), -(-most // per_pass))
     if algorithm.branches_at_start and algorithm.needs_old_of_branches:
         score(algorithm.budget)
-    if algorithm.scores_future:
+    if algorithm.scores_present:
         score(algorithm.trained_per_prompt)
-    if algorithm.keeps_reference and algorithm.loss.kl_in == "loss":
+    if algorithm.scores_reference:
         score(algorithm.trained_per_prompt)
     elif algorithm.keeps_reference:  # under π_ref, and branches under the policy that drew them
         score(algorithm.budget)

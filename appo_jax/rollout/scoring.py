@@ -1,4 +1,4 @@
-"""What policies say of finished rollouts, tree by tree: log-probabilities, and the future value Ω."""
+"""What policies say of finished rollouts: log-probabilities tree by tree, and the future value Ω."""
 
 from __future__ import annotations
 
@@ -12,31 +12,13 @@ from appo_jax.policy.parameters import Params
 from appo_jax.rollout.sampler import Sampler
 from appo_jax.types import Rollout, Tree
 
-by_future = jax.jit(future_value, static_argnames="tau")
+by_future = jax.jit(future_value, static_argnames=("tau", "max_ratio", "max_log_ratio"))
 
 
 def log_probs(sampler: Sampler, params: Params, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
     """Log-probabilities `[T]` of every rollout's tokens under a policy, by tree."""
     scored = iter(sampler.score(params, [rollout for tree in trees for rollout in tree]).log_probs)
     return [[next(scored) for _ in tree] for tree in trees]
-
-
-def future_values(
-    sampler: Sampler, params: Params, trees: Sequence[Tree], old_log_probs: Sequence[Sequence[np.ndarray]], tau: float,
-    length: int,
-) -> list[list[np.ndarray]]:  # fmt: skip
-    """Ω `[T]` of every rollout under `params`, by tree.
-
-    `old_log_probs`: under the policy that drew the rollouts, by tree. `length`: that of the longest rollout that there can be.
-    """
-    rollouts = [rollout for tree in trees for rollout in tree]
-    new = [values for tree in log_probs(sampler, params, trees) for values in tree]
-    old = [values for tree in old_log_probs for values in tree]
-    sampled = padded([rollout.sampled for rollout in rollouts], len(rollouts), length)
-    arrays = (padded(values, len(rollouts), length) for values in (new, old))
-    future = np.asarray(by_future(*arrays, sampled, tau=tau))
-    ragged = iter([future[i, : rollout.length] for i, rollout in enumerate(rollouts)])
-    return [[next(ragged) for _ in tree] for tree in trees]
 
 
 def inherit(rollout: Rollout, by_node: Sequence[np.ndarray], own: np.ndarray) -> np.ndarray:

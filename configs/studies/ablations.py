@@ -35,9 +35,9 @@ study = Study(
         "future": branching(score="future"),  # BS → future value only
         "additive": branching(score="additive"),
         "without_a_fut": advantage(future_weight=0.0),
-        "without_dual_groups": advantage(base="init_only"),
+        "without_dual_groups": advantage(base="joint"),  # rollouts of both policies in one group
+        "init_group_only": advantage(base="init_only"),  # the branches' rewards go unused: not an ablation of the paper
         # points where paper and official code differ
-        "joint_group": advantage(base="joint"),
         "shared_prefix": advantage(base="shared_prefix"),
         "pooled": branching(allocation="pooled"),
         "proportional": branching(allocation="proportional"),

@@ -48,11 +48,22 @@ rewards = st.sampled_from([-1.0, 0.0, 0.1, 0.3, 1.0, 1.1])
 
 @given(
     st.lists(rewards, min_size=1, max_size=5), st.lists(rewards, max_size=6),
-    st.sampled_from(["paper", "joint", "init_only"]),
+    st.sampled_from(["paper", "joint", "init_only"]), st.sampled_from(["population", "sample"]),
 )  # fmt: skip
-def test_base_advantage_is_the_oracles(initial, branches, mode):
-    got = base_advantage(np.array(initial), np.array(branches), AdvantageConfig(base=mode))
-    np.testing.assert_allclose(got, oracle.a_base(initial, branches, mode), atol=1e-9)
+def test_base_advantage_is_the_oracles(initial, branches, mode, std):
+    got = base_advantage(np.array(initial), np.array(branches), AdvantageConfig(base=mode, std=std))
+    np.testing.assert_allclose(got, oracle.a_base(initial, branches, mode, int(std == "sample")), atol=1e-9)
+
+
+def test_the_sample_std_by_hand():
+    """Official GRPO: (R − mean) / (std + 1e-6), the std of two rewards that differ by 1 being 1/√2."""
+    config = AdvantageConfig(base="init_only", std="sample")
+    one = 0.5 / (2**-0.5 + 1e-6)
+    np.testing.assert_allclose(base_advantage(np.array([1.0, 0.0]), np.array([]), config), [one, -one], rtol=1e-12)
+    np.testing.assert_array_equal(base_advantage(np.array([1.0]), np.array([]), config), [0])
+    # rewards 1, 0, 0, 0: mean 1/4, sum of squares 3/4, over three
+    joint = base_advantage(np.array([1.0, 0.0]), np.array([0.0, 0.0]), dataclasses.replace(config, base="joint"))
+    np.testing.assert_allclose(joint, [0.75 / (0.5 + 1e-6), -0.25 / (0.5 + 1e-6)], rtol=1e-12)
 
 
 @given(st.lists(st.floats(-2, 2), min_size=1, max_size=5), st.lists(st.floats(-2, 2), max_size=6))
@@ -98,8 +109,8 @@ def test_rewards_that_differ_by_rounding_are_equal():
 
 
 def test_zscores_of_a_group_without_spread_or_members():
-    np.testing.assert_array_equal(zscores(np.array([1.0]), np.array([])), [np.nan])
-    np.testing.assert_array_equal(zscores(np.array([0.1, 0.2]), np.array([0.1, 0.1, 0.1])), [0, np.nan])
+    np.testing.assert_array_equal(zscores(np.array([1.0]), np.array([]), "population"), [np.nan])
+    np.testing.assert_array_equal(zscores(np.array([0.1, 0.2]), np.array([0.1, 0.1, 0.1]), "population"), [0, np.nan])
 
 
 @given(

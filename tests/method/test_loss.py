@@ -14,8 +14,15 @@ from hypothesis import strategies as st
 from appo_jax.advantage.procedural import procedural_advantage
 from appo_jax.branching.score import future_value
 from appo_jax.config import AdvantageConfig, Architecture, LossConfig
-from appo_jax.learner.loss import policy_loss, sampler_correction, token_weights
-from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, batch_loss, gradients, make_train_step
+from appo_jax.learner.loss import (
+    TrainBatch,
+    kl_estimate,
+    policy_loss,
+    sampler_correction,
+    token_weights,
+    without_dual_clipped,
+)
+from appo_jax.learner.step import StepSpec, TrainState, batch_loss, gradients, make_train_step
 from appo_jax.policy import attention
 from appo_jax.policy.parameters import abstract_params
 from appo_jax.policy.score import positions
@@ -44,22 +51,44 @@ def oracle_loss(new, old, ref, advantages, mask, mode, config, entropies=None):
     return oracle.loss(
         new, old, advantages, mask, clip_low=config.clip_low, clip_high=config.clip_high, mode=mode, num_prompts=P,
         budget=M, constant=T, ref_log_probs=ref, kl_weight=config.kl_weight, kl_estimator=config.kl_estimator,
-        dual_clip=config.dual_clip, max_ratio=config.max_ratio, max_dual_clipped=config.max_dual_clipped,
-        entropies=entropies, entropy_weight=config.entropy_weight,
+        kl_in=config.kl_in, max_k3=config.max_k3 or np.inf, dual_clip=config.dual_clip,
+        max_dual_clipped=config.max_dual_clipped, max_log_ratio=config.max_log_ratio or np.inf, entropies=entropies,
+        entropy_weight=config.entropy_weight,
     )  # fmt: skip
+
+
+def as_batch(new, old, ref, advantages, mask, mode, config):
+    """The loss's arrays, with the weights that make_batch gives the three terms."""
+    kept = mask if config.max_dual_clipped < 0 else without_dual_clipped(mask, new - old, advantages, config)
+    arrays = [jnp.asarray(x, jnp.result_type(float)) for x in (advantages, old, ref)]
+    weights = [
+        token_weights(mask, M, P, mode),
+        token_weights(kept, M, P, mode),
+        token_weights(mask, M, P, "seq_mean" if config.kl_in == "outside" else mode),
+    ]
+    # weights are float32 numbers: comparisons are good to their rounding
+    weights = [jnp.asarray(w, jnp.result_type(float)) for w in weights]
+    return TrainBatch(jnp.zeros(mask.shape, jnp.int32), weights[0], *arrays, *weights[1:])
+
+
+def plain_batch(old, advantages, weights, ref=None):
+    """A batch in which every term has the same weights."""
+    tokens = jnp.zeros(np.shape(weights), jnp.int32)
+    return TrainBatch(tokens, *(jnp.asarray(x) for x in (weights, advantages, old)), ref)
 
 
 # ---------------------------------------------------------------- value
 
 
 @settings(max_examples=40)
-@given(batches(), st.sampled_from(MODES), st.sampled_from([(0.2, 0.2), (0.2, 0.28)]), st.sampled_from([0.0, 0.04]))
-def test_loss_is_the_oracles(batch, mode, clip, kl_weight):
-    new, old, ref, advantages, mask = batch
-    config = LossConfig(clip_low=clip[0], clip_high=clip[1], kl_weight=kl_weight)
-    weights = token_weights(mask, M, P, mode)
-    arrays = (x.astype(np.float32) for x in (new, old, ref, advantages))
-    got, metrics = jitted_loss(*arrays, weights, config=config)
+@given(
+    batches(), st.sampled_from(MODES), st.sampled_from([(0.2, 0.2), (0.2, 0.28)]), st.sampled_from([0.0, 0.04]),
+    st.sampled_from(["outside", "inside"]),
+)  # fmt: skip
+def test_loss_is_the_oracles(batch, mode, clip, kl_weight, kl_in):
+    new, *_, mask = batch
+    config = LossConfig(clip_low=clip[0], clip_high=clip[1], kl_weight=kl_weight, kl_in=kl_in)
+    got, metrics = jitted_loss(new.astype(np.float32), None, as_batch(*batch, mode, config), config=config)
     np.testing.assert_allclose(got, oracle_loss(*batch, mode, config), rtol=2e-5, atol=2e-5)
     assert int(metrics["tokens"]) == mask.sum()
 
@@ -79,7 +108,9 @@ def test_clip_fraction_and_kl_by_hand():
     log_ratio = np.log(np.array([[1.5, 1.5, 0.5, 0.5, 1.1, 9.0]], np.float32))
     advantages = np.array([[1, -1, 1, -1, 1, 1]], np.float32)
     weights = np.array([[1, 1, 1, 1, 1, 0]], np.float32)
-    loss, metrics = policy_loss(log_ratio, np.zeros_like(log_ratio), None, advantages, weights, LossConfig())
+    loss, metrics = policy_loss(
+        log_ratio, None, plain_batch(np.zeros_like(log_ratio), advantages, weights), LossConfig()
+    )
     # min(ρA, clip(ρ)A): 1.2, −1.5, 0.5, −0.8, 1.1; clipping bites in the first and the fourth
     np.testing.assert_allclose(loss, -0.5, rtol=1e-6)
     assert (int(metrics["clip_fraction"]), int(metrics["tokens"])) == (2, 5)
@@ -93,9 +124,9 @@ def test_clip_fraction_and_kl_by_hand():
 OPTIONS = (
     LossConfig(),
     LossConfig(kl_weight=0.04),
-    LossConfig(kl_weight=0.04, kl_estimator="k1", clip_high=0.28, dual_clip=1.2, max_dual_clipped=1),
-    LossConfig(kl_weight=0.04, kl_estimator="k2", max_ratio=1.2),
-    LossConfig(entropy_weight=0.3, dual_clip=2.0),
+    LossConfig(kl_weight=0.04, kl_in="inside", kl_estimator="k1", clip_high=0.28, dual_clip=1.2, max_dual_clipped=1),
+    LossConfig(kl_weight=0.04, kl_estimator="k2", max_log_ratio=0.5),
+    LossConfig(kl_weight=0.04, max_k3=0.9, entropy_weight=0.3, dual_clip=2.0, max_dual_clipped=0),
 )
 
 
@@ -105,11 +136,10 @@ def test_gradient_is_the_finite_difference_of_the_oracles_loss(batch, mode, conf
     new, old, ref, advantages, mask = batch
     entropies = np.abs(old)
     with jax.enable_x64(True):
-        # weights are float32 numbers: the comparison is good to their rounding
-        weights = jnp.asarray(token_weights(mask, M, P, mode), jnp.float64)
+        arrays = as_batch(*batch, mode, config)
 
         def loss(new, entropies):
-            return jitted_loss(new, old, ref, advantages, weights, config=config, entropies=entropies)[0]
+            return jitted_loss(new, entropies, arrays, config=config)[0]
 
         gradient = [np.asarray(x) for x in jax.grad(loss, (0, 1))(jnp.asarray(new), jnp.asarray(entropies))]
     h = 1e-5
@@ -137,16 +167,16 @@ def test_nothing_flows_through_the_advantage():
         return procedural_advantage(base[:, None], future_value(log_probs, old, sampled, 4.0), AdvantageConfig())
 
     def whole(log_probs):
-        return policy_loss(log_probs, old, None, advantage(log_probs), weights, LossConfig())[0]
+        return policy_loss(log_probs, None, plain_batch(old, advantage(log_probs), weights), LossConfig())[0]
 
     fixed = jax.jit(advantage)(new)
-    held = jax.jit(jax.grad(lambda x: policy_loss(x, old, None, fixed, weights, LossConfig())[0]))(new)
+    held = jax.jit(jax.grad(lambda x: policy_loss(x, None, plain_batch(old, fixed, weights), LossConfig())[0]))(new)
     np.testing.assert_allclose(jax.jit(jax.grad(whole))(new), held, rtol=1e-5, atol=1e-8)
     assert np.abs(held[sampled]).max() > 0
 
 
 def test_no_degenerate_batch_makes_a_nan():
-    gradient = jax.jit(jax.grad(lambda x, *rest: policy_loss(x, *rest, LossConfig(kl_weight=0.1))[0]))
+    gradient = jax.jit(jax.grad(lambda x, batch: policy_loss(x, None, batch, LossConfig(kl_weight=0.1))[0]))
     with jax.debug_nans(True):
         for mask in (np.zeros((2, 3), bool), np.array([[0, 1, 0], [0, 0, 0]], bool)):
             for mode in MODES:
@@ -155,7 +185,7 @@ def test_no_degenerate_batch_makes_a_nan():
                 new = np.where(mask, -1.0, -np.inf).astype(np.float32)
                 old = np.where(mask, -1.0, -1e30).astype(np.float32)
                 advantages = np.zeros((2, 3), np.float32)
-                grad = gradient(new, old, old, advantages, weights)
+                grad = gradient(new, plain_batch(old, advantages, weights, old))
                 np.testing.assert_array_equal(grad[~mask], 0)
 
 
@@ -165,33 +195,59 @@ def test_no_degenerate_batch_makes_a_nan():
 @settings(max_examples=30)
 @given(
     batches(), st.sampled_from(["k1", "k2", "k3"]), st.sampled_from([(0.0, -1), (1.2, -1), (1.2, 1), (2.0, 0)]),
-    st.sampled_from([0.0, 1.2]), st.sampled_from([0.0, 0.3]),
+    st.sampled_from([0.0, 0.35]), st.sampled_from([0.0, 0.3]), st.sampled_from(MODES),
 )  # fmt: skip
-def test_loss_with_its_options_is_the_oracles(batch, estimator, dual, max_ratio, entropy_weight):
-    new, old, ref, advantages, mask = batch
+def test_loss_with_its_options_is_the_oracles(batch, estimator, dual, max_log_ratio, entropy_weight, mode):
+    new, old, *_ = batch
     config = LossConfig(
-        dual_clip=dual[0], max_dual_clipped=dual[1], max_ratio=max_ratio, kl_weight=0.04, kl_estimator=estimator,
-        entropy_weight=entropy_weight,
+        dual_clip=dual[0], max_dual_clipped=dual[1], max_log_ratio=max_log_ratio, kl_weight=0.04, kl_estimator=estimator,
+        max_k3=2.0 if estimator == "k3" else 0.0, entropy_weight=entropy_weight,
     )  # fmt: skip
     entropies = np.abs(old)
-    weights = token_weights(mask, M, P, "paper")
-    arrays = (x.astype(np.float32) for x in (new, old, ref, advantages))
-    got, _ = jitted_loss(*arrays, weights, config=config, entropies=entropies.astype(np.float32))
-    np.testing.assert_allclose(got, oracle_loss(*batch, "paper", config, entropies), rtol=2e-5, atol=2e-5)
+    arrays = as_batch(*batch, mode, config)
+    got, _ = jitted_loss(new.astype(np.float32), entropies.astype(np.float32), arrays, config=config)
+    np.testing.assert_allclose(got, oracle_loss(*batch, mode, config, entropies), rtol=2e-5, atol=2e-5)
 
 
 def test_dual_clip_by_hand():
     log_ratio = np.log(np.array([[4.0, 2.0, 4.0, 4.0]], np.float32))
-    advantages = np.array([[-1, -1, 1, -1]], np.float32)
-    weights = np.array([[1, 1, 1, 0]], np.float32)
-    zeros = np.zeros_like(log_ratio)
-    loss, metrics = policy_loss(log_ratio, zeros, None, advantages, weights, LossConfig(dual_clip=3.0))
+    batch = plain_batch(
+        np.zeros((1, 4), np.float32), np.array([[-1, -1, 1, -1]], np.float32), np.array([[1, 1, 1, 0]], np.float32)
+    )
+    loss, metrics = policy_loss(log_ratio, None, batch, LossConfig(dual_clip=3.0))
     np.testing.assert_allclose(loss, 3 + 2 - 1.2, rtol=1e-6)  # max(−4, −3), −2, min(4, 1.2)
     assert int(metrics["dual_clip_fraction"]) == 1
-    config = LossConfig(dual_clip=3.0, max_dual_clipped=0)
-    assert float(policy_loss(log_ratio, zeros, None, advantages, weights, config)[0]) == 0  # the rollout is dropped
-    config = LossConfig(max_ratio=3.0)
-    np.testing.assert_allclose(policy_loss(log_ratio, zeros, None, advantages, weights, config)[0], 2, rtol=1e-6)
+
+
+def test_rollouts_with_dual_clipped_tokens_are_found_by_hand():
+    mask = np.array([[1, 1, 1], [1, 1, 0], [1, 1, 1]], bool)
+    ratio = np.array([[4.0, 4.0, 1.0], [4.0, 1.0, 4.0], [4.0, 4.0, 4.0]])
+    advantages = np.array([[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0], [1.0, 1.0, -1.0]])
+    # dual-clipped tokens: 2, 1 (the other stands outside the mask), 1 (for the others A > 0)
+    for most, kept in ((0, [0, 0, 0]), (1, [0, 1, 1]), (2, [1, 1, 1])):
+        config = LossConfig(dual_clip=3.0, max_dual_clipped=most)
+        got = without_dual_clipped(mask, np.log(ratio), advantages, config)
+        np.testing.assert_array_equal(got, mask & np.array(kept, bool)[:, None])
+
+
+def test_a_clamped_log_ratio_has_its_value_and_no_gradient():
+    log_ratio = np.array([[25.0, -25.0, 0.1]], np.float32)
+    batch = plain_batch(np.zeros((1, 3), np.float32), np.array([[-1, 1, 1]], np.float32), np.ones((1, 3), np.float32))
+    config = LossConfig(max_log_ratio=20.0)
+    (loss, _), gradient = jax.value_and_grad(lambda x: policy_loss(x, None, batch, config), has_aux=True)(log_ratio)
+    expected = np.exp(20.0) - np.exp(-20.0) - np.exp(0.1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0, 0, -np.exp(0.1)]], rtol=1e-6)
+    unclamped = policy_loss(log_ratio, None, batch, LossConfig())[0]
+    assert unclamped > 100 * loss
+
+
+@pytest.mark.parametrize("log_r", [3.0, 100.0, 1e4])
+def test_a_clamped_k3_has_its_value_and_no_gradient(log_r):
+    value, slope = jax.value_and_grad(lambda x: kl_estimate(x, jnp.float32(log_r), "k3", 10.0))(jnp.float32(0.0))
+    assert (float(value), float(slope)) == (10.0, 0.0)
+    small = kl_estimate(jnp.float32(0.0), jnp.float32(2.0), "k3", 10.0)
+    np.testing.assert_allclose(small, np.exp(2.0) - 3, rtol=1e-6)  # 4.39: under the bound
 
 
 @settings(max_examples=20)
@@ -200,8 +256,9 @@ def test_the_slope_of_each_surrogate_is_its_closed_form(batch, kind, clip):
     new, old, _, advantages, mask = batch
     config = LossConfig(surrogate=kind, clip_low=clip[0], clip_high=clip[1])
     weights = token_weights(mask, M, P, "paper")
-    arrays = [x.astype(np.float32) for x in (new, old, advantages)]
-    slope = jax.jit(jax.grad(lambda x, old, a: policy_loss(x, old, None, a, weights, config)[0]))(*arrays)
+    new32, old32, advantages32 = (x.astype(np.float32) for x in (new, old, advantages))
+    arrays = plain_batch(old32, advantages32, weights)
+    slope = jax.jit(jax.grad(lambda x, batch: policy_loss(x, None, batch, config)[0]))(new32, arrays)
     for r, t in np.ndindex(R, T):
         expected = -weights[r, t] * oracle.surrogate_slope(kind, new[r, t] - old[r, t], advantages[r, t], *clip)
         np.testing.assert_allclose(slope[r, t], expected, rtol=1e-4, atol=1e-6)
@@ -212,7 +269,8 @@ def test_gppo_has_the_value_of_the_clipped_surrogate():
     new, old, advantages = rng.normal(size=(3, R, T)).astype(np.float32)
     weights = np.ones((R, T), np.float32)
     clipped, gppo = (
-        policy_loss(new, old, None, advantages, weights, LossConfig(surrogate=kind))[0] for kind in ("clip", "gppo")
+        policy_loss(new, None, plain_batch(old, advantages, weights), LossConfig(surrogate=kind))[0]
+        for kind in ("clip", "gppo")
     )
     np.testing.assert_allclose(clipped, gppo, rtol=1e-6)
 
@@ -240,17 +298,17 @@ def test_sampler_correction_by_hand():
 @pytest.mark.parametrize("kind", ["clip", "gppo", "cispo"])
 def test_no_option_makes_a_nan_of_a_degenerate_batch(kind):
     config = LossConfig(
-        surrogate=kind, dual_clip=3.0 if kind == "clip" else 0.0, max_dual_clipped=1 if kind == "clip" else -1,
-        max_ratio=3.0, kl_weight=0.1, kl_estimator="k2", entropy_weight=0.1,
+        surrogate=kind, dual_clip=3.0 if kind == "clip" else 0.0, max_log_ratio=20.0, kl_weight=0.1, max_k3=10.0,
+        entropy_weight=0.1,
     )  # fmt: skip
-    gradient = jax.jit(jax.grad(lambda x, *rest: policy_loss(x, *rest[:-1], config, rest[-1])[0]))
+    gradient = jax.jit(jax.grad(lambda x, entropies, batch: policy_loss(x, entropies, batch, config)[0]))
     with jax.debug_nans(True):
         for mask in (np.zeros((2, 3), bool), np.array([[0, 1, 0], [0, 0, 0]], bool)):
             new = np.where(mask, -90.0, -np.inf).astype(np.float32)  # a ratio that underflows
             old = np.where(mask, -0.1, -1e30).astype(np.float32)
             advantages = np.where(mask, -1.0, np.inf).astype(np.float32)
-            entropies = np.zeros((2, 3), np.float32)
-            grad = gradient(new, old, old, advantages, token_weights(mask, M, P, "paper"), entropies)
+            arrays = plain_batch(old, advantages, token_weights(mask, M, P, "paper"), old)
+            grad = gradient(new, np.zeros((2, 3), np.float32), arrays)
             np.testing.assert_array_equal(np.asarray(grad)[~mask], 0)
 
 
@@ -259,7 +317,7 @@ def test_no_option_makes_a_nan_of_a_degenerate_batch(kind):
 ARCH = Architecture(
     vocab_size=11, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=16, tie_embeddings=False
 )
-SPEC = StepSpec(ARCH, LossConfig(kl_weight=0.05), temperature=0.7, micro_batch=0, dtype=jnp.float32)
+SPEC = StepSpec(ARCH, LossConfig(kl_weight=0.05, kl_in="inside"), temperature=0.7, micro_batch=0, dtype=jnp.float32)
 accumulate = jax.jit(gradients, static_argnames="spec")
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from appo_jax.config import Architecture
-from appo_jax.learner.step import StepSpec, TrainBatch, gradients
+from appo_jax.learner.loss import TrainBatch
+from appo_jax.learner.step import StepSpec, gradients
 from appo_jax.policy.parameters import init_params
 
 ARCH = Architecture(vocab_size=50, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64)

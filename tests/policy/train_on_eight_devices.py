@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.config import Architecture, LossConfig, MeshConfig, OptimizerConfig, SFTConfig
-from appo_jax.learner.loss import token_weights
+from appo_jax.learner.loss import TrainBatch, token_weights
 from appo_jax.learner.optimizer import sft_optimizer
-from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step
+from appo_jax.learner.step import StepSpec, TrainState, init_state, make_train_step
 from appo_jax.policy import weights
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.score import score

@@ -63,6 +63,19 @@ def test_the_studies_of_configs_hold_together(name):
     assert len(directories) == len(found.arms) * len(found.seeds)
 
 
+def test_the_papers_rows_and_ablations_are_as_the_paper_words_them():
+    """Three rows of M = 16 with several loops, in both readings; "without dual groups" pools the rollouts of both policies."""
+    trees = load_study(CONFIGS / "trees.py").arms.values()
+    shapes = {
+        (c.rollout.num_initial, c.branching.num_branch_points, c.branching.num_loops)
+        for c in trees
+        if c.rollout.budget == 16
+    }
+    rows = [(1, 2, 3), (1, 4, 2), (3, 1, 2)]
+    assert shapes >= {*rows, *((b, n, loops) for n, b, loops in rows)}
+    assert load_study(CONFIGS / "ablations.py").arms["without_dual_groups"].advantage.base == "joint"
+
+
 def test_what_cannot_be_a_study_is_named(base, tmp_path):
     (tmp_path / "s.py").write_text("study = 3")
     with pytest.raises(ConfigError, match="module-level `study = Study"):
