@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,14 +106,13 @@ class Checkpointer:
             except CheckpointError:
                 raise
             except Exception as error:
-                if not (
-                    self._directory / str(step)
-                ).exists():  # the process that writes here has removed it: it was old
+                folder = self._directory / str(step)
+                if not folder.exists():  # the process that writes here has removed it: it was old
                     refused[step] = "removed meanwhile"
                     continue
-                if _is_denied(error):
+                if (path := _unreadable(folder)) is not None:
                     raise CheckpointError(
-                        f"{self._directory / str(step)}: this user may not read it; give it the right to (chown -R, chmod -R u+rX)"
+                        f"{path}: this user may not read it; give it the right to (chown -R, chmod -R u+rX)"
                     ) from error
                 refused[step] = f"{type(error).__name__}: {error}".splitlines()[0]
                 _log.warning("%s: checkpoint of step %d is refused: %s", self._directory, step, refused[step])
@@ -286,13 +286,14 @@ def verify(step_folder: Path) -> str:
     return f"{len(wrong)} arrays are not what was written, among them {wrong[0]}" if wrong else "sound"
 
 
-def _is_denied(error: BaseException | None) -> bool:
-    """Whether the system refused to let this user read something."""
-    while error is not None:
-        if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error) or "Permission denied" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _unreadable(folder: Path) -> Path | None:
+    """Something in a folder that this user has no right to read. (Orbax takes it for missing.)"""
+    if not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
+        return folder
+    for path in sorted(folder.rglob("*")):
+        if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0), effective_ids=True):
+            return path
+    return None
 
 
 def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[set[int]]:
