@@ -410,3 +410,32 @@ def test_a_step_that_does_not_read_back_is_told_at_once(tmp_path, monkeypatch, m
         checkpointer.wait()
     checkpointer.close()
     assert restored(tmp_path / "c")[0] == 1
+
+
+LIVE = """
+    import sys, jax.numpy as jnp
+    from appo_jax.checkpoint import Checkpointer
+
+    checkpointer, w = Checkpointer(sys.argv[1], 1), jnp.zeros(300_000)
+    for step in range(1, 10_000):
+        checkpointer.save(step, {"w": w + step}, {}, None)
+        checkpointer.wait()
+        print(step, flush=True)
+"""
+
+
+def test_a_run_that_is_being_written_can_be_read(tmp_path):
+    """One checkpoint is kept: what a reader has just listed is often gone when it reads."""
+    command = [sys.executable, "-c", textwrap.dedent(LIVE), tmp_path / "c"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        try:
+            writer.stdout.readline()
+            for _ in range(8):
+                reader = Checkpointer(tmp_path / "c", 1, read_only=True)
+                step, state, _ = reader.restore_latest({"w": jnp.zeros(300_000)}, None)
+                reader.close()
+                assert bool((state["w"] == step).all())
+            assert writer.poll() is None
+        finally:
+            writer.kill()
+    assert not list((tmp_path / "c").glob("refused*"))

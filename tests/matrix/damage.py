@@ -208,6 +208,7 @@ def cases(pristine: Path, count: int, rng: random.Random) -> list[tuple[str, Dam
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=120)
+    parser.add_argument("--skip", type=int, default=0, help="begin after so many of them")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.getLogger("appo_jax").setLevel(logging.INFO)
@@ -223,7 +224,7 @@ def main() -> int:
         truth = parameters(config, run)
         assert len(read_metrics(run / "metrics.jsonl")) == STEPS
         tally: collections.Counter[str] = collections.Counter()
-        for target, damage in cases(pristine, options.cases, rng):
+        for target, damage in cases(pristine, options.cases, rng)[options.skip :]:
             outcome, detail = one_case(config, pristine, target, damage, rng, truth)
             tally[outcome] += 1
             print(f"{outcome:15} {damage.__name__:10} {target}  {detail}", flush=True)

@@ -1,0 +1,107 @@
+"""What is said when the machine has no more of something: real errors of the system, made to happen."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from appo_jax import failures, heartbeat
+from appo_jax.errors import ConfigError, DataError
+
+
+def caught(action) -> Exception:
+    with pytest.raises(Exception) as error, heartbeat.phase("branch"):  # noqa: PT011
+        action()
+    return error.value
+
+
+def fill_a_disk() -> None:
+    with open("/dev/full", "w") as file:
+        file.write("x")
+
+
+def open_too_many(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+    try:
+        files += [open(tmp_path / str(i), "w") for i in range(1000)]  # noqa: SIM115
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for file in files:
+            file.close()
+
+
+def test_memory_of_a_device() -> None:
+    said = failures.explain(caught(lambda: jnp.zeros((1 << 45,), jnp.float32).block_until_ready()))
+    for part in (
+        "out of memory",
+        "phase 'branch'",
+        "asked for",
+        "GiB left",
+        "rollout.decode_rows",
+        "optimizer.micro_batch",
+    ):
+        assert part in said
+
+
+def test_memory_of_the_host() -> None:
+    assert "out of memory" in failures.explain(caught(lambda: bytearray(1 << 55)))
+
+
+def test_a_full_disk() -> None:
+    said = failures.explain(caught(fill_a_disk))
+    assert "No space left on device in step" in said
+    assert "free some space, or give --run-dir on another disk" in said
+
+
+def test_too_many_open_files(tmp_path: Path) -> None:
+    said = failures.explain(caught(lambda: open_too_many(tmp_path)))
+    assert "Too many open files" in said
+    assert "raise the limit on open files (ulimit -n" in said
+
+
+@pytest.mark.parametrize("path", ["/proc/1/mem/x", "/sys/kernel/x", "/nowhere/x"])
+def test_a_file_that_cannot_be_written_is_named(path: str) -> None:
+    error = caught(lambda: Path(path).write_text("x"))
+    assert path in failures.explain(error)
+    assert failures.exit_code(error) == 1
+
+
+def test_too_many_threads() -> None:
+    """As a user with a limit of its own: root has none."""
+    program = """
+import os, resource, threading
+from appo_jax import failures
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+os.setuid(65533)
+try:
+    for _ in range(100):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+except RuntimeError as error:
+    print(failures.explain(error), failures.exit_code(error), flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert "no more threads or processes in step" in done.stdout, done
+    assert "tools.max_concurrency" in done.stdout
+    assert done.stdout.rstrip().endswith(" 1")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 2), (DataError("x"), 1), (ValueError("a reward's own"), 1), (KeyboardInterrupt(), 130),
+        (RuntimeError("UNAVAILABLE: connection to the coordinator"), 75),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), 75),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), 1),
+        (ValueError("the barrier of language, said the heartbeat"), 1),
+    ],
+)  # fmt: skip
+def test_exit_codes(error: BaseException, code: int) -> None:
+    assert failures.exit_code(error) == code
