@@ -1,0 +1,75 @@
+"""What a position of a rollout changes: Monte Carlo over continuations from before and from after it.
+
+V(t) is the expected reward of a continuation of the first t tokens. Position t's influence is (V(t+1) − V(t))², what the token
+that was drawn there changed. Both values are means of K continuations under the current policy. The square of their difference
+is too large by the variance of the two means, which is estimated from the same draws and taken off: the estimate is without
+bias, and may be negative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from appo_jax.policy.parameters import Params
+from appo_jax.rollout.sampler import Branch, Sampler
+from appo_jax.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One position of one rollout."""
+
+    rollout: int
+    position: int
+    before: float  # V(t): mean reward of the continuations that draw the token again
+    after: float  # V(t+1): of those that keep it
+    influence: float  # estimate of (V(t+1) − V(t))², without bias
+
+
+def measure(
+    sampler: Sampler, params: Params, rollouts: Sequence[Rollout], positions: Mapping[int, Sequence[int]],
+    continuations: int, give_rewards: Callable[[Sequence[Rollout]], None], draw_id: Sequence[int],
+) -> list[Measured]:  # fmt: skip
+    """The influence of `positions` (by index of a rollout in `rollouts`), with K = `continuations` draws at each cut.
+
+    `rollouts` have their rewards. Cuts that several positions share are drawn once. At the end of a rollout its own reward is
+    the value.
+    """
+    cuts = [
+        sorted({cut for t in positions.get(i, ()) for cut in (t, after(r, t))} - {r.length})
+        for i, r in enumerate(rollouts)
+    ]
+    branches = [
+        [Branch(cut, 1 + at * continuations + k, 1) for at, cut in enumerate(of_rollout) for k in range(continuations)]
+        for of_rollout in cuts
+    ]
+    scored = sampler.score(params, rollouts, to_branch=True)
+    drawn = sampler.branches(params, scored, branches, draw_id)
+    give_rewards([rollout for of_rollout in drawn for rollout in of_rollout])
+    values: dict[tuple[int, int], np.ndarray] = {}
+    for i, (wanted, found) in enumerate(zip(branches, drawn, strict=True)):
+        rewards = {rollout.node: rollout.reward for rollout in found}
+        for cut in cuts[i]:
+            values[i, cut] = np.array([rewards[branch.node] for branch in wanted if branch.cut == cut])
+        values[i, rollouts[i].length] = np.array([rollouts[i].reward])
+    out = []
+    for i, chosen in positions.items():
+        for t in chosen:
+            before, later = values[i, t], values[i, after(rollouts[i], t)]
+            out.append(Measured(i, t, float(before.mean()), float(later.mean()), squared_difference(before, later)))
+    return out
+
+
+def after(rollout: Rollout, position: int) -> int:
+    """The cut that keeps the token at `position`, and the tool result that follows it where it ends a call."""
+    cut = position + 1
+    return next((call.result_end for call in rollout.calls if call.call_end == cut), cut)
+
+
+def squared_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Estimate of (E[b] − E[a])² without bias, from independent draws. A single value counts as exact."""
+    spread = sum(float(x.var(ddof=1)) / len(x) for x in (a, b) if len(x) > 1)
+    return float((b.mean() - a.mean()) ** 2) - spread

@@ -1,0 +1,88 @@
+"""How well scores find what matters: rank correlation with influence, precision against known decisions, and what is on top."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from appo_jax.branching.select import rank_positions
+
+RESAMPLES = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval; rollouts are resampled."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """One rollout as the scores see it. Arrays are `[T]`."""
+
+    scores: Mapping[str, np.ndarray]
+    preferred: Mapping[str, np.ndarray]  # by score: positions that rank before all others
+    valid: np.ndarray  # a branch may begin here
+    sampled: np.ndarray
+    decisions: np.ndarray | None  # known by construction, where the data source knows it
+    after_tool: np.ndarray  # first tokens after a tool result
+    words: Sequence[str]  # the text of each token
+
+    def top(self, name: str, count: int) -> list[int]:
+        return rank_positions(self.scores[name], self.preferred[name], self.valid, self.sampled)[:count]
+
+
+def precision(rollouts: Sequence[Ranked], name: str, count: int) -> Interval:
+    """Share of the first `count` positions by a score that are decisions, mean over rollouts."""
+    hits = [np.mean(r.decisions[r.top(name, count)]) for r in rollouts if r.decisions is not None and r.valid.any()]
+    return over_rollouts([[hit] for hit in hits], lambda rows: float(np.mean(rows)))
+
+
+def chance(rollouts: Sequence[Ranked]) -> Interval:
+    """Precision of a random choice: the share of valid positions that are decisions."""
+    shares = [r.decisions[r.valid].mean() for r in rollouts if r.decisions is not None and r.valid.any()]
+    return over_rollouts([[share] for share in shares], lambda rows: float(np.mean(rows)))
+
+
+def correlation(pairs: Sequence[Sequence[tuple[float, float]]]) -> Interval:
+    """Spearman's rank correlation of (score, influence) over all measured positions; `pairs` by rollout."""
+
+    def spearman(rows: Sequence[tuple[float, float]]) -> float:
+        x, y = np.array(rows, float).T
+        if np.ptp(x) == 0 or np.ptp(y) == 0:
+            return 0.0
+        return float(stats.spearmanr(x, y).statistic)
+
+    return over_rollouts(pairs, spearman)
+
+
+def over_rollouts(rows: Sequence[Sequence[Any]], figure: Callable[[Sequence[Any]], float]) -> Interval:
+    """A figure of all entries, and its interval when rollouts are resampled (percentile bootstrap)."""
+    rows = [row for row in rows if len(row)]
+    if not rows:
+        return Interval(*[float("nan")] * 3)
+    rng = np.random.default_rng(0)
+    resampled = [
+        figure([entry for i in rng.integers(len(rows), size=len(rows)) for entry in rows[i]]) for _ in range(RESAMPLES)
+    ]
+    return Interval(
+        figure([entry for row in rows for entry in row]), *map(float, np.quantile(resampled, (0.025, 0.975)))
+    )
+
+
+def share_after_tools(rollouts: Sequence[Ranked], name: str, count: int) -> float:
+    """Share of the first `count` positions by a score that begin a turn after a tool result."""
+    return float(np.mean([r.after_tool[t] for r in rollouts for t in r.top(name, count)]))
+
+
+def top_words(rollouts: Sequence[Ranked], name: str, count: int, max_words: int = 20) -> list[tuple[str, int]]:
+    """The words that stand most often among each rollout's first `count` positions by a score."""
+    return Counter(r.words[t].strip() for r in rollouts for t in r.top(name, count)).most_common(max_words)
