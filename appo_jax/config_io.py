@@ -136,8 +136,10 @@ def _parse(text: bytes, source: str | None = None) -> Config:
 
 def _explain(problem: pydantic_core.ErrorDetails) -> str:
     """One violation: dotted field, what was given, what was expected, nearest field."""
-    *parents, name = problem["loc"] or ("the file",)
-    field = ".".join(str(part) for part in problem["loc"]) or "the file"
+    # Where a part is of several kinds, pydantic names the kind in the path: policy.architecture.rope_scaling.yarn.factor.
+    path = [part for part, before in zip(problem["loc"], (None, *problem["loc"]), strict=False) if before != "rope_scaling"]
+    *parents, name = path or ("the file",)
+    field = ".".join(map(str, path)) or "the file"
     if problem["type"] == "json_invalid":
         return f"not valid JSON: {problem['ctx']['error']}"
     if problem["type"] == "unexpected_keyword_argument":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from appo_jax import cli, config_io
-from appo_jax.config import Config
+from appo_jax.config import Config, RopeScaling, YarnScaling
 from appo_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -42,14 +42,20 @@ def replaced(config, name, value):
     return dataclasses.replace(config, **{first: replaced(getattr(config, first), rest, value) if rest else value})
 
 
-# Llama's rope scaling is the only part that the quickstart lacks.
-COMPLETE = replaced(
-    QUICKSTART,
-    "policy.architecture.rope_scaling",
-    typing.get_args(typing.get_type_hints(type(QUICKSTART.policy.architecture))["rope_scaling"])[0](
-        8.0, 1.0, 4.0, 8192
-    ),
-)
+def reaches(config, name):
+    """Whether the config has the field of a dotted name; of an optional part it may lack it, or have another kind."""
+    for part in name.split("."):
+        if not hasattr(config, part):
+            return False
+        config = getattr(config, part)
+    return True
+
+
+# The quickstart has no rope scaling: a config with each kind of it.
+COMPLETE = [
+    replaced(QUICKSTART, "policy.architecture.rope_scaling", scaling)
+    for scaling in (RopeScaling(8.0, 1.0, 4.0, 8192), YarnScaling(4.0, 32768, attention_factor=1.0))
+]
 
 
 @pytest.mark.parametrize("cls", {cls for _, cls in parts()}, ids=lambda cls: cls.__name__)
@@ -70,9 +76,12 @@ def test_every_number_has_a_lower_bound_in_its_type():
 
 
 @pytest.mark.parametrize("value", [-2, math.nan, math.inf, -math.inf, 10**400, True, "1"])
-def test_no_number_takes_a_value_that_is_none(value):
-    wrong, config = [], COMPLETE
+@pytest.mark.parametrize("config", COMPLETE, ids=["llama", "yarn"])
+def test_no_number_takes_a_value_that_is_none(config, value):
+    wrong = []
     for name, hint in numbers():
+        if not reaches(config, name):
+            continue
         if value != 10**400 or "float" in str(hint) or name in ("seed", "data.seed"):  # counts have no upper bound
             wrong.append(name)
             config = replaced(config, name, value)

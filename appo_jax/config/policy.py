@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from annotated_types import Ge
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Discriminator, PositiveFloat, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,8 @@ class RopeScaling:
     """Wavelengths below original_max_position / this are kept as they are (`high_freq_factor`; Llama 3.1: 4)."""
     original_max_position: PositiveInt
     """Tokens of context before scaling (`original_max_position_embeddings`; Llama 3.1: 8192)."""
+    kind: Literal["llama3"] = "llama3"
+    """`rope_type`, which tells the two kinds apart in a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,8 @@ class YarnScaling:
     """Frequencies that turn less often than this are divided by the factor (`beta_slow`); between the two, in part."""
     attention_factor: PositiveFloat | None = None
     """Rotated queries and keys are multiplied by it (`attention_factor`). None: 0.1 · ln(factor) + 1."""
+    kind: Literal["yarn"] = "yarn"
+    """`rope_type`, which tells the two kinds apart in a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Architecture:
     """F: inner width of the gated MLP (`intermediate_size`)."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary frequencies (`rope_theta`)."""
-    rope_scaling: RopeScaling | YarnScaling | None = None
+    rope_scaling: Annotated[RopeScaling | YarnScaling, Discriminator("kind")] | None = None
     """Scaling of the rotary frequencies. None: no scaling."""
     norm_eps: PositiveFloat = 1e-6
     """ε of RMSNorm (`rms_norm_eps`)."""
