@@ -137,7 +137,9 @@ def _parse(text: bytes, source: str | None = None) -> Config:
 def _explain(problem: pydantic_core.ErrorDetails) -> str:
     """One violation: dotted field, what was given, what was expected, nearest field."""
     # Where a part is of several kinds, pydantic names the kind in the path: policy.architecture.rope_scaling.yarn.factor.
-    path = [part for part, before in zip(problem["loc"], (None, *problem["loc"]), strict=False) if before != "rope_scaling"]
+    path = [
+        part for part, before in zip(problem["loc"], (None, *problem["loc"]), strict=False) if before != "rope_scaling"
+    ]
     *parents, name = path or ("the file",)
     field = ".".join(map(str, path)) or "the file"
     if problem["type"] == "json_invalid":

@@ -35,7 +35,7 @@ def store(tmp_path):
 WORKER = """
     import sys, time
     sys.path.insert(0, {tests!r})
-    from test_store import make_sweep
+    from test_claims import make_sweep
     from appo_jax.sweep.store import Store
 
     store = Store(make_sweep({out!r}))
