@@ -281,6 +281,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "study": _study,
     "sweep": _sweep,
     "eval": _eval,
+    "influence": commands.influence_command,
     "status": commands.status_command,
     "checkpoints": commands.checkpoints_command,
     "view": commands.view_command,

@@ -40,6 +40,30 @@ def convert_command(args: Sequence[str]) -> None:
     tyro.cli(convert, prog="appo-jax convert", args=list(args))
 
 
+def influence_command(args: Sequence[str]) -> None:
+    """Measure what the positions of a run's rollouts change, and whether the Branching Score finds those that matter."""
+
+    def influence(
+        run: tyro.conf.Positional[Path], out: Path, questions: int = 16, rollouts: int = 4, positions: int = 8,
+        continuations: int = 8,
+    ) -> None:  # fmt: skip
+        """Monte Carlo on a run's newest policy, after one training step: influence.md, .json and .png.
+
+        Args:
+            run: Directory of the run.
+            out: Folder of the result.
+            questions: Training questions that rollouts are drawn for.
+            rollouts: Rollouts of each question.
+            positions: Random positions of each rollout that are measured, beside the best ones by every score.
+            continuations: Continuations from before and from after each position.
+        """
+        from appo_jax.influence.run import Asked, study_influence
+
+        print(study_influence(run, out, Asked(questions, rollouts, positions, continuations)))
+
+    tyro.cli(influence, prog="appo-jax influence", args=list(args))
+
+
 def doctor_command(args: Sequence[str]) -> None:
     """Say what this machine can do: devices, sandbox."""
 

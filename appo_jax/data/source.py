@@ -36,6 +36,8 @@ class Dataset:
     num_demonstrations: int = 0
     # By `Example.source`: the share of the prompts that come from it. Empty: every question once an epoch.
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # Where the policy's own text decides, `[start, end)` of each place, when the source knows it (`appo-jax influence`).
+    decisions: Callable[[str], list[tuple[int, int]]] | None = None
 
 
 def source_names() -> list[str]:

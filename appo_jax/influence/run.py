@@ -1,0 +1,232 @@
+"""`appo-jax influence RUN`: does the Branching Score find the positions that matter? The paper's pilot study, on any run.
+
+Rollouts are drawn by the run's newest policy, π_old. One training step on other prompts gives π_θ, so that Ω is what it is in
+training after a step's updates. Then every score ranks the positions, and Monte Carlo says what each measured position changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+from appo_jax.branching.rule import ByScore
+from appo_jax.branching.rules import RULES
+from appo_jax.branching.score import branching_scores
+from appo_jax.components import Components, build, give_rewards
+from appo_jax.config_io import load_config
+from appo_jax.data.pipeline import prompt_batches
+from appo_jax.export import newest_params
+from appo_jax.influence.measure import Measured, measure
+from appo_jax.influence.ranking import (
+    Interval,
+    Ranked,
+    chance,
+    correlation,
+    over_rollouts,
+    precision,
+    share_after_tools,
+    top_words,
+)
+from appo_jax.policy.parameters import Params
+from appo_jax.policy.sharding import param_shardings, place
+from appo_jax.rollout.growth import blank_tokens, valid_positions
+from appo_jax.rollout.scoring import by_future, log_probs, padded
+from appo_jax.train import begin
+from appo_jax.train_step import train_step
+from appo_jax.types import Rollout, turn_starts
+from appo_jax.view.plots import STYLE
+
+DRAWS = 5  # first number of every draw's identity: what the draws are for
+RANDOM, TURN_START = "random", "turn start"
+COUNTS = (1, 3, 5)  # B
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """How much is measured."""
+
+    questions: int = 16
+    rollouts: int = 4
+    """Of each question."""
+    positions: int = 8
+    """Random positions of each rollout; the first three by every score are measured as well."""
+    continuations: int = 8
+    """K: draws at each cut."""
+
+
+def study_influence(run: Path, out: Path, asked: Asked) -> str:
+    """Measure, write influence.md, influence.json and influence.png into `out`, and return the text."""
+    config = load_config(run / "config.json")
+    with build(config) as components:
+        where, found = newest_params(run)
+        trainer, state = begin(
+            components, place(found, param_shardings(components.arch, components.mesh, "train"), components.mesh)
+        )
+        batches = prompt_batches(components.train, config.prompts_per_step, config.seed)
+        others = next(batches)
+        examples = list(itertools.islice(itertools.chain.from_iterable(batches), asked.questions))
+        trees = components.sampler.initial(state.params, examples, asked.rollouts, (DRAWS, 0))
+        rollouts = [rollout for tree in trees for rollout in tree]
+        give_rewards(rollouts, components)
+        old = [values for tree in log_probs(components.sampler, state.params, trees) for values in tree]
+        state, record, _ = train_step(trainer, 0, state, others, iter(()))
+        ranked = rank(components, state.params, rollouts, old)
+        rng = np.random.default_rng(config.seed)
+        random = {
+            i: sorted(rng.choice(p, min(asked.positions, len(p)), replace=False).tolist())
+            for i, r in enumerate(ranked)
+            if len(p := np.flatnonzero(r.valid))
+        }
+        chosen = {
+            i: sorted({*random[i], *(t for name in ranked[i].scores for t in ranked[i].top(name, 3))}) for i in random
+        }
+        measured = measure(
+            components.sampler, state.params, rollouts, chosen, asked.continuations,
+            lambda some: give_rewards(some, components), (DRAWS, 1),
+        )  # fmt: skip
+    figures = summarize(ranked, measured, random)
+    figures |= {
+        "policy": where, "rollouts": len(rollouts), "positions": len(measured), "continuations": asked.continuations,
+        "future_std": float(np.std(np.concatenate([r.scores["future"][r.valid] for r in ranked]))),
+        "step": {name: value for name, value in record.items() if name.startswith(("branching/", "update/"))},
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "influence.json").write_text(json.dumps(figures, indent=2, default=dataclasses.asdict) + "\n")
+    text = to_markdown(figures)
+    (out / "influence.md").write_text(text + "\n", encoding="utf-8")
+    draw(figures, out / "influence.png")
+    return text
+
+
+def rank(
+    components: Components, params: Params, rollouts: Sequence[Rollout], old: Sequence[np.ndarray]
+) -> list[Ranked]:
+    """Every rollout's positions as each score ranks them under `params`. `old`: log-probs `[T]` under the drawing policy."""
+    config, tokenizer = components.config, components.tokenizer
+    scored = components.sampler.score(params, rollouts)
+    length = max(rollout.length for rollout in rollouts)
+    blank = blank_tokens(tokenizer)
+    replaced: Any = dataclasses.replace  # by name: the registry's names are the field's choices
+    valid = [valid_positions(r, blank, config.branching, tokenizer.eos_ids) for r in rollouts]
+    arrays = [jnp.asarray(padded(x, len(rollouts), length)) for x in (scored.log_probs, old, scored.entropies, valid)]
+    sampled = padded([r.sampled for r in rollouts], len(rollouts), length)
+    future = by_future(arrays[0], arrays[1], sampled, tau=config.branching.tau)
+    results = {
+        name: branching_scores(future, arrays[2], arrays[3], replaced(config.branching, score=name))
+        for name, rule in RULES.items()
+        if isinstance(rule, ByScore)
+    }
+    rng = np.random.default_rng(config.seed)
+    pieces = tokenizer.token_bytes()
+    out = []
+    for i, r in enumerate(rollouts):
+        t = r.length
+        after_tool = np.zeros(t, bool)
+        after_tool[turn_starts(r.sampled)[1:]] = True
+        scores = {name: np.asarray(result.score[i, :t]) for name, result in results.items()}
+        preferred = {name: np.asarray(result.preferred[i, :t]) for name, result in results.items()}
+        scores |= {RANDOM: rng.random(t), TURN_START: after_tool + 1e-3 * rng.random(t)}
+        preferred |= {RANDOM: valid[i], TURN_START: valid[i]}
+        words = [pieces[token] if token < len(pieces) else b"" for token in r.tokens]
+        known = components.dataset.decisions
+        out.append(
+            Ranked(
+                scores, preferred, valid[i], r.sampled, None if known is None else decision_tokens(r, words, known),
+                after_tool, [word.decode(errors="replace") for word in words],
+            )
+        )  # fmt: skip
+    return out
+
+
+def decision_tokens(rollout: Rollout, words: Sequence[bytes], known: Any) -> np.ndarray:
+    """`[T]` bool: tokens in which a decision of the response begins, by the data source's own account."""
+    start = rollout.prompt_length
+    ends = np.cumsum([len(word) for word in words[start:]])
+    text = b"".join(words[start:]).decode(errors="replace")
+    out = np.zeros(rollout.length, bool)
+    for begin_at, _ in known(text):
+        byte = len(text[:begin_at].encode())
+        out[start + int(np.searchsorted(ends, byte, side="right"))] = True
+    return out & rollout.sampled
+
+
+def summarize(ranked: Sequence[Ranked], measured: Sequence[Measured], random: dict[int, list[int]]) -> dict[str, Any]:
+    """Every figure, by score."""
+    influence = {(m.rollout, m.position): m.influence for m in measured}
+
+    def mean_of_top(name: str) -> Interval:
+        rows = [[influence[i, t] for t in ranked[i].top(name, 3)] for i in random]
+        return over_rollouts(rows, lambda values: float(np.mean(values)))
+
+    known = any(r.decisions is not None for r in ranked)
+    figures: dict[str, Any] = {"scores": {}, "chance": chance(ranked) if known else None}
+    for name in ranked[0].scores:
+        pairs = [[(float(ranked[i].scores[name][t]), influence[i, t]) for t in random[i]] for i in random]
+        figures["scores"][name] = {
+            "correlation": correlation(pairs),
+            "influence_of_top_3": mean_of_top(name),
+            "precision": {count: precision(ranked, name, count) for count in COUNTS} if known else None,
+            "after_tools": share_after_tools(ranked, name, 3),
+            "words": top_words(ranked, name, 3),
+        }
+    figures["influence_of_random"] = over_rollouts(
+        [[influence[i, t] for t in random[i]] for i in random], lambda values: float(np.mean(values))
+    )
+    return figures
+
+
+def to_markdown(figures: dict[str, Any]) -> str:
+    lines = [
+        f"{figures['rollouts']} rollouts of {figures['policy']}, {figures['positions']} positions, "
+        f"{figures['continuations']} continuations at each cut. Standard deviation of the future score after one step: "
+        f"{figures['future_std']:.3f}. Intervals: 95 %, over rollouts.",
+        "",
+        "| score | rank correlation with influence | influence of its best 3 | precision at 1 | at 3 | at 5 | begin a turn "
+        "after a tool | words on top |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, f in figures["scores"].items():
+        hits = [_shown(f["precision"][count], 2) for count in COUNTS] if f["precision"] else [""] * len(COUNTS)
+        words = ", ".join(f"{word} {count}" for word, count in f["words"][:8])
+        cells = [
+            name, _shown(f["correlation"], 2), _shown(f["influence_of_top_3"], 4), *hits, f"{100 * f['after_tools']:.0f} %", words,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"Mean influence of a random position: {_shown(figures['influence_of_random'], 4)}."]
+    if figures["chance"] is not None:
+        lines.append(f"Share of positions that are decisions by construction: {_shown(figures['chance'], 2)}.")
+    return "\n".join(lines)
+
+
+def _shown(x: Interval, digits: int) -> str:
+    return f"{x.value:.{digits}f} [{x.low:.{digits}f}, {x.high:.{digits}f}]"
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    """Bars with intervals: rank correlation, influence of the best three, and precision where decisions are known."""
+    panels: list[tuple[str, Callable[[Any], Interval], float]] = [
+        ("rank correlation with influence", lambda f: f["correlation"], 0.0),
+        ("influence of the best 3", lambda f: f["influence_of_top_3"], figures["influence_of_random"].value),
+    ]
+    if figures["chance"] is not None:
+        panels.append(("precision at 3", lambda f: f["precision"][3], figures["chance"].value))
+    names = list(figures["scores"])
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2), layout="constrained", sharey=True)
+        for ax, (title, get, reference) in zip(axes, panels, strict=True):
+            found = [get(figures["scores"][name]) for name in names]
+            errors = np.array([[x.value - x.low for x in found], [x.high - x.value for x in found]])
+            ax.barh(names, [x.value for x in found], xerr=np.maximum(errors, 0), color="C0", ecolor="0.3", capsize=2)
+            ax.axvline(reference, color="C3", linewidth=1)
+            ax.set_title(title)
+        axes[0].invert_yaxis()
+        figure.savefig(path)
+        plt.close(figure)
