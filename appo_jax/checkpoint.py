@@ -43,15 +43,20 @@ class Checkpointer:
     method together.
     """
 
-    def __init__(self, directory: Path, keep: int, read_only: bool = False) -> None:
-        """`read_only`: nothing is written, removed or set aside; another process may be writing here."""
+    def __init__(self, directory: Path, keep: int, keep_best: int = 0, read_only: bool = False) -> None:
+        """`keep_best`: so many of the steps saved with the highest accuracy are kept, too.
+
+        `read_only`: nothing is written, removed or set aside; another process may be writing here.
+        """
         self._directory, self._read_only = usable_path(directory), read_only
         if not read_only and jax.process_index() == 0:
             self._tell_leftovers()
         options = (
             ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
             if read_only
-            else ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            else ocp.CheckpointManagerOptions(
+                preservation_policy=_kept(keep, keep_best), best_fn=_accuracy, cleanup_tmp_directories=True
+            )
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._unread: tuple[int, PyTree, dict[str, Any]] | None = (
@@ -59,8 +64,13 @@ class Checkpointer:
         )
 
     @heartbeat.phase("checkpoint")
-    def save(self, step: int, state: PyTree, meta: Mapping[str, Any], iterator: grain.DatasetIterator | None) -> None:
+    def save(
+        self, step: int, state: PyTree, meta: Mapping[str, Any], iterator: grain.DatasetIterator | None,
+        accuracy: float | None = None,
+    ) -> None:  # fmt: skip
         """Start to write a step: state, JSON `meta`, position of the data. `state` may be donated once this returns.
+
+        `accuracy`: of this policy on held-out questions, where it is known.
 
         Raises CheckpointError if a step this new exists already, or as `wait` does for the step before this one.
         """
@@ -75,7 +85,8 @@ class Checkpointer:
         }
         self._foresee_a_full_disk(step)
         try:
-            saved = self._manager.save(step, args=ocp.args.Composite(**items))
+            metrics = None if accuracy is None else {"accuracy": float(accuracy)}
+            saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         except Exception as error:
             raise self._failed(error) from error
         if not saved:
@@ -294,6 +305,19 @@ def _unreadable(folder: Path) -> Path | None:
         if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0), effective_ids=True):
             return path
     return None
+
+
+def _accuracy(metrics: Mapping[str, float]) -> float:
+    return metrics["accuracy"]
+
+
+def _kept(newest: int, best: int) -> Any:
+    """Which steps are kept: the newest, and the best of those whose accuracy is known."""
+    policies = ocp.checkpoint_managers
+    by_accuracy = policies.BestN(get_metric_fn=_accuracy, n=best, keep_checkpoints_without_metrics=False)
+    return policies.AnyPreservationPolicy(
+        [policies.LatestN(n=newest), by_accuracy] if best else [policies.LatestN(n=newest)]
+    )
 
 
 def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[set[int]]:

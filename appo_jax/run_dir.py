@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "checkpoint_every",
     "sft.checkpoint_every",
     "keep_checkpoints",
+    "keep_best_checkpoints",
     "keep_rollouts",
     "stop_grace_seconds",
     "tools.max_unavailable",

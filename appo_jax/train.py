@@ -53,7 +53,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     trainer, state = begin(components, params)
     del params
     prompts = prompt_batches(components.train, config.prompts_per_step, config.seed, weights=components.dataset.weights)
-    checkpointer = Checkpointer(run.checkpoints / "rl", config.keep_checkpoints)
+    checkpointer = Checkpointer(run.checkpoints / "rl", config.keep_checkpoints, config.keep_best_checkpoints)
     metrics = MetricsLogger(run.path, keep_rollouts=config.keep_rollouts)
     outages = OutageWatch(config.tools)
     try:
@@ -86,7 +86,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
                     "sampled_tokens": reached.sampled_tokens, "wall_s": record["time/wall_s"], "record": plain(record),
                     "accuracies": accuracies,
                 }  # fmt: skip
-                checkpointer.save(reached.step, state, meta, prompts)
+                checkpointer.save(reached.step, state, meta, prompts, record.get("eval/accuracy"))
         if not reached.end(config):
             log.warning("stopped after step %d, which is saved; the same command goes on from there", reached.step)
             raise KeyboardInterrupt

@@ -102,6 +102,19 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["3", "4"]
 
 
+def test_the_best_are_kept_beside_the_newest(tmp_path):
+    accuracies = {1: 0.3, 2: 0.9, 3: None, 4: 0.8, 5: 0.1, 6: None, 7: 0.2}
+    for steps in ((1, 2, 3, 4), (5, 6, 7)):  # what is known of the first four is read again by the next process
+        checkpointer = Checkpointer(tmp_path / "c", 2, keep_best=2)
+        for step in steps:
+            checkpointer.save(step, {"w": jnp.ones(3) * step}, {}, None, accuracies[step])
+        checkpointer.close()
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["2", "4", "6", "7"]
+    checkpointer = Checkpointer(tmp_path / "c", 2, keep_best=2)
+    assert checkpointer.restore_latest({"w": jnp.zeros(3)}, None)[0] == 7
+    checkpointer.close()
+
+
 @pytest.mark.parametrize("step", [12, 11])
 def test_a_step_is_saved_once_and_in_order(folder, step):
     checkpointer = Checkpointer(folder, 3)

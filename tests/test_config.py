@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from appo_jax import cli, config_io
-from appo_jax.config import Config, RopeScaling, YarnScaling
+from appo_jax.config import Config, RopeScaling, YarnScaling, rules
 from appo_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -156,3 +156,11 @@ def test_all_broken_rules_are_listed_at_once():
     with pytest.raises(ConfigError) as error:
         config_io.check(config)
     assert [line.split(" ")[1] for line in str(error.value).splitlines()] == ["loss.dual_clip", "rollout.budget"]
+
+
+@pytest.mark.parametrize(("every", "fits"), [(0, False), (15, False), (20, True)])
+def test_the_best_checkpoints_are_those_that_are_judged_and_saved(every, fits):
+    config = replaced(replaced(QUICKSTART, "keep_best_checkpoints", 2), "eval.every", every)
+    found = [text for text in rules.broken(config) if "keep_best_checkpoints" in text]
+    assert len(found) == (not fits)
+    assert all(f"needs eval.every (given: {every}) to be a multiple of checkpoint_every = 10" in text for text in found)

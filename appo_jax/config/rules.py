@@ -26,6 +26,15 @@ def _start(config: Config) -> Iterator[str]:
         yield "policy.tokenizer: needed when policy.path is not given"
 
 
+def _checkpoints(config: Config) -> Iterator[str]:
+    every = config.eval.every
+    if config.keep_best_checkpoints and (every == 0 or every % config.checkpoint_every):
+        yield (
+            f"keep_best_checkpoints = {config.keep_best_checkpoints}: needs eval.every (given: {every}) to be a multiple of "
+            f"checkpoint_every = {config.checkpoint_every}: what is judged must be saved"
+        )
+
+
 def _rollouts(config: Config) -> Iterator[str]:
     r = config.rollout
     if r.max_result_tokens >= r.max_response_tokens:
@@ -95,4 +104,11 @@ def _batches(config: Config) -> Iterator[str]:
         yield f"sft.micro_batch = {sft.micro_batch} does not divide sft.batch_size = {sft.batch_size}"
 
 
-_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (_start, _rollouts, _branching, _objective, _batches)
+_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
+    _start,
+    _checkpoints,
+    _rollouts,
+    _branching,
+    _objective,
+    _batches,
+)

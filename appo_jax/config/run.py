@@ -82,6 +82,9 @@ class Config:
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 3
     """Newest checkpoints that are kept."""
+    keep_best_checkpoints: NonNegativeInt = 0
+    """Checkpoints of the highest held-out accuracy that are kept beside them. Needs `eval.every`, of which `checkpoint_every` is a
+    divisor: what is judged must be saved."""
     keep_rollouts: NonNegativeInt = 0
     """Rollout trees of the newest so many steps are kept on disk. 0: of all steps."""
     max_silent_seconds: PositiveFloat = 600.0
