@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from appo_jax.tools.build import build_executor
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.format import offer_tools
 from appo_jax.types import Example, Rollout, Segment
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,8 @@ def build(config: Config) -> Components:
         executor = stack.enter_context(build_executor(config.tools, dataset.documents))
         tokenizer = offer_tools(executor.call_format, tokenizer)
         check_tags(tokenizer, structure(executor.call_format.pieces))
+        if config.policy.path is None:  # a random start, whose tokenizer is made for the run
+            _warn_of_long_calls(tokenizer, executor)
         train, held_out = (_prompts(part, tokenizer, executor, config) for part in (dataset.train, dataset.held_out))
         mesh, dtype = make_mesh(config.mesh), compute_dtype(config)
         stack.enter_context(use_mesh(mesh))
@@ -87,6 +92,18 @@ def build(config: Config) -> Components:
         return Components(
             config, dataset, train, held_out, tokenizer, executor, arch, dtype, mesh, sampler, reward, stack.pop_all()
         )  # fmt: skip
+
+
+def _warn_of_long_calls(tokenizer: Tokenizer, executor: ToolExecutor) -> None:
+    """Say so where a tokenizer was trained for another call format: calls work, but take many tokens."""
+    lengths = {piece: len(tokenizer.encode(piece)) for piece in executor.call_format.pieces}
+    if lengths and (longest := max(lengths, key=lambda piece: lengths[piece])) and lengths[longest] > 4:
+        log.warning(
+            "policy.tokenizer writes %r of tools.call_format in %d tokens; train one for this format and these tools with "
+            "`appo-jax data world`, and another --policy.tokenizer",
+            longest,
+            lengths[longest],
+        )
 
 
 def _prompts(

@@ -10,9 +10,11 @@ import pytest
 import appo_jax
 from appo_jax.components import build
 from appo_jax.config_io import check, load_config
+from appo_jax.errors import ConfigError
 from appo_jax.metrics import read_metrics
 from appo_jax.prepare import prepare_world
 from appo_jax.text.tokenizer import load_tokenizer
+from appo_jax.text.train_tokenizer import train_tokenizer
 from appo_jax.train import train
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
@@ -55,8 +57,8 @@ def test_the_world_learns_in_either_format(tmp_path, monkeypatch, call_format):
     assert sum(record["tools/python/ok"] for record in steps) > 50
 
 
-def test_a_tokenizer_of_another_format_still_writes_every_call(tmp_path, monkeypatch):
-    """It spends more tokens, and loses nothing."""
+def test_a_tokenizer_of_another_format_still_writes_every_call(tmp_path, monkeypatch, caplog):
+    """It spends more tokens, which the run says, and loses nothing."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     c = load_config(QUICKSTART)
     policy = dataclasses.replace(c.policy, tokenizer=str(tmp_path / "tags.model"))
@@ -74,6 +76,12 @@ def test_a_tokenizer_of_another_format_still_writes_every_call(tmp_path, monkeyp
         call = components.executor.call_format.render_call("python", "12*3")
         tokenizer = components.tokenizer
         assert tokenizer.decode(tokenizer.encode(call)) == call
+    assert "train one for this format" in caplog.text
+
+
+def test_a_vocabulary_too_small_for_the_text_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"policy\.architecture\.vocab_size = 300: .*[Vv]ocab"):
+        train_tokenizer(["one two three"], tmp_path / "small.model", ("<a>",), vocab_size=300)
 
 
 def test_tags_are_written_in_one_file_alone():

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from appo_jax.errors import ConfigError
+
 CONTROL_SYMBOLS = ("<|system|>", "<|user|>", "<|assistant|>")
 SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
 # Digits go in pairs from the left, so that copying a number takes a token or two.
@@ -23,11 +25,20 @@ def structure(call_pieces: Sequence[str]) -> tuple[str, ...]:
 
 def train_tokenizer(texts: Iterable[str], path: Path, call_pieces: Sequence[str], vocab_size: int = 1024) -> None:
     """Train on `texts` and write the model to `path` (.model). The same texts give the same bytes. A small text yields
-    fewer than `vocab_size` pieces.
+    fewer than `vocab_size` pieces. Raises ConfigError for a `vocab_size` too small for the letters in the text.
 
-    Unigram, so that a frequent name is one piece; digits stand in pairs; any byte can be encoded; spaces and line breaks
+    BPE, so that a frequent name is one piece; digits stand in pairs; any byte can be encoded; spaces and line breaks
     survive as they are, so that pieces encoded one by one decode to the joined text."""
     model = io.BytesIO()
+    try:
+        _train(texts, model, call_pieces, vocab_size)
+    except RuntimeError as error:  # sentencepiece's own, for a vocabulary too small for the letters of the text
+        raise ConfigError(f"policy.architecture.vocab_size = {vocab_size}: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
+
+
+def _train(texts: Iterable[str], model: io.BytesIO, call_pieces: Sequence[str], vocab_size: int) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
@@ -49,5 +60,3 @@ def train_tokenizer(texts: Iterable[str], path: Path, call_pieces: Sequence[str]
         num_threads=1,
         minloglevel=2,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
