@@ -136,7 +136,9 @@ def _released() -> str:
     with _sandbox() as tool, ToolExecutor([tool], config) as executor:
         alone = len(descendants(tool.pid))
         for i in range(8):
-            executor.submit(executor.start(), executor.call_format.render_call("python", f"x = {i}"), bound=600.0).result()
+            executor.submit(
+                executor.start(), executor.call_format.render_call("python", f"x = {i}"), bound=600.0
+            ).result()
         gc.collect()
         return _until(
             lambda: len(descendants(tool.pid)) <= alone, "interpreters of rollouts that have ended stay alive"

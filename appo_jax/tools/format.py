@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from appo_jax.errors import ConfigError
 from appo_jax.text.tokenizer import JsonTokenizer, Tokenizer
+from appo_jax.tools.arguments import Problem, decode, read_argument
 from appo_jax.tools.protocol import Tool, ToolSpec
 
 
@@ -253,24 +254,17 @@ class JsonFormat:
 
     def _read_arguments(self, name: str, arguments: Any) -> Call | str:
         tool = next((tool for tool in self.tools if tool.name == name), ToolSpec(name))
-        # Some models write the arguments as a string of JSON, as OpenAI's interface has them.
-        if isinstance(arguments, str) and isinstance(decoded := _decode(arguments), dict):
-            arguments = decoded
-        if isinstance(arguments, dict):
-            text = _argument_of(tool, arguments)
-            if isinstance(text, _Problem):
-                return f"Malformed call: {text}."
-            arguments = text
-        if not isinstance(arguments, str):
-            return f"Malformed call: arguments must be an object or a string, not {type(arguments).__name__}."
-        if not arguments.strip() or arguments == "{}":
+        argument = read_argument(tool, arguments)
+        if isinstance(argument, Problem):
+            return f"Malformed call: {argument}."
+        if not argument.strip() or argument == "{}":
             return f"Empty call: {name} was given no argument."
-        return Call(name, arguments)
+        return Call(name, argument)
 
     def render_call(self, name: str, argument: str, closed: bool = True) -> str:
         tool = next((tool for tool in self.tools if tool.name == name), ToolSpec(name))
         opening, closing = self._around(name)
-        if tool.several_arguments and isinstance(_decode(argument), dict):
+        if tool.several_arguments and isinstance(decode(argument), dict):
             opening, text, closing = opening.rpartition("{")[0], argument, "}\n</tool_call>"
         else:
             text = json.dumps(argument, ensure_ascii=False)[1:-1]
@@ -323,10 +317,6 @@ def _instructions(ways: Sequence[tuple[ToolSpec, str]], marks: str) -> str:
     return "\n".join([*lines, f"The result of a call is then shown to you between {marks}."])
 
 
-class _Problem(str):
-    """What is wrong with a call's arguments."""
-
-
 def _read_json(body: str) -> dict[str, Any] | str:
     """The object of a call, or what is wrong with it."""
     if not body.strip():
@@ -341,32 +331,3 @@ def _read_json(body: str) -> dict[str, Any] | str:
         )
         return f"Malformed call: the text in <tool_call> is not valid JSON ({error}).{hint}"
     return call if isinstance(call, dict) else 'Malformed call: expected {"name": "…", "arguments": {…}}.'
-
-
-def _decode(text: str) -> Any:
-    """The value of a JSON text, or None."""
-    try:
-        return json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _argument_of(tool: ToolSpec, arguments: dict[str, Any]) -> str | _Problem:
-    """The text that a tool is called with. A tool of one argument gets that argument, others the JSON object."""
-    only = next(iter(arguments.values())) if len(arguments) == 1 else None
-    if tool.several_arguments or (tool.argument_name is None and tool.parameters is None):
-        declared = tool.parameters is not None
-        return only if isinstance(only, str) and not declared else json.dumps(arguments, ensure_ascii=False)
-    for _ in range(4):  # {"code": "{\"code\": …}"}: the arguments encoded once more than they should be
-        inner = _decode(only) if isinstance(only, str) else only
-        if not (isinstance(inner, dict) and list(inner) == [tool.key]):
-            break
-        only = inner[tool.key]
-    if not arguments or isinstance(only, str):
-        return only or ""
-    extra = [key for key in arguments if key != tool.key]
-    if extra and len(arguments) > 1:
-        return _Problem(f'{tool.name} takes one argument, "{tool.key}"; it was also given {", ".join(extra)[:80]}')
-    if tool.parameters is not None:
-        return json.dumps(arguments, ensure_ascii=False)
-    return _Problem(f'"{tool.key}" of {tool.name} must be a string, not {type(only).__name__}')
