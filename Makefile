@@ -64,15 +64,7 @@ bench: $(PEERS) artifacts/smollm2
 parity: $(PEERS)
 	$(PEERS)/python benchmarks/parity.py $(ARGS)
 
-# APPO, then GRPO from the same cold start, each until TOKENS tokens have been sampled.
-SEEDS ?= 0 1 2
-TOKENS ?= 120000
+# Each algorithm from the same cold start, until 40,000 tokens have been sampled; ends in runs/study/study.md and study.png.
 compare: $(RUN)
 	$(BIN)/appo-jax data world --config configs/quickstart.py
-	set -e; for seed in $(SEEDS); do \
-		$(BIN)/appo-jax train --config configs/quickstart.py --seed $$seed --run-dir runs/compare/appo-$$seed \
-			--steps 1000 --max-sampled-tokens $(TOKENS) $(ARGS); \
-		$(BIN)/appo-jax train --config configs/quickstart.py --seed $$seed --run-dir runs/compare/grpo-$$seed \
-			--algorithm grpo --init-from runs/compare/appo-$$seed --steps 1000 --max-sampled-tokens $(TOKENS) $(ARGS); \
-	done
-	$(BIN)/python -m appo_jax.view.compare runs/compare/* --out runs/compare.png
+	$(BIN)/appo-jax study --config configs/studies/study.py --arms appo grpo --seeds 0 1 2 $(ARGS)

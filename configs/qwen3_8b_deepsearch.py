@@ -9,48 +9,28 @@ The weights are those of a cold start: SFT on tool-use traces, lr 7e-6, batch 12
     launch/run.sh --config configs/qwen3_8b_deepsearch.py --run-dir /mnt/shared/runs/qwen3_8b_deepsearch
 """
 
-from appo_jax.config import (
-    Architecture,
-    BranchingConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    MeshConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    RolloutConfig,
-    SearchToolConfig,
-    ToolsConfig,
-)
+import dataclasses
+from pathlib import Path
 
-config = Config(
+from appo_jax.config import Architecture, DataConfig, MeshConfig, PolicyConfig, SearchToolConfig
+from appo_jax.config_io import load_config
+
+paper = load_config(Path(__file__).parent / "shared" / "paper.py")
+architecture = Architecture(
+    vocab_size=151936, width=4096, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=12288,
+    rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False, family="qwen3",
+)  # fmt: skip
+# The key is read from SERPER_API_KEY.
+search = SearchToolConfig(
+    url="https://google.serper.dev/search", provider="serper", top_k=10, cache="artifacts/search.sqlite"
+)
+config = dataclasses.replace(
+    paper,
     run_dir="runs/qwen3_8b_deepsearch",
     steps=41,
-    prompts_per_step=128,
-    prompts_per_minibatch=16,
-    checkpoint_every=1,  # a step takes minutes, and a pod on spot capacity is given about 30 s to end
-    stop_grace_seconds=20,
-    policy=PolicyConfig(
-        path="artifacts/qwen3_8b_sft",  # after the cold start
-        architecture=Architecture(
-            vocab_size=151936, width=4096, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=12288,
-            rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False, family="qwen3",
-        ),
-    ),
+    policy=PolicyConfig(path="artifacts/qwen3_8b_sft", architecture=architecture),  # after the cold start
     data=DataConfig(source="appo_rl", path="artifacts/appo_rl/hard_search_1k.parquet"),
-    tools=ToolsConfig(
-        max_concurrency=64,
-        # The key is read from SERPER_API_KEY.
-        search=SearchToolConfig(
-            url="https://google.serper.dev/search", provider="serper", top_k=10, cache="artifacts/search.sqlite"
-        ),
-    ),
-    rollout=RolloutConfig(
-        num_initial=4, budget=16, max_prompt_tokens=1024, max_response_tokens=8192, max_result_tokens=1024,
-        max_tool_calls=10, decode_rows=192, max_seconds=1800,
-    ),
-    branching=BranchingConfig(num_branch_points=3, tau=32.0, clip_low=1.0, clip_high=1.2),
-    optimizer=OptimizerConfig(learning_rate=1e-6, micro_batch=16, remat="layers"),
-    eval=EvalConfig(every=20),
+    tools=dataclasses.replace(paper.tools, search=search),
+    rollout=dataclasses.replace(paper.rollout, max_response_tokens=8192, max_result_tokens=1024, max_tool_calls=10),
     mesh=MeshConfig(fsdp=16, tensor=2),
-)  # fmt: skip
+)

@@ -11,13 +11,8 @@ from pathlib import Path
 from appo_jax.config_io import load_config
 from appo_jax.study.plan import Study
 
-quickstart = load_config(Path(__file__).parents[1] / "quickstart.py")
-base = dataclasses.replace(
-    quickstart,
-    eval=dataclasses.replace(quickstart.eval, every=1),
-    # GRPO's kind trains on all 16 rollouts of a prompt: in small parts, whose activations stay in a core's cache.
-    optimizer=dataclasses.replace(quickstart.optimizer, micro_batch=8),
-)
+base = load_config(Path(__file__).parents[1] / "shared" / "study.py")
+base = dataclasses.replace(base, eval=dataclasses.replace(base.eval, every=1))
 arpo = dataclasses.replace(base.rollout, num_initial=8)  # half of the budget at once, as in its paper
 
 study = Study(

@@ -4,7 +4,6 @@ import io
 import json
 import time
 
-import numpy as np
 import pytest
 from matplotlib import image
 from rich.console import Console
@@ -13,7 +12,7 @@ from appo_jax import heartbeat
 from appo_jax.config import Config, PolicyConfig, SFTConfig
 from appo_jax.config_io import save_config
 from appo_jax.errors import DataError
-from appo_jax.view import compare, plots
+from appo_jax.view import plots
 from appo_jax.view.progress import PHASES, Progress
 from appo_jax.view.tree import render_tree, show_tree
 
@@ -35,19 +34,17 @@ NODES = [
 TREE = {"step": 2, "id": "q-7", "question": "How many?", "golds": ["42", "forty-two"], "nodes": NODES}
 
 
-def write_run(folder, algorithm="appo", seed=0, steps=6, accuracy=0.5, final=None, tokens=100):
+def write_run(folder):
     folder.mkdir(parents=True)
-    save_config(Config(algorithm=algorithm, seed=seed, policy=PolicyConfig(path="x")), folder / "config.json")
+    save_config(Config(policy=PolicyConfig(path="x")), folder / "config.json")
     with (folder / "metrics.jsonl").open("w") as file:
-        for step in range(1, steps + 1):
+        for step in range(1, 7):
             record = {
-                "step": step, "accuracy/initial": accuracy, "rollout/sampled_tokens_total": tokens * step,
+                "step": step, "accuracy/initial": 0.5, "rollout/sampled_tokens_total": 100 * step,
                 "reward/initial": None if step == 3 else 0.1 * step, "calls/python/ok": step, "calls/search/ok": 2,
                 "time/rollout_s": 1.0, "time/update_s": 2.0, "update/clip_fraction": 0.01, "update/grad_norm": 1.0,
             }  # fmt: skip
             file.write(json.dumps(record) + "\n")
-    if final is not None:
-        (folder / "summary.json").write_text(json.dumps({"accuracy_sft": 0.4, "accuracy_final": final}))
     (folder / "rollouts").mkdir()
     (folder / "rollouts" / "step_000002.jsonl").write_text(json.dumps(TREE) + "\n")
     return folder
@@ -116,33 +113,6 @@ def test_series_leave_out_what_was_not_finite(tmp_path):
 
 def test_branch_points_are_shares_of_the_parents_response(tmp_path):
     assert plots._branch_points(write_run(tmp_path / "run") / "rollouts") == [(2, (15 - 10) / (30 - 10))]
-
-
-def test_runs_are_compared_by_algorithm_over_seeds(tmp_path):
-    finals = {("appo", 0): 0.8, ("appo", 1): 0.9, ("grpo", 0): 0.6}
-    runs = [write_run(tmp_path / f"{a}-{s}", a, s, final=value) for (a, s), value in finals.items()]
-    table = compare.compare(runs, tmp_path / "compare.png").splitlines()
-    assert table[2:] == [
-        "| APPO | 2 | 0.00 M | 40.0 ± 0.0 | 85.0 ± 7.1 | 45.0 ± 7.1 |",  # std of 80 and 90 with n − 1: 7.07
-        "| GRPO | 1 | 0.00 M | 40.0 ± 0.0 | 60.0 ± 0.0 | 20.0 ± 0.0 |",
-    ]
-    assert image.imread(tmp_path / "compare.png")[..., :3].std() > 0.01
-
-
-def test_curves_are_averaged_at_equal_tokens(tmp_path):
-    """Seed 0 samples 100 tokens a step, seed 1 samples 200: only what both cover is drawn."""
-    runs = [
-        compare._load(write_run(tmp_path / "0", seed=0, steps=9, tokens=100, accuracy=0.2)),
-        compare._load(write_run(tmp_path / "1", seed=1, steps=3, tokens=200, accuracy=0.6)),
-    ]
-    tokens, mean, spread = compare._mean_curve(runs)
-    assert (tokens[0], tokens[-1]) == (200, 600)
-    np.testing.assert_allclose(mean, 0.4)
-    np.testing.assert_allclose(spread, np.std([0.2, 0.6], ddof=1))
-
-
-def test_smoothing_is_the_mean_of_the_last_steps():
-    np.testing.assert_allclose(compare._smooth(np.arange(7.0)), [0, 0.5, 1, 1.5, 2, 3, 4])
 
 
 CONFIG = Config(steps=3, sft=SFTConfig(steps=1), policy=PolicyConfig(path="x"))
