@@ -293,21 +293,44 @@ CASES: dict[str, tuple[str, set[Outcome]]] = {
 }  # fmt: skip
 
 
+def start(timeout):
+    """A sandbox, and a rollout in it that must come through unharmed."""
+    tool = PythonTool(PythonToolConfig(timeout=timeout, memory_mb=256, preload=("math",)))
+    result, state = tool.call(tool.start(), "import math\nsecret = [1, 2, 3]\nopen('notes', 'w').write('kept')")
+    assert result.outcome is OK
+    return tool, state
+
+
 @pytest.fixture(scope="module")
-def tool():
+def secret():
     os.environ["APPO_SECRET"] = "token"
-    tool = PythonTool(PythonToolConfig(timeout=TIMEOUT, memory_mb=256, preload=("math",)))
-    yield tool
-    tool.close()
+    yield
     del os.environ["APPO_SECRET"]
 
 
 @pytest.fixture(scope="module")
-def victim(tool):
-    """A rollout that must come through unharmed."""
-    result, state = tool.call(tool.start(), "import math\nsecret = [1, 2, 3]\nopen('notes', 'w').write('kept')")
-    assert result.outcome is OK
-    return state
+def sandbox(secret):
+    tool, state = start(TIMEOUT)
+    yield tool, state
+    tool.close()
+
+
+@pytest.fixture(scope="module")
+def patient(secret):
+    """For code that ends by itself, however busy the machine is."""
+    tool, state = start(10 * TIMEOUT)
+    yield tool, state
+    tool.close()
+
+
+@pytest.fixture(scope="module")
+def tool(sandbox):
+    return sandbox[0]
+
+
+@pytest.fixture(scope="module")
+def victim(sandbox):
+    return sandbox[1]
 
 
 @pytest.fixture(scope="module")
@@ -361,8 +384,10 @@ def settled(pid: int, number: int, seconds: float = 3.0) -> set[int]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_attack(tool, victim, server, tmp_path, name):
+def test_attack(sandbox, patient, server, tmp_path, name):
     code, right = CASES[name]
+    tool, victim = sandbox if LATE in right else patient
+    limit = tool.timeout + SLACK
     port, visits = server
     sentinel = tmp_path / "sentinel"
     sentinel.write_text("host")
@@ -378,13 +403,13 @@ def test_attack(tool, victim, server, tmp_path, name):
     assert "BREACH\n" not in result.text + "\n", result.text
     assert "BREACH " not in result.text, result.text
     assert result.outcome in right, result
-    assert seconds < TIMEOUT + SLACK
+    assert seconds < limit
     assert len(result.text) < 6 * 4096 + 500  # four bytes for each character of the limit, and the end twice
 
     # A poisoned state may be of no use, but it must answer in time as well.
     began = time.monotonic()
     again, later = tool.call(state, "1 + 1")
-    assert time.monotonic() - began < TIMEOUT + SLACK
+    assert time.monotonic() - began < limit
     assert isinstance(again.text, str)
 
     checked = tool.call(victim, "secret, open('/tmp/notes').read(), math.pi > 3")[0]

@@ -256,7 +256,7 @@ def test_attack(played, name):
     for result in results:
         assert not re.search(r"^BREACH", result.text, re.MULTILINE), result.text
         assert result.outcome is not Outcome.UNAVAILABLE, result.text
-    assert longest < 4 * TIMEOUT + 6.0
+    assert longest < TIMEOUT + 4.0  # the executor's own patience: beyond it a call counts as the tool's failure
     assert intact
 
 

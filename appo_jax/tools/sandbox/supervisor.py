@@ -40,7 +40,8 @@ MAX_FILES_BYTES, MAX_FILES_NUMBER = 16 << 20, 4096  # of a state
 TAIL = 4096  # bytes of the end of an overlong output that are kept: the traceback stands there
 MEMORY_SHARE = 0.5  # of the memory available at start, for all snapshots together
 WEIGH_EVERY = 0.1  # seconds between looks at the memory of running calls
-PATIENCE = 10.0  # seconds for what only a stalled machine delays: a fork's appearance, a place in a queue
+PATIENCE = 1.0  # seconds to wait in a queue, or for a fork's appearance, over a call's own; the trainer waits longer
+ROOT_PATIENCE = 10.0  # seconds for a fork of state 0, which runs no policy code, to appear on a stalled machine
 START_TIMEOUT = 60.0  # seconds for state 0 to import its modules
 MAX_TRIES = 3  # of a fork of state 0 whose process dies before it runs any code
 MAX_RESTARTS = 10  # of state 0 in a row, without a call in between
@@ -576,7 +577,7 @@ class Supervisor:
             parent = node.parent
             self._end(node, "timeout")
             if parent is not None and parent.child is node:
-                parent.deadline = time.monotonic() + PATIENCE
+                parent.deadline = time.monotonic() + (PATIENCE if parent.id else ROOT_PATIENCE)
                 self.waiting.add(parent)
         elif node.phase is Phase.ASKED:
             self._end(node, "stuck" if node.parent and node.parent.id else "full")
