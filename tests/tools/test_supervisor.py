@@ -159,6 +159,27 @@ def test_a_dead_state_zero_is_made_anew_and_all_states_live_on(tool):
     assert tool.pid == pid
 
 
+@needs_bubblewrap
+def test_a_stuck_sandbox_does_not_keep_another_from_starting():
+    """Descriptors in messages that nobody reads count for all processes of a user."""
+    first = make(timeout=0.5)
+    try:
+        deaf = "import os\nos.write(60, b'd')\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+        states = [first.call(first.start(), deaf)[1] for _ in range(4)]
+        with ThreadPoolExecutor(16) as pool:
+            calls = [pool.submit(first.call, state, "#" + "x" * 60_000) for state in states for _ in range(4)]
+            second = make()
+            try:
+                assert second.call(second.start(), "6 * 7")[0].text == "42"
+            finally:
+                second.close()
+            outcomes = [call.result()[0].outcome for call in calls]
+        assert Outcome.UNAVAILABLE not in outcomes  # nor does it count as a failure of the tool
+        assert first.call(first.start(), "6 * 7")[0].text == "42"
+    finally:
+        first.close()
+
+
 # Memory
 
 
