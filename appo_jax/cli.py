@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import rich.console
 import tyro
@@ -259,17 +260,38 @@ def _plan(args: Sequence[str]) -> None:
     own = argparse.ArgumentParser(prog="appo-jax plan", add_help=False, allow_abbrev=False)
     own.add_argument("--topology")
     own.add_argument("--json", action="store_true")
+    own.add_argument("--lengths", type=Path)
+    own.add_argument("--price", type=float)
+    own.add_argument("--search", nargs="?", const=25.0, type=float)
     known, rest = own.parse_known_args(args)
-    config = config_from("plan --topology v5p:4x4x4 [--json]", rest)
+    config = config_from(
+        "plan --topology v5p:4x4x4 [--search [MINUTES]] [--lengths RUN] [--price DOLLARS_A_CHIP_HOUR] [--json]", rest
+    )
     if known.topology is None:
         raise ConfigError("--topology is missing: chip and shape of a slice, e.g. --topology v5p:4x4x4")
     from appo_jax.plan import report
+    from appo_jax.plan.compiler import compiler_for
+    from appo_jax.plan.search import search
 
-    plan = report.make_plan(config, known.topology, lambda name: log.info("compiling: %s", name))
-    if known.json:
-        print(json.dumps(plan.to_json(), indent=2))
+    compiler = compiler_for(
+        known.topology,
+        config.mesh.slices,
+        lengths=known.lengths,
+        on_program=lambda name: log.info("compiling: %s", name),
+    )
+    more: dict[str, Any] = {}
+    if known.search is None:
+        plan = compiler.plan(config)
     else:
-        report.show(plan, rich.get_console())
+        found = search(config, compiler.plan, 60 * known.search, report.log_better)
+        plan = found.plan
+        more = {"change": found.changes(config), "tried": found.tried, "finished": found.finished}
+    if known.price is not None:
+        more["dollars_a_step"] = plan.dollars(known.price)
+    if known.json:
+        print(json.dumps(plan.to_json() | more, indent=2))
+    else:
+        report.show(plan, rich.get_console(), more)
     if not plan.fits:
         raise PlanError(plan.verdict())
 

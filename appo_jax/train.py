@@ -90,7 +90,6 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         if not reached.end(config):
             log.warning("stopped after step %d, which is saved; the same command goes on from there", reached.step)
             raise KeyboardInterrupt
-
         heartbeat.stoppable(False)  # the last step is saved
         final = evaluate(state.params, components)
         summary = accuracies | {

@@ -21,7 +21,7 @@ from appo_jax.cli import main
 from appo_jax.config import MeshConfig, OptimizerConfig
 from appo_jax.config_io import load_config
 from appo_jax.errors import ConfigError, PlanError
-from appo_jax.plan import hlo, programs, report
+from appo_jax.plan import compiler, hlo, programs, report
 from appo_jax.plan.topology import CHIPS, GIB, Chip, parse_slice
 from appo_jax.policy.sharding import make_mesh
 
@@ -51,10 +51,11 @@ def five(a, b):
     return jax.lax.scan(body, a, None, length=5)[0]
 
 found = {
-    "reduce": read(lambda a, b: jax.lax.with_sharding_constraint(a @ b, put()), a, b).collectives,
-    "gather": read(lambda g: jax.lax.with_sharding_constraint(g * 2, put()), g).collectives,
-    "loop": read(five, a, b).collectives,
+    "reduce": read(lambda a, b: jax.lax.with_sharding_constraint(a @ b, put()), a, b),
+    "gather": read(lambda g: jax.lax.with_sharding_constraint(g * 2, put()), g),
+    "loop": read(five, a, b),
 }
+found = {name: moved.collectives | {"hops": moved.hops} for name, moved in found.items()}
 print(json.dumps(found))
 """
 
@@ -65,9 +66,10 @@ def test_collectives_of_a_compiled_program_on_eight_devices():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["reduce"] == {"all-reduce": 128 * 64 * 4}
-    assert found["gather"] == {"all-gather": 1024 * 32 * 4}
+    assert found["reduce"] == {"all-reduce": 128 * 64 * 4, "hops": 8}  # half the ring to add, half of it to tell
+    assert found["gather"] == {"all-gather": 1024 * 32 * 4, "hops": 4}
     assert found["loop"]["all-reduce"] == 5 * 128 * 64 * 4
+    assert found["loop"]["hops"] >= 5 * 8
 
 
 def test_loops_count_as_often_as_they_run():
@@ -179,6 +181,14 @@ def test_the_roofline_is_the_slowest_of_the_three():
     assert (slow.seconds(CHIP), slow.bound(CHIP)) == (7, "network")
     plan = report.Plan("v5e:2x2", 4, CHIP, (need(flops=300, times=2), need(traffic=20, times=10)))
     assert plan.step_s == 2 * 3 + 10 * 2
+    assert plan.dollars(1.8) == pytest.approx(26 / 3600 * 4 * 1.8)
+
+
+def test_latency_of_collectives_and_of_the_host_count():
+    waiting = need(flops=100, collectives={"all-reduce": 1}, hops=2e6)  # 0.5 s of bytes, 2 s of hops at 1 µs
+    assert (waiting.seconds(CHIP), waiting.bound(CHIP)) == (pytest.approx(2.5), "network")
+    looked_at = need(traffic=10, times=64, looks=64 / 32)
+    assert looked_at.step_s(CHIP) == pytest.approx(64 * 1 + 2 * report.HOST_LOOK_S)
 
 
 def test_the_verdict_names_what_is_left_or_what_to_lower():
@@ -212,7 +222,7 @@ def test_more_devices_along_an_axis_hold_less_each(fields, advice):
 
 def printed(plan, width, terminal):
     out = io.StringIO()
-    report.show(plan, Console(file=out, width=width, force_terminal=terminal, color_system=None))
+    report.show(plan, Console(file=out, width=width, force_terminal=terminal, color_system=None), {})
     return out.getvalue()
 
 
@@ -245,6 +255,8 @@ def test_the_tables_fold_to_a_terminal_and_are_whole_in_a_file(width):
         ("v6e-256", "v6e:16x16", 256),
         ("v5p-128", "v5p:4x4x4", 64),  # the cloud counts TensorCores, two a chip
         ("v5p-8", "v5p:2x2x1", 4),
+        ("v4-8", "v4:2x2x1", 4),
+        ("tpu7x-128", "tpu7x:4x4x4", 64),
         ("v5p:4x4x8", "v5p:4x4x8", 128),
     ],
 )
@@ -268,11 +280,13 @@ def test_a_size_that_the_cloud_does_not_rent():
          "15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5),
         ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (512.00M) exceeds "
          "available HBM (0.25G).", 0.5),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.00T) exceeds "
+         "available HBM (94.74G).", 2048),
         ("INVALID_ARGUMENT: something else", None),
     ],
 )  # fmt: skip
 def test_what_the_compiler_refused_for_lack_of_memory(message, gib):
-    assert report.hbm_of_refusal(message) == (None if gib is None else gib * GIB)
+    assert compiler.hbm_of_refusal(message) == (None if gib is None else gib * GIB)
 
 
 @pytest.mark.parametrize("topology", ["v5p", "v9:2x2", "v5e:8", "v9-128", "v4-8"])
@@ -285,7 +299,7 @@ def test_a_topology_that_is_none(topology):
 def test_a_missing_compiler_is_said(capsys):
     config = ROOT / "configs/qwen2_5_7b_reasoning.py"
     with pytest.raises(PlanError, match=r"pip install 'jax\[tpu\]'"):
-        report.make_plan(load_config(config), "v5e:8x8")
+        compiler.compiler_for("v5e:8x8")
     assert main(["plan", "--config", str(config), "--topology", "v5e:8x8"]) == 1
     assert "libtpu" in capsys.readouterr().err
 
@@ -337,7 +351,7 @@ def test_programs_of_a_small_config_compile_and_are_counted():
     assert found["append, branches"].times == 16 * 12 * 5 / 8
     assert found["train"].times == 2
     for program in found.values():
-        measured = report.measure(program, 1)
+        measured = compiler.measure(program, 1)
         assert measured.peak >= program.beside + measured.temporaries
         assert measured.flops > 0 or program.name == "reshard"
     params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: programs.abstract_params(arch))))

@@ -1,16 +1,19 @@
 """How often a training step runs each program, and with which shapes: what the loop and the sampler do, counted ahead of time.
 
-All rollouts are taken to be as long as they may be and to make all the calls they may, and every mini-batch to use every
-branching loop: the counts are those of the longest step. `tests/rollout/test_planned_steps.py` compares them with real steps.
+Every mini-batch is taken to use every branching loop, and rollouts are as long as `RolloutLengths` says: by default as long as
+they may be, with all the calls they may make. The counts are then those of the longest step.
+`tests/rollout/test_planned_steps.py` compares them with real steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 from appo_jax.algorithms import Algorithm, make_algorithm
 from appo_jax.config import Config
+from appo_jax.plan.lengths import Lengths, RolloutLengths
 from appo_jax.rollout.shapes import GenerationShapes, Shapes
 
 
@@ -26,10 +29,18 @@ class Generation:
     drawn: int
     """Rollouts of one generation, at most."""
 
+    lengths: Lengths
+    """Of its rollouts."""
+
     @property
-    def fills(self) -> int:
-        """How often one generation fills its rows with rollouts."""
-        return -(-self.drawn // self.shapes.rows)
+    def decode_steps(self) -> int:
+        """Decode steps of one generation."""
+        return self.lengths.decode_steps(self.drawn, self.shapes.rows)
+
+    @property
+    def appends(self) -> int:
+        """Appends of tool results in all generations."""
+        return math.ceil(self.times * self.drawn * self.lengths.calls / self.shapes.append_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +75,15 @@ class Counts:
     """Rollouts of one update."""
 
 
-def count(config: Config, shapes: Shapes) -> Counts:
+def count(config: Config, shapes: Shapes, lengths: RolloutLengths | None = None) -> Counts:
     """What a training step of `config` runs. `shapes`: those of its rollouts, with the branching of its algorithm."""
-    algorithm = make_algorithm(config)
+    algorithm, lengths = make_algorithm(config), lengths or RolloutLengths.longest(config.rollout)
     draws = 1 + algorithm.max_resamples
     prompts, rows = config.prompts_per_step, shapes.prefill_rows(config.prompts_per_step)
+    first = shapes.initial(prompts, algorithm.initial)
     generations = [
-        Generation("initial", shapes.initial(prompts, algorithm.initial), draws, prompts * algorithm.initial),
-        *_branchings(config, algorithm, shapes),
+        Generation("initial", first, draws, prompts * algorithm.initial, lengths.initial),
+        *_branchings(config, algorithm, shapes, lengths.branches),
     ]
     minibatches = config.prompts_per_step // config.prompts_per_minibatch
     return Counts(
@@ -85,7 +97,7 @@ def count(config: Config, shapes: Shapes) -> Counts:
     )
 
 
-def _branchings(config: Config, algorithm: Algorithm, shapes: Shapes) -> list[Generation]:
+def _branchings(config: Config, algorithm: Algorithm, shapes: Shapes, lengths: Lengths) -> list[Generation]:
     """The generations that draw branches: one for each mini-batch and loop."""
     if not algorithm.branches:
         return []
@@ -97,7 +109,10 @@ def _branchings(config: Config, algorithm: Algorithm, shapes: Shapes) -> list[Ge
         # By turns, the first loop may fill the budget, or leave some of it to a later one.
         by_shape.setdefault(shapes.branches(before), []).append(max(1, after - before))
     minibatches = config.prompts_per_step // prompts
-    return [Generation("branches", shape, minibatches * len(drawn), max(drawn)) for shape, drawn in by_shape.items()]
+    return [
+        Generation("branches", shape, minibatches * len(drawn), max(drawn), lengths)
+        for shape, drawn in by_shape.items()
+    ]
 
 
 def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes) -> tuple[Scoring, ...]:

@@ -38,6 +38,7 @@ class _Instruction:
     operands: tuple[str, ...]
     callees: tuple[str, ...]
     trips: int | None  # how often its callees run; None: a loop of unknown length
+    group: int  # devices that a collective joins
 
     @property
     def size(self) -> float:
@@ -56,6 +57,7 @@ class Moved:
 
     collectives: dict[str, float]  # by kind: sizes of the results
     hbm: float  # to and from HBM
+    hops: float  # that the collectives take one after the other, from device to device, on rings
 
 
 def read(text: str, steps: int = 1) -> Moved:
@@ -67,6 +69,7 @@ def read(text: str, steps: int = 1) -> Moved:
     times = defaultdict(float, {entry: 1 / steps})
     hbm = 0.0
     collectives: dict[str, float] = {}
+    hops = 0.0
     fused = _fused(computations)
     for name in _callers_first(computations, entry):
         by_name = {instruction.name: instruction for instruction in computations[name]}
@@ -76,9 +79,10 @@ def read(text: str, steps: int = 1) -> Moved:
             kind = instruction.op.removesuffix("-done")
             if kind in COLLECTIVES:  # of an asynchronous pair, the end has the shape of the result
                 collectives[kind] = collectives.get(kind, 0.0) + times[name] * instruction.size
+            hops += times[name] * _hops(instruction)
             if name not in fused:
                 hbm += times[name] * _traffic(instruction, by_name, computations)
-    return Moved(collectives, hbm)
+    return Moved(collectives, hbm, hops)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -95,8 +99,29 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             known = _TRIPS.search(rest)
             trips = (int(known[1]) if known else None) if op == "while" else 1
             called = () if op.endswith(("-done", "-update")) else tuple(names)
-            body.append(_Instruction(name, op, shape, operands, called, trips))
+            body.append(_Instruction(name, op, shape, operands, called, trips, _group(rest)))
     return computations, entry
+
+
+def _group(rest: str) -> int:
+    """Devices in one group of a collective: `replica_groups={{0,1},{2,3}}`, or `[2,4]<=[8]` for 2 groups of 4."""
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(found[1].split(","))
+    found = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
+    return int(found[1]) if found else 1
+
+
+def _hops(instruction: _Instruction) -> float:
+    """Hops that follow each other in a collective on a ring that is driven both ways: half of it, there and back to reduce.
+
+    A group that lies on several axes of a torus takes fewer.
+    """
+    kind = instruction.op.removesuffix("-start")  # an asynchronous pair is counted at its start, which names the group
+    if kind not in COLLECTIVES:
+        return 0.0
+    if kind == "collective-permute":
+        return 1.0
+    return instruction.group * (1.0 if kind == "all-reduce" else 0.5) if instruction.group > 1 else 0.0
 
 
 def shape_bytes(shape: str, hbm: bool = False) -> float:

@@ -18,6 +18,7 @@ from appo_jax.config import Architecture, Config
 from appo_jax.learner.step import StepSpec, make_train_step
 from appo_jax.plan.abstract import Arrays, on_chip
 from appo_jax.plan.counts import Counts, Generation, Scoring, count
+from appo_jax.plan.lengths import RolloutLengths
 from appo_jax.policy import sharding
 from appo_jax.policy.constraints import row_shards
 from appo_jax.policy.score import prefill, score
@@ -34,29 +35,31 @@ class Program:
 
     name: str
     trace: Callable[[], Any]  # -> jax.stages.Traced
-    times: int  # runs in one training step, every rollout at its full length
+    times: int  # runs in one training step
     counted: str  # how `times` is made up
     beside: int  # bytes per chip that the run keeps meanwhile and that are no argument of the program
     fields: str  # config fields that make it smaller
     steps: int = 1  # of the loop of unknown length in it: its work is counted by the step
 
 
-def programs(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[Program]:
+def programs(
+    config: Config, arch: Architecture, mesh: Mesh, lengths: RolloutLengths | None = None
+) -> Iterator[Program]:
     """The programs of one training step, in their order.
 
-    A rollout is taken to use all of `max_response_tokens`: times and memory are those of the longest step.
+    Memory is that of the longest rollouts. `lengths`: of the rollouts that `times` counts; None: the longest too.
     """
-    return _StepPrograms(config, arch, mesh).all()
+    return _StepPrograms(config, arch, mesh, lengths).all()
 
 
 class _StepPrograms:
     """The programs of a training step, and what they share."""
 
-    def __init__(self, config: Config, arch: Architecture, mesh: Mesh):
+    def __init__(self, config: Config, arch: Architecture, mesh: Mesh, lengths: RolloutLengths | None):
         self.config, self.arch, self.mesh = config, arch, mesh
         self.algorithm = make_algorithm(config)
         self.shapes = Shapes(config.rollout, self.algorithm.branching, row_shards(mesh))
-        self.counts: Counts = count(config, self.shapes)
+        self.counts: Counts = count(config, self.shapes, lengths)
         self.arrays = Arrays(config, arch, mesh)
         # ---- what lives as long as the run
         self.state, self.copy = self.arrays.state(), self.arrays.generating()
@@ -119,12 +122,11 @@ class _StepPrograms:
             )
             return decode_segment.trace(self.copy, prefixes, rows, stops, Until(number, number), spec=spec)
 
-        tokens = rollout.max_response_tokens
         return Program(
             f"decode, {self._named(generation)}",
             trace,
-            generation.times * generation.fills * tokens,
-            f"{generation.times} generations × {generation.fills} fills of {shapes.rows} rows × {tokens} tokens",
+            generation.times * generation.decode_steps,
+            f"{generation.times} generations × {generation.decode_steps} steps of {shapes.rows} rows",
             self.resident + self._sources(generation),
             "rollout.decode_rows, rollout.max_response_tokens",
             SEGMENT_STEPS,
@@ -141,12 +143,11 @@ class _StepPrograms:
             batch = AppendBatch(some, self.arrays.of((width, length), jnp.int32), some)
             return append_tokens.trace(self.copy, prefixes, rows, batch, arch=self.arch, dtype=self.arrays.dtype)
 
-        calls = generation.times * generation.drawn * rollout.max_tool_calls
         return Program(
             f"append, {self._named(generation)}",
             trace,
-            -(-calls // width),
-            f"{generation.times * generation.drawn} rollouts × {rollout.max_tool_calls} calls / {width}",
+            generation.appends,
+            f"{generation.times * generation.drawn} rollouts × {generation.lengths.calls:g} calls / {width}",
             self.resident + self._sources(generation),
             "rollout.max_result_tokens, rollout.decode_rows",
         )

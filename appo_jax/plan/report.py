@@ -6,26 +6,25 @@ program as fast as the slowest of its matrix products, its memory traffic and it
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import importlib.util
-import os
-import re
-import time
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
 from appo_jax.config import Config
-from appo_jax.errors import ConfigError, PlanError
-from appo_jax.plan import hlo
-from appo_jax.plan.programs import Program, programs
-from appo_jax.plan.topology import GIB, Chip, parse_slice
-from appo_jax.policy.architecture import architecture_of, check_positions
-from appo_jax.policy.sharding import make_mesh, use_mesh
+from appo_jax.plan.topology import GIB, Chip
+
+log = logging.getLogger(__name__)
+
+# Latency of a collective, for each device that it passes on its ring: "about 1 µs a hop", by the chapters on TPUs and on sharded
+# matrices of "How to scale your model" (jax-ml.github.io/scaling-book).
+HOP_S = 1e-6
+# From the end of a decode segment to the start of the next one: small arrays are read, hosts exchange what has happened, rows are
+# seated. An assumption; `time/decode_s` of a real run against its plan tells the true value.
+HOST_LOOK_S = 2e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +40,8 @@ class Need:
     flops: float
     traffic: float  # bytes to and from HBM
     collectives: dict[str, float]  # bytes by kind
+    hops: float  # that its collectives take one after the other
+    looks: float  # of the host, a step: between segments of decoding it sees who has stopped
     compile_s: float
     times: int  # a step
     counted: str
@@ -48,21 +49,27 @@ class Need:
     refused: bool = False  # the compiler ran out of memory
 
     def seconds(self, chip: Chip) -> float:
-        """Roofline time of one run."""
-        network = sum(self.collectives.values()) / chip.ici_bandwidth
-        return max(self.flops / chip.flops, self.traffic / chip.hbm_bandwidth, network)
+        """Roofline time of one run: the slowest of matrix products, memory traffic and collectives."""
+        return max(self._sides(chip).values())
 
     def bound(self, chip: Chip) -> str:
         """Which of the three the roofline is."""
-        network = sum(self.collectives.values()) / chip.ici_bandwidth
-        sides = {"compute": self.flops / chip.flops, "memory": self.traffic / chip.hbm_bandwidth, "network": network}
+        sides = self._sides(chip)
         return max(sides, key=lambda side: sides[side])
+
+    def step_s(self, chip: Chip) -> float:
+        """Seconds of one training step that its runs take, with the host's looks between them."""
+        return self.times * self.seconds(chip) + self.looks * HOST_LOOK_S
+
+    def _sides(self, chip: Chip) -> dict[str, float]:
+        network = sum(self.collectives.values()) / chip.ici_bandwidth + self.hops * HOP_S
+        return {"compute": self.flops / chip.flops, "memory": self.traffic / chip.hbm_bandwidth, "network": network}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     topology: str
-    chips: int
+    chips: int  # not devices: a tpu7x is two
     chip: Chip
     needs: tuple[Need, ...]
 
@@ -75,7 +82,11 @@ class Plan:
         """Roofline seconds of one training step; None where a program was refused, whose work is not known."""
         if any(need.refused for need in self.needs):
             return None
-        return sum(need.times * need.seconds(self.chip) for need in self.needs)
+        return sum(need.step_s(self.chip) for need in self.needs)
+
+    def dollars(self, chip_hour: float) -> float | None:
+        """What one training step costs at a price of a chip and hour."""
+        return None if self.step_s is None else self.step_s / 3600 * self.chips * chip_hour
 
     @property
     def fits(self) -> bool:
@@ -111,97 +122,6 @@ def _advice(fields: str) -> str:
     return " or ".join(parts)
 
 
-def make_plan(config: Config, topology: str, on_program: Any = lambda name: None) -> Plan:
-    """Compile every program of `config` for `topology`, the name of one slice (there are `mesh.slices`).
-
-    `on_program` is called with the name of each program before it is compiled. Raises ConfigError for a topology that is
-    none or whose chips are not those of the mesh, PlanError without the TPU compiler.
-    """
-    described = parse_slice(topology)
-    topology = described.topology
-    if importlib.util.find_spec("libtpu") is None:
-        raise PlanError("libtpu, the TPU compiler, is not installed (no TPU is needed): pip install 'jax[tpu]'")
-    # Where there is no TPU: no metadata server is asked, and libtpu does not wonder who its neighbours are.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # It takes a lock, as if it were to use a TPU; another plan, or a training, may hold it.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-    jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
-    slices: dict[str, Any] = {"num_slices": config.mesh.slices} if config.mesh.slices > 1 else {}
-    if described.num_chips == 1:  # a host has four by default
-        slices["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **slices).devices
-    except Exception as error:  # whatever libtpu makes of an unknown shape
-        raise ConfigError(f"--topology {topology}: the TPU compiler does not know it: {error}") from error
-    arch = config.policy.architecture or architecture_of(config.policy)
-    check_positions(arch, config)
-    mesh = make_mesh(config.mesh, devices)
-
-    def one(program: Program) -> Need:
-        on_program(program.name)
-        with use_mesh(mesh):
-            return measure(program, mesh.size)
-
-    with use_mesh(mesh):
-        all_programs = list(programs(config, arch, mesh))
-    # A compilation keeps one core busy.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        needs = tuple(pool.map(one, all_programs))
-    return Plan(topology, described.num_chips * config.mesh.slices, described.chip, needs)
-
-
-def measure(program: Program, chips: int) -> Need:
-    """Compile one program and read what it needs."""
-    began = time.perf_counter()
-    traced = program.trace()
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        used = hbm_of_refusal(str(error))
-        if used is None:
-            raise
-        return Need(
-            program.name, used + program.beside, program.beside, 0, 0, 0, 0, 0, {}, time.perf_counter() - began,
-            program.times, program.counted, program.fields, refused=True,
-        )  # fmt: skip
-    seconds = time.perf_counter() - began
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    moved = hlo.read(compiled.as_text(), program.steps)
-    jaxpr = traced.jaxpr.jaxpr
-    flops = hlo.matmul_flops(jaxpr)
-    # XLA counts what each chip really does, but the bodies of loops once.
-    counted = cost.get("flops", 0.0) * flops / max(1.0, hlo.matmul_flops(jaxpr, loops=False))
-    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    own = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes
-    return Need(
-        name=program.name,
-        peak=own + program.beside,
-        beside=program.beside,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        output=output,
-        flops=max(counted, flops / chips),
-        traffic=moved.hbm,
-        collectives=moved.collectives,
-        compile_s=seconds,
-        times=program.times,
-        counted=program.counted,
-        fields=program.fields,
-    )
-
-
-def hbm_of_refusal(message: str) -> float | None:
-    """Bytes of HBM a program would have needed, from the compiler's message when it ran out; None for other messages."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|HLO temporaries \(([\d.]+)([KMG])\)", message)
-    if found is None:
-        return None
-    number, unit = found[1] or found[3], found[2] or found[4]
-    return float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit]
-
-
 def tables(plan: Plan) -> Sequence[Table]:
     """What the terminal shows: memory, and time."""
     memory = Table(title=f"memory per chip of {plan.topology}, {plan.chips} chips, GiB", title_justify="left")
@@ -224,16 +144,31 @@ def tables(plan: Plan) -> Sequence[Table]:
         kinds = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in sorted(n.collectives.items()))
         work.add_row(
             n.name, f"{n.flops / 1e12:.3f}", f"{n.traffic / 1e9:.2f}", kinds or "none", f"{1000 * seconds:.1f}",
-            n.bound(plan.chip), times, f"{n.times * seconds:.1f}",
+            n.bound(plan.chip), times, f"{n.step_s(plan.chip):.1f}",
         )  # fmt: skip
     return memory, work
 
 
-def show(plan: Plan, console: Console) -> None:
-    """Print the tables, and the verdict where the plan fits. A terminal folds what is too wide for it; a file gets whole lines."""
+def log_better(config: Config, plan: Plan) -> None:
+    """Tell of a better config on the way."""
+    m, o = config.mesh, config.optimizer
+    log.info(
+        "better: mesh %d x %d x %d, decode_rows %d, micro_batch %d, remat %s: %s",
+        m.data, m.fsdp, m.tensor, config.rollout.decode_rows, o.micro_batch, o.remat,
+        f"{plan.step_s:.0f} s a step" if plan.fits and plan.step_s is not None else plan.verdict(),
+    )  # fmt: skip
+
+
+def show(plan: Plan, console: Console, more: Mapping[str, Any]) -> None:
+    """Print the tables, the verdict where the plan fits, and what else is known (of a search, of the price).
+
+    A terminal folds what is too wide for it; a file gets whole lines.
+    """
     if not console.is_terminal:
         console.width = 1000  # no table is so wide
     for table in tables(plan):
         console.print(table)
     if plan.fits:
         console.print(plan.verdict(), soft_wrap=True, highlight=False)
+    for name, value in more.items():
+        console.print(f"{name}: {value}", soft_wrap=True, highlight=False)

@@ -1,0 +1,151 @@
+"""Programs compiled for a TPU slice ahead of time, without the slice, and what the compiler says that they need."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from appo_jax.config import Config
+from appo_jax.config_io import flatten
+from appo_jax.errors import ConfigError, PlanError
+from appo_jax.plan import hlo
+from appo_jax.plan.lengths import RolloutLengths
+from appo_jax.plan.programs import Program, programs
+from appo_jax.plan.report import Need, Plan
+from appo_jax.plan.topology import Slice, parse_slice
+from appo_jax.policy.architecture import architecture_of, check_positions
+from appo_jax.policy.sharding import make_mesh, use_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiler:
+    """Compiles the programs of configs for one topology, ahead of time. A program that two configs share is compiled once."""
+
+    described: Slice
+    devices: Sequence[Any]
+    lengths: Path | None = None
+    """Run whose rollouts say how long rollouts are."""
+    on_program: Callable[[str], None] = lambda name: None
+    """Hears the name of each program before it is compiled."""
+    compiled: dict[tuple[Any, ...], Need] = dataclasses.field(default_factory=dict)
+
+    def plan(self, config: Config) -> Plan:
+        """Compile every program of `config`. Raises ConfigError when the chips are not those of the mesh."""
+        arch = config.policy.architecture or architecture_of(config.policy)
+        check_positions(arch, config)
+        mesh = make_mesh(config.mesh, self.devices)
+        lengths = None if self.lengths is None else RolloutLengths.of_run(self.lengths, config.rollout)
+
+        def one(program: Program) -> Need:
+            key = (program.name, *(flatten(config)[field] for field in _DEPENDS_ON[program.name.split(",")[0]]))
+            if key not in self.compiled:
+                self.on_program(program.name)
+                with use_mesh(mesh):
+                    self.compiled[key] = measure(program, mesh.size)
+            looks = program.times / program.steps if program.steps > 1 else 0.0
+            return dataclasses.replace(self.compiled[key], times=program.times, counted=program.counted, looks=looks)
+
+        with use_mesh(mesh):
+            all_programs = list(programs(config, arch, mesh, lengths))
+        # A compilation keeps one core busy.
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            needs = tuple(pool.map(one, all_programs))
+        chips = self.described.num_chips * config.mesh.slices
+        return Plan(self.described.topology, chips, self.described.chip, needs)
+
+
+_MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices")
+# Of the fields that a search changes, those that a program and what lies beside it depend on.
+_DEPENDS_ON = (
+    dict.fromkeys(("reshard",), _MESH)
+    | dict.fromkeys(("prefill", "decode", "append", "score"), (*_MESH, "rollout.decode_rows"))
+    | {"train": (*_MESH, "optimizer.micro_batch", "optimizer.remat")}
+)
+
+
+def compiler_for(topology: str, slices: int = 1, **options: Any) -> Compiler:
+    """The compiler for `slices` slices of a topology, by its name. `options`: further fields of Compiler.
+
+    Raises ConfigError for a topology that is none, PlanError without the TPU compiler.
+    """
+    described = parse_slice(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanError("libtpu, the TPU compiler, is not installed (no TPU is needed): pip install 'jax[tpu]'")
+    # Where there is no TPU: no metadata server is asked, and libtpu does not wonder who its neighbours are.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # It takes a lock, as if it were to use a TPU; another plan, or a training, may hold it.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    bounds: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if described.num_chips == 1:  # a host has four by default
+        bounds["chips_per_host_bounds"] = (1, 1, 1)
+    if described.topology.startswith("v4:"):  # as JAX uses a v4: both cores are one device
+        bounds["chip_config_name"] = "megacore"
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=described.topology, **bounds).devices
+    except Exception as error:  # whatever libtpu makes of an unknown shape
+        raise ConfigError(f"--topology {topology}: the TPU compiler does not know it: {error}") from error
+    return Compiler(described, devices, **options)
+
+
+def measure(program: Program, chips: int) -> Need:
+    """Compile one program and read what it needs."""
+    began = time.perf_counter()
+    traced = program.trace()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = hbm_of_refusal(str(error))
+        if used is None:
+            raise
+        return Need(
+            program.name, used + program.beside, program.beside, 0, 0, 0, 0, 0, {}, 0, 0, time.perf_counter() - began,
+            program.times, program.counted, program.fields, refused=True,
+        )  # fmt: skip
+    seconds = time.perf_counter() - began
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    moved = hlo.read(compiled.as_text(), program.steps)
+    jaxpr = traced.jaxpr.jaxpr
+    flops = hlo.matmul_flops(jaxpr)
+    # XLA counts what each chip really does, but the bodies of loops once.
+    counted = cost.get("flops", 0.0) * flops / max(1.0, hlo.matmul_flops(jaxpr, loops=False))
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    own = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes
+    return Need(
+        name=program.name,
+        peak=own + program.beside,
+        beside=program.beside,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        output=output,
+        flops=max(counted, flops / chips),
+        traffic=moved.hbm,
+        collectives=moved.collectives,
+        hops=moved.hops,
+        looks=0.0,
+        compile_s=seconds,
+        times=program.times,
+        counted=program.counted,
+        fields=program.fields,
+    )
+
+
+def hbm_of_refusal(message: str) -> float | None:
+    """Bytes of HBM a program would have needed, from the compiler's message when it ran out; None for other messages."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    if found is None:
+        return None
+    number, unit = found[1] or found[3], found[2] or found[4]
+    return float(number) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit]
