@@ -104,11 +104,20 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _group(rest: str) -> int:
-    """Devices in one group of a collective: `replica_groups={{0,1},{2,3}}`, or `[2,4]<=[8]` for 2 groups of 4."""
+    """Devices in one group of a collective, from any of the ways in which XLA writes its groups.
+
+    `{{0,1},{2,3}}`; `[2,4]<=[8]`, 2 groups of 4; `mesh['a'=2,'b'=4] {'b'}`, the axes that a group lies along, or
+    `{'b':(1)2}` for a part of an axis.
+    """
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(found[1].split(","))
-    found = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
-    return int(found[1]) if found else 1
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return 1
 
 
 def _hops(instruction: _Instruction) -> float:
