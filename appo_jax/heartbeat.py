@@ -17,6 +17,8 @@ from typing import Any
 
 BEAT_S = 1.0  # seconds between two signs of life
 
+PAUSED_S = 30.0  # a sign of life that is so late comes from a process that was not running
+
 # A phase may make no progress for so many times as long as it ever did before, and for at least `floor_s`.
 PATIENCE = 10
 # Before a phase has made progress once it may be compiling: so many times `floor_s`.
@@ -152,6 +154,11 @@ def now() -> tuple[str, int]:
 
 
 def _tell() -> None:
+    told = time.monotonic()
     while True:
+        now = time.monotonic()
+        if now - told > PAUSED_S:  # the process was stopped, as by Ctrl-Z: no progress was to be expected
+            _life.progressed = now
+        told = now
         send(**_life.beat())
         time.sleep(BEAT_S)

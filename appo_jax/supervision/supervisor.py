@@ -30,6 +30,8 @@ from appo_jax.supervision.status import WRITE_S, Status, note_failure
 LOCKED_S = 120.0
 # A process that was stopped (SIGSTOP, a debugger) for so long counts as lost.
 STOPPED_S = 10.0
+# A loop of the supervisor itself that took so long was not running.
+PAUSED_S = 5.0
 # Stacks are printed by the signal that ends a hanging run; after so long it is killed.
 STACKS_S = 5.0
 # Time a failing run has to write what it was writing.
@@ -98,9 +100,15 @@ class Supervisor:
         for number in STOPS:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        looked = time.monotonic()
         while (status := self._ended()) is None:
             for key, _ in self._selector.select(timeout=0.5):
                 self._fail(key.data())
+            now = time.monotonic()
+            if now - looked > PAUSED_S:  # this process was stopped, as by Ctrl-Z, and the child with it
+                self._child.heard, self._stopped_since = now, None
+                self._peers.forgive()
+            looked = now
             if self._requests > self._passed_on:
                 self._fail(self._hear_child())  # the latest news of whether it hears
                 self._fail(self._pass_on())

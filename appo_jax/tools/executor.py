@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from appo_jax import distributed
+from appo_jax import distributed, heartbeat
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError
 from appo_jax.tools.format import Call, CallFormat, make_format
@@ -108,7 +108,9 @@ class ToolExecutor:
     def run(self, name: str, argument: str, bound: float = 60.0) -> CallRecord:
         """One call outside of any rollout, waited for. Raises ValueError for an argument that no call can hold."""
         text = self.call_format.render_call(name, argument)
-        return self.submit(self.start(), text, bound).result()
+        record = self.submit(self.start(), text, bound).result()
+        heartbeat.progress()  # demonstrations are many such calls
+        return record
 
     def metrics(self) -> dict[str, float]:
         """Calls, outcomes, latencies (seconds) and queue lengths by tool since the last time they were read.

@@ -109,6 +109,24 @@ def test_a_process_that_is_killed_or_stopped_is_told(start: Start, number: signa
     assert gone(child)
 
 
+def test_a_run_that_was_paused_as_a_whole_goes_on(start: Start) -> None:
+    """Ctrl-Z, and fg after longer than anything may be silent."""
+    process = start("train", "STOPPED_S=4", "LOCKED_S=6", "PAUSED_S=4")
+    assert process.stdout is not None
+    while process.stdout.readline() != "step 2\n":
+        pass
+    child = child_of(process)
+    for pid in (process.pid, child):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(8)
+    for pid in (process.pid, child):
+        os.kill(pid, signal.SIGCONT)
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert end(process)[0] == 130
+
+
 def test_nothing_outlives_a_supervisor_that_is_killed(start: Start) -> None:
     process = start("start_up")
     assert process.stdout is not None
