@@ -10,10 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from appo_jax.config import Config
 from appo_jax.config_io import check, load_config
 from appo_jax.prepare import prepare_world
+
+# The first example of a jitted function pays for its compilation: no deadline per example.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 

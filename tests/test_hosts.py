@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import QUICKSTART
 
 from appo_jax.config import Config, MeshConfig
 from appo_jax.config_io import check, save_config
@@ -21,6 +20,7 @@ from appo_jax.dumps import read_dump
 from appo_jax.metrics import read_metrics
 from appo_jax.prepare import prepare_world
 
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 JOIN = "import sys, jax; jax.distributed.initialize(sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1)))\n"
 TRAIN = JOIN + "from appo_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 EXCHANGE = (
