@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import typing
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,11 +27,15 @@ def override(config: Config, args: Sequence[str], prog: str, description: str) -
             continue
         if (named := _position(args, option)) is not None:
             config, args = _replaced(config, path, None), args[:named] + args[named + 2 :]
-        elif _get(config, path) is None and any(arg.replace("_", "-").startswith(option + ".") for arg in args):
+        elif _get(config, path) is None and (given := _given(args, option)):
+            if not given <= {f.name for f in dataclasses.fields(part)}:
+                continue  # another kind of this part, or a mistake that tyro names
             required = [f.name for f in dataclasses.fields(part) if f.default is dataclasses.MISSING]
             config = _replaced(config, path, part(**dict.fromkeys(required, tyro.MISSING)))
     options = (tyro.conf.AvoidSubcommands,)
-    return tyro.cli(Config, prog=prog, description=description, args=args, default=config, config=options)
+    with warnings.catch_warnings():  # tyro warns of `Annotated[A | B, …] | None`, and reads it right nevertheless
+        warnings.filterwarnings("ignore", module="tyro")
+        return tyro.cli(Config, prog=prog, description=description, args=args, default=config, config=options)
 
 
 def _optional_parts(cls: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -41,6 +46,14 @@ def _optional_parts(cls: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str
                 if option is not hint:
                     yield (*path, name), option
                 yield from _optional_parts(option, (*path, name))
+
+
+def _given(args: Sequence[str], option: str) -> set[str]:
+    """Fields of a part that `args` set."""
+    dashed = [arg.replace("_", "-").split("=")[0] for arg in args]
+    return {
+        arg.removeprefix(option + ".").split(".")[0].replace("-", "_") for arg in dashed if arg.startswith(option + ".")
+    }
 
 
 def _position(args: Sequence[str], option: str) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from appo_jax import cli
-from appo_jax.config import Architecture, RopeScaling
+from appo_jax.config import Architecture, RopeScaling, YarnScaling
 from appo_jax.config_io import flatten, load_config, save_config
 from appo_jax.errors import ConfigError
 
@@ -123,6 +123,9 @@ def test_a_part_that_the_file_lacks_can_be_given(tmp_path):
     rope = options("policy.architecture.rope-scaling.", ROPE)
     config = cli.config_from("train", [*file, *shape, *rope])
     assert config.policy.architecture.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    yarn = options("policy.architecture.rope-scaling.", "factor=4.0 original-max-position=32768 beta-fast=16.0")
+    config = cli.config_from("train", [*file, *shape, *yarn])
+    assert config.policy.architecture.rope_scaling == YarnScaling(4.0, 32768, 16.0)
     for incomplete in (shape[2:], rope[2:] + shape, rope[:2]):
         with pytest.raises(SystemExit) as error:
             cli.config_from("train", [*file, *incomplete])
@@ -146,7 +149,7 @@ def test_every_field_has_an_option():
     for name, value in flatten(config).items():
         *part, field = name.replace("_", "-").split(".")
         option = "--" + ".".join([*part, field if value is not False else "no-" + field])
-        if value != ():
+        if value not in ((), {}):
             args += [
                 option,
                 *([] if isinstance(value, bool) else map(str, value if isinstance(value, tuple) else [value])),
