@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,8 @@ class Stop:
 def stop_requests() -> Iterator[Stop]:
     """Within: the first Ctrl-C or SIGTERM sets `requested`; the second one ends the process at once.
 
-    Under a supervisor, that is the one to hear Ctrl-C: it asks with SIGTERM, and ends the process when it is asked again.
+    Under a supervisor, that is the one to hear Ctrl-C: it asks with SIGTERM, and ends the process when it is asked again. Only
+    the main thread can hear signals: in another one, a caller of `train` sees to them itself.
     """
     stop, supervised = Stop(), heartbeat.supervised()
 
@@ -38,7 +40,9 @@ def stop_requests() -> Iterator[Stop]:
         for number in () if supervised else previous:
             signal.signal(number, signal.default_int_handler)
 
-    numbers = (signal.SIGTERM,) if supervised else (signal.SIGINT, signal.SIGTERM)
+    numbers: tuple[signal.Signals, ...] = (signal.SIGTERM,) if supervised else (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
     previous = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield stop
