@@ -80,6 +80,8 @@ def _set_up_logging() -> None:
     """Our own messages from INFO on, those of libraries from WARNING on; above the live panel where there is one."""
     console = rich.get_console()
     handler = RichHandler(console=console, show_path=False) if console.is_terminal else logging.StreamHandler()
+    # Whatever level a library gives its own loggers.
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.split(".")[0] == "appo_jax")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("appo_jax").setLevel(logging.INFO)
     # Orbax warns of what is in order and leaves failed reads behind, which checkpoint.py reports in a line of its own.

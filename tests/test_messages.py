@@ -116,6 +116,20 @@ except Exception as error:
         assert f"JAX_PLATFORMS = '{platform}'" in done.stdout
 
 
+def test_a_librarys_own_chatter_is_not_shown(folder: Path) -> None:
+    code = """
+import logging
+from appo_jax.cli import _set_up_logging
+_set_up_logging()
+loud = logging.getLogger("bm25s")
+loud.setLevel(logging.DEBUG)
+loud.debug("building an index"); loud.info("index"); loud.warning("a warning")
+logging.getLogger("appo_jax.x").info("ours")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines() == ["a warning", "ours"]
+
+
 def test_help_ends_with_its_reader(folder: Path) -> None:
     command = f"{sys.executable} -m appo_jax train --help | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=60)

@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from appo_jax import distributed, heartbeat
 from appo_jax.config import Config
@@ -47,6 +48,9 @@ PHASES = {
     "update": "updating",
     "checkpoint": "saving",
 }
+
+
+COMPILING = ("cold start", "evaluate", "rollout", "score", "branch", "update")  # phases that run programs of their own
 
 
 class Progress:
@@ -117,19 +121,19 @@ class Progress:
 
     def _render(self) -> Panel:
         table = Table.grid(padding=(0, 3))
-        items = [f"[dim]{word}[/] {value}" for word, value in self._metrics.items()]
+        items = [Text.assemble((word, "dim"), f" {value}") for word, value in self._metrics.items()]
         for row in range(0, len(items), 4):
             table.add_row(*items[row : row + 4])
         return Panel(Group(self._bars, self._doing(), table), title=self._config.run_dir, title_align="left")
 
-    def _doing(self) -> str:
+    def _doing(self) -> Text:
         """What the run does at this moment, and the time since its start."""
         phase, detail, first = heartbeat.doing()
         words = PHASES.get(phase, phase) + (f", {detail}" if detail else "")
-        if first and phase not in ("start", "checkpoint") and not detail:
+        if first and phase in COMPILING and " of " not in detail:  # nothing has come of it yet
             words += " (compiling its programs)"
         elapsed = datetime.timedelta(seconds=int(time.monotonic() - self._began))
-        return f"[dim]{elapsed}[/] {words}"
+        return Text.assemble((str(elapsed), "dim"), f" {words}")
 
     def _print(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -148,16 +148,27 @@ def test_the_panel_says_from_the_first_second_what_the_run_does():
         assert "reading data, starting tools" in panel(progress, console)
         with heartbeat.phase("evaluate"):
             assert "evaluating (compiling its programs)" in panel(progress, console)
+            heartbeat.detail("192 questions")
+            assert "evaluating, 192 questions (compiling its programs)" in panel(progress, console)
             heartbeat.detail("40 of 192 rollouts")
             assert "evaluating, 40 of 192 rollouts" in panel(progress, console)
         with heartbeat.phase("evaluate"):  # compiled by now
             assert "compiling" not in panel(progress, console)
             with heartbeat.phase("reward"):
                 assert "giving rewards" in panel(progress, console)
+                assert "compiling" not in panel(progress, console)
             assert "evaluating" in panel(progress, console)
         for phase in ("rollout", "score", "branch", "update", "checkpoint"):
             with heartbeat.phase(phase):
                 assert PHASES[phase] in panel(progress, console)
+
+
+def test_a_line_printed_above_the_panel_does_not_change_its_looks():
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with Progress(CONFIG, console) as progress:
+        progress.step(1, {"reward/initial": 0.5})
+        progress.accuracies({"accuracy_base": 0.0})
+    assert "[dim]" not in console.file.getvalue()
 
 
 def test_the_time_that_is_left_is_known_after_the_second_step():
