@@ -23,6 +23,7 @@ from appo_jax.config_io import load_config
 from appo_jax.errors import ConfigError, PlanError
 from appo_jax.plan import compiler, hlo, programs, report
 from appo_jax.plan.topology import CHIPS, GIB, Chip, parse_slice
+from appo_jax.policy.parameters import abstract_params
 from appo_jax.policy.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -345,7 +346,6 @@ def test_the_papers_settings(name):
 # Parameters of the released models, in billions, as their model cards count them.
 @pytest.mark.parametrize(("name", "billions"), list(zip(PAPER, (7.62, 8.03, 8.19, 14.77), strict=True)))
 def test_the_architectures_have_the_released_sizes(name, billions):
-    from appo_jax.policy.parameters import abstract_params
 
     arch = load_config(ROOT / f"configs/{name}.py").policy.architecture
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract_params(arch)))
@@ -376,5 +376,5 @@ def test_programs_of_a_small_config_compile_and_are_counted():
         measured = compiler.measure(program, 1)
         assert measured.peak >= program.beside + measured.temporaries
         assert measured.flops > 0 or program.name == "reshard"
-    params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: programs.abstract_params(arch))))
+    params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: abstract_params(arch))))
     assert found["prefill"].beside == pytest.approx(12 * params, abs=64)  # float32 weights and two moments
