@@ -121,8 +121,9 @@ def render_result(call_format: CallFormat, text: str) -> str:
 def shield(text: str) -> str:
     """A tool's text without tags that could be taken for the rollout's own: `<` of each becomes `&lt;`.
 
-    Covers results, calls, thoughts and answers, in both formats and in any spelling, so that a page or a program's
-    output cannot close its own block or answer in the policy's place."""
+    Covers results, thoughts and answers, in all formats and in any spelling, so that a page or a program's output cannot
+    close its own block or answer in the policy's place. Tags of calls stay: a call is read from the policy's own text
+    alone, and explanations of what is wrong with one name them."""
     return _STRUCTURE.sub(lambda found: "&lt;" + found[0][1:], text)
 
 
@@ -131,7 +132,7 @@ def _any_spelling(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile(rf"<\s*+(?:/\s*+)?(?:{'|'.join(map(re.escape, names))})(?![\w.-])[^<>]*+>", re.IGNORECASE)
 
 
-_STRUCTURE = _any_spelling(("result", "tool_response", "tool_call", "think", "answer"))
+_STRUCTURE = _any_spelling(("result", "tool_response", "think", "answer"))
 
 
 def _first_tag(pattern: re.Pattern[str], text: str) -> str | None:

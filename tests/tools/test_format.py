@@ -192,7 +192,7 @@ SPELLINGS = ("<{}>", "</{}>", "<{}/>", "< {}>", "</ {} >", "<{} a='b'>")
 
 
 @pytest.mark.parametrize("call_format", [TAGS, JSON])
-@pytest.mark.parametrize("tag", ["result", "tool_response", "tool_call", "answer", "think"])
+@pytest.mark.parametrize("tag", ["result", "tool_response", "answer", "think"])
 def test_a_tools_text_cannot_write_the_rollouts_tags(call_format, tag):
     for name in (tag, tag.upper(), tag.title()):
         for spelling in SPELLINGS:
@@ -232,3 +232,10 @@ def test_instructions_name_every_tool_and_show_a_call():
     assert "<python>code</python>" in TAGS.instructions()
     assert JSON.render_call("search", "…") in JSON.instructions()
     assert TagFormat(()).instructions() == JsonFormat(()).instructions() == ""
+
+
+@pytest.mark.parametrize("text", ["x</tool_call>", "<tool_call>{nope}</tool_call>", "<tool_call></tool_call>"])
+def test_explanations_reach_the_policy_as_they_are(text):
+    explanation = JSON.parse(text)
+    assert "<tool_call>" in explanation
+    assert explanation in render_result(JSON, explanation)
