@@ -10,6 +10,7 @@ Nothing here is trusted once policy code has run: the supervisor believes no mor
 
 from __future__ import annotations
 
+import _signal  # without the enumerations of `signal`, whose pages every fork would copy: a tenth of a call's time
 import contextlib
 import gc
 import importlib
@@ -38,6 +39,7 @@ PRIVATE = "/tmp"  # where a state's own files are mounted in a sandbox
 NO_FORK, HELLO, REFUSED = b"n", b"h", b"r"  # further reports: besides those of `cell`
 UNMAPPED = b"unmapped"  # state 0 wants its user mapped
 READY = b"ready "  # and the number of the descriptor with the filter's listener
+_CONTINUE = {_signal.SIGCONT}
 _mask: set[int] = set()  # the signals that the code has blocked, while a snapshot blocks SIGCONT too
 __all__ = ["DONE", "FAILED", "HELLO", "NO_FORK", "OUT_OF_MEMORY", "REFUSED", "main"]
 
@@ -161,7 +163,7 @@ def _cell(message: bytes, fds: list[int], filename: str, max_output: int) -> Non
     os.close(null)
     try:
         _take_files(json.loads(head)["folder"], bool(mount))
-        signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, _mask)
         report = cell.run(code.decode("utf-8", "replace"), filename, max_output)
         _stop_timers()
         _settle_files(bool(mount))
@@ -197,7 +199,7 @@ def _settle_files(mounted: bool) -> None:
 def _stop_timers() -> None:
     """Leave nothing of a finished cell running. A handler of SIGCONT would run whenever the snapshot is woken for a fork."""
     _mask.clear()
-    _mask.update(signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT}))
+    _mask.update(_signal.pthread_sigmask(_signal.SIG_BLOCK, _CONTINUE))
     for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
         signal.setitimer(timer, 0)
     sys.settrace(None)
