@@ -25,7 +25,7 @@ class Arrays:
     """The arrays of a run of `config` on `mesh`."""
 
     def __init__(self, config: Config, arch: Architecture, mesh: Mesh):
-        self.arch, self.mesh = arch, mesh
+        self.arch, self.generating_arch, self.mesh = arch, sharding.generating_architecture(arch, mesh), mesh
         self.dtype = jnp.dtype("bfloat16" if config.policy.compute_dtype == "auto" else config.policy.compute_dtype)
         self.optimizer = rl_optimizer(config.optimizer)
         self._whole = NamedSharding(mesh, PartitionSpec())
@@ -47,15 +47,15 @@ class Arrays:
         """The copy of the parameters that generation reads, as `sharding.reshard` makes it."""
         params = self.state().params
         copy = jax.eval_shape(lambda p: sharding.reshard(p, self.mesh, self.dtype), params)
-        return sharding.annotate(copy, sharding.param_shardings(self.arch, self.mesh, "generate"), self.mesh)
+        return sharding.annotate(copy, sharding.param_shardings(self.generating_arch, self.mesh, "generate"), self.mesh)
 
     def caches(self, rows: int, length: int) -> Any:
         """Keys and values of `rows` prefixes of `length` tokens, every layer's."""
-        return self._placed(jax.eval_shape(lambda: empty_prefixes(self.arch, rows, length, self.dtype)))
+        return self._placed(jax.eval_shape(lambda: empty_prefixes(self.generating_arch, rows, length, self.dtype)))
 
     def generation(self, shapes: GenerationShapes) -> tuple[Prefixes, DecodeState]:
         """Prefixes and rows as the engine holds them."""
-        rows = jax.eval_shape(lambda: empty_state(self.arch, shapes.rows, shapes.suffix_length, self.dtype))
+        rows = jax.eval_shape(lambda: empty_state(self.generating_arch, shapes.rows, shapes.suffix_length, self.dtype))
         places = Places(self.of((shapes.rows, 2), jnp.int32), self.of((shapes.slots, shapes.columns), jnp.int32))
         return Prefixes(self.caches(shapes.slots, shapes.prefix_length), places), self._placed(rows)
 

@@ -15,6 +15,14 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")  # of every mesh
 ROWS = ("data", "fsdp")  # what rows of a batch are split over
+# What the MLP's inner axis and the vocabulary are split over while rollouts are generated. Tensor first: a part of the training
+# layout is cut further, and parts come together within their tensor place.
+WIDE = ("tensor", "fsdp")
+
+
+def widest(size: int) -> str | tuple[str, ...]:
+    """WIDE where it divides an axis of this size, else its first axis alone."""
+    return WIDE if parts(size, WIDE) > 1 else WIDE[0]
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:

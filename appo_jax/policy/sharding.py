@@ -4,7 +4,9 @@ Axes of the mesh: `data` and `fsdp` split the rows of a batch; `fsdp` also split
 training; `tensor` splits heads, the MLP and the vocabulary. Parameters have two layouts:
 
     train     D over fsdp; H, K, F, V over tensor. Each layer's weights are gathered over fsdp when they are used.
-    generate  H, K, F, V over tensor; whole on every (data, fsdp) place: decoding would gather them at every token.
+    generate  H, K over tensor; F, V over tensor and fsdp (over tensor where tensor × fsdp does not divide them); D whole.
+              Decoding is bound by reading weights: a device reads its part of the MLP for the rows of all fsdp places, and the
+              few rows' activations travel. Fewer key/value heads than mesh.tensor are repeated.
 
 A mesh of one device places nothing: arrays stay on the default device, and no program changes. Activations follow the
 constraints of constraints.py, which see the mesh that `use_mesh` set.
@@ -13,6 +15,7 @@ constraints of constraints.py, which see the mesh that `use_mesh` set.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -26,15 +29,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from appo_jax.config import Architecture, MeshConfig
 from appo_jax.errors import ConfigError
-from appo_jax.policy.constraints import AXES, ROWS, platform, spec_of
-from appo_jax.policy.parameters import TOP, Params, abstract_params, row_of, turned
+from appo_jax.policy.constraints import AXES, ROWS, WIDE, platform, spec_of
+from appo_jax.policy.parameters import LAYER, TOP, Params, abstract_params, row_of, turned
 
 Layout = Literal["train", "generate"]
 Tree = TypeVar("Tree")
 
-# From a logical axis of a parameter to the mesh axis that splits it.
+# From a logical axis of a parameter to the mesh axis that splits it; of two mesh axes, the first where both do not divide it.
+Rules = Mapping[str, str | tuple[str, ...]]
 _TENSOR = {"H": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
-RULES: dict[Layout, Mapping[str, str]] = {"train": _TENSOR | {"D": "fsdp"}, "generate": _TENSOR}
+RULES: dict[Layout, Rules] = {"train": _TENSOR | {"D": "fsdp"}, "generate": _TENSOR | {"F": WIDE, "V": WIDE}}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -82,8 +86,7 @@ def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
 def param_shardings(arch: Architecture, mesh: Mesh, layout: Layout) -> Params:
     """A `NamedSharding` for every parameter.
 
-    Raises ConfigError that lists the axes that the mesh cannot split, with array, sizes and field. Fewer key/value heads
-    than `mesh.tensor` are such a case: they are not replicated.
+    Raises ConfigError that lists the axes that the mesh cannot split, with array, sizes and field.
     """
     problems: dict[str, str] = {}  # by logical axes: the layers are alike
 
@@ -102,31 +105,37 @@ def param_shardings(arch: Architecture, mesh: Mesh, layout: Layout) -> Params:
     return shardings
 
 
-def partition_spec(
-    name: str, axes: str, shape: Sequence[int], rules: Mapping[str, str], mesh: Mesh
-) -> PartitionSpec:  # fmt: skip
+def partition_spec(name: str, axes: str, shape: Sequence[int], rules: Rules, mesh: Mesh) -> PartitionSpec:
     """The partition of one array from its logical `axes`, a letter for each, and `rules` from them to mesh axes.
 
-    Raises ConfigError when two axes fall on one mesh axis or a size is not divisible; `name` is for the message.
+    Key/value heads that are fewer than mesh.tensor and divide it are whole on every device. Raises ConfigError when two axes
+    fall on one mesh axis or a size is not divisible; `name` is for the message.
     """
     taken: dict[str, str] = {}
     array = f"{name} [{', '.join(axes)}] = {list(shape)}"
+    spec: list[tuple[str, ...]] = []
     for letter, size in zip(axes, shape, strict=True):
-        target = rules.get(letter)
-        if target is None:
-            continue
-        if target in taken:
-            raise ConfigError(
-                f"{array}: axes {taken[target]} and {letter} are both on mesh axis {target!r}; give one of them another rule"
-            )
-        taken[target] = letter
-        if size % mesh.shape[target]:
-            raise ConfigError(
-                f"{array}: axis {letter} = {size} cannot be split over mesh.{target} = {mesh.shape[target]}; "
-                f"set mesh.{target} to a divisor of {size}"
-            )
-    # A mesh axis of one device splits nothing, and jax leaves it out of what it gives back.
-    return spec_of(rules[letter] if letter in rules and mesh.shape[rules[letter]] > 1 else None for letter in axes)
+        rule = rules.get(letter, ())
+        targets = (rule,) if isinstance(rule, str) else rule
+        if size % math.prod(mesh.shape[target] for target in targets):
+            targets = targets[:1]
+        if letter == "K" and targets and size < mesh.shape[targets[0]] and mesh.shape[targets[0]] % size == 0:
+            targets = ()
+        for target in targets:
+            if target in taken:
+                raise ConfigError(
+                    f"{array}: axes {taken[target]} and {letter} are both on mesh axis {target!r}; give one of them another "
+                    "rule"
+                )
+            taken[target] = letter
+            if size % mesh.shape[target]:
+                raise ConfigError(
+                    f"{array}: axis {letter} = {size} cannot be split over mesh.{target} = {mesh.shape[target]}; "
+                    f"set mesh.{target} to a divisor of {size}"
+                )
+        # A mesh axis of one device splits nothing, and jax leaves it out of what it gives back.
+        spec.append(tuple(target for target in targets if mesh.shape[target] > 1))
+    return spec_of((targets[0] if len(targets) == 1 else targets) or None for targets in spec)
 
 
 def state_shardings(state: Tree, arch: Architecture, mesh: Mesh) -> Tree:
@@ -172,11 +181,15 @@ def annotate(tree: Tree, shardings: Any, mesh: Mesh) -> Tree:
 def reshard(params: Params, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Params:
     """A copy in the generating layout, matrices and biases in `dtype`.
 
-    Norm scales keep their float32, in which they are applied: the copy computes what the original does.
+    Norm scales keep their float32, in which they are applied: the copy computes what the original does, as a policy of
+    `generating_architecture`.
     """
 
     def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         row = row_of(path)
+        if "K" in row.axes:
+            axis = row.axes.index("K")
+            x = jnp.repeat(x, _kv_copies(x.shape[axis], mesh), axis)
         spec = partition_spec(path[-1].key, row.axes, x.shape, RULES["generate"], mesh)
         x = x if row.kind == "norm" else x.astype(dtype)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
@@ -189,8 +202,20 @@ def generates_in_place(params: Params, mesh: Mesh, dtype: Any) -> bool:
     embed = params["embed"]
     if mesh.size == 1:
         return embed.dtype == dtype
+    heads = params["layers"][0]["k"].shape[LAYER["k"].axes.index("K")]
     spec = partition_spec("embed", TOP["embed"].axes, embed.shape, RULES["generate"], mesh)
-    return embed.dtype == dtype and embed.sharding.is_equivalent_to(NamedSharding(mesh, spec), embed.ndim)
+    as_needed = embed.dtype == dtype and _kv_copies(heads, mesh) == 1
+    return as_needed and embed.sharding.is_equivalent_to(NamedSharding(mesh, spec), embed.ndim)
+
+
+def generating_architecture(arch: Architecture, mesh: Mesh) -> Architecture:
+    """The architecture of a policy in the generating layout: each key/value head as often as devices attend with it."""
+    return dataclasses.replace(arch, num_kv_heads=arch.num_kv_heads * _kv_copies(arch.num_kv_heads, mesh))
+
+
+def _kv_copies(heads: int, mesh: Mesh) -> int:
+    tensor = mesh.shape["tensor"]
+    return tensor // heads if heads < tensor and tensor % heads == 0 else 1
 
 
 class GeneratingPolicy(NamedTuple):

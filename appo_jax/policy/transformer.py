@@ -22,7 +22,7 @@ from flax import nnx
 
 from appo_jax.config import Architecture, Remat, YarnScaling
 from appo_jax.policy.attention import Attend
-from appo_jax.policy.constraints import ROWS, constrain
+from appo_jax.policy.constraints import ROWS, constrain, widest
 from appo_jax.policy.parameters import LAYER, Params
 
 Rotations = tuple[jax.Array, jax.Array]  # cosines and sines of the rotary embedding
@@ -102,8 +102,11 @@ class Layer(nnx.Module):
         self.arch = arch
         self.params = nnx.Dict({name: nnx.Param(value) for name, value in params.items()})
 
-    def __call__(self, x: jax.Array, rotation: Rotations, attend: Callable[..., Any]) -> tuple[jax.Array, Any]:
-        """The stream x `[..., D]` after this layer, and what `attend` keeps."""
+    def __call__(
+        self, x: jax.Array, rotation: Rotations, attend: Callable[..., Any], wide: bool = False
+    ) -> tuple[jax.Array, Any]:
+        """The stream x `[..., D]` after this layer, and what `attend` keeps. `wide`: the MLP is split over WIDE, and each of
+        its parts works for the rows of all fsdp places."""
         a, stored = self.arch, {name: w[...] for name, w in self.params.items()}
         p = {name: w if LAYER[name].kind == "norm" else w.astype(x.dtype) for name, w in stored.items()}
         turned = p["q"].shape[0] != a.width  # no policy has as many heads as channels
@@ -119,7 +122,9 @@ class Layer(nnx.Module):
         x = constrain(x + _output(out, p["o"], turned), ROWS)
 
         h = rms_norm(x, p["mlp_norm"], a.norm_eps)
-        return constrain(x + _mlp(h, p["gate"], p["up"], p["down"], turned), ROWS), kept
+        rows, inner = ("data", widest(a.mlp_width)) if wide else (ROWS, "tensor")
+        mlp = _mlp(constrain(h, rows), (p["gate"], p["up"], p["down"]), turned, (rows, None, inner))
+        return constrain(x + mlp, ROWS), kept
 
 
 def _project(h: jax.Array, w: jax.Array, turned: bool) -> jax.Array:
@@ -136,11 +141,12 @@ def _output(out: jax.Array, w: jax.Array, turned: bool) -> jax.Array:
     return out.reshape(*lead, -1) @ w.reshape(-1, w.shape[-1])
 
 
-def _mlp(h: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, turned: bool) -> jax.Array:
+def _mlp(h: jax.Array, weights: tuple[jax.Array, ...], turned: bool, split: tuple[Any, ...]) -> jax.Array:
+    """`split`: how the inner activations `[R, T, F]` are laid over the mesh."""
+    gate, up, down = weights
     if turned:
         return _rows(down @ (jax.nn.silu(_columns(gate, h)) * _columns(up, h)), *h.shape)
-    inner = constrain(jax.nn.silu(h @ gate) * (h @ up), ROWS, None, "tensor")
-    return inner @ down
+    return constrain(jax.nn.silu(h @ gate) * (h @ up), *split) @ down
 
 
 def hidden_states(
@@ -153,11 +159,13 @@ def hidden_states(
     `scan`: the layers are one loop over stacked weights and caches. `caches`: what `attend` is given of every layer (None:
     nothing).
     """
-    x = constrain(constrain(params["embed"].astype(dtype), "tensor")[tokens], ROWS)
+    wide = caches is not None  # rollouts are generated: few tokens at a time, and parameters in the layout for that
+    vocabulary = widest(arch.vocab_size) if wide else "tensor"
+    x = constrain(constrain(params["embed"].astype(dtype), vocabulary)[tokens], ROWS)
 
     def block(x: jax.Array, of_layer: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         weights, cache = of_layer
-        return Layer(arch, weights)(x, rotation, functools.partial(attend, cache))
+        return Layer(arch, weights)(x, rotation, functools.partial(attend, cache), wide)
 
     if remat != "none":
         block = jax.checkpoint(block, policy=_KEPT[remat])

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from appo_jax.config import Architecture
 from appo_jax.policy import attention
 from appo_jax.policy.attention import Blocks, LayerCache, Places
-from appo_jax.policy.constraints import ROWS, on_each_device, parts, platform, replicate
+from appo_jax.policy.constraints import ROWS, constrain, on_each_device, parts, platform, replicate, widest
 from appo_jax.policy.parameters import Params
 from appo_jax.policy.transformer import Rotations, hidden_states, rotations, unembed, unembedding
 from appo_jax.rollout.sampling import draw, truncate
@@ -142,7 +142,9 @@ def decode_segment(
         # Inactive rows write their last token's keys and values too: the same numbers they will be fed with later.
         span = _Span(last, jnp.ones_like(last), s.start)
         hidden, cache = _feed(params, (spec.arch, spec.dtype, False), prefixes, s.cache, token, span, table)
-        logits = unembed(hidden[:, 0], weights, spec.arch.num_tokens, columns=True)
+        # Each device makes logits of its part of the vocabulary for the rows of all fsdp places, and then has more of fewer rows.
+        logits = unembed(constrain(hidden[:, 0], "data"), weights, spec.arch.num_tokens, columns=True)
+        logits = constrain(constrain(logits, widest(len(weights)), "data"), "tensor", ROWS)
         uniforms = None
         if spec.temperature > 0:
             logits = truncate(logits / spec.temperature, spec.top_k, spec.top_p)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from appo_jax import distributed, heartbeat
 from appo_jax.config import Architecture, MeshConfig, RolloutConfig
 from appo_jax.policy.attention import Blocks
-from appo_jax.policy.sharding import GeneratingPolicy, make_mesh, place
+from appo_jax.policy.sharding import GeneratingPolicy, generating_architecture, make_mesh, place
 from appo_jax.rollout.appends import Result, append_batches, append_now, waited_long_enough
 from appo_jax.rollout.decode import AppendBatch, DecodeSpec, StopTables, Until, append_tokens, decode_segment
 from appo_jax.rollout.prefixes import Caches, PrefixSource, prompt_caches
@@ -110,6 +110,7 @@ class Engine:
     ):  # fmt: skip
         self.arch, self.tokenizer, self.executor, self.config, self.dtype = arch, tokenizer, executor, config, dtype
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+        self.generating_arch = generating_architecture(arch, self.mesh)  # of the parameters that generation reads
         self.seed = seed
         # Embeddings may have more rows than the tokenizer has tokens.
         padding = [b""] * (arch.vocab_size - tokenizer.vocab_size)
@@ -132,11 +133,11 @@ class Engine:
     def spec(self, temperature: float) -> DecodeSpec:
         """What decode programs of this engine are compiled for."""
         top_k, top_p = self.config.top_k, self.config.top_p
-        return DecodeSpec(self.arch, self.dtype, temperature, top_k, top_p, self.tokenizer.eos_ids)
+        return DecodeSpec(self.generating_arch, self.dtype, temperature, top_k, top_p, self.tokenizer.eos_ids)
 
     def prefill(self, policy: GeneratingPolicy, prompts: Sequence[np.ndarray], length: int, rows: int) -> Caches:
         """Caches of the prompts, right-padded to `length`, `rows` prompts at a time."""
-        return prompt_caches(policy.params, prompts, rows, length, self.arch, self.dtype)
+        return prompt_caches(policy.params, prompts, rows, length, self.generating_arch, self.dtype)
 
     def generate(
         self,
@@ -189,8 +190,8 @@ class Engine:
             spec=self.spec(draw.temperature),
             seating=Seating(named, shapes),
             source=PrefixSource(caches),
-            state=empty_state(self.arch, shapes.rows, shapes.suffix_length, self.dtype),
-            slots=empty_prefixes(self.arch, shapes.slots, shapes.prefix_length, self.dtype),
+            state=empty_state(self.generating_arch, shapes.rows, shapes.suffix_length, self.dtype),
+            slots=empty_prefixes(self.generating_arch, shapes.slots, shapes.prefix_length, self.dtype),
             finished=[[] for _ in groups],
         )
 
@@ -292,7 +293,9 @@ class Engine:
         self.stats.append_s += self._append_s
 
     def _append(self, g: Generation, batch: AppendBatch) -> None:
-        g.state = append_tokens(g.policy.params, g.prefixes, g.state, batch, arch=self.arch, dtype=self.dtype)
+        g.state = append_tokens(
+            g.policy.params, g.prefixes, g.state, batch, arch=self.generating_arch, dtype=self.dtype
+        )
 
     def _compile_appends(self, g: Generation) -> None:
         """Compile the append of every padded length at a generation's first round, with batches that hold no result.

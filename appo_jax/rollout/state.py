@@ -120,7 +120,12 @@ def load_prefix(prefixes: list[Blocks], source: list[LayerCache], row: jax.Array
     The row is taken out by a gather: on a mesh only this row travels then. For a dynamic slice, every device would fetch all
     rows.
     """
-    prefix = rows_of(source, jnp.asarray(row)[None])
+    heads = prefixes[0][0][1].shape[1]  # more than the source's where the generating layout repeats them
+
+    def repeated(x: jax.Array) -> jax.Array:
+        return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
+
+    prefix = jax.tree.map(repeated, rows_of(source, jnp.asarray(row)[None]))
 
     def put(slots: jax.Array, block: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(slots, block, slot, axis=0)

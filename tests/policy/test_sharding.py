@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from appo_jax.config import Architecture, Config, MeshConfig, PolicyConfig
 from appo_jax.config_io import check
 from appo_jax.errors import ConfigError
-from appo_jax.policy.sharding import make_mesh, param_shardings, partition_spec
+from appo_jax.policy.sharding import generating_architecture, make_mesh, param_shardings, partition_spec
 
 TESTS = Path(__file__).parents[1]
 ARCH = Architecture(96, 32, 2, 4, 2, 8, 48)
@@ -46,8 +47,8 @@ def test_an_axis_that_cannot_be_split_is_named() -> None:
         in lines
     )
     assert any("layers.0.k [D, K, E] = [32, 2, 8]: axis" in line for line in lines)
-    with pytest.raises(ConfigError, match=r"axis K = 2 cannot be split over mesh\.tensor = 4"):
-        param_shardings(ARCH, abstract_mesh(1, 1, 4), "generate")
+    with pytest.raises(ConfigError, match=r"axis K = 2 cannot be split over mesh\.tensor = 3"):
+        param_shardings(dataclasses.replace(ARCH, num_heads=6), abstract_mesh(1, 1, 3), "generate")
 
 
 def test_two_axes_on_one_mesh_axis_collide() -> None:
@@ -63,6 +64,20 @@ def test_layouts() -> None:
     assert generate["layers"][0]["q"].spec == PartitionSpec(None, "tensor")
     assert train["layers"][1]["down"].spec == PartitionSpec("tensor", "fsdp")
     assert generate["layers"][1]["attn_norm"].spec == PartitionSpec()
+    assert train["layers"][0]["gate"].spec == PartitionSpec("fsdp", "tensor")
+    assert generate["layers"][0]["gate"].spec == PartitionSpec(None, ("tensor", "fsdp"))
+    assert generate["layers"][0]["down"].spec == PartitionSpec(("tensor", "fsdp"))
+    assert generate["embed"].spec == PartitionSpec(("tensor", "fsdp"))
+    odd = dataclasses.replace(ARCH, mlp_width=50)  # tensor × fsdp does not divide it
+    assert param_shardings(odd, mesh, "generate")["layers"][0]["gate"].spec == PartitionSpec(None, "tensor")
+
+
+def test_fewer_key_value_heads_than_tensor_places() -> None:
+    """Whole everywhere while training; while generating each head once for every place that attends with it."""
+    mesh: Any = abstract_mesh(1, 2, 4)
+    assert param_shardings(ARCH, mesh, "train")["layers"][0]["k"].spec == PartitionSpec("fsdp")
+    assert generating_architecture(ARCH, mesh).num_kv_heads == 4
+    assert generating_architecture(ARCH, abstract_mesh(4, 1, 2)) == ARCH  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
