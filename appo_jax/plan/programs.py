@@ -115,7 +115,9 @@ class _StepPrograms:
 
         def trace() -> Any:
             prefixes, rows = self.arrays.generation(shapes)
-            spec = DecodeSpec(self.arrays.generating_arch, self.arrays.dtype, rollout.temperature, rollout.top_k, rollout.top_p, (0,))
+            spec = DecodeSpec(
+                self.arrays.generating_arch, self.arrays.dtype, rollout.temperature, rollout.top_k, rollout.top_p, (0,)
+            )
             stops = StopTables(
                 self.arrays.of((AUTOMATON_STATES, self.arch.vocab_size), np.uint8),
                 self.arrays.of((AUTOMATON_STATES,), jnp.int32),
@@ -141,7 +143,9 @@ class _StepPrograms:
             prefixes, rows = self.arrays.generation(shapes)
             some = self.arrays.of((width,), jnp.int32)
             batch = AppendBatch(some, self.arrays.of((width, length), jnp.int32), some)
-            return append_tokens.trace(self.copy, prefixes, rows, batch, arch=self.arrays.generating_arch, dtype=self.arrays.dtype)
+            return append_tokens.trace(
+                self.copy, prefixes, rows, batch, arch=self.arrays.generating_arch, dtype=self.arrays.dtype
+            )
 
         return Program(
             f"append, {self._named(generation)}",
