@@ -45,7 +45,7 @@ from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsC
 from appo_jax.policy import attention, convert, weights
 from appo_jax.policy.architecture import read_architecture
 from appo_jax.policy.parameters import Params
-from appo_jax.policy.transformer import hidden_states, rotations, unembedding
+from appo_jax.policy.transformer import LayerPass, hidden_states, rotations, unembedding
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.export import tokenizer_files
@@ -81,7 +81,9 @@ def our_logits(params: Params, arch: Architecture, tokens: np.ndarray, dtype: An
     @jax.jit
     def forward(params: Params, tokens: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = hidden_states(params, arch, tokens, rotations(positions, arch), attention.causal_no_cache, dtype)
+        hidden, _ = hidden_states(
+            params, arch, tokens, rotations(positions, arch), attention.causal_no_cache, LayerPass(dtype)
+        )
         return hidden @ unembedding(params).T
 
     with jax.default_matmul_precision("highest"), jax.enable_x64(dtype == np.float64):

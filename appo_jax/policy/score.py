@@ -14,7 +14,7 @@ from appo_jax.policy.attention import Attend, LayerCache
 from appo_jax.policy.constraints import platform, replicate
 from appo_jax.policy.logprobs import token_log_probs
 from appo_jax.policy.parameters import Params
-from appo_jax.policy.transformer import hidden_states, rotations, unembedding
+from appo_jax.policy.transformer import LayerPass, hidden_states, rotations, unembedding
 
 
 class Scored(NamedTuple):
@@ -36,9 +36,8 @@ def whole_rows(
     On accelerators the layers are a loop: there is one to compile, and the weights of one are gathered at a time. A CPU
     gathers nothing, and would copy each layer's weights out of the stack.
     """
-    return hidden_states(
-        params, arch, tokens, rotations(positions, arch), attend, dtype, remat, scan=platform() != "cpu"
-    )
+    how = LayerPass(dtype, remat, scan=platform() != "cpu")
+    return hidden_states(params, arch, tokens, rotations(positions, arch), attend, how)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "temperature", "dtype"))

@@ -9,6 +9,7 @@ of q.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -149,16 +150,27 @@ def _mlp(h: jax.Array, weights: tuple[jax.Array, ...], turned: bool, split: tupl
     return constrain(jax.nn.silu(h @ gate) * (h @ up), *split) @ down
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerPass:
+    """How the layers are run."""
+
+    dtype: Any = jnp.float32
+    """Of activations and matrix products."""
+    remat: Remat = "none"
+    """What the backward pass computes again, as in OptimizerConfig."""
+    scan: bool = False
+    """One loop over the layers' stacked weights and caches, instead of one piece of program for each layer."""
+
+
 def hidden_states(
-    params: Params, arch: Architecture, tokens: jax.Array, rotation: Rotations, attend: Attend, dtype: Any = jnp.float32,
-    remat: Remat = "none", scan: bool = False, caches: Sequence[Any] | None = None,
+    params: Params, arch: Architecture, tokens: jax.Array, rotation: Rotations, attend: Attend,
+    how: LayerPass = LayerPass(), caches: Sequence[Any] | None = None,
 ) -> tuple[jax.Array, list[Any]]:  # fmt: skip
     """Final hidden states `[..., D]` of tokens `[...]`, and what `attend` kept of every layer.
 
-    `rotation`: `rotations` at the tokens' positions. `remat`: what the backward pass recomputes, as in OptimizerConfig.
-    `scan`: the layers are one loop over stacked weights and caches. `caches`: what `attend` is given of every layer (None:
-    nothing).
+    `rotation`: `rotations` at the tokens' positions. `caches`: what `attend` is given of every layer (None: nothing).
     """
+    dtype, remat, scan = how.dtype, how.remat, how.scan
     wide = caches is not None  # rollouts are generated: few tokens at a time, and parameters in the layout for that
     vocabulary = widest(arch.vocab_size) if wide else "tensor"
     x = constrain(constrain(params["embed"].astype(dtype), vocabulary)[tokens], ROWS)

@@ -16,7 +16,7 @@ from appo_jax.policy import attention
 from appo_jax.policy.attention import Blocks, LayerCache, Places
 from appo_jax.policy.constraints import ROWS, constrain, on_each_device, parts, platform, replicate, widest
 from appo_jax.policy.parameters import Params
-from appo_jax.policy.transformer import Rotations, hidden_states, rotations, unembed, unembedding
+from appo_jax.policy.transformer import LayerPass, Rotations, hidden_states, rotations, unembed, unembedding
 from appo_jax.rollout.sampling import draw, truncate
 from appo_jax.rollout.state import DecodeState, Prefixes, laid_out, rows_of
 
@@ -106,7 +106,7 @@ def _feed(
     positions = (start + slot)[:, None] + offsets
     rotation = jax.tree.map(lambda x: x.at[positions].get(mode="clip"), table)
     caches = list(zip(prefixes.slots, cache, strict=True))
-    return hidden_states(params, arch, tokens, rotation, attend, dtype, scan=scan, caches=caches)
+    return hidden_states(params, arch, tokens, rotation, attend, LayerPass(dtype, scan=scan), caches)
 
 
 def _rotation_table(arch: Architecture, prefixes: Prefixes, suffix_length: int) -> Rotations:

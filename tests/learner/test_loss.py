@@ -345,9 +345,7 @@ def batch():
 @jax.jit
 def hidden_and_logits(params, tokens):
     """[R, T, D] and [R, T, V] of a plain forward pass."""
-    hidden, _ = hidden_states(
-        params, ARCH, tokens, rotations(positions(tokens), ARCH), attention.causal_no_cache, jnp.float32
-    )
+    hidden, _ = hidden_states(params, ARCH, tokens, rotations(positions(tokens), ARCH), attention.causal_no_cache)
     return hidden, hidden @ unembedding(params).T
 
 

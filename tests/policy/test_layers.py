@@ -13,7 +13,7 @@ from appo_jax.config import Architecture, Remat
 from appo_jax.policy import attention
 from appo_jax.policy.parameters import Params, init_params, turned
 from appo_jax.policy.score import positions
-from appo_jax.policy.transformer import hidden_states, rotations
+from appo_jax.policy.transformer import LayerPass, hidden_states, rotations
 
 FAMILIES = {
     "qwen2": Architecture(96, 32, 3, 4, 2, 8, 48, family="qwen2"),
@@ -34,7 +34,9 @@ def passes(family: str, remat: Remat, scan: bool) -> tuple[Any, Params]:
         return (WEIGHTS * run(params, attention.causal_no_cache)[0]).sum()
 
     def run(params: Params, attend: attention.Attend) -> Any:
-        return hidden_states(params, arch, TOKENS, rotations(positions(TOKENS), arch), attend, jnp.float32, remat, scan)
+        return hidden_states(
+            params, arch, TOKENS, rotations(positions(TOKENS), arch), attend, LayerPass(jnp.float32, remat, scan)
+        )
 
     params = init_params(arch, 0)
     return jax.jit(run, static_argnums=1)(params, attention.causal), backward(params)

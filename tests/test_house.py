@@ -1,0 +1,53 @@
+"""Bounds on the size of modules, functions and signatures, so that a reader can take in each at once."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "appo_jax"
+MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 7
+LONG_MODULES = {"tools/sandbox/supervisor.py"}  # one state machine, which is easier to check on one page
+SHORT_FUNCTIONS = ("rollout/", "plan/", "train.py")
+
+
+def modules() -> Iterator[tuple[str, str]]:
+    for file in sorted(PACKAGE.rglob("*.py")):
+        yield str(file.relative_to(PACKAGE)), file.read_text()
+
+
+def functions(text: str) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
+
+
+def public(text: str) -> Iterator[ast.FunctionDef]:
+    """Functions of a module and methods of its classes that others may call."""
+    tree = ast.parse(text)
+    bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
+    for body in bodies:
+        yield from (node for node in body if isinstance(node, ast.FunctionDef) and node.name[0] != "_")
+
+
+def test_no_module_is_too_long():
+    long = {name: n for name, text in modules() if (n := text.count("\n")) > MODULE_LINES and name not in LONG_MODULES}
+    assert not long
+
+
+def test_no_function_of_the_loop_is_too_long():
+    long = {
+        f"{name}:{f.name}": n
+        for name, text in modules()
+        if name.startswith(SHORT_FUNCTIONS)
+        for f in functions(text)
+        if (n := f.end_lineno - f.lineno + 1) > FUNCTION_LINES
+    }
+    assert not long
+
+
+def test_no_public_function_has_too_many_parameters():
+    many = {}
+    for name, text in modules():
+        for f in public(text):
+            arguments = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]
+            if (n := len([a for a in arguments if a.arg not in ("self", "cls")])) > PARAMETERS:
+                many[f"{name}:{f.name}"] = n
+    assert not many
