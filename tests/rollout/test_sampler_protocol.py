@@ -34,7 +34,7 @@ from appo_jax.rollout.growth import TreeGrower
 from appo_jax.rollout.sampler import Branch, GenerationStats, Sampler, ScorePass
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.train import train_step
+from appo_jax.train_step import Trainer, train_step
 from appo_jax.types import Example, RewardResult, Rollout, StopReason, Tree
 
 CANNED = ("the fox is lazy", "the dog", "7 dogs jump", "over", "a quick brown fox")
@@ -121,7 +121,8 @@ def test_a_step_trains_on_canned_rollouts(
     grower = TreeGrower(sampler, tokenizer, config.rollout, algorithm.branching, arch.vocab_size, seed=0)
     start = jax.tree.map(jnp.copy, params)
     state = TrainState(start, optimizer.init(start))
-    state, record, trees = train_step(0, examples[:P], state, None, update, algorithm, grower, components)
+    trainer = Trainer(components, algorithm, grower, update, None)
+    state, record, trees = train_step(trainer, 0, state, examples[:P], iter(()))
 
     assert [len(tree) for tree in trees] == [M] * P
     for tree in trees:
