@@ -3,7 +3,7 @@
     python benchmarks/sampler.py [--policy artifacts/smollm2] [--repeats 5]
 
 Everything is measured in one process, on the same weights, prompts and lengths, and quoted as the median over repeats.
-Writes benchmarks/results/sampler.json and benchmarks/RESULTS.md. The policy folder comes from
+Writes benchmarks/results/sampler.json and sampler.md; benchmarks/RESULTS.md tells what they mean. The policy folder comes from
 `appo-jax convert smollm2 --out artifacts/smollm2`. Run it alone: the figures are of two cores with nothing beside it.
 
 Decode rates leave the prefill out, for every sampler alike: the time of 1 new token is taken off the time of 64. Rates
@@ -421,7 +421,7 @@ def main() -> None:
         f"| {name} | {value:.4g} | {' '.join(map(str, reversed(TARGETS[name]))) if name in TARGETS else ''} |"
         for name, value in figures.items()
     ]
-    (RESULTS / "RESULTS.md").write_text(
+    (RESULTS / "results" / "sampler.md").write_text(
         "# The sampler, measured\n\n`make bench` on "
         f"{machine()['cpu']}, {machine()['cores']} cores, float32, SmolLM2-135M, prompt {PROMPT}, {NEW} new tokens, "
         f"medians of {options.repeats}. Rates are new tokens per second; benchmarks/sampler.py says what each figure is.\n\n"
