@@ -113,6 +113,7 @@ def phase(name: str) -> Iterator[None]:
     """Within: the run is in this phase. To enter it and to leave it is progress."""
     outer, outer_detail = _life.phase, _life.detail
     _life.phase, _life.detail, _life.progressed = name, "", time.monotonic()
+    _life.failed_in = None  # whatever failed before has been dealt with
     send(**_life.beat())
     try:
         yield

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from appo_jax import heartbeat
 from appo_jax.config import Config
 from appo_jax.config_io import check, load_config
 from appo_jax.prepare import prepare_world
@@ -21,6 +22,12 @@ settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
+
+
+@pytest.fixture(autouse=True)
+def own_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test's run was doing is not what another's does."""
+    monkeypatch.setattr(heartbeat, "_life", heartbeat._Life())
 
 
 @pytest.fixture(scope="session")

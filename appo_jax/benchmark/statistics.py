@@ -46,10 +46,16 @@ def over_questions_and_samples(values: Sequence[Sequence[float]]) -> Figure:
         return Figure(*[float("nan")] * 3)
     rng = np.random.default_rng(0)
     samples = [np.asarray(row, float) for row in values]
-    means = np.empty(RESAMPLES // 5)
-    for i in range(len(means)):
-        rows = [samples[q] for q in rng.integers(len(samples), size=len(samples))]
-        means[i] = np.mean([row[rng.integers(len(row), size=len(row))].mean() for row in rows])
+    counts = np.array([len(row) for row in samples])
+    table = np.full((len(samples), counts.max()), np.nan)
+    for row, own in zip(table, samples, strict=True):
+        row[: len(own)] = own
+    questions = rng.integers(len(samples), size=(RESAMPLES // 5, len(samples)))
+    # A draw of each question's own samples: its index is uniform over as many as the question has.
+    drawn = rng.random((*questions.shape, table.shape[1])) * counts[questions][..., None]
+    picked = table[questions[..., None], drawn.astype(int)]
+    used = np.arange(table.shape[1]) < counts[questions][..., None]
+    means = (np.where(used, picked, 0.0).sum(-1) / counts[questions]).mean(-1)
     return Figure(float(np.mean([row.mean() for row in samples])), *map(float, np.quantile(means, (0.025, 0.975))))
 
 

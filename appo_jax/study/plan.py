@@ -14,13 +14,14 @@ from appo_jax.errors import ConfigError
 # More steps than any budget of tokens lasts: the budget is what ends a run.
 MOST_STEPS = 100_000
 # What a cold start depends on; all arms of a study share it.
+# Data sources that make their own questions, and whose tokenizer is trained on them.
+GENERATED = ("world", "decisions")
 COLD_START = ("policy.", "data.", "sft.", "tools.", "eval.num_prompts", "rollout.max_")
 
 
 def lacks_tokenizer(config: Config) -> bool:
-    """Whether the run's tokenizer is yet to be trained on its world (`appo-jax data world`)."""
-    tokenizer = config.policy.tokenizer
-    return tokenizer is not None and tokenizer.endswith(".model") and not Path(tokenizer).exists()
+    """Whether the run's tokenizer is yet to be trained on its generated world (`appo-jax data world`)."""
+    return config.data.source in GENERATED and not Path(str(config.policy.tokenizer)).exists()
 
 
 @dataclasses.dataclass(frozen=True)

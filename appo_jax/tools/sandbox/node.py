@@ -58,6 +58,7 @@ class Node:
     allowed: set[int] = dataclasses.field(default_factory=set)  # supervised system calls it may make now, once each
     killed: bool = False  # its end has been asked for and will be reported
     verdict: str = "died"  # what the end of its process means while it runs
+    greeted: bool = False  # its process has said that it lives, and may have run the code (without namespaces)
     child: Node | None = None  # being forked from it
     unmet: bool = False  # it has forked a child that has not made itself known
     queue: collections.deque[Node] = dataclasses.field(default_factory=collections.deque)  # to be forked from it

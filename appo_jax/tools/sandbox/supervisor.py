@@ -472,6 +472,7 @@ class Supervisor:
         if message == interpreter.HELLO and not self.sandboxed and node.phase is Phase.FORKING:
             # Without namespaces nobody here may forge the sender that the kernel attaches.
             pid = next((struct.unpack("3i", data)[0] for _, kind, data in control if kind == socket.SCM_CREDENTIALS), 0)
+            node.greeted = True
             self._adopt(pid)
             return
         self.selector.unregister(node.channel)
@@ -486,6 +487,8 @@ class Supervisor:
         assert parent is not None
         if message == interpreter.NO_FORK:
             self._end(node, "stuck" if parent.id else "full")
+        elif node.greeted:  # it lived, and died before its process could be looked at
+            self._end(node, "died")
         elif parent.id == 0 and node.tries < MAX_TRIES and node.id in self.nodes:  # its newborn died, or it did
             parent.queue.appendleft(self._ask_again(node))
         else:
