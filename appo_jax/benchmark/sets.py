@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as parquet
 
+from appo_jax.data.golds import accepted_answers
 from appo_jax.errors import ConfigError, DataError
 
 Scorer = Literal["math", "qa", "gaia", "judge"]
@@ -146,29 +147,20 @@ def _item(name: str, found: Benchmark, record: Mapping[str, Any], number: int, p
     question = _first(record, QUESTION)
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{where}: no question; expected a text under one of {', '.join(QUESTION)}")
-    golds = [*_texts(_first(record, ANSWER)), *_texts(_first(record, ALIASES))]
+    try:
+        golds = accepted_answers([_first(record, ANSWER), _first(record, ALIASES)])
+    except TypeError as error:
+        raise DataError(f"{where}: {error}") from error
     if name == "gsm8k":
-        golds = [gold.rpartition("####")[2].strip() for gold in golds]
-    golds = list(dict.fromkeys(gold for gold in golds if gold.strip()))
+        golds = tuple(gold.rpartition("####")[2].strip() for gold in golds)
     if not golds:
         raise DataError(f"{where}: no answer; expected a text, a number or a list under one of {', '.join(ANSWER)}")
     level = str(_first(record, LEVEL) or "")
     if found.levels and level not in found.levels:
         raise DataError(f"{where}: level {level!r} is unknown; {found.title} has {', '.join(found.levels)}")
     id = _first(record, ID)
-    return Item(str(number if id is None else id), question, tuple(golds), level, str(_first(record, TYPE) or ""))
+    return Item(str(number if id is None else id), question, golds, level, str(_first(record, TYPE) or ""))
 
 
 def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((record[name] for name in names if record.get(name) is not None), None)
-
-
-def _texts(value: Any) -> list[str]:
-    """Golds of any form: a text, a number, a list of either, `{"target": …}`."""
-    if value is None:
-        return []
-    if isinstance(value, dict):
-        return _texts(value.get("target", value.get("value")))
-    if isinstance(value, list | tuple):
-        return [text for one in value for text in _texts(one)]
-    return [str(value)]
