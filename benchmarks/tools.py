@@ -1,8 +1,9 @@
-"""Figures of the tools on this machine: `python benchmarks/tools.py [--data DIR] [--soak N]`.
+"""Figures of the tools on this machine: `python benchmarks/tools.py [--data DIR] [--soak N] [--beside CHECKOUT]`.
 
 Writes benchmarks/results/tools.json: python calls per second (set-up of each rollout and one fork in six calls
 included), latency at half that load, memory of 300 live rollouts, search speed and recall, and a soak (tools_soak.py) of
-N calls through the executor, 5% of its rollouts hostile, with what is lost and what is left over.
+N calls through the executor, 5% of its rollouts hostile, with what is lost and what is left over. With --beside, the
+Python tool of another checkout (after its `make setup`) is measured in turns with this one's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import json
 import os
 import platform
 import random
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,10 +109,41 @@ def search_figures(data: Path) -> dict[str, float]:
     }
 
 
+def beside(other: Path, turns: int = 7) -> dict[str, Any]:
+    """The Python tool's figures in the other checkout and in this one, measured in turns; medians."""
+    here = Path(__file__).parents[1]
+    runs: dict[Path, list[dict[str, Any]]] = {other: [], here: []}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "tools.json"
+        for turn in range(turns):
+            for checkout, figures in sorted(runs.items(), reverse=bool(turn % 2)):
+                command = [checkout / ".venv/bin/python", "benchmarks/tools.py", "--soak", "0", "--out", out]
+                subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
+                figures.append(json.loads(out.read_text()))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=other, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    keys = ("calls_per_s", "p50_ms", "p99_ms", "rss_mb_300")
+    return {
+        "beside": commit,
+        "turns": turns,
+        "medians": {
+            key: {
+                name: round(statistics.median(run[key] for run in runs[path]), 4)
+                for name, path in (("before", other), ("now", here))
+            }
+            for key in keys
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with hotpotqa and 2wiki")
     parser.add_argument("--soak", type=int, default=20_000, help="calls of the soak; 0: none")
+    parser.add_argument(
+        "--beside", type=Path, help="another checkout, whose Python tool is measured in turns with this one's"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tools.json")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {
@@ -128,8 +163,12 @@ def main() -> None:
         figures |= search_figures(arguments.data)
     if arguments.soak:
         figures |= soak(arguments.soak)
+    rounded: dict[str, Any] = {
+        key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()
+    }
+    if arguments.beside:
+        rounded["in_turns"] = beside(arguments.beside.resolve())
     arguments.out.parent.mkdir(exist_ok=True)
-    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
     arguments.out.write_text(json.dumps(rounded, indent=2) + "\n")
     print(json.dumps(rounded, indent=2))
 

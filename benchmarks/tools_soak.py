@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import random
 import tempfile
@@ -100,7 +101,7 @@ class Soak:
             while self.honest < calls:
                 with self._lock:
                     number = next(numbers)
-                self._rollout(random.Random(seed * 10**9 + number))
+                self._rollout(number, random.Random(seed * 10**9 + number))
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(work, range(AT_ONCE)))
@@ -112,14 +113,15 @@ class Soak:
     def _call(self, states: Any, code: str) -> Any:
         return self.executor.submit(states, f"<python>{code}</python>", bound=600.0).result()
 
-    def _rollout(self, rng: random.Random) -> None:
+    def _rollout(self, number: int, rng: random.Random) -> None:
         with self._lock:
             self.rollouts += 1
-        if rng.random() < self._share:
+        earlier = math.ceil(number * self._share)  # hostile rollouts before this one
+        if math.ceil((number + 1) * self._share) > earlier:
             with self._lock:
                 self.hostile_rollouts += 1
             states = self.executor.start()
-            for code in KINDS[rng.choice(self._kinds)]:
+            for code in KINDS[self._kinds[earlier % len(self._kinds)]]:
                 states = self._call(states, code).states
                 with self._lock:
                     self.hostile += 1
