@@ -149,6 +149,36 @@ def test_state_zero_is_not_killed_for_a_slow_fork():
         tool.close()
 
 
+def test_a_call_that_crashes_before_it_is_looked_at_has_run_once(tmp_path):
+    """With process isolation, on a machine so busy that the supervisor sees a call's greeting when its process is dead."""
+    tool = make(isolation="process", timeout=5.0)
+    over = threading.Event()
+
+    def stall():
+        while not over.is_set():
+            os.kill(tool.pid, signal.SIGSTOP)
+            time.sleep(0.02)
+            os.kill(tool.pid, signal.SIGCONT)
+            time.sleep(0.001)
+
+    stalling = threading.Thread(target=stall)
+    stalling.start()
+    try:
+        _, state = tool.call(tool.start(), "import os")
+        for i, start in enumerate([tool.start(), state] * 10):
+            ran = tmp_path / str(i)
+            result, _ = tool.call(
+                start,
+                f"import os\nos.write(os.open({str(ran)!r}, os.O_CREAT | os.O_APPEND | os.O_WRONLY), b'once')\nos._exit(1)",
+            )
+            assert (result.outcome, "lost" in result.text) == (Outcome.ERROR, False)
+            assert ran.read_text() == "once"
+    finally:
+        over.set()
+        stalling.join()
+        tool.close()
+
+
 @needs_bubblewrap
 def test_a_dead_state_zero_is_made_anew_and_all_states_live_on(tool):
     pid = tool.pid
