@@ -12,7 +12,6 @@ import argparse
 import collections
 import dataclasses
 import io
-import json
 import logging
 import os
 import random
@@ -25,22 +24,14 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import numpy as np
+from tiny import STEPS, parameters, records_complete, tiny_config
 
-from appo_jax.checkpoint import Checkpointer
-from appo_jax.components import build, initial_params
 from appo_jax.config import Config
-from appo_jax.config_io import load_config
-from appo_jax.dumps import dumped_steps, read_dump
-from appo_jax.errors import AppoError, DataError
-from appo_jax.learner.optimizer import rl_optimizer
-from appo_jax.learner.step import init_state
+from appo_jax.errors import AppoError
 from appo_jax.metrics import read_metrics
-from appo_jax.prepare import prepare_world
 from appo_jax.train import train
 
-STEPS = 6
 Damage = Callable[[Path, random.Random], None]
 
 
@@ -102,61 +93,6 @@ FILE_DAMAGES: tuple[Damage, ...] = (cut, cut_last, nul, flip, empty, delete, dup
 FOLDER_DAMAGES: tuple[Damage, ...] = (delete, duplicate, stray)
 
 
-def tiny_config(folder: Path) -> Config:
-    """The tests' smallest run (tests/conftest.py), with two steps between checkpoints."""
-    c = load_config(Path(__file__).parents[2] / "configs/quickstart.py")
-    shape = dataclasses.replace(
-        c.policy.architecture, width=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=32
-    )
-    config = dataclasses.replace(
-        c, run_dir=str(folder / "run"), steps=4, prompts_per_step=2, prompts_per_minibatch=2, checkpoint_every=2,
-        policy=dataclasses.replace(c.policy, architecture=shape, tokenizer=str(folder / "world.model")),
-        data=dataclasses.replace(c.data, path=str(folder / "world")),
-        tools=dataclasses.replace(c.tools, enabled=("search",)),
-        rollout=dataclasses.replace(
-            c.rollout, num_initial=2, budget=4, max_response_tokens=32, max_result_tokens=16, decode_rows=8
-        ),
-        branching=dataclasses.replace(c.branching, num_branch_points=1),
-        sft=dataclasses.replace(c.sft, steps=1, batch_size=2), eval=dataclasses.replace(c.eval, num_prompts=2),
-    )  # fmt: skip
-    prepare_world(config)
-    return config
-
-
-def parameters(config: Config, run: Path) -> dict[str, np.ndarray]:
-    """The arrays of a run's newest checkpoint, by name."""
-    with build(config) as components:
-        params = initial_params(config, components.arch, components.mesh)
-        state = init_state(params, rl_optimizer(config.optimizer), components.arch, components.mesh)
-        checkpointer = Checkpointer(run / "checkpoints/rl", keep=3, read_only=True)
-        try:
-            restored = checkpointer.restore_latest(state, None)
-        finally:
-            checkpointer.close()
-    assert restored is not None
-    assert restored[0] == STEPS, restored[0]
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(restored[1])}
-
-
-def records_complete(run: Path, log: str) -> str | None:
-    """What is missing in the records of a run without a word about it; None: nothing."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    if [line["step"] for line in lines] != list(range(1, STEPS + 1)):
-        return f"steps on record: {[line['step'] for line in lines]}"
-    if any(line.get("lost") for line in lines) and "are lost" not in log:
-        return "records are lost, and nothing says so"
-    dumps = dumped_steps(run / "rollouts")
-    whole = []
-    for step, path in dumps.items():
-        try:
-            whole += [step] if len(list(read_dump(path))) == 2 else []
-        except DataError:
-            return f"{path.name} is damaged, and nothing says so"
-    if whole != list(range(1, STEPS + 1)) and "are lost" not in log:
-        return f"trees of steps {whole}, and nothing says so"
-    return None
-
-
 def one_case(
     config: Config, pristine: Path, target: str, damage: Damage, rng: random.Random, truth: dict
 ) -> tuple[str, str]:
@@ -169,7 +105,7 @@ def one_case(
     handler = logging.StreamHandler(log)
     logging.getLogger("appo_jax").addHandler(handler)
     try:
-        train(dataclasses.replace(config, steps=STEPS))
+        train(config)
     except AppoError as error:
         return ("message" if len(str(error)) > 40 else "BAD message", str(error).splitlines()[0][:160])
     except Exception as error:
@@ -218,9 +154,9 @@ def main() -> int:
         folder = Path(name)
         config = tiny_config(folder)
         run, pristine, began = Path(config.run_dir), folder / "pristine", time.monotonic()
-        train(config)
+        train(dataclasses.replace(config, steps=4))
         shutil.copytree(run, pristine)
-        train(dataclasses.replace(config, steps=STEPS))
+        train(config)
         truth = parameters(config, run)
         assert len(read_metrics(run / "metrics.jsonl")) == STEPS
         tally: collections.Counter[str] = collections.Counter()

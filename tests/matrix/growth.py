@@ -16,7 +16,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from damage import tiny_config
+from tiny import tiny_config
 
 from appo_jax.config_io import save_config
 from appo_jax.supervision.status import read_status

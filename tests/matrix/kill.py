@@ -1,15 +1,16 @@
 """Runs that are killed at random moments: `python tests/matrix/kill.py [--sigkill 60 --sigterm 20 --sigint 20] [--seed S]`.
 
-The smallest run there is (tests/matrix/damage.py) is started by `appo-jax train`, killed or asked to stop at a random moment
-between its first line and its end, and started again by the same command, until it ends by itself. It must have the parameters
-of an undisturbed run, bit for bit, every step on record once, every dump whole, and a summary. Exit code 1 where one has not.
+The smallest run there is (tiny.py) is started by `appo-jax train`, killed or asked to stop, and started again by the same
+command until it ends by itself. Three of four are struck in a random phase of a random step (aimed.py), the others at a
+random moment between their first line and their end. Each must have the parameters of an undisturbed run, bit for bit, every
+step on record once, every dump whole, and a summary; a summary that was there before the end must be of a policy that is
+saved. Runs that had ended before they were struck count nothing. Exit code 1 where one is not as it should be.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+import collections
 import os
 import random
 import shutil
@@ -23,24 +24,51 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
-from damage import STEPS, parameters, records_complete, tiny_config
+from tiny import STEPS, parameters, records_complete, tiny_config
 
+from appo_jax.checkpoint import verify
 from appo_jax.config_io import save_config
 
+# Phase -> how long it lasts at most, roughly: the blow falls so much later than its beginning.
+PHASES = {
+    "start": 1.5, "cold start": 1.0, "rollout": 0.1, "reward": 0.003, "score": 0.01, "branch": 0.05, "advantage": 0.003,
+    "update": 0.05, "checkpoint": 0.1, "evaluate": 0.1,
+}  # fmt: skip
+AIMED = Path(__file__).with_name("aimed.py")
 
-def start(config_file: Path, log: Path) -> subprocess.Popen[bytes]:
+
+def start(command: list[str], config_file: Path, log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as out:
-        command = [sys.executable, "-m", "appo_jax", "train", "--config", str(config_file)]
+        command = [sys.executable, *command, "train", "--config", str(config_file)]
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def phase_of(run: Path) -> str:
-    """What the run did when it was killed, as its status said last."""
-    try:
-        beat = json.loads((run / "status.json").read_text())["hosts"]["0"]
-        return f"step {beat['step'] + 1}, {beat['phase']}"
-    except (OSError, ValueError, KeyError):
-        return "before its first sign of life"
+def struck(rng: random.Random, which: signal.Signals, took: float, config_file: Path, log: Path) -> tuple[str, int]:
+    """Start a run and strike it once. Where, and its exit code."""
+    if rng.random() < 0.25:
+        process, moment = start(["-m", "appo_jax"], config_file, log), rng.uniform(0.0, took)
+        time.sleep(moment)
+        os.killpg(process.pid, which) if which != signal.SIGTERM else process.send_signal(which)
+        return f"after {moment:.1f} s", process.wait(timeout=600)
+    phase, step = rng.choice(list(PHASES)), rng.randrange(STEPS + 1)
+    delay, alone, note = rng.uniform(0.0, PHASES[phase]), rng.random() < 0.5, log.with_name("struck")
+    note.unlink(missing_ok=True)
+    aim = [str(AIMED), phase, str(step), str(delay), str(int(which)), str(int(alone)), str(note)]
+    code = start(aim, config_file, log).wait(timeout=600)
+    return note.read_text() if note.exists() else f"missed {phase}", code
+
+
+def faults(run: Path, codes: list[int], text: str) -> list[str]:
+    """What is wrong with a run that was struck and started again, but for its parameters."""
+    found = [f"exit codes {codes}"] if codes[-1] != 0 else []
+    found += ["a traceback"] if "Traceback" in text else []
+    if codes[-1] == 0:
+        found += [missing] if (missing := records_complete(run, "")) else []
+        found += [] if (run / "summary.json").exists() else ["no summary"]
+        found += [] if len((run / "sft.jsonl").read_text().splitlines()) == 1 else ["sft.jsonl"]
+        left = [path.name for path in run.rglob("*") if "tmp" in path.name]
+        found += [f"left behind: {left}"] if left else []
+    return found
 
 
 def main() -> int:
@@ -49,47 +77,49 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    rng, failed = random.Random(options.seed), 0
+    rng, failed, began = random.Random(options.seed), 0, time.monotonic()
     signals = [signal.SIGKILL] * options.sigkill + [signal.SIGTERM] * options.sigterm + [signal.SIGINT] * options.sigint
     rng.shuffle(signals)
+    allowed = {signal.SIGKILL: (-9, 75), signal.SIGTERM: (130, -15), signal.SIGINT: (130, -2)}
+    tally: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        config = dataclasses.replace(tiny_config(folder), steps=STEPS)
-        run, file, log = Path(config.run_dir), folder / "config.json", folder / "log"
+        config = tiny_config(folder)
+        run, file, log, took = Path(config.run_dir), folder / "config.json", folder / "log", 0.0
         save_config(config, file)
         for _ in range(2):  # the first one compiles, the second one says how long a run takes
             shutil.rmtree(run, ignore_errors=True)
-            began = time.monotonic()
-            assert start(file, log).wait() == 0, log.read_text()[-3000:]
-            took = time.monotonic() - began
+            first = time.monotonic()
+            assert start(["-m", "appo_jax"], file, log).wait() == 0, log.read_text()[-3000:]
+            took = time.monotonic() - first
         truth = parameters(config, run)
         print(f"an undisturbed run takes {took:.0f} s", flush=True)
-        for number, which in enumerate(signals):
+        while signals:
             shutil.rmtree(run)
             log.write_text("")
-            process = start(file, log)
-            time.sleep(rng.uniform(0.0, took))
-            where = phase_of(run)
-            ended = process.poll() is not None
-            os.killpg(process.pid, which) if which == signal.SIGKILL and not ended else process.send_signal(which)
-            codes = [process.wait(timeout=600)]
+            where, code = struck(rng, signals[-1], took, file, log)
+            if code == 0:  # it had ended
+                continue
+            which = signals.pop()
+            wrong = [] if code in allowed[which] else [f"exit code {code} after {which.name}"]
+            if (run / "summary.json").exists() and (said := verify(run / f"checkpoints/rl/{STEPS}")) != "sound":
+                wrong.append(f"a summary without its policy: {said}")
+            codes = [code]
             while codes[-1] != 0 and len(codes) < 4:
-                codes.append(start(file, log).wait(timeout=600))
-            expected = {signal.SIGKILL: -9, signal.SIGTERM: 130, signal.SIGINT: 130}[which]
-            wrong = [] if codes[0] in (0, expected) and codes[-1] == 0 else [f"exit codes {codes}"]
+                codes.append(start(["-m", "appo_jax"], file, log).wait(timeout=600))
             text = log.read_text(errors="replace")
+            wrong += faults(run, codes, text)
             if codes[-1] == 0:
                 found = parameters(config, run)
                 wrong += [f"{name} differs" for name in truth if not np.array_equal(truth[name], found[name])][:1]
-                wrong += [missing] if (missing := records_complete(run, "")) else []
-                wrong += [] if (run / "summary.json").exists() else ["no summary"]
-            wrong += ["a traceback"] if "Traceback" in text else []
             failed += bool(wrong)
-            outcome = "; ".join(wrong) or ("right" if codes[0] else "had ended")
-            print(f"{number:3} {which.name:8} {where:30} codes {codes}  {outcome}", flush=True)
-    print(f"{len(signals)} runs, {failed} not as they should be")
+            tally[where.partition(", ")[2] or "any moment"] += 1
+            print(f"{which.name:8} {where:22} codes {codes}  {'; '.join(wrong) or 'right'}", flush=True)
+            if wrong:
+                print(text[-2000:], flush=True)
+    print(f"{sum(tally.values())} runs in {time.monotonic() - began:.0f} s, struck in {dict(tally)}; {failed} not as they should be")
     return int(failed > 0)
 
 
