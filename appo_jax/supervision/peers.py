@@ -19,6 +19,8 @@ from typing import Any
 SILENCE_S = 12.0
 # Time the hosts have to find each other's supervisors.
 CONNECT_S = 60.0
+# Time the others have to hear that all have ended well.
+GOODBYE_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Peers:
             if host not in self.left and (silent := now - line.heard) > SILENCE_S:
                 return self.gone(host, f"has given no sign of life for {silent:.0f} s")
         if self._listener is not None and now - self._began > CONNECT_S:
-            missing = sorted(set(range(1, self.hosts)) - set(self._lines))
+            missing = sorted(set(range(1, self.hosts)) - set(self._lines) - self.left)
             if missing:
                 return self.gone(missing[0], f"has not come within {CONNECT_S:.0f} s")
         return None
@@ -126,6 +128,20 @@ class Peers:
             f"{host} ({self.beats[host].get('machine', '?')}, {self.beats[host].get('phase')})" for host in working
         ]
         return "the others wait for host " + " and host ".join(names)
+
+    def may_leave(self) -> bool:
+        """Whether all others have ended well: the hub knows of all, and says so by leaving."""
+        return self.hosts == 1 or (len(self.left) == self.hosts - 1 if self.host == 0 else 0 in self.left)
+
+    def goodbye(self) -> None:
+        """The hub tells the others that they may leave, and waits until they have heard it: they close their ends."""
+        if self.host == 0:
+            self.tell(left=True)
+            deadline = time.monotonic() + GOODBYE_S
+            while self._lines and time.monotonic() < deadline:
+                for key, _ in self._selector.select(timeout=0.1):
+                    key.data()
+        self.close()
 
     def close(self) -> None:
         for line in self._lines.values():
@@ -157,6 +173,7 @@ class Peers:
         messages = line.receive()
         if messages is None:
             self._selector.unregister(line.connection)
+            line.connection.close()
             del self._lines[host]
             return None if host in self.left else self.gone(host, "has closed its connection")
         for message in messages:

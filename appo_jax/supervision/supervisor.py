@@ -92,7 +92,7 @@ class Supervisor:
         self._requests = self._passed_on = 0
         self._grace_ends = float("inf")
         self._run_dir: Path | None = None
-        self._written, self._told = 0.0, 0.0
+        self._written, self._told, self._looked = 0.0, 0.0, time.monotonic()
         self._stopped_since: float | None = None
 
     def run(self) -> int:
@@ -100,28 +100,31 @@ class Supervisor:
         for number in STOPS:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        looked = time.monotonic()
         while (status := self._ended()) is None:
-            for key, _ in self._selector.select(timeout=0.5):
-                self._fail(key.data())
-            now = time.monotonic()
-            if now - looked > PAUSED_S:  # this process was stopped, as by Ctrl-Z, and the child with it
-                self._child.heard, self._stopped_since = now, None
-                self._peers.forgive()
-            looked = now
+            self._listen()
             if self._requests > self._passed_on:
                 self._fail(self._hear_child())  # the latest news of whether it hears
                 self._fail(self._pass_on())
             if time.monotonic() > self._grace_ends:
                 said = f"interrupted: step {self._beat['step'] + 1} did not end within stop_grace_seconds and is made again"
                 self._fail(Cause(self._peers.host, said, failures.INTERRUPTED))
-            self._fail(self._peers.lost())
             self._fail(self._hanging())
             self._tell()
             if self._cause is not None and not self._may_be_secondary():
                 status = self._end_child()
                 break
         return self._finish(status)
+
+    def _listen(self) -> None:
+        """Hear the child and the other hosts for half a second."""
+        for key, _ in self._selector.select(timeout=0.5):
+            self._fail(key.data())
+        now = time.monotonic()
+        if now - self._looked > PAUSED_S:  # this process was stopped, as by Ctrl-Z, and the child with it
+            self._child.heard, self._stopped_since = now, None
+            self._peers.forgive()
+        self._looked = now
+        self._fail(self._peers.lost())
 
     # ---- the child
 
@@ -228,6 +231,15 @@ class Supervisor:
             return None
         return Cause(self._peers.host, "interrupted", failures.INTERRUPTED)
 
+    def _leave(self) -> Cause | None:
+        """This host has ended well: wait until all have, or one of them fails. So all of them give the same exit code."""
+        if self._peers.host != 0:
+            self._peers.tell(beat=self._beat, left=True)
+        while self._cause is None and not self._peers.may_leave() and self._requests == self._passed_on:
+            self._listen()
+            self._tell()
+        return self._cause
+
     # ---- what others see
 
     def _tell(self) -> None:
@@ -262,10 +274,8 @@ class Supervisor:
 
     def _finish(self, status: int | None) -> int:
         """Say last what came first, leave word, and give the exit code."""
-        while (left := self._child.receive()) is not None and left:  # what the child said last
-            for message in left:
-                if "failed" in message:
-                    self._fail(Cause(self._peers.host, message["failed"], message["code"], message["secondary"]))
+        while any(key.fileobj is self._child.connection for key, _ in self._selector.select(0)):  # what the child said last
+            self._fail(self._hear_child())
         cause, host = self._cause, self._peers.host
         if cause is None and status is not None and status < 0:
             name = signal.Signals(-status).name
@@ -275,9 +285,10 @@ class Supervisor:
         elif cause is None and status not in (0, failures.INTERRUPTED):
             cause = Cause(host, f"{self._name()} ended with exit code {status}", status or 0)
             self._fail(cause)
+        cause = cause or self._leave()
         if cause is None:
-            self._peers.tell(left=True)
             self._write_status("done" if status == 0 else "stopped")
+            self._peers.goodbye()
             return status or 0
         if cause.secondary:
             self._peers.tell(failed=vars(cause))

@@ -71,21 +71,25 @@ def ignore() -> None:
 
 
 def hosts() -> None:
-    """Steps in which all hosts meet five times. $FAULT says what host $AT_HOST does in step $AT_STEP."""
+    """Steps in which all hosts meet five times. $FAULT says what host $AT_HOST does in step $AT_STEP, or at the "end"."""
     distributed.initialize()
     supervisor.meet()
     fault, host, step = os.environ.get("FAULT", ""), int(os.environ["AT_HOST"]), int(os.environ["AT_STEP"])
+    at_phase = os.environ.get("AT_PHASE", "reward")
     with interrupt.stop_requests() as stop:
         for i in range(int(os.environ["STEPS"])):
             stop.agreed()
             for phase in ("rollout", "reward", "score", "branch", "update"):
                 with heartbeat.phase(phase):
-                    if (i, phase, distributed.host()) == (step, os.environ.get("AT_PHASE", "reward"), host):
+                    if (i, phase, distributed.host()) == (step, at_phase, host):
                         print(f"FAULT {time.time()}", flush=True)
                         FAULTS[fault]()
                     distributed.exchange({"step": i, "phase": phase})
             heartbeat.at_step(i + 1)
             print("step", i + 1, flush=True)
+    if at_phase == "end" and distributed.host() == host:
+        time.sleep(3)  # the others have ended by then
+        FAULTS[fault]()
 
 
 def raise_error() -> None:

@@ -97,6 +97,14 @@ def test_hosts_that_end_well_end_together(tmp_path: Path, one_of: Variables) -> 
     assert codes == [0, 0], logs
     status = read_status(tmp_path / "run")
     assert status is not None
-    # What the other host said last may come after this one has ended.
-    assert status.hosts["0"]["step"] == 6
-    assert status.hosts["1"]["step"] <= 6
+    assert status.state == "done"
+    assert [status.hosts[i]["step"] for i in ("0", "1")] == [6, 6]
+
+
+def test_a_failure_after_one_host_has_ended_is_that_of_all(tmp_path: Path, one_of: Variables) -> None:
+    more = {"AT_HOST": "0", "AT_STEP": "6", "AT_PHASE": "end"}
+    processes = together(tmp_path / "run", 2, one_of, "exception", **more)
+    codes, logs, _ = outcome(tmp_path / "run", processes)
+    assert codes == [1, 1], logs
+    for log in logs:
+        assert "host 0 failed first: ValueError in step 7" in last_line(log), log
