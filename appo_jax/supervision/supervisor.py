@@ -274,7 +274,9 @@ class Supervisor:
 
     def _finish(self, status: int | None) -> int:
         """Say last what came first, leave word, and give the exit code."""
-        while any(key.fileobj is self._child.connection for key, _ in self._selector.select(0)):  # what the child said last
+        while any(
+            key.fileobj is self._child.connection for key, _ in self._selector.select(0)
+        ):  # what the child said last
             self._fail(self._hear_child())
         cause, host = self._cause, self._peers.host
         if cause is None and status is not None and status < 0:

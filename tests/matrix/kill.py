@@ -119,7 +119,8 @@ def main() -> int:
             print(f"{which.name:8} {where:22} codes {codes}  {'; '.join(wrong) or 'right'}", flush=True)
             if wrong:
                 print(text[-2000:], flush=True)
-    print(f"{sum(tally.values())} runs in {time.monotonic() - began:.0f} s, struck in {dict(tally)}; {failed} not as they should be")
+    print(f"{sum(tally.values())} runs in {time.monotonic() - began:.0f} s, struck in {dict(tally)}")
+    print(f"{failed} not as they should be")
     return int(failed > 0)
 
 
