@@ -4,15 +4,19 @@
 #   launch/run.sh --config configs/qwen2_5_7b_reasoning.py --run-dir /mnt/shared/runs/qwen
 #
 #   TPU_RETRIES  restarts after a crash before the supervisor gives up (default 20)
+#   TPU_COMMAND  what is started instead of `train`, on every worker by itself (launch/sweep.sh: `sweep --worker`)
 source "$(dirname "$0")/common.sh"
 (($# > 0)) || { echo "run.sh: give the arguments of 'appo-jax train', e.g. --config configs/qwen2_5_7b_reasoning.py" >&2; exit 2; }
 
 printf -v arguments '%q ' "$@"
+command=${TPU_COMMAND:-train}
+together=''
+[[ $command != train ]] || together='--setenv APPO_DISTRIBUTED=1' # all hosts of the pod are one run
 # systemd is the supervisor: it outlives the ssh connection, restarts after a crash, and stops after so many. One host's
 # crash ends the others too (a lost peer aborts them), so that all of them start anew and go on from the last checkpoint.
 # Exit codes 1 (an error that a restart meets again), 2 (a config that cannot run) and 130 (asked to stop) are final.
 on_all "sudo systemctl reset-failed appo 2>/dev/null; sudo systemd-run --unit appo --uid \$(id -u) --gid \$(id -g) \
---working-directory \$HOME/$home --setenv HOME=\$HOME --setenv APPO_DISTRIBUTED=1 --property Restart=on-failure --property RestartSec=15 \
+--working-directory \$HOME/$home --setenv HOME=\$HOME $together --property Restart=on-failure --property RestartSec=15 \
 --property StartLimitIntervalSec=infinity --property StartLimitBurst=${TPU_RETRIES:-20} \
 --property RestartPreventExitStatus='1 2 130' --property KillMode=mixed --property KillSignal=SIGINT --property TimeoutStopSec=600 \
---property LimitNOFILE=65536 \$HOME/$home/.venv/bin/appo-jax train $arguments"
+--property LimitNOFILE=65536 \$HOME/$home/.venv/bin/appo-jax $command $arguments"

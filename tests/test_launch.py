@@ -6,6 +6,7 @@ Where $WORKERS names a folder, it also runs the commands it is given for all wor
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -26,15 +27,22 @@ KIND = {"TPU_TYPE": "v5p-128", "TPU_RUNTIME": "v2-alpha-tpuv5"}
 WHERE = "--project p --zone z"
 
 # Writes each call on a line, spaces between arguments; `describe` answers the lines of $STATES, one a call (MISSING: fails).
+# With $BY_NODE every node has lines, and a worker, of its own.
 GCLOUD = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 if [[ $* == *" describe "* ]]; then
-  state=$(head -1 "$STATES"); sed -i 1d "$STATES"
+  exec 9>"$STATES.lock"; flock 9
+  if [[ -n ${BY_NODE:-} ]]; then  # the lines of $STATES begin with the name that they are of
+    state=$(grep -m 1 "^$5 " "$STATES" | cut -d ' ' -f 2); sed -i "0,/^$5 /{/^$5 /d}" "$STATES"
+  else
+    state=$(head -1 "$STATES"); sed -i 1d "$STATES"
+  fi
   [[ $state != MISSING ]] || exit 1
   echo "$state"
 fi
 if [[ $* == *" scp "* ]]; then tar -tzf "$5" > "$CALLS.files"; fi
-if [[ $* == *" ssh "* && -n "${WORKERS:-}" ]]; then
+if [[ $* == *" ssh "* && -n "${WORKERS:-}" && ( -z ${NO_SETUP:-} || $* != *tpu_setup.sh* ) ]]; then
+  [[ -z ${BY_NODE:-} ]] || ONLY=${5##*-}  # node pod-1 is worker 1
   for i in ${ONLY:-0 1}; do HOME=$WORKERS/$i OMPI_COMM_WORLD_RANK=$i bash -c "${@: -1}" & workers+=($!); done
   for worker in "${workers[@]}"; do wait "$worker"; done
 fi
@@ -86,7 +94,7 @@ def launch(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("script", ["create.sh", "setup.sh", "run.sh", "logs.sh", "stop.sh", "resume.sh"])
+@pytest.mark.parametrize("script", ["create.sh", "setup.sh", "run.sh", "logs.sh", "stop.sh", "resume.sh", "sweep.sh"])
 def test_missing_variables_are_named_and_nothing_is_asked(launch, script):
     done, calls = launch(script, TPU_PROJECT="p")
     assert done.returncode == 2
@@ -245,3 +253,81 @@ def test_resume_makes_the_pod_that_is_not_there(launch):
     done, calls = launch("resume.sh", "--config", "c.py", states_told="MISSING\nACTIVE\n", **POD, **KIND)
     assert done.returncode == 0, done.stderr
     assert " create " in calls[1]
+
+
+def test_a_sweep_has_a_worker_on_every_slice(launch):
+    """Of three slices one is there, one was taken away, one was never made."""
+    names = {"pod-0": "ACTIVE", "pod-1": "SUSPENDED", "pod-2": "MISSING"}
+    states = "".join(f"{name} {state}\n{name} ACTIVE\n" for name, state in names.items())
+    done, calls = launch(
+        "sweep.sh", "--config", "a b.py", states_told=states, TPU_WORKERS="3", BY_NODE="1", **POD, **KIND
+    )
+    assert done.returncode == 0, done.stderr
+    asked = {name: [" ".join(call.split()[2:4]) for call in calls if f" {name}" in call] for name in names}
+    made = ["queued-resources create", "queued-resources describe", "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh"]
+    assert asked["pod-0"] == ["queued-resources describe"]
+    assert asked["pod-1"] == ["queued-resources describe", "queued-resources delete", *made]
+    assert asked["pod-2"] == ["queued-resources describe", *made]
+    started = [call for call in calls if "systemd-run" in call]
+    assert len(started) == 2
+    assert all("appo-jax sweep --worker --config a\\ b.py" in call for call in started)
+    assert all("APPO_DISTRIBUTED" not in call for call in started)  # each by itself
+
+
+def test_a_sweep_names_the_slices_that_it_does_not_get(launch):
+    states = "pod-0 ACTIVE\npod-1 MISSING\npod-1 FAILED\n"
+    done, _ = launch("sweep.sh", "--config", "s.py", states_told=states, BY_NODE="1", **POD, **KIND)
+    assert done.returncode == 1
+    assert "failed: pod-1;" in done.stderr
+
+
+def test_a_sweep_gives_its_slices_back(launch):
+    _, calls = launch("sweep.sh", "delete", TPU_WORKERS="3", **POD, **KIND)
+    assert sorted(calls) == [
+        f"compute tpus queued-resources delete pod-{i} {WHERE} --force --quiet" for i in range(3)
+    ]  # fmt: skip
+
+
+def test_a_sweep_does_not_join_slices(launch):
+    done, calls = launch("sweep.sh", "--config", "s.py", TPU_SLICES="2", **POD, **KIND)
+    assert (done.returncode, calls) == (2, [])
+    assert "TPU_WORKERS" in done.stderr
+
+
+SWEEP = """
+import dataclasses
+from appo_jax.config_io import load_config
+from appo_jax.sweep.plan import Sweep
+
+base = load_config({base!r})
+sweep = Sweep(
+    out={out!r}, base=dataclasses.replace(base, eval=dataclasses.replace(base.eval, num_prompts=2)),
+    space={{"branching.tau": (8.0, 32.0)}}, seeds=(0,), max_sampled_tokens=500,
+)
+"""
+
+
+@pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes minutes: set APPO_JAX_LONG=1")
+@pytest.mark.timeout(900)
+def test_the_very_command_sweeps_on_two_slices(launch, workers, tiny: Config, tmp_path: Path):
+    folder, variables = workers
+    save_config(tiny, tmp_path / "base.json")
+    out = tmp_path / "sweep"
+    (tmp_path / "sweep.py").write_text(SWEEP.format(base=str(tmp_path / "base.json"), out=str(out)))
+    alone = {name: value for name, value in variables.items() if not name.startswith(("OMPI_", "APPO_", "JAX_COORD"))}
+    states = "".join(f"pod-{i} MISSING\npod-{i} ACTIVE\n" for i in range(2))
+    done, _ = launch(
+        "sweep.sh",
+        "--config",
+        str(tmp_path / "sweep.py"),
+        states_told=states,
+        BY_NODE="1",
+        NO_SETUP="1",
+        **alone,
+        **KIND,
+    )
+    assert done.returncode == 0, done.stderr
+    for i in range(2):
+        assert told(folder, i)[0] == ["0"], told(folder, i)[1][-4000:]
+    report = json.loads((out / "sweep.json").read_text())
+    assert [trial["state"] for trial in report["trials"]] == ["COMPLETE"] * 2

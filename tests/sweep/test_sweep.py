@@ -39,7 +39,7 @@ def test_a_sweep_that_is_killed_again_and_again_loses_nothing(short_quickstart, 
     save_config(short_quickstart(tmp_path), tmp_path / "base.json")
     file, out = tmp_path / "sweep.py", tmp_path / "out"
     file.write_text(SWEEP.format(base=str(tmp_path / "base.json"), out=str(out)))
-    command = [sys.executable, "-m", "appo_jax.cli", "sweep", "--config", str(file), "--jobs", "2"]
+    command = [sys.executable, "-m", "appo_jax", "sweep", "--config", str(file), "--jobs", "2"]
     with (tmp_path / "log").open("a") as log:
         for seconds in (25, 35, 30, 20, 15):
             process = subprocess.Popen(command, stdout=log, stderr=log)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# A sweep on several slices. Each is a queued resource of its own, TPU_NAME-0, TPU_NAME-1, …, on which a worker takes trials from
+# the sweep's folder on the shared storage. Arguments are those of `appo-jax sweep`; variables are those of create and setup:
+#
+#   TPU_TYPE=v6e-8 TPU_WORKERS=4 launch/sweep.sh --config configs/sweeps/quickstart.py
+#   while launch/sweep.sh --config … ; do sleep 60; done      # replaces slices that are taken away, until it is told to stop
+#   launch/sweep.sh delete                                    # gives all slices back
+#
+#   TPU_WORKERS  number of slices (default 2), each of one host: a worker trains on the devices of its own machine
+source "$(dirname "$0")/common.sh"
+here=$(dirname "$0")
+(($# > 0)) || { echo "sweep.sh: give the arguments of 'appo-jax sweep', e.g. --config configs/sweeps/quickstart.py" >&2; exit 2; }
+((slices == 1)) || { echo "sweep.sh: TPU_SLICES is $slices; a worker of a sweep has one slice; TPU_WORKERS is their number" >&2; exit 2; }
+
+workers=() failed=()
+for ((i = 0; i < ${TPU_WORKERS:-2}; i++)); do
+  if [[ $1 == delete ]]; then
+    TPU_NAME=$TPU_NAME-$i "$here/stop.sh" delete &
+  else
+    TPU_NAME=$TPU_NAME-$i TPU_COMMAND='sweep --worker' "$here/resume.sh" "$@" &
+  fi
+  workers+=($!)
+done
+for i in "${!workers[@]}"; do
+  wait "${workers[i]}" || failed+=("$TPU_NAME-$i")
+done
+if ((${#failed[@]})); then
+  echo "sweep.sh: failed: ${failed[*]}; give back what is half made (TPU_NAME=… launch/stop.sh delete), then try again" >&2
+  exit 1
+fi
