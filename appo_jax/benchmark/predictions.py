@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from appo_jax.benchmark.sets import Item, read_records
+from appo_jax.benchmark.sets import Item
+from appo_jax.data.records import read_records
 from appo_jax.errors import DataError
 
 TEXT = ("prediction", "response", "output", "text", "answer")
@@ -33,28 +34,29 @@ class Predictions:
 
 def read_predictions(path: Path, items: Sequence[Item]) -> Predictions:
     """Raises DataError: no such file, nothing in it, a line without id or text, no id that the set has."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; --predictions takes one JSON object a line with id and prediction")
     samples: dict[str, list[Sample]] = {item.id: [] for item in items}
     unknown: list[str] = []
-    lines = 0
-    for number, record in enumerate(read_records(path), start=1):
-        lines += 1
-        text = next((record[name] for name in TEXT if record.get(name) is not None), None)
-        if record.get("id") is None or text is None:
-            raise DataError(f"{path}, record {number}: expected fields id and prediction, found {', '.join(record)}")
-        id, rest = str(record["id"]), {k: v for k, v in record.items() if k not in ("id", *TEXT)}
+    read = read_records(path, _prediction, None, "one JSON object a line with id and prediction")
+    for id, sample in read:
         if id in samples:
-            samples[id].append(Sample(str(text), rest))
+            samples[id].append(sample)
         else:
             unknown.append(id)
-    if not lines:
-        raise DataError(f"{path}: holds no prediction")
-    if len(unknown) == lines:
+    if len(unknown) == len(read):
         raise DataError(
             f"{path}: none of its ids ({', '.join(unknown[:3])} …) is a question of the set ({items[0].id} …)"
         )
     return check_samples(samples, unknown)
+
+
+def _prediction(number: int, record: Any) -> tuple[str, Sample]:
+    """(id, sample) of one record. Raises ValueError."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {type(record).__name__}")
+    text = next((record[name] for name in TEXT if record.get(name) is not None), None)
+    if record.get("id") is None or text is None:
+        raise ValueError(f"expected fields id and prediction, found {', '.join(record)}")
+    return str(record["id"]), Sample(str(text), {k: v for k, v in record.items() if k not in ("id", *TEXT)})
 
 
 def check_samples(samples: dict[str, list[Sample]], unknown: list[str]) -> Predictions:

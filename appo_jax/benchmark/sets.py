@@ -7,16 +7,14 @@ repository's copy: columns are found under any of the names that these use.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as parquet
-
 from appo_jax.data.golds import accepted_answers
+from appo_jax.data.records import read_records
 from appo_jax.errors import ConfigError, DataError
 
 Scorer = Literal["math", "qa", "gaia", "judge"]
@@ -100,66 +98,39 @@ def load_items(name: str, path: Path) -> list[Item]:
         raise DataError(
             f"{path}: no such file; {found.title} comes from {found.where} (docs/eval.md), give it with --data"
         )
-    items: list[Item] = []
-    for number, record in enumerate(read_records(path)):
-        if name == "gaia" and record.get("file_name"):
-            continue  # text only
-        items.append(_item(name, found, record, number, path))
-    if not items:
-        raise DataError(f"{path}: holds no question")
     seen: dict[str, int] = {}
-    for number, item in enumerate(items):
+    positions = itertools.count()
+
+    def parse(number: int, record: Any) -> Item | None:
+        position = next(positions)
+        if name == "gaia" and isinstance(record, dict) and record.get("file_name"):
+            return None  # text only
+        item = _item(name, found, record, position)
         if item.id in seen:
-            raise DataError(f"{path}: id {item.id!r} is given twice (records {seen[item.id] + 1} and {number + 1})")
+            raise ValueError(f"id {item.id!r} is given twice (it stands at {seen[item.id]} already)")
         seen[item.id] = number
-    return items
+        return item
+
+    return read_records(path, parse, None)
 
 
-def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The records of a jsonl, json, parquet or csv file. Raises DataError that names the line."""
-    if path.suffix == ".parquet":
-        yield from parquet.read_table(path).to_pylist()
-        return
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            yield from csv.DictReader(file)
-        elif path.suffix == ".json":
-            content = _parse(file.read(), f"{path}")
-            yield from content if isinstance(content, list) else content.get("data", [])
-        else:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    record = _parse(line, f"{path}, line {number}")
-                    if not isinstance(record, dict):
-                        raise DataError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
-                    yield record
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error})") from error
-
-
-def _item(name: str, found: Benchmark, record: Mapping[str, Any], number: int, path: Path) -> Item:
-    where = f"{path}, record {number + 1}"
+def _item(name: str, found: Benchmark, record: Any, position: int) -> Item:
+    """One record, whose id is its position where it gives none. Raises TypeError or ValueError."""
+    if not isinstance(record, dict):
+        raise TypeError(f"expected an object, got {type(record).__name__}")
     question = _first(record, QUESTION)
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: no question; expected a text under one of {', '.join(QUESTION)}")
-    try:
-        golds = accepted_answers([_first(record, ANSWER), _first(record, ALIASES)])
-    except TypeError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise ValueError(f"no question; expected a text under one of {', '.join(QUESTION)}")
+    golds = accepted_answers([_first(record, ANSWER), _first(record, ALIASES)])
     if name == "gsm8k":
         golds = tuple(gold.rpartition("####")[2].strip() for gold in golds)
     if not golds:
-        raise DataError(f"{where}: no answer; expected a text, a number or a list under one of {', '.join(ANSWER)}")
+        raise ValueError(f"no answer; expected a text, a number or a list under one of {', '.join(ANSWER)}")
     level = str(_first(record, LEVEL) or "")
     if found.levels and level not in found.levels:
-        raise DataError(f"{where}: level {level!r} is unknown; {found.title} has {', '.join(found.levels)}")
+        raise ValueError(f"level {level!r} is unknown; {found.title} has {', '.join(found.levels)}")
     id = _first(record, ID)
-    return Item(str(number if id is None else id), question, golds, level, str(_first(record, TYPE) or ""))
+    return Item(str(position if id is None else id), question, golds, level, str(_first(record, TYPE) or ""))
 
 
 def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -24,20 +24,24 @@ UNITS = {".jsonl": "line", ".json": "record", ".parquet": "row", ".csv": "line",
 def need_file(path: Path, what: str) -> Path:
     """`path` if it is a file with something in it. Raises DataError."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file; data.path must lead to {what}")
+        raise DataError(f"{path}: no such file; expected {what}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; expected {what}")
     return path
 
 
 def read_records(
-    path: Path, parse: Callable[[int, Any], Record | None], malformed: OnMalformed, what: str = "a file of questions"
+    path: Path,
+    parse: Callable[[int, Any], Record | None],
+    malformed: OnMalformed | None,
+    what: str = "a file of questions",
 ) -> list[Record]:
     """`parse(number, record)` of every record of a jsonl, json, parquet, csv or tsv file, in order; blank lines are passed over.
 
     `number` counts lines, rows or records from 1. `parse` returns None for a record to leave out (it logs why), and raises
     KeyError, TypeError or ValueError for a malformed one. fatal: the first of them raises DataError with file and line.
-    skip: each is warned of, and all are counted. Raises DataError when nothing is left.
+    skip: each is warned of, and all are counted. None: fatal, in a file that `data.malformed` does not speak of. Raises
+    DataError when nothing is left.
     """
     need_file(path, what)
     unit = UNITS.get(path.suffix.lower())
@@ -49,10 +53,15 @@ def read_records(
         try:
             record = parse(number, json.loads(raw) if isinstance(raw, bytes) else raw)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            problem = f"missing field {error}" if isinstance(error, KeyError) else str(error)
+            problem = str(error)
+            if isinstance(error, KeyError):
+                problem = f"missing field {error}"
+            elif isinstance(error, json.JSONDecodeError):
+                problem = f"not valid JSON ({error})"
             message = f"{path}, {unit} {number}: {problem}"
-            if malformed == "fatal":
-                raise DataError(f"{message}; mend it, or set data.malformed to skip") from error
+            if malformed != "skip":
+                choice = ", or set data.malformed to skip" if malformed else ""
+                raise DataError(f"{message}; mend it{choice}") from error
             logger.warning("%s; skipped", message)
             skipped += 1
         else:

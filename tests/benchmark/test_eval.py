@@ -67,8 +67,8 @@ def test_what_is_missing_counts_as_wrong_and_is_listed(data, tmp_path):
 
 def test_files_of_predictions_that_cannot_be_scored_are_named(data, tmp_path):
     for lines, message in [
-        ("", "holds no prediction"),
-        ('{"prediction": "1"}', "record 1: expected fields id and prediction"),
+        ("", "the file is empty; expected one JSON object a line"),
+        ('{"prediction": "1"}', "line 1: expected fields id and prediction"),
         ('{"id": 7, "prediction": "1"}', "none of its ids"),
         ("{", "line 1: not valid JSON"),
     ]:

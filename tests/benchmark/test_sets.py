@@ -57,11 +57,11 @@ def test_gaia_leaves_out_questions_with_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "lines", "message"),
     [
-        ("aime24", "", "holds no question"),
-        ("aime24", '{"question": "a"}', "record 1: no answer"),
-        ("aime24", '{"question": "a", "answer": " "}', "record 1: no answer"),
-        ("aime24", '{"answer": "a"}', "record 1: no question"),
-        ("aime24", '{"question": "a", "answer": []}', "record 1: no answer"),
+        ("aime24", "", "the file is empty; expected"),
+        ("aime24", '{"question": "a"}', "line 1: no answer"),
+        ("aime24", '{"question": "a", "answer": " "}', "line 1: no answer"),
+        ("aime24", '{"answer": "a"}', "line 1: no question"),
+        ("aime24", '{"question": "a", "answer": []}', "line 1: no answer"),
         ("aime24", '\n{"question": "a", "ans', "line 2: not valid JSON"),
         ("aime24", "[1]", "line 1: expected an object"),
         ("gaia", '{"Question": "a", "Final answer": "1", "Level": 4}', "level '4' is unknown"),
