@@ -25,7 +25,7 @@ from rich.logging import RichHandler
 
 from appo_jax import commands, distributed, failures
 from appo_jax.algorithms import ALGORITHMS
-from appo_jax.config import Config
+from appo_jax.config import Config, JudgeConfig
 from appo_jax.config_io import check, load_config
 from appo_jax.errors import ConfigError, PlanError
 from appo_jax.overrides import override
@@ -192,8 +192,7 @@ def _sweep(args: Sequence[str]) -> None:
 
 def _eval(args: Sequence[str]) -> None:
     """Score a policy, or predictions made elsewhere, on a benchmark: AIME, MATH, GSM8K, HotpotQA, GAIA and others."""
-    from appo_jax.benchmark.judge import JudgeConfig
-    from appo_jax.benchmark.run import Evaluation, evaluate_set
+    from appo_jax.eval_command import Evaluation, evaluate_set
 
     if args and args[0] == "--compare":
         from appo_jax.benchmark.report import compare
@@ -232,8 +231,19 @@ def _eval(args: Sequence[str]) -> None:
 
 
 def _sft(args: Sequence[str]) -> None:
-    """Make the cold start alone: supervised fine-tuning on tool-use traces."""
-    config = config_from("sft", args)
+    """Make the cold start alone: fine-tuning on tool-use traces. --collect FILE: sample traces from a policy for one."""
+    own = argparse.ArgumentParser(prog="appo-jax sft", add_help=False, allow_abbrev=False)
+    own.add_argument("--collect", type=Path)
+    own.add_argument("--run", type=Path)
+    own.add_argument("--samples", type=int, default=4)
+    own.add_argument("--questions", type=int, default=0)
+    known, rest = own.parse_known_args(args)
+    config = config_from("sft [--collect FILE [--run RUN] [--samples 4] [--questions N]]", rest)
+    if known.collect is not None:
+        from appo_jax.collect import Collecting, collect
+
+        print(collect(config, Collecting(known.collect, known.run, known.samples, known.questions)))
+        return
 
     def run() -> None:
         from appo_jax import sft
@@ -305,6 +315,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "study": _study,
     "sweep": _sweep,
     "eval": _eval,
+    "ask": commands.ask_command,
+    "retriever": commands.retriever_command,
     "influence": commands.influence_command,
     "status": commands.status_command,
     "checkpoints": commands.checkpoints_command,

@@ -148,3 +148,48 @@ def status_command(args: Sequence[str]) -> None:
             print(describe(run))
 
     tyro.cli(status, prog="appo-jax status", args=list(args))
+
+
+def retriever_command(args: Sequence[str]) -> None:
+    """Serve a corpus of passages to the search tools of many hosts, by Search-R1's protocol."""
+
+    def retriever(
+        corpus: Path, port: int = 8000, host: str = "127.0.0.1", workers: int = 1, index: Path | None = None,
+        max_per_second: float = 0.0, cached: int = 50_000,
+    ) -> None:  # fmt: skip
+        """Build the index of a corpus where it is missing, and serve POST /retrieve and GET /health until Ctrl-C.
+
+        Args:
+            corpus: Passages: jsonl, json or parquet with title and text, or Search-R1's contents.
+            port: Where to listen.
+            host: Address to listen at; 0.0.0.0 for the hosts of a pod.
+            workers: Processes that answer. They share the index's pages in memory.
+            index: Folder where indexes are kept.
+            max_per_second: Queries a second, all processes together; beyond it a client is told to wait. 0: no limit.
+            cached: Answered queries that each process keeps.
+        """
+        from appo_jax.retriever.server import Serving, serve
+
+        serve(Serving(corpus, port, host, workers, index, max_per_second, cached))
+
+    tyro.cli(retriever, prog="appo-jax retriever", args=list(args))
+
+
+def ask_command(args: Sequence[str]) -> None:
+    """Put questions to a run's policy and watch it think, call its tools and answer."""
+
+    def ask(
+        run: tyro.conf.Positional[Path], question: tyro.conf.Positional[str] = "", temperature: float = 0.0
+    ) -> None:
+        """Show a policy's answer turn by turn.
+
+        Args:
+            run: Directory of the run; its newest policy answers, with its tools and its prompt.
+            question: The question. Without one, questions are read from the terminal until an empty line.
+            temperature: Of the draw; 0 is greedy.
+        """
+        from appo_jax.ask import ask as put
+
+        put(run, question or None, temperature)
+
+    tyro.cli(ask, prog="appo-jax ask", args=list(args))

@@ -87,7 +87,8 @@ def build(config: Config) -> Components:
         stack.enter_context(use_mesh(mesh))
         engine = Engine(arch, tokenizer, executor, config.rollout, config.seed, dtype, mesh)
         sampler = TreeSampler(engine, config.branching)
-        reward = make_reward(config.reward.function, config.reward.tool_bonus, executor.call_format)
+        reward = make_reward(config.reward, executor.call_format, Path(config.run_dir))
+        stack.callback(reward.close)
         reward.try_out(train[0])
         return Components(
             config, dataset, train, held_out, tokenizer, executor, arch, dtype, mesh, sampler, reward, stack.pop_all()
@@ -162,11 +163,9 @@ def give_rewards(rollouts: Sequence[Rollout], components: Components, overlong_b
     and `reward_error`; groups leave it out. Raises TrainingError when that is so for all of them.
     """
     limit = components.config.rollout.max_response_tokens
-    own = []
-    for i, rollout in enumerate(rollouts):
-        if rollout.host == distributed.host():
-            judgement = components.reward(response_of(rollout, components.tokenizer))
-            own.append((i, dataclasses.astuple(judgement)))
+    mine = [i for i, rollout in enumerate(rollouts) if rollout.host == distributed.host()]
+    judgements = components.reward.each([response_of(rollouts[i], components.tokenizer) for i in mine])
+    own = [(i, dataclasses.astuple(judgement)) for i, judgement in zip(mine, judgements, strict=True)]
     told = itertools.chain.from_iterable(distributed.exchange(own))
     judged = [(rollouts[i], Judgement(*fields)) for i, fields in told]
     components.reward.report([(rollout.example.id, judgement) for rollout, judgement in judged])

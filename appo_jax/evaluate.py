@@ -1,17 +1,29 @@
-"""Held-out accuracy under greedy decoding."""
+"""How good a policy is: on held-out questions under greedy decoding, and on benchmark sets."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from appo_jax import heartbeat
-from appo_jax.components import Components, give_rewards
+from appo_jax import distributed, heartbeat
+from appo_jax.benchmark.predictions import Sample, check_samples
+from appo_jax.benchmark.report import score_all, summarize, write_report
+from appo_jax.benchmark.sets import Item, Scorer, benchmark, load_items
+from appo_jax.components import Components, give_rewards, response_of
+from appo_jax.config import Config, EvalSetConfig
+from appo_jax.errors import ConfigError, DataError
 from appo_jax.policy.parameters import Params
-from appo_jax.types import Example, Rollout
+from appo_jax.reward.language_judge import LanguageJudge
+from appo_jax.text.tokenizer import Tokenizer
+from appo_jax.types import Example, Kind, Rollout
+
+SETS = 4  # first number of the identity of every draw for a set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,3 +62,97 @@ def evaluate(params: Params, components: Components) -> Evaluation:
     components.sampler.take_stats()  # an evaluation's calls and tokens belong to no training step
     components.executor.metrics()
     return Evaluation(rollouts, float(np.mean([r.correct for r in rollouts])), time.perf_counter() - began)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """How the questions of a set are answered."""
+
+    samples: int
+    temperature: float  # 0: greedy
+    max_items: int  # what the number of questions of one call never exceeds
+
+
+def draw_samples(
+    params: Params, components: Components, items: Sequence[Item], scorer: Scorer, draws: Draws
+) -> list[list[Sample]]:
+    """Rollouts of every question of a set, under the system prompt of the held-out questions.
+
+    Raises DataError for a question that is longer than `rollout.max_prompt_tokens`."""
+    kind: Kind = "math" if scorer == "math" else "qa"
+    system = components.held_out[0].system if len(components.held_out) else ""
+    examples = [Example(item.id, item.question, item.golds, kind, system) for item in items]
+    limit = components.config.rollout.max_prompt_tokens
+    for example in examples:
+        length = len(components.tokenizer.render_prompt(example.system, example.question))
+        if length > limit:
+            raise DataError(f"question {example.id!r} has {length} tokens: raise rollout.max_prompt_tokens = {limit}")
+    draw_id = (SETS, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)  # every part of a set has draws of its own
+    trees = components.sampler.initial(params, examples, draws.samples, draw_id, draws.temperature, draws.max_items)
+    return [[_sample(rollout, components.tokenizer) for rollout in tree] for tree in trees]
+
+
+def _sample(rollout: Rollout, tokenizer: Tokenizer) -> Sample:
+    calls = [call.to_json() for call in rollout.calls]
+    keep = ("name", "argument", "result", "outcome", "seconds")
+    told = {
+        "calls": [{name: call[name] for name in keep} for call in calls],
+        "tokens": int(rollout.sampled.sum()), "stop_reason": str(rollout.stop_reason),
+    }  # fmt: skip
+    return Sample(response_of(rollout, tokenizer).sampled_text, told)
+
+
+Sets = Sequence[tuple[EvalSetConfig, list[Item]]]
+
+
+def load_sets(config: Config) -> Sets:
+    """The questions of `eval.sets`. Raises ConfigError and DataError for what cannot be asked or judged."""
+    for chosen in config.eval.sets:
+        if benchmark(chosen.set).scorer == "judge" and config.reward.judge is None:
+            raise ConfigError(
+                f"eval.sets: {chosen.set} is decided by a judge; give --reward.judge.url and --reward.judge.model"
+            )
+    return [(chosen, load_items(chosen.set, Path(chosen.data))[: chosen.limit or None]) for chosen in config.eval.sets]
+
+
+@heartbeat.phase("evaluate")
+def evaluate_sets(params: Params, components: Components, sets: Sets, folder: Path) -> dict[str, float]:
+    """The figures of `eval.sets`, as metrics; the first host writes a report of each into `folder`, as `appo-jax eval` does."""
+    metrics: dict[str, float] = {}
+    for chosen, items in sets:
+        began, name = time.perf_counter(), chosen.set
+        heartbeat.detail(f"{len(items)} questions of {name}")
+        draws = Draws(chosen.samples, chosen.temperature, len(items))
+        drawn = draw_samples(params, components, items, benchmark(name).scorer, draws)
+        components.sampler.take_stats()
+        components.executor.metrics()
+        samples = {item.id: found for item, found in zip(items, drawn, strict=True)}
+        found = _report(components, name, items, samples, folder / name) if distributed.host() == 0 else None
+        figures = distributed.exchange(found)[0]
+        metrics |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
+        metrics[f"eval/{name}/seconds"] = time.perf_counter() - began
+    return metrics
+
+
+def _report(
+    components: Components, name: str, items: Sequence[Item], samples: dict[str, list[Sample]], folder: Path
+) -> dict[str, Any]:
+    """Score a set, write its report, and return its figures."""
+    predictions = check_samples(samples, [])
+    config, judge = components.config, components.reward.language
+    own = None
+    if benchmark(name).scorer == "judge" and judge is None:
+        assert config.reward.judge is not None  # load_sets
+        cache = config.reward.judge.cache or Path(config.run_dir) / "verdicts-eval.sqlite"
+        judge = own = LanguageJudge(config.reward.judge, Path(cache))
+    try:
+        scored = score_all(name, items, predictions, judge)
+    finally:
+        if own is not None:
+            own.close()
+    record = summarize(name, scored, predictions, ks=(1,))
+    write_report(folder, record, scored)
+    return {
+        "accuracy": record["accuracy"][0], "f1": record["f1"][0], "calls": record["rollouts"]["calls_per_prediction"],
+        "without_verdict": len(record["problems"]["without_verdict"]),
+    }  # fmt: skip

@@ -7,11 +7,13 @@ from pathlib import Path
 import jax
 
 from appo_jax.checkpoint import Checkpointer
+from appo_jax.components import Components, initial_params
 from appo_jax.config_io import load_config
 from appo_jax.errors import CheckpointError
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import architecture_of
 from appo_jax.policy.parameters import Params, abstract_params
+from appo_jax.policy.sharding import param_shardings, place
 from appo_jax.text.export import tokenizer_files
 from appo_jax.text.tokenizer import policy_tokenizer
 
@@ -47,3 +49,11 @@ def newest_params(run: Path) -> tuple[str, Params]:
         if found is not None:
             return f"step {found[0]} of {folder}", found[1]["params"]
     raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl or checkpoints/sft; it has no policy yet")
+
+
+def policy_params(components: Components, run: Path | None) -> Params:
+    """The policy of a run's newest checkpoint, or that of the config's `policy.path`, laid out for the components' mesh."""
+    if run is None:
+        return initial_params(components.config, components.arch, components.mesh)
+    _, found = newest_params(run)
+    return place(found, param_shardings(components.arch, components.mesh, "train"), components.mesh)

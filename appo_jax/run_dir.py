@@ -94,6 +94,10 @@ class RunDir:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
+    def evaluations(self, step: int) -> Path:
+        """Where the reports of `eval.sets` at a step are."""
+        return self.path / "eval" / f"step_{step:06d}"
+
     def close(self) -> None:
         if self.lock is not None:
             os.close(self.lock)

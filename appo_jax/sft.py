@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 
-from appo_jax import failures, heartbeat
+from appo_jax import distributed, failures, heartbeat
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params
 from appo_jax.config import Config
 from appo_jax.config_io import diff_configs, load_config
-from appo_jax.data.demonstrations import demonstrate
+from appo_jax.data.demonstrations import LeftOut, demonstrate
 from appo_jax.data.pipeline import TraceBatch, trace_batches
+from appo_jax.data.trace_files import read_traces
 from appo_jax.errors import CheckpointError, ConfigError
 from appo_jax.evaluate import evaluate
 from appo_jax.interrupt import Stop, stop_requests
@@ -29,9 +30,9 @@ from appo_jax.learner.step import StepSpec, TrainState, init_state, make_train_s
 from appo_jax.metrics import MetricsLogger
 from appo_jax.policy.parameters import Params, abstract_params
 from appo_jax.policy.sharding import annotate, batch_sharding, place, state_shardings
+from appo_jax.rollout.tool_results import ToolResults
 from appo_jax.run_dir import RunDir, open_run
-from appo_jax.tools.format import encode_result
-from appo_jax.types import Trace
+from appo_jax.storage import to_json, write_atomically
 from appo_jax.view.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -103,10 +104,33 @@ def to_train_batch(batch: TraceBatch) -> TrainBatch:
     )  # fmt: skip
 
 
-def _make_traces(components: Components) -> list[Trace]:
-    """Demonstrations with the real tools' results."""
-    limit = components.config.sft.steps * components.config.sft.batch_size * TRACES_PER_ROW
-    return demonstrate(components.dataset, components.executor, limit)
+def _trace_batches(components: Components, run: RunDir) -> grain.DatasetIterator[TraceBatch]:
+    """What the cold start trains on, with results as a rollout has them. traces.json says what was left out, and why."""
+    config, left_out = components.config, LeftOut()
+    call_format = components.executor.call_format
+    if config.sft.traces:
+        files = [Path(file) for file in config.sft.traces]
+        traces = read_traces(files, call_format, config.data.system_prompt, left_out)
+        log.info(
+            "%d traces read, %d left out%s", len(traces), left_out.total, f" ({left_out})" if left_out.total else ""
+        )
+    else:  # with the real tools' results
+        limit = config.sft.steps * config.sft.batch_size * TRACES_PER_ROW
+        traces = demonstrate(components.dataset, components.executor, limit, left_out)
+    results = ToolResults(components.tokenizer, call_format, config.rollout.max_result_tokens)
+    batches = trace_batches(
+        traces,
+        components.tokenizer,
+        config.sft.batch_size,
+        config.sft.max_tokens,
+        config.seed,
+        results.encode_rendered,
+        left_out,
+    )
+    if distributed.host() == 0:
+        record = {"read": len(traces), "left_out": left_out.to_json()}
+        write_atomically(run.path / "traces.json", to_json(record, indent=2))
+    return batches
 
 
 @heartbeat.phase("cold start")
@@ -120,15 +144,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
     optimizer = sft_optimizer(config.sft, config.optimizer)
     state = init_state(params, optimizer, components.arch, components.mesh)
     del params
-    encode = functools.partial(encode_result, components.executor.call_format, components.tokenizer)
-    batches = trace_batches(
-        _make_traces(components),
-        components.tokenizer,
-        config.sft.batch_size,
-        config.sft.max_tokens,
-        config.seed,
-        encode,
-    )
+    batches = _trace_batches(components, run)
     checkpointer = Checkpointer(run.checkpoints / "sft", keep=1)
     metrics = MetricsLogger(run.path, "sft")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from appo_jax.components import Components, build
 from appo_jax.config import Config
 from appo_jax.config_io import check
 from appo_jax.data.pipeline import prompt_batches
-from appo_jax.evaluate import evaluate
+from appo_jax.evaluate import Sets, evaluate, evaluate_sets, load_sets
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, init_state, make_train_step, require_finite
@@ -48,7 +49,7 @@ def train(config: Config) -> None:
 
 
 def _train(config: Config, run: RunDir, components: Components, progress: Progress, stop: Stop) -> None:
-    clock = Clock()
+    clock, sets = Clock(), load_sets(config)
     params, accuracies = cold_start(components, run, progress.sft_step, stop)
     trainer, state = begin(components, params)
     del params
@@ -75,7 +76,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             outages.see(reached.step, record)
             require_finite(record, "update", reached.step, "optimizer.learning_rate")
             if config.eval.every and reached.step % config.eval.every == 0 and not reached.end(config):
-                record |= evaluate(state.params, components).metrics
+                record |= _evaluated(state.params, components, sets, run.evaluations(reached.step))
             record |= {"rollout/sampled_tokens_total": reached.sampled_tokens} | clock.metrics()
             metrics.dump_trees(reached.step, trees, components.tokenizer.decode)
             metrics.log(reached.step, record)
@@ -91,11 +92,8 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             log.warning("stopped after step %d, which is saved; the same command goes on from there", reached.step)
             raise KeyboardInterrupt
         heartbeat.stoppable(False)  # the last step is saved
-        final = evaluate(state.params, components)
-        summary = accuracies | {
-            "accuracy_final": final.accuracy, "steps": reached.step, "sampled_tokens": reached.sampled_tokens,
-            "wall_s": clock.wall_s(), "seed": config.seed, "algorithm": config.algorithm,
-        }  # fmt: skip
+        final = _evaluated(state.params, components, sets, run.evaluations(reached.step))
+        summary = _summary(accuracies, final, config, reached) | {"wall_s": clock.wall_s()}
         checkpointer.wait()  # who finds a summary finds the policy it speaks of
         metrics.write_summary(summary)
         if distributed.host() == 0:
@@ -107,6 +105,22 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     finally:
         checkpointer.close()
         metrics.close()
+
+
+def _evaluated(params: Params, components: Components, sets: Sets, reports: Path) -> dict[str, float]:
+    """Metrics of the held-out questions and of `eval.sets`."""
+    return evaluate(params, components).metrics | evaluate_sets(params, components, sets, reports)
+
+
+def _summary(
+    accuracies: Mapping[str, float], final: Mapping[str, float], config: Config, reached: Reached
+) -> dict[str, Any]:
+    """summary.json: accuracies before and after, and the final figures of `eval.sets`."""
+    return {
+        **accuracies, "accuracy_final": final["eval/accuracy"], "steps": reached.step,
+        "sampled_tokens": reached.sampled_tokens, "seed": config.seed, "algorithm": config.algorithm,
+        **{name: value for name, value in final.items() if name.count("/") == 2},
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,6 +167,7 @@ class Step:
         """The step's metrics: docs/method.md explains them."""
         trees = [tree for minibatch in minibatches for tree in minibatch.trees]
         record = rollout_metrics(trees, self.sampler.take_stats()) | self.components.executor.metrics()
+        record |= self.components.reward.metrics()
         if self.algorithm.max_resamples:
             record["rollout/resampled_prompts"] = self.resampled
         updates = [minibatch.update for minibatch in minibatches]

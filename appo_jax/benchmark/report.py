@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from appo_jax.benchmark.judge import Judge
 from appo_jax.benchmark.predictions import Predictions, Sample
 from appo_jax.benchmark.scoring import Verdict, score, votes
 from appo_jax.benchmark.sets import Item, benchmark
 from appo_jax.benchmark.statistics import Figure, over_questions, over_questions_and_samples, pass_at_k
 from appo_jax.errors import DataError
+from appo_jax.reward.language_judge import LanguageJudge
 
 FEW_QUESTIONS = 100  # below, intervals resample the samples as well
 SHOWN = 20  # ids of a list in the report; report.json has all
@@ -35,7 +35,7 @@ class Scored:
         return sum(verdict.correct is True for verdict in self.verdicts)
 
 
-def score_all(name: str, items: Sequence[Item], predictions: Predictions, judge: Judge | None) -> list[Scored]:
+def score_all(name: str, items: Sequence[Item], predictions: Predictions, judge: LanguageJudge | None) -> list[Scored]:
     """Every question's verdicts. A judged set without a judge has none, only token F1."""
     scorer = benchmark(name).scorer
     pairs = [(item, sample) for item in items for sample in predictions.samples[item.id]]
@@ -50,7 +50,9 @@ def score_all(name: str, items: Sequence[Item], predictions: Predictions, judge:
     return scored
 
 
-def _judged(pairs: Sequence[tuple[Item, Sample]], verdicts: Sequence[Verdict], judge: Judge | None) -> list[Verdict]:
+def _judged(
+    pairs: Sequence[tuple[Item, Sample]], verdicts: Sequence[Verdict], judge: LanguageJudge | None
+) -> list[Verdict]:
     if judge is None:
         return [dataclasses.replace(v, reason="no judge was given") if v.reason == "judge" else v for v in verdicts]
     asked = [i for i, verdict in enumerate(verdicts) if verdict.reason == "judge"]

@@ -6,11 +6,12 @@ stand in its type. Rules between fields are in `rules`. `config_io.check` holds 
 """
 
 from appo_jax.config.data import ColumnsConfig, DataConfig, DataPart
+from appo_jax.config.judge import JudgeConfig
 from appo_jax.config.learning import OptimizerConfig, Remat, SFTConfig
 from appo_jax.config.method import AdvantageConfig, BranchingConfig, LossConfig
 from appo_jax.config.policy import Architecture, PolicyConfig, RopeScaling, YarnScaling
 from appo_jax.config.rollout import RolloutConfig
-from appo_jax.config.run import Config, EvalConfig, MeshConfig, RewardConfig
+from appo_jax.config.run import Config, EvalConfig, EvalSetConfig, MeshConfig, RewardConfig
 from appo_jax.config.tools import PythonToolConfig, SearchToolConfig, ToolsConfig
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "DataConfig",
     "DataPart",
     "EvalConfig",
+    "EvalSetConfig",
+    "JudgeConfig",
     "LossConfig",
     "MeshConfig",
     "OptimizerConfig",

@@ -49,6 +49,15 @@ def _rollouts(config: Config) -> Iterator[str]:
         )
 
 
+def _reward(config: Config) -> Iterator[str]:
+    reward = config.reward
+    if reward.function == "judge" and reward.judge is None:
+        yield "reward.judge: needed for reward.function = 'judge'; give --reward.judge.url and --reward.judge.model"
+    names = [path.partition(":")[2] for path in reward.terms]
+    if len(set(names)) < len(names):
+        yield f"reward.terms: two functions are named alike ({', '.join(names)}); each needs its own name"
+
+
 def _branching(config: Config) -> Iterator[str]:
     b = config.branching
     if b.clip_low >= b.clip_high:
@@ -108,6 +117,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _start,
     _checkpoints,
     _rollouts,
+    _reward,
     _branching,
     _objective,
     _batches,

@@ -8,6 +8,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from appo_jax.config.bounds import Seed
 from appo_jax.config.data import DataConfig
+from appo_jax.config.judge import JudgeConfig
 from appo_jax.config.learning import OptimizerConfig, SFTConfig
 from appo_jax.config.method import AdvantageConfig, BranchingConfig, LossConfig
 from appo_jax.config.policy import PolicyConfig
@@ -20,7 +21,15 @@ class RewardConfig:
     """What a finished rollout earns."""
 
     function: str = "robust"
-    """robust: exact answers, strict format. official: as the official code judges. Or `package.module:function` of your own."""
+    """robust: exact answers, strict format. judge: a language model decides, strict format. official: as the official code
+    judges. Or `package.module:function` of your own."""
+    judge: JudgeConfig | None = None
+    """For `function = "judge"`, and for sets of `eval.sets` that a judge decides: the language model."""
+    terms: tuple[str, ...] = ()
+    """Functions `package.module:function` from a Response to a number; each is added to the reward, and stands by its name among
+    the parts of a rollout's reward."""
+    timeout: PositiveFloat = 300.0
+    """Seconds for one rollout's reward. A rollout that takes longer has none."""
     tool_bonus: NonNegativeFloat = 0.1
     """Added when the answer earns something and both tools were used. Official code: 0.1."""
     overlong_buffer: NonNegativeInt = 0
@@ -29,13 +38,31 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalSetConfig:
+    """A benchmark set that the policy is measured on while it learns."""
+
+    set: str
+    """Its name: docs/eval.md."""
+    data: str
+    """Its file."""
+    limit: NonNegativeInt = 0
+    """The first so many questions. 0: all."""
+    samples: PositiveInt = 1
+    """Rollouts of every question."""
+    temperature: NonNegativeFloat = 0.0
+    """Of these rollouts. 0: greedy."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation: greedy rollouts of held-out questions."""
+    """Evaluation: greedy rollouts of held-out questions, and benchmark sets."""
 
     num_prompts: NonNegativeInt = 200
     """Held-out questions. 0: all of them."""
     every: NonNegativeInt = 0
     """Steps between evaluations during training. 0: only before and after."""
+    sets: tuple[EvalSetConfig, ...] = ()
+    """Benchmark sets that are answered and scored whenever the policy is evaluated during training, and at its end."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,11 @@ call format, with what the tools really return. What the run's tools cannot do i
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from appo_jax.errors import DataError
 from appo_jax.tools.executor import ToolExecutor
@@ -26,6 +25,29 @@ TOOLS_PLACE = "{tools}"  # in a system prompt: where the run's tools and the way
 
 class CannotDemonstrate(Exception):
     """This question cannot be demonstrated with the tools of the run, or its script is not confirmed by them."""
+
+
+class LeftOut:
+    """What the cold start does not train on, by the reason."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        self._names.setdefault(reason, []).append(name)
+
+    @property
+    def total(self) -> int:
+        return sum(map(len, self._names.values()))
+
+    def __str__(self) -> str:
+        """The five most frequent reasons, with their counts."""
+        reasons = sorted(self._names, key=lambda reason: -len(self._names[reason]))
+        return "; ".join(f"{len(self._names[reason])}: {reason}" for reason in reasons[:5])
+
+    def to_json(self) -> dict[str, Any]:
+        """Count and first ten names for every reason."""
+        return {reason: {"count": len(names), "first": names[:10]} for reason, names in self._names.items()}
 
 
 class ToolKit:
@@ -92,10 +114,12 @@ class Demonstrated(Protocol):
     def num_demonstrations(self) -> int: ...
 
 
-def demonstrate(dataset: Demonstrated, executor: ToolExecutor, limit: int | None = None) -> list[Trace]:
+def demonstrate(
+    dataset: Demonstrated, executor: ToolExecutor, limit: int | None = None, left_out: LeftOut | None = None
+) -> list[Trace]:
     """The tools' own examples and the source's demonstrations, in order, at most `limit` of them.
 
-    Raises DataError when there are none, with the reasons."""
+    What cannot be demonstrated is counted in `left_out`. Raises DataError when there are none, with the reasons."""
     kit = ToolKit(executor)
     system = next((example.system for example in dataset.train), "")
     makers = list(kit.own_examples(system))
@@ -104,17 +128,16 @@ def demonstrate(dataset: Demonstrated, executor: ToolExecutor, limit: int | None
     if not makers:
         raise DataError("data.source has no demonstrations: set sft.steps to 0 and start from a policy that uses tools")
     traces: list[Trace] = []
-    left_out: collections.Counter[str] = collections.Counter()
-    for make in makers:
+    left_out = LeftOut() if left_out is None else left_out
+    for number, make in enumerate(makers):
         if len(traces) == limit:
             break
         try:
             traces.append(make())
         except CannotDemonstrate as error:
-            left_out[str(error)] += 1
-    if left_out:
-        reasons = "; ".join(f"{count}: {why}" for why, count in left_out.most_common(5))
-        message = f"{left_out.total()} of {left_out.total() + len(traces)} demonstrations are left out ({reasons})"
+            left_out.add(str(error), f"demonstration-{number}")
+    if left_out.total:
+        message = f"{left_out.total} of {left_out.total + len(traces)} demonstrations are left out ({left_out})"
         if not traces:
             raise DataError(f"{message}; change tools.enabled, or set sft.steps to 0")
         logger.warning("%s", message)

@@ -5,15 +5,17 @@ The paragraphs that come with the questions, each once, are the corpus of the se
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from appo_jax.config import DataConfig
+from appo_jax.data.demonstrations import CannotDemonstrate, ToolKit
 from appo_jax.data.examples import Reader, split_files
 from appo_jax.data.records import read_records
 from appo_jax.data.source import Dataset
-from appo_jax.types import Document, Example
+from appo_jax.types import Document, Example, Segment, Trace
 
 
 def load_multihop(
@@ -23,19 +25,71 @@ def load_multihop(
     files: tuple[Sequence[str], Sequence[str]],
     what: str,
 ) -> Dataset:
-    """Both splits and the paragraphs of all their records. paragraphs: those of one record. Raises DataError."""
+    """Both splits, the paragraphs of all their records, and demonstrations. paragraphs: those of one record.
+
+    Raises DataError."""
     documents: dict[Document, None] = {}
+    own: dict[str, list[Document]] = {}  # by the id of the question
 
     def read(path: Path) -> list[Example]:
         def example(number: int, record: Any) -> Example | None:
             found = reader.example(record, path, number)
-            documents.update(dict.fromkeys(paragraphs(record)))
+            if found is not None:
+                own[found.id] = list(paragraphs(record))
+                documents.update(dict.fromkeys(own[found.id]))
             return found
 
         return read_records(path, example, config.malformed, what)
 
     train, held_out = (read(path) for path in split_files(config, *files, what))
-    return Dataset(train, held_out, tuple(documents) or None)
+
+    def demonstration(index: int, kit: ToolKit) -> Trace:
+        return demonstrate(train[index], own[train[index].id], kit)
+
+    return Dataset(train, held_out, tuple(documents) or None, demonstration, len(train) if documents else 0)
+
+
+def demonstrate(example: Example, paragraphs: Sequence[Document], kit: ToolKit) -> Trace:
+    """A trace that looks up what the question names, then what holds the answer, and reads the answer there.
+
+    Raises CannotDemonstrate where the question names nothing of the paragraphs, and where what the tool found does not hold
+    the answer (of a question with yes or no: fewer than two of the paragraphs)."""
+    tool, gold = kit.tool_for("look_up"), example.golds[0]
+    named = [page for page in paragraphs if page.title.lower() in example.question.lower()]
+    named = sorted(named, key=lambda page: example.question.lower().index(page.title.lower()))
+    decided = gold.lower() in ("yes", "no")
+    holding = [page for page in paragraphs if _sentence(page.text, gold) and page not in named]
+    asked = named[:2] if decided or any(_sentence(page.text, gold) for page in named) else [*named[:1], *holding[:1]]
+    if not named or (decided and len(asked) < 2):
+        raise CannotDemonstrate("the question does not name what is to be looked up")
+    segments: list[Segment] = []
+    read: list[str] = []
+    for page in asked:
+        found = kit.run(tool, page.title)
+        if " ".join(page.text.split())[:80] not in found:
+            raise CannotDemonstrate("the tool does not find what is to be looked up")
+        read.append(page.text)
+        call = f"<think>I look up {page.title}.</think>{kit.write_call(tool, page.title)}"
+        segments += [Segment(call, sampled=True), Segment(kit.write_result(found), sampled=False)]
+    facts = [_first_sentence(text) for text in read] if decided else [_sentence(text, gold) for text in read]
+    if not any(facts):
+        raise CannotDemonstrate("what the tool finds does not hold the answer")
+    thought = " ".join(fact for fact in facts if fact)
+    answer = f"<think>{thought} So the answer is {gold}.</think><answer> \\boxed{{{gold}}} </answer>"
+    return Trace(example, (*segments, Segment(answer, sampled=True)))
+
+
+_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"])")
+
+
+def _sentence(text: str, answer: str) -> str:
+    """The first sentence that holds the answer as a whole phrase, in any case; "" where none does."""
+    phrase = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
+    return next((sentence.strip() for sentence in _END.split(text) if phrase.search(sentence)), "")
+
+
+def _first_sentence(text: str) -> str:
+    return _END.split(text.strip())[0]
 
 
 def titled_paragraphs(record: Any) -> list[Document]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import grain
 import numpy as np
 
+from appo_jax.data.demonstrations import LeftOut
 from appo_jax.data.records import OnMalformed
 from appo_jax.errors import DataError
 from appo_jax.text.tokenizer import Tokenizer
@@ -64,11 +65,12 @@ def trace_batches(
     max_tokens: int,
     seed: int,
     encode_result: EncodeResult | None = None,
+    left_out: LeftOut | None = None,
 ) -> grain.DatasetIterator[TraceBatch]:
     """Endless batches of encoded traces, packed into `batch_size` rows (grain's first-fit packing).
 
-    A trace of more than `max_tokens` is left out, since a cut one would teach to
-    break off; how many is logged. Raises DataError when none fits."""
+    A trace of more than `max_tokens` is left out, since a cut one would teach to break off; how many is logged, and counted
+    in `left_out`. Raises DataError when none fits."""
     encoded = [encode_trace(trace, tokenizer, encode_result) for trace in traces]
     fitting = [pair for pair in encoded if len(pair[0]) <= max_tokens]
     if len(fitting) < len(encoded):
@@ -79,9 +81,13 @@ def trace_batches(
         if not fitting:
             raise DataError(f"{message}; the longest has {longest} tokens")
         logger.warning("%s (longest %d) and are left out", message, longest)
+        for trace, (tokens, _) in zip(traces, encoded, strict=True):
+            if left_out is not None and len(tokens) > max_tokens:
+                left_out.add(f"it is longer than sft.max_tokens = {max_tokens}", trace.example.id)
     if not fitting:
         raise DataError("there are no traces to train on; set sft.steps to 0 to go without a cold start")
-
+    total = sum(len(pair[0]) for pair in fitting)
+    logger.info("%d traces of %d tokens: an epoch is about %d rows", len(fitting), total, -(-total // max_tokens))
     stream = grain.MapDataset.source(fitting).shuffle(seed).repeat()
     lone = stream.map(lambda pair: {"tokens": pair[0], "loss_mask": pair[1].astype(np.int32)})
     packed = grain.experimental.FirstFitPackIterDataset(

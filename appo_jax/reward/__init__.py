@@ -4,44 +4,77 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
+from appo_jax import distributed
+from appo_jax.config import RewardConfig
 from appo_jax.errors import ConfigError
 from appo_jax.reward.judge import Judge, Judgement
 from appo_jax.reward.official import official_reward
 from appo_jax.reward.response import Response
 from appo_jax.reward.robust import robust_reward
 from appo_jax.tools.format import CallFormat
+from appo_jax.types import RewardResult
 
 __all__ = ["Judge", "Judgement", "Response", "make_reward"]
 
 
-def make_reward(name: str, bonus: float, call_format: CallFormat) -> Judge:
-    """The reward function of `RewardConfig.function`: "robust", "official", or your own as "package.module:function".
+def make_reward(config: RewardConfig, call_format: CallFormat, folder: Path) -> Judge:
+    """The reward of a run, its terms included. call_format: that of the tools on offer. folder: for the judge's verdicts.
 
-    `bonus` is `RewardConfig.tool_bonus`; `call_format` is that of the tools on offer. Your own function receives a Response and
-    returns a RewardResult. Raises ConfigError when it cannot be imported or called; what it returns is checked at every
-    call (see Judge).
+    A function of your own receives a Response and returns a RewardResult, a term returns a number. Raises ConfigError for
+    one that cannot be imported or called; what it returns is checked at every call (see Judge).
     """
+    name, language = config.function, None
+    function: Callable[[Response], Any]
     if name == "robust":
-        return Judge(name, functools.partial(robust_reward, bonus=bonus, call_format=call_format))
-    if name == "official":
-        return Judge(name, functools.partial(official_reward, bonus=bonus))
-    return _user_reward(name)
+        function = functools.partial(robust_reward, bonus=config.tool_bonus, call_format=call_format)
+    elif name == "official":
+        function = functools.partial(official_reward, bonus=config.tool_bonus)
+    elif name == "judge":
+        from appo_jax.reward.language_judge import LanguageJudge  # it loads an HTTP client
+
+        assert config.judge is not None  # config.rules
+        cache = config.judge.cache or folder / f"verdicts-{distributed.host()}.sqlite"
+        language = LanguageJudge(config.judge, Path(cache))
+        function = functools.partial(
+            robust_reward, bonus=config.tool_bonus, call_format=call_format, grade=language.grade
+        )
+    else:
+        function = _imported("reward.function", name, "robust, official, judge or package.module:function")
+    terms = {
+        path.partition(":")[2]: _imported("reward.terms", path, "package.module:function") for path in config.terms
+    }
+    if terms:
+        function = functools.partial(_with_terms, function, terms)
+    # Ours have time limits of their own.
+    timeout = None if name in ("robust", "official") and not terms else config.timeout
+    return Judge(name, function, timeout, language)
 
 
-def _user_reward(path: str) -> Judge:
-    expected = "expected robust, official or package.module:function"
+def _with_terms(
+    function: Callable[[Response], Any], terms: Mapping[str, Callable[[Response], Any]], response: Response
+) -> Any:
+    result = function(response)
+    if not isinstance(result, RewardResult):
+        return result  # the judge says what is wrong with it
+    parts = {name: term(response) for name, term in terms.items()}
+    return RewardResult(result.reward + sum(parts.values()), result.correct, {**result.detail, **parts})
+
+
+def _imported(field: str, path: str, expected: str) -> Callable[[Response], Any]:
+    expected = f"expected {expected}"
     module_name, _, function_name = path.partition(":")
     if not module_name or not function_name:
-        raise ConfigError(f"reward.function = {path!r}: {expected}")
+        raise ConfigError(f"{field} = {path!r}: {expected}")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except ImportError as error:
-        raise ConfigError(f"reward.function = {path!r}: cannot import {module_name!r} ({error}); {expected}") from error
+        raise ConfigError(f"{field} = {path!r}: cannot import {module_name!r} ({error}); {expected}") from error
     except AttributeError as error:
-        raise ConfigError(
-            f"reward.function = {path!r}: {module_name!r} has no {function_name!r}; {expected}"
-        ) from error
+        raise ConfigError(f"{field} = {path!r}: {module_name!r} has no {function_name!r}; {expected}") from error
     if not callable(function):
-        raise ConfigError(f"reward.function = {path!r} is a {type(function).__name__}, not a function; {expected}")
-    return Judge(path, function)
+        raise ConfigError(f"{field} = {path!r} is a {type(function).__name__}, not a function; {expected}")
+    return function

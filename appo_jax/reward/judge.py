@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
+import queue
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from appo_jax import distributed, heartbeat
 from appo_jax.errors import AppoError, ConfigError, TrainingError
 from appo_jax.reward.response import Response
 from appo_jax.types import Example, RewardResult, Segment, StopReason
 
+if TYPE_CHECKING:
+    from appo_jax.reward.language_judge import LanguageJudge
+
 log = logging.getLogger(__name__)
 
 MAX_SHOWN = 200  # characters of a value in a message
+MAX_HANGING = 64  # threads that never came back
 NO_REWARD = float("nan")
 """The reward of a rollout that the function gave none; groups leave it out."""
 
@@ -38,6 +47,10 @@ class Judge:
 
     name: str
     function: Callable[[Response], RewardResult]
+    timeout: float | None = None
+    """Seconds for one rollout. None: the function keeps to a limit of its own."""
+    language: LanguageJudge | None = None
+    """The language model that the function asks, if it asks one."""
 
     def __call__(self, response: Response) -> Judgement:
         """The function's judgement, its numbers as Python's own. An AppoError, which is no fault of the function, passes."""
@@ -49,6 +62,28 @@ class Judge:
             return _failed(f"raised {_shown(error)}")
         return _checked(result)
 
+    def each(self, responses: Sequence[Response]) -> list[Judgement]:
+        """The judgements of many rollouts, in order. One that takes longer than `timeout` costs its own rollout alone.
+
+        A function of one's own is called once at a time, the language model by as many threads as its endpoint takes. Raises
+        TrainingError once MAX_HANGING calls hang."""
+        if self.timeout is None:
+            return [self(response) for response in responses]
+        workers = self.language.config.concurrency if self.language else 1
+        late = _failed(f"did not return within reward.timeout = {self.timeout:g} s")
+        return limited(self, responses, workers, self.timeout, late)
+
+    def metrics(self) -> dict[str, float]:
+        """What the language model cost since the last time this was asked, on all hosts together."""
+        if self.language is None:
+            return {}
+        told = distributed.exchange(dataclasses.asdict(self.language.take_counts()))
+        return {f"judge/{name}": float(sum(counts[name] for counts in told)) for name in told[0]}
+
+    def close(self) -> None:
+        if self.language is not None:
+            self.language.close()
+
     def try_out(self, example: Example) -> None:
         """Call the function as a run will: on a right answer to `example`, and on a policy that wrote nothing.
 
@@ -58,7 +93,7 @@ class Judge:
             response = Response(
                 segments, example.golds, example.kind, frozenset(), StopReason.ANSWERED, example.question
             )
-            if error := self(response).error:
+            if error := self.each([response])[0].error:
                 raise ConfigError(
                     f"reward.function = {self.name!r}, tried out on {what} to {example.id!r}, {error}; expected an "
                     "appo_jax.types.RewardResult with a finite reward and numbers in detail"
@@ -80,6 +115,43 @@ class Judge:
             "%d of %d rollouts have no reward and are left out of their groups: %s",
             errors.total(), len(judgements), problem,
         )  # fmt: skip
+
+
+def limited(
+    function: Callable[[Response], Judgement], items: Sequence[Response], workers: int, seconds: float, late: Judgement
+) -> list[Judgement]:
+    """`function` of every item, at most `workers` at a time; `late` for one that takes longer than `seconds`.
+
+    Its thread cannot be ended: it is left behind, and another takes its place. What a call raises is raised here."""
+    ended: queue.SimpleQueue[tuple[int, Judgement | BaseException]] = queue.SimpleQueue()
+
+    def call(i: int) -> None:
+        try:
+            ended.put((i, function(items[i])))
+        except BaseException as error:
+            ended.put((i, error))
+
+    results: dict[int, Judgement] = {}
+    running: dict[int, float] = {}  # item -> when its time is over
+    waiting = iter(range(len(items)))
+    while len(results) < len(items):
+        for i in itertools.islice(waiting, workers - len(running)):
+            running[i] = time.monotonic() + seconds
+            threading.Thread(target=call, args=(i,), name="reward", daemon=True).start()
+        try:
+            i, outcome = ended.get(timeout=max(0.0, min(running.values()) - time.monotonic()))
+        except queue.Empty:
+            i, outcome = min(running, key=lambda i: running[i]), late
+        if i not in running:
+            continue  # it was given up before
+        if isinstance(outcome, BaseException):
+            raise outcome
+        del running[i]
+        results[i] = outcome
+        heartbeat.progress()
+    if sum(thread.name == "reward" for thread in threading.enumerate()) > MAX_HANGING:
+        raise TrainingError(f"more than {MAX_HANGING} calls of reward.function hang; mend the function")
+    return [results[i] for i in range(len(items))]
 
 
 def _checked(result: Any) -> Judgement:

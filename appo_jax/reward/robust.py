@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from appo_jax.reward.format import format_error
-from appo_jax.reward.grade import grade
+from appo_jax.reward.grade import Grade, grade
 from appo_jax.reward.response import Response
 from appo_jax.tools.format import CallFormat
 from appo_jax.types import RewardResult
@@ -11,7 +13,9 @@ from appo_jax.types import RewardResult
 BROKEN_FORMAT = -1.0
 
 
-def robust_reward(response: Response, bonus: float, call_format: CallFormat) -> RewardResult:
+def robust_reward(
+    response: Response, bonus: float, call_format: CallFormat, grade: Callable[[Response], Grade] = grade
+) -> RewardResult:
     """−1 for a broken format, else the grade's score in [0, 1], plus `bonus` when it earned something with every tool.
 
     `call_format` knows the tools on offer; with none there is no bonus. `correct` is the grade's, whatever the format.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appo_jax.errors import ConfigError
 from appo_jax.text.tokenizer import Tokenizer
-from appo_jax.tools.format import CallFormat, result_ids, shield
+from appo_jax.tools.format import CallFormat, bare_result, result_ids, shield
 
 CUT_MARK = "\n[…]\n"
 MAX_TOKEN_CHARS = 64
@@ -18,7 +18,7 @@ class ToolResults:
     """
 
     def __init__(self, tokenizer: Tokenizer, call_format: CallFormat, max_tokens: int):
-        self._tokenizer = tokenizer
+        self._tokenizer, self._format = tokenizer, call_format
         self._head, self._tail = result_ids(call_format, tokenizer)
         self._cut = tokenizer.encode(CUT_MARK)
         self._room = max_tokens - len(self._head) - len(self._tail)
@@ -32,6 +32,10 @@ class ToolResults:
     def encode(self, text: str) -> list[int]:
         """Token ids of a result between its marks; a long one is cut in the middle, once, with a visible mark."""
         return [*self._head, *self._fitting(shield(text)), *self._tail]
+
+    def encode_rendered(self, rendered: str) -> list[int]:
+        """As `encode`, of what `render_result` gave: how a demonstration holds a result."""
+        return self.encode(bare_result(self._format, rendered))
 
     def _fitting(self, text: str) -> list[int]:
         max_chars = MAX_TOKEN_CHARS * self._room

@@ -103,13 +103,10 @@ def result_ids(call_format: CallFormat, tokenizer: Tokenizer) -> tuple[list[int]
     return tokenizer.encode(head), tokenizer.encode(tail)
 
 
-def encode_result(call_format: CallFormat, tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """Token ids of what `render_result` gave."""
-    if not isinstance(call_format, ChatFormat):
-        return tokenizer.encode(rendered)
-    head, tail = result_ids(call_format, tokenizer)
+def bare_result(call_format: CallFormat, rendered: str) -> str:
+    """What stands between the marks that `render_result` gave."""
     before, after = call_format.result_marks
-    return [*head, *tokenizer.encode(rendered.removeprefix(before).removesuffix(after)), *tail]
+    return rendered.removeprefix(before).removesuffix(after)
 
 
 def render_result(call_format: CallFormat, text: str) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class LocalSearch:
     def from_file(cls, path: str | Path, top_k: int = 3, cache_dir: str | Path | None = None) -> LocalSearch:
         """Read a corpus and its index; the index is built on first use and kept under `cache_dir` by content."""
         documents = load_corpus(path)
-        return cls(documents, top_k, stored_index(documents, _cache_dir(cache_dir)))
+        return cls(documents, top_k, stored_index(documents, cache_folder(cache_dir)))
 
     def start(self) -> None:
         return None
@@ -131,7 +131,12 @@ def terms(found: Sequence[str]) -> list[str]:
     """The index terms of a text's words: the stems (Snowball, English) of those that are no stop words."""
     if not hasattr(_local, "stemmer"):
         _local.stemmer = Stemmer.Stemmer("english")
-    return _local.stemmer.stemWords([word for word in found if word not in _STOP])
+    return _local.stemmer.stemWords(kept_words(found))
+
+
+def kept_words(found: Sequence[str]) -> list[str]:
+    """Those of a text's words that are no stop words."""
+    return [word for word in found if word not in _STOP]
 
 
 def stop_terms(found: Sequence[str], title: Sequence[str]) -> list[str]:
@@ -206,7 +211,8 @@ def stored_index(documents: Sequence[Document], folder: Path) -> bm25s.BM25:
 _INDEX_VERSION = b"appo_jax bm25 2"  # change it with anything that changes the index of the same text
 
 
-def _cache_dir(folder: str | Path | None) -> Path:
+def cache_folder(folder: str | Path | None) -> Path:
+    """Where indexes are kept: `folder`, or one of the user's own."""
     if folder is not None:
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "appo_jax"
@@ -215,13 +221,18 @@ def _cache_dir(folder: str | Path | None) -> Path:
 def load_corpus(path: str | Path) -> list[Document]:
     """Documents of a .jsonl, .json (a list) or .parquet file with `title` and `text` (or Search-R1's `contents`), the
     same page kept once. Raises DataError that names the file and the line."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"search corpus {path}: no such file (tools.search.corpus: jsonl, json or parquet)")
-    pages = [_page(record, f"{path}, {where}") for where, record in _records(path)]
+    pages = list(dict.fromkeys(read_pages(Path(path))))
     if not pages:
         raise DataError(f"search corpus {path}: it is empty; expected at least one document with title and text")
-    return list(dict.fromkeys(pages))
+    return pages
+
+
+def read_pages(path: Path) -> Iterator[Document]:
+    """The documents of a file as `load_corpus` reads it, one after the other and repeated ones too. Raises DataError."""
+    if not path.is_file():
+        raise DataError(f"search corpus {path}: no such file (tools.search.corpus: jsonl, json or parquet)")
+    for where, record in _records(path):
+        yield _page(record, f"{path}, {where}")
 
 
 def _records(path: Path) -> Iterable[tuple[str, Any]]:
@@ -230,10 +241,13 @@ def _records(path: Path) -> Iterable[tuple[str, Any]]:
         import pyarrow.parquet
 
         try:
-            table = pyarrow.parquet.read_table(path)
+            number = 0
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                for record in batch.to_pylist():
+                    yield f"row {number}", record
+                    number += 1
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"search corpus {path}: cannot be read as parquet ({error})") from error
-        yield from ((f"row {i}", record) for i, record in enumerate(table.to_pylist()))
     elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -267,6 +281,11 @@ def split_contents(contents: str) -> Document:
     """Search-R1 keeps a document as one string: the title, often in quotes, on the first line, then the text."""
     title, _, text = contents.partition("\n")
     return Document(title.strip().strip('"'), text.strip()) if text else Document("", contents.strip())
+
+
+def join_contents(page: Document) -> str:
+    """A document as Search-R1 keeps it; `split_contents` takes it apart again."""
+    return f'"{page.title}"\n{page.text}' if page.title else page.text
 
 
 MAX_TITLE_CHARS = 300

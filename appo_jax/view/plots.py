@@ -53,6 +53,10 @@ PHASES = ("rollout", "reward", "score", "branch", "update")  # of a training ste
 
 FIGURES: dict[str, tuple[Panel, ...]] = {
     "accuracy": (Panel("Accuracy", "share of rollouts that are right", ("accuracy/*", "eval/accuracy*")),),
+    "sets": (
+        Panel("Benchmark sets", "accuracy", ("eval/*/accuracy",)),
+        Panel("Benchmark sets", "token F1", ("eval/*/f1",)),
+    ),
     "reward": (
         Panel("Reward", "mean", ("reward/initial", "reward/branch")),
         Panel("Spread of rewards", "std within a prompt", ("reward/*_std",)),

@@ -1,17 +1,15 @@
 """`appo-jax eval` on predictions: hand-computed figures, faulty files, a faulty judge."""
 
 import json
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from faulty_judge import FaultyJudge
 
-from appo_jax.benchmark.judge import JudgeConfig
 from appo_jax.benchmark.report import compare
-from appo_jax.benchmark.run import Evaluation, evaluate_set
 from appo_jax.cli import main
+from appo_jax.config import JudgeConfig
 from appo_jax.errors import ConfigError, DataError
+from appo_jax.eval_command import Evaluation, evaluate_set
 
 
 @pytest.fixture
@@ -92,53 +90,6 @@ def test_two_reports_are_compared_question_by_question(data, tmp_path):
     assert "| 4 | 100 % | 0 % | 4? |" in text
     with pytest.raises(DataError, match=r"items\.jsonl: no such file"):
         compare(tmp_path / "a", tmp_path / "c")
-
-
-class FaultyJudge(ThreadingHTTPServer):
-    """An OpenAI-compatible endpoint that behaves as the answer it is to judge says."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked, self.limited = [], set()
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        pass  # clients hang up on purpose
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = body["messages"][0]["content"].split("\nAnswer: ")[1].split("\n")[0]
-        self.server.asked.append(answer)
-        if answer == "slow":
-            time.sleep(3)
-        if answer == "drip":
-            self.send_response(200)
-            self.end_headers()
-            for _ in range(40):
-                self.wfile.write(b" ")
-                self.wfile.flush()
-                time.sleep(0.1)
-            return
-        if answer == "down" or (answer == "limited" and answer not in self.server.limited):
-            self.server.limited.add(answer)
-            self.send_error(500 if answer == "down" else 429)
-            return
-        reply = (
-            "I think it could be either." if answer == "prose" else "correct: yes" if answer != "bad" else "Correct: No"
-        )
-        content = {"choices": [{"message": {"content": reply}}], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}
-        data = b"{" if answer == "garbage" else json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
 
 @pytest.fixture

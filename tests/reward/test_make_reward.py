@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 
+from appo_jax.config import RewardConfig
 from appo_jax.errors import ConfigError
-from appo_jax.reward import Response, make_reward
+from appo_jax.reward import Response
+from appo_jax.reward import make_reward as make
 from appo_jax.tools.format import TagFormat
 from appo_jax.tools.protocol import ToolSpec
 from appo_jax.types import Segment, StopReason
@@ -12,11 +16,17 @@ TEXT = r"<think> </think> <answer> \boxed{-5} </answer>"
 RESPONSE = Response((Segment(TEXT, True),), ("5",), "math", frozenset(), StopReason.ANSWERED)
 
 
+def make_reward(name, bonus, call_format, *terms):
+    return make(RewardConfig(name, tool_bonus=bonus, terms=terms), call_format, Path("unused"))
+
+
 @pytest.fixture
 def user_module(tmp_path, monkeypatch):
     source = """
         from appo_jax.types import RewardResult
         def length(response): return RewardResult(float(len(response.text)), False)
+        def tenth(response): return len(response.text) / 10
+        def nonsense(response): return "good"
         CONSTANT = 3
     """
     (tmp_path / "my_rewards.py").write_text("\n".join(line.strip() for line in source.splitlines()))
@@ -51,7 +61,7 @@ def test_user_function():
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("robst", "expected robust, official or package.module:function"),
+        ("robst", "expected robust, official, judge or package.module:function"),
         ("my_rewards:", "expected robust"),
         (":length", "expected robust"),
         ("no_such_module:length", "cannot import 'no_such_module'"),
@@ -63,3 +73,13 @@ def test_bad_names_are_config_errors(name, complaint):
     with pytest.raises(ConfigError, match=complaint) as caught:
         make_reward(name, 0.1, FORMAT)
     assert f"reward.function = {name!r}" in str(caught.value)
+
+
+@pytest.mark.usefixtures("user_module")
+def test_terms_are_added_and_stand_among_the_parts():
+    judgement = make_reward("robust", 0.1, FORMAT, "my_rewards:tenth")(RESPONSE)
+    assert judgement.reward == judgement.detail["tenth"] == len(TEXT) / 10
+    assert judgement.detail["format"] == 1
+    assert "raised TypeError" in make_reward("robust", 0.1, FORMAT, "my_rewards:nonsense")(RESPONSE).error
+    with pytest.raises(ConfigError, match=r"reward\.terms = 'my_rewards:none': 'my_rewards' has no 'none'"):
+        make_reward("robust", 0.1, FORMAT, "my_rewards:none")

@@ -18,7 +18,7 @@ from appo_jax.errors import ConfigError
 from appo_jax.reward.format import format_error
 from appo_jax.rollout.tool_results import ToolResults
 from appo_jax.text.tokenizer import JsonTokenizer
-from appo_jax.tools.format import ChatFormat, encode_result, offer_tools, render_result, result_ids
+from appo_jax.tools.format import ChatFormat, offer_tools, render_result, result_ids
 from appo_jax.tools.protocol import ToolSpec
 from appo_jax.types import Example, Rollout, Segment, StopReason, Trace
 
@@ -127,7 +127,7 @@ def test_a_demonstration_is_encoded_as_its_rollout_would_be(template):
     call = FORMAT.render_call("search", "Bern")
     segments = (Segment(call, True), Segment(render_result(FORMAT, "a town"), False), Segment("so: Bern", True))
     trace = Trace(Example("e", "Where?", ("Bern",), "qa", "Be brief."), segments)
-    tokens, sampled = encode_trace(trace, tokenizer, lambda text: encode_result(FORMAT, tokenizer, text))
+    tokens, sampled = encode_trace(trace, tokenizer, ToolResults(tokenizer, FORMAT, 10_000).encode_rendered)
     prompt = tokenizer.render_prompt("Be brief.", "Where?")
     result = ToolResults(tokenizer, FORMAT, 500).encode("a town")
     answer = [*tokenizer.encode("so: Bern"), tokenizer.eos_id]

@@ -56,12 +56,13 @@ def _read(path: Path, split: str, config: DataConfig) -> list[tuple[Example, str
 def demonstrate(example: Example, rationale: str, kit: ToolKit) -> Trace:
     """A rationale as a trace: each calculator note becomes a call with its real result.
 
-    Raises CannotDemonstrate for a rationale without notes, and for one with a note that the tool does not confirm."""
+    Raises CannotDemonstrate for a rationale without notes, for one with a note that the tool does not confirm, and for one
+    whose last result is not the answer."""
     first, *rest = _NOTE.split(rationale)
     if not rest:
         raise CannotDemonstrate("the rationale has no calculator note")
     tool = kit.tool_for("run_python")
-    segments, written = [], _think(first)
+    segments, written, result = [], _think(first), ""
     for expression, value, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
         result = kit.run(tool, f"print({expression})")
         if not _agrees(result, value):
@@ -69,6 +70,8 @@ def demonstrate(example: Example, rationale: str, kit: ToolKit) -> Trace:
         written += kit.write_call(tool, f"\nprint({expression})\n")
         segments += [Segment(written, sampled=True), Segment(kit.write_result(result), sampled=False)]
         written = _think(text)
+    if not _agrees(result, example.golds[0]):
+        raise CannotDemonstrate("the last calculator note is not the answer")
     written += f"<answer> \\boxed{{{example.golds[0]}}} </answer>"
     return Trace(example, (*segments, Segment(written, sampled=True)))
 

@@ -19,6 +19,10 @@ from pathlib import Path
 
 import requests
 
+from appo_jax.config import JudgeConfig
+from appo_jax.reward.grade import Grade, final_answer
+from appo_jax.reward.response import Response
+
 PROMPT = """Decide whether an answer to a question is right. Compare it with the reference answer alone; do not solve the question.
 Wording may differ, the meaning may not. A number may differ in form, not in value.
 
@@ -29,24 +33,6 @@ Answer: {answer}
 Reply with one line: "correct: yes" or "correct: no"."""
 
 _VERDICT = re.compile(r"correct:\s*\W*(yes|no)\b", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class JudgeConfig:
-    """Where the judge is and how patient we are."""
-
-    url: str
-    """Base URL; `/chat/completions` is appended."""
-    model: str
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; no key is sent where it is not set."""
-    concurrency: int = 8
-    timeout: float = 60.0
-    """Seconds for one request."""
-    attempts: int = 4
-    """Requests for one verdict, with growing pauses between them."""
-    cache: str | None = None
-    """SQLite file of verdicts; by default beside the report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,25 +54,47 @@ class Counts:
     completion_tokens: int = 0
 
 
-class Judge:
-    """Decides answers; safe to use from several threads."""
+class NoVerdict(Exception):
+    """The judge did not decide: the rollout has no reward."""
+
+
+class LanguageJudge:
+    """Decides answers; safe to use from several threads, and its cache by several processes."""
 
     def __init__(self, config: JudgeConfig, cache: Path):
         self.config, self.counts = config, Counts()
         self._lock = threading.Lock()
         cache.parent.mkdir(parents=True, exist_ok=True)
-        self._cache = sqlite3.connect(cache, check_same_thread=False, isolation_level=None)
+        self._cache = sqlite3.connect(cache, timeout=30.0, check_same_thread=False, isolation_level=None)
+        self._cache.execute("PRAGMA journal_mode = WAL")
         self._cache.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, correct INTEGER, reason TEXT)")
 
     def decide(self, questions: Sequence[tuple[str, Sequence[str], str]]) -> list[Decision]:
         """The decision of each (question, golds, answer), in order."""
         with concurrent.futures.ThreadPoolExecutor(self.config.concurrency) as pool:
-            return list(pool.map(lambda q: self._one(*q), questions))
+            return list(pool.map(lambda q: self.verdict(*q), questions))
+
+    def grade(self, response: Response) -> Grade:
+        """Whether the final answer of a rollout is right. Raises NoVerdict."""
+        answer = final_answer(response)
+        if not answer or not answer.strip():
+            return Grade(0.0, False)
+        decision = self.verdict(response.question, response.golds, answer)
+        if decision.correct is None:
+            raise NoVerdict(decision.reason)
+        return Grade(float(decision.correct), decision.correct)
+
+    def take_counts(self) -> Counts:
+        """What judging cost since the last time this was asked."""
+        with self._lock:
+            counts, self.counts = self.counts, Counts()
+        return counts
 
     def close(self) -> None:
         self._cache.close()
 
-    def _one(self, question: str, golds: Sequence[str], answer: str) -> Decision:
+    def verdict(self, question: str, golds: Sequence[str], answer: str) -> Decision:
+        """The decision of one answer, from the cache where it has been decided before."""
         prompt = PROMPT.format(question=question, gold=" / ".join(golds), answer=answer)
         key = hashlib.sha256(json.dumps([self.config.model, prompt]).encode()).hexdigest()
         with self._lock:

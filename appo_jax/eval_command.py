@@ -8,12 +8,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from appo_jax.benchmark.judge import Judge, JudgeConfig
 from appo_jax.benchmark.predictions import Predictions, Sample, check_samples, read_predictions
 from appo_jax.benchmark.report import score_all, summarize, write_report
 from appo_jax.benchmark.sets import Item, benchmark, load_items
-from appo_jax.config import Config
+from appo_jax.components import build
+from appo_jax.config import Config, JudgeConfig
 from appo_jax.errors import ConfigError
+from appo_jax.evaluate import Draws, draw_samples
+from appo_jax.export import policy_params
+from appo_jax.reward.language_judge import LanguageJudge
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path 
         raise ConfigError("give --predictions FILE, --run RUN, or --config FILE: whose answers are to be scored?")
     judge = None
     if asked.judge is not None and benchmark(asked.set).scorer == "judge":
-        judge = Judge(asked.judge, Path(asked.judge.cache or asked.out / "verdicts.sqlite"))
+        judge = LanguageJudge(asked.judge, Path(asked.judge.cache or asked.out / "verdicts.sqlite"))
     try:
         scored = score_all(asked.set, items, predictions, judge)
     finally:
@@ -64,8 +67,6 @@ def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path 
 
 def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Path | None) -> Predictions:
     """Draw the samples that the folder does not hold yet. They are saved as they come, a few rounds of rows at a time."""
-    from appo_jax.benchmark.sampling import PolicySampler
-
     if asked.samples > 1 and asked.temperature == 0:
         raise ConfigError("--samples above 1 needs --temperature above 0: greedy samples are all the same")
     file = asked.out / "generations.jsonl"
@@ -75,13 +76,13 @@ def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Pat
     left = [item for item in items if len(samples[item.id]) < asked.samples]
     if left:
         log.info("%d of %d questions are to be answered", len(left), len(items))
-        with PolicySampler(config, weights) as sampler, file.open("a", encoding="utf-8") as out:
+        with build(config) as components, file.open("a", encoding="utf-8") as out:
+            params = policy_params(components, weights)
             size = max(1, ROUNDS_PER_SAVE * config.rollout.decode_rows // asked.samples)
             for first in range(0, len(left), size):
                 some = left[first : first + size]
-                drawn = sampler.draw(
-                    some, asked.samples, asked.temperature, benchmark(asked.set).scorer, min(size, len(left))
-                )
+                draws = Draws(asked.samples, asked.temperature, min(size, len(left)))
+                drawn = draw_samples(params, components, some, benchmark(asked.set).scorer, draws)
                 for item, found in zip(some, drawn, strict=True):
                     samples[item.id] = found
                     for sample in found:

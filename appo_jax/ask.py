@@ -1,0 +1,63 @@
+"""`appo-jax ask RUN`: put questions to a policy and watch it think, call its tools and answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from appo_jax.components import Components, build, response_of
+from appo_jax.config_io import load_config
+from appo_jax.errors import DataError
+from appo_jax.export import policy_params
+from appo_jax.policy.parameters import Params
+from appo_jax.reward.grade import final_answer
+from appo_jax.types import Example
+
+ASK = 6  # first number of the identity of every draw
+
+
+def ask(run: Path, question: str | None, temperature: float) -> None:
+    """Answer one question, or those that are typed in, one a line, until an empty line."""
+    with build(load_config(run / "config.json")) as components:
+        params = policy_params(components, run)
+        console = Console()
+        for number, text in enumerate([question] if question is not None else _typed(console)):
+            answer(components, params, text, (temperature, number), console)
+
+
+def answer(components: Components, params: Params, question: str, draw: tuple[float, int], console: Console) -> None:
+    """One rollout, shown turn by turn. draw: temperature, and which draw it is. Raises DataError for a question too long."""
+    temperature, number = draw
+    system = components.held_out[0].system if len(components.held_out) else ""
+    example = Example("question", question, (), "qa", system)
+    length = len(components.tokenizer.render_prompt(system, question))
+    if length > (limit := components.config.rollout.max_prompt_tokens):
+        raise DataError(
+            f"the question has {length} tokens with its prompt, more than rollout.max_prompt_tokens = {limit}"
+        )
+    ((rollout,),) = components.sampler.initial(params, [example], 1, (ASK, number), temperature)
+    response = response_of(rollout, components.tokenizer)
+    for step, (text, call) in enumerate(
+        zip((text for text, _ in response.turns), (*rollout.calls, None), strict=False), 1
+    ):
+        console.print(Panel(Text(text.strip()), title=f"{step}. the policy", title_align="left"))
+        if call is not None:
+            title = f"{call.name}: {call.outcome}, {call.seconds:.2f} s"
+            console.print(Panel(Text(call.result.strip()), title=title, title_align="left", border_style="cyan"))
+    found = final_answer(response)
+    console.print(Text(f"answer: {found}" if found else f"no answer (it ended by {rollout.stop_reason})"))
+
+
+def _typed(console: Console) -> Iterable[str]:
+    while True:
+        if sys.stdin.isatty():
+            console.print("question: ", end="")
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line

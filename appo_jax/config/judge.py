@@ -1,0 +1,27 @@
+"""A language model that judges answers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pydantic import PositiveFloat, PositiveInt
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """Where the judge is and how patient we are."""
+
+    url: str
+    """Base URL of an OpenAI-compatible endpoint; `/chat/completions` is appended."""
+    model: str
+    """Name of the model there. Paper: Qwen2.5-72B-Instruct."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; no key is sent where it is not set."""
+    concurrency: PositiveInt = 8
+    """Requests at the same time."""
+    timeout: PositiveFloat = 60.0
+    """Seconds for one request."""
+    attempts: PositiveInt = 4
+    """Requests for one verdict, with growing pauses between them."""
+    cache: str | None = None
+    """SQLite file of verdicts, which runs may share. None: in the folder of the run or of the report."""

@@ -1,0 +1,191 @@
+"""Files of traces for the cold start, as others publish them: ShareGPT, LLaMA-Factory's formats, chat messages.
+
+A record is a conversation of one question. Its calls may stand in the policy's text, in tags or as JSON, with the results
+between `<result>` or `<tool_response>` marks in that same text or in turns of their own; or under `tool_calls`, as OpenAI's
+interface has them. Whatever the file's notation, the trace is written in the run's call format.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from appo_jax.data.demonstrations import CannotDemonstrate, LeftOut, introduce
+from appo_jax.data.examples import SYSTEM_PROMPT
+from appo_jax.data.golds import accepted_answers
+from appo_jax.data.records import read_records
+from appo_jax.tools.arguments import Problem, decode, read_argument
+from appo_jax.tools.format import Call, CallFormat, JsonFormat, TagFormat, render_result
+from appo_jax.types import Example, Segment, Trace
+
+WHAT = "a file of traces (docs/traces.md)"
+# Roles of ShareGPT and LLaMA-Factory as those of chat messages.
+_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+    "observation": "tool", "tool": "tool", "function_call": "call", "function": "call",
+}  # fmt: skip
+_RESULT = re.compile(r"[ \t]*\n?[ \t]*<(result|tool_response)>\n?(.*?)\n?</\1>\n?", re.DOTALL)
+
+
+def read_traces(
+    files: Sequence[Path], call_format: CallFormat, system_prompt: str | None, left_out: LeftOut
+) -> list[Trace]:
+    """The traces of the files in the run's call format, each once. system_prompt: `data.system_prompt`, instead of theirs.
+
+    What cannot be used is counted in `left_out` by its reason. Raises DataError for a file that cannot be read."""
+    traces: dict[tuple[str, tuple[Segment, ...]], Trace] = {}
+    writer = _Writer(call_format, system_prompt)
+    for file in files:
+        for number, record in read_records(file, lambda number, record: (number, record), None, WHAT):
+            name = f"{file.stem}-{number}"
+            try:
+                trace = writer.trace(record, name)
+            except (CannotDemonstrate, KeyError, TypeError, ValueError) as error:
+                left_out.add(f"it has no field {error}" if isinstance(error, KeyError) else str(error), name)
+                continue
+            key = (trace.example.question, trace.segments)
+            if key in traces:
+                left_out.add("it repeats an earlier trace", name)
+            traces.setdefault(key, trace)
+    return list(traces.values())
+
+
+class _Writer:
+    """Writes the conversations of records as traces of one run."""
+
+    def __init__(self, call_format: CallFormat, system_prompt: str | None):
+        self.format, self.system_prompt = call_format, system_prompt
+        self.known = {tool.name: tool for tool in call_format.tools}
+        self.tags, self.json = TagFormat(call_format.tools), JsonFormat(call_format.tools)
+
+    def trace(self, record: Any, name: str) -> Trace:
+        """One record. Raises CannotDemonstrate, KeyError, TypeError or ValueError."""
+        system, question, turns = _conversation(record)
+        if self.system_prompt is not None:
+            system = self.system_prompt
+        example = Example(
+            str(record.get("id") or name), question, accepted_answers(record.get("answer")),
+            "math" if record.get("kind") == "math" else "qa", SYSTEM_PROMPT if system is None else system,
+            str(record.get("source") or ""),
+        )  # fmt: skip
+        return Trace(introduce(example, self.format.instructions()), tuple(self.segments(turns)))
+
+    def segments(self, turns: Sequence[Mapping[str, Any]]) -> Iterator[Segment]:
+        """What the policy writes and reads. Every call must have its result, and the end must be the policy's."""
+        written, called = "", False
+        for said, call, result in _steps(turns):
+            if result is not None:
+                if not called:
+                    written, own = self.last_call(written)
+                    written += self.write(own)
+                yield Segment(written, sampled=True)
+                yield Segment(render_result(self.format, result), sampled=False)
+                written, called = "", False
+                continue
+            if called:
+                raise CannotDemonstrate("a call has no result")
+            written += said
+            if call is not None:
+                written, called = written + self.write(self.read(call)), True
+        if called or self.ends_in_call(written):
+            raise CannotDemonstrate("a call has no result")
+        if not written.strip():
+            raise CannotDemonstrate("the policy writes nothing at its end")
+        yield Segment(written, sampled=True)
+
+    def last_call(self, text: str) -> tuple[str, Call]:
+        """The text before the call that it ends with, and that call."""
+        notation = self.json if text.rstrip().endswith("</tool_call>") else self.tags
+        found = notation.parse(text)
+        if isinstance(found, Call):
+            if found.name not in self.known:
+                raise CannotDemonstrate(f"it calls {found.name[:40]!r}, which is no tool of the run")
+            openings = (mark.start() for mark in re.finditer(f"<(?:tool_call|{re.escape(found.name)})>", text))
+            start = next(at for at in openings if notation.parse(text[at:]) == found)
+            return text[:start], found
+        closing = re.search(r"</([\w.-]+)>\s*\Z", text)
+        if closing is None:
+            raise CannotDemonstrate("a result follows no call")
+        if closing[1] not in (*self.known, "tool_call"):
+            raise CannotDemonstrate(f"it calls {closing[1][:40]!r}, which is no tool of the run")
+        raise CannotDemonstrate("a call is malformed")
+
+    def ends_in_call(self, text: str) -> bool:
+        return text.rstrip().endswith((*self.tags.stop_strings, *self.json.stop_strings))
+
+    def read(self, call: Mapping[str, Any]) -> Call:
+        """A call of OpenAI's interface."""
+        name = str(call["name"])
+        if name not in self.known:
+            raise CannotDemonstrate(f"it calls {name[:40]!r}, which is no tool of the run")
+        argument = read_argument(self.known[name], call["arguments"])
+        if isinstance(argument, Problem):
+            raise CannotDemonstrate(f"a call's {argument}")
+        return Call(name, argument)
+
+    def write(self, call: Call) -> str:
+        try:
+            return self.format.render_call(call.name, call.argument)
+        except ValueError as error:
+            raise CannotDemonstrate("a call cannot be written in the run's call format") from error
+
+
+def _conversation(record: Any) -> tuple[str | None, str, list[Mapping[str, Any]]]:
+    """(system prompt, question, what follows) of a record."""
+    if not isinstance(record, dict):
+        raise TypeError(f"expected an object, got {type(record).__name__}")
+    if "left_out" in record:  # a question that `appo-jax sft --collect` has asked
+        raise CannotDemonstrate(str(record["left_out"]))
+    system = record.get("system")
+    if "instruction" in record:  # LLaMA-Factory's other format
+        question = "\n".join(text for text in (record["instruction"], record.get("input")) if text)
+        return system or None, question, [{"role": "assistant", "content": record["output"]}]
+    listed = record["messages"] if "messages" in record else record["conversations"]
+    messages = [_message(entry) for entry in listed]
+    if messages and messages[0]["role"] == "system":
+        system = messages.pop(0)["content"]
+    roles = [message["role"] for message in messages]
+    if roles.count("user") != 1 or roles[0] != "user":
+        raise ValueError(f"expected one question, at the beginning; it has {roles.count('user')}")
+    if "system" in roles:
+        raise ValueError("a system message stands in its middle")
+    return system or None, messages[0]["content"], messages[1:]
+
+
+def _message(entry: Any) -> Mapping[str, Any]:
+    """A message of either spelling with `role` and `content`."""
+    role = _ROLES.get(entry["role"] if "role" in entry else entry["from"])
+    if role is None:
+        raise ValueError(f"the role {entry.get('role', entry.get('from'))!r} is unknown; expected {', '.join(_ROLES)}")
+    content = entry["content"] if "content" in entry else entry.get("value")
+    if role == "call":
+        calls = decode(content) if isinstance(content, str) else content
+        calls = calls if isinstance(calls, list) else [calls]
+        return {"role": "assistant", "content": "", "tool_calls": [{"function": call} for call in calls]}
+    thought = entry.get("reasoning_content")
+    text = content or ""
+    if not isinstance(text, str):
+        raise TypeError(f"a message's content must be text, not {type(text).__name__}")
+    text = f"<think>{thought}</think>{text}" if thought else text
+    return {"role": role, "content": text, "tool_calls": entry.get("tool_calls") or ()}
+
+
+def _steps(
+    turns: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[str, Mapping[str, Any] | None, str | None]]:
+    """(text, call, result), in order: what the policy writes with the call that ends it, or else a result alone."""
+    for turn in turns:
+        if turn["role"] == "tool":
+            yield "", None, turn["content"]
+            continue
+        before, *rest = _RESULT.split(turn["content"])
+        yield before, None, None
+        for result, text in zip(rest[1::3], rest[2::3], strict=True):
+            yield "", None, result
+            yield text, None, None
+        if len(turn.get("tool_calls") or ()) > 1:
+            raise ValueError("several calls in one turn")
+        for call in turn.get("tool_calls") or ():
+            yield "", call["function"], None

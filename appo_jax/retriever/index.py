@@ -1,0 +1,140 @@
+"""A search index on disk for corpora that do not fit in memory (tantivy): built once, memory-mapped by many processes.
+
+Pages are cut into words, stems and stop words as the `search` tool's own index does it (tools/search.py), and ranked by
+the same BM25 (k1 = 1.2, b = 0.75, Lucene's idf); scores are k1 + 1 times as large. Tantivy rounds a page's length to one of 256 steps, so pages of nearly equal
+score may change places.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import Stemmer
+import tantivy
+
+from appo_jax.errors import DataError
+from appo_jax.tools.protocol import writable
+from appo_jax.tools.search import cache_folder, kept_words, query_terms, read_pages, stop_terms, words
+from appo_jax.types import Document
+
+log = logging.getLogger(__name__)
+
+_VERSION = "appo_jax tantivy 1"  # change it with anything that changes the index of the same text
+_MARK = "\N{MIDDLE DOT}"  # in place of the space that marks stop words: tantivy splits terms at spaces
+HEAP = 512 << 20  # bytes that the writer holds before it writes a segment
+
+
+def _schema() -> tantivy.Schema:
+    builder = tantivy.SchemaBuilder()
+    for name in ("terms", "stop_words"):
+        builder.add_text_field(name, tokenizer_name="whitespace", index_option="freq")
+    builder.add_text_field("title", stored=True, tokenizer_name="raw", index_option="basic")
+    builder.add_bytes_field("text", stored=True)
+    return builder.build()
+
+
+def folder_of(corpus: Path, folder: Path | None = None) -> Path:
+    """Where the index of a corpus file is kept; another file, or one that was written to, has another."""
+    stat = corpus.stat()
+    identity = f"{_VERSION} {corpus.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+    return cache_folder(folder) / f"tantivy-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+
+
+def build(corpus: Path, folder: Path) -> None:
+    """Index the pages of a corpus file into `folder`, whole or not at all. Raises DataError that names file and line."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    began, count = time.monotonic(), 0
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        index = tantivy.Index(_schema(), path=str(scratch))
+        writer = index.writer(HEAP, num_threads=os.cpu_count() or 1)
+        try:
+            for page in read_pages(corpus):
+                writer.add_document(_document(page))
+                count += 1
+                if count % 250_000 == 0:
+                    log.info("%s: %d pages indexed, %.0f s", corpus, count, time.monotonic() - began)
+            writer.commit()
+        finally:
+            writer.wait_merging_threads()
+        if not count:
+            raise DataError(f"search corpus {corpus}: it is empty; expected at least one document with title and text")
+        (scratch / "corpus.json").write_text(json.dumps({"corpus": str(corpus), "pages": count}))
+        try:
+            scratch.rename(folder)  # the first of several builders wins
+        except OSError:
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    log.info("%s: %d pages indexed in %.0f s", corpus, count, time.monotonic() - began)
+
+
+def _document(page: Document) -> tantivy.Document:
+    title = words(page.title)
+    found = title + words(page.text)
+    document = tantivy.Document()
+    document.add_text("terms", " ".join(map(_stem, kept_words(found))))
+    document.add_text("stop_words", " ".join(_marked(term) for term in stop_terms(found, title)))
+    document.add_text("title", writable(page.title))
+    document.add_bytes("text", page.text.encode("utf-8", "replace"))
+    return document
+
+
+@functools.lru_cache(maxsize=1 << 19)
+def _stem(word: str) -> str:
+    return _STEMMER.stemWord(word)
+
+
+_STEMMER = Stemmer.Stemmer("english")
+
+
+def _marked(term: str) -> str:
+    return term.replace(" ", _MARK)
+
+
+class Index:
+    """An index on disk, opened for reading. Safe to use from several threads."""
+
+    def __init__(self, folder: Path):
+        """Raises DataError for a folder that holds no index."""
+        try:
+            self._index = tantivy.Index.open(str(folder))
+            self.pages: int = json.loads((folder / "corpus.json").read_text())["pages"]
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{folder}: holds no index of a corpus ({error}); remove it, and it is built anew"
+            ) from error
+        self._schema = self._index.schema
+        self._searcher = self._index.searcher()
+
+    def search(self, query: str, k: int) -> list[tuple[Document, float]]:
+        """The k best pages that share a word with the query, best first, with their scores."""
+        found = query_terms(writable(query))
+        wanted = [
+            (
+                tantivy.Occur.Should,
+                tantivy.Query.term_query(
+                    self._schema, "stop_words" if term.startswith(" ") else "terms", _marked(term), "freq"
+                ),
+            )
+            for term in found
+        ]
+        if not wanted:
+            return []
+        hits = self._searcher.search(tantivy.Query.boolean_query(wanted), k, count=False).hits
+        return [(self._page(address), score) for score, address in hits]
+
+    def _page(self, address: tantivy.DocAddress) -> Document:
+        stored = self._searcher.doc(address)
+        return Document(stored.get_first("title") or "", bytes(stored.get_first("text") or b"").decode())

@@ -1,0 +1,159 @@
+"""`appo-jax retriever`: Search-R1's retriever protocol over an index on disk, by several processes that share one port.
+
+POST /retrieve {"queries": [text, …], "topk": 3, "return_scores": true} is answered by {"result": [[{"document": {"id",
+"contents"}, "score"}, …], …]}; without return_scores each page is its document alone. GET /health says how the process is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from appo_jax.retriever.index import Index, build, folder_of
+from appo_jax.tools.search import join_contents
+
+MAX_BODY = 1 << 20  # bytes
+MAX_QUERIES, MAX_TOP_K = 512, 100  # of one request
+MAX_QUERY = 4096  # characters that are read of a query
+_SETTING = "APPO_JAX_RETRIEVER"  # how uvicorn's processes are told what to serve
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """What is served, and how."""
+
+    corpus: Path
+    port: int = 8000
+    host: str = "127.0.0.1"
+    workers: int = 1
+    index: Path | None = None
+    max_per_second: float = 0.0
+    cached: int = 50_000
+
+
+def serve(serving: Serving) -> None:
+    """Build the index where it is missing, and serve until the process is asked to stop."""
+    folder = folder_of(serving.corpus, serving.index)
+    build(serving.corpus, folder)
+    pages = Index(folder).pages  # raises before any process is started
+    os.environ[_SETTING] = json.dumps([str(folder), serving.max_per_second / serving.workers, serving.cached])
+    print(f"{pages} pages of {serving.corpus} at http://{serving.host}:{serving.port}/retrieve", flush=True)
+    uvicorn.run(
+        f"{__name__}:app", factory=True, host=serving.host, port=serving.port, workers=serving.workers,
+        log_level="warning", access_log=False, limit_concurrency=1024, timeout_keep_alive=30,
+    )  # fmt: skip
+
+
+def app() -> Retriever:
+    """The application of one process, as `serve` has set it."""
+    folder, rate, cached = json.loads(os.environ[_SETTING])
+    return Retriever(Index(Path(folder)), rate, cached)
+
+
+class Refused(Exception):
+    """A request that is not answered: (status, reason, headers)."""
+
+
+class Retriever:
+    """An ASGI application over an index. rate: queries a second, 0: no limit. cached: answered queries that are kept."""
+
+    def __init__(self, index: Index, rate: float, cached: int):
+        self.index, self.rate = index, rate
+        self.began, self.queries = time.monotonic(), 0
+        self._next = 0.0  # when the next query may be answered
+        self._found = functools.lru_cache(maxsize=cached)(self._search)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            while (message := await receive())["type"] != "lifespan.shutdown":
+                await send({"type": message["type"] + ".complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        status, headers = 200, []
+        try:
+            body = await self._answer(scope["method"], scope["path"], receive)
+        except Refused as refused:
+            status, reason, headers = refused.args
+            body = json.dumps({"error": reason}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _answer(self, method: str, path: str, receive: Receive) -> bytes:
+        if (method, path) == ("GET", "/health"):
+            return json.dumps(self.health()).encode()
+        if (method, path) != ("POST", "/retrieve"):
+            raise Refused(404, "expected POST /retrieve or GET /health", [])
+        queries, k, scores = _read(await _body(receive))
+        self._allow(len(queries))
+        results = await asyncio.to_thread(lambda: [self._found(query, k) for query in queries])
+        return _written(results, scores)
+
+    def health(self) -> dict[str, Any]:
+        """What this process serves and has served."""
+        cache = self._found.cache_info()
+        return {
+            "status": "ok", "pages": self.index.pages, "process": os.getpid(), "queries": self.queries,
+            "cached": cache.hits, "seconds": round(time.monotonic() - self.began, 1),
+        }  # fmt: skip
+
+    def _allow(self, count: int) -> None:
+        """Count queries. Raises Refused where they would be more than `rate` a second, with a burst of one second."""
+        if self.rate > 0:
+            now = time.monotonic()
+            start = max(self._next, now - 1.0)
+            if start + count / self.rate > now + max(0.0, (count - self.rate) / self.rate):
+                raise Refused(429, "too many queries", [(b"retry-after", b"1")])
+            self._next = start + count / self.rate
+        self.queries += count
+
+    def _search(self, query: str, k: int) -> list[tuple[str, float]]:
+        return [(join_contents(page), score) for page, score in self.index.search(query, k)]
+
+
+async def _body(receive: Receive) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY:
+            raise Refused(413, f"a request has at most {MAX_BODY} bytes", [])
+        if message["type"] == "http.disconnect" or not message.get("more_body"):
+            return body
+
+
+def _read(body: bytes) -> tuple[list[str], int, bool]:
+    """(queries, topk, return_scores). Raises Refused that says what is wrong."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused(400, "the body is not JSON", []) from None
+    queries = request.get("queries") if isinstance(request, dict) else None
+    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
+        raise Refused(400, "expected an object with queries: a list of texts", [])
+    k = request.get("topk") or 3
+    if not isinstance(k, int) or not 1 <= k <= MAX_TOP_K or len(queries) > MAX_QUERIES:
+        raise Refused(400, f"expected topk from 1 to {MAX_TOP_K}, and at most {MAX_QUERIES} queries", [])
+    return [" ".join(query[:MAX_QUERY].split()) for query in queries], k, bool(request.get("return_scores"))
+
+
+def _written(results: list[list[tuple[str, float]]], scores: bool) -> bytes:
+    def page(number: int, contents: str, score: float) -> dict[str, Any]:
+        document = {"id": str(number), "contents": contents}
+        return {"document": document, "score": score} if scores else document
+
+    listed = [[page(i, *hit) for i, hit in enumerate(found)] for found in results]
+    return json.dumps({"result": listed}).encode()

@@ -1,0 +1,235 @@
+"""Traces of others: every spelling gives the same trace, masked token by token; what cannot be used is named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_pipeline import Letters
+
+from appo_jax.config import ToolsConfig
+from appo_jax.data.demonstrations import LeftOut
+from appo_jax.data.pipeline import encode_trace
+from appo_jax.data.trace_files import read_traces
+from appo_jax.errors import DataError
+from appo_jax.rollout.tool_results import ToolResults
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.wrap import FunctionTool
+from appo_jax.types import Segment
+
+WHOLE = "T<py>1+1</py><result>\n2\n</result>U<py>2+2</py> <result>4</result>\nA"
+ANSWERED = {"role": "assistant", "content": "A"}
+
+
+def called(text, argument):
+    function = {"name": "py", "arguments": json.dumps({"code": argument})}
+    return {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": function}]}
+
+
+SPELLINGS = {
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": WHOLE}],
+        "system": "S",
+    },
+    "llama_factory": {
+        "conversations": [
+            {"from": "human", "value": "Q"},
+            {"from": "gpt", "value": "T"},
+            {"from": "function_call", "value": '{"name": "py", "arguments": {"code": "1+1"}}'},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "U"},
+            {"from": "function_call", "value": '{"name": "py", "arguments": {"code": "2+2"}}'},
+            {"from": "observation", "value": "4"},
+            {"from": "gpt", "value": "A"},
+        ],
+        "system": "S",
+    },
+    "instruction": {"instruction": "Q", "input": "", "output": WHOLE, "system": "S"},
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "Q"},
+            called("T", "1+1"),
+            {"role": "tool", "content": "2"},
+            called("U", "2+2"),
+            {"role": "tool", "content": "4"},
+            ANSWERED,
+        ]
+    },
+    "messages_with_calls_in_the_text": {
+        "messages": [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": 'T<tool_call>{"name": "py", "arguments": {"code": "1+1"}}</tool_call>'},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "U<py>2+2</py>"},
+            {"role": "tool", "content": "4"},
+            ANSWERED,
+        ]
+    },
+}
+# S < Q > T<py>1+1</py> | _<result>\n2\n</result> | U<py>2+2</py> | _<result>\n4\n</result> | A eos
+TAGS = [
+    *[83, 2, 81, 3],
+    *[84, 60, 112, 121, 62, 49, 43, 49, 60, 47, 112, 121, 62],
+    *[32, 60, 114, 101, 115, 117, 108, 116, 62, 10, 50, 10, 60, 47, 114, 101, 115, 117, 108, 116, 62],
+    *[85, 60, 112, 121, 62, 50, 43, 50, 60, 47, 112, 121, 62],
+    *[32, 60, 114, 101, 115, 117, 108, 116, 62, 10, 52, 10, 60, 47, 114, 101, 115, 117, 108, 116, 62],
+    *[65, 1],
+]
+TAGS_TRAINED = [4, 17, 38, 51, 72, 74]  # from, to; from, to; …
+# S < Q > T<tool_call>\n{"name": "py", "arguments": {"code": "1+1"}}\n</tool_call> | \n<tool_response>\n2\n</tool_response>\n | …
+CALL_HEAD = [
+    60,
+    116,
+    111,
+    111,
+    108,
+    95,
+    99,
+    97,
+    108,
+    108,
+    62,
+    10,
+    123,
+    34,
+    110,
+    97,
+    109,
+    101,
+    34,
+    58,
+    32,
+    34,
+    112,
+    121,
+    34,
+]
+CALL_HEAD += [
+    44,
+    32,
+    34,
+    97,
+    114,
+    103,
+    117,
+    109,
+    101,
+    110,
+    116,
+    115,
+    34,
+    58,
+    32,
+    123,
+    34,
+    99,
+    111,
+    100,
+    101,
+    34,
+    58,
+    32,
+    34,
+]
+CALL_TAIL = [34, 125, 125, 10, 60, 47, 116, 111, 111, 108, 95, 99, 97, 108, 108, 62]
+RESPONSE_HEAD = [10, 60, 116, 111, 111, 108, 95, 114, 101, 115, 112, 111, 110, 115, 101, 62, 10]
+RESPONSE_TAIL = [10, 60, 47, 116, 111, 111, 108, 95, 114, 101, 115, 112, 111, 110, 115, 101, 62, 10]
+JSON = [
+    *[83, 2, 81, 3],
+    *[84, *CALL_HEAD, 49, 43, 49, *CALL_TAIL],
+    *[*RESPONSE_HEAD, 50, *RESPONSE_TAIL],
+    *[85, *CALL_HEAD, 50, 43, 50, *CALL_TAIL],
+    *[*RESPONSE_HEAD, 52, *RESPONSE_TAIL],
+    *[65, 1],
+]
+JSON_TRAINED = [4, 74, 110, 180, 216, 218]
+EXPECTED = {"tags": (TAGS, TAGS_TRAINED), "json": (JSON, JSON_TRAINED)}
+
+
+@pytest.fixture(scope="module", params=["tags", "json"])
+def call_format(request):
+    tool = FunctionTool(str, "py")
+    tool.argument_name = "code"
+    with ToolExecutor([tool], ToolsConfig(call_format=request.param)) as executor:
+        yield request.param, executor.call_format
+
+
+def read(tmp_path: Path, call_format, *records, system_prompt=None):
+    file = tmp_path / "traces.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    left_out = LeftOut()
+    return read_traces([file], call_format, system_prompt, left_out), left_out
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_three_turns_in_every_spelling_are_these_tokens_under_this_mask(tmp_path, call_format, spelling):
+    name, notation = call_format
+    (trace,), left_out = read(tmp_path, notation, SPELLINGS[spelling])
+    results = ToolResults(Letters(), notation, 100)
+    tokens, sampled = encode_trace(trace, Letters(), results.encode_rendered)
+    expected, trained = EXPECTED[name]
+    assert tokens.tolist() == expected
+    edges = np.flatnonzero(np.diff(sampled)) + 1
+    assert [*edges.tolist(), len(tokens)] == trained
+    assert left_out.total == 0
+
+
+def test_a_long_result_is_cut_as_in_a_rollout(tmp_path, call_format):
+    _, notation = call_format
+    record = SPELLINGS["messages"] | {}
+    record["messages"] = [*record["messages"][:3], {"role": "tool", "content": "x" * 500}, ANSWERED]
+    (trace,), _ = read(tmp_path, notation, record)
+    results = ToolResults(Letters(), notation, 60)
+    tokens, sampled = encode_trace(trace, Letters(), results.encode_rendered)
+    assert int((~sampled).sum()) == 4 + 60  # the prompt and the result
+    assert tokens[~sampled][4:].tolist() == results.encode("x" * 500)
+
+
+def conversation(text, **more):
+    return {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": text}], **more}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (conversation("<py>1</py>"), "a call has no result"),
+        (conversation('<tool_call>{"name": "py", "arguments": {"code": "1"}}</tool_call>'), "a call has no result"),
+        (conversation("T<result>1</result>A"), "a result follows no call"),
+        (conversation("1</py><result>1</result>A"), "a call is malformed"),
+        (conversation("<rm>1</rm><result>1</result>A"), "it calls 'rm', which is no tool of the run"),
+        (conversation("<py>1</py><result>1</result>"), "the policy writes nothing at its end"),
+        (conversation("<py>1</py><result>1</result><result>2</result>A"), "a result follows no call"),
+        (conversation(""), "the policy writes nothing at its end"),
+        ({"conversations": []}, "expected one question, at the beginning; it has 0"),
+        ({"conversations": [{"from": "gpt", "value": "A"}, {"from": "human", "value": "Q"}]}, "expected one question"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "the role 'judge' is unknown"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a message's content must be text"),
+        ({"text": "T"}, "it has no field 'conversations'"),
+        ([1], "expected an object, got list"),
+        ({"messages": [{"role": "user", "content": "Q"}, called("T", "1"), ANSWERED]}, "a call has no result"),
+    ],
+)
+def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path, record, reason):
+    with ToolExecutor([FunctionTool(str, "py")], ToolsConfig()) as executor:
+        traces, left_out = read(tmp_path, executor.call_format, record, conversation("A"))
+    assert [trace.segments for trace in traces] == [(Segment("A", True),)]
+    ((found, told),) = left_out.to_json().items()
+    assert reason in found
+    assert told == {"count": 1, "first": ["traces-1"]}
+
+
+def test_repeated_traces_system_prompts_and_golds(tmp_path):
+    with ToolExecutor([FunctionTool(str, "py")], ToolsConfig()) as executor:
+        notation = executor.call_format
+        records = [conversation("A", system="{tools}", answer=7, kind="math", id="x"), conversation("A")]
+        (trace,), left_out = read(tmp_path, notation, *records)
+        assert (trace.example.id, trace.example.golds, trace.example.kind) == ("x", ("7",), "math")
+        assert trace.example.system == notation.instructions()
+        assert str(left_out) == "1: it repeats an earlier trace"
+        (trace,), _ = read(tmp_path, notation, *records, system_prompt="mine")
+        assert trace.example.system == "mine"
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"line 1: not valid JSON"):
+        read_traces([tmp_path / "bad.jsonl"], notation, None, LeftOut())

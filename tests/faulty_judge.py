@@ -1,0 +1,65 @@
+"""A real OpenAI-compatible endpoint on loopback that is slow, wrong, down and rate-limited: the answer it is to judge says how."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class FaultyJudge(ThreadingHTTPServer):
+    """An OpenAI-compatible endpoint that behaves as the answer it is to judge says."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked, self.limited = [], set()
+        self.lock, self.now, self.most = threading.Lock(), 0, 0  # requests in flight, and the most of them at once
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        pass  # clients hang up on purpose
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        with self.server.lock:
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+        try:
+            self.answer()
+        finally:
+            with self.server.lock:
+                self.server.now -= 1
+
+    def answer(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = body["messages"][0]["content"].split("\nAnswer: ")[1].split("\n")[0]
+        self.server.asked.append(answer)
+        if answer == "slow":
+            time.sleep(1.5)
+        if answer == "drip":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(20):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
+            return
+        if answer == "down" or (answer == "limited" and answer not in self.server.limited):
+            self.server.limited.add(answer)
+            self.send_error(500 if answer == "down" else 429)
+            return
+        reply = (
+            "I think it could be either." if answer == "prose" else "correct: yes" if answer != "bad" else "Correct: No"
+        )
+        content = {"choices": [{"message": {"content": reply}}], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}
+        data = b"{" if answer == "garbage" else json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)

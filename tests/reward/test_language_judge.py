@@ -1,0 +1,106 @@
+"""A language model as the reward: a real endpoint that answers, drips, fails and talks; and functions that hang."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from faulty_judge import FaultyJudge
+
+from appo_jax.config import JudgeConfig, RewardConfig
+from appo_jax.errors import AppoError, ConfigError
+from appo_jax.reward import Judge, Response, make_reward
+from appo_jax.tools.format import TagFormat
+from appo_jax.tools.protocol import ToolSpec
+from appo_jax.types import Example, RewardResult, Segment, StopReason
+
+FORMAT = TagFormat((ToolSpec("search"),))
+
+
+@pytest.fixture
+def endpoint():
+    with FaultyJudge() as server:
+        yield server
+        server.shutdown()
+
+
+def answering(text, gold="x"):
+    segments = (Segment(f"<think> </think> <answer> \\boxed{{{text}}} </answer>", True),)
+    return Response(segments, (gold,), "qa", frozenset(), StopReason.ANSWERED, "What?")
+
+
+def judge_at(server, folder: Path, **options):
+    config = JudgeConfig(server.url, "m", **{"timeout": 1.0, "attempts": 2} | options)
+    return make_reward(RewardConfig("judge", judge=config, tool_bonus=0.0), FORMAT, folder)
+
+
+def test_each_rollout_has_its_own_fate(endpoint, tmp_path):
+    reward = judge_at(endpoint, tmp_path)
+    answers = ["good", "bad", "slow", "drip", "down", "limited", "prose", "garbage", "good"]
+    judgements = reward.each([answering(answer) for answer in answers])
+    assert [(j.reward, j.correct) for j in judgements if not j.error] == [(1, True), (0, False), (1, True), (1, True)]
+    errors = {answer: j.error for answer, j in zip(answers, judgements, strict=True) if j.error}
+    assert list(errors) == ["slow", "drip", "down", "prose", "garbage"]
+    assert all("raised NoVerdict" in error for error in errors.values())
+    assert judgements[0].detail == {"score": 1, "format": 1, "bonus": 0, "verify_timeout": 0}
+    metrics = reward.metrics()
+    assert metrics["judge/failed"] == 5
+    assert metrics["judge/requests"] == 2 + 1 + 5 * 2 + 2 - metrics["judge/cached"]  # the second "good" may be cached
+    assert metrics["judge/prompt_tokens"] > 0
+    assert set(reward.metrics().values()) == {0}
+    reward.close()
+    again = judge_at(endpoint, tmp_path)  # as a run that goes on: verdicts are on disk
+    assert [j.reward for j in again.each([answering("good"), answering("bad")])] == [1, 0]
+    assert again.metrics()["judge/requests"] == 0
+    again.close()
+
+
+def test_what_needs_no_judge_asks_none(endpoint, tmp_path):
+    reward = judge_at(endpoint, tmp_path)
+    empty = Response((), ("x",), "qa", frozenset(), StopReason.LENGTH, "What?")
+    (judgement,) = reward.each([empty])
+    assert (judgement.reward, judgement.correct) == (-1, False)
+    assert endpoint.asked == []
+    reward.close()
+
+
+def test_verdicts_are_asked_for_at_the_same_time(endpoint, tmp_path):
+    reward = judge_at(endpoint, tmp_path, timeout=20.0, concurrency=4)
+    judgements = reward.each([answering("slow", str(i)) for i in range(6)])
+    assert [j.reward for j in judgements] == [1] * 6
+    assert endpoint.most == 4
+    reward.close()
+
+
+def test_a_judge_that_is_down_is_found_before_the_run_begins(endpoint, tmp_path):
+    reward = judge_at(endpoint, tmp_path)
+    with pytest.raises(ConfigError, match=r"reward\.function = 'judge'.*NoVerdict.*500"):
+        reward.try_out(Example("q", "?", ("down",), "qa", ""))
+    reward.close()
+
+
+def test_a_function_that_hangs_costs_its_own_rollout():
+    forever = threading.Event()
+
+    def hangs(response):
+        if response.golds == ("hang",):
+            forever.wait()
+        return RewardResult(1.0, True)
+
+    judge = Judge("mine:hangs", hangs, timeout=0.3)
+    judgements = judge.each([answering("a", gold) for gold in ("x", "hang", "y", "hang", "z")])
+    assert [j.reward for j in judgements if not j.error] == [1.0] * 3
+    assert [j.error for j in judgements if j.error] == ["did not return within reward.timeout = 0.3 s"] * 2
+    forever.set()
+
+
+def test_what_is_no_fault_of_the_function_ends_the_run():
+    def broken(response):
+        raise AppoError("the disk is full")
+
+    with pytest.raises(AppoError, match="the disk is full"):
+        Judge("mine:broken", broken, timeout=1.0).each([answering("a")])
+
+
+def test_results_keep_the_order_of_the_rollouts():
+    judge = Judge("mine:f", lambda response: RewardResult(float(response.golds[0]), False), timeout=5.0)
+    assert [j.reward for j in judge.each([answering("a", str(i)) for i in range(50)])] == list(range(50))

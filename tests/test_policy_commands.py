@@ -1,0 +1,145 @@
+"""What is done with a policy and its tools: sets on the way, questions of a person, traces for the next cold start."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from appo_jax.cli import main
+from appo_jax.collect import right
+from appo_jax.components import build
+from appo_jax.config import Config, EvalSetConfig, JudgeConfig
+from appo_jax.data.demonstrations import LeftOut
+from appo_jax.data.trace_files import read_traces
+from appo_jax.errors import ConfigError
+from appo_jax.evaluate import load_sets
+from appo_jax.metrics import read_metrics
+from appo_jax.tools.format import render_result
+from appo_jax.train import train
+from appo_jax.types import Example, Outcome, Rollout, Segment, StopReason, ToolCall
+
+
+def write_set(path: Path, count: int) -> str:
+    path.write_text("".join(json.dumps({"id": i, "question": "1+1?", "answer": 2}) + "\n" for i in range(count)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, evaluated on two sets after each."""
+    folder = tmp_path_factory.mktemp("sets")
+    sets = (
+        EvalSetConfig("math500", write_set(folder / "m.jsonl", 3), limit=2),
+        EvalSetConfig("hotpotqa", write_set(folder / "h.jsonl", 1), samples=2, temperature=1.0),
+    )
+    config = dataclasses.replace(
+        tiny, run_dir=str(folder / "run"), eval=dataclasses.replace(tiny.eval, every=1, sets=sets)
+    )
+    train(config)
+    return folder / "run"
+
+
+def test_sets_are_measured_during_training(run: Path) -> None:
+    records = read_metrics(run / "metrics.jsonl")
+    assert all(0 <= records[0][f"eval/{name}/accuracy"] <= 1 for name in ("math500", "hotpotqa"))
+    summary = json.loads((run / "summary.json").read_text())
+    for step, figures in ((1, records[0]), (2, summary)):
+        for name, questions, samples in (("math500", 2, 1), ("hotpotqa", 1, 2)):
+            report = json.loads((run / "eval" / f"step_{step:06d}" / name / "report.json").read_text())
+            assert (report["questions"], report["samples"]) == (questions, samples)
+            assert report["accuracy"][0] == figures[f"eval/{name}/accuracy"]
+            assert figures[f"eval/{name}/without_verdict"] == 0
+    assert (run / "plots" / "sets.png").exists()
+
+
+def test_sets_that_cannot_be_scored_are_refused_before_the_run(tiny: Config, tmp_path: Path) -> None:
+    def config(name: str, **reward: object) -> Config:
+        sets = (EvalSetConfig(name, write_set(tmp_path / "s.jsonl", 1)),)
+        return dataclasses.replace(
+            tiny, eval=dataclasses.replace(tiny.eval, sets=sets), reward=dataclasses.replace(tiny.reward, **reward)
+        )
+
+    with pytest.raises(ConfigError, match=r"eval\.sets: webwalker is decided by a judge; give --reward\.judge\.url"):
+        load_sets(config("webwalker"))
+    with pytest.raises(ConfigError, match="expected one of aime24"):
+        load_sets(config("mmlu"))
+    ((_, items),) = load_sets(config("webwalker", judge=JudgeConfig("http://127.0.0.1:1/v1", "m")))
+    assert [item.golds for item in items] == [("2",)]
+
+
+def test_a_person_asks_a_policy(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["ask", str(run), "Where?"]) == 0
+    out = capsys.readouterr().out
+    assert "1. the policy" in out
+    assert "answer" in out.splitlines()[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", iter_lines("Where?\n", "Who?\n", "\n"))
+        assert main(["ask", str(run)]) == 0
+    assert capsys.readouterr().out.count("1. the policy") == 2
+    assert main(["ask", str(run), "why " * 500]) == 1
+    assert "more than rollout.max_prompt_tokens" in capsys.readouterr().err
+
+
+def iter_lines(*lines: str):
+    import io
+
+    return io.StringIO("".join(lines))
+
+
+def test_collecting_goes_on_where_it_stopped(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "traces.jsonl"
+    command = ["sft", "--collect", str(out), "--run", str(run), "--samples", "2", "--config", str(run / "config.json")]
+    assert main([*command, "--questions", "2"]) == 0
+    first = out.read_text()
+    assert len(first.splitlines()) == 2
+    out.write_text(first + first[:20])  # a kill in the middle of a line
+    assert main([*command, "--questions", "3"]) == 0
+    assert out.read_text().startswith(first)
+    assert len({json.loads(line)["id"] for line in out.read_text().splitlines()}) == 3
+    assert "of 1 questions" in capsys.readouterr().out
+
+
+def test_traces_that_are_right_are_kept_once_and_read_back(tiny: Config, tmp_path: Path) -> None:
+    example = Example("q", "Q?", ("7",), "math", "")
+    with build(tiny) as components:
+        notation = components.executor.call_format
+
+        def rollout(
+            answer: str, code: str, correct: bool = True, outcome: Outcome = Outcome.OK, end: str = ""
+        ) -> Rollout:
+            said = f"<think>T</think>{notation.render_call('python', code)}"
+            texts = [(said, True), (render_result(notation, "7"), False), (f"{answer}{end}", True)]
+            pieces = [(components.tokenizer.encode(text), sampled) for text, sampled in texts]
+            tokens = [0, *(token for ids, _ in pieces for token in ids)]
+            sampled = [False, *(flag for ids, flag in pieces for _ in ids)]
+            call = ToolCall("python", code, "7", outcome, 0.1, 1, 2, {})
+            zeros = np.zeros(len(tokens), np.float32)
+            return Rollout(
+                example, np.array(tokens), 1, np.array(sampled), zeros, zeros, StopReason.ANSWERED, (call,), 0, correct=correct
+            )  # fmt: skip
+
+        good = "<answer> \\boxed{7} </answer>"
+        tree = [
+            rollout(good, "print(3+4)"),
+            rollout(good, " print(3+4)\n", end=" "),  # the same call
+            rollout(good, "print(7)"),
+            rollout(good, "print(8)", correct=False),
+            rollout("7", "print(9)"),
+            rollout(good, "print(1/0)", outcome=Outcome.ERROR),
+        ]
+        left_out = LeftOut()
+        records = right(tree, components, left_out)
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        traces = read_traces([tmp_path / "t.jsonl"], notation, "", LeftOut())
+    assert {reason: told["count"] for reason, told in left_out.to_json().items()} == {
+        "it makes the calls of another one": 1, "its answer is wrong": 1, "not exactly one <answer>…</answer>": 1,
+        "a call of it failed": 1,
+    }  # fmt: skip
+    assert [trace.example.golds for trace in traces] == [("7",)] * 2
+    assert traces[0].segments == (
+        Segment("<think>T</think><python>print(3+4)</python>", True),
+        Segment(" <result>\n7\n</result>", False),
+        Segment(good, True),
+    )
