@@ -1,8 +1,8 @@
 """A search index on disk for corpora that do not fit in memory (tantivy): built once, memory-mapped by many processes.
 
-Pages are cut into words, stems and stop words as the `search` tool's own index does it (tools/search.py), and ranked by
-the same BM25 (k1 = 1.2, b = 0.75, Lucene's idf); scores are k1 + 1 times as large. Tantivy rounds a page's length to one of 256 steps, so pages of nearly equal
-score may change places.
+Pages are cut into words, stems and stop words as the `search` tool's own index does it (tools/search.py), and ranked by the
+same BM25 (k1 = 1.2, b = 0.75, Lucene's idf); scores are k1 + 1 times as large. Tantivy rounds a page's length to one of 256
+steps, so pages of nearly equal score may change places.
 """
 
 from __future__ import annotations
