@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import appo_jax
-from appo_jax.config import Config, PolicyConfig
+from appo_jax.config import Config, JudgeConfig, PolicyConfig, RewardConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-CONFIG = Config(policy=PolicyConfig(path="x"))
+CONFIG = Config(policy=PolicyConfig(path="x"), reward=RewardConfig(judge=JudgeConfig("http://x", "m")))
 FILES = ("py", "md", "json", "jsonl", "png", "parquet", "sqlite")
 PARTS = {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(CONFIG, f.name))}
 MODULES = {name.removeprefix("appo_jax.") for _, name, _ in pkgutil.walk_packages(appo_jax.__path__, "appo_jax.")}

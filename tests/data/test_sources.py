@@ -23,7 +23,7 @@ from appo_jax.tools.wrap import FunctionTool
 
 CLIPS = {
     "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
-    "answer": "She sold 48/2 = <<48/2=24>>24 clips in May.\nThat makes <<48+24=72>>72 altogether.\n#### 1,072",
+    "answer": "She sold 48/2 = <<48/2=24>>24 clips in May.\nThat makes <<1048+24=1072>>1,072 altogether.\n#### 1,072",
 }
 
 
@@ -62,9 +62,9 @@ def test_gsm8k_example_and_trace(tmp_path, executor):
     assert [(segment.text, segment.sampled) for segment in trace.segments] == [
         ("<think>She sold 48/2 =</think><python>\nprint(48/2)\n</python>", True),
         (" <result>\n24.0\n</result>", False),
-        ("<think>24 clips in May.\nThat makes</think><python>\nprint(48+24)\n</python>", True),
-        (" <result>\n72\n</result>", False),
-        ("<think>72 altogether.</think><answer> \\boxed{1072} </answer>", True),
+        ("<think>24 clips in May.\nThat makes</think><python>\nprint(1048+24)\n</python>", True),
+        (" <result>\n1072\n</result>", False),
+        ("<think>1,072 altogether.</think><answer> \\boxed{1072} </answer>", True),
     ]
 
 
@@ -72,11 +72,12 @@ def test_gsm8k_wrong_or_missing_notes_make_no_trace(tmp_path, caplog, executor):
     wrong = CLIPS | {"answer": "It is <<48/2=25>>25.\n#### 25"}
     broken = CLIPS | {"answer": "It is <<48/=25>>25.\n#### 25"}
     none = CLIPS | {"answer": "It is 25.\n#### 25"}
-    config = write_gsm8k(tmp_path, [json.dumps(line) for line in (wrong, none, CLIPS, broken, CLIPS)])
+    other = CLIPS | {"answer": "It is <<48/2=24>>24.\n#### 25"}
+    config = write_gsm8k(tmp_path, [json.dumps(line) for line in (wrong, none, CLIPS, broken, CLIPS, other)])
 
     with caplog.at_level(logging.INFO):
         assert len(demonstrate(load_dataset(config), executor)) == 2
-    assert "3 of 5 demonstrations are left out" in caplog.text
+    assert "4 of 6 demonstrations are left out" in caplog.text
     assert len(demonstrate(load_dataset(config), executor, limit=1)) == 1
 
 
@@ -248,3 +249,41 @@ def test_an_unusable_source_is_refused_by_name(source, error, complaint):
 
 def test_source_names():
     assert set(source_names()) >= {"world", "gsm8k", "appo_rl"}
+
+
+def test_hotpotqa_is_demonstrated_where_the_tool_finds_the_answer(caplog, tmp_path):
+    """Two pages, of which the question names one; a question that names none; one whose page is not found; yes and no."""
+    pages = [
+        {"title": "Ed Wood", "text": "Ed Wood is a film. It was directed by Tim Burton."},
+        {"title": "Tim Burton", "text": "Tim Burton was born in Burbank. He draws."},
+        {"title": "Lost", "text": "Nobody finds it."},
+    ]
+    rows = [
+        {"id": 1, "question": "Where was the director of Ed Wood born?", "answers": ["Burbank"], "context": pages},
+        {"id": 2, "question": "Where was he born?", "answers": ["Burbank"], "context": pages},
+        {"id": 3, "question": "Who finds what is Lost?", "answers": ["nobody"], "context": pages},
+        {"id": 4, "question": "Are Ed Wood and Tim Burton films?", "answers": ["no"], "context": pages},
+        {"id": 5, "question": "Is Ed Wood a film?", "answers": ["yes"], "context": pages},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_dataset(DataConfig("hotpotqa", str(tmp_path), held_out=str(tmp_path / "train.jsonl")))
+    texts = {page["title"]: page["text"] for page in pages[:2]}
+    search = FunctionTool(lambda query: texts.get(query, "No page."), "search")
+    search.skills = ("look_up",)
+    with ToolExecutor([search], ToolsConfig()) as made:
+        first, second = demonstrate(dataset, made)
+    assert [(segment.text, segment.sampled) for segment in first.segments] == [
+        ("<think>I look up Ed Wood.</think><search>Ed Wood</search>", True),
+        (" <result>\nEd Wood is a film. It was directed by Tim Burton.\n</result>", False),
+        ("<think>I look up Tim Burton.</think><search>Tim Burton</search>", True),
+        (" <result>\nTim Burton was born in Burbank. He draws.\n</result>", False),
+        (
+            "<think>Tim Burton was born in Burbank. So the answer is Burbank.</think><answer> \\boxed{Burbank} </answer>",
+            True,
+        ),
+    ]
+    assert second.segments[-1].text == (
+        "<think>Ed Wood is a film. Tim Burton was born in Burbank. So the answer is no.</think><answer> \\boxed{no} </answer>"
+    )
+    assert "2: the question does not name what is to be looked up" in caplog.text
+    assert "1: the tool does not find what is to be looked up" in caplog.text
