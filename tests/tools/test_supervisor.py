@@ -26,6 +26,7 @@ from appo_jax.tools.sandbox.node import Node, NoSuchStep, Phase
 from appo_jax.tools.sandbox.system import descendants
 from appo_jax.types import Outcome
 
+FUZZ_SECONDS = float(os.environ.get("APPO_FUZZ_SECONDS", "6"))
 needs_bubblewrap = pytest.mark.skipif(bool(REFUSED), reason=REFUSED)
 
 # The life of an interpreter, written down a second time: every pair that is not here must be refused.
@@ -398,9 +399,10 @@ def fuzz(seconds: float, seed: int) -> tuple[int, list[str], int]:
 
 
 @needs_bubblewrap
+@pytest.mark.timeout(FUZZ_SECONDS + 120)
 def test_fuzzing_loses_no_honest_call():
     """Some seconds here; APPO_FUZZ_SECONDS=600 for the ten minutes of a release."""
-    honest, lost, hostile = fuzz(float(os.environ.get("APPO_FUZZ_SECONDS", "6")), seed=1)
+    honest, lost, hostile = fuzz(FUZZ_SECONDS, seed=1)
     print(f"{honest} honest calls, {len(lost)} lost, {hostile} hostile rollouts")
     assert lost == []
     assert honest > 20

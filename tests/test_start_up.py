@@ -1,0 +1,60 @@
+"""One request ends a real run at any moment of its start."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from appo_jax.config import Config
+from appo_jax.config_io import save_config
+
+MOMENTS = 20
+
+
+@pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes three minutes: set APPO_JAX_LONG=1")
+@pytest.mark.timeout(900)
+def test_one_request_ends_a_run_at_any_moment_of_its_start(
+    tiny: Config, compiled: dict[str, str], tmp_path: Path
+) -> None:
+    """Moments are spread from the interpreter's first line to the first step of APPO, as a run without a request has it."""
+
+    def start(name: str) -> subprocess.Popen[str]:
+        file = tmp_path / f"{name}.json"
+        save_config(dataclasses.replace(tiny, run_dir=str(tmp_path / name), steps=200), file)
+        command = [sys.executable, "-m", "appo_jax", "train", "--config", str(file)]
+        return subprocess.Popen(
+            command, env=os.environ | compiled, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def first_step(name: str) -> float:
+        began = time.monotonic()
+        process = start(name)
+        assert process.stdout is not None
+        try:
+            assert any(line.startswith("appo 1/") for line in process.stdout)
+            return time.monotonic() - began
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+    first_step("compiles")
+    duration = first_step("timed")
+    for i in range(MOMENTS):
+        process = start(str(i))
+        time.sleep(duration * i / (MOMENTS - 1))
+        process.send_signal((signal.SIGINT, signal.SIGTERM)[i % 2])
+        asked = time.monotonic()
+        try:
+            printed, _ = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        what = f"moment {i}, {time.monotonic() - asked:.1f} s:\n{printed}"
+        assert process.returncode == 130, what
+        assert "Traceback" not in printed, what
