@@ -48,7 +48,8 @@ def test_one_request_ends_a_run_at_any_moment_of_its_start(
     for i in range(MOMENTS):
         process = start(str(i))
         time.sleep(duration * i / (MOMENTS - 1))
-        process.send_signal((signal.SIGINT, signal.SIGTERM)[i % 2])
+        number = (signal.SIGINT, signal.SIGTERM)[i % 2]
+        process.send_signal(number)
         asked = time.monotonic()
         try:
             printed, _ = process.communicate(timeout=60)
@@ -56,5 +57,5 @@ def test_one_request_ends_a_run_at_any_moment_of_its_start(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         what = f"moment {i}, {time.monotonic() - asked:.1f} s:\n{printed}"
-        assert process.returncode == 130, what
+        assert process.returncode == 130 or (i == 0 and process.returncode == -number), what  # before the first line
         assert "Traceback" not in printed, what
