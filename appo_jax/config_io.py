@@ -10,7 +10,7 @@ import runpy
 import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import pydantic_core
@@ -19,6 +19,8 @@ from appo_jax import algorithms
 from appo_jax import config as config_module
 from appo_jax.config import Config, rules
 from appo_jax.errors import ConfigError
+
+T = TypeVar("T")
 
 _ADAPTER = pydantic.TypeAdapter(Config)
 
@@ -31,19 +33,11 @@ def load_config(path: str | Path) -> Config:
     overrides may still change the fields.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give a .py file with `config = Config(...)`, or a run's config.json")
-    if path.suffix == ".json":
-        return _parse(path.read_bytes(), str(path))
-    if path.suffix != ".py":
+    if path.suffix not in (".py", ".json"):
         raise ConfigError(f"{path}: a config file ends in .py or .json, not in {path.suffix!r}")
-    config = run_python(path).get("config")
-    if not isinstance(config, Config):
-        raise ConfigError(
-            f"{path}: expected a module-level `config = Config(...)`, found "
-            + ("no `config`" if config is None else f"`config` of type {type(config).__name__}")
-        )
-    return _parse(_to_json(config), str(path))
+    if path.suffix == ".json" and path.is_file():
+        return _parse(path.read_bytes(), str(path))
+    return _parse(_to_json(read_variable(path, "config", Config)), str(path))
 
 
 def check(config: Config) -> Config:
@@ -101,7 +95,23 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     return _parse(pydantic_core.to_json(record, inf_nan_mode="null"), "the config")
 
 
-def run_python(path: Path) -> dict[str, Any]:
+def read_variable(path: str | Path, name: str, kind: type[T]) -> T:
+    """The module-level variable `name` of a python file, which must be a `kind`.
+
+    Raises ConfigError: no such file, an error in it (with the line), no such variable, one of another type.
+    """
+    path, wanted = Path(path), f"`{name} = {kind.__name__}(...)`"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give a .py file with {wanted}")
+    variables = _run_python(path)
+    if name not in variables:
+        raise ConfigError(f"{path}: expected a module-level {wanted}, found no `{name}`")
+    if not isinstance(value := variables[name], kind):
+        raise ConfigError(f"{path}: expected a module-level {wanted}, found `{name}` of type {type(value).__name__}")
+    return value
+
+
+def _run_python(path: Path) -> dict[str, Any]:
     """The globals of an executed python file. Raises ConfigError with the file, the line and what was raised there."""
     try:
         return runpy.run_path(str(path))

@@ -5,6 +5,10 @@ import os
 import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A test compiles far more than it computes: LLVM's optimizations are left out here and in the processes that tests start,
+# and each program is compiled once for all of them. Where bits are compared, the fixture `optimized` puts them back.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 from collections.abc import Callable
 from pathlib import Path

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from appo_jax.config import Config
-from appo_jax.config_io import check, flatten, run_python
+from appo_jax.config_io import check, flatten, read_variable
 from appo_jax.errors import ConfigError
 
 # More steps than any budget of tokens lasts: the budget is what ends a run.
@@ -59,12 +59,7 @@ def load_study(path: str | Path) -> Study:
     Raises ConfigError: no such file or no study in it, nothing to run, arms of different cold starts (with the fields),
     or an arm whose config breaks a rule.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give a .py file with `study = Study(...)`")
-    study = run_python(path).get("study")
-    if not isinstance(study, Study):
-        raise ConfigError(f"{path}: expected a module-level `study = Study(...)`, found {type(study).__name__}")
+    study = read_variable(path, "study", Study)
     check_study(study)
     return study
 

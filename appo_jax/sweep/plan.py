@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from appo_jax.config import Config
-from appo_jax.config_io import check, flatten, run_python, with_fields
+from appo_jax.config_io import check, flatten, read_variable, with_fields
 from appo_jax.errors import ConfigError
 from appo_jax.study.plan import COLD_START, MOST_STEPS
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 Point = dict[str, Any]  # a value for every field of the space
 
@@ -111,24 +112,9 @@ class Sweep:
         return found
 
     def _draws(self) -> Iterator[Point]:
-        rng = np.random.default_rng(0)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         while True:
-            yield {name: _draw(distribution, rng) for name, distribution in self.distributions.items()}
-
-
-def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
-    """One value, uniform over the choices or the range (over its logarithm with `log`)."""
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices[rng.integers(len(distribution.choices))]
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-    low, high = distribution.low, distribution.high
-    whole = isinstance(distribution, IntDistribution)
-    if distribution.log:
-        value = math.exp(rng.uniform(math.log(low), math.log(high + whole)))
-        return min(high, int(value)) if whole else value
-    if distribution.step:
-        return type(low)(low + distribution.step * rng.integers(int((high - low) / distribution.step + 1e-9) + 1))
-    return rng.uniform(low, high)
+            yield study.ask(self.distributions).params
 
 
 def load_sweep(path: str | Path) -> Sweep:
@@ -137,12 +123,7 @@ def load_sweep(path: str | Path) -> Sweep:
     Raises ConfigError: no such file or no sweep in it, an unknown field, a field that the shared cold start depends on, a
     value of the wrong type, a space without a possible point.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give a .py file with `sweep = Sweep(...)`")
-    sweep = run_python(path).get("sweep")
-    if not isinstance(sweep, Sweep):
-        raise ConfigError(f"{path}: expected a module-level `sweep = Sweep(...)`, found {type(sweep).__name__}")
+    sweep = read_variable(path, "sweep", Sweep)
     check_sweep(sweep)
     return sweep
 

@@ -29,8 +29,6 @@ LEASE_S = 60.0  # a lease that was not renewed for so long is free
 RENEW_S = 5.0
 MAX_ASKS = 100  # impossible points that TPE may propose in a row
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
 
 class Store:
     """One process's view of a sweep's storage."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 from appo_jax.errors import DataError
 
+LOCK_TIMEOUT_S = 30.0
+
 
 class QueryCache:
-    """`{query: text}` on disk. Queries that differ in case, spacing or Unicode's spellings alone are one. Safe to use from
+    """`{query: text}` on disk. Queries that differ only in case, spacing or Unicode spelling count as the same. Safe to use from
     several threads and processes; `backend` keeps answers of different servers or page counts apart."""
 
     def __init__(self, path: str | Path, backend: str = ""):
@@ -69,13 +72,27 @@ class QueryCache:
 
     def _database(self) -> sqlite3.Connection:
         if not hasattr(self._local, "connection"):
-            # One connection per thread; only close() reaches over.
-            connection = sqlite3.connect(self.path, timeout=30.0, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode = WAL")
+            # One connection per thread. Only close() uses the connections of other threads.
+            connection = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S, check_same_thread=False)
+            _use_wal(connection)
             connection.execute("PRAGMA synchronous = NORMAL")
             self._local.connection = connection
             self._connections.append(connection)
         return self._local.connection
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Put the file into WAL mode. SQLite waits for a lock everywhere but here: processes that open a new file at the same
+    time would get "database is locked" at once."""
+    give_up = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+            time.sleep(0.01)
 
 
 def _key(query: str) -> str:

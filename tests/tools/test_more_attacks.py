@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fresh_attacks import FRESH, INNER, SECRET
 from test_attacks import RAW, REFUSED
 
 from appo_jax.config import PythonToolConfig
@@ -25,16 +26,6 @@ pytestmark = [
 ]
 
 TIMEOUT = 1.0
-INNER = """
-import ctypes, os, signal, socket, sys
-inner, system, files, cell = (sys.modules[f"sandbox.{n}"] for n in ("interpreter", "system", "files", "cell"))
-libc = ctypes.CDLL(None, use_errno=True)
-def quietly(f, *a):
-    try: return f(*a)
-    except BaseException: return None
-def breach_if(value):
-    if value: print("BREACH", value)
-"""
 
 # Each line is tried by itself; getting a value that is true is a breach.
 EXPRESSIONS = {
@@ -218,7 +209,8 @@ def program(expression):
     return f"{INNER}breach_if(quietly(lambda: {expression}))"
 
 
-CASES = {f"expression {name}": [program(code), "1"] for name, code in EXPRESSIONS.items()} | ROLLOUTS
+CASES = {f"expression {name}": [program(code), "1"] for name, code in EXPRESSIONS.items()}
+CASES |= ROLLOUTS | {f"fresh {name}": codes for name, codes in FRESH.items()}
 
 
 @pytest.fixture(scope="module")
@@ -234,14 +226,14 @@ def played(tool):
     pid = tool.pid
 
     def play(name):
-        _, victim = tool.call(tool.start(), f"secret = {name!r}\nopen('note', 'w').write(secret)")
+        _, victim = tool.call(tool.start(), f"secret = {SECRET!r}\nopen('note', 'w').write({name!r})")
         state, results, longest = tool.start(), [], 0.0
         for code in CASES[name]:
             began = time.monotonic()
             result, state = tool.call(state, code)
             longest = max(longest, time.monotonic() - began)
             results.append(result)
-        intact = tool.call(victim, "secret, open('note').read()")[0].text == repr((name, name))
+        intact = tool.call(victim, "secret, open('note').read()")[0].text == repr((SECRET, name))
         return results, longest, intact
 
     with ThreadPoolExecutor(4) as pool:
@@ -256,6 +248,7 @@ def test_attack(played, name):
     for result in results:
         assert not re.search(r"^BREACH", result.text, re.MULTILINE), result.text
         assert result.outcome is not Outcome.UNAVAILABLE, result.text
+        assert len(result.text) < 25_000
     assert longest < TIMEOUT + 4.0  # the executor's own patience: beyond it a call counts as the tool's failure
     assert intact
 

@@ -267,6 +267,19 @@ def _write(path, start):
     cache.close()
 
 
+def test_a_new_cache_waits_for_the_process_that_is_making_the_file(tmp_path):
+    path = tmp_path / "c.sqlite"
+    with sqlite3.connect(path, check_same_thread=False, isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("CREATE TABLE t (x)")
+        threading.Timer(0.3, lambda: other.execute("COMMIT")).start()
+        cache = QueryCache(path, "b")
+    other.close()
+    cache.put("q", "t")
+    assert cache.get("q") == "t"
+    cache.close()
+
+
 def test_processes_share_a_cache(tmp_path):
     path = tmp_path / "c.sqlite"
     context = multiprocessing.get_context("spawn")

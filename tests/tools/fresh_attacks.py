@@ -1,33 +1,23 @@
 """A hundred attacks that were written after the sandbox had been mended against those of the other files, and tried once: see
-docs/tools.md for what came of it. Like test_more_attacks.py: a case is the calls of one rollout, BREACH what it must not get."""
+docs/tools.md for what came of it. test_more_attacks.py runs them: a case is the calls of one rollout."""
 
 # ruff: noqa: E501 - a line is an attack
 
-import gc
-import platform
-import re
-import time
-from concurrent.futures import ThreadPoolExecutor
+INNER = """
+import ctypes, os, signal, socket, sys
+inner, system, files, cell = (sys.modules[f"sandbox.{n}"] for n in ("interpreter", "system", "files", "cell"))
+libc = ctypes.CDLL(None, use_errno=True)
+def quietly(f, *a):
+    try: return f(*a)
+    except BaseException: return None
+def breach_if(value):
+    if value: print("BREACH", value)
+"""
 
-import pytest
-from test_attacks import REFUSED
-from test_more_attacks import INNER
-
-from appo_jax.config import PythonToolConfig
-from appo_jax.tools.python import PythonTool
-from appo_jax.tools.sandbox.system import descendants
-from appo_jax.types import Outcome
-
-pytestmark = [
-    pytest.mark.skipif(bool(REFUSED), reason=REFUSED),
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="the raw system calls are those of x86_64"),
-]
-
-TIMEOUT = 1.0
 SECRET = "b7e2-victim-secret-91aa"
 GREP = INNER + "import gc\nneedle = 'b7e2-victim-' + 'secret-91aa'\n"
 
-CASES = {
+FRESH = {
     # the protocol between a state and the supervisor
     "report_then_write": [INNER + "os.write(60, b'd')\nfor i in range(10**5): open('late', 'a').write('x')", "1"],
     "report_then_fork": [INNER + "os.write(60, b'd')\nfor i in range(10**4):\n    try: print('BREACH', os.fork())\n    except OSError: pass", "1"],
@@ -142,50 +132,3 @@ CASES = {
     "lone_surrogates": ["'\ud800'", "print('\udfff')", "1"],
     "exactly_as_long": ["#" + "x" * 99_999, "1"],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tool():
-    tool = PythonTool(PythonToolConfig(timeout=TIMEOUT, memory_mb=256, preload=("math",)))
-    yield tool
-    tool.close()
-
-
-@pytest.fixture(scope="module")
-def played(tool):
-    pid = tool.pid
-
-    def play(name):
-        _, victim = tool.call(tool.start(), f"secret = {SECRET!r}\nopen('note', 'w').write({name!r})")
-        state, results, longest = tool.start(), [], 0.0
-        for code in CASES[name]:
-            began = time.monotonic()
-            result, state = tool.call(state, code)
-            longest = max(longest, time.monotonic() - began)
-            results.append(result)
-        intact = tool.call(victim, "secret, open('note').read()")[0].text == repr((SECRET, name))
-        return results, longest, intact
-
-    with ThreadPoolExecutor(4) as pool:
-        found = dict(zip(CASES, pool.map(play, CASES), strict=True))
-    assert tool.pid == pid, "the sandbox had to be restarted"
-    return found
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_attack(played, name):
-    results, longest, intact = played[name]
-    for result in results:
-        assert not re.search(r"^BREACH", result.text, re.MULTILINE), result.text
-        assert result.outcome is not Outcome.UNAVAILABLE, result.text
-        assert len(result.text) < 25_000
-    assert longest < TIMEOUT + 4.0  # the executor's own patience: beyond it a call counts as the tool's failure
-    assert intact
-
-
-def test_nothing_is_left_of_them(tool, played):
-    gc.collect()
-    end = time.monotonic() + 10
-    while len(descendants(tool.pid)) > 2 and time.monotonic() < end:
-        time.sleep(0.1)
-    assert len(descendants(tool.pid)) == 2
