@@ -1,9 +1,8 @@
-"""Algorithms by name: the one place that knows what a name means.
-
-All algorithms share the loop, the budget and the logging. Each is three choices: a plan for the rollouts (how many are drawn
-at once, how the rest are branched, which are trained on), an advantage, and a loss. Every choice is also a config field: a name
-sets the fields that make the algorithm, and the config's hold for the rest. Config checks, the loop and `appo-jax plan` ask
-`make_algorithm`; to add an algorithm that is made of existing choices, add its function to `ALGORITHMS`.
+"""Algorithms by name; only this module knows what a name means. All algorithms share the loop, the budget and the
+logging. An algorithm is a choice of rollouts (how many are drawn at once, how the rest are branched, which are trained
+on), of an advantage and of a loss. Every choice is also a config field: a name sets the fields that define the
+algorithm, and the config sets the rest. Config checks, the loop and `appo-jax plan` ask `make_algorithm`; to add an
+algorithm that is made of existing choices, add its function to `ALGORITHMS`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from appo_jax.config import AdvantageConfig, BranchingConfig, Config, LossConfig
 
 T = TypeVar("T")
 
-# What a name sets where the config leaves the field off.
+# Values that a name sets where the config leaves the field at 0 (off).
 KL_WEIGHT = 1e-3  # reinforce_pp
 OVERLONG_SHARE = 0.2  # dapo: of rollout.max_response_tokens
 MAX_RESAMPLES = 3  # dapo
@@ -42,9 +41,9 @@ class Algorithm:
     loss: LossConfig
     """What an update minimises."""
     overlong_buffer: int
-    """Tokens at the end of the room over which a response's reward falls; 0: none."""
+    """Number of last tokens of `rollout.max_response_tokens` over which a response's reward falls; 0: none."""
     max_resamples: int
-    """How often at most prompts without spread are replaced; 0: never."""
+    """How often prompts whose rewards are all equal may be replaced; 0: never."""
 
     @property
     def trained_per_prompt(self) -> int:
@@ -73,7 +72,7 @@ class Algorithm:
 
     @property
     def scores_present(self) -> bool:
-        """Whether that takes a score pass of its own: it does where no branches are scored under the present policy."""
+        """Whether log π_θ needs an extra score pass: it does if no branches are scored under the current policy."""
         return self.needs_present and (not self.branches or self.branches_at_start)
 
     @property
@@ -87,12 +86,13 @@ class Algorithm:
         return self.train_branches or (self.keeps_reference and self.loss.kl_in == "reward")
 
     def trained(self, tree: Sequence[T]) -> Sequence[T]:
-        """Of a tree's rollouts, or of what is known of each, those that the loss sees."""
+        """The elements of `per_rollout` (one for each rollout of a tree) that belong to rollouts which the loss
+        sees."""
         return tree[: self.trained_per_prompt]
 
 
 def make_algorithm(config: Config) -> Algorithm:
-    """The algorithm that `config.algorithm` names. Raises KeyError for a name that is none (`broken` reports it)."""
+    """The algorithm that `config.algorithm` names. Raises KeyError for an unknown name (`broken` reports it)."""
     return ALGORITHMS[config.algorithm](config)
 
 
@@ -106,7 +106,7 @@ def _appo(config: Config) -> Algorithm:
 
 
 def _grpo(config: Config) -> Algorithm:
-    """GRPO (arXiv 2402.03300): all M rollouts are initial ones; the advantage is the z-score within them."""
+    """GRPO (arXiv 2402.03300): all M rollouts are initial ones; the advantage is the z-score among them."""
     # There is no future-aware scaling: 1 + b·clip(Ω) is 1.
     advantage = dataclasses.replace(config.advantage, base="init_only", scaling="offset", future_weight=0.0)
     return dataclasses.replace(_appo(config), initial=config.rollout.budget, branches=False, advantage=advantage)
@@ -164,7 +164,8 @@ def _fipo(config: Config) -> Algorithm:
 
 
 def _tree(config: Config, score: str, base: str) -> Algorithm:
-    """A baseline that branches by turns and trains on every rollout. All are drawn at the step's start."""
+    """A baseline that branches by turns and trains on every rollout. All rollouts are drawn at the start of the
+    step."""
     algorithm = dataclasses.replace(
         _grpo(config), initial=config.rollout.num_initial, branches=True, train_branches=True
     )

@@ -1,4 +1,5 @@
-"""What every phase of a run is made of: data, tokenizer, tools, the policy's shape and start, reward, sampler."""
+"""The objects that every phase of a run uses: data, tokenizer, tools, the policy's shape and initial weights, reward,
+sampler."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ class Components:
 
 
 def build(config: Config) -> Components:
-    """Data and tokenizer first: what is wrong with them is said before tools or devices are started."""
+    """Build all components. Data and tokenizer come first, so that their errors are reported before tools or devices
+    are started."""
     if config.data.source == "world" and config.policy.tokenizer and not Path(config.policy.tokenizer).exists():
         raise DataError(
             f"{config.policy.tokenizer}: no such tokenizer; make it, and the world's questions, with "
@@ -80,7 +82,7 @@ def build(config: Config) -> Components:
         executor = stack.enter_context(build_executor(config.tools, dataset.documents))
         tokenizer = offer_tools(executor.call_format, tokenizer)
         check_tags(tokenizer, structure(executor.call_format.pieces))
-        if config.policy.path is None:  # a random start, whose tokenizer is made for the run
+        if config.policy.path is None:  # random weights: the tokenizer was trained for the run
             _warn_of_long_calls(tokenizer, executor)
         train, held_out = (_prompts(part, tokenizer, executor, config) for part in (dataset.train, dataset.held_out))
         mesh, dtype = make_mesh(config.mesh), compute_dtype(config)
@@ -96,7 +98,7 @@ def build(config: Config) -> Components:
 
 
 def _warn_of_long_calls(tokenizer: Tokenizer, executor: ToolExecutor) -> None:
-    """Say so where a tokenizer was trained for another call format: calls work, but take many tokens."""
+    """Warn if the tokenizer was trained for another call format: calls work, but take many tokens."""
     lengths = {piece: len(tokenizer.encode(piece)) for piece in executor.call_format.pieces}
     if lengths and (longest := max(lengths, key=lambda piece: lengths[piece])) and lengths[longest] > 4:
         log.warning(
@@ -110,7 +112,8 @@ def _warn_of_long_calls(tokenizer: Tokenizer, executor: ToolExecutor) -> None:
 def _prompts(
     examples: Sequence[Example], tokenizer: Tokenizer, executor: ToolExecutor, config: Config
 ) -> tuple[Example, ...]:
-    """The examples under the system prompts that the policy will see, those that fit."""
+    """The examples with the system prompts that the policy will see; those that are too long are dropped or fatal
+    (`data.malformed`)."""
     instructions = executor.call_format.instructions()
     told = [introduce(example, instructions) for example in examples]
     return check_prompts(told, tokenizer, config.rollout.max_prompt_tokens, config.data.malformed)
@@ -148,19 +151,20 @@ def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:
 
 
 def prompt_opening(prompt: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The thought that a prompt opens, or opens and closes, for the policy to go on from; "" for most templates."""
+    """The thought that a prompt's template opens (and perhaps closes) for the policy; "" for most templates."""
     token_bytes = tokenizer.token_bytes()
     start = len(prompt)
-    while start and token_bytes[prompt[start - 1]]:  # back to the last control token: the rest is the policy's turn
+    while (
+        start and token_bytes[prompt[start - 1]]
+    ):  # the text after the last control token belongs to the policy's turn
         start -= 1
     return opened_thought(tokenizer.decode(prompt[start:].tolist()))
 
 
 def give_rewards(rollouts: Sequence[Rollout], components: Components, overlong_buffer: int = 0) -> None:
-    """Fill in `reward`, `correct` and `reward_detail` of finished rollouts, the punishment of overlong ones included.
-
-    Each host judges its own rollouts and tells the others. A rollout that the function gives no finite reward keeps a NaN
-    and `reward_error`; groups leave it out. Raises TrainingError when that is so for all of them.
+    """Fill in `reward`, `correct` and `reward_detail` of finished rollouts, including the punishment of overlong ones.
+    Each host judges its share of the rollouts and sends the results to the others. A rollout without a finite reward
+    keeps NaN and `reward_error`, and groups leave it out. Raises TrainingError if no rollout has a finite reward.
     """
     limit = components.config.rollout.max_response_tokens
     mine = [i for i, rollout in enumerate(rollouts) if rollout.host == distributed.host()]

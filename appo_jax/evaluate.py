@@ -53,13 +53,13 @@ def held_out_examples(components: Components) -> Sequence[Example]:
 
 @heartbeat.phase("evaluate")
 def evaluate(params: Params, components: Components) -> Evaluation:
-    """One greedy rollout, tools and all, of every held-out question."""
+    """Draw one greedy rollout, with tools, for every held-out question."""
     began = time.perf_counter()
     heartbeat.detail(f"{len(held_out_examples(components))} questions")
     trees = components.sampler.initial(params, held_out_examples(components), 1, draw_id=(2,), temperature=0.0)
     rollouts = [rollout for tree in trees for rollout in tree]
     give_rewards(rollouts, components)
-    components.sampler.take_stats()  # an evaluation's calls and tokens belong to no training step
+    components.sampler.take_stats()  # calls and tokens of an evaluation must not count for a training step
     components.executor.metrics()
     return Evaluation(rollouts, float(np.mean([r.correct for r in rollouts])), time.perf_counter() - began)
 

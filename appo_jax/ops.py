@@ -1,7 +1,6 @@
-"""Masked reductions and the discounted suffix sum: the only home of division.
-
-Every reduction runs over the last axis and defines its degenerate cases: an empty mask gives 0, one member has
-variance 0, and a z-score over zero variance is 0 everywhere.
+"""Masked reductions and the discounted suffix sum. All divisions by a count or a deviation are here. Every reduction
+runs over the last axis and defines its degenerate cases: an empty mask gives 0, a single member has variance 0, and a
+z-score over zero variance is 0 everywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ def is_constant(x: jax.Array, mask: jax.Array) -> jax.Array:
 def masked_zscore(x: jax.Array, mask: jax.Array) -> jax.Array:
     """`(x − mean) / std` over the masked members, 0 outside the mask and wherever the variance is 0.
 
-    Constancy is judged on the numbers themselves: the rounding of a mean over equal numbers must not become a score.
+    Whether the variance is 0 is decided by comparing the numbers: the mean of equal numbers may round, and the
+    difference must not become a score.
     """
     std = masked_std(x, mask)[..., None]
     degenerate = is_constant(x, mask)[..., None] | (std == 0)
@@ -40,8 +40,7 @@ def masked_zscore(x: jax.Array, mask: jax.Array) -> jax.Array:
 def discounted_suffix_sum(x: jax.Array, mask: jax.Array, gamma: float) -> jax.Array:
     """`y_i = Σ_{j ≥ i} γ^{d(i, j)} x_j` over masked j, where d counts the masked positions from i to j. `[..., T]`.
 
-    Unmasked positions neither contribute nor lengthen the distance; y there is the value of the next masked position.
-    Linear in T.
+    Unmasked positions neither add to the sum nor count in d; y there is that of the next masked position. Linear in T.
     """
     decay = jnp.where(mask, gamma, 1.0).astype(jnp.float32)
     return _recurrence(decay, jnp.where(mask, x, 0.0).astype(jnp.float32))
@@ -53,8 +52,9 @@ BLOCK = 8
 def _recurrence(decay: jax.Array, value: jax.Array) -> jax.Array:
     """`y_t = value_t + decay_t · y_{t+1}`, and 0 after the last, of `[..., T]`.
 
-    A block of eight positions is one step `y ← value + decay · y` of a sequence an eighth as long, whose sums are what
-    each block begins from. On a CPU this takes half the time of `associative_scan`, which goes on by halves.
+    Eight positions form a block, and a block is one step of the same recurrence on a sequence an eighth as long; its
+    sums are the values from which the blocks begin. On a CPU this takes half the time of `associative_scan`, which
+    halves the sequence repeatedly.
     """
     *rows, length = value.shape
     blocks = -(-length // BLOCK)

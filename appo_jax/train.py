@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> None:
-    """Run `config` to its end, or go on with the run that `config.run_dir` holds.
+    """Run `config` to its end, or continue the run in `config.run_dir`.
 
-    Raises ConfigError for a config that breaks a bound or a rule, KeyboardInterrupt when it was asked to stop (and has
-    saved), TrainingError on a loss that is not finite.
+    Raises ConfigError for a config that breaks a bound or a rule, KeyboardInterrupt when it was asked to stop (after
+    saving), TrainingError for a loss that is not finite.
     """
     config = check(config)
     with open_run(config) as run, Progress(config) as progress, build(config) as components, stop_requests() as stop:
@@ -131,16 +131,16 @@ class Reached:
     sampled_tokens: int = 0
 
     def after(self, record: Mapping[str, Any]) -> Reached:
-        """One step further, whose metrics are `record`."""
+        """The progress after one more step, whose metrics are `record`."""
         return Reached(self.step + 1, self.sampled_tokens + int(record["rollout/sampled_tokens"]))
 
     def end(self, config: Config) -> bool:
-        """Whether the run has made its steps or used its budget of tokens."""
+        """Whether the run has done its steps or used its budget of tokens."""
         return self.step >= config.steps or 0 < config.max_sampled_tokens <= self.sampled_tokens
 
 
 def begin(components: Components, params: Params) -> tuple[Trainer, TrainState]:
-    """What the steps of a run use, and the state of its first one. Consumes `params`."""
+    """The trainer and the state for the first step. Consumes `params`."""
     config, algorithm = components.config, make_algorithm(components.config)
     # π_ref is the policy that RL begins with. The state is donated step by step: a copy must be kept.
     reference = jax.tree.map(jnp.copy, params) if algorithm.keeps_reference else None

@@ -1,4 +1,4 @@
-"""A_base of every rollout of a mini-batch's trees, by the rule that `advantage.base` names. Host side, float64."""
+"""A_base of every rollout of a mini-batch's trees, by the rule in `advantage.base`. On the host, in float64."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def base_advantages(
 ) -> list[list[np.ndarray]]:
     """A_base `[T]` of every rollout, by tree; 0 outside its sampled tokens.
 
-    penalties: `[T]` of every rollout, taken off the reward where they stand (a KL term in the reward); the rules that
-    compare whole rollouts see their sum. Branches have an A_base under `joint`, `global`, `tree` and `turn`, the rules
-    for which a rollout is a rollout; elsewhere theirs is 0.
+    penalties: `[T]` of every rollout, subtracted from the reward (a KL term in the reward). `global` subtracts each at
+    its token; the other rules subtract their sum. Branches have an A_base only under the rules that treat them like
+    initial rollouts: `joint`, `global`, `tree` and `turn`. Under the others it is 0.
     """
     if config.base == "global":
         return global_returns(trees, penalties, config.std)
@@ -65,8 +65,8 @@ def root_and_shared(tree: Tree, rollout: Rollout) -> tuple[int, int]:
 def shared_prefix(tree: Tree, rewards: np.ndarray, std: Std) -> list[np.ndarray]:
     """Official code: A_init, and on every token shared with branches the mean of those branches' own advantages.
 
-    A_init is the z-score within the initial rollouts, a branch's own advantage that within the branches; a group without
-    spread gives 0. A token is shared with the branches (of any loop) that forked after it.
+    A_init is the z-score within the initial rollouts, a branch's own advantage the z-score within the branches; a group
+    without spread gives 0. A token is shared with the branches (of any loop) that forked after it.
     """
     first = np.array([r.is_initial for r in tree])
     initial, branches = own_zscores(rewards[first], std), own_zscores(rewards[~first], std)

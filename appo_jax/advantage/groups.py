@@ -1,6 +1,5 @@
-"""Advantages of whole rollouts from groups of rewards (eq. 6). Host side, float64: a few numbers per prompt.
-
-A NaN is a rollout without a reward (its reward function failed): no group counts it, and its own advantage is 0.
+"""Advantages of rollouts from groups of rewards (eq. 6). On the host, in float64: a few numbers per prompt. A reward of
+NaN means that the reward function failed: no group counts that rollout, and its advantage is 0.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 Std = Literal["population", "sample"]  # `advantage.std`
-EQUAL = 1e-9  # rewards no further apart are the same reward: what rounding added must not become an advantage
+EQUAL = 1e-9  # rewards that differ by less are equal: rounding must not become an advantage
 
 
 def without_spread(rewards: np.ndarray) -> bool:
@@ -20,21 +19,22 @@ def without_spread(rewards: np.ndarray) -> bool:
 
 
 def spread(group: np.ndarray, std: Std) -> float:
-    """Standard deviation of a group with a spread: of the population, or of a sample plus 1e-6 (official code's GRPO)."""
+    """Standard deviation of a group whose rewards differ: the population's, or a sample's plus 1e-6 (official code's
+    GRPO)."""
     return float(group.std()) if std == "population" else float(group.std(ddof=1)) + 1e-6
 
 
 def zscores(rewards: np.ndarray, group: np.ndarray, std: Std) -> np.ndarray:
     """`(R − mean(group)) / std(group)` for each R of `rewards`.
 
-    Over a group without spread the quotient is 0/0 for the group's own value, which counts as 0, and undefined (NaN) for
-    any other; so it is over an empty group.
+    Where all rewards of the group are equal, R gets 0 if it equals them and NaN (undefined) if it does not. An empty
+    group gives NaN.
     """
     group = group[~np.isnan(group)]
     if group.size == 0:
         return np.full(rewards.shape, np.nan)
     if without_spread(group):
-        return np.where(np.abs(rewards - group[0]) <= EQUAL, 0.0, np.nan)  # no comparison holds for a NaN
+        return np.where(np.abs(rewards - group[0]) <= EQUAL, 0.0, np.nan)  # comparisons with NaN are false
     return (rewards - group.mean()) / spread(group, std)
 
 
@@ -49,5 +49,5 @@ def dual_group(initial: np.ndarray, branches: np.ndarray, std: Std) -> np.ndarra
 
 
 def own_zscores(rewards: np.ndarray, std: Std) -> np.ndarray:
-    """Each reward's z-score within all of them; 0 for a group without spread."""
+    """Z-score of each reward among all of them; 0 where all are equal."""
     return np.nan_to_num(zscores(rewards, rewards, std))

@@ -1,6 +1,5 @@
-"""The two kinds of rules that choose branch points: by a score of every position, and by turns.
-
-A rule is a module of `branching/rules/` with a `RULE`; the module's name is what `branching.score` says.
+"""The two kinds of rules that choose branch points: by a score of every position, and by turns. A rule is a module of
+`branching/rules/` that defines `RULE`; the config field `branching.score` names the module.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from appo_jax.config import BranchingConfig
 
 
 class ZScores(NamedTuple):
-    """What a score is made of: z-scores over each rollout's valid tokens. R rollouts of T tokens."""
+    """The inputs of a score: z-scores over each rollout's valid tokens. R rollouts of T tokens."""
 
     entropy: jax.Array  # [R, T] Z(H)
     future: jax.Array  # [R, T] Z(clip(Ω))
@@ -26,20 +25,20 @@ class ZScores(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """How positions rank: preferred ones first, and by their score among themselves."""
+    """The order of positions: preferred ones first; among equals, by score."""
 
     score: jax.Array  # [R, T]
     preferred: jax.Array  # [R, T] bool
 
     @classmethod
     def by(cls, score: jax.Array) -> Ranking:
-        """By the score alone."""
+        """Rank by the score alone."""
         return cls(score, jnp.ones(score.shape, bool))
 
 
 @dataclasses.dataclass(frozen=True)
 class ByScore:
-    """Branches begin where a score is highest. `score` runs inside jit."""
+    """Branches begin at the positions with the highest score. `score` runs inside jit."""
 
     score: Callable[[ZScores, BranchingConfig], Ranking]
 
@@ -51,9 +50,9 @@ class ByScore:
         return [Cut(node, position + config.include_token) for node, position in points]
 
     def max_sizes(self, num_initial: int, budget: int, config: BranchingConfig) -> list[int]:
-        """The most rollouts of a tree before the first loop and after each one: a loop draws up to B branches a rollout.
-
-        L loops, or as many more as the budget needs: Algorithm 1 branches while fewer than M − N branches exist.
+        """The maximal number of rollouts of a tree before the first loop and after each loop: a loop draws up to B
+        branches from each rollout. There are L loops, or more if the budget needs them: Algorithm 1 branches while
+        fewer than M − N branches exist.
         """
         return tree_sizes(num_initial, config.num_branch_points, config.num_loops, budget)
 
@@ -62,7 +61,8 @@ class ByScore:
 class ByTurns:
     """Branches begin where a turn begins; a turn is the policy's own text up to the next tool result, or to the end.
 
-    `turns` draws lots. What is left of the budget after the last loop goes to whole new rollouts, as in ARPO.
+    `turns` draws them at random. What is left of the budget after the last loop goes to new rollouts from the prompt,
+    as in ARPO.
     """
 
     turns: Callable[[TreeView, Loop, BranchingConfig], list[Cut]]
@@ -74,9 +74,8 @@ class ByTurns:
         return cuts + whole_rollouts(tree.num_initial, tree.prompt_length, left)
 
     def max_sizes(self, num_initial: int, budget: int, config: BranchingConfig) -> list[int]:
-        """The most rollouts of a tree before the first loop and after each one.
-
-        A rollout may have more than B branches, so every loop may fill the budget; the last one does.
+        """The maximal number of rollouts of a tree before the first loop and after each loop. A rollout may get more
+        than B branches, so each loop may use up the budget; the last one does.
         """
         return [num_initial, *[budget] * config.num_loops]
 
@@ -85,5 +84,5 @@ Rule = ByScore | ByTurns
 
 
 def whole_rollouts(num_initial: int, prompt_length: int, count: int) -> list[Cut]:
-    """`count` whole new rollouts: branches at the first token of the initial rollouts, each in turn."""
+    """Cuts for `count` new rollouts from the prompt: at the first token of each initial rollout in turn."""
     return [Cut(k % num_initial, prompt_length) for k in range(count)]

@@ -1,4 +1,4 @@
-"""The future value Ω (paper §3.2), and what the configured rule makes of it and of the entropy, per rollout."""
+"""The future value Ω (paper §3.2), and the score that the configured rule computes from it and the entropy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BranchingScores(NamedTuple):
     """Per token of R rollouts of T tokens; zeros outside `valid`."""
 
     score: jax.Array  # [R, T] the ranking value
-    preferred: jax.Array  # [R, T] bool: passes the gate, and so ranks before every position that does not
+    preferred: jax.Array  # [R, T] bool: passes the gate, and therefore ranks before every position that does not
     future_value: jax.Array  # [R, T] Ω, unclipped
     constant_future: jax.Array  # [R] bool: clip(Ω) did not vary over the rollout
 
@@ -43,9 +43,8 @@ def future_value(
 def branching_scores(
     future: jax.Array, entropies: jax.Array, valid: jax.Array, config: BranchingConfig
 ) -> BranchingScores:
-    """What `config.score` says of each rollout's valid tokens; `future`, `entropies`, `valid` are `[R, T]`.
-
-    Z-scores are taken over the valid tokens of each rollout. Rules by turns score nothing: for them the score is 0.
+    """The scores by the rule `config.score`; `future`, `entropies`, `valid` are `[R, T]`. Z-scores are taken over the
+    valid tokens of each rollout. Rules by turns do not score positions: their score is 0.
     """
     clipped = jnp.clip(future, config.clip_low, config.clip_high)
     constant = ops.is_constant(clipped, valid)

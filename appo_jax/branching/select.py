@@ -1,4 +1,5 @@
-"""From scores to branch points: rank every rollout's positions, then serve the prompt's rollouts in rounds."""
+"""From scores to branch points: rank the positions of every rollout, then take positions from the prompt's rollouts in
+rounds."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from appo_jax.config import BranchingConfig
 def tree_sizes(num_initial: int, num_branch_points: int, num_loops: int, budget: int) -> list[int]:
     """Rollouts of a prompt before the first loop and after each one, when no rollout lacks positions.
 
-    A loop multiplies a tree by B + 1 until it holds M rollouts. L loops, or as many more as M needs: Algorithm 1 of the
-    paper branches while fewer than M − N branches exist.
+    A loop multiplies a tree by B + 1 until it holds M rollouts. There are L loops, or more if M needs them: Algorithm 1
+    of the paper branches while fewer than M − N branches exist.
     """
     sizes = [num_initial]
     while len(sizes) <= num_loops or sizes[-1] < budget:
@@ -33,7 +34,7 @@ def rank_positions(
     ranked = positions[np.lexsort((positions, -score[positions], ~preferred[positions]))]
     if min_spacing == 1:
         return ranked.tolist()
-    count = np.cumsum(sampled)  # distances are differences of this
+    count = np.cumsum(sampled)  # distances between positions are differences of this
     free = np.ones(len(sampled) + min_spacing, bool)  # by count
     chosen: list[int] = []
     for t in ranked.tolist():
@@ -46,10 +47,10 @@ def rank_positions(
 def serve(ranked: Sequence[Sequence[int]], per_rollout: int, budget: int) -> list[tuple[int, int]]:
     """Branch points `(rollout, position)` of one prompt, in the order of service.
 
-    `ranked[n]` are rollout n's positions, best first. Rounds go over the rollouts, one position each, so trees are served
-    uniformly. Each rollout asks for `per_rollout` positions, and the rounds end when `budget` is used up. What a rollout
-    cannot use (too few valid positions) goes to the prompt's other rollouts in further rounds. Fewer than wanted come back
-    only when no position is left.
+    `ranked[n]` are rollout n's positions, best first. Each round takes one position from every rollout, so that all
+    rollouts get equally many. A rollout asks for `per_rollout` positions, and the rounds end when `budget` is used up.
+    If a rollout has too few valid positions, further rounds take more from the others. Fewer than `budget` positions
+    are returned only if no position is left.
     """
     wanted = min(budget, per_rollout * len(ranked))
     points: list[tuple[int, int]] = []
@@ -65,7 +66,7 @@ def serve(ranked: Sequence[Sequence[int]], per_rollout: int, budget: int) -> lis
 def pooled(
     ranked: Sequence[Sequence[int]], scores: Sequence[np.ndarray], preferred: Sequence[np.ndarray], budget: int
 ) -> list[tuple[int, int]]:
-    """Official code's selection: the prompt's best `budget` positions, from whichever rollout they come."""
+    """The official code's selection: the best `budget` positions of all the prompt's rollouts together."""
     pool = [(not preferred[n][i], -float(scores[n][i]), n, i) for n, positions in enumerate(ranked) for i in positions]
     return [(n, i) for _, _, n, i in sorted(pool)[:budget]]
 
@@ -75,9 +76,9 @@ def proportional(
 ) -> list[tuple[int, int]]:
     """Theorem 1: the budget goes to branch points in proportion to their score, so that one may get several branches.
 
-    The candidates are each rollout's first `per_rollout` positions; a score that is not positive asks for nothing.
-    Shares are rounded by largest remainder, ties to the earlier rollout and position. When no score is positive, the
-    positions are served as `serve` does. Points come in the order of rollouts and positions, a point once per branch.
+    The candidates are each rollout's first `per_rollout` positions; a score of 0 or below gets nothing. Shares are
+    rounded by largest remainder, ties to the earlier rollout and position. When no score is positive, the positions are
+    served as `serve` does. Points are returned in the order of rollouts and positions, each once per branch.
     """
     candidates = [(n, t) for n, positions in enumerate(ranked) for t in sorted(positions[:per_rollout])]
     weights = np.array([max(0.0, float(scores[n][t])) for n, t in candidates])

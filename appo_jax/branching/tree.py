@@ -1,4 +1,4 @@
-"""One prompt's tree as the rules of branching see it, and the cuts that they answer with. Plain arrays, no model, no device."""
+"""A prompt's tree as the branching rules see it, and the cuts that they return. Plain arrays, no model, no device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Cut(NamedTuple):
-    """Where a branch begins: it keeps the first `length` tokens of the rollout `node` and draws the rest anew."""
+    """Where a branch begins: it keeps the first `length` tokens of the rollout `node` and samples the rest."""
 
     node: int
     length: int
@@ -25,11 +25,11 @@ class TreeView:
 
     prompt_length: int
     parents: Sequence[int | None]  # node that the rollout was branched from; None for initial rollouts
-    forks: Sequence[int | None]  # index of the first token of its own
+    forks: Sequence[int | None]  # index of the first token that it does not share with its parent
     loops: Sequence[int]  # branching loop that drew it; 0 for initial rollouts
     sampled: Sequence[np.ndarray]  # bool: the policy chose this token
     entropies: Sequence[np.ndarray]  # float32, nats, under the current policy
-    scores: Sequence[np.ndarray]  # float32: what positions are ranked by
+    scores: Sequence[np.ndarray]  # float32: the score that ranks positions
     preferred: Sequence[np.ndarray]  # bool: ranks before every position that is not preferred
     valid: Sequence[np.ndarray]  # bool: a branch may begin here
 
@@ -40,10 +40,10 @@ class TreeView:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What a rule is told about the branching loop that it chooses for."""
+    """The branching loop for which a rule chooses cuts."""
 
     number: int  # 1 … L
-    budget: int  # rollouts that the tree may still be given
+    budget: int  # rollouts that may still be added to the tree
     vocab_size: int
     rng: np.random.Generator  # of this tree and loop
 
@@ -51,9 +51,8 @@ class Loop:
 def already_branched(
     parents: Sequence[int | None], forks: Sequence[int | None], lengths: Sequence[int], include_token: bool
 ) -> list[np.ndarray]:
-    """`[T]` bool for each rollout of a tree: a branch that keeps the same tokens begins there already.
-
-    The first tokens of a branch are its parent's. So a point among them is one point, on whichever of the two it was chosen.
+    """`[T]` bool for each rollout of a tree: whether a branch that keeps the same tokens exists already. A branch
+    shares its first tokens with its parent, so a position among them is the same branch point in both.
     """
 
     def drawer(node: int, length: int) -> int:

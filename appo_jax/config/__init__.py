@@ -1,8 +1,7 @@
-"""Every setting of a run, as frozen dataclasses; one module a subject.
-
-`Config` is the whole; each room of the program receives only its own part. Defaults are the paper's where the paper
-gives a number. A field's docstring says what it means, in which unit, and where its default comes from; a number's bounds
-stand in its type. Rules between fields are in `rules`. `config_io.check` holds a config to all of them.
+"""All settings of a run, as frozen dataclasses; one module for each subject. `Config` holds all parts; each package of
+the program receives only its own part. Defaults are the paper's where the paper gives a number. A field's docstring
+gives its meaning, its unit and the source of its default; its type gives the bounds of a number. Rules between fields
+are in `rules`. `config_io.check` checks a config against all of them.
 """
 
 from appo_jax.config.data import ColumnsConfig, DataConfig, DataPart

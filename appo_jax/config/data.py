@@ -1,4 +1,4 @@
-"""The prompts: where they come from and in which order."""
+"""The prompts: where they come from, and how they are filtered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from appo_jax.config.bounds import Seed
 
 @dataclasses.dataclass(frozen=True)
 class ColumnsConfig:
-    """Where a record holds what, for the sources `files` and `tfds`. A dot leads into an object: `reward_model.ground_truth`."""
+    """Which key of a record holds what, for the sources `files` and `tfds`. A dot leads into an object:
+    `reward_model.ground_truth`."""
 
     question: str = "question"
     """The question: text, or a list of chat messages with one of the user's and perhaps one of the system's."""
@@ -25,7 +26,7 @@ class ColumnsConfig:
     source: str = "source"
     """The set that a question is from, for reports and weights. Records without it have the name of their file."""
     system: str = "system"
-    """The system prompt. Records without it have `data.system_prompt`, or the program's own."""
+    """The system prompt. Records without it get `data.system_prompt`, or the source's default."""
     extra: tuple[str, ...] = ()
     """Columns to keep with the question for reports, such as level and type."""
 
@@ -35,15 +36,15 @@ class DataPart:
     """One source of a mixture. Its fields mean what those of `DataConfig` mean."""
 
     source: str
-    """As `data.source`."""
+    """Like `data.source`."""
     path: str | None = None
-    """As `data.path`."""
+    """Like `data.path`."""
     held_out: str | None = None
-    """As `data.held_out`."""
+    """Like `data.held_out`."""
     kind: Literal["math", "qa"] = "qa"
-    """As `data.kind`."""
+    """Like `data.kind`."""
     columns: ColumnsConfig = ColumnsConfig()
-    """As `data.columns`."""
+    """Like `data.columns`."""
     weight: PositiveFloat = 1.0
     """Share of the prompts that come from here, relative to the other parts' weights."""
 
@@ -58,24 +59,25 @@ class DataConfig:
     path: str | None = None
     """Folder or file of the data (`--data DIR` on the command line). For `world`, where the generated TFDS dataset is kept."""
     held_out: str | None = None
-    """File of the questions for evaluation. None: the one that the source has beside its training file."""
+    """File of the questions for evaluation. None: the file that the source keeps next to its training file."""
     kind: Literal["math", "qa"] = "qa"
-    """How answers are compared, in files that do not say it."""
+    """How answers are compared, for files that do not say so."""
     columns: ColumnsConfig = ColumnsConfig()
-    """Where records hold what, for the sources files and tfds."""
+    """Which keys of a record hold what, for the sources files and tfds."""
     mixture: tuple[DataPart, ...] = ()
     """For `source = "mixture"`: the sources and their weights."""
     drop: tuple[Literal["duplicates", "near_duplicates", "overlaps"], ...] = ()
-    """Training questions to leave out. duplicates: that stand there before, but for case, spaces and punctuation.
-    near_duplicates: that share most of their words in order with an earlier one. overlaps: that are, by either rule, among
-    the questions for evaluation. `appo-jax data describe` counts each."""
+    """Training questions to leave out. duplicates: equal to an earlier one, apart from case, spaces and punctuation.
+    near_duplicates: most of their words occur in the same order in an earlier one. overlaps: by either rule the same as
+    a question for evaluation. `appo-jax data describe` counts each."""
     evaluation: tuple[str, ...] = ()
-    """Files of questions (jsonl, json, parquet, csv) that training must not have seen, beside those for evaluation."""
+    """Files of further questions (jsonl, json, parquet, csv) that must not occur in training, besides those for
+    evaluation."""
     seed: Seed = 0
     """Seed of the world's content and of its demonstrations."""
     malformed: Literal["fatal", "skip"] = "fatal"
-    """What happens at a line that cannot be read, or a prompt that is too long. fatal: the run ends. skip: it is left out.
-    Either way file and line are named."""
+    """What to do about a line that cannot be read or a prompt that is too long. fatal: end the run. skip: leave it out.
+    In both cases the file and the line are reported."""
     system_prompt: str | None = None
     """Replaces the source's own system prompt. None: the source's. `{tools}` in it becomes the run's tools and how they are
     called."""

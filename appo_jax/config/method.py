@@ -10,7 +10,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from appo_jax.config.bounds import BelowOne
 
-# Names of the modules in branching/rules/: a score ranks every position, a rule by turns draws lots where a turn begins.
+# Names of the modules in branching/rules/: a score ranks every position; a rule by turns draws turns at random.
 Score = Literal["product", "entropy", "future", "additive"]
 TurnRule = Literal["entropy_change", "random_turn"]
 
@@ -30,23 +30,26 @@ class BranchingConfig:
     clip_high: NonNegativeFloat = 1.2
     """Upper end of that clip, above clip_low. Paper: 1.2."""
     score: Literal[Score, TurnRule] = "product"
-    """product: Z(Ω)·Z(H), the paper. entropy, future, additive are its ablations; additive weighs both with the two
-    weights below. entropy_change (ARPO) and random_turn (Tree-GRPO) branch where a turn begins instead."""
+    """product: Z(Ω)·Z(H), the paper. entropy, future, additive are its ablations; additive uses the two weights below.
+    entropy_change (ARPO) and random_turn (Tree-GRPO) branch where a turn begins."""
     entropy_weight: NonNegativeFloat = 1.0
     """Weight of Z(H) in the additive score."""
     future_weight: NonNegativeFloat = 1.0
     """Weight of Z(Ω) in the additive score."""
     gate: Literal["both_positive", "literal"] = "both_positive"
-    """both_positive: candidates need Z(H) > 0 and Z(Ω) > 0, filled up by the literal product. literal: the product as it is."""
+    """both_positive: positions with Z(H) > 0 and Z(Ω) > 0 come first, then the others by the product. literal: all
+    positions by the product."""
     skip_blank: bool = True
-    """Leave out tokens that decode to whitespace or punctuation alone."""
+    """Do not branch at tokens that decode to only whitespace or punctuation."""
     refresh: Literal["minibatch", "step"] = "minibatch"
     """When branches are scored and drawn: under the current policy of every mini-batch, or once, at the step's start."""
     include_token: bool = False
     """True: the prefix of a branch includes the scored token, as in the official code. False: the paper."""
     allocation: Literal["per_rollout", "pooled", "proportional"] = "per_rollout"
-    """per_rollout: top-B of each rollout, a branch each. pooled: the prompt's best positions (official code).
-    proportional: top-B of each rollout share the prompt's budget in proportion to their score (Theorem 1)."""
+    """per_rollout: the best B positions of each rollout, one branch each. pooled: the prompt's best positions (official
+    code).
+    proportional: the best B positions of each rollout share the prompt's budget in proportion to their score (Theorem
+    1)."""
     min_spacing: PositiveInt = 1
     """Least distance, in sampled tokens, between two branch points of one rollout. 1: any two positions."""
 
@@ -56,8 +59,8 @@ class AdvantageConfig:
     """What a token's advantage is (eq. 6, 7)."""
 
     base: Literal["paper", "shared_prefix", "joint", "init_only", "global", "tree", "turn"] = "paper"
-    """paper: eq. 6. shared_prefix: official code. joint: one group of all (the paper's ablation "without dual
-    groups"). init_only: the initial rollouts (GRPO).
+    """paper: eq. 6. shared_prefix: official code. joint: one group of all rollouts (the paper's ablation "without dual
+    groups"). init_only: one group of the initial rollouts (GRPO).
     global: returns normalised over the mini-batch (REINFORCE++). tree: within the tree plus over all (Tree-GRPO).
     turn: episode plus turns that began in equal states (GiGPO)."""
     scaling: Literal["offset", "plain"] = "offset"
@@ -69,10 +72,10 @@ class AdvantageConfig:
     clip_high: NonNegativeFloat = 1.2
     """Upper end of that clip, at least clip_low. Paper: 1.2."""
     max_ratio: NonNegativeFloat = 0.0
-    """Tokens with a ratio above it leave the sum in the Ω of eq. 7; they stay in the loss (official code: 3). 0: off; else
-    above 1. The Ω that branches are chosen by keeps them, as in the official code."""
+    """Tokens with a ratio above this are left out of the sum in the Ω of eq. 7, not of the loss (official code: 3). 0:
+    off; else above 1. The Ω of the Branching Score keeps them, as in the official code."""
     std: Literal["population", "sample"] = "population"
-    """Standard deviation of a group. population: divided by the number of members. sample: by that number less one, plus
+    """Standard deviation of a group. population: divide by the number of members n. sample: divide by n − 1 and add
     1e-6, as in the official code's GRPO (its APPO estimator uses the population's)."""
 
 
@@ -89,8 +92,8 @@ class LossConfig:
     dual_clip: NonNegativeFloat = 0.0
     """c: with A < 0 the surrogate is at least c·A (official code: 3). 0: off; else above 1."""
     max_dual_clipped: Annotated[int, Ge(-1)] = -1
-    """Rollouts with more dual-clipped tokens than this leave the surrogate's average, its sum and its count alike, and keep
-    their KL term and entropy bonus (official code: 1). −1: off."""
+    """Rollouts with more dual-clipped tokens than this are left out of the surrogate's average, both sum and count;
+    their KL term and entropy bonus stay (official code: 1). −1: off."""
     max_log_ratio: NonNegativeFloat = 0.0
     """log ρ is clamped to ±this, in the surrogate and in the Ω of eq. 7 (official code: 20). 0: off."""
     aggregation: Literal["paper", "token_mean", "seq_mean", "constant"] = "paper"
@@ -98,19 +101,20 @@ class LossConfig:
     of the mini-batch (DAPO). seq_mean: the mean over trained rollouts of their token means (GRPO). constant: the sum over
     the number of rollouts times their padded length (as Dr. GRPO)."""
     kl_weight: NonNegativeFloat = 0.0
-    """β: weight of KL(π_θ‖π_ref). 0 keeps no reference policy. Paper: 0; official code: 0.001."""
+    """β: weight of KL(π_θ‖π_ref). With 0 no reference policy is kept. Paper: 0; official code: 0.001."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """With r = π_ref/π_θ: k1 = −log r, k2 = (log r)²/2, k3 = r − 1 − log r."""
     max_k3: NonNegativeFloat = 0.0
     """k3 is at most this for each token (official code: 10). 0: off."""
     kl_in: Literal["outside", "inside", "reward"] = "outside"
-    """Where β·KL stands. outside: beside the sums over rollouts and tokens, eq. 8 as typeset; KL is the mean over trained
-    rollouts of their token means. inside: within those sums, with the surrogate's weights (GRPO's eq. 3; the official
-    code's token mean); with aggregation = paper this is N/M of `outside`. reward: taken off the reward token by token,
-    under the policy that drew it."""
+    """Where β·KL is added. outside: outside the sums over rollouts and tokens, as eq. 8 is typeset; KL is the mean over
+    trained rollouts of their token means. inside: within those sums, with the surrogate's weights (GRPO's eq. 3; the
+    official code's token mean); with aggregation = paper this is N/M of `outside`. reward: subtracted from the reward
+    at each token, under the policy that drew the token."""
     entropy_weight: NonNegativeFloat = 0.0
     """Weight of the entropy bonus. 0: off."""
     sampler_cap: NonNegativeFloat = 0.0
-    """C: tokens are weighted by min(π_old/π_sampler, C), which corrects what the sampler rounds otherwise. 0: off."""
+    """C: tokens are weighted by min(π_old/π_sampler, C), which corrects for the sampler's different rounding. 0:
+    off."""
     mask_truncated: bool = False
     """Leave rollouts that hit a limit (length, calls, time) out of the loss."""

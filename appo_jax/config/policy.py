@@ -15,7 +15,7 @@ class RopeScaling:
     """Llama 3.x frequency scaling (`rope_type: llama3` of a Hugging Face config)."""
 
     factor: PositiveFloat
-    """The slow frequencies are divided by it (`factor`; Llama 3.1: 8)."""
+    """The slow frequencies are divided by this (`factor`; Llama 3.1: 8)."""
     low_freq_factor: PositiveFloat
     """Wavelengths above original_max_position / this are scaled in full (`low_freq_factor`; Llama 3.1: 1)."""
     high_freq_factor: PositiveFloat
@@ -31,7 +31,7 @@ class YarnScaling:
     """YaRN (arXiv 2309.00071, `rope_type: yarn`), by which Qwen2.5 and Qwen3 are extended beyond their training context."""
 
     factor: Annotated[float, Ge(1)]
-    """How many times longer the context becomes (`factor`; Qwen2.5, Qwen3: 4)."""
+    """The factor by which the context is extended (`factor`; Qwen2.5, Qwen3: 4)."""
     original_max_position: PositiveInt
     """Tokens of context before scaling (`original_max_position_embeddings`; Qwen2.5, Qwen3: 32768)."""
     beta_fast: PositiveFloat = 32.0
@@ -77,10 +77,10 @@ class Architecture:
     """Ids that the tokenizer has. Rows of the embedding beyond them are padding, with probability 0 everywhere. A run sets it
     from its tokenizer. None: vocab_size."""
     max_positions: PositiveInt | None = None
-    """Tokens of a rollout, prompt and response, that the policy was made for (`max_position_embeddings`); yarn extends it. A
-    config with longer rollouts is refused. None: no limit."""
+    """Tokens of prompt and response together for which the policy was trained (`max_position_embeddings`); yarn extends
+    it. A config with longer rollouts is refused. None: no limit."""
     family: str = "llama"
-    """Which parameters a layer has and what it does with them, by a name of policy/parameters.py. llama: Llama 3, SmolLM2.
+    """Which parameters a layer has and how it uses them: a name in policy/parameters.py. llama: Llama 3, SmolLM2.
     qwen2: Qwen2 and Qwen2.5, with biases on queries, keys and values. qwen3: with a norm on queries and keys."""
 
 
@@ -91,11 +91,12 @@ class PolicyConfig:
     path: str | None = None
     """Hugging Face folder to start from: config.json, safetensors, tokenizer.json. None: random weights."""
     architecture: Architecture | None = None
-    """Shape of a policy that starts from random weights. Beside `path` it states what the folder must hold, so that
-    `appo-jax plan` works without the weights."""
+    """Shape of a policy that starts from random weights. If `path` is given too, the folder must have this shape;
+    `appo-jax plan` then works without the weights."""
     tokenizer: str | None = None
     """A sentencepiece .model file, or a folder with tokenizer.json. None: that of `path`."""
     template_variables: Mapping[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
-    """Variables for the tokenizer's chat template, such as enable_thinking (Qwen3). On the command line: NAME VALUE …"""
+    """Variables for the tokenizer's chat template, such as enable_thinking (Qwen3). On the command line: NAME VALUE
+    NAME VALUE …"""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; parameters are float32 always. auto: bfloat16 on accelerators, float32 on CPU."""
+    """Precision of matrix products; parameters are always float32. auto: bfloat16 on accelerators, float32 on CPU."""

@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """What a prompt's rollouts are and how they are sampled."""
+    """How many rollouts a prompt has, how long they are, and how they are sampled."""
 
     num_initial: PositiveInt = 4
     """N: full rollouts per prompt from the policy at the start of the step. Paper: 4. Algorithms that do not branch draw M."""
@@ -22,19 +22,19 @@ class RolloutConfig:
     max_response_tokens: PositiveInt = 4096
     """Sampled tokens and tool results together. Paper: 4096, deep search 8192."""
     max_result_tokens: PositiveInt = 512
-    """A tool result is cut to so many tokens, with a visible mark."""
+    """A tool result is cut to this many tokens; a mark shows the cut."""
     max_tool_calls: NonNegativeInt = 6
-    """Calls of one rollout; a further call ends it."""
+    """Tool calls of one rollout; a further call ends the rollout."""
     max_seconds: PositiveFloat = 600.0
     """Wall time of one rollout in seconds, tools included."""
     temperature: PositiveFloat = 1.0
-    """Logits are divided by it, in drawing and in every log-probability. Evaluation is greedy."""
+    """Logits are divided by this, in sampling and in every log-probability. Evaluation is greedy."""
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """Nucleus sampling: draw among the likeliest tokens that hold this share of the probability. 1: off. When top_p or
-    top_k cut the distribution, the sampler's log-probs are those of the cut distribution."""
+    """Nucleus sampling: draw among the likeliest tokens that together have this share of the probability. 1: off. When
+    top_p or top_k cut the distribution, the sampler's log-probs are those of the cut distribution."""
     top_k: NonNegativeInt = 0
-    """Draw among so many likeliest tokens. 0: off."""
+    """Draw among this many likeliest tokens. 0: off."""
     decode_rows: PositiveInt = 256
-    """Rows decoded together, on all devices. A row whose rollout is over goes on with the next one that waits."""
+    """Rows decoded together, on all devices. When a row's rollout ends, the row takes the next waiting rollout."""
     share_prefix: bool = True
     """False: every continuation prefills its whole prefix. The reference that tests and benchmarks compare with."""

@@ -1,7 +1,6 @@
-"""Rules between fields, but for those that depend on the algorithm: `algorithms.broken` knows them.
-
-Each function yields a sentence for every rule of its subject that a config breaks: the fields, their values, what is
-expected, what to do. Bounds of a single number stand in its type, not here.
+"""Rules between fields. Those that depend on the algorithm are in `algorithms.broken`. Each function yields a sentence
+for every rule that a config breaks: the fields, their values, what is expected, what to do. The bounds of a single
+number are in its type, not here.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from appo_jax.config.run import Config
 
 
 def broken(config: Config) -> list[str]:
-    """What is wrong between the fields of `config`: every broken rule of every subject."""
+    """A sentence for every rule between fields that `config` breaks."""
     return [problem for rules in _RULES for problem in rules(config)]
 
 
@@ -91,7 +90,7 @@ def _objective(config: Config) -> Iterator[str]:
 
 
 def _batches(config: Config) -> Iterator[str]:
-    """Mini-batches are full, and every batch divides over micro-batches and devices."""
+    """Mini-batches are full, and every batch splits evenly over micro-batches and devices."""
     c, mesh, sft = config, config.mesh, config.sft
     if c.prompts_per_step % c.prompts_per_minibatch:
         yield (

@@ -1,4 +1,4 @@
-"""A whole run: its parts, and what belongs to none of them."""
+"""The config of a run: its parts, and the fields that belong to no part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from appo_jax.config.tools import ToolsConfig
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """What a finished rollout earns."""
+    """The reward of a finished rollout."""
 
     function: str = "robust"
     """robust: exact answers, strict format. judge: a language model decides, strict format. official: as the official code
@@ -31,10 +31,10 @@ class RewardConfig:
     timeout: PositiveFloat = 300.0
     """Seconds for one rollout's reward. A rollout that takes longer has none."""
     tool_bonus: NonNegativeFloat = 0.1
-    """Added when the answer earns something and both tools were used. Official code: 0.1."""
+    """Added if the answer earns something and both tools were used. Official code: 0.1."""
     overlong_buffer: NonNegativeInt = 0
-    """DAPO's soft punishment: over the last so many tokens of `rollout.max_response_tokens` a response's reward falls by up
-    to 1. 0: off (the algorithm dapo then takes a fifth of the room)."""
+    """DAPO's soft punishment: over this many last tokens of `rollout.max_response_tokens` a response's reward falls by
+    up to 1. 0: off (the algorithm dapo then uses a fifth of `max_response_tokens`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,24 +76,24 @@ class MeshConfig:
     tensor: PositiveInt = 1
     """Parts that heads, the MLP's inner axis and the vocabulary are split into."""
     slices: PositiveInt = 1
-    """Slices joined over the data-centre network; they divide the data axis."""
+    """Slices connected by the data-centre network; the data axis is a multiple of it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """Everything that defines a run."""
 
-    # How config_io reads and checks a config, the parts of it included.
+    # How config_io reads and checks a config and its parts.
     __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # noqa: RUF012
 
     run_dir: str = "runs/default"
-    """Folder of everything the run writes. An existing run of the same config is continued."""
+    """Folder for everything that the run writes. If it holds a run of the same config, that run is continued."""
     init_from: str | None = None
-    """Run directory whose cold-started policy this run begins with, instead of its own cold start."""
+    """Run directory whose cold-started policy this run begins with, instead of a cold start."""
     algorithm: str = "appo"
-    """What is trained: a name of the table in appo_jax/algorithms.py, which says which of the fields below it sets itself."""
+    """A name of the table in appo_jax/algorithms.py, which says which of the fields below the algorithm sets."""
     seed: Seed = 0
-    """Seed of the initial weights, the order of the prompts and every draw."""
+    """Seed of the initial weights, the order of the prompts and the sampling."""
     steps: PositiveInt = 100
     """Training steps: prompts_per_step prompts are rolled out in each."""
     prompts_per_step: PositiveInt = 128
@@ -101,8 +101,8 @@ class Config:
     prompts_per_minibatch: PositiveInt = 16
     """P: prompts of one update. Paper: 16."""
     max_resamples: NonNegativeInt = 0
-    """Dynamic sampling: so many times at most, prompts whose rewards are all equal are replaced by others. 0: off (the
-    algorithm dapo then takes 3)."""
+    """Dynamic sampling: up to this many times, prompts whose rewards are all equal are replaced by others. 0: off (the
+    algorithm dapo then uses 3)."""
     max_sampled_tokens: NonNegativeInt = 0
     """Stop training once this many tokens have been sampled, for comparisons at an equal budget. 0: no limit."""
     checkpoint_every: PositiveInt = 10
@@ -110,34 +110,35 @@ class Config:
     keep_checkpoints: PositiveInt = 3
     """Newest checkpoints that are kept."""
     keep_best_checkpoints: NonNegativeInt = 0
-    """Checkpoints of the highest held-out accuracy that are kept beside them. Needs `eval.every`, of which `checkpoint_every` is a
-    divisor: what is judged must be saved."""
+    """Checkpoints with the highest held-out accuracy that are kept as well. Needs an `eval.every` that is a multiple of
+    `checkpoint_every`: a policy must be saved when it is evaluated."""
     keep_rollouts: NonNegativeInt = 0
-    """Rollout trees of the newest so many steps are kept on disk. 0: of all steps."""
+    """Steps, counted from the newest, whose rollout trees are kept on disk. 0: all."""
     max_silent_seconds: PositiveFloat = 600.0
-    """A run that makes no progress for so long, and for ten times as long as its phase ever took to make some, ends itself with
-    the stacks of all threads, and its supervisor starts it again. Three times as long while a phase may still be compiling."""
+    """Seconds without progress after which the run prints the stacks of all threads and ends; its supervisor starts it
+    again. The limit is at least ten times the longest wait of the phase so far, and three times as long while a phase
+    may still be compiling."""
     stop_grace_seconds: NonNegativeFloat = 0.0
-    """A run that is asked to stop ends after the step it is in, which is saved. Where the machine is taken away sooner (spot
-    capacity: about 30 s), so many seconds after the request it ends without that step. 0: the step ends first, however long."""
+    """A run that is asked to stop finishes and saves its step. If this many seconds pass first, it ends without that
+    step; set it where the machine is taken away (spot capacity: about 30 s). 0: no limit."""
     policy: PolicyConfig = PolicyConfig()
     """The policy that the run starts from."""
     data: DataConfig = DataConfig()
-    """Its questions."""
+    """The questions."""
     tools: ToolsConfig = ToolsConfig()
-    """What rollouts may call."""
+    """The tools that rollouts may call."""
     rollout: RolloutConfig = RolloutConfig()
-    """How rollouts are drawn."""
+    """How rollouts are sampled."""
     branching: BranchingConfig = BranchingConfig()
-    """Where they branch."""
+    """Where rollouts branch."""
     reward: RewardConfig = RewardConfig()
-    """What they earn."""
+    """How rollouts are rewarded."""
     advantage: AdvantageConfig = AdvantageConfig()
-    """What their tokens are worth."""
+    """How advantages are computed."""
     loss: LossConfig = LossConfig()
-    """What an update minimises."""
+    """The loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How it is minimised."""
+    """The optimizer."""
     sft: SFTConfig = SFTConfig()
     """The cold start."""
     eval: EvalConfig = EvalConfig()

@@ -12,11 +12,11 @@ from appo_jax.config.bounds import Fraction
 
 @dataclasses.dataclass(frozen=True)
 class PythonToolConfig:
-    """The python tool: one interpreter per rollout, forked with it."""
+    """The python tool: one interpreter per rollout; a branch gets a fork of its parent's interpreter."""
 
     isolation: Literal["bubblewrap", "process", "remote"] = "bubblewrap"
-    """bubblewrap: namespaces, seccomp, no network. process: resource limits only, for policies that are trusted. remote: a
-    server of its own behind `url`; every call runs the rollout's earlier calls again."""
+    """bubblewrap: namespaces, seccomp, no network. process: resource limits only, for policies that are trusted.
+    remote: the server at `url`; every call runs the rollout's earlier calls again."""
     url: str | None = None
     """Server for isolation remote, which speaks SandboxFusion's protocol: http://host:port, without /run_code."""
     allow_private: bool = False
@@ -26,8 +26,8 @@ class PythonToolConfig:
     memory_mb: PositiveInt = 512
     """MiB that a rollout's code may take beyond what the preloaded interpreter has."""
     max_output_chars: PositiveInt = 4096
-    """How much of a call's output is kept: its first bytes, four times as many as this, and its last lines. What the policy
-    reads of it is cut to rollout.max_result_tokens."""
+    """Bounds the output of a call that is kept: its last lines, and four times this many of its first bytes. The policy
+    reads at most rollout.max_result_tokens of it."""
     preload: tuple[str, ...] = ("math", "numpy", "sympy")
     """Modules imported once, before the first rollout is forked: no call waits for their import."""
     modules: tuple[str, ...] = ()
@@ -43,13 +43,13 @@ class SearchToolConfig:
     """File of documents for the local index (BM25): jsonl, json or parquet with `title` and `text`. None: the data
     source's own documents; the embedded world has some."""
     url: str | None = None
-    """An HTTP retriever or web-search service, instead of a local index."""
+    """URL of an HTTP retriever or web-search service, used instead of a local index."""
     provider: Literal["search_r1", "serper"] = "search_r1"
     """What `url` speaks: Search-R1's retriever protocol, or Serper's web search (key in SERPER_API_KEY)."""
     max_per_second: NonNegativeFloat = 0.0
     """Requests to `url` per second. 0: no limit."""
     cache: str | None = None
-    """SQLite file of answered queries, shared between processes. Without corpus and url it alone answers."""
+    """SQLite file of answered queries, shared between processes. Without corpus and url, only its answers are found."""
     cache_fill: str | None = None
     """JSON file `{query: text}` whose answers are put into `cache` at start."""
     top_k: PositiveInt = 3
@@ -57,7 +57,7 @@ class SearchToolConfig:
     timeout: PositiveFloat = 10.0
     """Seconds of wall time per request to `url`."""
     max_retries: NonNegativeInt = 3
-    """Further tries after a request to `url` that failed for a reason that may pass."""
+    """Retries of a request to `url` after a failure that may be temporary."""
     allow_private: bool = False
     """Whether `url` may be a private, link-local or loopback address."""
 
@@ -67,7 +67,7 @@ class ToolsConfig:
     """Tools in general, and each built-in one."""
 
     enabled: tuple[str, ...] = ("python", "search")
-    """Tools a rollout may call: python, search, or `package.module:factory` of your own."""
+    """Tools a rollout may call: python, search, or your tool as `package.module:factory`."""
     call_format: Literal["tags", "json", "chat"] = "tags"
     """How calls are written (tools/format.py). tags: in tags of the tool's name, as in the paper. json: a JSON object with
     name and arguments, as Qwen and Hermes models write it. chat: the same calls, with the tools in the system prompt and results in
@@ -75,10 +75,10 @@ class ToolsConfig:
     max_concurrency: PositiveInt = 8
     """Calls of one tool that run at the same time, on one host."""
     max_unavailable: Fraction = 0.5
-    """Share of a tool's calls in a step that may go unanswered. Above it the run pauses; if the next step is no
-    better, it stops."""
+    """Share of a tool's calls in a step that may go unanswered. Above it the run pauses; if the next step is also above
+    it, the run stops."""
     pause_seconds: NonNegativeFloat = 60.0
-    """Length of that pause."""
+    """Seconds of that pause."""
     python: PythonToolConfig = PythonToolConfig()
     """The python tool."""
     search: SearchToolConfig = SearchToolConfig()

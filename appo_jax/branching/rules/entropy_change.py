@@ -42,10 +42,8 @@ def branch_probabilities(entropies: np.ndarray, sampled: np.ndarray, vocab_size:
 def after_tool_calls(
     entropies: Sequence[np.ndarray], sampled: Sequence[np.ndarray], undrawn_from: Sequence[int], loop: Loop
 ) -> list[Cut]:
-    """The cuts of one prompt, within the budget, the rollouts' first calls first.
-
-    Beam 2: a turn whose lot says so is continued twice. `undrawn_from`: for each rollout, the index after which lots are yet
-    to be drawn.
+    """The cuts of a prompt, within the budget; turns after the rollouts' first calls come first. Beam 2: a turn that is
+    drawn is continued twice. `undrawn_from`: for each rollout, the index after which turns have not been drawn yet.
     """
     points = []
     for node, (entropy, own) in enumerate(zip(entropies, sampled, strict=True)):
@@ -56,7 +54,7 @@ def after_tool_calls(
 
 
 def turns(tree: TreeView, loop: Loop, config: BranchingConfig) -> list[Cut]:
-    """Every turn's lot is drawn once: by the loop after the one that drew the turn."""
+    """Every turn is drawn once, by the first loop after the turn was sampled."""
     latest = [(fork or 0) if at == loop.number - 1 else None for fork, at in zip(tree.forks, tree.loops, strict=True)]
     undrawn_from = [len(s) if fork is None else fork for fork, s in zip(latest, tree.sampled, strict=True)]
     return after_tool_calls(tree.entropies, tree.sampled, undrawn_from, loop)

@@ -9,10 +9,9 @@ from appo_jax.config import BranchingConfig
 
 
 def score(z: ZScores, config: BranchingConfig) -> Ranking:
-    """A clip(Ω) that does not vary says nothing and leaves Z(H), as in the first mini-batch, where π_θ = π_old.
-
-    With the gate `both_positive`, positions where both factors are positive are preferred: a product of two negatives is no
-    reason to branch. Where Ω does not vary, the gate is not needed.
+    """Where clip(Ω) does not vary over the rollout, the score is Z(H); so it is in the first mini-batch, where π_θ =
+    π_old. The gate `both_positive` prefers positions where both factors are positive, because a product of two
+    negatives is no reason to branch. It does not apply where Ω does not vary.
     """
     constant = z.constant_future[:, None]
     value = jnp.where(constant, z.entropy, z.entropy * z.future)

@@ -1,4 +1,4 @@
-"""Tree-GRPO: branch at random turns, at most B of each rollout."""
+"""Tree-GRPO: branch at random turns, at most B in each rollout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from appo_jax.types import turn_starts
 
 
 def random_turns(sampled: Sequence[np.ndarray], max_per_rollout: int, loop: Loop) -> list[Cut]:
-    """The cuts of one prompt, served in rounds over the rollouts, within the budget. `sampled`: `[T]` of each rollout."""
+    """The cuts of a prompt, within the budget; each round takes one turn from every rollout. `sampled`: `[T]` of each
+    rollout."""
     orders = [loop.rng.permutation(turn_starts(own)).tolist()[:max_per_rollout] for own in sampled]
     rounds = [(k, node, t) for node, order in enumerate(orders) for k, t in enumerate(order)]
     return [Cut(node, t) for _, node, t in sorted(rounds)[: loop.budget]]
