@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_mean(x: Float[Array, "*R T"], mask: Bool[Array, "*R T"]) -> Float[Array, "*R"]:
     """Mean of `x [..., T]` where `mask`, `[...]`; 0 for an empty mask."""
     return jnp.where(mask, x, 0.0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
 
 
-def masked_std(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_std(x: Float[Array, "*R T"], mask: Bool[Array, "*R T"]) -> Float[Array, "*R"]:
     """Population standard deviation of `x [..., T]` where `mask`, `[...]`; 0 for fewer than two members."""
     centred = x - masked_mean(x, mask)[..., None]
     return jnp.sqrt(masked_mean(jnp.square(centred), mask))
 
 
-def is_constant(x: jax.Array, mask: jax.Array) -> jax.Array:
+def is_constant(x: Float[Array, "*R T"], mask: Bool[Array, "*R T"]) -> Bool[Array, "*R"]:
     """Whether all masked members of `x [..., T]` are the same number, bit for bit, `[...]`. True for an empty mask."""
     return jnp.where(mask, x, jnp.inf).min(-1) >= jnp.where(mask, x, -jnp.inf).max(-1)
 
 
-def masked_zscore(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_zscore(x: Float[Array, "*R T"], mask: Bool[Array, "*R T"]) -> Float[Array, "*R T"]:
     """`(x − mean) / std` over the masked members, 0 outside the mask and wherever the variance is 0.
 
     Whether the variance is 0 is decided by comparing the numbers: the mean of equal numbers may round, and the
@@ -37,7 +38,7 @@ def masked_zscore(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask & ~degenerate, z, 0.0)
 
 
-def discounted_suffix_sum(x: jax.Array, mask: jax.Array, gamma: float) -> jax.Array:
+def discounted_suffix_sum(x: Float[Array, "*R T"], mask: Bool[Array, "*R T"], gamma: float) -> Float[Array, "*R T"]:
     """`y_i = Σ_{j ≥ i} γ^{d(i, j)} x_j` over masked j, where d counts the masked positions from i to j. `[..., T]`.
 
     Unmasked positions neither add to the sum nor count in d; y there is that of the next masked position. Linear in T.

@@ -1,5 +1,7 @@
 """Every test runs on the CPU, with the shared data folder where the environment names one."""
 
+# ruff: noqa: E402 - what stands before the imports changes what they do
+
 import dataclasses
 import os
 import socket
@@ -15,6 +17,16 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Shapes that these modules declare are checked whenever a test calls or traces a function. Nothing checks them elsewhere.
+install_import_hook(
+    [
+        "appo_jax.advantage.groups", "appo_jax.advantage.procedural", "appo_jax.branching.score", "appo_jax.branching.select",
+        "appo_jax.ops", "appo_jax.policy.logprobs", "appo_jax.policy.score", "appo_jax.rollout.scoring",
+    ],
+    "beartype.beartype",
+)  # fmt: skip
 
 from appo_jax import heartbeat
 from appo_jax.config import Config
@@ -36,16 +48,19 @@ def own_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def short_quickstart() -> Callable[[Path], Config]:
-    """The quickstart's policy and world in a folder of their own, with short steps."""
+    """The quickstart with a small policy and short steps, its world in a folder of the test's."""
 
     def config(folder: Path) -> Config:
         c = load_config(QUICKSTART)
+        small = dataclasses.replace(
+            c.policy.architecture, width=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, mlp_width=128
+        )
         return dataclasses.replace(
             c,
             prompts_per_step=4,
             prompts_per_minibatch=2,
             checkpoint_every=1,
-            policy=dataclasses.replace(c.policy, tokenizer=str(folder / "world.model")),
+            policy=dataclasses.replace(c.policy, architecture=small, tokenizer=str(folder / "world.model")),
             data=dataclasses.replace(c.data, path=str(folder / "world")),
             rollout=dataclasses.replace(c.rollout, max_response_tokens=64, decode_rows=24),
             sft=dataclasses.replace(c.sft, batch_size=4),

@@ -7,24 +7,27 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float64
 
 Std = Literal["population", "sample"]  # `advantage.std`
 EQUAL = 1e-9  # rewards that differ by less are equal: rounding must not become an advantage
 
 
-def without_spread(rewards: np.ndarray) -> bool:
+def without_spread(rewards: Float64[np.ndarray, " N"]) -> bool:
     """Whether a group's rewards are all the same."""
     rewards = rewards[~np.isnan(rewards)]
     return rewards.size == 0 or bool(rewards.max() - rewards.min() <= EQUAL)
 
 
-def spread(group: np.ndarray, std: Std) -> float:
+def spread(group: Float64[np.ndarray, " G"], std: Std) -> float:
     """Standard deviation of a group whose rewards differ: the population's, or a sample's plus 1e-6 (official code's
     GRPO)."""
     return float(group.std()) if std == "population" else float(group.std(ddof=1)) + 1e-6
 
 
-def zscores(rewards: np.ndarray, group: np.ndarray, std: Std) -> np.ndarray:
+def zscores(
+    rewards: Float64[np.ndarray, " N"], group: Float64[np.ndarray, " G"], std: Std
+) -> Float64[np.ndarray, " N"]:
     """`(R − mean(group)) / std(group)` for each R of `rewards`.
 
     Where all rewards of the group are equal, R gets 0 if it equals them and NaN (undefined) if it does not. An empty
@@ -38,7 +41,9 @@ def zscores(rewards: np.ndarray, group: np.ndarray, std: Std) -> np.ndarray:
     return (rewards - group.mean()) / spread(group, std)
 
 
-def dual_group(initial: np.ndarray, branches: np.ndarray, std: Std) -> np.ndarray:
+def dual_group(
+    initial: Float64[np.ndarray, " N"], branches: Float64[np.ndarray, " B"], std: Std
+) -> Float64[np.ndarray, " N"]:
     """Eq. 6: the average of R_n's z-scores within the initial and within the branch group, `[N]`.
 
     A group for which the z-score is undefined is left out of the average; with none left the advantage is 0.
@@ -48,6 +53,6 @@ def dual_group(initial: np.ndarray, branches: np.ndarray, std: Std) -> np.ndarra
     return np.where(defined, scores, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
 
 
-def own_zscores(rewards: np.ndarray, std: Std) -> np.ndarray:
+def own_zscores(rewards: Float64[np.ndarray, " N"], std: Std) -> Float64[np.ndarray, " N"]:
     """Z-score of each reward among all of them; 0 where all are equal."""
     return np.nan_to_num(zscores(rewards, rewards, std))

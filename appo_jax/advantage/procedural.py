@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from appo_jax.config import AdvantageConfig
 
 
-def procedural_advantage(base: jax.Array, future: jax.Array, config: AdvantageConfig) -> jax.Array:
+def procedural_advantage(
+    base: Float[Array, "#R #T"], future: Float[Array, "R T"], config: AdvantageConfig
+) -> Float[Array, "R T"]:
     """A = A_base · (1 + b · clip(Ω)), `[R, T]`, from base `[R, T]` or `[R, 1]` and future values Ω `[R, T]`.
 
     With `scaling = plain` A = A_base · clip(Ω) (FIPO, arXiv 2603.19835). A constant for the gradient.

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from appo_jax import ops
 from appo_jax.branching.rule import ByScore, Ranking, ZScores
@@ -23,9 +24,9 @@ class BranchingScores(NamedTuple):
 
 
 def future_value(
-    log_probs: jax.Array, old_log_probs: jax.Array, sampled: jax.Array, tau: float, *, max_ratio: float = 0.0,
-    max_log_ratio: float = 0.0,
-) -> jax.Array:  # fmt: skip
+    log_probs: Float[Array, "R T"], old_log_probs: Float[Array, "R T"], sampled: Bool[Array, "R T"], tau: float, *,
+    max_ratio: float = 0.0, max_log_ratio: float = 0.0,
+) -> Float[Array, "R T"]:  # fmt: skip
     """Ω_i = exp(Σ_{j ≥ i} γ^{j−i} log ρ_j) over sampled tokens, γ = 2^(−1/τ). All `[R, T]`; 1 outside `sampled`.
 
     Official code, in the loss: log ρ is clamped to ±`max_log_ratio`, and tokens with ρ > `max_ratio` add nothing to the sum.
@@ -41,7 +42,7 @@ def future_value(
 
 
 def branching_scores(
-    future: jax.Array, entropies: jax.Array, valid: jax.Array, config: BranchingConfig
+    future: Float[Array, "R T"], entropies: Float[Array, "R T"], valid: Bool[Array, "R T"], config: BranchingConfig
 ) -> BranchingScores:
     """The scores by the rule `config.score`; `future`, `entropies`, `valid` are `[R, T]`. Z-scores are taken over the
     valid tokens of each rollout. Rules by turns do not score positions: their score is 0.

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from appo_jax.config import BranchingConfig
 
@@ -23,8 +24,9 @@ def tree_sizes(num_initial: int, num_branch_points: int, num_loops: int, budget:
 
 
 def rank_positions(
-    score: np.ndarray, preferred: np.ndarray, valid: np.ndarray, sampled: np.ndarray, min_spacing: int = 1
-) -> list[int]:
+    score: Float[np.ndarray, " T"], preferred: Bool[np.ndarray, " T"], valid: Bool[np.ndarray, " T"],
+    sampled: Bool[np.ndarray, " T"], min_spacing: int = 1,
+) -> list[int]:  # fmt: skip
     """Positions of one rollout, best first: preferred ones by score, then the other valid ones by score.
 
     All `[T]`. Equal scores go to the earlier position. Two chosen positions lie at least `min_spacing` sampled tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from appo_jax.policy.constraints import ROWS, constrain, parts
 from appo_jax.policy.transformer import unembed
@@ -11,7 +12,9 @@ from appo_jax.policy.transformer import unembed
 LOGITS_BYTES = 128 * 2**20  # float32 logits held at once
 
 
-def log_prob_and_entropy(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def log_prob_and_entropy(
+    logits: Float32[Array, "*R V"], tokens: Int[Array, "*R"]
+) -> tuple[Float32[Array, "*R"], Float32[Array, "*R"]]:
     """Log-probability of `tokens` `[...]` and entropy (nats) of the distribution, from float32 logits `[..., V]`."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
     log_prob = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - log_z
@@ -23,8 +26,9 @@ def log_prob_and_entropy(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Arra
 
 
 def token_log_probs(
-    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, temperature: float, num_tokens: int | None = None
-) -> tuple[jax.Array, jax.Array]:
+    hidden: Float[Array, "R T D"], unembedding: Float[Array, "V D"], tokens: Int[Array, "R T"], temperature: float,
+    num_tokens: int | None = None,
+) -> tuple[Float32[Array, "R T"], Float32[Array, "R T"]]:  # fmt: skip
     """Log-probability and entropy of every token of a batch, aligned with the tokens.
 
     hidden `[R, T, D]`, unembedding `[V, D]`, tokens `[R, T]`; `num_tokens` as of `unembed`. Returns two float32 `[R, T]`;
@@ -63,5 +67,5 @@ def positions_at_once(rows: int, length: int, vocab: int) -> int:
     A TPU's arrays are tiled in powers of two; cutting them elsewhere costs it copies, and its compiler minutes.
     """
     on_device = (rows // parts(rows, ROWS)) * (vocab // parts(vocab, "tensor"))
-    most = max(1, LOGITS_BYTES // (4 * on_device))
-    return length if most >= length else 2 ** (most.bit_length() - 1)
+    max_positions = max(1, LOGITS_BYTES // (4 * on_device))
+    return length if max_positions >= length else 2 ** (max_positions.bit_length() - 1)
