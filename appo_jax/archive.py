@@ -1,4 +1,4 @@
-"""`appo-jax checkpoints RUN`: the checkpoints of a run listed, verified, copied, and what is left over of others removed."""
+"""`appo-jax checkpoints RUN`: list, verify and copy the checkpoints of a run, and remove broken ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The commands on what is already there: runs, their checkpoints and trees, and this machine. cli.py holds those of a config."""
+"""The commands on existing runs, their checkpoints and trees, and on this machine. cli.py has the commands on a
+config."""
 
 from __future__ import annotations
 
@@ -111,7 +112,7 @@ def checkpoints_command(args: Sequence[str]) -> None:
 
         Args:
             run: The run's directory.
-            verify: Read each as a whole, and compare it with what was written.
+            verify: Read each completely, and compare it with the checksums written when it was saved.
             prune: Remove broken and half-written ones that were set aside. Good checkpoints are kept.
             copy_to: A new folder, for the newest sound checkpoint and the config: a run that can be continued or exported.
         """

@@ -19,12 +19,12 @@ from appo_jax.types import Rollout
 
 Decode = Callable[[Sequence[int]], str]
 _NAME = re.compile(r"step_(\d{6,})\.jsonl(\.gz)?")
-# At a start so many of the newest dumps are read to see whether they are whole: a second or two.
+# Number of newest dumps that are checked for damage at a start; this takes a second or two.
 MAX_CHECKED = 1000
 
 
 def dumped_steps(folder: Path) -> dict[int, Path]:
-    """Step -> its dump, in order. Files of other names are left alone."""
+    """Step -> its dump, in order. Files with other names are ignored."""
     found = {}
     for path in folder.iterdir() if folder.is_dir() else ():
         if match := _NAME.fullmatch(path.name):
@@ -33,7 +33,7 @@ def dumped_steps(folder: Path) -> dict[int, Path]:
 
 
 def write_dump(folder: Path, step: int, trees: Sequence[Sequence[Rollout]], decode: Decode) -> Path:
-    """Write the trees of a step; a reader finds the whole file or none."""
+    """Write the trees of a step atomically."""
     path = folder / f"step_{step:06d}.jsonl.gz"
     folder.mkdir(exist_ok=True)
     text = "".join(to_json(tree_record(step, tree, decode)) for tree in trees)
@@ -46,9 +46,7 @@ def read_dump(path: Path) -> Iterator[dict[str, Any]]:
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
-            whole = zlib.decompressobj(
-                wbits=31
-            )  # gzip.open would take an empty file, or two files in one, for a whole one
+            whole = zlib.decompressobj(wbits=31)  # gzip.open would accept an empty file, and two files in one
             content = whole.decompress(content)
             if not whole.eof or whole.unused_data:
                 raise ValueError("it is cut short" if not whole.eof else "something follows its end")
@@ -59,10 +57,9 @@ def read_dump(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def settle_dumps(folder: Path, step: int, keep: int = 0) -> list[str]:
-    """Make the folder that of a run which goes on from `step`; returns what is wrong with it, in words.
-
-    Later steps are made again, and their dumps removed. A damaged dump is set aside under a name that says so. `keep`: so many
-    of the newest are kept (0: all); older ones are not missed.
+    """Prepare the folder for a run that continues from `step`; returns descriptions of what is wrong with it. Dumps of
+    later steps are removed, because these steps are done again. A damaged dump is renamed. `keep`: the number of newest
+    dumps that are kept (0: all); older ones need not exist.
     """
     found = dumped_steps(folder)
     for later in [s for s in found if s > step]:
@@ -92,11 +89,10 @@ def spans(steps: Sequence[int]) -> str:
 
 
 def tree_record(step: int, tree: Sequence[Rollout], decode: Decode) -> dict[str, Any]:
-    """One prompt's rollouts as plain JSON.
-
-    A node's `segments` are its own tokens: all of the response for an initial rollout, those from `fork` on for a
-    branch. They are cut where sampled text and tool results meet and at every branch position, so that a segment
-    `start`s at each index in `branch_positions` (where another node was branched off this one).
+    """One prompt's rollouts as plain JSON. A node's `segments` are the tokens that it does not share with its parent:
+    all of the response for an initial rollout, those from `fork` on for a branch. They are cut where sampled text and
+    tool results meet and at every branch position, so that a segment `start`s at each index in `branch_positions`
+    (where another node was branched off this one).
     """
     example = tree[0].example
     return {

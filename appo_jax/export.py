@@ -21,8 +21,8 @@ from appo_jax.text.tokenizer import policy_tokenizer
 def export_run(run: Path, out: Path) -> str:
     """Write the policy of the run's newest RL checkpoint (of its cold start before RL has one) to the new folder `out`.
 
-    Only the parameters are read, into host memory, and stay float32. Returns a line that says which step it is. Raises
-    CheckpointError where the run has no checkpoint, WeightsError if `out` exists and is not empty.
+    Only the parameters are read, as float32 in host memory. Returns a line that names the step. Raises CheckpointError
+    where the run has no checkpoint, WeightsError if `out` exists and is not empty.
     """
     policy = load_config(run / "config.json").policy
     arch, tokenizer = architecture_of(policy), policy_tokenizer(policy)

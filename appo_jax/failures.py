@@ -19,7 +19,7 @@ from appo_jax.errors import AppoError, ConfigError
 
 FAILED, BAD_CONFIG, START_AGAIN, INTERRUPTED = 1, 2, 75, 130
 
-# What JAX says when another host went away while this one waited for it, or when memory ran out.
+# Parts of JAX's messages when another host disappeared while this one waited for it, and when memory ran out.
 _OTHER_HOST = re.compile(
     r"gloo|coordination (service|agent)|connection (reset|closed|refused)|^(UNAVAILABLE|CANCELLED|ABORTED):", re.I
 )
@@ -40,25 +40,28 @@ def exit_code(error: BaseException) -> int:
 
 
 def is_understood(error: BaseException) -> bool:
-    """Whether `explain` says all that a user needs: what went wrong and what to do. Of anything else the traceback is shown."""
+    """Whether `explain` says everything a user needs: what went wrong and what to do. For any other error the traceback
+    is shown."""
     if isinstance(error, AppoError | MemoryError | OSError) or _has_no_backend(error):
         return True
     return isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error)) or _THREADS.search(str(error)))
 
 
 def _has_no_backend(error: BaseException) -> bool:
-    """Whether JAX could not start on the platform that it was asked for; it raises more than one type then."""
+    """Whether JAX could not start on the requested platform; it raises several types of errors then."""
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, RuntimeError | AssertionError) and bool(frames) and "xla_bridge" in frames[-1].filename
 
 
 def may_follow_from_another_host(error: BaseException) -> bool:
-    """Whether the error may be what is left of another host's failure: JAX says that a connection or a barrier broke."""
+    """Whether the error may be the consequence of another host's failure: JAX reports a broken connection or
+    barrier."""
     return isinstance(error, RuntimeError | ValueError) and bool(_OTHER_HOST.search(str(error)))
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong, while what was being done, and what to do; a line for an error of ours, more for the system's."""
+    """What went wrong, during which phase, and what to do: a line for an error of this program, more for other
+    errors."""
     if isinstance(error, AppoError):
         return str(error)
     phase, step = heartbeat.now()
@@ -90,7 +93,7 @@ def explain(error: BaseException) -> str:
 
 
 def report(error: BaseException) -> None:
-    """Tell the supervisor why this process fails; the first report counts."""
+    """Report to the supervisor why this process fails; only the first report counts."""
     heartbeat.send(failed=explain(error), code=exit_code(error), secondary=may_follow_from_another_host(error))
 
 

@@ -15,22 +15,21 @@ log = logging.getLogger(__name__)
 
 
 class Stop:
-    """Whether somebody asked the run to end."""
+    """Whether the run was asked to end."""
 
     requested = False
 
     def agreed(self) -> bool:
-        """Whether somebody asked on any host, the same answer on all of them; they call it together."""
+        """Whether the run was asked to end on any host. All hosts call this together and get the same answer."""
         heartbeat.stoppable(True)
         return any(distributed.exchange(self.requested))
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Within: the first Ctrl-C or SIGTERM sets `requested`; the second one ends the process at once.
-
-    Under a supervisor, that is the one to hear Ctrl-C: it asks with SIGTERM, and ends the process when it is asked again. Only
-    the main thread can hear signals: in another one, a caller of `train` sees to them itself.
+    """A context in which the first Ctrl-C or SIGTERM sets `requested`, and the second one ends the process at once.
+    Under a supervisor, the supervisor handles Ctrl-C: it sends SIGTERM, and ends the process at the second Ctrl-C.
+    Signals reach only the main thread; whoever calls `train` in another thread handles them.
     """
     stop, supervised = Stop(), heartbeat.supervised()
 

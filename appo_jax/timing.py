@@ -1,4 +1,4 @@
-"""What a run and its steps take: wall time, time by phase, and compilations."""
+"""Wall time of a run, time by phase, and compilations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from appo_jax import heartbeat
 
 
 class Clock:
-    """Wall time of a run, earlier processes of it included, and the programs compiled since a step was logged."""
+    """Wall time of a run, including its earlier processes, and the number of programs compiled since the last logged
+    step."""
 
     def __init__(self) -> None:
         self.before = 0.0
@@ -25,13 +26,13 @@ class Clock:
         return self.before + time.perf_counter() - self._began
 
     def metrics(self) -> dict[str, float]:
-        """Called once a step: the compilations are counted anew from there."""
+        """Called once per step; the count of compilations starts again at 0."""
         return {"time/wall_s": self.wall_s(), "time/compiled_programs": self._compilations.take()}
 
 
 class Compilations:
-    """Counts the programs that are compiled or taken from the compilation cache: none after a run's first steps, or a
-    shape has changed that should not."""
+    """Counts the programs that are compiled or read from the compilation cache. After a run's first steps there should
+    be none; otherwise a shape has changed that should not."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -41,13 +42,13 @@ class Compilations:
         self._count += event == "/jax/core/compile/backend_compile_duration"
 
     def take(self) -> int:
-        """The count since the last time it was taken."""
+        """The count since the last call."""
         count, self._count = self._count, 0
         return count
 
 
 class Timer:
-    """Seconds by phase. `with timer("rollout"): …`, as often as one likes."""
+    """Seconds by phase. `with timer("rollout"): …`, any number of times."""
 
     def __init__(self) -> None:
         self._began, self._seconds = time.perf_counter(), dict[str, float]()

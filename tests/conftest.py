@@ -7,14 +7,19 @@ import os
 import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A test compiles far more than it computes: LLVM's optimizations are left out here and in the processes that tests start,
-# and each program is compiled once for all of them. Where bits are compared, the fixture `optimized` puts them back.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Tests compile far more than they compute. So programs are compiled quickly here and in the processes that tests start:
+# without LLVM's optimizations, by XLA's older code generator, which takes a third of the time, and once for all processes.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles them as users do; for one test the fixture `optimized` does.
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    quick = "--xla_cpu_use_fusion_emitters=false"
+    if quick not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
@@ -44,6 +49,17 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 def own_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test's run was doing is not what another's does."""
     monkeypatch.setattr(heartbeat, "_life", heartbeat._Life())
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Programs of this test are compiled with LLVM's optimizations: where bits are compared, those of a real run."""
+    quick = jax.config.jax_disable_most_optimizations
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
-"""What a position of a rollout changes: Monte Carlo over continuations from before and from after it.
+"""How much a position of a rollout changes the expected reward: Monte Carlo over continuations from before and after
+it.
 
-V(t) is the expected reward of a continuation of the first t tokens. Position t's influence is (V(t+1) − V(t))², what the token
-that was drawn there changed. Both values are means of K continuations under the current policy. The square of their difference
-is too large by the variance of the two means, which is estimated from the same draws and taken off: the estimate is without
-bias, and may be negative.
+V(t) is the expected reward of a continuation of the first t tokens. Position t's influence is (V(t+1) − V(t))²: the
+squared change by the token that was drawn there. Both values are means of K continuations under the current policy. The
+squared difference of the means is too large by the variance of the means, which is estimated from the same draws and
+subtracted. So the estimate is unbiased and may be negative.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Measured:
     position: int
     before: float  # V(t): mean reward of the continuations that draw the token again
     after: float  # V(t+1): of those that keep it
-    influence: float  # estimate of (V(t+1) − V(t))², without bias
+    influence: float  # unbiased estimate of (V(t+1) − V(t))²
 
 
 def measure(
@@ -64,12 +65,12 @@ def measure(
 
 
 def after(rollout: Rollout, position: int) -> int:
-    """The cut that keeps the token at `position`, and the tool result that follows it where it ends a call."""
+    """The cut that keeps the token at `position`, and also the tool result after it if the token ends a call."""
     cut = position + 1
     return next((call.result_end for call in rollout.calls if call.call_end == cut), cut)
 
 
 def squared_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Estimate of (E[b] − E[a])² without bias, from independent draws. A single value counts as exact."""
+    """Unbiased estimate of (E[b] − E[a])² from independent draws. A single value counts as exact."""
     spread = sum(float(x.var(ddof=1)) / len(x) for x in (a, b) if len(x) > 1)
     return float((b.mean() - a.mean()) ** 2) - spread

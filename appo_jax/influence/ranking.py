@@ -1,4 +1,5 @@
-"""How well scores find what matters: rank correlation with influence, precision against known decisions, and what is on top."""
+"""How well scores find influential positions: rank correlation with influence, precision against known decisions, and
+the words at the top."""
 
 from __future__ import annotations
 
@@ -29,10 +30,10 @@ class Ranked:
     """One rollout as the scores see it. Arrays are `[T]`."""
 
     scores: Mapping[str, np.ndarray]
-    preferred: Mapping[str, np.ndarray]  # by score: positions that rank before all others
+    preferred: Mapping[str, np.ndarray]  # by score: the preferred positions, which rank before all others
     valid: np.ndarray  # a branch may begin here
     sampled: np.ndarray
-    decisions: np.ndarray | None  # known by construction, where the data source knows it
+    decisions: np.ndarray | None  # decisions, if the data source knows them
     after_tool: np.ndarray  # first tokens after a tool result
     words: Sequence[str]  # the text of each token
 
@@ -65,7 +66,7 @@ def correlation(pairs: Sequence[Sequence[tuple[float, float]]]) -> Interval:
 
 
 def over_rollouts(rows: Sequence[Sequence[Any]], figure: Callable[[Sequence[Any]], float]) -> Interval:
-    """A figure of all entries, and its interval when rollouts are resampled (percentile bootstrap)."""
+    """A statistic of all entries, with its percentile-bootstrap interval over rollouts."""
     rows = [row for row in rows if len(row)]
     if not rows:
         return Interval(*[float("nan")] * 3)
@@ -84,5 +85,5 @@ def share_after_tools(rollouts: Sequence[Ranked], name: str, count: int) -> floa
 
 
 def top_words(rollouts: Sequence[Ranked], name: str, count: int, max_words: int = 20) -> list[tuple[str, int]]:
-    """The words that stand most often among each rollout's first `count` positions by a score."""
+    """The most frequent words among each rollout's first `count` positions by a score."""
     return Counter(r.words[t].strip() for r in rollouts for t in r.top(name, count)).most_common(max_words)

@@ -1,7 +1,8 @@
 """`appo-jax influence RUN`: does the Branching Score find the positions that matter? The paper's pilot study, on any run.
 
 Rollouts are drawn by the run's newest policy, π_old. One training step on other prompts gives π_θ, so that Ω is what it is in
-training after a step's updates. Then every score ranks the positions, and Monte Carlo says what each measured position changed.
+training after a step's updates. Then every score ranks the positions, and Monte Carlo measures the influence of some of
+them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from appo_jax.train_step import train_step
 from appo_jax.types import Rollout, turn_starts
 from appo_jax.view.plots import STYLE
 
-DRAWS = 5  # first number of every draw's identity: what the draws are for
+DRAWS = 5  # first number of every `draw_id`: the purpose of the draws
 RANDOM, TURN_START = "random", "turn start"
 COUNTS = (1, 3, 5)  # B
 
@@ -114,7 +115,7 @@ def rank(
     scored = components.sampler.score(params, rollouts)
     length = max(rollout.length for rollout in rollouts)
     blank = blank_tokens(tokenizer)
-    replaced: Any = dataclasses.replace  # by name: the registry's names are the field's choices
+    replaced: Any = dataclasses.replace  # the registry's names are the field's choices
     valid = [valid_positions(r, blank, config.branching, tokenizer.eos_ids) for r in rollouts]
     arrays = [jnp.asarray(padded(x, len(rollouts), length)) for x in (scored.log_probs, old, scored.entropies, valid)]
     sampled = padded([r.sampled for r in rollouts], len(rollouts), length)
@@ -147,7 +148,7 @@ def rank(
 
 
 def decision_tokens(rollout: Rollout, words: Sequence[bytes], known: Any) -> np.ndarray:
-    """`[T]` bool: tokens in which a decision of the response begins, by the data source's own account."""
+    """`[T]` bool: tokens in which a decision of the response begins, according to the data source."""
     start = rollout.prompt_length
     ends = np.cumsum([len(word) for word in words[start:]])
     text = b"".join(words[start:]).decode(errors="replace")
@@ -159,7 +160,7 @@ def decision_tokens(rollout: Rollout, words: Sequence[bytes], known: Any) -> np.
 
 
 def summarize(ranked: Sequence[Ranked], measured: Sequence[Measured], random: dict[int, list[int]]) -> dict[str, Any]:
-    """Every figure, by score."""
+    """All statistics, by score."""
     influence = {(m.rollout, m.position): m.influence for m in measured}
 
     def mean_of_top(name: str) -> Interval:

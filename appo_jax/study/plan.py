@@ -1,4 +1,4 @@
-"""What a study is: arms × seeds at an equal budget of sampled tokens, read from a python file."""
+"""A study: arms × seeds at an equal budget of sampled tokens, read from a python file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLD_START = ("policy.", "data.", "sft.", "tools.", "eval.num_prompts", "rollout
 
 
 def lacks_tokenizer(config: Config) -> bool:
-    """Whether the run's tokenizer is yet to be trained on its generated world (`appo-jax data world`)."""
+    """Whether the run's tokenizer must still be trained on its generated world (`appo-jax data world`)."""
     return config.data.source in GENERATED and not Path(str(config.policy.tokenizer)).exists()
 
 

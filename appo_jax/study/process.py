@@ -1,4 +1,4 @@
-"""Runs of a study or a sweep as processes of their own: `appo-jax COMMAND` on a config, output in a log file."""
+"""Runs of a study or a sweep as separate processes: `appo-jax COMMAND` on a config, output in a log file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def start_run(command: str, config: Config, folder: Path, cores: list[int] | None = None) -> subprocess.Popen[bytes]:
-    """Start `appo-jax COMMAND` on `config`; its config and its log lie in `folder`, named like its run directory.
+    """Start `appo-jax COMMAND` on `config`; its config and its log are in `folder`, named like its run directory.
 
-    The process is in a group of its own: a Ctrl-C at the terminal reaches its parent alone, which passes it on once. When
-    the parent dies, even by SIGKILL, the process gets SIGTERM: it saves its run and ends. `cores`: where it may run.
+    The process has its own process group: a Ctrl-C at the terminal reaches only its parent, which passes it on once.
+    When the parent dies, even by SIGKILL, the process gets SIGTERM: it saves its run and ends. `cores`: the cores on
+    which it may run.
     """
     name = Path(config.run_dir).name
     file = folder / f"{name}.json"

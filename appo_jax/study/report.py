@@ -25,7 +25,7 @@ class Outcome:
     sft: float
     final: float
     tokens: np.ndarray  # [evaluations] sampled so far
-    seconds: np.ndarray  # [evaluations] of the run, its cold start left out
+    seconds: np.ndarray  # [evaluations] of the run, without its cold start
     accuracy: np.ndarray  # [evaluations]
 
     @property
@@ -59,7 +59,8 @@ def load_outcome(folder: Path) -> Outcome:
 
 
 def write_report(study: Study) -> str:
-    """Write table and figure from the runs that are finished; returns the table. Raises DataError when none is."""
+    """Write the table and the figure of the finished runs, and return the table. Raises DataError if no run is
+    finished."""
     outcomes = load_outcomes(study)
     if not any(outcomes.values()):
         raise DataError(f"{study.out}: no run of the study is finished; see the logs in {Path(study.out) / 'runs'}")
@@ -120,7 +121,7 @@ def _number(p: float) -> str:
 
 
 def mean_curve(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of curves, interpolated, on the range of x that all of them cover."""
+    """The mean of interpolated curves, on the range of x that all of them cover."""
     grid = np.linspace(max(a[0] for a in x), min(a[-1] for a in x), 200)
     return grid, np.mean([np.interp(grid, a, b) for a, b in zip(x, y, strict=True)], axis=0)
 

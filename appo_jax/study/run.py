@@ -1,4 +1,5 @@
-"""Runs a study unattended: every run is a process of its own, finished ones are kept, a failed one stops no other."""
+"""Runs a study unattended: every run is a separate process, finished runs are kept, and a failed run does not stop the
+others."""
 
 from __future__ import annotations
 
@@ -39,11 +40,11 @@ class Job:
 
 
 def run_study(study: Study, jobs: int = 1) -> str:
-    """Make every run that is not finished, seed by seed, then the report; returns its table.
+    """Do every run that is not finished, seed by seed, write the report, and return its table.
 
-    `jobs` runs are made at a time, each on its own share of the cores. A run that was interrupted goes on from its last
+    `jobs` runs go on at the same time, each on its share of the cores. An interrupted run continues from its last
     checkpoint. Raises ConfigError for more jobs than cores; TrainingError, after the report, when runs failed;
-    KeyboardInterrupt when it was asked to stop: the runs it was making have been saved.
+    KeyboardInterrupt when it was asked to stop, after the current runs are saved.
     """
     cores = shares(jobs)
     _folder(study).mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def run_study(study: Study, jobs: int = 1) -> str:
 
 
 def plan_jobs(study: Study) -> list[Job]:
-    """What is left to do, in order: the world's data, then for each seed its cold start and its arms."""
+    """The jobs that are left, in order: the world's data, then for each seed its cold start and its arms."""
     first = study.cold_start(study.seeds[0])
     world = None
     if lacks_tokenizer(first):
@@ -79,7 +80,8 @@ def finished(study: Study, arm: str, seed: int) -> bool:
 
 
 def shares(jobs: int) -> list[list[int]]:
-    """The cores of each job. Pools of threads size themselves by the cores a process may use, and stay on them."""
+    """The cores of each job. A process's thread pools are as large as the number of cores it may use, and run on
+    them."""
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= jobs <= len(cores):
         raise ConfigError(f"--jobs {jobs}: give 1 to {len(cores)}, a core or more for each")
@@ -87,9 +89,8 @@ def shares(jobs: int) -> list[list[int]]:
 
 
 def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list[Job]:
-    """Run the jobs, in order but for those that wait for another; returns those that failed.
-
-    The processes are in groups of their own: a Ctrl-C at the terminal reaches this process alone, which passes it on once.
+    """Run the jobs in order, except that a job may have to wait for another; returns the failed ones. Each process has
+    its own process group: a Ctrl-C at the terminal reaches only this process, which passes it on once.
     """
     waiting, done, failed = list(queue), set[str](), list[Job]()
     running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}  # by share of the cores
@@ -121,7 +122,7 @@ def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list
                     for _, process, _ in running.values():
                         process.wait()
                     raise KeyboardInterrupt
-    finally:  # whatever happened, nothing is left behind
+    finally:  # no process is left running, whatever happened
         ask_to_stop()
     return failed
 

@@ -39,7 +39,7 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Paired:
-    """`a − b`, seed by seed. p-values are NaN for fewer than two seeds; no difference anywhere has p = 1."""
+    """`a − b`, seed by seed. p-values are NaN for fewer than two seeds, and 1 if all differences are 0."""
     difference = np.asarray(a, float) - np.asarray(b, float)
     interval = mean_interval(difference)
     if len(difference) < 2:
@@ -54,7 +54,8 @@ def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for being one of several (Holm's step-down method), in their order. NaN stays NaN and does not count."""
+    """p-values adjusted for several tests (Holm's step-down method), in their order. NaN stays NaN and does not count
+    as a test."""
     p = np.asarray(p_values, float)
     known = np.flatnonzero(~np.isnan(p))
     order = known[np.argsort(p[known])]

@@ -1,7 +1,8 @@
-"""What a sweep's runs say of its fields: which matter, by how much, and what differences could have been seen.
+"""The effects of a sweep's fields: which matter, by how much, and how large a difference the runs can show.
 
 The model: a run's objective = its seed + the value of each field + noise. Fields of a distribution are cut into thirds by
-rank. A field matters when the model without it fits worse than chance explains (F test; p-values by Holm over the fields).
+rank. A field matters if the model without it fits worse than chance explains (F test; p-values by Holm over the
+fields).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Effect:
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """All runs of a sweep that have a result, one entry a run."""
+    """All runs of a sweep that have a result, one entry per run."""
 
     points: Sequence[Mapping[str, Any]]
     seeds: Sequence[int]
@@ -69,7 +70,7 @@ def field_effects(runs: Runs, names: Sequence[str]) -> list[Effect]:
 
 
 def noise(runs: Runs, trials: Sequence[int]) -> tuple[float, int]:
-    """Standard deviation of a run about its trial's and its seed's mean, and its degrees of freedom."""
+    """Standard deviation of runs around the means of their trial and seed, and its degrees of freedom."""
     design = np.hstack([_dummies([str(t) for t in trials]), _dummies([str(s) for s in runs.seeds])])
     residual, rank = _residual(design, runs.values)
     freedom = len(runs.values) - rank
@@ -84,7 +85,7 @@ def detectable(deviation: float, freedom: int, runs: int, power: float = 0.95) -
 
 
 def levels_of(values: Sequence[Any]) -> list[str]:
-    """The level of each value: the value itself, or its third by rank where there are many numbers."""
+    """The level of each value: the value itself, or its third by rank if there are many numbers."""
     distinct = sorted(set(values), key=lambda value: (str(type(value)), value if value is not None else 0))
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct)
     if not numbers or len(distinct) <= 2 * NUM_BINS:
@@ -125,6 +126,6 @@ def _dummies(labels: Sequence[str]) -> np.ndarray:
 
 
 def _residual(design: np.ndarray, values: np.ndarray) -> tuple[float, int]:
-    """Sum of squares that the best fit leaves, and the design's rank."""
+    """Sum of squared residuals of the best fit, and the rank of the design."""
     fit, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
     return float(np.square(values - design @ fit).sum()), int(rank)

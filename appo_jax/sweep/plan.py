@@ -1,4 +1,4 @@
-"""What a sweep is: a base config, a space of fields to vary, an objective and a budget, read from a python file."""
+"""A sweep: a base config, a space of fields to vary, an objective and a budget, read from a python file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 Point = dict[str, Any]  # a value for every field of the space
 
-# Draws of a random sweep, for each point that is wanted, that may break a rule between fields before the sweep is refused.
+# A random sweep is refused if it draws this many points per trial and too few of them keep the rules between fields.
 MAX_DRAWS = 200
 
 
@@ -41,11 +41,11 @@ class Sweep:
     trials: int = 0
     """Number of trials; a grid has as many as it has points."""
     objective: str = "on_the_way"
-    """on_the_way: accuracy averaged over the sampled tokens. final: accuracy at the end. Else a metric of metrics.jsonl, at
-    the last step that has it."""
+    """on_the_way: accuracy averaged over the sampled tokens. final: accuracy at the end. Or the name of a metric of
+    metrics.jsonl, whose last value is taken."""
     maximize: bool = True
     prune: bool = True
-    """Whether a trial leaves out its last seeds once its interval excludes the best trial (sweep/racing.py)."""
+    """Whether a trial skips its last seeds once its interval excludes the best trial (sweep/racing.py)."""
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -58,7 +58,7 @@ class Sweep:
         return Path(self.out) / "runs" / f"{trial:04d}-{seed}"
 
     def point_config(self, point: Point) -> Config:
-        """The base config at a point. Raises ConfigError where the point breaks a rule between fields."""
+        """The base config with the fields of a point. Raises ConfigError if the point breaks a rule between fields."""
         config = with_fields(self.base, point)
         check(config)
         return config
@@ -83,8 +83,8 @@ class Sweep:
         return True
 
     def planned_points(self) -> list[Point]:
-        """The points of a grid or of a random sweep, in their order; impossible ones are left out. None for TPE, which
-        chooses as it goes. Raises ConfigError when the space holds too few possible points."""
+        """The points of a grid or of a random sweep, in their order; impossible ones are left out. Empty for TPE, which
+        chooses points during the sweep. Raises ConfigError when the space holds too few possible points."""
         if self.search == "tpe":
             return []
         if self.search == "grid":

@@ -1,11 +1,10 @@
-"""When a trial may leave out its last seeds: only when its interval excludes the best trial.
+"""When a trial may skip its last seeds: only when its interval excludes the best trial.
 
-Single runs of reinforcement learning are noisy, and a trial stopped for one bad seed may have been the best. So trials are
-never compared by one seed, and always seed by seed: after each seed from the third on, the differences between the trial
-and the best trial on the seeds that both have give an interval; the trial stops when even its upper end is below zero.
-The interval is one-sided, by Student's t, at 5 % divided by the number of looks and of trials that could be the best
-(Bonferroni), so that the truly best of all trials is stopped in at most 5 % of sweeps, as far as differences are normal.
-tests/sweep/test_racing.py measures that on simulated trials.
+Single runs of reinforcement learning are noisy, and a trial stopped for one bad seed may have been the best. So a trial
+is compared with the best trial on all seeds that both have, from the third seed on. The differences give an interval,
+and the trial stops if the upper end of the interval is below zero. The interval is one-sided, by Student's t, at 5 %
+divided by the number of comparisons and of trials that could be the best (Bonferroni): if differences are normal, the
+truly best trial is stopped in at most 5 % of sweeps. tests/sweep/test_racing.py measures that on simulated trials.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from appo_jax.sweep.plan import Sweep
 from appo_jax.sweep.store import Store
 from appo_jax.view.plots import STYLE
 
-MAX_ROWS = 40  # of the table of trials; sweep.json has all
+MAX_ROWS = 40  # rows of the table of trials; sweep.json has all
 MAX_PAIRS = 6  # heat maps
 
 
@@ -42,14 +42,15 @@ class Result:
 
 
 def results(store: Store) -> list[Result]:
-    """All trials that have results, the best first; whole trials before those that left out seeds or still run."""
+    """All trials that have results, the best first; trials with all seeds before those that skipped seeds or still
+    run."""
     sign = -1 if store.sweep.maximize else 1
     found = [Result(t.number, t.params, store.values(t), t.state) for t in store.trials() if store.values(t)]
     return sorted(found, key=lambda r: (r.state != TrialState.COMPLETE, sign * r.mean))
 
 
 def write_report(sweep: Sweep) -> str:
-    """Write the report of what is finished; returns its text. Raises DataError when no trial has a result."""
+    """Write the report of the finished runs and return its text. Raises DataError if no trial has a result."""
     store = Store(sweep)
     found = results(store)
     if not found:
@@ -117,7 +118,7 @@ def _fields(effects: Sequence[Effect]) -> str:
 
 
 def _resolution(runs: Runs, trials: Sequence[int], effects: Sequence[Effect]) -> str:
-    """What differences the runs can show."""
+    """How large a difference the runs can show."""
     deviation, freedom = noise(runs, trials)
     if freedom <= 0:
         return "What the data can resolve: nothing yet, each trial has too few seeds to tell the noise between runs."

@@ -31,10 +31,9 @@ LOOK_S = 2.0
 
 
 def run_sweep(sweep: Sweep, file: Path, jobs: int) -> str:
-    """Run all trials that are not done with `jobs` workers, then the report; returns its text.
-
-    Trials that failed in an earlier start are tried again. Raises ConfigError for more jobs than cores, TrainingError when
-    trials or workers failed, KeyboardInterrupt when asked to stop: the runs in progress have been saved.
+    """Run all unfinished trials with `jobs` workers, write the report, and return its text. Trials that failed in an
+    earlier start are tried again. Raises ConfigError for more jobs than cores, TrainingError if trials or workers
+    failed, KeyboardInterrupt when asked to stop, after the current runs are saved.
     """
     cores = shares(jobs)
     store = Store(sweep)
@@ -68,7 +67,7 @@ def run_sweep(sweep: Sweep, file: Path, jobs: int) -> str:
 
 
 def _start_worker(file: Path, cores: list[int]) -> subprocess.Popen[bytes]:
-    """A worker on its share of the cores, in a group of its own; it ends when this process does."""
+    """A worker on its share of the cores, in its own process group; it ends when this process ends."""
     worker = subprocess.Popen(
         [sys.executable, "-m", "appo_jax.cli", "sweep", "--config", str(file), "--worker"],
         process_group=0, preexec_fn=end_with_parent,
@@ -78,7 +77,7 @@ def _start_worker(file: Path, cores: list[int]) -> subprocess.Popen[bytes]:
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]], store: Store, stop: Stop) -> list[int]:
-    """Until all workers have ended or a stop is asked for."""
+    """Wait until all workers have ended or a stop is requested."""
     while any(worker.poll() is None for worker in workers) and not stop.requested:
         time.sleep(0.2)
     return [worker.returncode for worker in workers if worker.returncode is not None]
@@ -95,7 +94,7 @@ def _progress(store: Store) -> Iterator[None]:
 
 
 def _table(store: Store) -> Table:
-    """What every trial is at: running ones with their seed and step, then the best so far."""
+    """The state of the trials: running ones with their seed and step, then the best so far."""
     trials = store.trials()
     ended = sum(t.state.is_finished() and "impossible" not in t.user_attrs for t in trials)
     total = store.sweep.trials if store.sweep.search == "tpe" else len(trials)

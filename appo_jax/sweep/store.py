@@ -1,8 +1,8 @@
-"""The sweep's memory on a shared disk: Optuna's journal of trials, and leases that say who is at work on what.
+"""The sweep's state on a shared disk: Optuna's journal of trials, and leases that say which worker has which task.
 
 A task (a trial, or the cold start of a seed) belongs to the worker that holds its lease. The worker renews the lease while
-it works. A lease that was not renewed in time, or whose process is gone, is free: another worker goes on with the same
-task in the same run directory, from its last checkpoint. All claims are made under one lock, so no task has two workers.
+it works. A lease that was not renewed in time, or whose process is gone, is free: another worker continues the task in
+the same run directory, from its last checkpoint. Leases are taken under a lock, so no task has two workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from appo_jax.config_io import flatten
 from appo_jax.errors import ConfigError
 from appo_jax.sweep.plan import Point, Sweep
 
-LEASE_S = 60.0  # a lease that was not renewed for so long is free
+LEASE_S = 60.0  # a lease that was not renewed for this long is free
 RENEW_S = 5.0
 MAX_ASKS = 100  # impossible points that TPE may propose in a row
 
@@ -54,7 +54,8 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Held for milliseconds; works over NFS. A lock whose holder died is taken over after 30 seconds."""
+        """A lock that is held for milliseconds and works over NFS. If its holder died, it is taken over after 30
+        seconds."""
         lock = JournalFileOpenLock(self._lock_file)
         lock.acquire()
         try:
@@ -71,7 +72,7 @@ class Store:
         return {int(name[5:]): value for name, value in trial.user_attrs.items() if name.startswith("seed-")}
 
     def claim_trial(self) -> Trial | None:
-        """A trial whose worker is gone, else a new one. None: all are done, or others are at work on the rest."""
+        """A trial whose worker is gone, else a new one. None if all are done or other workers have the rest."""
         with self.lock():
             trials = self.trials()
             for trial in trials:
@@ -84,7 +85,7 @@ class Store:
             return new
 
     def retry_failed(self) -> int:
-        """Queue every failed trial's point again, once for each failure. Returns how many there were."""
+        """Queue the point of every failed trial again, once for each failure. Returns the number of points."""
         with self.lock():
             trials = self.trials()
             retried = {t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs}
@@ -95,12 +96,12 @@ class Store:
             return len(left)
 
     def all_done(self) -> bool:
-        """Whether every trial has ended, by whichever worker."""
+        """Whether every trial has ended."""
         trials = self.trials()
         return not self._more_wanted(trials) and all(trial.state.is_finished() for trial in trials)
 
     def _more_wanted(self, trials: list[FrozenTrial]) -> bool:
-        """Whether a new trial is to begin: one waits in the queue, or TPE has not chosen all of its own."""
+        """Whether a new trial is needed: one waits in the queue, or TPE has not chosen all its points yet."""
         if any(trial.state == TrialState.WAITING for trial in trials):
             return True
         retried = {t.user_attrs.get("retry_of") for t in trials}
@@ -118,12 +119,13 @@ class Store:
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         if self.sweep.search == "tpe":
-            # Workers choose at the same time: a trial that runs counts as a bad one, so that they spread out.
+            # Workers choose at the same time. Running trials count as bad ones, so that workers choose different
+            # points.
             return optuna.samplers.TPESampler(constant_liar=True, multivariate=True)
         return optuna.samplers.RandomSampler(seed=0)  # never asked: every point waits in the queue
 
     def _check_same_sweep(self) -> None:
-        """A folder belongs to one sweep: what its trials mean must not change under them."""
+        """Raise ConfigError if the folder holds another sweep, whose trials would mean something else."""
         file = self.folder / "sweep.json"
         mine = _description(self.sweep)
         if not file.exists():
@@ -135,7 +137,7 @@ class Store:
 
     # ---- leases
     def _take(self, task: str) -> bool:
-        """Take a task's lease where it is free. Called under the lock."""
+        """Take a task's lease if it is free. Called under the lock."""
         file = self.folder / "leases" / f"{task}.json"
         with contextlib.suppress(FileNotFoundError, ValueError):
             if self._held_by_another(json.loads(file.read_text())):
@@ -149,7 +151,7 @@ class Store:
             return self._take(task)
 
     def renew(self, task: str) -> bool:
-        """Renew one's lease. False: it was lost to another worker, and the work must stop."""
+        """Renew this worker's lease. False: another worker has taken it, and the work must stop."""
         with self.lock():
             file = self.folder / "leases" / f"{task}.json"
             lease = json.loads(file.read_text()) if file.exists() else {}
@@ -179,7 +181,7 @@ def _alive(pid: int) -> bool:
 
 
 def _description(sweep: Sweep) -> dict[str, Any]:
-    """What a sweep's trials depend on, as JSON."""
+    """Everything that a sweep's trials depend on, as JSON."""
     fields = {name: repr(value) for name, value in flatten(sweep.base).items()}
     space: Point = {name: repr(distribution) for name, distribution in sweep.distributions.items()}
     return {
@@ -189,7 +191,7 @@ def _description(sweep: Sweep) -> dict[str, Any]:
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     partial = file.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(content))
     partial.replace(file)

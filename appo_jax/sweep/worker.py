@@ -1,8 +1,7 @@
-"""A worker of a sweep: takes trials from the shared storage until all are done, on this machine or beside workers on others.
+"""A worker of a sweep: it takes trials from the shared storage until all are done. Workers may run on several machines.
 
-A trial is its point of the space run with every seed, one after the other, each run a process. Whatever ends the worker,
-nothing is lost: finished runs stay, a run in progress is saved or goes on from its checkpoint, and the trial's lease falls
-to the next worker.
+A trial runs its point of the space with every seed in turn, each run in a process. If the worker dies, nothing is lost:
+finished runs stay, a run in progress continues from its checkpoint, and the next worker takes the trial's lease.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from appo_jax.sweep.store import RENEW_S, Store
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
-IDLE_S = 2.0  # between two looks for work while other workers hold all that is left
+IDLE_S = 2.0  # between two attempts to find work while other workers have all remaining tasks
 ATTEMPTS = 2  # of a run that fails
 
 
 class LeaseLost(Exception):
-    """Another worker has taken over: this one was silent for too long."""
+    """Another worker has taken the task, because this one did not renew its lease in time."""
 
 
 def work(sweep: Sweep) -> None:
-    """Take trials until none is left. Raises KeyboardInterrupt when asked to stop: the run in progress has been saved."""
+    """Take trials until none is left. Raises KeyboardInterrupt when asked to stop, after the current run is saved."""
     store = Store(sweep)
     with stop_requests() as stop:
         while not store.all_done():
@@ -56,7 +55,7 @@ def work(sweep: Sweep) -> None:
 
 
 def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:
-    """Run a trial's seeds, from the first that has no result, and tell the storage how it ended."""
+    """Run a trial's seeds, from the first without a result, and record the outcome in the storage."""
     sweep, task = store.sweep, f"trial-{trial.number}"
     values = store.values(store.study.trials[trial.number])
     state, reason = TrialState.COMPLETE, None
@@ -86,7 +85,7 @@ def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:
 
 
 def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: threading.Event) -> float:
-    """The objective of one run, which is made or finished first. Raises TrainingError when it fails again and again."""
+    """Do or finish a run and return its objective. Raises TrainingError if it fails repeatedly."""
     sweep = store.sweep
     _cold_start(store, seed, stop, lost)
     config = sweep.config(trial.number, trial.params, seed)
@@ -97,7 +96,7 @@ def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: threading
 
 
 def _cold_start(store: Store, seed: int, stop: Stop, lost: threading.Event) -> None:
-    """Make a seed's cold start, and before it the embedded world where it is missing."""
+    """Do a seed's cold start; if the embedded world is missing, generate it first."""
     config = store.sweep.cold_start(seed)
     if lacks_tokenizer(config):
         world = dataclasses.replace(config, run_dir=str(store.folder / "runs" / "world"))
@@ -106,7 +105,7 @@ def _cold_start(store: Store, seed: int, stop: Stop, lost: threading.Event) -> N
 
 
 def _once(store: Store, task: str, command: str, config: Config, stop: Stop, lost: threading.Event) -> None:
-    """Run what all trials share, or wait for the worker that does."""
+    """Run a task that all trials share, or wait for the worker that runs it."""
     done = store.folder / "runs" / f"{task}.done"
     while not done.exists():
         if not store.take(task):
@@ -135,7 +134,7 @@ def _run(store: Store, command: str, config: Config, stop: Stop, lost: threading
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Have a process save its run and wait for it."""
+    """Ask a process to save its run, and wait until it ends."""
     if process.poll() is None:
         process.terminate()
         process.wait()
@@ -151,7 +150,7 @@ def _wait(seconds: float, stop: Stop, lost: threading.Event) -> None:
 
 @contextlib.contextmanager
 def _renewed(store: Store, task: str) -> Iterator[threading.Event]:
-    """Within: a lease is renewed; the event says that it was lost."""
+    """A context in which a lease is renewed; the event is set if the lease is lost."""
     lost, ended = threading.Event(), threading.Event()
 
     def renew() -> None:

@@ -46,10 +46,10 @@ class Panel:
     stacked: bool = False
 
 
-# So many steps' branches are drawn, evenly spaced: a picture has no room for more, and a long run has many dumps.
+# Steps whose branches are drawn, evenly spaced: more would not be readable, and a long run has many dumps.
 MAX_COLUMNS = 100
 
-PHASES = ("rollout", "reward", "score", "branch", "update")  # of a training step, one after the other
+PHASES = ("rollout", "reward", "score", "branch", "update")  # the phases of a training step, in order
 
 FIGURES: dict[str, tuple[Panel, ...]] = {
     "accuracy": (Panel("Accuracy", "share of rollouts that are right", ("accuracy/*", "eval/accuracy*")),),
@@ -87,7 +87,8 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
 
 
 def try_to_draw_plots(run_dir: Path) -> None:
-    """Draw every figure of a run that has ended; what cannot be drawn is told, and ends nothing."""
+    """Draw every figure of a run that has ended. A figure that cannot be drawn is logged and does not stop the
+    others."""
     try:
         draw_plots(run_dir)
     except Exception as error:
@@ -100,9 +101,8 @@ def try_to_draw_plots(run_dir: Path) -> None:
 
 
 def draw_plots(run_dir: str | Path) -> list[Path]:
-    """Draw every figure that the run has numbers for into `run_dir`/plots; returns the files written.
-
-    Raises DataError where the directory holds no metrics.
+    """Draw every figure for which the run has numbers into `run_dir`/plots, and return the files. Raises DataError if
+    the directory has no metrics.
     """
     run_dir = Path(run_dir)
     records = read_metrics(run_dir / "metrics.jsonl")
@@ -191,7 +191,7 @@ def _branch_points(folder: Path) -> list[tuple[int, float]]:
 
 
 def _draw_branch_points(ax: Axes, points: Sequence[tuple[int, float]]) -> None:
-    """One column a dumped step: the share of its branches that begin in each tenth of the parent."""
+    """One column per dumped step: the share of its branches that begin in each tenth of the parent."""
     steps, places = np.unique([step for step, _ in points], return_inverse=True)
     counts = np.zeros((10, len(steps)))
     np.add.at(counts, (np.minimum(9, [int(10 * share) for _, share in points]), places), 1)

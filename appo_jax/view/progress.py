@@ -1,4 +1,4 @@
-"""What a running training shows: one updating panel on a terminal, plain lines elsewhere."""
+"""The display of a running training: an updating panel on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.text import Text
 from appo_jax import distributed, heartbeat
 from appo_jax.config import Config
 
-# Metric -> the word it is shown under.
+# Metric -> its label.
 SHOWN = {
     "sft/loss": "loss",
     "reward/initial": "reward",
@@ -36,7 +36,7 @@ SHOWN = {
 }
 
 
-# Phase of the run (heartbeat.phase) -> the words it is shown under.
+# Phase of the run (heartbeat.phase) -> its label.
 PHASES = {
     "start": "reading data, starting tools",
     "cold start": "cold start",
@@ -50,13 +50,12 @@ PHASES = {
 }
 
 
-COMPILING = ("cold start", "evaluate", "rollout", "score", "branch", "update")  # phases that run programs of their own
+COMPILING = ("cold start", "evaluate", "rollout", "score", "branch", "update")  # phases that compile programs
 
 
 class Progress:
-    """A context manager that is told of every step of a run, and shows which phase it is in and for how long it has run.
-
-    Nothing depends on it but the eyes, those on the first host.
+    """A context manager that gets every step of a run, and shows the current phase and the time since the start. It
+    only displays, and only on the first host.
     """
 
     def __init__(self, config: Config, console: Console | None = None) -> None:
@@ -82,7 +81,8 @@ class Progress:
             self._live.stop()
 
     def sft_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """`step` steps of the cold start are done. They are short: off a terminal, a line every 10 s."""
+        """`step` steps of the cold start are done. They are short, so without a terminal a line is printed only every
+        10 s."""
         self._update("cold start", step, self._config.sft.steps, metrics, every=10.0)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -111,7 +111,8 @@ class Progress:
         now = time.monotonic()
         if self._console.is_terminal:
             if phase not in self._tasks:
-                # The bar measures from one update to the next: the first step is one, so that the second tells its speed.
+                # The bar computes the speed from one update to the next; with an update at the first step it shows a
+                # speed after the second.
                 self._tasks[phase] = self._bars.add_task(phase, total=total, completed=step - 1)
             self._bars.update(self._tasks[phase], completed=step)
         elif now - self._last_line >= every or step == total:
@@ -127,7 +128,7 @@ class Progress:
         return Panel(Group(self._bars, self._doing(), table), title=self._config.run_dir, title_align="left")
 
     def _doing(self) -> Text:
-        """What the run does at this moment, and the time since its start."""
+        """The current phase of the run, and the time since its start."""
         phase, detail, first = heartbeat.doing()
         words = PHASES.get(phase, phase) + (f", {detail}" if detail else "")
         if first and phase in COMPILING and " of " not in detail:  # nothing has come of it yet

@@ -1,4 +1,4 @@
-"""One rollout tree, readable in the terminal."""
+"""A rollout tree in the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from appo_jax.errors import DataError
 def show_tree(run_dir: str | Path, step: int | None = None, index: int = 0, console: Console | None = None) -> None:
     """Print tree `index` of a step's dump (by default the last one): text, tool results, branch points, rewards.
 
-    Raises DataError that names what there is when the step or the tree is not.
+    Raises DataError, with the steps or trees that exist, if this one does not.
     """
     folder = Path(run_dir) / "rollouts"
     dumps = dumped_steps(folder)
@@ -35,9 +35,8 @@ def show_tree(run_dir: str | Path, step: int | None = None, index: int = 0, cons
 
 
 def render_tree(record: dict[str, Any]) -> Tree:
-    """A dumped tree (see `dumps.tree_record`) as rich draws it: each branch hangs under the rollout it forked from.
-
-    ⑂n in a text marks the place where rollout n was branched off: it shares all that stands before the mark.
+    """A dumped tree (see `dumps.tree_record`) for rich: each branch is below the rollout it was branched from. ⑂n in a
+    text marks where rollout n was branched off; rollout n shares everything before the mark.
     """
     children = defaultdict(list)
     for node in record["nodes"]:
@@ -81,5 +80,6 @@ def _render_node(node: dict[str, Any], branches: list[dict[str, Any]]) -> Text:
 
 
 def _harmless(text: str) -> str:
-    """What a policy, a web page or a data set wrote must not steer the terminal: control characters are shown as �."""
+    """Text with control characters shown as �: text of a policy, a web page or a data set must not control the
+    terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)
