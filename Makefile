@@ -1,6 +1,7 @@
 # Every target sets up what it needs on a machine that has Python >= 3.11 and make.
 #   make demo      train the embedded world's policy, from nothing to its held-out accuracy
 #   make test      the tests                make lint     style, types, layers
+#   make test-long the tests that take minutes: two hosts, a sweep that is killed again and again
 #   make docs      the documentation's site, in site/
 #   make bench     speed: the sampler and the tools; make parity: our policies against transformers, live
 #   make compare   APPO against GRPO at equal sampled tokens, over three seeds
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Programs compiled once are compiled for every later run of this checkout.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/artifacts/xla
 
-.PHONY: setup demo test lint docs bench parity compare
+.PHONY: setup demo test test-long lint docs bench parity compare
 .DELETE_ON_ERROR:
 
 setup: $(RUN)
@@ -47,6 +48,9 @@ demo: $(RUN)
 
 test: $(DEV)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+test-long: $(DEV)
+	APPO_JAX_LONG=1 $(BIN)/pytest tests/test_hosts.py tests/sweep/test_sweep.py $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
