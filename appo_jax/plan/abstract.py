@@ -1,4 +1,4 @@
-"""A run's arrays without their numbers: shapes, dtypes and shardings, as the run would place them on a mesh."""
+"""Shapes, dtypes and shardings of a run's arrays, as the run would place them on a mesh."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Arrays:
         self._whole = NamedSharding(mesh, PartitionSpec())
 
     def of(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array that every device holds whole."""
+        """An array that is replicated on every device."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._whole)
 
     def rows(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -50,7 +50,7 @@ class Arrays:
         return sharding.annotate(copy, sharding.param_shardings(self.generating_arch, self.mesh, "generate"), self.mesh)
 
     def caches(self, rows: int, length: int) -> Any:
-        """Keys and values of `rows` prefixes of `length` tokens, every layer's."""
+        """Keys and values of `rows` prefixes of `length` tokens, for every layer."""
         return self._placed(jax.eval_shape(lambda: empty_prefixes(self.generating_arch, rows, length, self.dtype)))
 
     def generation(self, shapes: GenerationShapes) -> tuple[Prefixes, DecodeState]:

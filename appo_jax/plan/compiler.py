@@ -1,4 +1,4 @@
-"""Programs compiled for a TPU slice ahead of time, without the slice, and what the compiler says that they need."""
+"""Compiles programs ahead of time for a TPU slice that need not exist, and reads what they need."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Compiler:
     described: Slice
     devices: Sequence[Any]
     lengths: Path | None = None
-    """Run whose rollouts say how long rollouts are."""
+    """Run from whose rollouts the lengths are taken."""
     on_program: Callable[[str], None] = lambda name: None
-    """Hears the name of each program before it is compiled."""
+    """Called with the name of each program before it is compiled."""
     compiled: dict[tuple[Any, ...], Need] = dataclasses.field(default_factory=dict)
 
     def plan(self, config: Config) -> Plan:
@@ -64,7 +64,7 @@ class Compiler:
 
 
 _MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices")
-# Of the fields that a search changes, those that a program and what lies beside it depend on.
+# The fields that a search changes and on which a program or the other arrays in memory depend.
 _DEPENDS_ON = (
     dict.fromkeys(("reshard",), _MESH)
     | dict.fromkeys(("prefill", "decode", "append", "score"), (*_MESH, "rollout.decode_rows"))
@@ -75,7 +75,7 @@ _DEPENDS_ON = (
 def compiler_for(topology: str, slices: int = 1, **options: Any) -> Compiler:
     """The compiler for `slices` slices of a topology, by its name. `options`: further fields of Compiler.
 
-    Raises ConfigError for a topology that is none, PlanError without the TPU compiler.
+    Raises ConfigError for an unknown topology, PlanError without the TPU compiler.
     """
     described = parse_slice(topology)
     if importlib.util.find_spec("libtpu") is None:
@@ -95,13 +95,13 @@ def compiler_for(topology: str, slices: int = 1, **options: Any) -> Compiler:
         bounds["chip_config_name"] = "megacore"
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=described.topology, **bounds).devices
-    except Exception as error:  # whatever libtpu makes of an unknown shape
+    except Exception as error:  # libtpu raises different errors for an unknown shape
         raise ConfigError(f"--topology {topology}: the TPU compiler does not know it: {error}") from error
     return Compiler(described, devices, **options)
 
 
 def measure(program: Program, chips: int) -> Need:
-    """Compile one program and read what it needs."""
+    """Compile a program and read what it needs."""
     began = time.perf_counter()
     traced = program.trace()
     try:
@@ -119,7 +119,7 @@ def measure(program: Program, chips: int) -> Need:
     moved = hlo.read(compiled.as_text(), program.steps)
     jaxpr = traced.jaxpr.jaxpr
     flops = hlo.matmul_flops(jaxpr)
-    # XLA counts what each chip really does, but the bodies of loops once.
+    # XLA counts what each chip does, but bodies of loops only once.
     counted = cost.get("flops", 0.0) * flops / max(1.0, hlo.matmul_flops(jaxpr, loops=False))
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     own = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes

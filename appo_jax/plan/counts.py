@@ -1,7 +1,7 @@
-"""How often a training step runs each program, and with which shapes: what the loop and the sampler do, counted ahead of time.
+"""How often a training step runs each program, and with which shapes, computed without running it.
 
-Every mini-batch is taken to use every branching loop, and rollouts are as long as `RolloutLengths` says: by default as long as
-they may be, with all the calls they may make. The counts are then those of the longest step.
+Every mini-batch is assumed to use every branching loop, and rollouts to be as long as `RolloutLengths` says: by default
+as long as allowed, with all allowed calls. The counts are then those of the longest step.
 `tests/rollout/test_planned_steps.py` compares them with real steps.
 """
 
@@ -27,7 +27,7 @@ class Generation:
     times: int
     """Generations a step."""
     drawn: int
-    """Rollouts of one generation, at most."""
+    """Maximal number of rollouts of one generation."""
 
     lengths: Lengths
     """Of its rollouts."""
@@ -52,12 +52,12 @@ class Scoring:
     times: int
     """Passes a step."""
     kept: int
-    """Passes whose caches are kept at the same time, for branches to be drawn from; 0: none are."""
+    """Passes whose caches are kept at the same time for drawing branches; 0: none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What one training step runs."""
+    """Everything that one training step runs."""
 
     prefill_rows: int
     """Prompts of one prefill pass."""
@@ -123,7 +123,7 @@ def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes) -> tuple[Sco
     kept: dict[int, int] = {}
 
     def score(per_prompt: int, max_rollouts: int | None = None) -> int:
-        """Count the passes over a mini-batch that score so many rollouts of each prompt, in every mini-batch."""
+        """Count the passes over a mini-batch that score this many rollouts of each prompt, for every mini-batch."""
         rollouts = prompts * per_prompt
         rows = shapes.score_rows(max_rollouts or rollouts)
         passes[rows] = passes.get(rows, 0) + minibatches * -(-rollouts // per_pass)

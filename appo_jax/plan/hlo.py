@@ -1,7 +1,6 @@
-"""What a compiled program moves, read from its HLO text: bytes to and from HBM, and collectives by kind.
-
-XLA's own cost analysis will not do: it counts the body of a loop once, and a weight that is fetched into a TPU's own memory
-ahead of its use three times. The text says how often a loop runs where that is known (a scan).
+"""The memory traffic of a compiled program, read from its HLO text: bytes to and from HBM, and collectives by kind.
+XLA's cost analysis is not used, because it counts the body of a loop once, and counts a weight three times if it is
+prefetched into the TPU's on-chip memory. The text says how often a loop runs if that is known (a scan).
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
     "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16,
 }  # fmt: skip
-_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{[^}]*S\((\d+)\)[^}]*\})?")  # S(n): a memory of the chip's own
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{[^}]*S\((\d+)\)[^}]*\})?")  # S(n): on-chip memory
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLEES = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
-# Instructions that move nothing themselves.
+# Instructions that move no data themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "async-start",
 }  # fmt: skip
@@ -37,8 +36,8 @@ class _Instruction:
     shape: str  # of its result
     operands: tuple[str, ...]
     callees: tuple[str, ...]
-    trips: int | None  # how often its callees run; None: a loop of unknown length
-    group: int  # devices that a collective joins
+    trips: int | None  # how often the called computations run; None: a loop of unknown length
+    group: int  # devices in one group of a collective
 
     @property
     def size(self) -> float:
@@ -53,11 +52,12 @@ class _Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """What a program moves on one chip, in bytes. Loops of a known length count as often as they run."""
+    """The traffic of a program on one chip, in bytes. The body of a loop of known length is counted as often as it
+    runs."""
 
     collectives: dict[str, float]  # by kind: sizes of the results
     hbm: float  # to and from HBM
-    hops: float  # that the collectives take one after the other, from device to device, on rings
+    hops: float  # hops of the collectives on rings that must follow each other
 
 
 def read(text: str, steps: int = 1) -> Moved:

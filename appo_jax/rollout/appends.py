@@ -1,4 +1,4 @@
-"""Tool results on their way into rows: when they are appended, and in which batches."""
+"""When tool results are appended to rows, and in which batches."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from appo_jax.rollout.decode import AppendBatch
 from appo_jax.rollout.rows import Row
 from appo_jax.rollout.shapes import GenerationShapes
 
-# An append holds up every row, be it for one result or for a full batch. So results wait for each other until there is a
-# full batch, or until the first has waited this many times as long as an append takes. More would save appends and lose
-# more by rows that wait: benchmarks/sampler.py's tool_overlap was 0.69 at ten and 0.73 at three.
+# An append stops every row, whether it has one result or a full batch. So results wait until there is a full batch, or
+# until the first has waited this many times the duration of an append. A larger factor saves appends but loses more
+# time in waiting rows: benchmarks/sampler.py's tool_overlap was 0.69 at ten and 0.73 at three.
 APPEND_WAIT = 3.0
 
 
@@ -24,7 +24,7 @@ class Result(NamedTuple):
 
 
 def append_batches(results: Sequence[Result], shapes: GenerationShapes) -> Iterator[AppendBatch]:
-    """The results in batches of one padded length each. On a mesh, each device is given results of its own rows."""
+    """The results in batches, each of one padded length. On a mesh, each device gets the results of its own rows."""
     by_length: dict[int, list[Result]] = {}
     for result in results:
         by_length.setdefault(shapes.padded_result(len(result.ids)), []).append(result)
@@ -40,12 +40,13 @@ def append_batches(results: Sequence[Result], shapes: GenerationShapes) -> Itera
 
 
 def waited_long_enough(rows: Mapping[int, Row], now: float, append_s: float) -> bool:
-    """Whether some result has waited APPEND_WAIT times as long as an append takes (`append_s`)."""
+    """Whether some result has waited APPEND_WAIT times the duration of an append (`append_s`)."""
     return any(row.ended is not None and now - row.ended_at >= APPEND_WAIT * append_s for row in rows.values())
 
 
 def append_now(rows: Mapping[int, Row], waited: bool, late: Sequence[int], full_batch: int) -> bool:
-    """Whether the results that wait are appended in this round. The same on all hosts, because its arguments are.
+    """Whether the waiting results are appended in this round. All hosts decide alike, because the arguments are equal
+    on all.
 
     `waited`: some host's results have waited long enough. `late`: rows past their time, which end now, with their results.
     """

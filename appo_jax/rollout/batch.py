@@ -1,4 +1,4 @@
-"""Ragged rollouts to padded arrays, where host data enters jit."""
+"""Pads rollouts of different lengths to arrays for jit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The programs that feed rows: decoding up to the next look of the host, and the append of tool results."""
+"""The programs that advance rows: decoding until the host must act, and appending tool results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BY_ROW, BY_HEAD, BY_CACHE = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tens
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
-    """What the decode program is compiled for."""
+    """The static arguments of the decode program."""
 
     arch: Architecture
     dtype: Any
@@ -43,7 +43,7 @@ class StopTables(NamedTuple):
 
 
 class Until(NamedTuple):
-    """When decoding pauses for the host: at so few active rows, or after so many steps, whichever is first."""
+    """When decoding pauses for the host: at this few active rows, or after this many steps, whichever comes first."""
 
     min_active: jax.Array | int
     max_steps: jax.Array | int
@@ -52,7 +52,7 @@ class Until(NamedTuple):
 class AppendBatch(NamedTuple):
     """Tool results for some rows."""
 
-    rows: np.ndarray | jax.Array  # [A] int32: row indices. W, which is out of bounds, where a place is not used
+    rows: np.ndarray | jax.Array  # [A] int32: row indices; unused entries are W, which is out of bounds
     chunk: np.ndarray | jax.Array  # [A, Q] int32: the tokens of each result, padded
     counts: np.ndarray | jax.Array  # [A] int32: how many tokens each result has
 
@@ -63,7 +63,7 @@ class AppendBatch(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Where the tokens that are fed stand in their rows, each `[W]`."""
+    """The positions of the tokens that are fed, each `[W]`."""
 
     slot: jax.Array  # suffix slot of the first
     counts: jax.Array  # how many there are; the others are padding
@@ -92,7 +92,7 @@ def _feed(
         start: jax.Array, slot: jax.Array, count: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
         w, slots = jnp.arange(len(q))[:, None], suffix[1].shape[2]
-        # Padding is sent out of bounds, where the scatter drops it.
+        # Padding gets an index out of bounds; the scatter drops it.
         target = jnp.where(offsets < count[:, None], slot[:, None] + offsets, slots)  # [W, Q]
         k = suffix[0].at[w, :, :, target].set(new_k, mode="drop", unique_indices=True)
         v = suffix[1].at[w, :, target].set(new_v, mode="drop", unique_indices=True)
@@ -122,7 +122,7 @@ def _rotation_table(arch: Architecture, prefixes: Prefixes, suffix_length: int) 
 def decode_segment(
     params: Params, prefixes: Prefixes, state: DecodeState, stops: StopTables, until: Until, *, spec: DecodeSpec
 ) -> tuple[DecodeState, jax.Array]:
-    """Sample until the host wants to look in. Returns the state and the steps done.
+    """Sample until the host must act (`until`). Returns the state and the number of steps.
 
     A row stops at EOS, at the end of a stop string or at its limit; the host reads which from its last token, its automaton
     and its length.
@@ -139,7 +139,8 @@ def decode_segment(
         s, steps = carry
         last = s.length - 1
         token = s.tokens[w, last][:, None]
-        # Inactive rows write their last token's keys and values too: the same numbers they will be fed with later.
+        # Inactive rows also write the keys and values of their last token: the same numbers that are written when it is
+        # fed later.
         span = _Span(last, jnp.ones_like(last), s.start)
         hidden, cache = _feed(params, (spec.arch, spec.dtype, False), prefixes, s.cache, token, span, table)
         # Each device makes logits of its part of the vocabulary for the rows of all fsdp places, and then has more of fewer rows.
@@ -151,7 +152,7 @@ def decode_segment(
             keys = jax.vmap(jax.random.fold_in)(s.key, s.start + s.length)
             uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
         drawn, log_prob, entropy = draw(logits, uniforms)
-        slot = jnp.where(s.active, s.length, S)  # out of bounds, and so dropped, for inactive rows
+        slot = jnp.where(s.active, s.length, S)  # out of bounds for inactive rows, and therefore dropped
         length = s.length + s.active
         automaton = jnp.where(s.active, stops.next_state[s.automaton, drawn], s.automaton).astype(jnp.int32)
         stop = jnp.isin(drawn, jnp.asarray(spec.eos_ids)) | (stops.hit[automaton] >= 0) | (length >= s.limit)
@@ -181,14 +182,15 @@ def append_tokens(
 ) -> DecodeState:
     """Append tool results to some rows and set those rows sampling again.
 
-    On a mesh, each equal part of the batch holds rows of one device. A row's pending token and all but the last appended one
-    are fed; the last becomes the pending one.
+    On a mesh, each equal part of the batch holds rows of one device. The row's pending token and all appended tokens
+    except the last are fed; the last becomes the pending token.
     """
     W, S = state.tokens.shape
     A, Q = batch.chunk.shape
     rows, chunk = jnp.asarray(batch.rows), batch.chunk
     in_bounds = jnp.minimum(rows, W - 1)
-    # Whole on every device: a collective of these few numbers would be woven into every matrix product of a layer.
+    # Replicated on every device: otherwise the compiler would put a collective of these few numbers into every matrix
+    # product.
     length, start, count = (
         replicate(x) for x in (state.length[in_bounds], state.start[in_bounds], jnp.asarray(batch.counts))
     )
@@ -210,7 +212,7 @@ def append_tokens(
     cache = put(state.cache, on_device, suffixes)
     offsets = jnp.arange(Q)
     target = jnp.where(offsets < count[:, None], length[:, None] + offsets, S)
-    # No scatter: the v6e compiler hands one of so few numbers to the sparse core, and ran out of stack over it.
+    # Not a scatter: the v6e compiler would give such a small one to the sparse core, and runs out of stack.
     receives = jnp.arange(W)[:, None] == rows  # [W, A]
     return laid_out(
         dataclasses.replace(

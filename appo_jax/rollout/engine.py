@@ -1,7 +1,7 @@
-"""The host side of generation: rows decode on the device, tools run on the host, neither waits for the other.
+"""The host side of generation: rows decode on the device while tools run on the host.
 
-Token ids go in and out; a rollout's history is never tokenised again. A row that asks for a tool leaves the decode loop,
-its call runs in the executor while other rows go on, and its result is appended when it has come.
+Token ids go in and out; a rollout's history is never tokenised again. A row that calls a tool leaves the decode loop;
+the call runs in the executor while other rows decode; then its result is appended.
 
 With several hosts, all of them run this loop in step: what it does follows from the device's arrays and from `News`, which
 the hosts exchange once a round. A row's tools run on one host alone, the one its prompt belongs to.
@@ -47,17 +47,17 @@ from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.types import Rollout, StopReason
 
-# The host looks in when this share of the decoding rows has stopped, or after SEGMENT_STEPS tokens, whichever is first:
-# often enough that finished rows give their place to waiting ones, seldom enough that the look costs little.
-REFILL_SHARE = 0.0625  # while forks wait for a row
-ATTENTION_SHARE = 0.25  # when only tool calls can want the host
+# Decoding pauses when this share of the rows has stopped, or after SEGMENT_STEPS tokens, whichever comes first: often
+# enough that waiting rollouts soon get the places of finished ones, and rarely enough that the pauses cost little.
+REFILL_SHARE = 0.0625  # if forks wait for a row
+ATTENTION_SHARE = 0.25  # if the host is needed only for tool calls
 SEGMENT_STEPS = 32
-# While tools run, segments are kept to this many seconds, so that a result is not kept waiting by slow steps.
+# While tools run, segments last at most this many seconds, so that results do not wait for slow steps.
 TOOL_POLL_S = 0.05
 
 
 class Draw(NamedTuple):
-    """How the tokens of a generation are drawn."""
+    """How the tokens of a generation are sampled."""
 
     id: Sequence[int]  # separates its random draws from those of every other generation (phase, step …)
     temperature: float  # 0: greedy
@@ -65,7 +65,7 @@ class Draw(NamedTuple):
 
 @dataclasses.dataclass
 class News:
-    """What a host has to tell the others after a round; plain JSON, and rows by their index."""
+    """What a host sends to the others after a round, as plain JSON; rows are given by index."""
 
     calls: list[EndedCall]
     late: list[int]  # rows past their time
@@ -82,7 +82,7 @@ class Generation:
     draw: Draw
     spec: DecodeSpec
     seating: Seating
-    source: PrefixSource  # of the prefixes that are still to be loaded
+    source: PrefixSource  # caches of the prefixes that are not loaded yet
     state: DecodeState
     slots: list[Blocks]  # the prefixes that are loaded
     finished: list[list[Rollout]]  # by group, in the order in which they ended
@@ -99,9 +99,8 @@ class Generation:
 
 
 class Engine:
-    """Continues forks to their end under given parameters. One per process; holds no parameters itself.
-
-    `mesh`: the one in use; None: a single device. Raises ConfigError where tool results have no room for their own marks.
+    """Continues forks to their end under given parameters. One per process; it holds no parameters. `mesh`: the mesh in
+    use; None: a single device. Raises ConfigError if the marks of a tool result exceed its limit of tokens.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class Engine:
         self._append_s = 0.0  # how long the last append took
 
     def start(self, host: int) -> Mapping[str, Any]:
-        """Tool states of a new rollout that belongs to a host; a host has none of another's."""
+        """Tool states of a new rollout of a host; empty on the other hosts."""
         return self.executor.start() if host == distributed.host() else {}
 
     def take_stats(self) -> GenerationStats:
@@ -131,7 +130,7 @@ class Engine:
         return stats
 
     def spec(self, temperature: float) -> DecodeSpec:
-        """What decode programs of this engine are compiled for."""
+        """The static arguments of this engine's decode programs."""
         top_k, top_p = self.config.top_k, self.config.top_p
         return DecodeSpec(self.generating_arch, self.dtype, temperature, top_k, top_p, self.tokenizer.eos_ids)
 
@@ -158,7 +157,7 @@ class Engine:
                 self._decode(g)
             else:
                 self._wait_for_tools(g)
-            # What happened on the hosts, in one order on all of them.
+            # The news of all hosts, in the same order on each.
             news = [News(**n) for n in distributed.exchange(dataclasses.asdict(self._news(g)))]
             g.step_s = max(n.step_s for n in news)
             late = [w for n in news for w in n.late]
@@ -180,7 +179,7 @@ class Engine:
         draw: Draw,
     ) -> Generation:
         named = list(enumerate(groups))
-        if not self.config.share_prefix:  # every fork is a group of its own, and its prefix is computed anew
+        if not self.config.share_prefix:  # every fork becomes a separate group, and its prefix is computed again
             named = [(name, [fork]) for name, group in named for fork in group]
             caches = self.prefill(policy, [group[0].tokens for _, group in named], shapes.prefix_length, shapes.rows)
         return Generation(
@@ -221,7 +220,7 @@ class Engine:
         return 0 if self.automaton.hit[state] >= 0 else state
 
     def _decode(self, g: Generation) -> None:
-        """Decode until enough rows have stopped, and see why they have."""
+        """Decode until enough rows have stopped, and handle the stopped rows."""
         decoding = g.num_decoding
         enough = max(1, int(decoding * (REFILL_SHARE if g.seating.queued else ATTENTION_SHARE)))
         max_steps = SEGMENT_STEPS
@@ -238,7 +237,7 @@ class Engine:
         self.stats.row_steps += int(steps) * g.shapes.rows
 
     def _read_stops(self, g: Generation) -> None:
-        """See which rows have stopped: their rollout is over, or they ask for a tool."""
+        """Handle the rows that have stopped: their rollout is over, or they call a tool."""
         active, length, automaton = jax.device_get((g.state.active, g.state.length, g.state.automaton))
         stopped = [w for w, row in g.rows.items() if not row.calling and not active[w]]
         if not stopped:
@@ -248,7 +247,7 @@ class Engine:
             self._on_stop(g.rows[w], tokens[w, : length[w]], int(automaton[w]))
 
     def _on_stop(self, row: Row, suffix: np.ndarray, automaton: int) -> None:
-        """A row has stopped: its rollout is over, or it asks for a tool."""
+        """Handle a row that has stopped: its rollout is over, or it calls a tool."""
         if suffix[-1] in self.tokenizer.eos_ids:
             row.stop_reason = StopReason.ANSWERED
         elif self.automaton.hit[automaton] < 0:
@@ -263,7 +262,7 @@ class Engine:
             row.begin_call(None)
 
     def _wait_for_tools(self, g: Generation) -> None:
-        """Nothing decodes: wait for the next result, TOOL_POLL_S at most."""
+        """No row decodes: wait up to TOOL_POLL_S for the next result."""
         began = time.perf_counter()
         futures = [row.future for row in g.rows.values() if row.future]
         concurrent.futures.wait(futures, TOOL_POLL_S, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -298,9 +297,8 @@ class Engine:
         )
 
     def _compile_appends(self, g: Generation) -> None:
-        """Compile the append of every padded length at a generation's first round, with batches that hold no result.
-
-        Otherwise a run would stop to compile in the middle, when the first result of that length comes.
+        """Compile the append of every padded length in the first round of a generation, with empty batches. Otherwise
+        it would compile when the first result of a length arrives, in the middle of a run.
         """
         if g.shapes in self._compiled:
             return
@@ -310,7 +308,7 @@ class Engine:
         g.state = halt_rows(g.state, np.zeros(g.shapes.rows, bool))
 
     def _expire(self, g: Generation, late: Sequence[int]) -> None:
-        """End the rows that are past their time, those that wait for a tool included."""
+        """End the rows that are past their time, including those that wait for a tool."""
         halted = np.zeros(g.shapes.rows, bool)
         for w in late:
             halted[w] = g.rows[w].expire()
@@ -318,7 +316,7 @@ class Engine:
             g.state = halt_rows(g.state, halted)
 
     def _collect(self, g: Generation) -> None:
-        """Read the rollouts that are over from the device, and free their rows."""
+        """Read the finished rollouts from the device, and free their rows."""
         over = [w for w, row in g.rows.items() if row.stop_reason is not None]
         if not over:
             return

@@ -22,7 +22,7 @@ from appo_jax.types import Rollout, Tree
 
 @dataclasses.dataclass
 class NodeScores:
-    """What the score pass said of one rollout; all `[T]`, the rollout's own length."""
+    """The results of the score pass for one rollout; all `[T]`, T being its length."""
 
     log_probs: np.ndarray  # under the current policy
     entropies: np.ndarray
@@ -35,15 +35,17 @@ class NodeScores:
 
 @dataclasses.dataclass
 class Growth:
-    """A mini-batch's trees after branching, and what the metrics want to know about it."""
+    """A mini-batch's trees after branching, and numbers for the metrics."""
 
     trees: list[Tree]
-    scores: list[list[NodeScores]]  # by prompt and node, as of the loop that scored it last; initial rollouts first
-    missing_branches: int = 0  # rollouts that the trees lack of the budget, because no valid position was left
+    scores: list[
+        list[NodeScores]
+    ]  # by prompt and node, from the loop that scored the rollout last; initial rollouts first
+    missing_branches: int = 0  # rollouts missing from the budget because no valid position was left
 
 
 def blank_tokens(tokenizer: Tokenizer) -> np.ndarray:
-    """`[V]` bool: tokens that decode to nothing, whitespace or punctuation alone."""
+    """`[V]` bool: tokens that decode to an empty string or only to whitespace and punctuation."""
 
     def blank(piece: bytes) -> bool:
         return not any(char.isalnum() or char == "�" for char in piece.decode("utf-8", errors="replace"))
@@ -58,7 +60,7 @@ def valid_positions(rollout: Rollout, blank: np.ndarray, config: BranchingConfig
         beyond = len(blank)  # ids from the tokenizer's vocabulary on are blank too
         valid &= ~np.append(blank, True)[np.minimum(rollout.tokens, beyond)]
     if config.include_token:
-        # After EOS there is nothing to continue, and the last token may have used up the room.
+        # Nothing can follow EOS, and after the last token the rollout may be at its limit.
         valid &= ~np.isin(rollout.tokens, eos_ids)
         valid[-1] = False
     return valid
@@ -80,7 +82,8 @@ def view_of(tree: Tree, scores: Sequence[NodeScores]) -> view.TreeView:
 
 
 def _add(rollout: Rollout, by_node: list[np.ndarray], own: np.ndarray) -> None:
-    """Add a rollout's numbers to those of its tree, if they are not known yet. At inherited tokens they are the parent's."""
+    """Add a rollout's numbers to those of its tree, unless they are known. At inherited tokens they are the parent's
+    numbers."""
     if rollout.node == len(by_node):
         by_node.append(inherit(rollout, by_node, own))
 
@@ -89,9 +92,8 @@ _branching_scores = jax.jit(branching_scores, static_argnames="config")
 
 
 class TreeGrower:
-    """Grows the trees of a mini-batch under the policy as it is now, with any sampler.
-
-    `vocab_size`: V of the policy. `seed`: of the rules that draw lots.
+    """Grows the trees of a mini-batch under the current policy, with any sampler. `vocab_size`: V of the policy.
+    `seed`: for the rules that draw at random.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class TreeGrower:
         old = [list(known) for known in old_log_probs]
         new: list[list[np.ndarray]] = [
             [] for _ in trees
-        ]  # under the present policy, from the first pass over a rollout
+        ]  # under the current policy, from the first pass over a rollout
         for loop, max_scored in enumerate(self.shapes.max_scored(len(trees), len(trees[0])), start=1):
             if all(len(tree) == self.budget for tree in growth.trees):
                 break
@@ -129,7 +131,7 @@ class TreeGrower:
             for p, tree in enumerate(growth.trees):
                 for rollout in tree:
                     _add(rollout, new[p], own := next(values))
-                    _add(rollout, old[p], own)  # the present policy drew a branch's own tokens
+                    _add(rollout, old[p], own)  # the current policy drew the tokens after the fork
             growth.scores = self._scores(growth.trees, old, new, scored, max_scored)
             cuts = [self._choose(growth, p, loop, draw_id) for p in range(len(trees))]
             self._branch(params, growth, scored, cuts, loop, [*draw_id, loop])
@@ -140,7 +142,7 @@ class TreeGrower:
         self, trees: Sequence[Tree], old: Sequence[Sequence[np.ndarray]], new: Sequence[Sequence[np.ndarray]],
         scored: ScorePass, max_scored: int,
     ) -> list[list[NodeScores]]:  # fmt: skip
-        """What the score pass means for branching, by tree. `old` and `new`: log-probs by tree and node."""
+        """The Branching Scores, by tree. `old` and `new`: log-probs by tree and node."""
 
         def array(values: Sequence[np.ndarray]) -> np.ndarray:
             return padded(values, max_scored, self.shapes.rollout_length)

@@ -1,4 +1,4 @@
-"""Where the prefixes of a generation come from: caches of several prefixes each, computed when they are asked for."""
+"""The prefixes of a generation: caches of several prefixes each, computed when needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def prompt_caches(
 
 
 class PrefixSource:
-    """The prefixes of a series of caches, by their index in all of them. Indices must rise; caches that are past are let go."""
+    """The prefixes of a series of caches, numbered through all of them. Indices must rise; caches before the current
+    one are freed."""
 
     def __init__(self, caches: Caches):
         self._caches, self._next = caches, 0  # index of the first prefix of the next cache

@@ -1,4 +1,4 @@
-"""What the host knows of a row: where its rollout begins, what it waits for, why it ends, and the rollout it leaves."""
+"""The host's state of a row: where its rollout begins, what it waits for, why it ends, and the finished rollout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from appo_jax.types import Example, Outcome, Rollout, StopReason, ToolCall
 
 @dataclasses.dataclass(frozen=True)
 class Fork:
-    """Where a new rollout begins: after `tokens`, which are a prompt or the head of a parent."""
+    """The start of a new rollout: it begins after `tokens`, a prompt or the first tokens of a parent."""
 
     example: Example
     tokens: np.ndarray  # [t] int32: everything before the first new token
@@ -34,7 +34,7 @@ class Fork:
 
     @property
     def boundary(self) -> int:
-        """Index after the last tool result, or after the prompt: where the policy's own current text begins."""
+        """Index after the last tool result, or after the prompt: the policy's current turn begins there."""
         return self.calls[-1].result_end if self.calls else self.prompt_length
 
 
@@ -48,7 +48,7 @@ def fork_of_prompt(example: Example, prompt: np.ndarray, states: Mapping[str, An
 
 
 def fork_of(parent: Rollout, branch: Branch, start: Callable[[int], Mapping[str, Any]]) -> Fork:
-    """The beginning of a branch: the parent's head up to the cut, with the calls and the tool states of that moment.
+    """The start of a branch: the parent's tokens up to the cut, with the calls and the tool states at the cut.
 
     `start`: the tool states of a new rollout of a host.
     """
@@ -63,7 +63,7 @@ def fork_of(parent: Rollout, branch: Branch, start: Callable[[int], Mapping[str,
 
 
 class EndedCall(NamedTuple):
-    """A tool call that has ended, as hosts tell it to each other: the fields of CallRecord but `states`."""
+    """A finished tool call as hosts send it to each other: the fields of CallRecord except `states`."""
 
     row: int
     name: str
@@ -84,11 +84,11 @@ class Row:
     fork: Fork
     group: int  # of the generation
     deadline: float  # time.monotonic()
-    calls: list[ToolCall] = dataclasses.field(init=False)  # those before the fork included
+    calls: list[ToolCall] = dataclasses.field(init=False)  # including those before the fork
     states: Mapping[str, Any] = dataclasses.field(init=False)  # tool states now
     boundary: int = dataclasses.field(init=False)  # where the policy's current text begins
     calling: bool = False  # waits for a tool, or with its result
-    future: concurrent.futures.Future[CallRecord] | None = None  # of the running call, on the host that makes it
+    future: concurrent.futures.Future[CallRecord] | None = None  # the running call, on the host that makes it
     ended: EndedCall | None = None  # the call has ended and its result waits to be appended …
     ended_at: float = 0.0  # … since this time.monotonic()
     stop_reason: StopReason | None = None
@@ -117,10 +117,9 @@ class Row:
         return EndedCall.of(row, record)
 
     def end_call(self, ids: list[int], suffix_length: int, max_response_tokens: int) -> list[int]:
-        """Record the ended call with its result of tokens `ids`; returns the tokens that are appended.
-
-        `suffix_length`: tokens of the row's suffix, slot 0 included. Where the result leaves no room to go on, it stays
-        unread and the rollout ends.
+        """Record the finished call with its result of tokens `ids`; returns the tokens to append. `suffix_length`:
+        tokens of the row's suffix, including slot 0. If the rollout could not continue after the result, the result is
+        not appended and the rollout ends.
         """
         ended, self.calling, self.ended = self.ended, False, None
         assert ended is not None
@@ -136,7 +135,7 @@ class Row:
         return ids
 
     def expire(self) -> bool:
-        """End the rollout because its time is over; whether it was still going on."""
+        """End the rollout because its time is over. Returns whether it was still active."""
         if self.stop_reason is not None:
             return False
         self.stop_reason = StopReason.TIME

@@ -1,7 +1,6 @@
-"""One draw per row from a distribution over the vocabulary, with two random numbers instead of one per token.
-
-Logits come as columns, `[V, W]`, as the product of the unembedding with the rows' hidden states leaves them: to turn them
-took a CPU as long as to draw.
+"""One draw per row from a distribution over the vocabulary, with two random numbers instead of one per token. Logits
+are columns, `[V, W]`, as the product of the unembedding with the hidden states gives them: transposing them took a CPU
+as long as drawing.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # tokens; the vocabularies of most policies are whole blocks
+BLOCK = 128  # tokens; the vocabularies of most policies are multiples of it
 
 
 def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -31,7 +30,7 @@ def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 
 
 class Drawn(NamedTuple):
-    """What a row draws, each `[W]`."""
+    """The draws, each `[W]`."""
 
     token: jax.Array  # int32
     log_prob: jax.Array  # float32

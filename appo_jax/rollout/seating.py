@@ -1,10 +1,7 @@
-"""Which fork decodes where: the host's side of the padded tree tensors.
-
-R prefix slots, C columns each, and W rows with W ≤ R·C. A row can sit at any free place, so rows stay busy as long as any
-open prefix has forks to continue, and a slot is given to the next prefix when its last fork has ended.
-
-On a mesh rows and slots are split alike into shards, and a row sits on a slot of its own shard: no cache, no query leaves
-its device.
+"""Which fork decodes in which row: the host's side of the padded tree tensors. There are R prefix slots with C columns
+each, and W ≤ R·C rows. A row can take any free place, so rows stay busy as long as any loaded prefix has forks left; a
+slot gets the next prefix when its last fork has ended. On a mesh rows and slots are split into the same shards, and a
+row uses a slot of its own shard, so that no cache and no query leaves its device.
 """
 
 from __future__ import annotations
@@ -20,9 +17,8 @@ from appo_jax.rollout.shapes import GenerationShapes
 
 
 class Seating:
-    """Seats forks on W rows, group by group.
-
-    `groups`: (name, forks that share a prefix). A name is only handed back, as that of the group of a seated fork.
+    """Assigns forks to W rows, group by group. `groups`: (name, forks that share a prefix). A name is only returned
+    with the forks of its group.
     """
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[Fork]]], shapes: GenerationShapes):
@@ -31,7 +27,7 @@ class Seating:
         self._members = np.full((self.num_slots, shapes.columns), self.num_rows, np.int32)
         self._groups = deque((i, name, forks) for i, (name, forks) in enumerate(groups) if forks)
         self._pending: list[tuple[int, deque[Fork]]] = [(-1, deque()) for _ in range(self.num_slots)]
-        # The first slot of every shard, then the second of each …: few prefixes are spread over the shards.
+        # The first slot of every shard, then the second of each, and so on: few prefixes are spread over all shards.
         self._slots = np.arange(self.num_slots).reshape(self.shards, -1).T.flatten().tolist()
 
     @property
@@ -48,7 +44,7 @@ class Seating:
         return Places(of_row, np.minimum(self._members - first[:, None], W).astype(np.int32))
 
     def seat(self) -> tuple[list[tuple[int, int]], list[tuple[int, int, Fork]]]:
-        """Give free rows to waiting forks; open prefixes are served before new ones are opened.
+        """Give free rows to waiting forks; loaded prefixes come before new ones.
 
         Returns (slot, index in `groups`) of every prefix that must be loaded, indices rising, and (row, name, fork) of
         every fork that begins.

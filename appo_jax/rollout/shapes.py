@@ -1,7 +1,6 @@
-"""Shapes of every program of a generation, and of the score passes that branches are drawn from.
-
-The sampler allocates and compiles by them, and `appo-jax plan` asks the same functions, so the two cannot disagree. Nothing
-here depends on what the policy writes: all shapes follow from the config, the mesh, and bounds that are known before a step begins.
+"""Shapes of all programs of a generation, and of the score passes before branching. The sampler and `appo-jax plan` use
+the same functions, so they cannot disagree. The shapes do not depend on what the policy writes, only on the config, the
+mesh and bounds that are known before a step.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class GenerationShapes:
     suffix_length: int  # S: the last prefix token, and everything that a row may add to it
     append_rows: int  # A: rows of one append of tool results
     result_lengths: tuple[int, ...]  # Q: the lengths to which tool results are padded, rising
-    shards: int  # parts that the mesh splits rows and slots into
+    shards: int  # number of parts into which the mesh splits rows and slots
 
     def padded_result(self, length: int) -> int:
         """The length to which a tool result of `length` tokens is padded."""
@@ -52,7 +51,7 @@ class Shapes:
 
     @property
     def rollout_length(self) -> int:
-        """T: the tokens of a whole rollout, prompt and response."""
+        """T: the maximal tokens of a rollout, prompt and response."""
         return self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
 
     def rounded_up(self, rows: int) -> int:
@@ -60,35 +59,35 @@ class Shapes:
         return -(-rows // self.shards) * self.shards
 
     def prefill_rows(self, max_prompts: int) -> int:
-        """Prompts of one prefill pass, where there are at most `max_prompts` of them."""
+        """Prompts of one prefill pass, for at most `max_prompts` prompts."""
         return self.rounded_up(min(self.rollout.decode_rows, max_prompts))
 
     def score_rows(self, max_rollouts: int) -> int:
-        """Rows of one score pass, where at most `max_rollouts` are scored."""
+        """Rows of one score pass, for at most `max_rollouts` rollouts."""
         return self.rounded_up(min(self.score_rollouts, max_rollouts))
 
     @property
     def score_rollouts(self) -> int:
-        """The most rollouts that one score pass is given: B branches of each fill the decoding rows."""
+        """The maximal number of rollouts in one score pass: B branches of each fill the decoding rows."""
         return max(1, self.rollout.decode_rows // self.branching.num_branch_points)
 
     def max_scored(self, num_trees: int, num_initial: int) -> list[int]:
-        """For each branching loop, the most rollouts that it can score. Each tree begins with `num_initial` rollouts."""
+        """For each branching loop, the maximal number of rollouts that it scores. Each tree begins with `num_initial`
+        rollouts."""
         sizes = RULES[self.branching.score].max_sizes(num_initial, self.rollout.budget, self.branching)
         return [num_trees * size for size in sizes[:-1]]
 
     def initial(self, max_examples: int, copies: int) -> GenerationShapes:
-        """Of the generation that draws `copies` rollouts of each of at most `max_examples` prompts."""
+        """Shapes of the generation that draws `copies` rollouts of each of at most `max_examples` prompts."""
         return self.generation(max_examples, copies, self.rollout.max_prompt_tokens)
 
     def branches(self, max_rollouts: int) -> GenerationShapes:
-        """Of the generation that branches at most `max_rollouts` scored rollouts."""
+        """Shapes of the generation that branches at most `max_rollouts` scored rollouts."""
         return self.generation(max_rollouts, self.branching.num_branch_points, self.rollout_length)
 
     def generation(self, max_groups: int, columns: int, prefix_length: int) -> GenerationShapes:
-        """Of a generation of at most `max_groups` prefixes, each continued by at most `columns` rows at the same time.
-
-        Without `rollout.share_prefix` every row has a prefix slot of its own.
+        """Shapes of a generation of at most `max_groups` prefixes, each continued by at most `columns` rows at the same
+        time. Without `rollout.share_prefix` every row has its own prefix slot.
         """
         if not self.rollout.share_prefix:
             max_groups, columns = max_groups * columns, 1

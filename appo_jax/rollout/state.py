@@ -1,4 +1,4 @@
-"""What the device holds of a generation: padded tree tensors, and how rows and prefixes enter them.
+"""The device's state of a generation: padded tree tensors, and the programs that load rows and prefixes into them.
 
 W rows decode together. A row sits at a place (r, c): it continues the prefix in slot r, as one of at most C rows that do.
 Its text is the first `start + 1` tokens of that prefix followed by its suffix:
@@ -59,7 +59,7 @@ class Prefixes(NamedTuple):
 
 
 class NewRows(NamedTuple):
-    """Rows to begin, as arrays over all W rows. Where `on` is False, a row stays as it is."""
+    """Rows to begin, as arrays over all W rows. A row with `on` False is not changed."""
 
     on: np.ndarray  # [W] bool
     last_token: np.ndarray  # [W] int32: the token at `start`
@@ -135,7 +135,8 @@ def load_prefix(prefixes: list[Blocks], source: list[LayerCache], row: jax.Array
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def begin_rows(state: DecodeState, new: NewRows, seed: jax.Array | int) -> DecodeState:
-    """Set rows to the start of their suffix. What their slots held before lies beyond their length and is never read."""
+    """Set rows to the start of their suffix. The old contents of their slots lie beyond their length and are never
+    read."""
 
     def key(ids: jax.Array) -> jax.Array:
         return functools.reduce(jax.random.fold_in, ids, jax.random.key(seed))

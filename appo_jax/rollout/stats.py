@@ -1,4 +1,4 @@
-"""What a step's trees say in numbers. docs/method.md explains each metric."""
+"""Metrics of a step's trees. docs/method.md explains each."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from appo_jax.types import Rollout, StopReason, Tree
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float:
-    """Mean, NaN for nothing (which the log writes as null)."""
+    """Mean; NaN for no values (the log writes null)."""
     return float(np.mean(values)) if len(values) else float("nan")
 
 
 def rollout_metrics(trees: Sequence[Tree], stats: GenerationStats) -> dict[str, Any]:
-    """Rewards, lengths, stop reasons and tool calls of a step's rollouts, and what the generation cost."""
+    """Rewards, lengths, stop reasons and tool calls of a step's rollouts, and the cost of the generation."""
     rollouts = [rollout for tree in trees for rollout in tree]
     initial = [r for r in rollouts if r.is_initial]
     branches = [r for r in rollouts if not r.is_initial]

@@ -8,13 +8,12 @@ from appo_jax.tools.format import CallFormat, bare_result, result_ids, shield
 
 CUT_MARK = "\n[…]\n"
 MAX_TOKEN_CHARS = 64
-"""Of a result that is longer than all its tokens could be at this length, only the two ends are tokenised."""
+"""A longer result than this many characters per token is not tokenised whole: only its two ends are."""
 
 
 class ToolResults:
-    """Encodes what tools return as it enters a rollout, `max_tokens` tokens at most, the marks around it included.
-
-    Raises ConfigError where the marks alone take that many.
+    """Encodes tool results for a rollout, with at most `max_tokens` tokens including the marks around them. Raises
+    ConfigError if the marks alone take that many.
     """
 
     def __init__(self, tokenizer: Tokenizer, call_format: CallFormat, max_tokens: int):
@@ -30,7 +29,7 @@ class ToolResults:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a result between its marks; a long one is cut in the middle, once, with a visible mark."""
+        """Token ids of a result between its marks; a long one is cut once, in the middle, with a visible mark."""
         return [*self._head, *self._fitting(shield(text)), *self._tail]
 
     def encode_rendered(self, rendered: str) -> list[int]:
@@ -44,7 +43,7 @@ class ToolResults:
             if len(ids) <= self._room:
                 return ids
         room, text = self._room - len(self._cut), text.rstrip()
-        # The last line says what went wrong in a traceback, and often what a program computed: it stays whole.
+        # The last line is kept: in a traceback it names the error, and otherwise it is often what the program computed.
         last_line = text.rpartition("\n")[2]
         tail = len(self._tokenizer.encode(last_line[: max_chars + 1]))
         if tail > room:

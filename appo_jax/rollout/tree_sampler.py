@@ -1,4 +1,5 @@
-"""Our sampler: initial rollouts from prefilled prompts, branches from the caches of the very pass that scored their parents."""
+"""The built-in sampler: initial rollouts start from prefilled prompts, branches from the caches of the pass that scored
+their parents."""
 
 from __future__ import annotations
 
@@ -24,14 +25,16 @@ from appo_jax.types import Example, Rollout, Tree
 
 @dataclasses.dataclass(frozen=True)
 class ScoredPrefixes:
-    """The KV caches of a score pass, and the bound that the shapes of branching from it follow from."""
+    """The KV caches of a score pass, and the maximal number of rollouts, which gives the shapes of branching from
+    it."""
 
     caches: list[list[LayerCache]]
     max_rollouts: int
 
 
 class TreeSampler:
-    """A `Sampler` over our engine. Rollouts that share a prefix share its KV cache; scoring is the prefill of the branches."""
+    """A `Sampler` that uses `Engine`. Rollouts that share a prefix share its KV cache; scoring is the prefill of the
+    branches."""
 
     def __init__(self, engine: Engine, branching: BranchingConfig):
         self.engine = engine
@@ -41,7 +44,7 @@ class TreeSampler:
         self, params: Params, examples: Sequence[Example], copies: int, draw_id: Sequence[int],
         temperature: float | None = None, max_examples: int | None = None,
     ) -> list[Tree]:  # fmt: skip
-        """As `Sampler.initial`. Example i belongs to host i mod the number of hosts."""
+        """See `Sampler.initial`. Example i belongs to host i mod the number of hosts."""
         engine, policy = self.engine, generating(params, self.engine.mesh, self.engine.dtype)
         groups = []
         for index, example in enumerate(examples):
@@ -58,7 +61,7 @@ class TreeSampler:
     def score(
         self, params: Params, rollouts: Sequence[Rollout], max_rollouts: int | None = None, to_branch: bool = False
     ) -> ScorePass:
-        """As `Sampler.score`; several passes where the rollouts do not fit into one."""
+        """See `Sampler.score`; several passes if the rollouts do not fit into one."""
         max_rollouts = max_rollouts or len(rollouts)
         scored = ScorePass(rollouts, [], [], ScoredPrefixes([], max_rollouts) if to_branch else None)
         for first in range(0, len(rollouts), self.shapes.score_rollouts):
