@@ -1,7 +1,7 @@
 """The command line: `appo-jax COMMAND ...`.
 
-Commands that run something take `--config FILE` and dotted overrides of its fields. Everything a user can get wrong in
-them is reported before jax is imported: exit code 2 for a bad command line or config, 1 for what turns out later.
+Commands that run something take `--config FILE` and dotted overrides of its fields. Mistakes in them are reported
+before jax is imported: exit code 2 for a bad command line or config, 1 for errors found later.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if verbose or not failures.is_understood(
             error
-        ):  # nobody knows who can mend it: show all there is, the summary last
+        ):  # an unexpected error: show the whole traceback, the summary last
             traceback.print_exc()
         command = "" if isinstance(error, ConfigError) else f" {name}"
         print(f"appo-jax{command}: {failures.explain(error)}", file=sys.stderr)
@@ -71,20 +71,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def end_with_the_reader() -> None:
-    """End in silence when the reader of what is printed (head, a pager) has seen enough. For a process that only prints."""
+    """End without an error when the reader of the output (head, a pager) closes the pipe. For a process that only
+    prints."""
     if not LONG & set(sys.argv[1:2]) or {"-h", "--help"} & set(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def _set_up_logging() -> None:
-    """Our own messages from INFO on, those of libraries from WARNING on; above the live panel where there is one."""
+    """Log this program's messages from INFO on and those of libraries from WARNING on; above the live panel if there is
+    one."""
     console = rich.get_console()
     handler = RichHandler(console=console, show_path=False) if console.is_terminal else logging.StreamHandler()
     # Whatever level a library gives its own loggers.
     handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.split(".")[0] == "appo_jax")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("appo_jax").setLevel(logging.INFO)
-    # Orbax warns of what is in order and leaves failed reads behind, which checkpoint.py reports in a line of its own.
+    # Orbax warns of things that are in order, and logs failed reads that checkpoint.py reports anyway.
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
@@ -133,14 +135,15 @@ def _study(args: Sequence[str]) -> None:
     def study(
         config: Path, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = (), jobs: int = 1, report: bool = False
     ) -> None:
-        """Make the runs of a study that are not finished, then its table and figure.
+        """Do the runs of a study that are not finished, then write its table and figure.
 
         Args:
             config: A python file with `study = Study(...)`: see configs/studies/.
-            arms: These alone; the first is what the others are compared with. By default all of them.
+            arms: Only these arms; the others are compared with the first. By default all.
             seeds: These instead of the file's.
-            jobs: So many runs at a time, each on its share of the cores. A small policy leaves cores idle: take a job a core.
-            report: Make no runs, only the table and the figure of those that are finished.
+            jobs: Number of runs at a time, each on its share of the cores. A small policy does not fill several cores:
+            use one job per core.
+            report: Start no runs; only write the table and the figure of the finished ones.
         """
         from appo_jax.study.plan import load_study
 
@@ -162,14 +165,14 @@ def _sweep(args: Sequence[str]) -> None:
     """Sweep over config fields: trials on shared seeds and cold starts, on this machine or by workers on many."""
 
     def sweep(config: Path, jobs: int = 1, worker: bool = False, report: bool = False) -> None:
-        """Run the trials of a sweep that are not done, then its report.
+        """Run the unfinished trials of a sweep, then write its report.
 
         Args:
             config: A python file with `sweep = Sweep(...)`: see configs/sweeps/.
             jobs: Number of trials at a time, each on its share of this machine's cores.
             worker: Be one worker: take trials from the sweep's folder, which workers on other machines may share, until
                 all are done. Writes no report.
-            report: Run nothing, only write the report of what is done.
+            report: Run nothing; only write the report of the finished trials.
         """
         from appo_jax.sweep.plan import load_sweep
 
@@ -308,7 +311,7 @@ def _plan(args: Sequence[str]) -> None:
         raise PlanError(plan.verdict())
 
 
-LONG = {"train", "sft", "study", "sweep"}  # they do more than print: a closed pipe does not end them in silence
+LONG = {"train", "sft", "study", "sweep"}  # these do more than print: a closed pipe must not end them silently
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "sft": _sft,

@@ -1,4 +1,4 @@
-"""Signs of life: which phase a run is in, when it last got on, what went wrong. Its supervisor hears of them.
+"""Signs of life for the supervisor: the phase of a run, the time of its last progress, and errors.
 
 The loop says what it does (`phase`, `at_step`, `progress`); a thread tells the supervising process (supervision/) every
 second. Where there is none, as under a caller from Python, nobody listens and nothing else changes.
@@ -17,16 +17,16 @@ from typing import Any
 
 BEAT_S = 1.0  # seconds between two signs of life
 
-PAUSED_S = 30.0  # a sign of life that is so late comes from a process that was not running
+PAUSED_S = 30.0  # a sign of life this late means that the process was not running
 
-# A phase may make no progress for so many times as long as it ever did before, and for at least `floor_s`.
+# A phase may go without progress for this multiple of its longest wait so far, and for at least `floor_s`.
 PATIENCE = 10
-# Before a phase has made progress once it may be compiling: so many times `floor_s`.
+# Before its first progress a phase may be compiling: then this many times `floor_s`.
 FIRST_PATIENCE = 3
 
 
 class _Life:
-    """What is known about this process. Written by the main thread, read by the one that tells."""
+    """The state of this process. Written by the main thread, read by the thread that sends it."""
 
     def __init__(self) -> None:
         self.phase, self.step = "start", 0
@@ -55,19 +55,19 @@ _life = _Life()
 
 
 def connect(channel: socket.socket) -> None:
-    """Tell the supervisor at the other end from now on, as long as this process lives."""
+    """Send signs of life to the supervisor until this process ends."""
     _life.channel = channel
     _life.progressed = time.monotonic()
     threading.Thread(target=_tell, name="heartbeat", daemon=True).start()
 
 
 def supervised() -> bool:
-    """Whether somebody listens."""
+    """Whether there is a supervisor."""
     return _life.channel is not None
 
 
 def send(**message: Any) -> None:
-    """Tell the supervisor something besides the beats, at once."""
+    """Send a message to the supervisor immediately, besides the regular ones."""
     if _life.channel is None:
         return
     with _life.sending, contextlib.suppress(OSError):  # without a supervisor this process is about to end
@@ -75,7 +75,7 @@ def send(**message: Any) -> None:
 
 
 def ask(**message: Any) -> dict[str, Any]:
-    """Tell the supervisor something, and wait for its answer. Raises OSError when none comes within ten seconds."""
+    """Send a message to the supervisor and wait for the answer. Raises OSError if none comes within ten seconds."""
     assert _life.channel is not None
     send(**message)
     readable, _, _ = select.select([_life.channel], [], [], 10.0)
@@ -92,7 +92,7 @@ def progress() -> None:
 
 
 def detail(text: str) -> None:
-    """How far the phase has come, in words for a reader: "40 of 64 rollouts". It ends with the phase."""
+    """The progress of the phase in words, such as "40 of 64 rollouts". It is reset when the phase ends."""
     _life.detail = text
 
 
@@ -102,7 +102,7 @@ def doing() -> tuple[str, str, bool]:
 
 
 def at_step(step: int) -> None:
-    """So many training steps are done."""
+    """Report that this many training steps are done."""
     _life.step = step
     progress()
     send(**_life.beat())
@@ -110,7 +110,7 @@ def at_step(step: int) -> None:
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Within: the run is in this phase. To enter it and to leave it is progress."""
+    """A context in which the run is in this phase. Entering and leaving count as progress."""
     outer, outer_detail = _life.phase, _life.detail
     _life.phase, _life.detail, _life.progressed = name, "", time.monotonic()
     _life.failed_in = None  # whatever failed before has been dealt with
@@ -127,7 +127,8 @@ def phase(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exchanging() -> Iterator[None]:
-    """Within: this host tells the others something, and waits until all have come. To have met is progress."""
+    """A context in which this host exchanges data with the others and waits for all of them. Completing it counts as
+    progress."""
     _life.exchanges += 1
     _life.waiting = True
     try:
@@ -138,7 +139,7 @@ def exchanging() -> Iterator[None]:
 
 
 def stoppable(heard: bool) -> None:
-    """Whether requests to stop are heard and acted upon from now on; where not, nothing is lost by ending the process."""
+    """Set whether requests to stop are handled from now on. If not, ending the process loses nothing."""
     if heard != _life.stoppable:
         _life.stoppable = heard
         send(**_life.beat())
@@ -150,7 +151,7 @@ def expect_progress_within(seconds: float) -> None:
 
 
 def now() -> tuple[str, int]:
-    """The phase the run is in, or was in when it failed, and the steps that are done."""
+    """The current phase, or the phase in which the run failed, and the number of finished steps."""
     return _life.failed_in or _life.phase, _life.step
 
 
@@ -158,7 +159,7 @@ def _tell() -> None:
     told = time.monotonic()
     while True:
         now = time.monotonic()
-        if now - told > PAUSED_S:  # the process was stopped, as by Ctrl-Z: no progress was to be expected
+        if now - told > PAUSED_S:  # the process was stopped, for example by Ctrl-Z, and could make no progress
             _life.progressed = now
         told = now
         send(**_life.beat())

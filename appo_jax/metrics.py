@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard event files, summary.json and the dumps of rollout trees.
+"""Writes a run's metrics.jsonl, TensorBoard event files, summary.json and dumps of rollout trees.
 
 Names are `group/name`; `view/plots.py` draws each group. Times are in seconds, lengths in tokens.
 """
@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 class MetricsLogger:
     """Writes the metrics of the run in directory `run_dir`; with several hosts, the first one does.
 
-    A step's line is on disk when `log` returns, and ends with a checksum of what stands before it. JSON has no NaN and no
-    infinities: metrics.jsonl holds null in their place, TensorBoard the value itself.
+    A step's line is on disk when `log` returns, and ends with a checksum of the rest of the line. JSON has no NaN and
+    no infinities: metrics.jsonl has null instead, TensorBoard the value.
     """
 
     def __init__(self, run_dir: Path, name: str = "metrics", keep_rollouts: int = 0) -> None:
@@ -56,7 +56,7 @@ class MetricsLogger:
             file.write(_sealed({"step": step} | dict(metrics)))
             file.flush()
             os.fsync(file.fileno())
-        if self._board is None:  # purge_step: TensorBoard forgets what a killed process logged from here on
+        if self._board is None:  # purge_step: TensorBoard drops what a killed process logged for these steps
             self._board = SummaryWriter(str(self._run_dir / "tensorboard" / self._name), purge_step=step)
         for key, value in metrics.items():
             if not isinstance(value, str):
@@ -84,7 +84,7 @@ class MetricsLogger:
         self._last_step = step if kept or lost else -1
         if not self._writes:
             return
-        cut_alone = len(damage) == 1 and "cut short" in damage[0]  # what a kill leaves; that step is made again
+        cut_alone = len(damage) == 1 and "cut short" in damage[0]  # left by a kill; that step is done again
         if self._file.exists() and ((damage and not cut_alone) or lost):
             damage.append(f"the file as it was is kept as {set_aside(self._file, copy=True).name}")
         if lost:
@@ -102,7 +102,7 @@ class MetricsLogger:
             _log.info("%s: no checkpoint holds steps %s: they are made again", self._file.name, spans(again))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json; a reader finds the old one or the new one, never half of one."""
+        """Write summary.json atomically."""
         if self._writes:
             write_atomically(self._run_dir / "summary.json", to_json(summary, indent=2))
 

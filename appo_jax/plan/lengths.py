@@ -1,4 +1,4 @@
-"""How long rollouts are: as long as they may be, or as those of a real run were."""
+"""The lengths of rollouts: the longest allowed, or those of a real run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from appo_jax.config import RolloutConfig
 from appo_jax.dumps import dumped_steps, read_dump
 from appo_jax.errors import DataError
 
-MAX_STEPS = 20  # the newest steps of a run whose rollouts are read
+MAX_STEPS = 20  # number of newest steps of a run whose rollouts are read
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """What the rollouts of one kind (initial ones, or branches) draw themselves."""
+    """Lengths and calls of the rollouts of one kind (initial ones, or branches)."""
 
     sampled: tuple[int, ...]
     """Tokens that each of them sampled; tool results are appended, not decoded."""

@@ -1,4 +1,4 @@
-"""Rewards: a function from a finished rollout's text to a number, and to whether the answer is right."""
+"""Rewards: functions from a finished rollout's text to a number and to whether the answer is right."""
 
 from __future__ import annotations
 

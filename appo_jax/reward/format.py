@@ -1,4 +1,4 @@
-"""The format rules of the robust reward, judged on what the policy itself wrote."""
+"""The format rules of the robust reward, checked on the text that the policy wrote."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def format_error(response: Response, call_format: CallFormat) -> str | None:
 
     - at least one <think>…</think>, every one closed before the next opens; one that the prompt opened counts;
     - one <answer>…</answer>, outside <think>, with a complete \\boxed{…} inside;
-    - no marks of a tool result of the policy's own, in any spelling: results are the tools' to write;
+    - no marks of a tool result in the policy's text, in any spelling: only tools write results;
     - every tool call well formed, at the end of its turn, and answered by a result.
     """
     text = response.framed_text
@@ -36,7 +36,7 @@ def format_error(response: Response, call_format: CallFormat) -> str | None:
 
 
 def _alternate(tags: list[str]) -> bool:
-    """<x> </x> <y> </y> …: every opening tag is followed at once by its own closing tag."""
+    """<x> </x> <y> </y> …: every opening tag is closed before the next tag opens."""
     opening, closing = tags[::2], tags[1::2]
     return len(opening) == len(closing) and all(
         o == c.replace("/", "") and o != c for o, c in zip(opening, closing, strict=True)

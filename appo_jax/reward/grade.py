@@ -1,4 +1,4 @@
-"""Is the answer right? The one judgement that every reward's `correct`, and so accuracy, rests on."""
+"""Whether an answer is right: the source of `correct` under every reward, and so of accuracy."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Grade:
 
 
 def final_answer(response: Response) -> str | None:
-    """What the policy gave as its answer, whatever the format: only its own words count, never a tool result.
+    """The policy's answer, whatever the format: only the policy's text counts, never a tool result.
 
-    The last `\\boxed{…}` of the last <answer> block (several of them where they are joined); else the last one anywhere;
-    else the last block's text.
+    The last `\\boxed{…}` of the last <answer> block (or several that are joined); else the last box anywhere; else the
+    last block's text.
     """
     text = response.sampled_text
     block = _last_block(text)
@@ -36,7 +36,7 @@ def final_answer(response: Response) -> str | None:
 
 
 def _last_block(text: str) -> str | None:
-    """What stands in the last `<answer>…</answer>`."""
+    """The text of the last `<answer>…</answer>`."""
     close = text.rfind(_CLOSE)
     while close >= 0:
         before = text.rfind(_CLOSE, 0, close)
@@ -48,7 +48,7 @@ def _last_block(text: str) -> str | None:
 
 
 def grade(response: Response) -> Grade:
-    """Compare the final answer with the golds by the response's kind. No answer scores 0."""
+    """Compare the final answer with the golds by the response's kind. No answer gets 0."""
     answer = final_answer(response)
     if answer is None:
         return Grade(0.0, False)

@@ -1,4 +1,4 @@
-"""A reward function at work: tried out before a run begins, and watched while it lasts."""
+"""Calls a reward function: tries it before the run begins, and checks every result."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ log = logging.getLogger(__name__)
 MAX_SHOWN = 200  # characters of a value in a message
 MAX_HANGING = 64  # threads that never came back
 NO_REWARD = float("nan")
-"""The reward of a rollout that the function gave none; groups leave it out."""
+"""The reward of a rollout for which the function failed; groups leave it out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What a reward function said of one response, in plain numbers that can be sent between hosts."""
+    """The result of a reward function for a response, in plain numbers that can be sent between hosts."""
 
     reward: float  # finite, or NO_REWARD with `error`
     correct: bool
     detail: dict[str, float]
-    error: str | None = None  # why there is no reward: what the function returned or raised
+    error: str | None = None  # the reason for no reward: what the function returned or raised
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A reward function by its name in the config. Calling it never fails for what the function returns or raises."""
+    """A reward function with its name in the config. Whatever the function returns or raises, calling a Judge does not
+    fail."""
 
     name: str
     function: Callable[[Response], RewardResult]
@@ -53,7 +54,8 @@ class Judge:
     """The language model that the function asks, if it asks one."""
 
     def __call__(self, response: Response) -> Judgement:
-        """The function's judgement, its numbers as Python's own. An AppoError, which is no fault of the function, passes."""
+        """The function's result with plain Python numbers. An AppoError is raised further: it is not the function's
+        fault."""
         try:
             result = self.function(response)
         except AppoError:
@@ -85,9 +87,8 @@ class Judge:
             self.language.close()
 
     def try_out(self, example: Example) -> None:
-        """Call the function as a run will: on a right answer to `example`, and on a policy that wrote nothing.
-
-        Raises ConfigError that says what it returned or raised, so that a mistake is found before the run begins."""
+        """Call the function as a run will: with a right answer to `example`, and with an empty response. Raises
+        ConfigError with what it returned or raised, so that a mistake is found before the run begins."""
         right = f"<think> </think> <answer> \\boxed{{{example.golds[0] if example.golds else ''}}} </answer>"
         for what, segments in (("a right answer", (Segment(right, True),)), ("an empty response", ())):
             response = Response(
@@ -100,9 +101,8 @@ class Judge:
                 )
 
     def report(self, judgements: Sequence[tuple[str, Judgement]]) -> None:
-        """Say which rollouts, by the id of their question, have no reward and why.
-
-        Raises TrainingError when none of them has one."""
+        """Log which rollouts have no reward and why, by the id of their question. Raises TrainingError if none of them
+        has one."""
         errors = Counter(judgement.error for _, judgement in judgements if judgement.error)
         if not errors:
             return
@@ -174,7 +174,7 @@ def _checked(result: Any) -> Judgement:
 
 
 def _number(value: Any) -> float | None:
-    """A number of Python's, or a scalar of an array library, as a float; None for anything else."""
+    """A Python number or a scalar of an array library as a float; None for anything else."""
     if not isinstance(value, bool | int | float) and getattr(value, "shape", None) != ():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The little LaTeX that answers are written in: finding `\\boxed{…}`, and reading text through its markup."""
+"""LaTeX in answers: finding `\\boxed{…}`, and removing text markup."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ _ESCAPED = re.compile(r"\\([%$&#_])")
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last `\\boxed{…}` whose braces close (an inner one counts as later than its outer); else None."""
+    """Content of the last `\\boxed{…}` whose braces close (an inner box counts as later than its outer box); else
+    None."""
     boxes = _boxes(text)
     return text[boxes[-1][1] : boxes[-1][2]] if boxes else None
 
 
 def boxed_answer(text: str) -> str | None:
-    """The answer in boxes: the last one, with those right before it that are joined to it by a comma, "and" or the like.
+    """The answer in boxes: the last box, and the boxes right before it that are joined to it by a comma, "and" or the
+    like.
 
     `\\boxed{3} and \\boxed{5}` answers `3, 5`, while `\\boxed{3}, so \\boxed{5}` answers `5`. None without a closed box.
     """
@@ -40,14 +42,14 @@ def boxed_answer(text: str) -> str | None:
         inner = last_boxed(content)
         answers.append(content if inner is None else inner)
         following = start
-    return ", ".join(dict.fromkeys(reversed(answers)))  # one that is said twice counts once
+    return ", ".join(dict.fromkeys(reversed(answers)))  # a repeated one counts once
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
     """(start, start of the content, end of the content) of every closed box, by start; in time linear in the text."""
     open_braces: list[
         tuple[int, int] | None
-    ] = []  # what is still open: a box's start and its content's, None for a brace
+    ] = []  # open braces: the start of a box and of its content, or None for another brace
     boxes = []
     for token in _BOX_OR_BRACE.finditer(text):
         if token["box"]:
@@ -60,7 +62,7 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def _joined(gap: str) -> bool:
-    """Whether the text between two boxes makes them one answer. `y =` may stand before the second box."""
+    """Whether the text between two boxes joins them to one answer. `y =` may precede the second box."""
     if len(gap) > _MAX_GAP:
         return False
     gap = re.sub(r"\\(?:text[a-z]*|mbox|q?quad)\b|\\[,;: ]|[\s${}~]", "", gap)

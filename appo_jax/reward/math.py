@@ -1,4 +1,4 @@
-"""Mathematical answers: whether two of them are the same value. docs/grading.md lists the rules.
+"""Whether two mathematical answers have the same value. docs/grading.md lists the rules.
 
 Notation, structure, units and plain numbers are ours: they are read exactly, in every spelling that policies and data sets
 use, and most answers need nothing else. What is left, expressions, goes to math-verify (verify.py).
@@ -17,7 +17,7 @@ from appo_jax.reward.structure import Group, choice, read_group, unwrapped
 from appo_jax.reward.units import split_unit
 
 MAX_ANSWER_CHARS = 400
-"""Answers longer than this and than four times the gold are wrong, unless they are written as the gold is."""
+"""Answers longer than this and longer than four times the gold are wrong, unless they are written like the gold."""
 MAX_PARTS = 40
 """Answers of more parts, or nested deeper than `MAX_DEPTH`, are equal only as written."""
 MAX_DEPTH = 5
@@ -27,7 +27,7 @@ _ASSIGNMENT = re.compile(
     rf"(\(\s*[a-z]\s*(?:,\s*[a-z]\s*)+\)|m?\s*\\angle\s*[A-Z]{{1,3}}|{_NAME})\s*(?:=|\\in(?![a-z]))\s*([^=]+)"
 )
 _BASE = re.compile(r"_\s*\{?(\d+)\}?$")
-# What only a computer algebra system can read beside a group: x > 2 is (2, \infty).
+# Text that a computer algebra system may find equal to a group: x > 2 is (2, \infty).
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|mid|mathbb|cup|cap|setminus|begin)(?![a-z])")
 _SET_BUILDER = re.compile(r"\\\{\s*[a-z]\s*(?:\\mid(?![a-z])|\||:)\s*([^,;]*)\\\}")
 _COMMAS = re.compile(r"-?\d+(?:,\d+)+")
@@ -52,7 +52,7 @@ def math_equal(answer: str, gold: str) -> bool | None:
 
 
 class _Comparison:
-    """One comparison of two answers; their parts share one time limit. Texts are in clean notation."""
+    """A comparison of two answers; all their parts share a time limit. Texts are in clean notation."""
 
     def __init__(self) -> None:
         self.timed_out = False
@@ -82,7 +82,8 @@ class _Comparison:
         return not both_read and bool(_RELATION.search(answer + gold)) and self._verify(answer, gold)
 
     def _groups(self, answer: Group, gold: Group, depth: int) -> bool:
-        """Lists and sets in any order, a list with as many of each, everything else part by part in the same brackets."""
+        """Lists and sets are compared in any order (lists with multiplicity), everything else part by part and with its
+        brackets."""
         if max(len(answer.parts), len(gold.parts)) > MAX_PARTS:
             return False
         kinds = answer.opening, gold.opening
@@ -136,7 +137,7 @@ class _Comparison:
 
 
 def _plain_numbers(answer: str, gold: str) -> bool | None:
-    """The verdict on two plain numbers; None when one of them is something else."""
+    """Whether two plain numbers are equal; None if one of them is not a plain number."""
     a, g = read_number(answer), read_number(gold)
     if a is None and g is not None:
         a = read_number(answer, decimal_comma=True)
@@ -146,7 +147,7 @@ def _plain_numbers(answer: str, gold: str) -> bool | None:
 
 
 def _without_units(answer: str, gold: str) -> tuple[str, str] | None:
-    """Both without their units; None when the gold's unit is another one."""
+    """Both without their units; None if the units differ."""
     a, g = split_unit(answer), split_unit(gold)
     if a is None or g is None or (g[1] is not None and a[1] not in (None, g[1])):
         return None
@@ -201,7 +202,7 @@ def _same_brackets(answer: Group, gold: Group) -> bool:
 
 
 def _without_assignment(answer: str, gold: str) -> tuple[str, str]:
-    """`x = 5` is 5 beside an answer that names no variable, and beside one that names the same."""
+    """`x = 5` is read as 5 if the other answer names no variable or the same one."""
     a, g = _ASSIGNMENT.fullmatch(answer), _ASSIGNMENT.fullmatch(gold)
     if a and g:
         return (a[2], g[2]) if a[1].replace(" ", "") == g[1].replace(" ", "") else (answer, gold)

@@ -1,4 +1,5 @@
-"""One spelling for mathematical answers: Unicode, LaTeX's variants and plain text are brought to the same plain LaTeX."""
+"""Brings mathematical answers in Unicode, variants of LaTeX and plain text to the same plain LaTeX ("clean
+notation")."""
 
 from __future__ import annotations
 
@@ -57,12 +58,12 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<=[\d}])\s*(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?![a-zA-Z])", "%", text)
     text = re.sub(r"(?<=\d), (?=0\d\d(?!\d))", ",", text)  # 80, 000: a list has no part that begins with 0
     text = re.sub(r"(?<![a-zA-Z])([ap])\.\s?m(?![a-zA-Z])\.?", r"\1m", text)
-    text = re.sub(r"\*\*(.*)\*\*", r"\1", text.strip())  # bold, as Markdown writes it
+    text = re.sub(r"\*\*(.*)\*\*", r"\1", text.strip())  # bold in Markdown
     return " ".join(text.split()).rstrip(".,; ").strip()
 
 
 def _ascii_signs(text: str) -> str:
-    """Letters, digits and signs of Unicode by their plain spelling; what cannot be seen is dropped."""
+    """Letters, digits and signs of Unicode in plain spelling; invisible characters are dropped."""
     parts: list[str] = []
     raised = ""  # "^" or "_" while a run of small digits is open
     for ch in text.translate(_DASHES):
@@ -86,18 +87,18 @@ def _ascii_signs(text: str) -> str:
 
 
 def _synonym(match: re.Match[str]) -> str:
-    if (name := match[1]) not in _SYNONYMS:  # a line break is no command
+    if (name := match[1]) not in _SYNONYMS:  # a line break is not a command
         return match[0]
     plain = _SYNONYMS[name]
     return f"\\{plain} " if plain.isalpha() and plain != "i" else plain
 
 
 def _dollars(text: str) -> str:
-    """Drop `$…$` where the signs pair up; a lone one is a currency sign."""
+    """Drop the `$` signs that pair up; a single one is a currency sign."""
     signs = re.findall(r"(?<!\\)\$", text)
     return re.sub(r"(?<!\\)\$", "", text) if len(signs) % 2 == 0 else text
 
 
 def _set_apart(match: re.Match[str]) -> str:
-    """The content of `\\mathrm{…}`: words stand apart, while an upright letter is a letter like any other."""
+    """The content of `\\mathrm{…}`: words are set off by spaces; a single letter is treated like any other letter."""
     return match[1] if len(match[1].strip()) == 1 else f" {match[1]} "

@@ -1,4 +1,4 @@
-"""Plain numbers: read in every usual spelling, and compared exactly, as fractions, without a computer algebra system."""
+"""Plain numbers: read in every usual spelling, and compared exactly as fractions, without a computer algebra system."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from appo_jax.reward.notation import clean
 from appo_jax.reward.units import Unit, split_unit
 
 MAX_DIGITS = 4000
-"""Numbers of more digits, or with larger powers of ten, are no plain numbers: Python refuses to read them."""
+"""Numbers with more digits or larger powers of ten are not plain numbers, because Python refuses to read them."""
 
 _GROUPED = "|".join(
     (
@@ -48,10 +48,8 @@ class Number:
 
 
 def parse_number(text: str, decimal_comma: bool = False) -> Number | None:
-    """Read a plain number with what may stand around it: sign, currency, separators, percent, scale word, unit.
-
-    None for anything else, which is then not a plain number ("2x", "1, 3", "4343_6"). `decimal_comma`: 3,14 is read as
-    3.14 (a list of two numbers otherwise)."""
+    """Read a plain number with its sign, currency, separators, percent, scale word and unit. None for text that is not
+    a plain number ("2x", "1, 3", "4343_6"). `decimal_comma`: 3,14 is read as 3.14 (a list of two numbers otherwise)."""
     return read_number(clean(text), decimal_comma)
 
 
@@ -114,7 +112,7 @@ def numbers_equal(answer: Number, gold: Number) -> bool:
 
     A decimal written to at least six places may be off by 1e-6 of the smaller of 1 and the gold (1/3 = 0.333333).
     A percent sign on one side only is read either way: 10% is 10 and 0.1.
-    A unit may be left out, or added where the gold has none; one that the gold has is never another one.
+    A unit may be left out, or added if the gold has none; two different units are never equal.
     """
     if gold.unit is not None and (answer.percent or answer.unit not in (None, gold.unit)):
         return False

@@ -1,8 +1,7 @@
-"""The reward of the official code, faults included (`compute_score` of its `deep_research.py`; facts, not its text).
-
-It judges the whole response text, tool results included. Known faults, kept and tested: "5" equals "-5", "25" equals
-"2.5", the gold "A" never scores, spaces in LaTeX matter, a result that contains a tag breaks the format, a policy that
-writes both closing tags without a call gets the bonus.
+"""The reward of the official code, including its faults (rewritten from the behaviour of `compute_score` in its
+`deep_research.py`). It reads the whole response text, including tool results. Known faults, kept and tested: "5" equals
+"-5", "25" equals "2.5", the gold "A" never scores, spaces in LaTeX matter, a result that contains a tag breaks the
+format, a policy that writes both closing tags without a call gets the bonus.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _CLOSED = ("yes", "no", "noanswer")
 def official_reward(response: Response, bonus: float) -> RewardResult:
     """−1 for a broken format, else token F1, plus `bonus` (theirs: 0.1) when F1 > 0 and both closing tags occur.
 
-    `correct` is ours (see grade.py), so that accuracy means the same under every reward.
+    `correct` comes from grade.py, so that accuracy means the same under every reward.
     """
     correct = grade(response).correct
     answer = official_answer(response.opening + response.text)
@@ -35,7 +34,7 @@ def official_reward(response: Response, bonus: float) -> RewardResult:
 
 
 def official_answer(text: str) -> str | None:
-    """The boxed answer, or None when the format is broken."""
+    """The boxed answer, or None if the format is broken."""
     if text.count("<think>") != text.count("</think>") or "<think>" not in text:
         return None
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
@@ -50,7 +49,7 @@ def official_answer(text: str) -> str | None:
 
 
 def _calls_are_answered(text: str, tool: str) -> bool:
-    """From each opening tag on, the next closing tag, <result> and </result> exist, in this order."""
+    """Whether each opening tag is followed by its closing tag, <result> and </result>, in this order."""
     position = 0
     while (start := text.find(f"<{tool}>", position)) >= 0:
         close, result = text.find(f"</{tool}>", start), text.find("<result>", start)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:
-    """What is added to the reward of a response of `length` tokens where `limit` fit: 0 down to −1 over the last `buffer`.
+    """The punishment (≤ 0) that is added to the reward of a response of `length` tokens under a limit of `limit`
+    tokens.
 
     0 while length ≤ limit − buffer, then falling in proportion, −1 at the limit. A `buffer` of 0 punishes nothing.
     """

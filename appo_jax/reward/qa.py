@@ -1,10 +1,10 @@
 """Text answers: exact match and token F1 over the accepted aliases, as SQuAD and HotpotQA define them.
 
-Departures from their `normalize_answer`, each because it equates or loses answers: a number keeps its sign and its
-decimal point ("5" is not "-5", "25" is not "2.5") and drops its thousands separators; an answer made of nothing but
-articles keeps them ("A" can be right); LaTeX text markup is read through; one letter has one spelling, whatever Unicode
-offers, and Latin letters lose their accents; "&" between words is "and"; and where only spaces differ, but none between
-two digits, the answers are the same ("J. K." and "J.K.", "well-known" and "well known").
+Differences from their `normalize_answer`, which treats some different answers as equal and loses others: a number keeps
+its sign and its decimal point ("5" is not "-5", "25" is not "2.5") and drops its thousands separators; an answer made
+of nothing but articles keeps them ("A" can be right); LaTeX text markup is read through; one letter has one spelling,
+whatever Unicode offers, and Latin letters lose their accents; "&" between words is "and"; and where only spaces differ,
+but none between two digits, the answers are the same ("J. K." and "J.K.", "well-known" and "well known").
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _SPACE_BESIDE_WORDS = re.compile(r"(?<!\d) | (?!\d)")
 _CLOSED = frozenset({"yes", "no", "noanswer"})  # no partial credit (HotpotQA)
 _LATIN = str.maketrans(dict(zip("øłđıæœðþħ", ["o", "l", "d", "i", "ae", "oe", "d", "th", "h"], strict=True)))
-# punctuation that carries a number's value is parked on letters of the private use area while the rest is deleted
+# punctuation that belongs to a number is mapped to private-use letters while the other punctuation is deleted
 _MINUS, _DOT = "\ue000", "\ue001"
 
 
 def normalize(text: str) -> str:
-    """Lower-case words and numbers, single-spaced; punctuation and articles gone, as the module says."""
+    """Lower-case words and numbers with single spaces, without punctuation and articles (see the module's
+    docstring)."""
     text = _letters(plain(text)).replace(_MINUS, "").replace(_DOT, "").replace(" & ", " and ")
     text = _THOUSANDS.sub(lambda m: m.group().replace(",", ""), _PERCENT.sub("", text))
     text = _DASH_IN_NUMBERS.sub(" ", _POINT.sub(_DOT, _SIGN.sub(_MINUS, text)))
@@ -41,7 +42,8 @@ def normalize(text: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """`text` in lower case and one spelling of each letter and digit; accents of Latin letters and the unseen dropped."""
+    """`text` in lower case with one spelling of each letter and digit, without accents of Latin letters and invisible
+    characters."""
     kept: list[str] = []
     latin = False
     for ch in unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold()):

@@ -1,4 +1,4 @@
-"""What a reward function sees of a rollout."""
+"""The response that a reward function receives."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Response:
     segments: tuple[Segment, ...]
     golds: tuple[str, ...]
     kind: Kind
-    tools_used: frozenset[str]  # names of the tools that were really called
+    tools_used: frozenset[str]  # names of the tools that were called
     stop_reason: StopReason
     question: str = ""
-    opening: str = ""  # what the prompt ends with and the policy continues: a template may open <think> for it
+    opening: str = ""  # the end of the prompt that the policy continues: a template may open <think> for it
 
     @property
     def text(self) -> str:
-        """Everything, tool results included."""
+        """All text, including tool results."""
         return "".join(segment.text for segment in self.segments)
 
     @property
     def turns(self) -> list[tuple[str, bool]]:
-        """What the policy wrote between tool results, each with whether a result follows it."""
+        """The policy's text between tool results; each piece with whether a result follows it."""
         turns = []
         for sampled, group in itertools.groupby(self.segments, key=lambda segment: segment.sampled):
             if sampled:
@@ -50,7 +50,7 @@ class Response:
 
     @property
     def sampled_text(self) -> str:
-        """The policy's own words. A line break stands where a tool result was, so that no tag forms across it."""
+        """The policy's text. A line break replaces each tool result, so that no tag can form across it."""
         return "\n".join(text for text, _ in self.turns)
 
 

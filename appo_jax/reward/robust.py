@@ -1,4 +1,4 @@
-"""The default reward: format judged on the policy's own words, answers graded by value."""
+"""The default reward: the format is checked on the policy's text, answers are compared by value."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _CHOICE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Parts of an answer in the brackets they stand in."""
+    """Parts of an answer and the brackets around them."""
 
     opening: str  # "(", "[", "\\{", "\\langle"; "" for a bare list; "\\cup" for a union; "matrix" for a matrix of rows
     closing: str
@@ -32,7 +32,7 @@ class Group:
 
 
 def read_group(text: str) -> Group | None:
-    """The parts of an answer in clean notation, or None when it has one part only.
+    """The parts of an answer in clean notation, or None if it has only one part.
 
     Commas, semicolons, "and" and "or" separate parts, the commas of 1,234 do not; where there is a semicolon, commas
     do not separate either. A set may have one part or none.
@@ -54,7 +54,7 @@ def read_group(text: str) -> Group | None:
 
 
 def unwrapped(text: str) -> str:
-    """`text` without parentheses or braces around one part alone: (5) is 5, while (1, 2) stays."""
+    """`text` without parentheses or braces around a single part: (5) becomes 5, while (1, 2) stays."""
     while True:
         opening, inside, closing = _outer_brackets(text)
         if (opening, closing) not in (("(", ")"), ("{", "}")) or len(_split(inside)) != 1:
@@ -80,7 +80,7 @@ def _matrix_rows(text: str) -> list[str]:
 
 
 def _outer_brackets(text: str) -> tuple[str, str, str]:
-    """(opening bracket, what is inside, closing bracket) when one pair encloses the whole text; else ("", text, "")."""
+    """(opening bracket, content, closing bracket) if one pair encloses the whole text; else ("", text, "")."""
     tokens = _tokens(text)
     if len(tokens) < 2 or _depth(tokens[0]) != 1 or _depth(tokens[-1]) != -1:
         return "", text, ""

@@ -1,4 +1,4 @@
-"""Units of an answer: found, and compared by name. Nothing is ever converted."""
+"""Finds the unit of an answer. Units are compared by name and never converted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NAMES = {
 }
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _FILLERS = ("old", "us", "american", "sterling")  # "years old" is years, "US dollars" are dollars
-# Words after a number that change its value, or join it to something else.
+# Words after a number that change its value or connect it to other text.
 _NO_UNIT_WORDS = """
 and or plus minus times over divided by mod modulo to if is not than more less factorial choose point squared cubed root
 half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth
@@ -78,7 +78,7 @@ def _split_end(text: str) -> tuple[str, Unit | None]:
 
 
 def _is_value(text: str) -> bool:
-    """Something that can carry a unit: it has a digit, or is a letter or a LaTeX command, and holds no words."""
+    """Whether the text can have a unit: it has a digit, or is a letter or a LaTeX command, and has no words."""
     if _WORDS_IN_VALUE.search(text):
         return False
     return bool(re.search(r"\d|\\[a-z]+", text)) or re.fullmatch(r"[b-hj-z]", text) is not None

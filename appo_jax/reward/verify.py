@@ -1,5 +1,5 @@
-"""math-verify in a process of its own (verify_worker.py), because an answer such as `9^{9^{9^9}}` never returns, and
-because math-verify's own time limit needs the main thread."""
+"""math-verify in a separate process (verify_worker.py), because an answer such as `9^{9^{9^9}}` never returns, and
+math-verify's own time limit works only in the main thread."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import threading
 from appo_jax.errors import AppoError
 
 VERIFY_SECONDS = 3.0
-"""Wall time of one comparison by math-verify; one that needs more counts as unequal."""
+"""Seconds for one comparison by math-verify; if it takes longer, the answers count as unequal."""
 
 
 class _Worker:
-    """One process that runs verify_worker.py; it kills itself when a comparison takes too long, and is started anew."""
+    """A process that runs verify_worker.py. It kills itself if a comparison takes too long, and is then started
+    again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,7 +55,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-            start_new_session=True,  # Ctrl-C is for the trainer
+            start_new_session=True,  # only the trainer handles Ctrl-C
         )
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
@@ -82,7 +83,7 @@ _worker = _Worker()
 
 
 def start() -> None:
-    """Start math-verify ahead of a comparison, so that its time limit does not pay for it. Raises AppoError."""
+    """Start math-verify before a comparison, so that the start does not count for the time limit. Raises AppoError."""
     _worker.start()
 
 

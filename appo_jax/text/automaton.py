@@ -15,11 +15,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class StopAutomaton:
-    """Follows the longest suffix of the text so far that is a prefix of a stop string; `S` states, `V` tokens.
-
-    The first string to be completed wins, also in the middle of a token, and its state is never left. Of two strings
-    that end at the same byte the longer one wins, of two equal ones the first. Tokens without bytes (special tokens)
-    keep the state.
+    """Its state is the longest suffix of the text so far that is a prefix of a stop string; `S` states, `V` tokens. The
+    first completed string wins, also in the middle of a token, and its state never changes again. Of two strings that
+    end at the same byte the longer one wins, of two equal ones the first. Tokens without bytes (special tokens) keep
+    the state.
     """
 
     next_state: np.ndarray  # [S, V] uint8, or uint16 for more than 256 states

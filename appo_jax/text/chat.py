@@ -1,8 +1,9 @@
-"""Chat templates: from messages to the text a model was trained to read, and from that text to safe tokens.
+"""Chat templates: from messages to the text that a model was trained on, and from that text to safe tokens.
 
-Hugging Face stores a model's chat format as a jinja2 template. It comes with the weights and is not ours, so it runs
-in jinja2's immutable sandbox. Message contents are not ours either: a question may hold the text `<|im_end|>`. `guard`
-takes such text apart with a mark that no content holds, and `split` finds the control tokens the template itself wrote.
+Hugging Face stores a model's chat format as a jinja2 template. It comes with the weights and is not trusted, so it runs
+in jinja2's immutable sandbox. Message contents are not trusted either: a question may contain the text `<|im_end|>`.
+`guard` splits such text with a mark that no content contains, and `split` finds the control tokens that the template
+wrote.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def control_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
 
 
 def guard(value: Guarded, control: re.Pattern[str]) -> tuple[Guarded, str]:
-    """Messages (or tools, or both) in which no text holds a control token's, because a mark parts it, and that mark, to be
-    taken out again. Values other than lists, objects and strings stay as they are."""
+    """The messages (or tools, or both) with a mark inside every text of a control token, and that mark, to be removed
+    again. Values other than lists, objects and strings stay as they are."""
     text = json.dumps(value, ensure_ascii=False)
     mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
 

@@ -1,4 +1,4 @@
-"""A tokenizer as the files of a Hugging Face folder, from which transformers and vLLM make the same one."""
+"""A tokenizer as the files of a Hugging Face folder, from which transformers and vLLM build the same tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-# What SentencePieceTokenizer.render_prompt writes, for whole conversations too.
+# The same text as SentencePieceTokenizer.render_prompt, also for whole conversations.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role not in ["system", "user", "assistant"] -%}
@@ -31,7 +31,8 @@ CHAT_TEMPLATE = """\
 
 
 def tokenizer_files(path: Path) -> dict[str, bytes]:
-    """Content by name of a tokenizer's files: those of its folder; of a sentencepiece model also what is made from it."""
+    """A tokenizer's files, name -> content: those of its folder, and for a sentencepiece model also those made from
+    it."""
     files = {"tokenizer.model": path.read_bytes()} if path.is_file() else {}
     for name in COPIED:
         if (path / name).is_file():

@@ -1,4 +1,4 @@
-"""What stands in the folder of a Hugging Face tokenizer."""
+"""Reads the folder of a Hugging Face tokenizer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tokenizers: text to token ids and back, by bytes, with control tokens out of reach of any text.
+"""Tokenizers: text to token ids and back, by bytes. No text can produce control tokens.
 
 Two kinds: sentencepiece `.model` files, and Hugging Face folders with a byte-level BPE `tokenizer.json`. Both obey
-three rules that the rollouts stand on:
+three rules on which rollouts depend:
 
 1. `encode` never yields a control token, whatever the text. Only `render_prompt` writes control tokens.
 2. `decode` joins `token_bytes`: what a token adds to the text does not depend on its neighbours.
@@ -40,7 +40,7 @@ _RESULT_PLACE = "THE-RESULT-OF-THE-CALL"
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program knows of a tokenizer."""
+    """The interface of a tokenizer."""
 
     vocab_size: int  # ids are 0..vocab_size-1; a model's embedding may have more rows than that
     eos_id: int  # ends the policy's turn, in demonstrations too
@@ -144,8 +144,8 @@ class JsonTokenizer:
         for piece in (*self._control, *plain_added):
             vocabulary.pop(piece, None)
 
-        # Rule 1 by construction: the tokenizer that reads text does not know that control tokens exist. Plain added
-        # tokens go into its vocabulary, or the library would number them anew.
+        # This guarantees rule 1: the tokenizer that reads text has no control tokens. Plain added tokens go into its
+        # vocabulary; otherwise the library would renumber them.
         pieces = {piece: id for piece, id in whole["model"]["vocab"].items() if piece not in self._control}
         text_only = whole | {
             "added_tokens": [added for added in whole["added_tokens"] if added["content"] in plain_added],
@@ -189,9 +189,8 @@ class JsonTokenizer:
         return self.render_chat([*head, {"role": "user", "content": question}])
 
     def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> JsonTokenizer:
-        """This tokenizer with tools on offer: its template describes these OpenAI-style functions in every prompt.
-
-        Raises ConfigError for a template that has no place for them."""
+        """This tokenizer with tools: its template describes these OpenAI-style functions in every prompt. Raises
+        ConfigError for a template that ignores them."""
         other = copy.copy(self)
         other._tools = list(tools)
         if tools and other.render_prompt("s", "q") == self.render_prompt("s", "q"):
@@ -201,7 +200,7 @@ class JsonTokenizer:
     def with_variables(self, variables: Mapping[str, Any]) -> JsonTokenizer:
         """This tokenizer with variables for its chat template, such as enable_thinking.
 
-        Raises ConfigError for a variable that the template does not read, or one that is ours to set."""
+        Raises ConfigError for a variable that the template does not read, or that this program sets."""
         known = chat.variables_of(self._template_source) - {"messages", "tools", "documents", "add_generation_prompt"}
         known -= self._special.keys()
         unknown = sorted(variables.keys() - known)
@@ -215,10 +214,9 @@ class JsonTokenizer:
         return other
 
     def result_turn(self, call_end: str) -> tuple[list[int], list[int]]:
-        """What the template writes before and after a tool's result: the ids from the end of the call, which is written
-        `call_end`, to the result, and from the result to where the policy goes on.
-
-        Raises ConfigError for a template that writes no such calls."""
+        """The ids that the template writes around a tool's result: from the end of the call (`call_end`) to the result,
+        and from the result to where the policy continues. Raises ConfigError for a template that does not write such
+        calls."""
         call = {"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}
         messages: list[chat.Message] = [
             {"role": "user", "content": "q"},
@@ -292,8 +290,7 @@ def policy_tokenizer(policy: PolicyConfig) -> Tokenizer:
 
 
 def check_tags(tokenizer: Tokenizer, tags: Sequence[str]) -> None:
-    """Raises ConfigError that names every tag which does not survive encoding and decoding, or the line break that
-    stands between them."""
+    """Raises ConfigError that names every tag that changes in encoding and decoding, or the line break between them."""
     lost = [tag for tag in (*tags, "\n") if tokenizer.decode(tokenizer.encode(tag)) != tag]
     if lost:
         raise ConfigError(

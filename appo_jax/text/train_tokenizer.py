@@ -17,22 +17,22 @@ PAIRS_OF_DIGITS = tuple(f"{number:02d}" for number in range(100))
 
 
 def structure(call_pieces: Sequence[str]) -> tuple[str, ...]:
-    """What a rollout is built of. Each is one token, so that it costs the policy one choice.
+    """The fixed pieces of a rollout. Each is one token, so that the policy needs one choice for it.
 
     call_pieces: those of the run's call format (`CallFormat.pieces`)."""
     return ("<think>", "</think>", *call_pieces, "<answer>", "</answer>", "\\boxed{", "\n")
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, call_pieces: Sequence[str], vocab_size: int = 1024) -> None:
-    """Train on `texts` and write the model to `path` (.model). The same texts give the same bytes. A small text yields
-    fewer than `vocab_size` pieces. Raises ConfigError for a `vocab_size` too small for the letters in the text.
+    """Train on `texts` and write the model to `path` (.model). The same texts give the same bytes. A small text gives
+    fewer than `vocab_size` pieces. Raises ConfigError if `vocab_size` is too small for the letters in the text.
 
-    BPE, so that a frequent name is one piece; digits stand in pairs; any byte can be encoded; spaces and line breaks
-    survive as they are, so that pieces encoded one by one decode to the joined text."""
+    The model is a BPE, in which a frequent name becomes one piece. Digits are grouped in pairs; any byte can be
+    encoded; spaces and line breaks are kept, so that pieces encoded separately decode to the joined text."""
     model = io.BytesIO()
     try:
         _train(texts, model, call_pieces, vocab_size)
-    except RuntimeError as error:  # sentencepiece's own, for a vocabulary too small for the letters of the text
+    except RuntimeError as error:  # sentencepiece raises it if the vocabulary is too small for the letters of the text
         raise ConfigError(f"policy.architecture.vocab_size = {vocab_size}: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
