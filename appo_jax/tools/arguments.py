@@ -1,4 +1,5 @@
-"""The argument of a call that is written as JSON: what models mean, where that is beyond doubt, or what is wrong."""
+"""Reads the argument of a call that is written as JSON. Common mistakes are understood if the meaning is certain, and
+explained otherwise."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def read_argument(tool: ToolSpec, arguments: Any) -> str | Problem:
     if tool.several_arguments or (tool.argument_name is None and tool.parameters is None):
         declared = tool.parameters is not None
         return only if isinstance(only, str) and not declared else json.dumps(arguments, ensure_ascii=False)
-    for _ in range(4):  # {"code": "{\"code\": …}"}: the arguments encoded once more than they should be
+    for _ in range(4):  # {"code": "{\"code\": …}"}: arguments that are encoded twice
         inner = decode(only) if isinstance(only, str) else only
         if not (isinstance(inner, dict) and list(inner) == [tool.key]):
             break

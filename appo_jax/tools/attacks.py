@@ -1,6 +1,5 @@
-"""The worst that policy code has done to a sandbox, tried on this machine: the last checks of `appo-jax doctor`.
-
-Only ever against a sandbox that is started here, and processes of one's own.
+"""The most critical attacks on the sandbox, tried on this machine: the last checks of `appo-jax doctor`. They run only
+against a sandbox that is started here and against processes of the same user.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ _TRAINER = (
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """What was tried. `held`: it did no harm."""
+    """An attack and its outcome. `held`: it did no harm."""
 
     name: str
     held: bool
@@ -67,7 +66,7 @@ class Attack:
 
 
 def try_attacks() -> list[Attack]:
-    """Run the critical attacks. Takes some seconds. Raises ToolError where the sandbox does not start."""
+    """Run the critical attacks. Takes some seconds. Raises ToolError if the sandbox does not start."""
     tried: dict[str, Callable[[PythonTool], str]] = {
         "a write to the host": _host,
         "a state that limits its own processor time": _limit,

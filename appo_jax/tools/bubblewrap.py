@@ -1,4 +1,4 @@
-"""How the sandbox's first process is started: what of this machine it sees, and as whom it runs."""
+"""How the sandbox's first process is started: which parts of this machine it sees, and as which user it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from appo_jax.errors import ToolError
 from appo_jax.tools.sandbox.system import DEVICES
 
 SANDBOX = Path(__file__).resolve().parent / "sandbox"  # the programs that run inside
-SITE = "/sandbox/site"  # where the allowed modules stand inside
+SITE = "/sandbox/site"  # folder of the allowed modules inside the sandbox
 # What a Python with its shared libraries needs of the system. No programs: policy code cannot start any.
 SYSTEM = (
     "/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives",
@@ -44,7 +44,7 @@ def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[l
     modules = {} if not walled else locate([*config.preload, *config.modules])
     sites = [SITE] if walled else _site_folders()
     programs = "/sandbox" if walled else str(SANDBOX.parent)
-    # The path entry of the programs is taken away again: policy code shall not import the tools by accident.
+    # The path entry of the programs is removed again: policy code must not import the tools by accident.
     start = (
         f"import sys; sys.path += {sites!r}; sys.path.append({programs!r}); "
         f"from sandbox import supervisor; sys.path.pop(); supervisor.main({control}, {options!r})"
@@ -81,7 +81,7 @@ def _namespaces(root: bool) -> list[str]:
 def _mounts(modules: dict[str, Path]) -> list[str]:
     """Everything read-only: the system's libraries, Python and its standard library, the modules, four devices."""
     options = _folders("/usr", "/usr/share", "/etc", "/sandbox", SITE)
-    for path in SYSTEM:  # few mounts: every call's namespace copies all of them
+    for path in SYSTEM:  # only a few mounts, because every call's namespace copies all of them
         if os.path.islink(path) and not path.startswith("/etc/"):
             options += ["--symlink", os.readlink(path), path]
         else:
@@ -105,7 +105,8 @@ def _mounts(modules: dict[str, Path]) -> list[str]:
 
 
 def _folders(*paths: str) -> list[str]:
-    """Folders above what is mounted, open to policy code, which bubblewrap would close to all but the one who starts it."""
+    """The parent folders of the mounts, readable by policy code; bubblewrap would make them readable only by the user
+    who starts it."""
     return [word for path in paths if path != "/" for word in ("--perms", "0755", "--dir", path)]
 
 
@@ -123,7 +124,7 @@ def _foreign_modules(roots: Iterable[str]) -> list[str]:
 
 
 def locate(names: Iterable[str]) -> dict[str, Path]:
-    """Files and folders that `names` and what they require consist of, by their name in a folder of packages.
+    """The files and folders of the modules `names` and of their requirements, by their name in a folder of packages.
 
     Modules of the standard library need none. Raises ToolError for a module that is not installed."""
     found: dict[str, Path] = {}

@@ -56,7 +56,7 @@ def import_tool(path: str) -> Tool:
     module, _, attribute = path.partition(":")
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # importing the user's module may raise anything
         raise ConfigError(
             f"tools.enabled: {path!r} cannot be imported ({type(error).__name__}: {error}); expected `package.module:factory`, "
             "of a package or of a file in the working directory"

@@ -52,7 +52,7 @@ class QueryCache:
         self._store([(_key(query), self.backend, text)])
 
     def fill(self, path: str | Path) -> int:
-        """Take over the answers of a `{query: text}` JSON file. Returns how many it held. Raises DataError."""
+        """Store the answers of a `{query: text}` JSON file. Returns their number. Raises DataError."""
         try:
             answers = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

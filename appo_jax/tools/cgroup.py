@@ -1,6 +1,6 @@
-"""A control group for a sandbox, where this machine lets its user make one: the memory of all its processes together, files
-and what the supervisor cannot see included, has a hard limit there. Where none can be made, the supervisor's own count
-(sandbox/budget.py) is what holds."""
+"""A control group for a sandbox, if this machine lets the user create one: it limits the memory of all processes of the
+sandbox together, including files and memory that the supervisor cannot see. Without one, only the supervisor's count
+(sandbox/budget.py) limits memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ControlGroup:
 
     @classmethod
     def make(cls, memory: int) -> ControlGroup | None:
-        """A new group below this process's own, limited to so many bytes; None where that is not allowed."""
+        """A new group below the group of this process, limited to this many bytes; None if that is not allowed."""
         for parent, limit in _candidates():
             folder = parent / f"{PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
             try:
@@ -40,7 +40,7 @@ class ControlGroup:
         return None
 
     def add(self, pids: Iterable[int]) -> None:
-        """Move processes in; what they start later is in there too."""
+        """Move processes into the group; processes that they start later belong to it too."""
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 (self.folder / "cgroup.procs").write_text(str(pid))
@@ -52,7 +52,7 @@ class ControlGroup:
 
 
 def _candidates() -> list[tuple[Path, str]]:
-    """This process's own groups that can limit memory, and the file that does."""
+    """The groups of this process that can limit memory, and the file that sets the limit."""
     found = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -66,7 +66,7 @@ def _candidates() -> list[tuple[Path, str]]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what trainers that were killed have left: groups without processes whose maker is gone."""
+    """Remove groups that killed trainers have left: groups without processes whose creator is gone."""
     for folder in parent.glob(f"{PREFIX}*"):
         maker = folder.name.removeprefix(PREFIX).partition("-")[0]
         if not os.path.exists(f"/proc/{maker}"):

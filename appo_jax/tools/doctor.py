@@ -25,7 +25,7 @@ from appo_jax.types import Outcome
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One thing looked at. `detail` says what was found and, when it is not ok, what to do."""
+    """A check. `detail` says what was found and, if it is not ok, what to do."""
 
     name: str
     ok: bool
@@ -33,7 +33,7 @@ class Check:
 
 
 def probe() -> list[Check]:
-    """Look at the devices and at what the Python tool needs, from the ground up, try it, and try the worst attacks on it.
+    """Check the devices and everything that the Python tool needs, call the tool, and try the critical attacks on it.
     Takes some seconds."""
     checks = [
         _devices(),
@@ -86,7 +86,7 @@ def _namespaces() -> Check:
 
 
 def _seccomp() -> Check:
-    """Installs the filter in a child: it cannot be taken off again."""
+    """Installs the filter in a child process, because it cannot be removed again."""
     release, machine = platform.release(), platform.machine()
     if not seccomp.ARCHITECTURE:
         return Check("seccomp", False, f"no system-call filter for {machine}; expected x86_64 or aarch64")

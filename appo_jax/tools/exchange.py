@@ -1,7 +1,7 @@
-"""One HTTP exchange with a server that is not trusted: one deadline and one size for everything it sends.
+"""An HTTP exchange with an untrusted server, with a deadline and a size limit for everything it sends.
 
-Status lines, headers, chunk sizes, trailers and TLS records count like the body: whatever is received passes through a
-socket that knows the deadline and counts bytes. A server is reached at an address checked at connection time, so that
+Status lines, headers, chunk sizes, trailers and TLS records count like the body, because all received bytes pass
+through a socket that checks the deadline and counts bytes. The server's address is checked when connecting, so that
 neither a name nor a redirect leads to the cloud's metadata service or into a private network.
 """
 
@@ -23,7 +23,7 @@ from appo_jax.errors import ConfigError
 MAX_BYTES = 4 << 20  # of everything that is received
 MAX_WAIT = 3600.0  # seconds that a server may ask for
 
-# Not in the registries that `ipaddress` knows, or counted as public there.
+# Private networks that `ipaddress` does not know, or counts as public.
 _REFUSED = [
     ipaddress.ip_network(text)
     for text in (
@@ -51,7 +51,7 @@ class Fault(Exception):
 
 
 def split_url(field: str, url: str) -> SplitResult:
-    """The parts of an HTTP address that a field of the config gives. Raises ConfigError."""
+    """The parts of an HTTP address in a field of the config. Raises ConfigError."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"{field} = {url!r}: expected http://host:port/path or https://…")
@@ -111,7 +111,7 @@ def addresses(
 
 
 def is_public(address: str) -> bool:
-    """Whether an address, and each IPv4 address that it carries, is reachable on the Internet at large."""
+    """Whether an address, and each IPv4 address that it contains, is a public address of the Internet."""
     return all(
         ip.is_global
         and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_loopback)
@@ -123,7 +123,8 @@ def is_public(address: str) -> bool:
 def _carried(
     ip: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> Iterator[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """The addresses at which packets to `ip` may arrive: of a transition address, those within it."""
+    """The addresses at which packets to `ip` may arrive: for a transition address, the IPv4 addresses that it
+    contains."""
     low = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if isinstance(ip, ipaddress.IPv4Address):
         yield ip
@@ -142,7 +143,7 @@ def _carried(
 
 
 def _resolve(host: str, port: int, deadline: float | None) -> list[Any]:
-    """`getaddrinfo`, which takes its own time, left behind at the deadline."""
+    """`getaddrinfo`, which has no time limit, in a thread that is abandoned at the deadline."""
     answer: list[Any] = []
 
     def resolve() -> None:
@@ -173,16 +174,16 @@ def _literal(host: str) -> bool:
 
 
 def _seconds(text: str) -> float:
-    """What `Retry-After` asks for; 0 when it is no plain number of seconds."""
+    """The seconds in `Retry-After`; 0 if it is not a plain number."""
     return min(float(text), MAX_WAIT) if re.fullmatch(r"[0-9]{1,9}", text.strip()) else 0.0
 
 
 class _TooLarge(Exception):
-    """More was received than an answer may have."""
+    """The answer is larger than allowed."""
 
 
 class _Bounded:
-    """Mixed into a socket: every byte that comes in is counted, and comes before the deadline."""
+    """A mixin for sockets: counts every received byte, and checks the deadline."""
 
     deadline: float
     received = 0

@@ -1,7 +1,8 @@
-"""Runs the policy's tool calls: in the background, bounded, timed, counted. Nothing that goes wrong here is raised.
+"""Runs the policy's tool calls in the background, with limits and statistics. Failures become results and are not
+raised.
 
-Each tool has a lane (`lanes.py`): a queue and a bounded number of worker threads. A call that outlives its limit is
-answered for and left behind; its thread is replaced. A tool that keeps failing is not asked again for a while.
+Each tool has a lane (`lanes.py`): a queue and a bounded number of worker threads. A call that exceeds its time limit is
+answered with an error and abandoned; its thread is replaced. A tool that keeps failing is not called for a while.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class CallRecord:
-    """What became of one call."""
+    """The outcome of a call."""
 
     name: str
     argument: str
-    result: str  # what the policy will read, before it is shielded and marked as a result
+    result: str  # the text for the policy, before it is shielded and marked as a result
     outcome: Outcome
-    seconds: float  # from submission to result, queueing included
-    states: Mapping[str, Any]  # tool states after the call; those before it when it failed
+    seconds: float  # from submission to result, including the time in the queue
+    states: Mapping[str, Any]  # tool states after the call; if it failed, those before it
 
 
 class ToolExecutor:
     """The tools of a run. A context manager: leaving it closes every tool."""
 
     def __init__(self, tools: Sequence[Tool], config: ToolsConfig, call_format: CallFormat | None = None):
-        """call_format: another notation than that of `config.call_format`."""
+        """call_format: used instead of `config.call_format`."""
         names = [tool.name for tool in tools]
         if len(set(names)) != len(names):
             raise ConfigError(f"tools.enabled: two tools are named alike ({', '.join(names)}); each needs its own name")
@@ -92,7 +93,7 @@ class ToolExecutor:
         def done(result: ToolResult, state: Any) -> None:
             after = states
             if result.outcome in (Outcome.OK, Outcome.ERROR):
-                if state is None:  # stateless: what is kept is what it has answered in this rollout
+                if state is None:  # stateless: its state is the set of arguments it has answered in this rollout
                     state = (known or _Answered()).adding(call.argument, result.text)
                 after = {**states, call.name: state}
             self._finish(answer, began, call, result, after)
@@ -106,7 +107,8 @@ class ToolExecutor:
         return answer
 
     def run(self, name: str, argument: str, bound: float = 60.0) -> CallRecord:
-        """One call outside of any rollout, waited for. Raises ValueError for an argument that no call can hold."""
+        """Make a call outside of any rollout, and wait for it. Raises ValueError for an argument that a call cannot
+        contain."""
         text = self.call_format.render_call(name, argument)
         record = self.submit(self.start(), text, bound).result()
         heartbeat.progress()  # demonstrations are many such calls
@@ -115,11 +117,11 @@ class ToolExecutor:
     def metrics(self) -> dict[str, float]:
         """Calls, outcomes, latencies (seconds) and queue lengths by tool since the last time they were read.
 
-        With several hosts, of all of them: counts added up, of percentiles and queues the largest.
+        With several hosts: the sums of counts, and the largest percentiles and queue lengths, over all hosts.
         """
         figures = self._stats.read()
         for name, tool in self._tools.items():
-            if hasattr(tool, "faults"):  # failed requests to a backend, by kind, retried ones included
+            if hasattr(tool, "faults"):  # failed requests to a backend, by kind, including retried ones
                 figures |= {f"tools/{name}/fault_{kind}": float(n) for kind, n in sorted(tool.faults().items())}
         merged: dict[str, float] = {}
         for told in distributed.exchange(figures):
@@ -155,7 +157,9 @@ class ToolExecutor:
     ) -> None:
         seconds = time.monotonic() - began
         record = CallRecord(call.name, call.argument, writable(result.text), result.outcome, seconds, states)
-        with contextlib.suppress(InvalidStateError):  # the first answer counts: the tool's, or the bound's
+        with contextlib.suppress(
+            InvalidStateError
+        ):  # the first answer counts: the tool's, or the one at the time limit
             answer.set_result(record)
             self._stats.count(call.name, result.outcome, seconds)
 

@@ -1,4 +1,4 @@
-"""How a call is written by the policy and how its result is written back. No other file knows these tags.
+"""The formats of tool calls and their results. No other file contains these tags.
 
 `tags` is the paper's: `<python>print(1)</python>`, answered by ` <result>\\n1\\n</result>`. `json` is the format of
 Qwen and Hermes: `<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>`, answered in
@@ -22,14 +22,14 @@ from appo_jax.tools.protocol import Tool, ToolSpec
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call as the policy meant it."""
+    """A call by the policy."""
 
     name: str
     argument: str
 
 
 class CallFormat(Protocol):
-    """A notation for the calls of some tools."""
+    """A format for the calls of some tools."""
 
     @property
     def tools(self) -> tuple[ToolSpec, ...]:
@@ -41,31 +41,31 @@ class CallFormat(Protocol):
 
     @property
     def pieces(self) -> tuple[str, ...]:
-        """The fixed texts around arguments and results. A tokenizer that is trained for the format holds each as one
+        """The fixed texts around arguments and results. A tokenizer that is trained for the format has each as one
         token; every tokenizer must be able to write them."""
 
     @property
     def result_marks(self) -> tuple[str, str]:
-        """What stands before and after a result in the rollout."""
+        """The texts before and after a result in the rollout."""
 
     def parse(self, text: str) -> Call | str:
         """Read the call that `text` ends with: the policy's own text from the prompt or the last result up to and
         including a stop string. Returns the call, or an explanation for the policy of what is wrong with it. Never
-        raises, and never returns a call that is not the one written."""
+        raises, and never guesses a call that is not written."""
 
     def render_call(self, name: str, argument: str, closed: bool = True) -> str:
         """The text a policy writes to make this call (for demonstrations). closed=False leaves the end out.
         Raises ValueError for an argument that the format cannot write."""
 
     def invented_result(self, text: str) -> str | None:
-        """The first mark of a result, in any spelling, that stands in the policy's own `text`. None: there is none."""
+        """The first mark of a result, in any spelling, in the policy's `text`; None if there is none."""
 
     def turn_error(self, turn: str, answered: bool) -> str | None:
         """What is wrong with the calls of one turn: the policy's own text up to the next result (answered) or to the
         end of the rollout. None: nothing, or the turn has no call."""
 
     def instructions(self) -> str:
-        """Sentences that tell a policy which tools it has and how they are called, for a system prompt."""
+        """Sentences for a system prompt that describe the tools and how to call them."""
 
 
 def make_format(name: str, tools: Sequence[Tool] = ()) -> CallFormat:
@@ -95,7 +95,7 @@ def offer_tools(call_format: CallFormat, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def result_ids(call_format: CallFormat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of what stands before and after a result in a rollout."""
+    """Token ids of the texts before and after a result in a rollout."""
     if isinstance(call_format, ChatFormat):
         assert isinstance(tokenizer, JsonTokenizer)  # offer_tools
         return tokenizer.result_turn("</tool_call>")
@@ -116,11 +116,10 @@ def render_result(call_format: CallFormat, text: str) -> str:
 
 
 def shield(text: str) -> str:
-    """A tool's text without tags that could be taken for the rollout's own: `<` of each becomes `&lt;`.
-
-    Covers results, thoughts and answers, in all formats and in any spelling, so that a page or a program's output cannot
-    close its own block or answer in the policy's place. Tags of calls stay: a call is read from the policy's own text
-    alone, and explanations of what is wrong with one name them."""
+    """A tool's text with `<` replaced by `&lt;` in every tag that could be mistaken for the rollout's. This covers the
+    tags of results, thoughts and answers, in all formats and any spelling, so that a page or a program's output cannot
+    close its block or answer for the policy. Tags of calls stay: calls are read only from the policy's text, and
+    explanations of malformed calls contain such tags."""
     return _STRUCTURE.sub(lambda found: "&lt;" + found[0][1:], text)
 
 
@@ -133,7 +132,7 @@ _STRUCTURE = _any_spelling(("result", "tool_response", "think", "answer"))
 
 
 def _first_tag(pattern: re.Pattern[str], text: str) -> str | None:
-    """The first match, invisible characters and look-alike forms of letters and brackets left aside."""
+    """The first match, ignoring invisible characters and look-alike forms of letters and brackets."""
     if not text.isascii():
         text = "".join(char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf")
     found = pattern.search(text)
@@ -173,11 +172,11 @@ class TagFormat:
         opening, closing = f"<{name}>", f"</{name}>"
         names = {name, *(tool.name for tool in self.tools)}
         for tag in ("</think>", *(f"</{known}>" for known in names)):
-            body = body.rpartition(tag)[2]  # this call cannot have begun before an earlier call or a thought ended
+            body = body.rpartition(tag)[2]  # the call began after the end of any earlier call or thought
         openings = re.findall(f"<(?:{'|'.join(map(re.escape, names))})>", body)
         if opening not in openings:
             return f"Malformed call: {closing} has no {opening} before it. Write {opening}…{closing}."
-        if len(openings) > 1:  # which of them begins the call, and which is part of its argument, cannot be known
+        if len(openings) > 1:  # it is ambiguous which tag begins the call and which belongs to its argument
             return f"Malformed call: {' and '.join(openings[:4])} stand before {closing}. Write one tag, where the call begins."
         argument = body.partition(opening)[2]
         if not argument.strip():
@@ -236,7 +235,8 @@ class JsonFormat:
         openings = [found.end() for found in re.finditer("<tool_call>", text)]
         if not openings:
             return "Malformed call: </tool_call> has no <tool_call> before it."
-        # The call begins at the last opening tag, unless that one stands inside a string of an earlier one's JSON.
+        # The call begins at the last opening tag, unless that tag is inside a JSON string that began after an earlier
+        # tag.
         objects = [start for start in openings if text[start : start + 20].lstrip().startswith("{")]
         call = _read_json(text[openings[-1] :])
         for start in objects[:-5:-1]:
@@ -266,7 +266,7 @@ class JsonFormat:
             opening, text, closing = opening.rpartition("{")[0], argument, "}\n</tool_call>"
         else:
             text = json.dumps(argument, ensure_ascii=False)[1:-1]
-        for tag in ("<tool_call>", "</tool_call>"):  # JSON's own way to write a character otherwise
+        for tag in ("<tool_call>", "</tool_call>"):  # JSON's escape for any character
             text = text.replace(tag, "\\u003c" + tag[1:])
         return opening + text + (closing if closed else "")
 
@@ -283,7 +283,7 @@ class JsonFormat:
         if not openings and not closings and not answered:
             return None
         whole = turn.rstrip().endswith("</tool_call>") and openings > 0 and closings == 1
-        if whole and openings > 1:  # the others stand inside the call's own JSON, or the turn is not one call
+        if whole and openings > 1:  # the other tags are inside the call's JSON, or the turn is not a single call
             body = turn.rstrip().removesuffix("</tool_call>").partition("<tool_call>")[2]
             whole = not isinstance(_read_json(body), str)
         if not whole:
@@ -298,8 +298,8 @@ class JsonFormat:
 
 
 class ChatFormat(JsonFormat):
-    """Calls as in `json`; what surrounds them is the model's own chat template's: it describes the tools in the system
-    prompt and puts each result into a turn of its own. For Qwen's and Hermes' templates, and others like them."""
+    """Calls are written as in `json`; the model's chat template writes the rest: it describes the tools in the system
+    prompt and puts each result into a separate turn. For the templates of Qwen, Hermes and the like."""
 
     def instructions(self) -> str:
         return ""  # the template gives them

@@ -1,6 +1,5 @@
-"""A tool's queue, its worker threads, its time limit, and the circuit breaker that leaves a failing tool alone.
-
-What has ended is let go of at once: neither a worker nor the clock keeps a call, its answer or its states after it.
+"""A tool's queue, its worker threads, its time limit, and the circuit breaker that stops calling a failing tool.
+Finished calls are released immediately: no worker and no timer keeps a call, its answer or its states.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from appo_jax.types import Outcome
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TIMEOUT = 30.0  # seconds for a tool that names no `timeout` of its own
-GRACE = 2.0  # seconds a tool may overrun its own limit before it is left behind
+DEFAULT_TIMEOUT = 30.0  # seconds for a tool without a `timeout` attribute
+GRACE = 2.0  # seconds a tool may exceed its limit before it is abandoned
 MAX_ABANDONED = 32  # threads of one tool that may hang before the tool counts as down
 TRIP_AFTER = 5  # failures in a row that open the circuit
-COOL_DOWN = (2.0, 60.0)  # seconds the circuit stays open: the first time, and at most
+COOL_DOWN = (2.0, 60.0)  # seconds the circuit stays open: the first time, and the maximum
 
 Done = Callable[[ToolResult, Any], None]
 
@@ -57,7 +56,7 @@ class Lane:
         self._closed = False
 
     def submit(self, state: Any, argument: str, done: Done) -> int:
-        """Queue a call; returns how many wait before it."""
+        """Queue a call; returns the number of calls before it."""
         with self._lock:
             refused = self._closed or time.monotonic() < self._open_until
             if not refused and self._started < self._workers:
@@ -74,7 +73,7 @@ class Lane:
             self._closed = True
             for _ in range(self._started):
                 self._jobs.put(None)
-        while True:  # what still waits is answered here
+        while True:  # calls that still wait are answered here
             try:
                 job = self._jobs.get_nowait()
             except queue.Empty:
@@ -93,7 +92,8 @@ class Lane:
             pass
 
     def _work_once(self) -> bool:
-        """Wait for a call and run it. A method of its own, so that a waiting worker holds nothing of its last call."""
+        """Wait for a call and run it. This is a separate method so that a waiting worker keeps no reference to its last
+        call."""
         job = self._jobs.get()
         if job is None:
             return False
@@ -108,8 +108,8 @@ class Lane:
             job.finished = True
             if job.abandoned:
                 self._abandoned -= 1
-                return False  # another thread has taken this one's place
-            # A stateless tool's timeout is its backend's doing, an interpreter's is the policy's.
+                return False  # another thread has replaced this one
+            # The backend causes the timeout of a stateless tool; the policy's code causes that of an interpreter.
             slow = result.outcome is Outcome.TIMEOUT and job.state is None
             self._judge(Outcome.UNAVAILABLE if slow else result.outcome)
         job.done(result, state)
@@ -135,7 +135,7 @@ class Lane:
             self._failures = self._opened = 0
             return
         self._failures += 1
-        # After a cool-down one failure is enough to open the circuit again, for twice as long.
+        # After a cool-down a single failure opens the circuit again, for twice as long.
         if self._failures >= (1 if self._opened else TRIP_AFTER):
             seconds = min(COOL_DOWN[0] * 2**self._opened, COOL_DOWN[1])
             self._open_until = time.monotonic() + seconds
@@ -148,7 +148,7 @@ class Lane:
 
 
 class Alarm:
-    """An action that is yet to run. Cancelling it lets go of all that the action holds."""
+    """An action that has not run yet. Cancelling releases everything that the action references."""
 
     __slots__ = ("_action",)
 
@@ -169,12 +169,12 @@ class Alarm:
 
 
 class Clock:
-    """One thread that runs short actions at given times."""
+    """A thread that runs short actions at given times."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Alarm]] = []
         self._order = itertools.count()
-        self._sweep_at = 1024  # length of the heap at which cancelled alarms are looked for
+        self._sweep_at = 1024  # length of the heap at which cancelled alarms are removed
         self._wake = threading.Condition()
         self._closed = False
         threading.Thread(target=self._run, name="tool-clock", daemon=True).start()

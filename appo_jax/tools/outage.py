@@ -1,4 +1,4 @@
-"""A tool that is down: the run waits for it, and stops rather than learn from calls that nobody answered."""
+"""What to do when a tool is down: the run waits, and then stops instead of learning from unanswered calls."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from appo_jax import heartbeat
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ToolError
 
-# Fewer calls of a tool than this say nothing about it.
+# A tool with fewer calls than this is not judged.
 MIN_CALLS = 8
 _log = logging.getLogger(__name__)
 
 
 class OutageWatch:
-    """Sees every step's calls. All hosts see the same numbers, so all of them wait or stop alike."""
+    """Checks the calls of every step. All hosts get the same numbers, so all of them wait or stop."""
 
     def __init__(self, config: ToolsConfig) -> None:
         self._config = config
         self._down_before: set[str] = set()
 
     def see(self, step: int, metrics: Mapping[str, object]) -> None:
-        """Of a step that is done: pause when a tool was down in it; raise ToolError when it was down in the step before, too.
+        """After a step: pause if a tool was down in it; raise ToolError if it was also down in the step before.
 
         A tool is down when more than `tools.max_unavailable` of its calls went unanswered.
         """
@@ -48,7 +48,7 @@ class OutageWatch:
                 heartbeat.progress()
 
     def _down(self, metrics: Mapping[str, object]) -> dict[str, str]:
-        """Tool -> in words, for those that are down."""
+        """Tool -> description, for the tools that are down."""
         found = {}
         for key, calls in metrics.items():
             name = key.removeprefix("tools/").removesuffix("/calls")

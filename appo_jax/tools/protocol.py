@@ -1,8 +1,8 @@
-"""What a tool is: a name, a start state, and a function from (state, argument) to (result, next state).
+"""The interface of a tool: a name, a start state, and a function from (state, argument) to (result, next state).
 
-States are immutable values from the caller's side: calling twice with the same state forks the tool. A branch
-therefore continues from the interpreter as it was at its fork point by holding the state recorded there. A tool that
-backs its states by processes frees each one when the last reference to its state object is gone.
+For the caller, states are immutable values: calling twice with the same state forks the tool. A branch therefore
+continues from the interpreter as it was at its fork point by holding the state recorded there. A tool whose states are
+processes ends each process when the last reference to its state object is gone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from appo_jax.types import Outcome
 
 @dataclasses.dataclass(frozen=True)
 class ToolResult:
-    """What the policy will read, and how it came about."""
+    """The text for the policy, and the outcome of the call."""
 
     text: str
     outcome: Outcome
@@ -38,10 +38,10 @@ class Tool(Protocol):
     name: str
 
     def start(self) -> Any:
-        """State of a rollout that has not called the tool yet (None for a stateless tool)."""
+        """The state before the first call of a rollout (None for a stateless tool)."""
 
     def call(self, state: Any, argument: str) -> tuple[ToolResult, Any]:
-        """Run one call. Errors of the policy's making are results, not exceptions."""
+        """Run a call. Errors caused by the policy are results, not exceptions."""
 
     def close(self) -> None:
         """Free every process, file and connection."""
@@ -60,13 +60,13 @@ class ToolExample:
 
     question: str
     argument: str
-    answer: str | Callable[[str], str]  # the answer, or how it is read from the tool's result
+    answer: str | Callable[[str], str]  # the answer, or a function that reads it from the tool's result
     thought: str = ""  # what the policy thinks before the call
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolSpec:
-    """A tool as it is presented to the policy."""
+    """The description of a tool for the policy."""
 
     name: str
     argument_name: str | None = None  # None: the tool does not say how its argument is called
@@ -77,7 +77,7 @@ class ToolSpec:
 
     @classmethod
     def of(cls, tool: Tool) -> ToolSpec:
-        """What a tool's attributes say."""
+        """The description in a tool's attributes."""
         fields = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: getattr(tool, name) for name in fields if hasattr(tool, name)})
 
@@ -104,5 +104,5 @@ class ToolSpec:
 
 
 def writable(text: str) -> str:
-    """Text without lone surrogates, which JSON can spell and no file, server or tokenizer takes."""
+    """Text without lone surrogates, which JSON can contain but no file, server or tokenizer accepts."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()

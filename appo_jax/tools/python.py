@@ -39,9 +39,9 @@ from appo_jax.types import Outcome
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 60.0  # seconds for the sandbox to start and import its modules
-REPLY_GRACE = 20.0  # seconds over its own deadline after which a silent sandbox is taken for dead
+REPLY_GRACE = 20.0  # seconds after its deadline at which a silent sandbox counts as dead
 CLOSE_TIMEOUT = 5.0  # seconds for a sandbox to end by itself
-FREE_EVERY = 0.2  # seconds between looks at the states to be freed while no messages pass
+FREE_EVERY = 0.2  # seconds between checks for states to free while no messages are exchanged
 MAX_CODE_BYTES = 100_000
 KEPT = "Variables are as they were before this call."
 
@@ -60,9 +60,9 @@ class PythonTool:
     skills = ("compute", "run_python")
 
     def __init__(self, config: PythonToolConfig):
-        """Start the sandbox. Raises ToolError where the isolation asked for is not available."""
+        """Start the sandbox. Raises ToolError if the requested isolation is not available."""
         self._config = config
-        self.timeout = config.timeout + 2.0  # queueing for a fork included
+        self.timeout = config.timeout + 2.0  # including the wait for a fork
         self._lock = threading.Lock()
         self._closed = False
         if config.isolation == "process":
@@ -79,7 +79,7 @@ class PythonTool:
 
     @property
     def pid(self) -> int:
-        """Process id of the sandbox; all that policy code could ever start descends from it."""
+        """Process id of the sandbox; everything that policy code starts descends from it."""
         return self._sandbox.pid
 
     def start(self) -> Snapshot:
@@ -87,7 +87,7 @@ class PythonTool:
         try:
             return self._live_sandbox().root
         except SandboxLost:
-            return self._sandbox.root  # calls from it say what is wrong
+            return self._sandbox.root  # calls from it explain what is wrong
 
     def call(self, state: Snapshot | None, argument: str) -> tuple[ToolResult, Snapshot | None]:
         """Run `argument` from `state`. What it prints, its last expression's value, or its error is the result."""
@@ -157,7 +157,7 @@ class PythonTool:
 
 
 class Snapshot:
-    """A state of the interpreter. Forgetting it frees its process."""
+    """A state of the interpreter. Its process ends with the last reference to it."""
 
     __slots__ = ("__weakref__", "id", "sandbox")
 
@@ -169,7 +169,7 @@ class Snapshot:
 
 
 class SandboxLost(Exception):
-    """The sandbox cannot answer."""
+    """The sandbox does not answer."""
 
 
 class Sandbox:
@@ -179,14 +179,15 @@ class Sandbox:
         self._ids = itertools.count(1)
         self._replies: dict[int, Future[dict[str, Any]]] = {}
         self._lock = threading.Lock()
-        # Finalizers may run at any moment, also inside this class with the lock held: they only note what to free.
+        # Finalizers may run at any moment, even inside this class while it holds the lock, so they only record what to
+        # free.
         self._to_free: deque[int] = deque()
         self._folder = tempfile.mkdtemp(prefix="appo-python-") if config.isolation == "process" else ""
         self._socket, theirs = socket.socketpair()
         self._group: ControlGroup | None = None
         self.alive = False
         started: Future[None] = Future()
-        # bubblewrap dies with the thread that started it: this one lives as long as the sandbox.
+        # bubblewrap ends with the thread that started it; this thread lives as long as the sandbox.
         self._listener = threading.Thread(
             target=self._live, args=(config, theirs, started), name="python-sandbox", daemon=True
         )
@@ -229,7 +230,7 @@ class Sandbox:
         if not greeting["filtered"]:
             logger.warning("tools.python: this kernel gives no system-call filter; policy code can reach the network")
         self._socket.settimeout(None)
-        # The supervisor ends calls at its own, lower, limit. This one holds whatever it does not see.
+        # The supervisor ends calls at a lower limit. This limit covers what the supervisor does not see.
         self._group = ControlGroup.make(greeting["memory"] + (1 << 30)) if greeting.get("memory") else None
         if self._group is not None:
             self._group.add({self._process.pid} | system.descendants(self._process.pid))
@@ -254,7 +255,7 @@ class Sandbox:
         return answer, after if ended else None
 
     def free(self, identity: int) -> None:
-        """Note a state to be freed: with the next message, or by the listener soon."""
+        """Record a state to be freed with the next message, or soon by the listener."""
         self._to_free.append(identity)
 
     def close(self) -> None:
@@ -276,7 +277,7 @@ class Sandbox:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _kill(self) -> None:
-        """End every process of the sandbox, whatever state it is in."""
+        """Kill every process of the sandbox, whatever its state."""
         for pid in (self._process.pid, *system.descendants(self._process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

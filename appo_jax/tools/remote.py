@@ -1,8 +1,8 @@
 """The Python tool on another machine: `tools.python.isolation = remote`, over SandboxFusion's protocol (`POST /run_code`).
 
-The server runs one program and forgets it. A state is therefore the calls that led to it; each call runs them again, their
-output left out, and then its own code. A fork costs nothing, and a branch equals a replay because it is one. Code that
-depends on the time or on what a server keeps is the exception.
+The server runs a program and keeps nothing. So a state is the list of earlier calls; each call runs them again without
+their output, and then its code. A fork costs nothing, and a branch is a replay. Code that depends on the time or on
+data kept by a server may behave differently in the replay.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from appo_jax.types import Outcome
 
 MAX_CODE_BYTES = 100_000  # of a call
 MAX_HISTORY_BYTES = 1 << 20  # of all calls of a rollout
-ROUND_TRIP = 10.0  # seconds for the server to start a program and to answer, beside the time that the code runs
+ROUND_TRIP = 10.0  # seconds for the server to start a program and to answer, in addition to the run time of the code
 
 State = tuple[str, ...]  # the calls so far
 
-# Runs on the server. Strings hash alike in every replay; output goes to one descriptor, as `cell` writes it.
+# Runs on the server. Strings have the same hash in every replay; all output goes to one descriptor, as in `cell`.
 _PROGRAM = """
 import os, sys
 if os.environ.get("PYTHONHASHSEED") != "0" and os.path.isfile(sys.argv[0]):
@@ -64,12 +64,12 @@ class RemotePythonTool:
     skills = ("compute", "run_python")
 
     def __init__(self, config: PythonToolConfig):
-        """Raises ConfigError for a URL that is none, or is not public and not allowed to be private."""
+        """Raises ConfigError for an invalid URL, or a private one that is not allowed."""
         if config.url is None:
             raise ConfigError("tools.python.isolation = remote: give the server's address, --tools.python.url http://…")
         parts = split_url("tools.python.url", config.url)
         if not config.allow_private:
-            with contextlib.suppress(OSError):  # a name that cannot be resolved now may be later
+            with contextlib.suppress(OSError):  # a name that cannot be resolved now may be resolved later
                 addresses(str(parts.hostname), parts.port or 80, False, time.monotonic() + 5.0, "tools.python")
         self._config = config
         self._url = config.url.rstrip("/") + "/run_code"

@@ -1,4 +1,4 @@
-"""Search over a corpus on this machine: BM25 (bm25s), and what all search tools share: pages as text.
+"""Search over a corpus on this machine with BM25 (bm25s), and the format of pages that all search tools share.
 
 Okapi BM25 over title and text; English stop words count where a query has no other words. The index of a corpus file is
 built once, kept on disk and memory-mapped, so that many processes share it.
@@ -25,7 +25,7 @@ from appo_jax.errors import ConfigError, DataError
 from appo_jax.tools.protocol import Tool, ToolResult
 from appo_jax.types import Document, Outcome
 
-if TYPE_CHECKING:  # to import it runs a JAX operation, which no host may do before it has joined the others
+if TYPE_CHECKING:  # importing it runs a JAX operation, which is not allowed before the hosts have joined
     import bm25s
 
 
@@ -80,13 +80,13 @@ class LocalSearch:
         pass
 
     def search(self, queries: Sequence[str], top_k: int | None = None) -> list[list[Document]]:
-        """The best documents of each query, best first, only those that share a word with it."""
+        """The best documents of each query, best first; only documents that share a word with it."""
         k = top_k or self.top_k
         found: list[list[Document]] = []
         for query in queries:
             scores = self._scores(query)
             matches = np.flatnonzero(scores)
-            if len(matches) > k:  # only what reaches the k-th best score need be sorted
+            if len(matches) > k:  # only documents that reach the k-th best value must be sorted
                 matches = matches[scores[matches] >= -np.partition(-scores[matches], k - 1)[k - 1]]
             best = matches[np.lexsort((matches, -scores[matches]))][:k]  # ties by position
             found.append([self.documents[i] for i in best])
@@ -109,7 +109,7 @@ _STOPWORDS = """a an and are as at be been but by did do does for had has have h
 that the their then there these they this to was were what when where which who whom whose why will with"""
 _STOP = frozenset(_STOPWORDS.split())
 _local = threading.local()  # a Stemmer may not be shared between threads
-# One spelling of a letter whatever Unicode offers, in lower case, without accents; an ideograph is a word of its own.
+# Letters in one spelling, in lower case and without accents; every ideograph is a separate word.
 _NORMALIZER = normalizers.Sequence(
     [
         normalizers.NFKC(),
@@ -121,14 +121,14 @@ _SPLITTER = pre_tokenizers.Split(Regex(r"[\p{L}\p{M}\p{N}_]+"), behavior="remove
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in one spelling: letters and digits, all else separates."""
+    """The words of a text in normalised spelling; everything except letters and digits separates words."""
     if text.isascii():  # the same, faster
         return _WORD.findall(text.lower())
     return [word for word, _ in _SPLITTER.pre_tokenize_str(_NORMALIZER.normalize_str(text))]
 
 
 def terms(found: Sequence[str]) -> list[str]:
-    """The index terms of a text's words: the stems (Snowball, English) of those that are no stop words."""
+    """The index terms of a text's words: the stems (Snowball, English) of the words that are not stop words."""
     if not hasattr(_local, "stemmer"):
         _local.stemmer = Stemmer.Stemmer("english")
     return _local.stemmer.stemWords(kept_words(found))
@@ -140,13 +140,14 @@ def kept_words(found: Sequence[str]) -> list[str]:
 
 
 def stop_terms(found: Sequence[str], title: Sequence[str]) -> list[str]:
-    """The stop words of a text's words, marked by a space, and one term for its whole title where that holds no others."""
+    """The stop words among a text's words, marked by a space, and one term for its title if the title has only stop
+    words."""
     whole_title = [f"  {' '.join(title)}"] if title and _STOP.issuperset(title) else []
     return [f" {word}" for word in found if word in _STOP] + whole_title
 
 
 def query_terms(query: str) -> list[str]:
-    """What a query looks for: its terms, or its stop words where it holds nothing else ("The Who", "It")."""
+    """The terms of a query, or its stop words if it has only those ("The Who", "It")."""
     found = words(query)
     return terms(found) or stop_terms(found, found)
 
@@ -154,8 +155,8 @@ def query_terms(query: str) -> list[str]:
 def build_index(documents: Sequence[Document]) -> bm25s.BM25:
     """A BM25 index (k1 = 1.2, b = 0.75, Lucene's idf) of the documents' titles and texts.
 
-    Stop words have columns of their own, which change nothing for the other words: they are scored as if a document
-    were its stop words alone."""
+    Stop words have separate columns that do not change the scores of other words: they are scored as if a document had
+    only stop words."""
     vocabulary: dict[str, int] = {}
     stop_vocabulary: dict[str, int] = {}
     ids: list[list[int]] = []
@@ -201,14 +202,14 @@ def stored_index(documents: Sequence[Document], folder: Path) -> bm25s.BM25:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             build_index(documents).save(Path(scratch) / "index", show_progress=False)
             try:
-                os.rename(Path(scratch) / "index", path)  # whole or not at all; the first of several builders wins
+                os.rename(Path(scratch) / "index", path)  # atomically; the first of several builders wins
             except OSError:
                 if not path.exists():
                     raise
     return bm25s.BM25.load(path, mmap=True)
 
 
-_INDEX_VERSION = b"appo_jax bm25 2"  # change it with anything that changes the index of the same text
+_INDEX_VERSION = b"appo_jax bm25 2"  # change it whenever the index of the same text changes
 
 
 def cache_folder(folder: str | Path | None) -> Path:
@@ -297,7 +298,8 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def format_pages(pages: Sequence[Document], max_page_words: int = 160) -> str:
-    """`Page i: title. text`, one page a line, the same page once, long pages and titles cut with a visible mark."""
+    """`Page i: title. text`, one page per line, without repeated pages; long pages and titles are cut, with a visible
+    mark."""
     lines: list[str] = []
     seen = set()
     for page in pages:

@@ -1,6 +1,6 @@
 """Search over HTTP: a retriever with Search-R1's protocol, or a web-search service; retried, limited, cached.
 
-Policy-chosen text goes into queries only, never into addresses. The exchange itself, its deadline, size and allowed
+Text from the policy is used only in queries, never in addresses. The exchange itself, its deadline, size and allowed
 addresses, is in exchange.py.
 """
 
@@ -90,7 +90,7 @@ class WebSearch:
             self._cache.close()
 
     def _pages(self, query: str) -> list[Document]:
-        """Ask the server, again after failures that may pass, within `timeout` seconds in all."""
+        """Ask the server, with retries after failures that may be temporary, within `timeout` seconds in total."""
         deadline = time.monotonic() + self._config.timeout
         attempt = 0
         while True:

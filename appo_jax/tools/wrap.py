@@ -1,6 +1,6 @@
-"""Other people's tools as ours: a Python function, an OpenAI-style function, a tool of an MCP server over stdio.
+"""Wraps other tools: a Python function, an OpenAI-style function, a tool of an MCP server over stdio.
 
-A run uses them by import path: a module of your own with `def my_tool(): return McpTool(["server-command"], "tool")`, and
+A run uses them by import path: a user's module with `def my_tool(): return McpTool(["server-command"], "tool")`, and
 `--tools.enabled python search my_module:my_tool`.
 """
 
@@ -25,7 +25,7 @@ from appo_jax.types import Outcome
 class FunctionTool:
     """A stateless tool from a function. With `parameters` (the JSON schema of an OpenAI-style function) the call's text is
     a JSON object of keyword arguments, or, where the schema has one property, that property's bare value; without, the
-    text itself is the only argument. What it returns is shown as text, or as JSON when it is no string."""
+    text itself is the only argument. A returned string is shown as it is, anything else as JSON."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class FunctionTool:
     def _run(self, *arguments: Any, **named: Any) -> ToolResult:
         try:
             value = self._function(*arguments, **named)
-        except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # what wrong arguments lead to
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # raised for wrong arguments
             return ToolResult(f"{type(error).__name__}: {error}", Outcome.ERROR)
         return ToolResult(value if isinstance(value, str) else json.dumps(value, default=str), Outcome.OK)
 
@@ -83,8 +83,8 @@ def read_arguments(text: str, schema: Mapping[str, Any]) -> dict[str, Any] | str
 
 
 class McpTool:
-    """One tool of a Model Context Protocol server that is started as a child and spoken to over stdio (JSON-RPC 2.0,
-    one message a line). Calls go one at a time. A server that dies is started again with the next call."""
+    """A tool of a Model Context Protocol server, which runs as a child process and talks over stdio (JSON-RPC 2.0, one
+    message per line). Calls are sent one at a time. If the server dies, the next call starts it again."""
 
     def __init__(self, command: Sequence[str], tool: str, name: str | None = None, timeout: float = 30.0):
         self.name = name or tool
@@ -113,7 +113,7 @@ class McpTool:
                     self._start()
                 reply = self._request("tools/call", {"name": self._tool, "arguments": arguments})
             except TimeoutError:
-                self._stop()  # its answer may still come, and must not be taken for the next one's
+                self._stop()  # its answer may still arrive, and must not be taken for the answer of the next call
                 return ToolResult(f"The tool {self.name} did not answer in time.", Outcome.TIMEOUT), None
             except (OSError, ConnectionError, ToolError) as error:
                 self._stop()
@@ -156,7 +156,7 @@ class McpTool:
             try:
                 message = json.loads(line)
             except ValueError:
-                continue  # servers that print to stdout
+                continue  # some servers print to stdout
             if isinstance(message, dict) and message.get("id") == identity and "method" not in message:
                 if "error" in message:
                     return {"content": [{"type": "text", "text": message["error"].get("message", "")}], "isError": True}
