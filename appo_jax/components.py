@@ -115,8 +115,8 @@ def _prompts(
     """The examples with the system prompts that the policy will see; those that are too long are dropped or fatal
     (`data.malformed`)."""
     instructions = executor.call_format.instructions()
-    told = [introduce(example, instructions) for example in examples]
-    return check_prompts(told, tokenizer, config.rollout.max_prompt_tokens, config.data.malformed)
+    introduced = [introduce(example, instructions) for example in examples]
+    return check_prompts(introduced, tokenizer, config.rollout.max_prompt_tokens, config.data.malformed)
 
 
 def compute_dtype(config: Config) -> Any:

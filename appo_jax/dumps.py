@@ -46,10 +46,10 @@ def read_dump(path: Path) -> Iterator[dict[str, Any]]:
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
-            whole = zlib.decompressobj(wbits=31)  # gzip.open would accept an empty file, and two files in one
-            content = whole.decompress(content)
-            if not whole.eof or whole.unused_data:
-                raise ValueError("it is cut short" if not whole.eof else "something follows its end")
+            decompressor = zlib.decompressobj(wbits=31)  # gzip.open would accept an empty file, and two files in one
+            content = decompressor.decompress(content)
+            if not decompressor.eof or decompressor.unused_data:
+                raise ValueError("it is cut short" if not decompressor.eof else "something follows its end")
         for line in content.splitlines():
             yield json.loads(line)
     except (OSError, zlib.error, ValueError) as error:
@@ -64,17 +64,17 @@ def settle_dumps(folder: Path, step: int, keep: int = 0) -> list[str]:
     found = dumped_steps(folder)
     for later in [s for s in found if s > step]:
         found.pop(later).unlink()
-    told = []
+    problems = []
     for damaged in list(found)[-MAX_CHECKED:]:
         try:
             for _ in read_dump(found[damaged]):
                 pass
         except DataError:
-            told.append(f"{found[damaged].name} is damaged and set aside as {set_aside(found.pop(damaged)).name}")
+            problems.append(f"{found[damaged].name} is damaged and set aside as {set_aside(found.pop(damaged)).name}")
     first = max(1, step - keep + 1) if keep else 1
     if missing := sorted(set(range(first, step + 1)) - set(found)):
-        told.append(f"the trees of {'steps' if len(missing) > 1 else 'step'} {spans(missing)} are lost")
-    return told
+        problems.append(f"the trees of {'steps' if len(missing) > 1 else 'step'} {spans(missing)} are lost")
+    return problems
 
 
 def spans(steps: Sequence[int]) -> str:

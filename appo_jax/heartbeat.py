@@ -156,11 +156,11 @@ def now() -> tuple[str, int]:
 
 
 def _tell() -> None:
-    told = time.monotonic()
+    sent = time.monotonic()
     while True:
         now = time.monotonic()
-        if now - told > PAUSED_S:  # the process was stopped, for example by Ctrl-Z, and could make no progress
+        if now - sent > PAUSED_S:  # the process was stopped, for example by Ctrl-Z, and could make no progress
             _life.progressed = now
-        told = now
+        sent = now
         send(**_life.beat())
         time.sleep(BEAT_S)

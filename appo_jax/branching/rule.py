@@ -71,7 +71,7 @@ class ByTurns:
         """The cuts of one loop, in the order in which the branches become nodes."""
         cuts = self.turns(tree, loop, config)
         left = loop.budget - len(cuts) if loop.number == config.num_loops else 0
-        return cuts + whole_rollouts(tree.num_initial, tree.prompt_length, left)
+        return cuts + rollouts_from_the_prompt(tree.num_initial, tree.prompt_length, left)
 
     def max_sizes(self, num_initial: int, budget: int, config: BranchingConfig) -> list[int]:
         """The maximal number of rollouts of a tree before the first loop and after each loop. A rollout may get more
@@ -83,6 +83,6 @@ class ByTurns:
 Rule = ByScore | ByTurns
 
 
-def whole_rollouts(num_initial: int, prompt_length: int, count: int) -> list[Cut]:
+def rollouts_from_the_prompt(num_initial: int, prompt_length: int, count: int) -> list[Cut]:
     """Cuts for `count` new rollouts from the prompt: at the first token of each initial rollout in turn."""
     return [Cut(k % num_initial, prompt_length) for k in range(count)]

@@ -20,7 +20,7 @@ class ToolResults:
         self._tokenizer, self._format = tokenizer, call_format
         self._head, self._tail = result_ids(call_format, tokenizer)
         self._cut = tokenizer.encode(CUT_MARK)
-        self._room = max_tokens - len(self._head) - len(self._tail)
+        self._max_body = max_tokens - len(self._head) - len(self._tail)
         marks = len(self._head) + len(self._tail) + len(self._cut)
         if marks >= max_tokens:
             raise ConfigError(
@@ -37,17 +37,17 @@ class ToolResults:
         return self.encode(bare_result(self._format, rendered))
 
     def _fitting(self, text: str) -> list[int]:
-        max_chars = MAX_TOKEN_CHARS * self._room
+        max_chars = MAX_TOKEN_CHARS * self._max_body
         if len(text) <= 2 * max_chars:
             ids = self._tokenizer.encode(text)
-            if len(ids) <= self._room:
+            if len(ids) <= self._max_body:
                 return ids
-        room, text = self._room - len(self._cut), text.rstrip()
+        kept, text = self._max_body - len(self._cut), text.rstrip()
         # The last line is kept: in a traceback it names the error, and otherwise it is often what the program computed.
         last_line = text.rpartition("\n")[2]
         tail = len(self._tokenizer.encode(last_line[: max_chars + 1]))
-        if tail > room:
+        if tail > kept:
             text, tail = last_line, 0
-        tail = max(room // 2, tail)
+        tail = max(kept // 2, tail)
         end = self._tokenizer.encode(text[-max_chars:])[-tail:] if tail else []
-        return [*self._tokenizer.encode(text[:max_chars])[: room - tail], *self._cut, *end]
+        return [*self._tokenizer.encode(text[:max_chars])[: kept - tail], *self._cut, *end]

@@ -12,7 +12,7 @@ from appo_jax.config_io import check, flatten, read_variable
 from appo_jax.errors import ConfigError
 
 # More steps than any budget of tokens lasts: the budget is what ends a run.
-MOST_STEPS = 100_000
+MAX_STEPS = 100_000
 # What a cold start depends on; all arms of a study share it.
 # Data sources that make their own questions, and whose tokenizer is trained on them.
 GENERATED = ("world", "decisions")
@@ -49,7 +49,7 @@ class Study:
         """The config of one run."""
         return dataclasses.replace(
             self.arms[arm], seed=seed, run_dir=str(self.run_dir(arm, seed)),
-            init_from=self.cold_start(seed).run_dir, steps=MOST_STEPS, max_sampled_tokens=self.max_sampled_tokens,
+            init_from=self.cold_start(seed).run_dir, steps=MAX_STEPS, max_sampled_tokens=self.max_sampled_tokens,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from appo_jax.config import Config
 from appo_jax.config_io import check, flatten, read_variable, with_fields
 from appo_jax.errors import ConfigError
-from appo_jax.study.plan import COLD_START, MOST_STEPS
+from appo_jax.study.plan import COLD_START, MAX_STEPS
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -67,7 +67,7 @@ class Sweep:
         """The config of one run."""
         return dataclasses.replace(
             self.point_config(point), seed=seed, run_dir=str(self.run_dir(trial, seed)),
-            init_from=self.cold_start(seed).run_dir, steps=MOST_STEPS, max_sampled_tokens=self.max_sampled_tokens,
+            init_from=self.cold_start(seed).run_dir, steps=MAX_STEPS, max_sampled_tokens=self.max_sampled_tokens,
         )  # fmt: skip
 
     def cold_start(self, seed: int) -> Config:

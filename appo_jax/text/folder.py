@@ -22,9 +22,9 @@ def read_json_if_any(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def is_byte_level(whole: Mapping[str, Any]) -> bool:
+def is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
     """Whether a tokenizer.json is of the kind that JsonTokenizer reads."""
-    return whole.get("model", {}).get("type") == "BPE" and '"ByteLevel"' in json.dumps(whole.get("decoder"))
+    return tokenizer.get("model", {}).get("type") == "BPE" and '"ByteLevel"' in json.dumps(tokenizer.get("decoder"))
 
 
 def chat_template(folder: Path, config: dict[str, Any]) -> str:

@@ -125,18 +125,18 @@ class JsonTokenizer:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        whole = read_json(folder / "tokenizer.json")
-        if not is_byte_level(whole):
+        data = read_json(folder / "tokenizer.json")
+        if not is_byte_level(data):
             raise DataError(
                 f"{folder / 'tokenizer.json'}: only byte-level BPE is supported (model.type BPE, decoder ByteLevel); "
                 "of a tokenizer made by sentencepiece give its .model file"
             )
         config_file = folder / "tokenizer_config.json"
         config = read_json(config_file)
-        vocabulary: dict[str, int] = dict(whole["model"]["vocab"])
+        vocabulary: dict[str, int] = dict(data["model"]["vocab"])
         self._control: dict[str, int] = {}
         plain_added: dict[str, int] = {}
-        for added in whole.get("added_tokens", []):
+        for added in data.get("added_tokens", []):
             is_control = added["special"] or re.fullmatch(r"<\|.*\|>", added["content"])
             (self._control if is_control else plain_added)[added["content"]] = added["id"]
         if not self._control:
@@ -146,10 +146,10 @@ class JsonTokenizer:
 
         # This guarantees rule 1: the tokenizer that reads text has no control tokens. Plain added tokens go into its
         # vocabulary; otherwise the library would renumber them.
-        pieces = {piece: id for piece, id in whole["model"]["vocab"].items() if piece not in self._control}
-        text_only = whole | {
-            "added_tokens": [added for added in whole["added_tokens"] if added["content"] in plain_added],
-            "model": whole["model"] | {"vocab": pieces | plain_added},
+        pieces = {piece: id for piece, id in data["model"]["vocab"].items() if piece not in self._control}
+        text_only = data | {
+            "added_tokens": [added for added in data["added_tokens"] if added["content"] in plain_added],
+            "model": data["model"] | {"vocab": pieces | plain_added},
             "post_processor": None,
             "truncation": None,
             "padding": None,

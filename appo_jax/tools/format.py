@@ -282,11 +282,11 @@ class JsonFormat:
         openings, closings = turn.count("<tool_call>"), turn.count("</tool_call>")
         if not openings and not closings and not answered:
             return None
-        whole = turn.rstrip().endswith("</tool_call>") and openings > 0 and closings == 1
-        if whole and openings > 1:  # the other tags are inside the call's JSON, or the turn is not a single call
+        closed = turn.rstrip().endswith("</tool_call>") and openings > 0 and closings == 1
+        if closed and openings > 1:  # the other tags are inside the call's JSON, or the turn is not a single call
             body = turn.rstrip().removesuffix("</tool_call>").partition("<tool_call>")[2]
-            whole = not isinstance(_read_json(body), str)
-        if not whole:
+            closed = not isinstance(_read_json(body), str)
+        if not closed:
             return "a tool call is not one <tool_call>, its JSON and </tool_call> at the end of the turn"
         return None if answered else "a tool call without a result"
 

@@ -308,9 +308,9 @@ def format_pages(pages: Sequence[Document], max_page_words: int = 160) -> str:
         if text in seen:
             continue
         seen.add(text)
-        whole = text.split(" ")
-        if len(whole) > max_page_words:
-            text = " ".join(whole[:max_page_words]) + " …"
+        words = text.split(" ")
+        if len(words) > max_page_words:
+            text = " ".join(words[:max_page_words]) + " …"
         text = _shortened(text, MAX_WORD_CHARS * max_page_words)
         lines.append(f"Page {len(lines) + 1}: {title}. {text}" if title else f"Page {len(lines) + 1}: {text}")
     return "\n".join(lines) if lines else "No page matches this query. Try other words."

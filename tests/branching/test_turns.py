@@ -7,7 +7,7 @@ import oracle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appo_jax.branching.rule import whole_rollouts
+from appo_jax.branching.rule import rollouts_from_the_prompt
 from appo_jax.branching.rules.entropy_change import after_tool_calls, branch_probabilities
 from appo_jax.branching.rules.random_turn import random_turns
 from appo_jax.branching.tree import Loop
@@ -87,5 +87,5 @@ def test_every_turn_is_as_likely():
 
 
 def test_what_is_left_goes_to_whole_new_rollouts():
-    assert whole_rollouts(2, 7, 5) == [(0, 7), (1, 7), (0, 7), (1, 7), (0, 7)]
-    assert whole_rollouts(2, 7, 0) == []
+    assert rollouts_from_the_prompt(2, 7, 5) == [(0, 7), (1, 7), (0, 7), (1, 7), (0, 7)]
+    assert rollouts_from_the_prompt(2, 7, 0) == []

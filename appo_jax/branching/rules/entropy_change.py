@@ -46,8 +46,8 @@ def after_tool_calls(
     drawn is continued twice. `undrawn_from`: for each rollout, the index after which turns have not been drawn yet.
     """
     points = []
-    for node, (entropy, own) in enumerate(zip(entropies, sampled, strict=True)):
-        probabilities = branch_probabilities(entropy, own, loop.vocab_size)
+    for node, (entropy, mask) in enumerate(zip(entropies, sampled, strict=True)):
+        probabilities = branch_probabilities(entropy, mask, loop.vocab_size)
         chances = [(t, p) for t, p in probabilities.items() if t > undrawn_from[node]]
         points += [(call, node, t) for call, (t, p) in enumerate(chances) if loop.rng.random() < p]
     return [Cut(node, t) for _, node, t in sorted(points)[: loop.budget]]

@@ -15,7 +15,7 @@ from appo_jax.types import turn_starts
 def random_turns(sampled: Sequence[np.ndarray], max_per_rollout: int, loop: Loop) -> list[Cut]:
     """The cuts of a prompt, within the budget; each round takes one turn from every rollout. `sampled`: `[T]` of each
     rollout."""
-    orders = [loop.rng.permutation(turn_starts(own)).tolist()[:max_per_rollout] for own in sampled]
+    orders = [loop.rng.permutation(turn_starts(mask)).tolist()[:max_per_rollout] for mask in sampled]
     rounds = [(k, node, t) for node, order in enumerate(orders) for k, t in enumerate(order)]
     return [Cut(node, t) for _, node, t in sorted(rounds)[: loop.budget]]
 
