@@ -28,7 +28,7 @@ from jaxtyping import install_import_hook
 install_import_hook(
     [
         "appo_jax.advantage.groups", "appo_jax.advantage.procedural", "appo_jax.branching.score", "appo_jax.branching.select",
-        "appo_jax.ops", "appo_jax.policy.logprobs", "appo_jax.policy.score", "appo_jax.rollout.scoring",
+        "appo_jax.ops", "appo_jax.policy.logprobs", "appo_jax.policy.score",
     ],
     "beartype.beartype",
 )  # fmt: skip

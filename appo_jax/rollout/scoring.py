@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Shaped
 
 from appo_jax.branching.score import future_value
 from appo_jax.policy.parameters import Params
@@ -22,14 +21,14 @@ def log_probs(sampler: Sampler, params: Params, trees: Sequence[Tree]) -> list[l
     return [[next(scored) for _ in tree] for tree in trees]
 
 
-def inherit(rollout: Rollout, by_node: Sequence[np.ndarray], own: Shaped[np.ndarray, " T"]) -> Shaped[np.ndarray, " T"]:
+def inherit(rollout: Rollout, by_node: Sequence[np.ndarray], own: np.ndarray) -> np.ndarray:
     """`own [T]`, with the parent's numbers (in `by_node`) at the tokens that a branch has from its parent."""
     if rollout.parent is None or rollout.fork is None:
         return own
     return np.concatenate([by_node[rollout.parent][: rollout.fork], own[rollout.fork :]])
 
 
-def padded(values: Sequence[Shaped[np.ndarray, " _"]], rows: int, length: int) -> Shaped[np.ndarray, "{rows} {length}"]:
+def padded(values: Sequence[np.ndarray], rows: int, length: int) -> np.ndarray:
     """Arrays `[t]` of one dtype as `[rows, length]`, with zeros (False) after each and in the rows that are left."""
     out = np.zeros((rows, length), values[0].dtype)
     for row, value in enumerate(values):
