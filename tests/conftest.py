@@ -28,7 +28,7 @@ from jaxtyping import install_import_hook
 install_import_hook(
     [
         "appo_jax.advantage.groups", "appo_jax.advantage.procedural", "appo_jax.branching.score", "appo_jax.branching.select",
-        "appo_jax.ops", "appo_jax.policy.logprobs", "appo_jax.policy.score",
+        "appo_jax.ops", "appo_jax.policy.logprobs",
     ],
     "beartype.beartype",
 )  # fmt: skip
@@ -54,11 +54,10 @@ def own_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def optimized() -> Iterator[None]:
     """Programs of this test are compiled with LLVM's optimizations: where bits are compared, those of a real run."""
-    quick = jax.config.jax_disable_most_optimizations
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
     jax.clear_caches()
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from appo_jax.config import Architecture, Remat
 from appo_jax.policy import attention
@@ -42,9 +41,7 @@ def whole_rows(
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "temperature", "dtype"))
-def score(
-    params: Params, tokens: Int[Array, "R T"], *, arch: Architecture, temperature: float, dtype: jnp.dtype
-) -> Scored:
+def score(params: Params, tokens: jax.Array, *, arch: Architecture, temperature: float, dtype: jnp.dtype) -> Scored:
     """Log-probabilities, entropies and KV cache of right-padded rollouts `[R, T]` in one pass."""
     hidden, cache = whole_rows(params, arch, tokens, positions(tokens), attention.causal, dtype)
     log_probs, entropies = token_log_probs(hidden, unembedding(params), tokens, temperature, arch.num_tokens)
@@ -52,6 +49,6 @@ def score(
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"))
-def prefill(params: Params, tokens: Int[Array, "R T"], *, arch: Architecture, dtype: jnp.dtype) -> list[LayerCache]:
+def prefill(params: Params, tokens: jax.Array, *, arch: Architecture, dtype: jnp.dtype) -> list[LayerCache]:
     """KV cache of right-padded prompts `[R, T]`."""
     return attention.laid_out(whole_rows(params, arch, tokens, positions(tokens), attention.causal, dtype)[1])
