@@ -154,9 +154,7 @@ def prompt_opening(prompt: np.ndarray, tokenizer: Tokenizer) -> str:
     """The thought that a prompt's template opens (and perhaps closes) for the policy; "" for most templates."""
     token_bytes = tokenizer.token_bytes()
     start = len(prompt)
-    while (
-        start and token_bytes[prompt[start - 1]]
-    ):  # the text after the last control token belongs to the policy's turn
+    while start and token_bytes[prompt[start - 1]]:  # the policy's turn begins after the last control token
         start -= 1
     return opened_thought(tokenizer.decode(prompt[start:].tolist()))
 

@@ -92,8 +92,8 @@ class MetricsLogger:
                 f"the records of {'steps' if len(lost) > 1 else 'step'} {spans(lost)} are lost, and marked so"
             )
         if self._file.exists() or lost:
-            records = {s: {"step": s, "lost": True} for s in lost} | kept
-            write_atomically(self._file, "".join(_sealed(records[s]) for s in sorted(records)))
+            complete = {s: {"step": s, "lost": True} for s in lost} | kept
+            write_atomically(self._file, "".join(_sealed(complete[s]) for s in sorted(complete)))
         if damage and not (cut_alone and not lost):
             _log.warning("%s: %s", self._file, "; ".join(damage))
         if self._name == "metrics" and (damage := settle_dumps(self._run_dir / "rollouts", step, self._keep_rollouts)):
