@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from appo_jax.cli import config_from
 from appo_jax.config import Config, PythonToolConfig, RewardConfig, ToolsConfig
 from appo_jax.config_io import check, load_config
 from appo_jax.data.demonstrations import LeftOut
@@ -61,3 +62,15 @@ def test_the_model_of_the_page_is_a_config(tmp_path: Path, monkeypatch: pytest.M
 def test_the_page_on_models_names_every_family() -> None:
     text = (ROOT / "docs" / "models.md").read_text()
     assert set(re.findall(r"`(\w+ForCausalLM)`", text)) == {family.hf for family in FAMILIES.values()}
+
+
+def test_the_commands_of_the_page_on_the_paper_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every config that docs/reproduce.md names is there, and its overrides are fields that keep the rules."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "reproduce.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^appo-jax (?:train|data describe) ([^\n#]*)", text, re.MULTILINE)
+    configs = [config_from("train", command.split()) for command in commands]
+    assert [config.sft.steps for config in configs] == [0, 1266]
+    assert configs[1].sft.traces == ("artifacts/traces/traces.json",)
+    for name in re.findall(r"`(configs/\w+\.py)`", text):
+        check(load_config(ROOT / name))
