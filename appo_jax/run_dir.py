@@ -38,6 +38,13 @@ MAY_CHANGE = (
     "tools.max_unavailable",
     "tools.pause_seconds",
     "max_silent_seconds",
+    "eval.sets",
+    "reward.judge.url",
+    "reward.judge.key_variable",
+    "reward.judge.concurrency",
+    "reward.judge.timeout",
+    "reward.judge.attempts",
+    "reward.judge.cache",
 )
 
 # These say how a step is computed, not what: a checkpoint is laid out anew. Sums are taken in another order, so that the last

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from appo_jax.config import BranchingConfig, Config, MeshConfig, PolicyConfig
+from appo_jax.config import BranchingConfig, Config, JudgeConfig, MeshConfig, PolicyConfig, RewardConfig
 from appo_jax.config_io import flatten, load_config, save_config
 from appo_jax.errors import CheckpointError
 from appo_jax.run_dir import HOW_COMPUTED, MAY_CHANGE, open_run
@@ -132,5 +132,20 @@ def test_what_is_computed_may_not_change(config, run_with_results, field):
         open_run(other)
 
 
+def test_a_judge_may_move_and_another_one_is_another_reward(config, tmp_path):
+    def judged(**judge):
+        reward = RewardConfig("judge", judge=JudgeConfig(**{"url": "http://a", "model": "m"} | judge))
+        return dataclasses.replace(config, reward=reward)
+
+    with open_run(judged()) as run:
+        run.metrics.write_text('{"step": 1}\n')
+        (run.checkpoints / "rl").mkdir()
+    with open_run(judged(url="http://b", concurrency=2)) as run:
+        assert run.continued
+    with pytest.raises(CheckpointError, match=r"reward\.judge\.model: 'm' in the run, 'n' given"):
+        open_run(judged(model="n"))
+
+
 def test_every_field_that_may_change_is_one_of_the_config(config):
+    config = dataclasses.replace(config, reward=RewardConfig(judge=JudgeConfig("http://a", "m")))
     assert set(MAY_CHANGE) | set(HOW_COMPUTED) <= set(flatten(config))

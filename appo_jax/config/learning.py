@@ -42,7 +42,7 @@ class SFTConfig:
     steps: NonNegativeInt = 0
     """Updates of the cold start. 0: no cold start."""
     traces: tuple[str, ...] = ()
-    """Files of traces (docs/traces.md) to train on. None: the demonstrations of the data source and of the tools."""
+    """Files of traces (docs/traces.md) to train on. Empty: the demonstrations of the data source and of the tools."""
     batch_size: PositiveInt = 128
     """Rows of `max_tokens` tokens per update; whole traces are packed into them. Paper: 128."""
     max_tokens: PositiveInt = 4096
