@@ -3,7 +3,8 @@
 #   make test      the tests                make lint     style, types, layers
 #   make test-long the tests that take minutes: two hosts, a sweep that is killed again and again
 #   make docs      the documentation's site, in site/
-#   make bench     speed: the sampler and the tools; make parity: our policies against transformers, live
+#   make bench     speed: the sampler, the tools and, with DATA=DIR_OF_GSM8K, whole steps; make parity: our policies against
+#                  transformers, live
 #   make compare   APPO against GRPO at equal sampled tokens, over three seeds
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -32,7 +33,7 @@ $(DEV): requirements-dev.txt $(RUN)
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
-# transformers and tunix, which only benchmarks compare with, and whose needs must not change what everything else runs on.
+# transformers, tunix and TRL, which only benchmarks compare with, and whose needs must not change what everything else runs on.
 $(PEERS): pyproject.toml $(RUN)
 	test -x $(PEERS)/python || $(PYTHON) -m venv .venv-peers
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -e '.[bench,smollm2]'
@@ -63,6 +64,7 @@ docs: $(DEV)
 
 bench: $(PEERS) artifacts/smollm2
 	$(PEERS)/python benchmarks/sampler.py --policy artifacts/smollm2
+	$(if $(DATA),$(PEERS)/python benchmarks/step.py --data $(DATA))
 	$(BIN)/python benchmarks/tools.py $(ARGS)
 
 parity: $(PEERS)

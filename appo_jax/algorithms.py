@@ -207,11 +207,3 @@ def broken(config: Config) -> Iterator[str]:
             f"rollout.budget = {algorithm.budget} leaves no room for branches beside rollout.num_initial = "
             f"{algorithm.initial}: raise it (N·(B+1)^L = {full})"
         )
-    # Rows of a mini-batch divide over micro-batches and devices.
-    field = "rollout.budget" if algorithm.trained_per_prompt == algorithm.budget else "rollout.num_initial"
-    rows, devices = config.prompts_per_minibatch * algorithm.trained_per_prompt, config.mesh.data * config.mesh.fsdp
-    if rows % devices:
-        yield f"prompts_per_minibatch × {field} = {rows} rows cannot be split over mesh.data × mesh.fsdp = {devices}"
-    micro = config.optimizer.micro_batch
-    if micro and rows % micro:
-        yield f"optimizer.micro_batch = {micro} does not divide a mini-batch of {rows} rollouts"

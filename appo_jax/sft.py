@@ -10,7 +10,7 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from appo_jax import distributed, failures, heartbeat
 from appo_jax.algorithms import make_algorithm
@@ -24,12 +24,14 @@ from appo_jax.data.trace_files import read_traces
 from appo_jax.errors import CheckpointError, ConfigError
 from appo_jax.evaluate import evaluate
 from appo_jax.interrupt import Stop, stop_requests
-from appo_jax.learner.loss import TrainBatch
+from appo_jax.learner.batch import cut
+from appo_jax.learner.loss import Terms
 from appo_jax.learner.optimizer import sft_optimizer
-from appo_jax.learner.step import StepSpec, TrainState, init_state, make_train_step, require_finite
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
 from appo_jax.policy.parameters import Params, abstract_params
-from appo_jax.policy.sharding import annotate, batch_sharding, place, state_shardings
+from appo_jax.policy.score import Rows
+from appo_jax.policy.sharding import annotate, batch_shardings, place, state_shardings
 from appo_jax.rollout.tool_results import ToolResults
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.storage import to_json, write_atomically
@@ -94,14 +96,26 @@ def run(config: Config) -> dict[str, float]:
         return cold_start(components, run_dir, progress.sft_step, stop)[1]
 
 
-def to_train_batch(batch: TraceBatch) -> TrainBatch:
-    """Demonstrations as a train batch: the loss is the mean negative log-likelihood of the sampled tokens."""
-    weights = batch.loss_mask / max(1, int(batch.loss_mask.sum()))
-    ones = jnp.ones(batch.tokens.shape, jnp.float32)
-    return TrainBatch(
-        jnp.asarray(batch.tokens), jnp.asarray(weights, jnp.float32), ones, ones,
-        segments=jnp.asarray(batch.segments), positions=jnp.asarray(batch.positions),
-    )  # fmt: skip
+def to_train_batch(batch: TraceBatch, at_once: int) -> TrainBatch:
+    """Demonstrations as a train batch: the loss is the mean negative log-likelihood of the sampled tokens.
+
+    `at_once`: rows of a micro-batch; 0: all.
+    """
+    index = np.arange(batch.tokens.shape[1])
+    # A segment ends where the next begins; padding, segment 0, comes last in a row and is one more.
+    last = np.diff(batch.segments, append=-1) != 0
+    ends = np.minimum.accumulate(np.where(last, index + 1, len(index))[:, ::-1], axis=1)[:, ::-1]
+
+    def following(x: np.ndarray) -> np.ndarray:  # a slot speaks of the token after it
+        return np.where(last, 0, np.roll(x, -1, axis=1))
+
+    rows = Rows(batch.tokens, following(batch.tokens), batch.positions, ends.astype(np.int32))
+    weights = following(batch.loss_mask) / max(1, int(batch.loss_mask.sum()))
+    ones = np.ones_like(weights, np.float32)
+    at_once = at_once or len(batch.tokens)
+    parts = len(batch.tokens) // at_once
+    terms = Terms(weights.astype(np.float32)[None], ones[None], ones[None])
+    return TrainBatch(cut(rows, at_once, parts), cut(terms, at_once, parts), np.int32(parts))
 
 
 def _trace_batches(components: Components, run: RunDir) -> grain.DatasetIterator[TraceBatch]:
@@ -153,11 +167,12 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             step, state, meta = restored
             base = meta["accuracies"]["accuracy_base"]
         metrics.resume(step)
-        spec = StepSpec(components.arch, None, 1.0, config.sft.micro_batch, components.dtype, config.optimizer.remat)
+        spec = StepSpec(components.arch, None, 1.0, components.dtype, config.optimizer.remat)
         train_step = make_train_step(optimizer, spec)
         while step < config.sft.steps:
             began = time.perf_counter()
-            batch = place(to_train_batch(next(batches)), batch_sharding(components.mesh), components.mesh)
+            batch = to_train_batch(next(batches), config.sft.micro_batch)
+            batch = place(batch, batch_shardings(batch, components.mesh), components.mesh)
             state, results = train_step(state, batch)
             step += 1
             heartbeat.progress()

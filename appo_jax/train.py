@@ -147,9 +147,8 @@ def begin(components: Components, params: Params) -> tuple[Trainer, TrainState]:
     optimizer = rl_optimizer(config.optimizer)
     state = init_state(params, optimizer, components.arch, components.mesh)
     spec = StepSpec(
-        components.arch, algorithm.loss, config.rollout.temperature, config.optimizer.micro_batch, components.dtype,
-        config.optimizer.remat,
-    )  # fmt: skip
+        components.arch, algorithm.loss, config.rollout.temperature, components.dtype, config.optimizer.remat
+    )
     grower = TreeGrower(
         components.sampler, components.tokenizer, config.rollout, algorithm.branching, components.arch.vocab_size,
         config.seed,

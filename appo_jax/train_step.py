@@ -18,14 +18,16 @@ from appo_jax.advantage.groups import without_spread
 from appo_jax.algorithms import Algorithm
 from appo_jax.components import Components, give_rewards
 from appo_jax.config import LossConfig
-from appo_jax.learner.batch import Measured, make_batch
-from appo_jax.learner.loss import TrainBatch, kl_estimate
-from appo_jax.learner.step import TrainState
+from appo_jax.learner.batch import Measured, make_batch, make_terms
+from appo_jax.learner.loss import kl_estimate
+from appo_jax.learner.step import TrainBatch, TrainState
+from appo_jax.policy.constraints import row_shards
 from appo_jax.policy.parameters import Params
-from appo_jax.policy.sharding import batch_sharding, place
+from appo_jax.policy.sharding import batch_shardings, place
 from appo_jax.rollout.growth import Growth, TreeGrower
 from appo_jax.rollout.sampler import Sampler
 from appo_jax.rollout.scoring import inherit, log_probs
+from appo_jax.rollout.shapes import Shapes
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
 from appo_jax.timing import Timer
 from appo_jax.types import Example, Rollout, Tree
@@ -97,7 +99,8 @@ class Step:
     def __init__(self, trainer: Trainer, index: int):
         self.trainer, self.index = trainer, index
         self.components, self.algorithm, self.grower = trainer.components, trainer.algorithm, trainer.grower
-        self.sampler, self.length = trainer.components.sampler, trainer.grower.shapes.rollout_length
+        config, self.sampler = self.components.config, self.components.sampler
+        self.shapes = Shapes(config.rollout, self.algorithm.branching, row_shards(self.components.mesh))
         self.timer = Timer()
         self.resampled = 0
 
@@ -149,7 +152,7 @@ class Step:
                     minibatch.trees,
                     minibatch.old_log_probs,
                     algorithm.loss,
-                    self.length,
+                    self.shapes.rollout_length,
                 )
         return Measured(minibatch.old_log_probs, present, ref, penalties)
 
@@ -157,8 +160,11 @@ class Step:
         """One update on the trained rollouts of the mini-batch. Consumes `state`."""
         mesh = self.components.mesh
         with self.timer("update"):
-            batch, base = make_batch(minibatch.trees, measured, self.algorithm, self.length)
-            state, results = self.trainer.update(state, place(batch, batch_sharding(mesh), mesh))
+            length = self.shapes.rollout_length
+            terms, base = make_terms(minibatch.trees, measured, self.algorithm, length)
+            tokens = [rollout.tokens for tree in minibatch.trees for rollout in self.algorithm.trained(tree)]
+            batch = make_batch(tokens, terms, length, self.shapes.update_rows(self.components.config, self.algorithm))
+            state, results = self.trainer.update(state, place(batch, batch_shardings(batch, mesh), mesh))
             results = jax.device_get(results)
             minibatch.update = update_metrics(results, base, minibatch.growth, self.algorithm.initial)
         return state

@@ -81,9 +81,7 @@ def our_logits(params: Params, arch: Architecture, tokens: np.ndarray, dtype: An
     @jax.jit
     def forward(params: Params, tokens: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = hidden_states(
-            params, arch, tokens, rotations(positions, arch), attention.causal_no_cache, LayerPass(dtype)
-        )
+        hidden, _ = hidden_states(params, arch, tokens, rotations(positions, arch), attention.causal, LayerPass(dtype))
         return hidden @ unembedding(params).T
 
     with jax.default_matmul_precision("highest"), jax.enable_x64(dtype == np.float64):

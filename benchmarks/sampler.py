@@ -22,7 +22,7 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ import numpy as np
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import read_architecture
+from appo_jax.policy.packing import pack
 from appo_jax.policy.score import score
 from appo_jax.policy.sharding import GeneratingPolicy, generating
 from appo_jax.rollout import decode, state
 from appo_jax.rollout.engine import Draw, Engine
+from appo_jax.rollout.prefixes import Prefix
 from appo_jax.rollout.rows import Fork
 from appo_jax.rollout.seating import Seating
 from appo_jax.rollout.shapes import Shapes
@@ -211,16 +213,21 @@ def branching(bench: Bench, repeats: int) -> dict[str, float]:
     """16 parents of 512 tokens, 3 branches each from the middle, 64 new tokens."""
     parents, columns, length, middle = 16, 3, 512, 256
     prompts = bench.prompts(parents, length)
-    tokens = jnp.asarray(np.stack(prompts))
     forks = [[bench.fork(tokens[:middle], node, middle) for node in range(columns)] for tokens in prompts]
     config = {"max_prompt_tokens": middle, "max_response_tokens": NEW, "decode_rows": parents * columns}
     shared, unshared = (bench.engine(share_prefix=share, **config) for share in (True, False))
-    score_pass = functools.partial(score, bench.params, tokens, arch=bench.arch, temperature=1.0, dtype=jnp.float32)
+    packing = pack(prompts, length)  # each prompt fills a row
+    score_pass = functools.partial(
+        score, bench.params, packing.rows, arch=bench.arch, temperature=1.0, dtype=jnp.float32
+    )
     cache = score_pass().cache
+
+    def prefixes_of(cache: list) -> Iterator[Prefix]:
+        return (Prefix(cache, int(row), np.arange(length, dtype=np.int32)) for row in packing.row)
 
     def branch(engine: Engine, cache: list) -> list:
         shapes = shapes_of(engine).generation(parents, columns, length)
-        return engine.generate(bench.policy(engine), forks, iter([cache]), shapes, Draw((0,), 1.0))
+        return engine.generate(bench.policy(engine), forks, prefixes_of(cache), shapes, Draw((0,), 1.0))
 
     fast = median_seconds(lambda: branch(shared, cache), repeats)
     slow = median_seconds(lambda: branch(unshared, cache), repeats)
@@ -232,7 +239,7 @@ def branching(bench: Bench, repeats: int) -> dict[str, float]:
     policy = bench.policy(shared)
     prefixes = state.empty_prefixes(bench.arch, seating.num_slots, length, jnp.float32)
     for slot, index in opened:
-        prefixes = state.load_prefix(prefixes, cache, index, slot)
+        prefixes = state.load_prefix(prefixes, *list(prefixes_of(cache))[index], slot)
     new = state.NewRows.none(seating.num_rows, 2)
     for w, _, fork in seated:
         new.on[w], new.last_token[w], new.start[w], new.limit[w] = True, fork.tokens[-1], middle - 1, NEW + 1

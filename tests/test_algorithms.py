@@ -21,7 +21,7 @@ from appo_jax.config import (
     PolicyConfig,
     RolloutConfig,
 )
-from appo_jax.learner.batch import Measured, make_batch
+from appo_jax.learner.batch import Measured, make_terms
 from appo_jax.learner.loss import policy_loss
 from appo_jax.types import Example, Outcome, Rollout, StopReason, ToolCall
 
@@ -47,9 +47,9 @@ def test_appo_batch_by_hand() -> None:
     # Ω is 1.1 and 2 at the sampled tokens of the first, 0.5 and 1 at those of the second; a token on, γ = 2^(−1/32)
     first, last = math.log(1.1) - 2 ** (-1 / 32) * math.log(2), math.log(2)
     new = [old[0] + [9, first, 9, last], old[1] + [9, math.log(0.5), 9, 0]]
-    batch, base = make_batch([tree], Measured([old], [new]), make_algorithm(CONFIG), length=6)
+    batch, base = make_terms([tree], Measured([old], [new]), make_algorithm(CONFIG), length=6)
     assert [a.tolist() for a in base] == [[1.0] * 2, [-1.0] * 2]  # both groups have mean 0.5 and std 0.5
-    assert batch.tokens.shape == (2, 6), "branches stay out of the loss"
+    assert batch.weights.shape == (2, 6), "branches stay out of the loss"
     # 1/M · 1/|H_n| = 1/4 · 1/2 on the two sampled tokens, nothing on prompt, tool result and padding.
     assert batch.weights.tolist() == [[0, 0.125, 0, 0.125, 0, 0]] * 2
     # A = A_base · (1 + 0.5 · clip(Ω, 1, 1.2))
@@ -65,7 +65,7 @@ def test_grpo_uses_the_whole_budget_at_once_and_no_future() -> None:
     tree = [rollout(n, reward) for n, reward in enumerate([1.0, 0.0, 0.0, 1.0])]
     old = [np.zeros(4, np.float32)] * 4
     ref = [np.full(4, -0.5, np.float32)] * 4
-    batch, base = make_batch([tree], Measured([old], ref_log_probs=[ref]), algorithm, length=4)
+    batch, base = make_terms([tree], Measured([old], ref_log_probs=[ref]), algorithm, length=4)
     assert [a.tolist() for a in base] == [[x] * 2 for x in (1.0, -1.0, -1.0, 1.0)]
     assert batch.advantages[:, 1].tolist() == [1.0, -1.0, -1.0, 1.0]
     assert batch.ref_log_probs is not None
@@ -76,7 +76,7 @@ def test_masked_truncated_rollouts_have_no_weight() -> None:
     config = dataclasses.replace(CONFIG, loss=LossConfig(mask_truncated=True))
     tree = [rollout(0, 1.0), rollout(1, 0.0, StopReason.LENGTH)]
     old = [np.zeros(4, np.float32)] * 2
-    batch, _ = make_batch([tree], Measured([old]), make_algorithm(config), length=4)
+    batch, _ = make_terms([tree], Measured([old]), make_algorithm(config), length=4)
     assert batch.weights.sum(-1).tolist() == [0.25, 0.0]
 
 
@@ -85,7 +85,7 @@ def test_the_samplers_rounding_is_corrected_by_truncated_weights() -> None:
     tree = [rollout(0, 1.0), rollout(1, 0.0)]
     tree[0].log_probs = np.log([1.0, 0.5, 1.0, 0.1])  # as the sampler has it; the learner has 0.4
     old = [np.log([1.0, 0.4, 1.0, 0.4]), np.zeros(4)]
-    batch, _ = make_batch([tree], Measured([old]), make_algorithm(config), length=4)
+    batch, _ = make_terms([tree], Measured([old]), make_algorithm(config), length=4)
     np.testing.assert_allclose(batch.weights, [[0, 0.8 / 8, 0, 1.5 / 8], [0, 1 / 8, 0, 1 / 8]], rtol=1e-6)
 
 
@@ -186,7 +186,7 @@ def test_advantages_loss_and_gradient_of_every_algorithm_are_the_oracles(name: s
 
     old_by_tree, new_by_tree = by_tree(trained, old), by_tree(trained, new)
     given = penalties if algorithm.loss.kl_in == "reward" else None
-    batch, _ = make_batch(trees, Measured(old_by_tree, new_by_tree, None, given), algorithm, LENGTH)
+    batch, _ = make_terms(trees, Measured(old_by_tree, new_by_tree, None, given), algorithm, LENGTH)
 
     def loss(log_probs: np.ndarray) -> jax.Array:
         return policy_loss(log_probs, None, batch, algorithm.loss)[0]
@@ -245,7 +245,7 @@ def test_a_batch_with_the_official_extras_has_the_oracles_loss(
         ref_log_probs=ref, kl_weight=0.02, kl_in=kl_in, max_k3=10.0, dual_clip=3.0, max_dual_clipped=1, max_log_ratio=20.0,
     )  # fmt: skip
     measured = Measured(*(by_tree(trained, rows) for rows in (old, new, ref)))
-    batch, _ = make_batch(trees, measured, algorithm, LENGTH)
+    batch, _ = make_terms(trees, measured, algorithm, LENGTH)
     got, _ = policy_loss(new.astype(np.float32), None, batch, algorithm.loss)
     assert math.isclose(got, expected, rel_tol=2e-4, abs_tol=1e-5)
     assert batch.surrogate_weights is not None
@@ -259,8 +259,8 @@ def loss_of(config: Config, tree: list[Rollout], ratios: list[list[float]], ref_
     old = [np.full(r.length, -1.0) for r in tree]
     new = [o + np.log([1.0, *row]) for o, row in zip(old, ratios, strict=False)]
     refs = None if ref_ratios is None else [[n + np.log([1.0, *row]) for n, row in zip(new, ref_ratios, strict=True)]]
-    batch, _ = make_batch([tree], Measured([old], [new], refs), algorithm, max(r.length for r in tree))
-    log_probs = np.zeros(batch.tokens.shape, np.float32)
+    batch, _ = make_terms([tree], Measured([old], [new], refs), algorithm, max(r.length for r in tree))
+    log_probs = np.zeros(batch.weights.shape, np.float32)
     for row, values in zip(log_probs, new, strict=False):
         row[: len(values)] = values
     return float(policy_loss(log_probs, None, batch, algorithm.loss)[0])

@@ -42,15 +42,7 @@ def appo_jax(*args):
         ),
         (["--max-resamples", "-1"], ["max_resamples = -1"]),
         (["--algorithm", "grpoo"], ["algorithm = 'grpoo': no algorithm has this name; did you mean 'grpo'?"]),
-        (
-            ["--algorithm", "grpo", "--mesh.fsdp", "3"],
-            ["prompts_per_minibatch × rollout.budget = 128 rows", "mesh.fsdp = 3"],
-        ),
-        (["--mesh.fsdp", "3"], ["prompts_per_minibatch × rollout.num_initial = 32 rows cannot be split"]),
-        (
-            ["--algorithm", "tree_grpo", "--optimizer.micro-batch", "3"],
-            ["does not divide a mini-batch of 128 rollouts"],
-        ),
+        (["--mesh.fsdp", "3", "--optimizer.micro-batch", "4"], ["optimizer.micro_batch = 4 rows cannot be split"]),
         (["--algorithm", "arpo", "--rollout.num-initial", "16"], ["rollout.budget = 16 leaves no room for branches"]),
         (
             ["--branching.score", "random_turn", "--branching.allocation", "pooled"],

@@ -54,9 +54,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, short_quickstart: Callable[
 def learner(config: Config, components: Components) -> tuple:
     optimizer = rl_optimizer(config.optimizer)
     params = initial_params(config, components.arch, components.mesh)
-    spec = StepSpec(
-        components.arch, config.loss, config.rollout.temperature, config.optimizer.micro_batch, components.dtype
-    )
+    spec = StepSpec(components.arch, config.loss, config.rollout.temperature, components.dtype)
     return TrainState(params, optimizer.init(params)), make_train_step(optimizer, spec)
 
 

@@ -29,7 +29,8 @@ class OptimizerConfig:
     b2: BelowOne = 0.999
     """Adam's decay of the second moment."""
     micro_batch: NonNegativeInt = 0
-    """Rollouts per forward-backward pass; gradients are accumulated. Divides the mini-batch. 0: the whole mini-batch."""
+    """Rows per forward-backward pass, each as long as the longest rollout and filled with several; gradients are accumulated.
+    0: as many as hold about a thousand tokens on each device."""
     remat: Remat = "none"
     """What the backward pass computes again instead of keeping it. none: nothing; matmuls: all but each layer's matrix
     products; layers: all but each layer's input. From left to right less memory and more time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +14,16 @@ from appo_jax.config import LossConfig
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TrainBatch:
-    """Rollouts of a mini-batch, or demonstrations. All `[R, T]`."""
+class Terms:
+    """What the loss knows of tokens. All float32 of one shape: `[R, T]` of a mini-batch's rollouts, or that of packed rows."""
 
-    tokens: jax.Array  # int32
-    weights: jax.Array  # float32: weight of the token in the loss; 0 outside the loss mask
-    advantages: jax.Array  # float32; 1 for demonstrations
-    old_log_probs: jax.Array  # float32; unused for demonstrations
-    ref_log_probs: jax.Array | None = None  # float32, when the loss has a KL term
-    surrogate_weights: jax.Array | None = None  # float32: the surrogate's, where they are not `weights`
-    kl_weights: jax.Array | None = None  # float32: the KL term's, where they are not `weights`
-    segments: jax.Array | None = None  # int32: which of a packed row's traces the token belongs to
-    positions: jax.Array | None = None  # int32: the token's index within its trace, for packed rows
+    weights: Any  # of the token in the loss; 0 outside the loss mask
+    advantages: Any
+    old_log_probs: Any
+    ref_log_probs: Any = None  # when the loss has a KL term
+    surrogate_weights: Any = None  # the surrogate's, where they are not `weights`
+    kl_weights: Any = None  # the KL term's, where they are not `weights`
+    counts: Any = None  # how many rollouts' tokens a packed one stands for; None: one, where its weight is positive
 
 
 def token_weights(loss_mask: np.ndarray, budget: int, num_prompts: int, aggregation: str) -> np.ndarray:
@@ -94,12 +93,13 @@ def surrogate(log_ratio: jax.Array, log_probs: jax.Array, advantages: jax.Array,
 
 
 def policy_loss(
-    log_probs: jax.Array, entropies: jax.Array | None, batch: TrainBatch, config: LossConfig
+    log_probs: jax.Array, entropies: jax.Array | None, batch: Terms, config: LossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """−Σ (w·surrogate − β·w_KL·KL + entropy_weight·w·H), and sums over tokens for the metrics, from arrays `[R, T]`.
+    """−Σ (w·surrogate − β·w_KL·KL + entropy_weight·w·H), and sums over tokens for the metrics.
 
-    log_probs and entropies (with their gradient; entropies for the bonus) are those of π_θ at `batch.tokens`. Only tokens
-    with a positive weight count. The surrogate and the KL term have weights of their own where the batch gives them.
+    log_probs and entropies (with their gradient; entropies for the bonus) are those of π_θ at the tokens that `batch` speaks
+    of, in its shape or one that broadcasts to it. Only tokens with a positive weight count. The surrogate and the KL term have
+    weights of their own where the batch gives them.
     """
     on = batch.weights > 0
     log_ratio = jnp.where(on, log_probs - batch.old_log_probs, 0.0)
@@ -108,13 +108,14 @@ def policy_loss(
     advantages, log_probs = jnp.where(on, batch.advantages, 0.0), jnp.where(on, log_probs, 0.0)
     ratio = jnp.exp(log_ratio)
     outside = (ratio < 1.0 - config.clip_low) & (advantages < 0) | (ratio > 1.0 + config.clip_high) & (advantages > 0)
+    counts = on.astype(ratio.dtype) if batch.counts is None else batch.counts
     metrics = {
-        "tokens": on.sum(),
-        "clip_fraction": (on & outside).sum(),
-        "kl_old_new": jnp.where(on, jnp.exp(log_ratio) - log_ratio - 1.0, 0.0).sum(),  # k3 estimate of KL(old‖new)
+        "tokens": counts.sum(),
+        "clip_fraction": (counts * outside).sum(),
+        "kl_old_new": (counts * (ratio - log_ratio - 1.0)).sum(),  # k3 estimate of KL(old‖new)
     }
     if config.dual_clip:
-        metrics["dual_clip_fraction"] = (on & (advantages < 0) & (ratio > config.dual_clip)).sum()
+        metrics["dual_clip_fraction"] = (counts * ((advantages < 0) & (ratio > config.dual_clip))).sum()
     weights = batch.weights if batch.surrogate_weights is None else batch.surrogate_weights
     objective = weights * surrogate(log_ratio, log_probs, advantages, config)
     if batch.ref_log_probs is not None and config.kl_weight and config.kl_in != "reward":

@@ -15,14 +15,26 @@ from jax.sharding import Mesh
 
 from appo_jax.config import Architecture, LossConfig, Remat
 from appo_jax.errors import TrainingError
-from appo_jax.learner.loss import TrainBatch, policy_loss
+from appo_jax.learner.loss import Terms, policy_loss
 from appo_jax.policy import attention
-from appo_jax.policy.constraints import ROWS, constrain, parts
 from appo_jax.policy.logprobs import token_log_probs
 from appo_jax.policy.parameters import Params
-from appo_jax.policy.score import positions, whole_rows
+from appo_jax.policy.score import Rows, whole_rows
 from appo_jax.policy.sharding import place, state_shardings
 from appo_jax.policy.transformer import unembedding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """A mini-batch of rollouts or demonstrations in packed rows, cut into n micro-batches of R rows."""
+
+    rows: Rows  # [n, R, T]
+    terms: Terms
+    """Of each slot's target, `[n, C, R, T]`. C = 2: rollouts that share a token have an entry together for the advantages from
+    0 on and one for those below."""
+    used: Any
+    """int32: so many of the n micro-batches hold something. A mini-batch of any length is learned by one program."""
 
 
 @jax.tree_util.register_dataclass
@@ -49,55 +61,43 @@ class StepSpec:
     arch: Architecture
     loss: LossConfig | None  # None: negative log-likelihood of the demonstrations
     temperature: float
-    micro_batch: int  # 0: all rows at once
     dtype: Any
     remat: Remat = "none"
 
 
-def batch_loss(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of a micro-batch and its metric sums."""
-    attend: attention.Attend = attention.causal_no_cache
-    if batch.segments is None or batch.positions is None:
-        where = positions(batch.tokens)
-    else:
-        where, attend = batch.positions, attention.packed(batch.segments)
-    hidden, _ = whole_rows(params, spec.arch, batch.tokens, where, attend, spec.dtype, spec.remat)
+def rows_loss(params: Params, rows: Rows, terms: Terms, spec: StepSpec) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of a micro-batch (rows `[R, T]`, terms `[C, R, T]`) and its metric sums."""
+    attend = attention.packed(rows.ends, keep=False)
+    hidden, _ = whole_rows(params, spec.arch, rows.tokens, rows.positions, attend, spec.dtype, spec.remat)
     log_probs, entropies = token_log_probs(
-        hidden, unembedding(params), batch.tokens, spec.temperature, spec.arch.num_tokens
+        hidden, unembedding(params), rows.targets, spec.temperature, spec.arch.num_tokens
     )
+    counts = (terms.weights > 0).astype(log_probs.dtype) if terms.counts is None else terms.counts
     if spec.loss is None:
-        loss, metrics = -(batch.weights * log_probs).sum(), {"tokens": (batch.weights > 0).sum()}
+        loss, metrics = -(terms.weights * log_probs).sum(), {"tokens": counts.sum()}
     else:
-        loss, metrics = policy_loss(log_probs, entropies, batch, spec.loss)
-    metrics["entropy"] = jax.lax.stop_gradient(jnp.where(batch.weights > 0, entropies, 0.0).sum())
+        loss, metrics = policy_loss(log_probs, entropies, terms, spec.loss)
+    metrics["entropy"] = jax.lax.stop_gradient((counts * entropies).sum())
     return loss, metrics
 
 
 def gradients(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
-    """Loss, gradient and metric sums of the whole batch, over micro-batches of `spec.micro_batch` rows.
+    """Loss, gradient and metric sums of the whole batch, micro-batch by micro-batch.
 
     The weights already hold all normalisation, so the sum over micro-batches is the big batch's loss and gradient.
     """
-    grad_fn = jax.value_and_grad(functools.partial(batch_loss, spec=spec), has_aux=True)
-    rows = batch.tokens.shape[0]
-    if not spec.micro_batch or spec.micro_batch == rows:
-        (loss, metrics), grads = grad_fn(params, batch)
+    grad_fn = jax.value_and_grad(functools.partial(rows_loss, spec=spec), has_aux=True)
+
+    def of_part(i: jax.Array | int) -> Any:
+        return grad_fn(params, *jax.tree.map(lambda x: x[i], (batch.rows, batch.terms)))
+
+    if len(batch.rows.tokens) == 1:
+        (loss, metrics), grads = of_part(0)
         return loss, grads, metrics
-    # On a mesh every device puts an equal part of its own rows into each micro-batch.
-    shards = parts(spec.micro_batch, ROWS)
-
-    def split(x: jax.Array) -> jax.Array:
-        blocks = x.reshape(shards, -1, spec.micro_batch // shards, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(blocks.reshape(-1, spec.micro_batch, *x.shape[1:]), None, ROWS)
-
-    micro = jax.tree.map(split, batch)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, 0))
+    (loss, metrics), grads = jax.lax.fori_loop(
+        0, batch.used, lambda i, total: jax.tree.map(jnp.add, total, of_part(i)), zeros
     )
-    total, _ = jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, grad_fn(params, part)), None), zeros, micro
-    )
-    (loss, metrics), grads = total
     return loss, grads, metrics
 
 

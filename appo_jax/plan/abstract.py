@@ -11,12 +11,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from appo_jax.algorithms import Algorithm
 from appo_jax.config import Architecture, Config
-from appo_jax.learner.loss import TrainBatch
+from appo_jax.learner.loss import Terms
 from appo_jax.learner.optimizer import rl_optimizer
-from appo_jax.learner.step import TrainState
+from appo_jax.learner.step import TrainBatch, TrainState
 from appo_jax.policy import sharding
 from appo_jax.policy.attention import Places
 from appo_jax.policy.parameters import abstract_params
+from appo_jax.policy.score import Rows
 from appo_jax.rollout.shapes import GenerationShapes
 from appo_jax.rollout.state import DecodeState, Prefixes, empty_prefixes, empty_state
 
@@ -35,8 +36,12 @@ class Arrays:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._whole)
 
     def rows(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array whose first axis is split over the devices, as rollouts are."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh))
+        """An array `[…, R, T]` whose rows are split over the devices, as rollouts are."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh, len(shape)))
+
+    def packed(self, *shape: int) -> Rows:
+        """Packed rows `[…, R, T]`."""
+        return Rows(*(self.rows(shape, jnp.int32) for _ in Rows._fields))
 
     def state(self) -> TrainState:
         """Parameters and optimizer state in the training layout."""
@@ -59,15 +64,17 @@ class Arrays:
         places = Places(self.of((shapes.rows, 2), jnp.int32), self.of((shapes.slots, shapes.columns), jnp.int32))
         return Prefixes(self.caches(shapes.slots, shapes.prefix_length), places), self._placed(rows)
 
-    def batch(self, rows: int, length: int, algorithm: Algorithm) -> TrainBatch:
-        """The mini-batch of an update."""
-        floats = self.rows((rows, length), jnp.float32)
+    def batch(self, parts: int, rows: int, length: int, algorithm: Algorithm) -> TrainBatch:
+        """The mini-batch of an update, in micro-batches of `rows` rows."""
+        floats = self.rows((parts, 2, rows, length), jnp.float32)
         loss, ref = algorithm.loss, floats if algorithm.scores_reference else None
-        return TrainBatch(
-            self.rows((rows, length), jnp.int32), floats, floats, floats, ref,
+        terms = Terms(
+            floats, floats, floats, ref,
             surrogate_weights=floats if loss.max_dual_clipped >= 0 else None,
             kl_weights=floats if algorithm.scores_reference and loss.kl_in == "outside" else None,
+            counts=floats,
         )  # fmt: skip
+        return TrainBatch(self.packed(parts, rows, length), terms, self.of((), jnp.int32))
 
     def _placed(self, tree: Any) -> Any:
         """Caches and rows of a generation: first axis over data and fsdp, key/value heads over tensor."""

@@ -10,10 +10,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from appo_jax.algorithms import Algorithm, make_algorithm
 from appo_jax.config import Config
 from appo_jax.plan.lengths import Lengths, RolloutLengths
+from appo_jax.policy.packing import pack
 from appo_jax.rollout.shapes import GenerationShapes, Shapes
 
 
@@ -48,7 +52,7 @@ class Scoring:
     """Score passes of one shape."""
 
     rows: int
-    """Rollouts of one pass."""
+    """Packed rows of one pass."""
     times: int
     """Passes a step."""
     kept: int
@@ -71,13 +75,16 @@ class Counts:
     """Copies of the parameters into the generating layout, where they must be made: one for each generation."""
     updates: int
     """Mini-batches."""
-    trained_rows: int
+    trained: int
     """Rollouts of one update."""
+    parts: int
+    """Micro-batches that their packed rows fill."""
 
 
 def count(config: Config, shapes: Shapes, lengths: RolloutLengths | None = None) -> Counts:
     """What a training step of `config` runs. `shapes`: those of its rollouts, with the branching of its algorithm."""
     algorithm, lengths = make_algorithm(config), lengths or RolloutLengths.longest(config.rollout)
+    filling = _Filling(config, algorithm, lengths)
     draws = 1 + algorithm.max_resamples
     prompts, rows = config.prompts_per_step, shapes.prefill_rows(config.prompts_per_step)
     first = shapes.initial(prompts, algorithm.initial)
@@ -90,11 +97,37 @@ def count(config: Config, shapes: Shapes, lengths: RolloutLengths | None = None)
         prefill_rows=rows,
         prefills=draws * -(-prompts // rows),
         generations=tuple(generations),
-        scorings=_scorings(config, algorithm, shapes),
+        scorings=_scorings(config, algorithm, shapes, filling),
         reshards=sum(generation.times for generation in generations),
         updates=minibatches,
-        trained_rows=config.prompts_per_minibatch * algorithm.trained_per_prompt,
+        trained=config.prompts_per_minibatch * algorithm.trained_per_prompt,
+        parts=filling.passes(range(algorithm.trained_per_prompt), shapes.update_rows(config, algorithm)),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Filling:
+    """How many packed rows the rollouts of a mini-batch fill."""
+
+    config: Config
+    algorithm: Algorithm
+    lengths: RolloutLengths
+
+    def passes(self, nodes: Sequence[int], at_once: int) -> int:
+        """Passes of `at_once` rows over these nodes of every prompt's tree.
+
+        They have the prompt in common, and of branches nothing more is counted on. Prompts and tool results are the longest.
+        """
+        rollout, rng = self.config.rollout, np.random.default_rng(0)
+        texts = []
+        for prompt in range(self.config.prompts_per_minibatch):
+            for node in nodes:
+                kind = self.lengths.initial if node < self.algorithm.initial else self.lengths.branches
+                results = round(kind.calls * rollout.max_result_tokens)
+                response = min(int(rng.choice(kind.sampled)) + results, rollout.max_response_tokens)
+                own = prompt * self.algorithm.budget + node
+                texts.append(np.repeat([prompt, own], [rollout.max_prompt_tokens, response]))
+        return len(pack(texts, rollout.max_prompt_tokens + rollout.max_response_tokens, at_once).rows.tokens) // at_once
 
 
 def _branchings(config: Config, algorithm: Algorithm, shapes: Shapes, lengths: Lengths) -> list[Generation]:
@@ -115,33 +148,33 @@ def _branchings(config: Config, algorithm: Algorithm, shapes: Shapes, lengths: L
     ]
 
 
-def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes) -> tuple[Scoring, ...]:
+def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes, filling: _Filling) -> tuple[Scoring, ...]:
     """Every score pass of a step, by the number of its rows."""
-    prompts, per_pass = config.prompts_per_minibatch, shapes.score_rollouts
+    prompts = config.prompts_per_minibatch
     minibatches = config.prompts_per_step // prompts
     passes: dict[int, int] = {}
     kept: dict[int, int] = {}
 
-    def score(per_prompt: int, max_rollouts: int | None = None) -> int:
-        """Count the passes over a mini-batch that score this many rollouts of each prompt, for every mini-batch."""
-        rollouts = prompts * per_prompt
-        rows = shapes.score_rows(max_rollouts or rollouts)
-        passes[rows] = passes.get(rows, 0) + minibatches * -(-rollouts // per_pass)
-        return rows
+    def score(nodes: range, keep: bool = False) -> None:
+        """Count the passes over a mini-batch that score these nodes of each tree, in every mini-batch."""
+        rows = shapes.packed_rows(prompts * len(nodes))
+        times = filling.passes(nodes, rows)
+        passes[rows] = passes.get(rows, 0) + minibatches * times
+        if keep:
+            kept[rows] = max(kept.get(rows, 0), times)
 
-    score(algorithm.initial)  # log π_old
+    score(range(algorithm.initial))  # log π_old
     if algorithm.branches:
         for most in shapes.max_scored(prompts, algorithm.initial):
-            rows = score(most // prompts, most)
-            kept[rows] = max(kept.get(rows, 0), -(-most // per_pass))
+            score(range(most // prompts), keep=True)
     if algorithm.branches_at_start and algorithm.needs_old_of_branches:
-        score(algorithm.budget)
+        score(range(algorithm.budget))
     if algorithm.scores_present:
-        score(algorithm.trained_per_prompt)
+        score(range(algorithm.trained_per_prompt))
     if algorithm.scores_reference:
-        score(algorithm.trained_per_prompt)
+        score(range(algorithm.trained_per_prompt))
     elif algorithm.keeps_reference:  # under π_ref, and branches under the policy that drew them
-        score(algorithm.budget)
+        score(range(algorithm.budget))
         if algorithm.branches and not algorithm.branches_at_start:
-            score(algorithm.budget - algorithm.initial)
+            score(range(algorithm.initial, algorithm.budget))
     return tuple(Scoring(rows, times, kept.get(rows, 0)) for rows, times in sorted(passes.items()))

@@ -158,39 +158,39 @@ class _StepPrograms:
 
     def score(self, scoring: Scoring) -> Program:
         """A teacher-forced pass over finished rollouts."""
-        tokens = self.arrays.rows((scoring.rows, self.shapes.rollout_length), jnp.int32)
+        rows = self.arrays.packed(scoring.rows, self.shapes.rollout_length)
         cache = on_chip(self.arrays.caches(scoring.rows, self.shapes.rollout_length))
         return Program(
             "score" if len(self.counts.scorings) == 1 else f"score, {scoring.rows} rows",
             lambda: score.trace(
                 self.state.params,
-                tokens,
+                rows,
                 arch=self.arch,
                 temperature=self.config.rollout.temperature,
                 dtype=self.arrays.dtype,
             ),
             scoring.times,
-            f"passes of {scoring.rows} rollouts",
+            f"passes of {scoring.rows} packed rows",
             self.moments + max(0, scoring.kept - 1) * cache,
             "rollout.decode_rows, rollout.max_response_tokens",
         )
 
     def train(self) -> Program:
         """One update."""
-        config, rows = self.config, self.counts.trained_rows
+        config, counts, rows = self.config, self.counts, self.shapes.update_rows(self.config, self.algorithm)
         spec = StepSpec(
-            self.arch, self.algorithm.loss, config.rollout.temperature, config.optimizer.micro_batch, self.arrays.dtype,
-            config.optimizer.remat,
-        )  # fmt: skip
+            self.arch, self.algorithm.loss, config.rollout.temperature, self.arrays.dtype, config.optimizer.remat
+        )
         step: Any = make_train_step(self.arrays.optimizer, spec)  # jitted
-        batch = self.arrays.batch(rows, self.shapes.rollout_length, self.algorithm)
+        batch = self.arrays.batch(-(-counts.trained // rows), rows, self.shapes.rollout_length, self.algorithm)
         return Program(
             "train",
             lambda: step.trace(self.state, batch),
-            self.counts.updates,
-            f"mini-batches of {rows} rollouts",
+            counts.updates * counts.parts,
+            f"{counts.updates} mini-batches × {counts.parts} micro-batches of {rows} packed rows",
             self.reference,
             "optimizer.micro_batch, mesh.fsdp, mesh.tensor",
+            counts.parts,
         )
 
     def _named(self, generation: Generation) -> str:

@@ -12,6 +12,7 @@ from appo_jax.config import Config, Remat
 from appo_jax.config_io import check, diff_configs, flatten
 from appo_jax.errors import ConfigError
 from appo_jax.plan.report import Plan
+from appo_jax.rollout.shapes import Shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +77,16 @@ def neighbours(config: Config) -> Iterator[Config]:
 
 def _candidates(config: Config) -> Iterator[Config]:
     replace, optimizer, mesh = dataclasses.replace, config.optimizer, config.mesh
-    rows = config.prompts_per_minibatch * make_algorithm(config).trained_per_prompt
+    algorithm = make_algorithm(config)
+    rows = config.prompts_per_minibatch * algorithm.trained_per_prompt
     # Less is computed again, or fewer passes gather the weights: only the train program is compiled.
     remats = get_args(Remat)
     at = remats.index(optimizer.remat)
     for remat in (*remats[max(0, at - 1) : at], *remats[at + 1 : at + 2]):
         yield replace(config, optimizer=replace(optimizer, remat=remat))
-    micro = optimizer.micro_batch or rows
+    micro = Shapes(config.rollout, algorithm.branching, mesh.data * mesh.fsdp).update_rows(config, algorithm)
     for size in (2 * micro, micro // 2):
-        if size and rows % size == 0:
+        if 0 < size <= rows:
             yield replace(config, optimizer=replace(optimizer, micro_batch=size))
     for decode_rows in (2 * config.rollout.decode_rows, config.rollout.decode_rows // 2):
         if decode_rows:

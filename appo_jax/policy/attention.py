@@ -1,4 +1,4 @@
-"""How queries meet keys: causal over a whole rollout, or a tree row over its shared prefix and its own suffix."""
+"""How queries meet keys: causal over a prompt, over packed rows, or a tree row over its shared prefix and its own suffix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from appo_jax.policy.constraints import ROWS, constrain, merged, platform
-from appo_jax.policy.kernels import causal_attention
+from appo_jax.policy.kernels import causal_attention, packed_attention
 
 # (the layer's caches, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps)
 Attend = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -26,16 +26,14 @@ def causal(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array
     return causal_attention(q, k, v), (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
 
-def causal_no_cache(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-    """`causal` for training, where nothing is kept."""
-    return causal_attention(q, k, v), None
+def packed(ends: jax.Array, keep: bool) -> Attend:
+    """Attention over packed rows: a token sees those of its own text. `ends [R, T]` as of `score.Rows`.
 
+    `keep`: the layer's cache, as `causal` does; training keeps nothing.
+    """
 
-def packed(segments: jax.Array) -> Attend:
-    """Causal attention within the segments of packed rows, `segments [R, T]`. Keeps nothing."""
-
-    def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return causal_attention(q, k, v, segments), None
+    def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache | None]:
+        return packed_attention(q, k, v, ends), (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)) if keep else None
 
     return attend
 

@@ -26,14 +26,14 @@ def log_prob_and_entropy(
 
 
 def token_log_probs(
-    hidden: Float[Array, "R T D"], unembedding: Float[Array, "V D"], tokens: Int[Array, "R T"], temperature: float,
+    hidden: Float[Array, "R T D"], unembedding: Float[Array, "V D"], targets: Int[Array, "R T"], temperature: float,
     num_tokens: int | None = None,
 ) -> tuple[Float32[Array, "R T"], Float32[Array, "R T"]]:  # fmt: skip
-    """Log-probability and entropy of every token of a batch, aligned with the tokens.
+    """Log-probability of a token and entropy at every position of a batch.
 
-    hidden `[R, T, D]`, unembedding `[V, D]`, tokens `[R, T]`; `num_tokens` as of `unembed`. Returns two float32 `[R, T]`;
-    index t speaks of token t, drawn from the hidden state at t−1; index 0 is 0. Runs over chunks of positions, all rows at
-    once, and recomputes each chunk's logits in the backward pass.
+    hidden `[R, T, D]`, unembedding `[V, D]`, targets `[R, T]`: the token that is asked for at each position; `num_tokens` as
+    of `unembed`. Returns two float32 `[R, T]`. Runs over chunks of positions, all rows at once, and recomputes each chunk's
+    logits in the backward pass.
     """
     R, T, _ = hidden.shape
     chunk = positions_at_once(R, T, unembedding.shape[0])
@@ -43,8 +43,6 @@ def token_log_probs(
         x = jnp.pad(x, [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(R, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    # Every position is asked for the token after it; the last has none, and what it says is dropped.
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     weights = constrain(unembedding.astype(hidden.dtype), "tensor")
 
     @jax.checkpoint
@@ -54,11 +52,10 @@ def token_log_probs(
 
     log_probs, entropies = jax.lax.map(lambda x: one_chunk(*x), (chunked(hidden), chunked(targets)))
 
-    def aligned(x: jax.Array) -> jax.Array:
-        x = x.swapaxes(0, 1).reshape(R, -1)[:, : T - 1]
-        return jnp.pad(x, ((0, 0), (1, 0)))
+    def joined(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(R, -1)[:, :T]
 
-    return aligned(log_probs), aligned(entropies)
+    return joined(log_probs), joined(entropies)
 
 
 def positions_at_once(rows: int, length: int, vocab: int) -> int:

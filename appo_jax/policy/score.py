@@ -1,4 +1,4 @@
-"""Teacher-forced passes over whole rollouts: scoring, which is also the prefill of the branches, and the prompt prefill."""
+"""Teacher-forced passes over whole rows: scoring, which is also the prefill of the branches, and the prompt prefill."""
 
 from __future__ import annotations
 
@@ -17,9 +17,24 @@ from appo_jax.policy.parameters import Params
 from appo_jax.policy.transformer import LayerPass, hidden_states, rotations, unembedding
 
 
+class Rows(NamedTuple):
+    """Packed rows: several texts to a row, those that begin alike as a tree. All `[R, T]` int32.
+
+    A row holds its tree depth first, so that what continues a token stands from its slot to its end: a token sees the slots
+    before it whose end lies behind it.
+    """
+
+    tokens: Any  # what is read at a slot
+    targets: Any  # the token after it, whose log-probability is asked for
+    positions: Any  # the token's index in its text
+    ends: Any  # the slot after the last one that continues it
+
+
 class Scored(NamedTuple):
-    log_probs: jax.Array  # [R, T] float32: of token t given the tokens before it, at the sampling temperature
-    entropies: jax.Array  # [R, T] float32: of the distribution at the position that produced token t
+    log_probs: (
+        jax.Array
+    )  # [R, T] float32: of the slot's target given the tokens that it sees, at the sampling temperature
+    entropies: jax.Array  # [R, T] float32: of the distribution that the target was drawn from
     cache: list[LayerCache]  # per layer: keys [R, K, E, T], values [R, K, T, E]
 
 
@@ -41,10 +56,11 @@ def whole_rows(
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "temperature", "dtype"))
-def score(params: Params, tokens: jax.Array, *, arch: Architecture, temperature: float, dtype: jnp.dtype) -> Scored:
-    """Log-probabilities, entropies and KV cache of right-padded rollouts `[R, T]` in one pass."""
-    hidden, cache = whole_rows(params, arch, tokens, positions(tokens), attention.causal, dtype)
-    log_probs, entropies = token_log_probs(hidden, unembedding(params), tokens, temperature, arch.num_tokens)
+def score(params: Params, rows: Rows, *, arch: Architecture, temperature: float, dtype: jnp.dtype) -> Scored:
+    """Log-probabilities, entropies and KV cache of packed rows in one pass."""
+    attend = attention.packed(rows.ends, keep=True)
+    hidden, cache = whole_rows(params, arch, rows.tokens, rows.positions, attend, dtype)
+    log_probs, entropies = token_log_probs(hidden, unembedding(params), rows.targets, temperature, arch.num_tokens)
     return Scored(replicate(log_probs), replicate(entropies), attention.laid_out(cache))
 
 

@@ -155,9 +155,14 @@ def _dict_keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(key.key for key in path[first:])
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch's arrays `[R, …]`: rows over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
+    """Of a batch's array `[…, R, T]`: rows over data and fsdp; a number is whole on every device."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (ndim - 2), ROWS) if ndim else PartitionSpec())
+
+
+def batch_shardings(batch: Tree, mesh: Mesh) -> Tree:
+    """`batch_sharding` of each of a batch's arrays."""
+    return jax.tree.map(lambda x: batch_sharding(mesh, np.ndim(x)), batch)
 
 
 def cache_sharding(mesh: Mesh) -> NamedSharding:

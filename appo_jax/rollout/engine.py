@@ -12,7 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from appo_jax.policy.attention import Blocks
 from appo_jax.policy.sharding import GeneratingPolicy, generating_architecture, make_mesh, place
 from appo_jax.rollout.appends import Result, append_batches, append_now, waited_long_enough
 from appo_jax.rollout.decode import AppendBatch, DecodeSpec, StopTables, Until, append_tokens, decode_segment
-from appo_jax.rollout.prefixes import Caches, PrefixSource, prompt_caches
+from appo_jax.rollout.prefixes import Prefix, Source, prompt_prefixes
 from appo_jax.rollout.rows import EndedCall, Fork, Row
 from appo_jax.rollout.sampler import GenerationStats
 from appo_jax.rollout.seating import Seating
@@ -82,7 +82,7 @@ class Generation:
     draw: Draw
     spec: DecodeSpec
     seating: Seating
-    source: PrefixSource  # caches of the prefixes that are not loaded yet
+    source: Iterator[tuple[int, Prefix]]  # the prefixes that are still to be loaded, with the indices of their groups
     state: DecodeState
     slots: list[Blocks]  # the prefixes that are loaded
     finished: list[list[Rollout]]  # by group, in the order in which they ended
@@ -134,23 +134,23 @@ class Engine:
         top_k, top_p = self.config.top_k, self.config.top_p
         return DecodeSpec(self.generating_arch, self.dtype, temperature, top_k, top_p, self.tokenizer.eos_ids)
 
-    def prefill(self, policy: GeneratingPolicy, prompts: Sequence[np.ndarray], length: int, rows: int) -> Caches:
-        """Caches of the prompts, right-padded to `length`, `rows` prompts at a time."""
-        return prompt_caches(policy.params, prompts, rows, length, self.generating_arch, self.dtype)
+    def prefill(self, policy: GeneratingPolicy, prompts: Sequence[np.ndarray], length: int, rows: int) -> Source:
+        """Prefixes of the prompts, right-padded to `length`, `rows` prompts at a time."""
+        return prompt_prefixes(policy.params, prompts, rows, length, self.generating_arch, self.dtype)
 
     def generate(
         self,
         policy: GeneratingPolicy,
         groups: Sequence[Sequence[Fork]],
-        caches: Caches,
+        source: Source,
         shapes: GenerationShapes,
         draw: Draw,
     ) -> list[list[Rollout]]:
         """Continue every fork to its end; the rollouts of each group in the order of their nodes.
 
-        Group g shares a prefix: row g of `caches`, which are drawn from as rows become free.
+        Group g shares a prefix, number g of `source`, which is drawn from as rows become free.
         """
-        g = self._start(policy, groups, caches, shapes, draw)
+        g = self._start(policy, groups, source, shapes, draw)
         while self._seat(g):
             self._compile_appends(g)
             if g.num_decoding:
@@ -174,21 +174,21 @@ class Engine:
         self,
         policy: GeneratingPolicy,
         groups: Sequence[Sequence[Fork]],
-        caches: Caches,
+        source: Source,
         shapes: GenerationShapes,
         draw: Draw,
     ) -> Generation:
         named = list(enumerate(groups))
         if not self.config.share_prefix:  # every fork becomes a separate group, and its prefix is computed again
             named = [(name, [fork]) for name, group in named for fork in group]
-            caches = self.prefill(policy, [group[0].tokens for _, group in named], shapes.prefix_length, shapes.rows)
+            source = self.prefill(policy, [group[0].tokens for _, group in named], shapes.prefix_length, shapes.rows)
         return Generation(
             policy=policy,
             shapes=shapes,
             draw=draw,
             spec=self.spec(draw.temperature),
             seating=Seating(named, shapes),
-            source=PrefixSource(caches),
+            source=enumerate(source),
             state=empty_state(self.generating_arch, shapes.rows, shapes.suffix_length, self.dtype),
             slots=empty_prefixes(self.generating_arch, shapes.slots, shapes.prefix_length, self.dtype),
             finished=[[] for _ in groups],
@@ -198,7 +198,8 @@ class Engine:
         """Give free rows to waiting forks and start them; whether any row holds a rollout."""
         opened, seated = g.seating.seat()
         for slot, index in opened:
-            g.slots = load_prefix(g.slots, *g.source.at(index), slot)
+            prefix = next(prefix for i, prefix in g.source if i == index)  # indices rise
+            g.slots = load_prefix(g.slots, *prefix, slot)
         if seated:
             new = NewRows.none(g.shapes.rows, len(g.draw.id) + 2)
             deadline = time.monotonic() + self.config.max_seconds

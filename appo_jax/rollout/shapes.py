@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 
+from appo_jax.algorithms import Algorithm
 from appo_jax.branching.rules import RULES
-from appo_jax.config import BranchingConfig, RolloutConfig
+from appo_jax.config import BranchingConfig, Config, RolloutConfig
 
 # Tool results are appended for this many rows at a time (for more on a mesh that cannot split this many). The number is
 # fixed because a row's arithmetic must not depend, even in the last bit, on how many tools finish at the same moment.
 APPEND_ROWS = 8
+# Tokens on each device of a pass over packed rows, at least. A pass of few tokens uses a device badly; of many, the last pass of
+# a mini-batch is half empty.
+AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +66,18 @@ class Shapes:
         """Prompts of one prefill pass, for at most `max_prompts` prompts."""
         return self.rounded_up(min(self.rollout.decode_rows, max_prompts))
 
-    def score_rows(self, max_rollouts: int) -> int:
-        """Rows of one score pass, for at most `max_rollouts` rollouts."""
-        return self.rounded_up(min(self.score_rollouts, max_rollouts))
+    def packed_rows(self, max_rollouts: int, rows: int = 0) -> int:
+        """Packed rows that go through the policy at once, where there are at most `max_rollouts` rollouts.
 
-    @property
-    def score_rollouts(self) -> int:
-        """The maximal number of rollouts in one score pass: B branches of each fill the decoding rows."""
-        return max(1, self.rollout.decode_rows // self.branching.num_branch_points)
+        rows: as many; 0: as many as hold AT_ONCE tokens on each device. No more than there may be.
+        """
+        rows = rows or self.shards * max(1, AT_ONCE // self.rollout_length)
+        return self.rounded_up(min(rows, max_rollouts))
+
+    def update_rows(self, config: Config, algorithm: Algorithm) -> int:
+        """Packed rows of a micro-batch of the update."""
+        trained = config.prompts_per_minibatch * algorithm.trained_per_prompt
+        return self.packed_rows(trained, config.optimizer.micro_batch)
 
     def max_scored(self, num_trees: int, num_initial: int) -> list[int]:
         """For each branching loop, the maximal number of rollouts that it scores. Each tree begins with `num_initial`

@@ -114,8 +114,11 @@ def empty_state(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> 
 
 
 @functools.partial(jax.jit, donate_argnames=("prefixes",))
-def load_prefix(prefixes: list[Blocks], source: list[LayerCache], row: jax.Array, slot: jax.Array) -> list[Blocks]:
-    """Copy row `row` of a prefill's or score pass's cache into prefix slot `slot`.
+def load_prefix(
+    prefixes: list[Blocks], source: list[LayerCache], row: jax.Array, tokens: jax.Array, slot: jax.Array
+) -> list[Blocks]:
+    """Copy a prefix out of a prefill's or score pass's cache into prefix slot `slot`: its tokens stand in row `row` at
+    `tokens [T]`.
 
     The row is taken out by a gather: on a mesh only this row travels then. For a dynamic slice, every device would fetch all
     rows.
@@ -126,6 +129,7 @@ def load_prefix(prefixes: list[Blocks], source: list[LayerCache], row: jax.Array
         return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
 
     prefix = jax.tree.map(repeated, rows_of(source, jnp.asarray(row)[None]))
+    prefix = [(k.at[..., tokens].get(mode="clip"), v.at[..., tokens, :].get(mode="clip")) for k, v in prefix]
 
     def put(slots: jax.Array, block: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(slots, block, slot, axis=0)

@@ -10,13 +10,13 @@ import numpy as np
 
 from appo_jax import distributed
 from appo_jax.config import BranchingConfig
-from appo_jax.policy.attention import LayerCache
 from appo_jax.policy.constraints import row_shards
+from appo_jax.policy.packing import pack
 from appo_jax.policy.parameters import Params
-from appo_jax.policy.score import score
+from appo_jax.policy.score import Rows, score
 from appo_jax.policy.sharding import generating
-from appo_jax.rollout.batch import Batch
 from appo_jax.rollout.engine import Draw, Engine
+from appo_jax.rollout.prefixes import Prefix
 from appo_jax.rollout.rows import fork_of, fork_of_prompt
 from appo_jax.rollout.sampler import Branch, GenerationStats, ScorePass
 from appo_jax.rollout.shapes import Shapes
@@ -25,10 +25,9 @@ from appo_jax.types import Example, Rollout, Tree
 
 @dataclasses.dataclass(frozen=True)
 class ScoredPrefixes:
-    """The KV caches of a score pass, and the maximal number of rollouts, which gives the shapes of branching from
-    it."""
+    """The scored rollouts as prefixes, and the bound that the shapes of branching from them follow from."""
 
-    caches: list[list[LayerCache]]
+    prefixes: list[Prefix]
     max_rollouts: int
 
 
@@ -54,29 +53,36 @@ class TreeSampler:
         max_examples = max_examples or len(examples)
         shapes = self.shapes.initial(max_examples, copies)
         prompts = [group[0].tokens for group in groups]
-        caches = engine.prefill(policy, prompts, shapes.prefix_length, self.shapes.prefill_rows(max_examples))
+        source = engine.prefill(policy, prompts, shapes.prefix_length, self.shapes.prefill_rows(max_examples))
         temperature = engine.config.temperature if temperature is None else temperature
-        return engine.generate(policy, groups, caches, shapes, Draw(draw_id, temperature))
+        return engine.generate(policy, groups, source, shapes, Draw(draw_id, temperature))
 
     def score(
         self, params: Params, rollouts: Sequence[Rollout], max_rollouts: int | None = None, to_branch: bool = False
     ) -> ScorePass:
-        """See `Sampler.score`; several passes if the rollouts do not fit into one."""
-        max_rollouts = max_rollouts or len(rollouts)
+        """As `Sampler.score`, in packed rows: as many passes of one shape as they take."""
+        max_rollouts, length = max_rollouts or len(rollouts), self.shapes.rollout_length
         scored = ScorePass(rollouts, [], [], ScoredPrefixes([], max_rollouts) if to_branch else None)
-        for first in range(0, len(rollouts), self.shapes.score_rollouts):
-            some = rollouts[first : first + self.shapes.score_rollouts]
-            batch = Batch.of(some, self.shapes.score_rows(max_rollouts), self.shapes.rollout_length)
+        if not rollouts:
+            return scored
+        at_once = self.shapes.packed_rows(max_rollouts)
+        packing = pack([rollout.tokens for rollout in rollouts], length, at_once)
+        passes = []
+        for first in range(0, len(packing.rows.tokens), at_once):
+            rows = Rows(*(x[first : first + at_once] for x in packing.rows))
             result = score(
-                params, batch.tokens, arch=self.engine.arch, temperature=self.engine.config.temperature,
-                dtype=self.engine.dtype,
-            )  # fmt: skip
-            log_probs, entropies = np.asarray(result.log_probs), np.asarray(result.entropies)
-            for i, rollout in enumerate(some):
-                scored.log_probs.append(log_probs[i, : rollout.length])
-                scored.entropies.append(entropies[i, : rollout.length])
+                params, rows, arch=self.engine.arch, temperature=self.engine.config.temperature, dtype=self.engine.dtype
+            )
+            passes.append(
+                (np.asarray(result.log_probs), np.asarray(result.entropies), result.cache if to_branch else [])
+            )
+        for at, slots in zip(packing.row, packing.slots, strict=True):
+            log_probs, entropies, cache = passes[at // at_once]
+            row = int(at) % at_once
+            scored.log_probs.append(np.append(np.float32(0), log_probs[row, slots]))  # nothing predicts a first token
+            scored.entropies.append(np.append(np.float32(0), entropies[row, slots]))
             if to_branch:
-                scored.prefixes.caches.append(result.cache)
+                scored.prefixes.prefixes.append(Prefix(cache, row, np.pad(slots, (0, length - len(slots)))))
         return scored
 
     def branches(
@@ -92,7 +98,7 @@ class TreeSampler:
         policy = generating(params, engine.mesh, engine.dtype)
         shapes = self.shapes.branches(prefixes.max_rollouts)
         draw = Draw(draw_id, engine.config.temperature)
-        return engine.generate(policy, groups, iter(prefixes.caches), shapes, draw)
+        return engine.generate(policy, groups, iter(prefixes.prefixes), shapes, draw)
 
     def take_stats(self) -> GenerationStats:
         return self.engine.take_stats()

@@ -14,19 +14,22 @@ from hypothesis import strategies as st
 from appo_jax.advantage.procedural import procedural_advantage
 from appo_jax.branching.score import future_value
 from appo_jax.config import AdvantageConfig, Architecture, LossConfig
+from appo_jax.data.pipeline import TraceBatch
+from appo_jax.learner.batch import make_batch
 from appo_jax.learner.loss import (
-    TrainBatch,
+    Terms,
     kl_estimate,
     policy_loss,
     sampler_correction,
     token_weights,
     without_dual_clipped,
 )
-from appo_jax.learner.step import StepSpec, TrainState, batch_loss, gradients, make_train_step
+from appo_jax.learner.step import StepSpec, TrainState, gradients, make_train_step
 from appo_jax.policy import attention
 from appo_jax.policy.parameters import abstract_params
 from appo_jax.policy.score import positions
 from appo_jax.policy.transformer import hidden_states, rotations, unembedding
+from appo_jax.sft import to_train_batch
 
 R, T, P, M = 4, 7, 2, 6
 MODES = ("paper", "token_mean", "seq_mean", "constant")
@@ -68,13 +71,12 @@ def as_batch(new, old, ref, advantages, mask, mode, config):
     ]
     # weights are float32 numbers: comparisons are good to their rounding
     weights = [jnp.asarray(w, jnp.result_type(float)) for w in weights]
-    return TrainBatch(jnp.zeros(mask.shape, jnp.int32), weights[0], *arrays, *weights[1:])
+    return Terms(weights[0], *arrays, *weights[1:])
 
 
 def plain_batch(old, advantages, weights, ref=None):
     """A batch in which every term has the same weights."""
-    tokens = jnp.zeros(np.shape(weights), jnp.int32)
-    return TrainBatch(tokens, *(jnp.asarray(x) for x in (weights, advantages, old)), ref)
+    return Terms(*(jnp.asarray(x) for x in (weights, advantages, old)), ref)
 
 
 # ---------------------------------------------------------------- value
@@ -281,9 +283,7 @@ def test_entropy_bonus_reaches_the_policy(params, batch):
     plain = dataclasses.replace(loss, entropy_weight=0.0)
     one, two = (accumulate(params, batch, spec=dataclasses.replace(SPEC, loss=x)) for x in (loss, plain))
     _, entropies = log_probs_and_entropies(params, batch, temperature=0.7)
-    np.testing.assert_allclose(
-        one[0] - two[0], -0.5 * (np.asarray(batch.weights) * entropies).sum(), rtol=1e-3, atol=1e-6
-    )
+    np.testing.assert_allclose(one[0] - two[0], -0.5 * (batch[1].weights * entropies).sum(), rtol=1e-3, atol=1e-6)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one[1], two[1])
     assert max(jax.tree.leaves(moved)) > 1e-4
 
@@ -317,8 +317,13 @@ def test_no_option_makes_a_nan_of_a_degenerate_batch(kind):
 ARCH = Architecture(
     vocab_size=11, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=16, tie_embeddings=False
 )
-SPEC = StepSpec(ARCH, LossConfig(kl_weight=0.05, kl_in="inside"), temperature=0.7, micro_batch=0, dtype=jnp.float32)
-accumulate = jax.jit(gradients, static_argnames="spec")
+SPEC = StepSpec(ARCH, LossConfig(kl_weight=0.05, kl_in="inside"), temperature=0.7, dtype=jnp.float32)
+_accumulate = jax.jit(gradients, static_argnames="spec")
+
+
+def accumulate(params, batch, spec, at_once=R):
+    tokens, terms = batch
+    return _accumulate(params, make_batch(tokens, terms, T - 1, at_once), spec=spec)
 
 
 @pytest.fixture(scope="module")
@@ -333,34 +338,34 @@ def batch():
     rng = np.random.default_rng(0)
     mask = np.array([[0, 0, 1, 1, 0, 0, 1], [0, 0, 1, 1, 1, 1, 1], [0] * 7, [0, 0, 0, 1, 1, 0, 0]], bool)
     old = -2.4 + 0.2 * rng.normal(size=(R, T))
-    return TrainBatch(
-        tokens=jnp.asarray(rng.integers(0, 11, (R, T)), jnp.int32),
-        weights=jnp.asarray(token_weights(mask, M, P, "paper")),
-        advantages=jnp.asarray(rng.normal(size=(R, T)), jnp.float32),
-        old_log_probs=jnp.asarray(old, jnp.float32),
-        ref_log_probs=jnp.asarray(old - 0.3, jnp.float32),
+    return rng.integers(0, 11, (R, T)), Terms(
+        weights=token_weights(mask, M, P, "paper"),
+        advantages=rng.normal(size=(R, T)).astype(np.float32),
+        old_log_probs=old.astype(np.float32),
+        ref_log_probs=(old - 0.3).astype(np.float32),
     )
 
 
 @jax.jit
 def hidden_and_logits(params, tokens):
     """[R, T, D] and [R, T, V] of a plain forward pass."""
-    hidden, _ = hidden_states(params, ARCH, tokens, rotations(positions(tokens), ARCH), attention.causal_no_cache)
+    hidden, _ = hidden_states(params, ARCH, tokens, rotations(positions(tokens), ARCH), attention.causal)
     return hidden, hidden @ unembedding(params).T
 
 
 def log_probs_and_entropies(params, batch, temperature):
-    logits, mask = hidden_and_logits(params, batch.tokens)[1], np.asarray(batch.weights) > 0
-    tokens = np.asarray(batch.tokens)
+    tokens, mask = batch[0], batch[1].weights > 0
+    logits = hidden_and_logits(params, tokens)[1]
     both = [oracle.log_probs_and_entropies(np.asarray(logits[r]), tokens[r], mask[r], temperature) for r in range(R)]
     return tuple(np.stack(x) for x in zip(*both, strict=True))
 
 
 def test_loss_of_a_policy_is_the_oracles_from_its_logits(params, batch):
-    mask = np.asarray(batch.weights) > 0
+    terms = batch[1]
+    mask = terms.weights > 0
     new, entropies = log_probs_and_entropies(params, batch, temperature=0.7)
     loss, _, metrics = accumulate(params, batch, spec=SPEC)
-    expected = oracle_loss(new, batch.old_log_probs, batch.ref_log_probs, batch.advantages, mask, "paper", SPEC.loss)
+    expected = oracle_loss(new, terms.old_log_probs, terms.ref_log_probs, terms.advantages, mask, "paper", SPEC.loss)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["entropy"], entropies.sum(), rtol=1e-4)
     assert int(metrics["tokens"]) == mask.sum()
@@ -368,7 +373,7 @@ def test_loss_of_a_policy_is_the_oracles_from_its_logits(params, batch):
 
 def test_micro_batches_add_up_to_the_whole(params, batch):
     loss, grads, metrics = accumulate(params, batch, spec=SPEC)
-    parts = accumulate(params, batch, spec=dataclasses.replace(SPEC, micro_batch=2))
+    parts = accumulate(params, batch, SPEC, at_once=2)
     scale = float(optax.tree.norm(grads))
     assert scale > 1e-2
     np.testing.assert_allclose(parts[0], loss, rtol=1e-5)
@@ -392,54 +397,61 @@ def test_gradient_of_the_parameters_is_the_finite_difference(params, batch):
 
 def test_what_stands_at_prompt_and_tool_tokens_changes_nothing(params, batch):
     """Their advantages and log-probs are never read, and predicting them brings no gradient."""
-    off = batch.weights == 0
+    tokens, terms = batch
+    off = terms.weights == 0
     noisy = dataclasses.replace(
-        batch,
-        advantages=jnp.where(off, 1e4, batch.advantages),
-        old_log_probs=jnp.where(off, -80.0, batch.old_log_probs),
+        terms,
+        advantages=np.where(off, 1e4, terms.advantages).astype(np.float32),
+        old_log_probs=np.where(off, -80.0, terms.old_log_probs).astype(np.float32),
     )
-    one, two = accumulate(params, batch, spec=SPEC), accumulate(params, noisy, spec=SPEC)
+    one, two = accumulate(params, batch, spec=SPEC), accumulate(params, (tokens, noisy), spec=SPEC)
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 def test_only_sampled_tokens_train_the_unembedding(params):
     """With one trained token the unembedding's gradient is w·ρA/τ·(onehot − p)·h of that position: rank one."""
-    tokens, row, t = jnp.arange(R * T).reshape(R, T) % 11, 1, 4
-    here = jnp.zeros((R, T)).at[row, t].set(1.0)
+    tokens, row, t = np.arange(R * T).reshape(R, T) % 11, 1, 4
+    here = np.zeros((R, T), np.float32)
+    here[row, t] = 1.0
     hidden, logits = (np.asarray(x)[row, t - 1] for x in hidden_and_logits(params, tokens))
     token, log_p = int(tokens[row, t]), np.array(oracle.log_softmax(logits, 0.7))
-    same = jnp.float32(log_p[token]) * here  # ρ = 1, and the KL term at its minimum
-    _, grads, _ = accumulate(params, TrainBatch(tokens, 0.5 * here, 3.0 * here, same, same), spec=SPEC)
+    same = np.float32(log_p[token]) * here  # ρ = 1, and the KL term at its minimum
+    _, grads, _ = accumulate(params, (tokens, Terms(0.5 * here, 3.0 * here, same, same)), spec=SPEC)
     expected = -0.5 * 3.0 / 0.7 * np.outer(hidden, np.eye(11)[token] - np.exp(log_p))
     np.testing.assert_allclose(grads["unembed"], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_step_on_nothing_is_no_step_and_a_nan_leaves_the_state(params, batch):
     optimizer = optax.sgd(1.0)
-    batch = dataclasses.replace(batch, ref_log_probs=None)
+    tokens, terms = batch[0], dataclasses.replace(batch[1], ref_log_probs=None)
     step = make_train_step(optimizer, dataclasses.replace(SPEC, loss=LossConfig()))
 
-    def run(batch):
+    def run(terms):
         copy = jax.tree.map(jnp.copy, params)  # the step consumes its state
-        new, metrics = step(TrainState(copy, optimizer.init(copy)), batch)
+        new, metrics = step(TrainState(copy, optimizer.init(copy)), make_batch(tokens, terms, T - 1, R))
         moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), new.params, params)
         return max(jax.tree.leaves(moved)), metrics
 
-    moved, metrics = run(batch)
+    moved, metrics = run(terms)
     assert moved > 0
     assert np.isfinite(list(metrics.values())).all()
-    moved, metrics = run(dataclasses.replace(batch, weights=jnp.zeros_like(batch.weights)))
+    moved, metrics = run(dataclasses.replace(terms, weights=np.zeros_like(terms.weights)))
     assert moved == 0
     assert all(float(value) == 0 for value in metrics.values())
-    moved, metrics = run(dataclasses.replace(batch, advantages=batch.advantages.at[0, 2].set(jnp.nan)))
+    broken = terms.advantages.copy()
+    broken[0, 2] = np.nan
+    moved, metrics = run(dataclasses.replace(terms, advantages=broken))
     assert moved == 0
     assert not np.isfinite(float(metrics["loss"]))
 
 
 def test_demonstrations_are_learned_by_mean_negative_log_likelihood(params, batch):
-    mask = np.asarray(batch.weights) > 0
-    demonstrations = dataclasses.replace(batch, weights=jnp.asarray(mask / mask.sum(), jnp.float32))
+    mask = batch[1].weights > 0
+    segments = np.repeat(np.arange(1, 3), T)[None].repeat(2, 0)  # two demonstrations to a row
+    index = np.tile(np.arange(T), (2, 2))
+    demonstrations = to_train_batch(TraceBatch(batch[0].reshape(2, -1), mask.reshape(2, -1), segments, index), 1)
     spec = dataclasses.replace(SPEC, loss=None, temperature=1.0)
-    loss, _ = jax.jit(batch_loss, static_argnames="spec")(params, demonstrations, spec=spec)
+    loss, _, metrics = _accumulate(params, demonstrations, spec=spec)
+    assert int(metrics["tokens"]) == mask.sum()
     log_probs, _ = log_probs_and_entropies(params, batch, temperature=1.0)
     np.testing.assert_allclose(loss, -log_probs.sum() / mask.sum(), rtol=1e-4)

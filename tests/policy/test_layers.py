@@ -31,7 +31,7 @@ def passes(family: str, remat: Remat, scan: bool) -> tuple[Any, Params]:
     @jax.jit
     @jax.grad
     def backward(params: Params) -> jax.Array:
-        return (WEIGHTS * run(params, attention.causal_no_cache)[0]).sum()
+        return (WEIGHTS * run(params, attention.causal)[0]).sum()
 
     def run(params: Params, attend: attention.Attend) -> Any:
         return hidden_states(

@@ -17,25 +17,26 @@ def test_token_log_probs_are_the_oracles(monkeypatch, at_once, temperature):
     monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * R * V * at_once)
     rng = np.random.default_rng(0)
     hidden, unembedding = rng.normal(size=(R, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
-    tokens = rng.integers(0, V, (R, T))
-    log_probs, entropies = logprobs.token_log_probs(jnp.asarray(hidden), unembedding, tokens, temperature)
-    every = [False] + [True] * (T - 1)
+    tokens = rng.integers(0, V, (R, T + 1))  # each asks the state before it; the first asks none
+    targets = tokens[:, 1:]
+    log_probs, entropies = logprobs.token_log_probs(jnp.asarray(hidden), unembedding, targets, temperature)
+    every = [False] + [True] * T
     for r in range(R):
         logits = hidden[r].astype(float) @ unembedding.T.astype(float)
         expected = oracle.log_probs_and_entropies(logits, tokens[r], every, temperature)
-        np.testing.assert_allclose(log_probs[r], expected[0], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(entropies[r], expected[1], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(log_probs[r], expected[0][1:], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(entropies[r], expected[1][1:], rtol=1e-4, atol=1e-5)
 
     weights = rng.normal(size=(2, R, T)).astype(np.float32)
 
     def total(hidden):
-        both = logprobs.token_log_probs(hidden, jnp.asarray(unembedding), tokens, temperature)
+        both = logprobs.token_log_probs(hidden, jnp.asarray(unembedding), targets, temperature)
         return sum((w * x).sum() for w, x in zip(weights, both, strict=True))
 
     def plain(hidden):
-        log_p = jax.nn.log_softmax(hidden[:, :-1] @ unembedding.T / temperature)
-        own = jnp.take_along_axis(log_p, tokens[:, 1:, None], -1)[..., 0]
-        return (weights[0][:, 1:] * own).sum() - (weights[1][:, 1:] * (jnp.exp(log_p) * log_p).sum(-1)).sum()
+        log_p = jax.nn.log_softmax(hidden @ unembedding.T / temperature)
+        own = jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+        return (weights[0] * own).sum() - (weights[1] * (jnp.exp(log_p) * log_p).sum(-1)).sum()
 
     np.testing.assert_allclose(jax.grad(total)(hidden), jax.grad(plain)(hidden), rtol=1e-3, atol=1e-4)
 

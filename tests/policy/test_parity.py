@@ -30,7 +30,7 @@ def test_logits_are_those_of_transformers(tmp_path, seed, family):
     @jax.jit
     def forward(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = hidden_states(params, arch, tokens, rotations(positions, arch), attention.causal_no_cache)
+        hidden, _ = hidden_states(params, arch, tokens, rotations(positions, arch), attention.causal)
         return hidden @ unembedding(params).T
 
     with jax.default_matmul_precision("highest"):

@@ -13,7 +13,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from appo_jax.config import Architecture, Config, MeshConfig, PolicyConfig
+from appo_jax.config import Architecture, Config, MeshConfig, OptimizerConfig, PolicyConfig
 from appo_jax.config_io import check
 from appo_jax.errors import ConfigError
 from appo_jax.policy.sharding import generating_architecture, make_mesh, param_shardings, partition_spec
@@ -94,7 +94,5 @@ def test_a_mesh_that_is_not_the_machine(config: MeshConfig, message: str) -> Non
 
 def test_rows_that_cannot_be_split_are_named() -> None:
     policy = PolicyConfig(architecture=ARCH, tokenizer="x")
-    with pytest.raises(
-        ConfigError, match=r"prompts_per_minibatch × rollout\.num_initial = 64 rows cannot be split over"
-    ):
-        check(Config(policy=policy, mesh=MeshConfig(data=3)))
+    with pytest.raises(ConfigError, match=r"optimizer\.micro_batch = 4 rows cannot be split over"):
+        check(Config(policy=policy, mesh=MeshConfig(data=3), optimizer=OptimizerConfig(micro_batch=4)))

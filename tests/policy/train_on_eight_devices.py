@@ -14,15 +14,17 @@ from jax.sharding import Mesh
 
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.config import Architecture, LossConfig, MeshConfig, OptimizerConfig, SFTConfig
-from appo_jax.learner.loss import TrainBatch, token_weights
+from appo_jax.learner.batch import make_batch
+from appo_jax.learner.loss import Terms, token_weights
 from appo_jax.learner.optimizer import sft_optimizer
-from appo_jax.learner.step import StepSpec, TrainState, init_state, make_train_step
+from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step
 from appo_jax.policy import weights
+from appo_jax.policy.packing import pack
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.score import score
 from appo_jax.policy.sharding import (
     annotate,
-    batch_sharding,
+    batch_shardings,
     generating,
     make_mesh,
     param_shardings,
@@ -47,29 +49,40 @@ def mesh_of(name: str) -> Mesh:
     return make_mesh(MeshConfig(*MESHES[name]))
 
 
-def batch() -> TrainBatch:
-    """Weighted as a run's batches are, to a sum of 1: with weights of 1 a token, gradients of 15 round by 1e-5."""
+def texts() -> list[np.ndarray]:
+    """Of eight to T tokens; those of an even row and the next begin alike."""
     rng = np.random.default_rng(0)
-    shape = (ROWS, T)
-    weights = token_weights(rng.random(shape) < 0.7, 1, ROWS, "token_mean")
-    return TrainBatch(
-        jnp.asarray(rng.integers(0, 96, shape), jnp.int32), jnp.asarray(weights),
-        jnp.asarray(rng.normal(size=shape), jnp.float32), jnp.asarray(rng.normal(-4.5, 0.2, shape), jnp.float32),
-    )  # fmt: skip
+    tokens = rng.integers(0, 96, (ROWS, T))
+    tokens[1::2, :6] = tokens[::2, :6]
+    return [row[: rng.integers(8, T + 1)] for row in tokens]
 
 
-def sgd_step(family: str, micro_batch: int):
+def batch(at_once: int) -> TrainBatch:
+    """Weighted as a run's batches are, to a sum of 1: with weights of 1 a token, gradients of 15 round by 1e-5."""
+    rng = np.random.default_rng(1)
+    mask = np.array([(rng.random(T) < 0.7) & (np.arange(T) < len(text)) for text in texts()])
+    mask[:, 0] = False
+    old = np.repeat(rng.normal(-4.5, 0.2, (ROWS // 2, T)), 2, 0)  # of shared tokens it is the same
+    terms = Terms(
+        token_weights(mask, 1, ROWS, "token_mean"),
+        rng.normal(size=mask.shape).astype(np.float32),
+        old.astype(np.float32),
+    )
+    return make_batch(texts(), terms, T - 1, at_once)
+
+
+def sgd_step(family: str):
     """A step at rate 1 without momentum: what it takes off the parameters is the gradient."""
-    spec = StepSpec(FAMILIES[family], LossConfig(), 0.7, micro_batch, FLOAT32)
+    spec = StepSpec(FAMILIES[family], LossConfig(), 0.7, FLOAT32)
     return make_train_step(optax.sgd(1.0), spec), optax.sgd(1.0)
 
 
 @functools.cache
 def on_one_device(family: str) -> tuple[Params, dict[str, float]]:
     """New parameters and metrics of the whole batch's step, without a mesh."""
-    step, optimizer = sgd_step(family, 0)
+    step, optimizer = sgd_step(family)
     params = init_params(FAMILIES[family], 0)
-    state, metrics = step(TrainState(params, optimizer.init(params)), batch())
+    state, metrics = step(TrainState(params, optimizer.init(params)), batch(ROWS))
     return jax.tree.map(np.asarray, state.params), {k: float(v) for k, v in metrics.items()}
 
 
@@ -83,16 +96,18 @@ def test_a_step_is_that_of_one_device(name: str, family: str, micro_batch: int) 
     expected, metrics = on_one_device(family)
     mesh, arch = mesh_of(name), FAMILIES[family]
     with use_mesh(mesh):
-        step, optimizer = sgd_step(family, micro_batch)
+        step, optimizer = sgd_step(family)
+        parts = batch(micro_batch or ROWS)
+        parts = place(parts, batch_shardings(parts, mesh), mesh)
         state = init_state(init_params(arch, 0), optimizer, arch, mesh)
         layout = jax.tree.map(lambda x: x.sharding, state)
-        state, found = step(state, place(batch(), batch_sharding(mesh), mesh))
+        state, found = step(state, parts)
         assert largest_difference(state.params, expected) < 1e-5
         assert found.keys() == metrics.keys()
         for key, value in metrics.items():
             assert float(found[key]) == pytest.approx(value, abs=1e-5), key
         assert jax.tree.map(lambda x: x.sharding, state) == layout
-        step(state, place(batch(), batch_sharding(mesh), mesh))
+        step(state, parts)
         assert step._cache_size() == 1
 
 
@@ -129,8 +144,8 @@ def test_generating_parameters_are_the_same_policy(dtype: str) -> None:
         moved = generating(params, mesh, jnp.dtype(dtype)).params
         assert jax.tree.map(lambda x: x.sharding, moved) == param_shardings(arch, mesh, "generate")
         assert generating(moved, mesh, jnp.dtype(dtype)).params is moved
-        tokens = np.asarray(batch().tokens)
-        before, after = (score(p, tokens, arch=arch, temperature=1.0, dtype=jnp.dtype(dtype)) for p in (params, moved))
+        rows = pack(texts(), T - 1, 8).rows
+        before, after = (score(p, rows, arch=arch, temperature=1.0, dtype=jnp.dtype(dtype)) for p in (params, moved))
         assert np.abs(np.asarray(before.log_probs) - np.asarray(after.log_probs)).max() < 1e-5
 
 

@@ -112,7 +112,7 @@ def test_of_a_cache_one_row_travels_into_a_slot() -> None:
     with use_mesh(make_mesh(MeshConfig(2, 2, 2))):
         prefixes = empty_prefixes(arch, 8, T, jnp.dtype("float32"))
         source = empty_state(arch, rows, T + 1, jnp.dtype("float32")).cache
-        text = load_prefix.lower(prefixes, source, 0, 0).compile().as_text()
+        text = load_prefix.lower(prefixes, source, 0, np.arange(T), 0).compile().as_text()
     row = arch.num_kv_heads * T * arch.head_dim
     assert 0 < most_moved(text) <= row // 2  # the tensor axis has two parts of it
 

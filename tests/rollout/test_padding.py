@@ -13,8 +13,11 @@ from growing import make_trees
 
 from appo_jax.config import Architecture, BranchingConfig, LossConfig, RolloutConfig
 from appo_jax.errors import ConfigError
-from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, make_train_step
+from appo_jax.learner.batch import make_batch
+from appo_jax.learner.loss import Terms
+from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.policy.architecture import for_tokenizer
+from appo_jax.policy.packing import pack
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.score import score
 from appo_jax.rollout.growth import blank_tokens, valid_positions
@@ -71,17 +74,18 @@ def test_log_probs_entropies_and_gradients_are_those_without_padding(
 ) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, plain.vocab_size, (2, 11)).astype(np.int32)
-    batch = TrainBatch(
-        tokens, np.full((2, 11), 0.1, np.float32), rng.normal(size=(2, 11)).astype(np.float32),
+    terms = Terms(
+        np.full((2, 11), 0.1, np.float32), rng.normal(size=(2, 11)).astype(np.float32),
         rng.normal(-4, 0.2, (2, 11)).astype(np.float32),
     )  # fmt: skip
+    batch, rows = make_batch(tokens, terms, 10, 2), pack(tokens, 10).rows
 
     def numbers(arch: Architecture, params: Params) -> tuple[np.ndarray, np.ndarray, Params]:
-        scored = score(params, tokens, arch=arch, temperature=0.7, dtype=jnp.dtype("float32"))
+        scored = score(params, rows, arch=arch, temperature=0.7, dtype=jnp.dtype("float32"))
         loss = LossConfig(entropy_weight=0.5)  # the entropy's gradient is where masked logits give NaN
-        step = make_train_step(optax.sgd(1.0), StepSpec(arch, loss, 0.7, 0, jnp.dtype("float32")))
+        step = make_train_step(optax.sgd(1.0), StepSpec(arch, loss, 0.7, jnp.dtype("float32")))
         copy = jax.tree.map(jnp.array, params)
-        state, _ = step(TrainState(copy, optax.sgd(1.0).init(copy)), jax.tree.map(jnp.asarray, batch))
+        state, _ = step(TrainState(copy, optax.sgd(1.0).init(copy)), batch)
         grads = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), params, state.params)
         return np.asarray(scored.log_probs), np.asarray(scored.entropies), grads
 

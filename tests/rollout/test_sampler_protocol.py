@@ -117,7 +117,7 @@ def test_a_step_trains_on_canned_rollouts(
         config, dataset, examples, examples, tokenizer, executor, arch, jnp.float32, mesh, sampler, judge, ExitStack()
     )
     algorithm, optimizer = make_algorithm(config), rl_optimizer(config.optimizer)
-    update = make_train_step(optimizer, StepSpec(arch, algorithm.loss, 1.0, 0, jnp.float32, "none"))
+    update = make_train_step(optimizer, StepSpec(arch, algorithm.loss, 1.0, jnp.float32, "none"))
     grower = TreeGrower(sampler, tokenizer, config.rollout, algorithm.branching, arch.vocab_size, seed=0)
     start = jax.tree.map(jnp.copy, params)
     state = TrainState(start, optimizer.init(start))

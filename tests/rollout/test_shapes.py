@@ -23,7 +23,10 @@ def test_the_quickstarts_shapes() -> None:
     assert shapes.initial(16, 4) == GenerationShapes(rows=64, slots=16, columns=4, prefix_length=24, **every)
     # 64 rows at 3 to a prefix sit on 22 prefixes; twice as many slots are more than the 32 rollouts that there are.
     assert shapes.branches(32) == GenerationShapes(rows=64, slots=32, columns=3, prefix_length=136, **every)
-    assert (shapes.prefill_rows(16), shapes.score_rows(32)) == (16, 21)
+    assert shapes.prefill_rows(16) == 16
+    # 7 rows of 136 tokens are less than 1024, 8 are more; each of 3 devices has 7.
+    assert (shapes.packed_rows(32), shapes.packed_rows(5), shapes.packed_rows(32, 16)) == (7, 5, 16)
+    assert Shapes(QUICKSTART, BranchingConfig(), shards=3).packed_rows(32) == 21
     assert Shapes(QUICKSTART, BranchingConfig(), shards=3).initial(16, 4).append_rows == 9
 
 

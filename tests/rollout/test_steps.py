@@ -71,7 +71,7 @@ def step(
             ExitStack(),
         )  # fmt: skip
         optimizer = rl_optimizer(config.optimizer)
-        update = make_train_step(optimizer, StepSpec(arch, algorithm.loss, 1.0, 0, jnp.float32, "none"))
+        update = make_train_step(optimizer, StepSpec(arch, algorithm.loss, 1.0, jnp.float32, "none"))
         batches = []
 
         def seen(state: TrainState, batch: Any) -> Any:
