@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from appo_jax import sft
 from appo_jax.cli import main
 from appo_jax.collect import right
 from appo_jax.components import build
@@ -143,3 +144,29 @@ def test_traces_that_are_right_are_kept_once_and_read_back(tiny: Config, tmp_pat
         Segment(" <result>\n7\n</result>", False),
         Segment(good, True),
     )
+
+
+def test_a_cold_start_on_a_file_of_traces_says_what_it_left_out(tiny: Config, tmp_path: Path) -> None:
+    def conversation(text: str) -> str:
+        return (
+            json.dumps({"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": text}]}) + "\n"
+        )
+
+    answer = "<think>Done.</think><answer>\\boxed{4}</answer>"
+    good = conversation(f"<python>2+2</python><result>4</result>{answer}")
+    (tmp_path / "t.jsonl").write_text(
+        good + good + conversation(answer) + conversation("<rm>x</rm><result>4</result>A")
+    )
+    with (tmp_path / "t.jsonl").open("a") as file:
+        file.write(conversation(answer * 50))
+    cold = dataclasses.replace(tiny.sft, traces=(str(tmp_path / "t.jsonl"),))
+    data = dataclasses.replace(tiny.data, system_prompt="")
+    accuracies = sft.run(dataclasses.replace(tiny, run_dir=str(tmp_path / "run"), sft=cold, data=data))
+    assert set(accuracies) == {"accuracy_base", "accuracy_sft"}
+    told = json.loads((tmp_path / "run" / "traces.json").read_text())
+    assert told["read"] == 3
+    assert {reason: entry["first"] for reason, entry in told["left_out"].items()} == {
+        "it repeats an earlier trace": ["t-2"],
+        "it calls 'rm', which is no tool of the run": ["t-4"],
+        f"it is longer than sft.max_tokens = {tiny.sft.max_tokens}": ["t-5"],
+    }
