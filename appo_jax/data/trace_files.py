@@ -16,6 +16,7 @@ from appo_jax.data.demonstrations import CannotDemonstrate, LeftOut, introduce
 from appo_jax.data.examples import SYSTEM_PROMPT
 from appo_jax.data.golds import accepted_answers
 from appo_jax.data.records import read_records
+from appo_jax.errors import DataError
 from appo_jax.tools.arguments import Problem, decode, read_argument
 from appo_jax.tools.format import Call, CallFormat, JsonFormat, TagFormat, render_result
 from appo_jax.types import Example, Segment, Trace
@@ -34,7 +35,8 @@ def read_traces(
 ) -> list[Trace]:
     """The traces of the files in the run's call format, each once. system_prompt: `data.system_prompt`, instead of theirs.
 
-    What cannot be used is counted in `left_out` by its reason. Raises DataError for a file that cannot be read."""
+    What cannot be used is counted in `left_out` by its reason. Raises DataError for a file that cannot be read, and where
+    nothing can be used."""
     traces: dict[tuple[str, tuple[Segment, ...]], Trace] = {}
     writer = _Writer(call_format, system_prompt)
     for file in files:
@@ -49,6 +51,8 @@ def read_traces(
             if key in traces:
                 left_out.add("it repeats an earlier trace", name)
             traces.setdefault(key, trace)
+    if not traces:
+        raise DataError(f"sft.traces: {', '.join(map(str, files))}: no trace in them can be used ({left_out})")
     return list(traces.values())
 
 

@@ -230,6 +230,8 @@ def test_repeated_traces_system_prompts_and_golds(tmp_path):
         assert str(left_out) == "1: it repeats an earlier trace"
         (trace,), _ = read(tmp_path, notation, *records, system_prompt="mine")
         assert trace.example.system == "mine"
+    with pytest.raises(DataError, match=r"no trace in them can be used \(1: it has no field 'conversations'\)"):
+        read(tmp_path, notation, {})
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(DataError, match=r"line 1: not valid JSON"):
         read_traces([tmp_path / "bad.jsonl"], notation, None, LeftOut())
