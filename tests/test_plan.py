@@ -364,11 +364,11 @@ def test_programs_of_a_small_config_compile_and_are_counted():
         "train",
     ]  # fmt: skip
     # 16 prompts, 8 a mini-batch, N = 4, M = 16, B = 3, 112 tokens, 64 rows: 64 initial rollouts at once; 96 branches of
-    # each of 2 mini-batches take 2 fills of 64 rows; 32 parents, the longest, go through the score in passes of 7 rows, twice.
+    # each of 2 mini-batches take 2 fills of 64 rows; 32 parents, the longest, go through the score in passes of 3 rows, twice.
     assert found["decode, initial"].times == 112
     assert found["decode, branches"].times == 2 * 2 * 112
     # …, for log π_old and before branching
-    assert found["score"].times == 2 * 2 * 5
+    assert found["score"].times == 2 * 2 * 11
     assert found["append, initial"].times == 16 * 4 * 5 / 8
     assert found["append, branches"].times == 16 * 12 * 5 / 8
     assert found["train"].times == 2 * 32 / 8

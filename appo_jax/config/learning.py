@@ -30,7 +30,7 @@ class OptimizerConfig:
     """Adam's decay of the second moment."""
     micro_batch: NonNegativeInt = 0
     """Rows per forward-backward pass, each as long as the longest rollout and filled with several; gradients are accumulated.
-    0: as many as hold about a thousand tokens on each device."""
+    0: as many as hold about 500 tokens on each device."""
     remat: Remat = "none"
     """What the backward pass computes again instead of keeping it. none: nothing; matmuls: all but each layer's matrix
     products; layers: all but each layer's input. From left to right less memory and more time."""

@@ -24,9 +24,9 @@ def test_the_quickstarts_shapes() -> None:
     # 64 rows at 3 to a prefix sit on 22 prefixes; twice as many slots are more than the 32 rollouts that there are.
     assert shapes.branches(32) == GenerationShapes(rows=64, slots=32, columns=3, prefix_length=136, **every)
     assert shapes.prefill_rows(16) == 16
-    # 7 rows of 136 tokens are less than 1024, 8 are more; each of 3 devices has 7.
-    assert (shapes.packed_rows(32), shapes.packed_rows(5), shapes.packed_rows(32, 16)) == (7, 5, 16)
-    assert Shapes(QUICKSTART, BranchingConfig(), shards=3).packed_rows(32) == 21
+    # 3 rows of 136 tokens are less than 512, 4 are more; each of 3 devices has 3.
+    assert (shapes.packed_rows(32), shapes.packed_rows(2), shapes.packed_rows(32, 16)) == (3, 2, 16)
+    assert Shapes(QUICKSTART, BranchingConfig(), shards=3).packed_rows(32) == 9
     assert Shapes(QUICKSTART, BranchingConfig(), shards=3).initial(16, 4).append_rows == 9
 
 
