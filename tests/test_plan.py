@@ -22,9 +22,10 @@ from appo_jax.config import MeshConfig, OptimizerConfig
 from appo_jax.config_io import load_config
 from appo_jax.errors import ConfigError, PlanError
 from appo_jax.plan import compiler, hlo, programs, report
+from appo_jax.plan.abstract import Arrays, in_all
 from appo_jax.plan.topology import CHIPS, GIB, Chip, parse_slice
 from appo_jax.policy.parameters import abstract_params
-from appo_jax.policy.sharding import make_mesh
+from appo_jax.policy.sharding import make_mesh, use_mesh
 
 ROOT = Path(__file__).parents[1]
 PAPER = ("qwen2_5_7b_reasoning", "llama3_1_8b_reasoning", "qwen3_8b_deepsearch", "qwen3_14b_deepsearch")
@@ -259,6 +260,18 @@ def test_a_program_that_was_refused_has_no_roofline():
     assert "0.0" not in row
     record = plan.to_json()
     assert (record["step_s"], record["needs"][0]["seconds"], record["needs"][1]["seconds"]) == (None, None, 3.0)
+
+
+def test_what_a_checkpoint_takes(tiny):
+    """Float32 weights and both moments of Adam, and two counters; written by all hosts at 200 MB/s."""
+    mesh = make_mesh(tiny.mesh)
+    with use_mesh(mesh):
+        arrays = Arrays(tiny, tiny.policy.architecture, mesh)
+        parameters = sum(x.size for x in jax.tree.leaves(arrays.state().params))
+        assert 12 * parameters <= in_all(arrays.state()) <= 12 * parameters + 64
+    plan = report.Plan("v5e:8x8", 64, CHIP, (need("train", GIB),), hosts=16, checkpoint=91_400_000_000)
+    assert plan.storage() == "checkpoint: 91.4 GB, 5.7 GB a host (16), 29 s at 200 MB/s a host"
+    assert plan.storage() in printed(plan, 60, False)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -95,3 +95,8 @@ def on_chip(tree: Any) -> int:
         return int(np.prod(shape)) * (8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize)
 
     return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def in_all(tree: Any) -> int:
+    """Bytes of a tree's arrays, each counted once."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -18,6 +18,7 @@ from appo_jax.config import Config
 from appo_jax.config_io import flatten
 from appo_jax.errors import ConfigError, PlanError
 from appo_jax.plan import hlo
+from appo_jax.plan.abstract import Arrays, in_all
 from appo_jax.plan.lengths import RolloutLengths
 from appo_jax.plan.programs import Program, programs
 from appo_jax.plan.report import Need, Plan
@@ -56,11 +57,13 @@ class Compiler:
 
         with use_mesh(mesh):
             all_programs = list(programs(config, arch, mesh, lengths))
+            checkpoint = in_all(Arrays(config, arch, mesh).state())
         # A compilation keeps one core busy.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             needs = tuple(pool.map(one, all_programs))
         chips = self.described.num_chips * config.mesh.slices
-        return Plan(self.described.topology, chips, self.described.chip, needs)
+        hosts = len({device.process_index for device in self.devices})
+        return Plan(self.described.topology, chips, self.described.chip, needs, hosts, checkpoint)
 
 
 _MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices")

@@ -25,6 +25,8 @@ HOP_S = 1e-6
 # From the end of a decode segment to the start of the next one: small arrays are read, hosts exchange what has happened, rows are
 # seated. An assumption; `time/decode_s` of a real run against its plan tells the true value.
 HOST_LOOK_S = 2e-3
+# Bytes a second at which a host writes to the run's storage. An assumption; measure yours (`dd`, on all hosts at once).
+STORAGE_RATE = 200e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Plan:
     chips: int  # not devices: a tpu7x is two
     chip: Chip
     needs: tuple[Need, ...]
+    hosts: int = 1
+    checkpoint: int = 0  # bytes: parameters and optimizer state, once
 
     @property
     def tightest(self) -> Need:
@@ -101,6 +105,14 @@ class Plan:
             return f"fits {self.topology}: {figures}; {left / GIB:.2f} GiB left ({left / hbm:.0%})"
         advice = "; ".join(f"{n.name}: {_advice(n.fields)}" for n in self.needs if n.peak > hbm)
         return f"does not fit {self.topology}: {figures}, {(need.peak - hbm) / GIB:.2f} GiB too much. {advice}"
+
+    def storage(self) -> str:
+        """One line: what a checkpoint takes, and how long a host writes its part."""
+        share = self.checkpoint / self.hosts
+        return (
+            f"checkpoint: {self.checkpoint / 1e9:.1f} GB, {share / 1e9:.1f} GB a host ({self.hosts}), "
+            f"{share / STORAGE_RATE:.0f} s at {STORAGE_RATE / 1e6:.0f} MB/s a host"
+        )
 
     def to_json(self) -> dict[str, Any]:
         record = dataclasses.asdict(self) | {"fits": self.fits, "verdict": self.verdict(), "step_s": self.step_s}
@@ -170,5 +182,6 @@ def show(plan: Plan, console: Console, more: Mapping[str, Any]) -> None:
         console.print(table)
     if plan.fits:
         console.print(plan.verdict(), soft_wrap=True, highlight=False)
+    console.print(plan.storage(), soft_wrap=True, highlight=False)
     for name, value in more.items():
         console.print(f"{name}: {value}", soft_wrap=True, highlight=False)
