@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from appo_jax import heartbeat
+from appo_jax.checkpoint_items import items, not_written
 from appo_jax.digests import describe, named_leaves
 from appo_jax.errors import CheckpointError
 from appo_jax.storage import folder_size, usable_path
@@ -58,7 +59,7 @@ class Checkpointer:
                 preservation_policy=_kept(keep, keep_best), best_fn=_accuracy, cleanup_tmp_directories=True
             )
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=items(self._directory))
         self._unread: tuple[int, PyTree, dict[str, Any]] | None = (
             None  # step, abstract state, arrays: not read back yet
         )
@@ -88,7 +89,7 @@ class Checkpointer:
             metrics = None if accuracy is None else {"accuracy": float(accuracy)}
             saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         except Exception as error:
-            raise self._failed(error) from error
+            raise not_written(self._directory, error) from error
         if not saved:
             raise CheckpointError(
                 f"{self._directory}: step {step} was not saved, for step {self._manager.latest_step()} exists already; "
@@ -180,7 +181,7 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._failed(error) from error
+            raise not_written(self._directory, error) from error
         if unread is not None:
             self._read_back(*unread)
 
@@ -268,12 +269,6 @@ class Checkpointer:
                 (self._directory / str(step)).rename(target)
         multihost_utils.sync_global_devices("checkpoints set aside")
         self._manager.reload()
-
-    def _failed(self, error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"{self._directory}: a checkpoint could not be written ({type(error).__name__}: {error}); "
-            "check the disk's free space and rights, then start again: the run goes on from its last good step"
-        )
 
 
 def verify(step_folder: Path) -> str:

@@ -241,7 +241,8 @@ def test_the_saved_state_is_the_one_given_though_its_buffers_are_donated_at_once
 
 
 FULL = """
-    import resource, signal, sys, jax
+    import json, resource, signal, socket, sys, jax
+    from appo_jax import heartbeat
     from appo_jax.checkpoint import Checkpointer
     from appo_jax.errors import CheckpointError
 
@@ -252,8 +253,14 @@ FULL = """
     checkpointer.save(1, small, {}, None)
     checkpointer.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    supervisor, channel = socket.socketpair()
+    heartbeat.connect(channel)
     try:
         checkpointer.save(2, large, {}, None)
+        for line in supervisor.makefile():  # its supervisor hears of it before anything waits for the write
+            if "failed" in (told := json.loads(line)):
+                print(told["code"], told["failed"])
+                break
         checkpointer.wait()
     except CheckpointError as error:
         print(error)
@@ -264,7 +271,8 @@ FULL = """
 def test_a_write_that_fails_is_reported_and_the_last_good_step_stays(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(FULL), tmp_path / "c"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
-    assert "could not be written" in done.stdout
+    assert done.stdout.startswith("1 " + str(tmp_path / "c"))
+    assert done.stdout.count("could not be written") == 2
     assert done.stdout.endswith("\n1\n")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params, response_of
 from appo_jax.config import Config, EvalConfig
 from appo_jax.config_io import check, save_config
-from appo_jax.errors import ConfigError, TrainingError
+from appo_jax.errors import CheckpointError, ConfigError, TrainingError
 from appo_jax.evaluate import evaluate
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, make_train_step
@@ -31,6 +32,7 @@ from appo_jax.metrics import read_metrics
 from appo_jax.prepare import prepare_world
 from appo_jax.reward import Judge, Response
 from appo_jax.rollout.growth import TreeGrower
+from appo_jax.train import train
 from appo_jax.train_step import Trainer, train_step
 from appo_jax.types import RewardResult
 
@@ -178,6 +180,33 @@ def test_an_interrupted_run_saves_and_leaves(config: Config, tmp_path: Path) -> 
     saved = [int(path.name) for path in (run / "checkpoints" / "rl").iterdir() if path.name.isdigit()]
     assert saved == [read_metrics(run / "metrics.jsonl")[-1]["step"]]
     assert not (run / "summary.json").exists()
+
+
+FULL_DISK = """
+import resource
+from appo_jax import heartbeat
+from appo_jax.types import RewardResult
+
+def reward(response):
+    if heartbeat.now() == ("reward", 0):  # from the first step on no file grows beyond this: less than a checkpoint has
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, resource.RLIM_INFINITY))
+    return RewardResult(float(len(response.text)), False, {})
+"""
+
+
+def test_no_summary_tells_of_a_policy_that_could_not_be_saved(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full_disk.py").write_text(FULL_DISK)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = dataclasses.replace(tiny.reward, function="full_disk:reward")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError, match="a checkpoint could not be written"):
+            train(dataclasses.replace(tiny, run_dir=str(tmp_path / "run"), steps=1, reward=reward))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "run/summary.json").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(config: Config, tmp_path: Path) -> None:
