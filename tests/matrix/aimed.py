@@ -1,4 +1,4 @@
-"""`appo-jax train` that ends itself: `python aimed.py PHASE STEP DELAY_S SIGNAL ALONE FILE ARGUMENTS…`.
+"""`appo-jax` that ends itself: `main`, given PHASE STEP DELAY_S SIGNAL ALONE FILE before its own arguments.
 
 A thread waits until the run is in that phase of that step (or in a later step), then so long, then writes to FILE where it strikes.
 SIGKILL strikes the training process (ALONE = 1), or its supervisor, too; SIGTERM the supervisor, as a service manager does;
@@ -45,7 +45,3 @@ def main() -> int:
     from appo_jax.__main__ import main as train
 
     return train()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,8 +24,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import numpy as np
-from tiny import STEPS, parameters, records_complete, tiny_config
+from tiny import STEPS, last_arrays, records_complete, tiny_config
 
 from appo_jax.config import Config
 from appo_jax.errors import AppoError
@@ -112,17 +111,16 @@ def one_case(
         return "BAD traceback", f"{type(error).__name__}: {error}"[:200]
     finally:
         logging.getLogger("appo_jax").removeHandler(handler)
-    found = parameters(config, run)
-    if wrong := [name for name in truth if not np.array_equal(truth[name], found[name])]:
-        return "BAD parameters", wrong[0]
+    if last_arrays(run) != truth:
+        return "BAD parameters", "not those of an undisturbed run"
     if missing := records_complete(run, log.getvalue()):
         return "BAD records", missing
     told = [line for line in log.getvalue().splitlines() if "lost" in line or "damaged" in line or "refused" in line]
     return ("same, and told" if told else "same"), (told[0][-160:] if told else "")
 
 
-def cases(pristine: Path, count: int, rng: random.Random) -> list[tuple[str, Damage]]:
-    """Every file and folder with every damage, in an order that begins with one of each kind of file."""
+def cases(pristine: Path, rng: random.Random) -> list[tuple[str, Damage]]:
+    """Every file and folder with every damage, in an order that begins with what a run goes on from and its records."""
     entries = sorted(path for path in pristine.rglob("*") if path.name != "lock")
     every = [
         (str(path.relative_to(pristine)), damage)
@@ -131,20 +129,25 @@ def cases(pristine: Path, count: int, rng: random.Random) -> list[tuple[str, Dam
     ]
     every += [("metrics.jsonl", blank_line), ("sft.jsonl", blank_line)]
     rng.shuffle(every)
-    must = [
-        (t, d)
-        for t, d in every
-        if t in ("metrics.jsonl", "checkpoints", "checkpoints/rl", "checkpoints/sft", "rollouts")
-    ]
-    dumps = [(t, d) for t, d in every if t.startswith("rollouts/")][:12]
-    rest = [case for case in every if case not in must and case not in dumps]
-    return (must + dumps + rest)[:count]
+    first = (
+        "metrics.jsonl",
+        "config.json",
+        "summary.json",
+        "checkpoints",
+        "checkpoints/rl",
+        "checkpoints/sft",
+        "rollouts",
+    )
+    must = [case for case in every if case[0] in first]
+    dumps = [case for case in every if case[0].startswith("rollouts/")][:12]
+    return must + dumps + [case for case in every if case not in must and case not in dumps]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=120)
     parser.add_argument("--skip", type=int, default=0, help="begin after so many of them")
+    parser.add_argument("--of", help="only damage to this file or folder of the run, and what is in it")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.getLogger("appo_jax").setLevel(logging.INFO)
@@ -157,10 +160,11 @@ def main() -> int:
         train(dataclasses.replace(config, steps=4))
         shutil.copytree(run, pristine)
         train(config)
-        truth = parameters(config, run)
+        truth = last_arrays(run)
         assert len(read_metrics(run / "metrics.jsonl")) == STEPS
         tally: collections.Counter[str] = collections.Counter()
-        for target, damage in cases(pristine, options.cases, rng)[options.skip :]:
+        chosen = [case for case in cases(pristine, rng) if options.of is None or case[0].startswith(options.of)]
+        for target, damage in chosen[options.skip : options.cases]:
             outcome, detail = one_case(config, pristine, target, damage, rng, truth)
             tally[outcome] += 1
             print(f"{outcome:15} {damage.__name__:10} {target}  {detail}", flush=True)

@@ -2,15 +2,17 @@
 
 The smallest run there is (tiny.py) is started by `appo-jax train`, killed or asked to stop, and started again by the same
 command until it ends by itself. Three of four are struck in a random phase of a random step (aimed.py), the others at a
-random moment between their first line and their end. Each must have the parameters of an undisturbed run, bit for bit, every
-step on record once, every dump whole, and a summary; a summary that was there before the end must be of a policy that is
-saved. Runs that had ended before they were struck count nothing. Exit code 1 where one is not as it should be.
+random moment between their first line and their end. (All but the latter are forked from a process that has imported
+everything.) Each must have the parameters of an undisturbed run, bit for bit, every step on record once, every dump whole, and
+a summary; a summary that was there before the end must be of a policy that is saved. Runs that had ended before they were
+struck count nothing. Exit code 1 where one is not as it should be.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import json
 import os
 import random
 import shutil
@@ -19,14 +21,19 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import numpy as np
-from tiny import STEPS, parameters, records_complete, tiny_config
+import aimed
+from tiny import STEPS, last_arrays, records_complete, tiny_config
 
-from appo_jax.checkpoint import verify
+import appo_jax.__main__
+import appo_jax.cli
+import appo_jax.train
 from appo_jax.config_io import save_config
 
 # Phase -> how long it lasts at most, roughly: the blow falls so much later than its beginning.
@@ -34,27 +41,60 @@ PHASES = {
     "start": 1.5, "cold start": 1.0, "rollout": 0.1, "reward": 0.003, "score": 0.01, "branch": 0.05, "advantage": 0.003,
     "update": 0.05, "checkpoint": 0.1, "evaluate": 0.1,
 }  # fmt: skip
-AIMED = Path(__file__).with_name("aimed.py")
 
 
-def start(command: list[str], config_file: Path, log: Path) -> subprocess.Popen[bytes]:
+def start(config_file: Path, log: Path) -> subprocess.Popen[bytes]:
+    """`appo-jax train`, as a person starts it."""
     with log.open("ab") as out:
-        command = [sys.executable, *command, "train", "--config", str(config_file)]
+        command = [sys.executable, "-m", "appo_jax", "train", "--config", str(config_file)]
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def fork(body: Callable[[], object], log: Path) -> int:
+    """Run `body` in a process of its own, which has imported what this one has; its exit code."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code: Any = 1
+    try:
+        os.setsid()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        code = body()
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def train(config_file: Path, *aim: str) -> int:
+    """The same command in a forked process; `aim`: with what strikes it."""
+    sys.argv = ["appo-jax", *aim, "train", "--config", str(config_file)]
+    return aimed.main() if aim else appo_jax.__main__.main()
+
+
+def look(run: Path, file: Path) -> int:
+    """Write the digests of the run's arrays to `file`. (In a forked process: what reads them starts threads.)"""
+    file.write_text(json.dumps(last_arrays(run)))
+    return 0
 
 
 def struck(rng: random.Random, which: signal.Signals, took: float, config_file: Path, log: Path) -> tuple[str, int]:
     """Start a run and strike it once. Where, and its exit code."""
     if rng.random() < 0.25:
-        process, moment = start(["-m", "appo_jax"], config_file, log), rng.uniform(0.0, took)
+        process, moment = start(config_file, log), rng.uniform(0.0, took)
         time.sleep(moment)
         os.killpg(process.pid, which) if which != signal.SIGTERM else process.send_signal(which)
         return f"after {moment:.1f} s", process.wait(timeout=600)
     phase, step = rng.choice(list(PHASES)), rng.randrange(STEPS + 1)
     delay, alone, note = rng.uniform(0.0, PHASES[phase]), rng.random() < 0.5, log.with_name("struck")
     note.unlink(missing_ok=True)
-    aim = [str(AIMED), phase, str(step), str(delay), str(int(which)), str(int(alone)), str(note)]
-    code = start(aim, config_file, log).wait(timeout=600)
+    aim = [phase, str(step), str(delay), str(int(which)), str(int(alone)), str(note)]
+    code = fork(lambda: train(config_file, *aim), log)
     return note.read_text() if note.exists() else f"missed {phase}", code
 
 
@@ -86,15 +126,17 @@ def main() -> int:
         folder = Path(name)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        config = tiny_config(folder)
-        run, file, log, took = Path(config.run_dir), folder / "config.json", folder / "log", 0.0
-        save_config(config, file)
+        run, file, log, took = folder / "run", folder / "config.json", folder / "log", 0.0
+        assert fork(lambda: save_config(tiny_config(folder), file) or 0, log) == 0, log.read_text()[-3000:]
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent)
         for _ in range(2):  # the first one compiles, the second one says how long a run takes
             shutil.rmtree(run, ignore_errors=True)
             first = time.monotonic()
-            assert start(["-m", "appo_jax"], file, log).wait() == 0, log.read_text()[-3000:]
+            assert start(file, log).wait() == 0, log.read_text()[-3000:]
             took = time.monotonic() - first
-        truth = parameters(config, run)
+        seen = folder / "seen"
+        assert fork(lambda: look(run, seen), log) == 0, log.read_text()[-3000:]
+        truth = seen.read_text()
         print(f"an undisturbed run takes {took:.0f} s", flush=True)
         while signals:
             shutil.rmtree(run)
@@ -104,16 +146,15 @@ def main() -> int:
                 continue
             which = signals.pop()
             wrong = [] if code in allowed[which] else [f"exit code {code} after {which.name}"]
-            if (run / "summary.json").exists() and (said := verify(run / f"checkpoints/rl/{STEPS}")) != "sound":
-                wrong.append(f"a summary without its policy: {said}")
+            if (run / "summary.json").exists() and fork(lambda: look(run, seen), log) != 0:
+                wrong.append("a summary without its policy")
             codes = [code]
             while codes[-1] != 0 and len(codes) < 4:
-                codes.append(start(["-m", "appo_jax"], file, log).wait(timeout=600))
+                codes.append(fork(lambda: train(file), log))
             text = log.read_text(errors="replace")
             wrong += faults(run, codes, text)
-            if codes[-1] == 0:
-                found = parameters(config, run)
-                wrong += [f"{name} differs" for name in truth if not np.array_equal(truth[name], found[name])][:1]
+            if codes[-1] == 0 and (fork(lambda: look(run, seen), log) != 0 or seen.read_text() != truth):
+                wrong.append("other parameters")
             failed += bool(wrong)
             tally[where.partition(", ")[2] or "any moment"] += 1
             print(f"{which.name:8} {where:22} codes {codes}  {'; '.join(wrong) or 'right'}", flush=True)

@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -105,6 +106,9 @@ FAULTS = {
     "exception": raise_error,
     "error of ours": fail,
     "slow": lambda: time.sleep(25),
+    "partition": lambda: subprocess.run(
+        os.environ["CUT"].split(), check=True
+    ),  # then go on, until the others do not come
     "hang": lambda: time.sleep(1000),
 }
 
