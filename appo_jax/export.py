@@ -1,18 +1,23 @@
-"""`appo-jax convert RUN --out DIR`: the policy of a run as a Hugging Face folder."""
+"""`appo-jax convert RUN --out DIR`: the policy of a run as a Hugging Face folder, or its adapters as a PEFT folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, initial_params
+from appo_jax.config import Config
 from appo_jax.config_io import load_config
-from appo_jax.errors import CheckpointError
+from appo_jax.digests import identity
+from appo_jax.errors import CheckpointError, ConfigError
 from appo_jax.policy import weights
+from appo_jax.policy.adapters import abstract_adapters, frozen, merged, save_adapters
 from appo_jax.policy.architecture import architecture_of
-from appo_jax.policy.parameters import Params, abstract_params
+from appo_jax.policy.parameters import Params, abstract_params, init_params
 from appo_jax.policy.sharding import param_shardings, place
 from appo_jax.text.export import tokenizer_files
 from appo_jax.text.tokenizer import policy_tokenizer
@@ -21,8 +26,8 @@ from appo_jax.text.tokenizer import policy_tokenizer
 def export_run(run: Path, out: Path) -> str:
     """Write the policy of the run's newest RL checkpoint (of its cold start before RL has one) to the new folder `out`.
 
-    Only the parameters are read, as float32 in host memory. Returns a line that names the step. Raises CheckpointError
-    where the run has no checkpoint, WeightsError if `out` exists and is not empty.
+    Only the parameters are read, as float32 in host memory; adapters are merged into their weights. Returns a line that names
+    the step. Raises CheckpointError where the run has no checkpoint, WeightsError if `out` exists and is not empty.
     """
     policy = load_config(run / "config.json").policy
     arch, tokenizer = architecture_of(policy), policy_tokenizer(policy)
@@ -32,22 +37,38 @@ def export_run(run: Path, out: Path) -> str:
     return where
 
 
+def export_adapters(run: Path, out: Path) -> str:
+    """Write the adapters of the run's newest RL checkpoint to the new folder `out`, as peft does; see `export_run`.
+
+    They belong beside the weights that RL began with. Raises ConfigError for a run that trains no adapters.
+    """
+    config = load_config(run / "config.json")
+    if config.policy.lora is None:
+        raise ConfigError(
+            f"convert {run} --adapter: the run has no policy.lora, and so no adapters; leave --adapter out"
+        )
+    arch = architecture_of(config.policy)
+    found = _newest(run, "rl", abstract_adapters(arch))
+    if found is None:
+        raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl; it has no adapters yet")
+    save_adapters(out, found[1], arch, config.policy.path)
+    return found[0]
+
+
 def newest_params(run: Path) -> tuple[str, Params]:
-    """The parameters of a run's newest checkpoint, float32 in host memory, and which step it is. Raises CheckpointError."""
-    arch = architecture_of(load_config(run / "config.json").policy)
-    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), abstract_params(arch))
-    for phase in ("rl", "sft"):
-        folder = run / "checkpoints" / phase
-        if not folder.exists():
-            continue
-        checkpointer = Checkpointer(folder, keep=1, read_only=True)
-        try:
-            found = checkpointer.restore_latest({"params": params}, None, partial=True)
-        finally:
-            checkpointer.close()
-        if found is not None:
-            return f"step {found[0]} of {folder}", found[1]["params"]
+    """The parameters of a run's newest checkpoint, float32 in host memory, and which step it is.
+
+    Adapters are merged. Raises CheckpointError where there is no checkpoint.
+    """
+    config = load_config(run / "config.json")
+    arch = architecture_of(config.policy)
+    adapts = config.policy.lora is not None
+    found = _newest(run, "rl", abstract_adapters(arch) if adapts else abstract_params(arch))
+    if found is not None:
+        where, params, meta = found
+        return where, merged(_base(run, config, meta["base"]), params, arch) if adapts else params
+    if (found := _newest(run, "sft", abstract_params(arch))) is not None:
+        return found[:2]
     raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl or checkpoints/sft; it has no policy yet")
 
 
@@ -57,3 +78,44 @@ def policy_params(components: Components, run: Path | None) -> Params:
         return initial_params(components.config, components.arch, components.mesh)
     _, found = newest_params(run)
     return place(found, param_shardings(components.arch, components.mesh, "train"), components.mesh)
+
+
+def _base(run: Path, config: Config, base_id: str) -> Params:
+    """The weights beside a run's adapters, in host memory. Raises CheckpointError where they are others than it had."""
+    arch = architecture_of(config.policy)
+    starts = [run, *([Path(config.init_from)] if config.init_from is not None else [])]
+    for start in starts:
+        if (found := _newest(start, "sft", abstract_params(arch))) is not None:
+            params = found[1]
+            break
+    else:
+        host = _on_host(abstract_params(arch))
+        path = config.policy.path
+        params = init_params(arch, config.seed, host) if path is None else weights.load(path, host, jnp.float32)
+    base = frozen(params, arch)
+    if identity(base) != base_id:
+        raise CheckpointError(
+            f"{run}: the weights that its adapters were trained beside are gone: those of {', '.join(map(str, starts))} "
+            f"(checkpoints/sft) or of policy.path = {config.policy.path} are others; put the old ones back"
+        )
+    return base
+
+
+def _newest(run: Path, phase: str, params: Params) -> tuple[str, Params, dict[str, Any]] | None:
+    """Where, parameters like `params` in host memory, and meta of a run's newest checkpoint of a phase; None: none yet."""
+    folder = run / "checkpoints" / phase
+    if not folder.exists():
+        return None
+    host = _on_host(params)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, host)
+    checkpointer = Checkpointer(folder, keep=1, read_only=True)
+    try:
+        found = checkpointer.restore_latest({"params": abstract}, None, partial=True)
+    finally:
+        checkpointer.close()
+    return None if found is None else (f"step {found[0]} of {folder}", found[1]["params"], found[2])
+
+
+def _on_host(tree: Params) -> Params:
+    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    return jax.tree.map(lambda _: host, tree)

@@ -55,12 +55,12 @@ def cold_start(components: Components, run: RunDir, on_step: OnStep, stop: Stop)
 
     Training is resumed from its own checkpoints under checkpoints/sft. `on_step` hears of every step; once `stop` is
     requested the step is saved and KeyboardInterrupt raised. A run that has RL checkpoints needs none of this, unless its
-    loss has a KL term: where the cold start's checkpoint is broken or gone it goes on without, and its accuracies are those
-    that the RL checkpoints hold.
+    loss has a KL term or it trains adapters: where the cold start's checkpoint is broken or gone it goes on without, and its
+    accuracies are those that the RL checkpoints hold.
     """
     config = components.config
     has_rl = any(path.name.isdigit() for path in (run.checkpoints / "rl").glob("*"))
-    if not has_rl or make_algorithm(config).keeps_reference:
+    if not has_rl or config.policy.lora is not None or make_algorithm(config).keeps_reference:
         return _cold_start(components, run, on_step, stop)
     try:
         own = _finished(components, run)

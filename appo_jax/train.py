@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,15 @@ from appo_jax.components import Components, build
 from appo_jax.config import Config
 from appo_jax.config_io import check
 from appo_jax.data.pipeline import prompt_batches
+from appo_jax.errors import CheckpointError
 from appo_jax.evaluate import Sets, evaluate, evaluate_sets, load_sets
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, init_state, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
+from appo_jax.policy.adapters import abstract_adapters, frozen, init_adapters
 from appo_jax.policy.parameters import Params
+from appo_jax.policy.sharding import param_shardings
 from appo_jax.rollout.growth import TreeGrower
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.sft import cold_start
@@ -61,6 +65,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         reached, last = Reached(), None
         if (restored := checkpointer.restore_latest(state, prompts)) is not None:
             step, state, meta = restored
+            _require_same_base(meta["base"], trainer, run)
             reached, clock.before = Reached(step, meta["sampled_tokens"]), meta["wall_s"]
             last, accuracies = meta["record"], meta["accuracies"]
             log.info("going on from step %d", step)
@@ -76,7 +81,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             outages.see(reached.step, record)
             require_finite(record, "update", reached.step, "optimizer.learning_rate")
             if config.eval.every and reached.step % config.eval.every == 0 and not reached.end(config):
-                record |= _evaluated(state.params, components, sets, run.evaluations(reached.step))
+                record |= _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
             record |= {"rollout/sampled_tokens_total": reached.sampled_tokens} | clock.metrics()
             metrics.dump_trees(reached.step, trees, components.tokenizer.decode)
             metrics.log(reached.step, record)
@@ -85,14 +90,14 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             if reached.step % config.checkpoint_every == 0 or reached.end(config) or stopping:
                 meta = {
                     "sampled_tokens": reached.sampled_tokens, "wall_s": record["time/wall_s"], "record": plain(record),
-                    "accuracies": accuracies,
+                    "accuracies": accuracies, "base": trainer.base_id,
                 }  # fmt: skip
                 checkpointer.save(reached.step, state, meta, prompts, record.get("eval/accuracy"))
         if not reached.end(config):
             log.warning("stopped after step %d, which is saved; the same command goes on from there", reached.step)
             raise KeyboardInterrupt
         heartbeat.stoppable(False)  # the last step is saved
-        final = _evaluated(state.params, components, sets, run.evaluations(reached.step))
+        final = _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
         summary = _summary(accuracies, final, config, reached) | {"wall_s": clock.wall_s()}
         checkpointer.wait()  # who finds a summary finds the policy it speaks of
         metrics.write_summary(summary)
@@ -123,6 +128,15 @@ def _summary(
     }  # fmt: skip
 
 
+def _require_same_base(saved: str, trainer: Trainer, run: RunDir) -> None:
+    """Raises CheckpointError where a checkpoint's adapters were trained beside other weights than the run now begins with."""
+    if saved != trainer.base_id:
+        raise CheckpointError(
+            f"{run.checkpoints / 'rl'}: its adapters were trained beside other weights ({saved}) than this run begins with "
+            f"({trainer.base_id}): policy.path, init_from or {run.checkpoints / 'sft'} has changed since; put the old weights back"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Reached:
     """How far a run has come."""
@@ -141,9 +155,13 @@ class Reached:
 
 def begin(components: Components, params: Params) -> tuple[Trainer, TrainState]:
     """The trainer and the state for the first step. Consumes `params`."""
-    config, algorithm = components.config, make_algorithm(components.config)
+    config, algorithm, base = components.config, make_algorithm(components.config), None
+    if config.policy.lora is not None:
+        base = frozen(params, components.arch)
+        shardings = param_shardings(components.arch, components.mesh, "train", abstract_adapters(components.arch))
+        params = init_adapters(components.arch, config.seed, shardings if components.mesh.size > 1 else None)
     # π_ref is the policy that RL begins with. The state is donated step by step: a copy must be kept.
-    reference = jax.tree.map(jnp.copy, params) if algorithm.keeps_reference else None
+    reference = (base or jax.tree.map(jnp.copy, params)) if algorithm.keeps_reference else None
     optimizer = rl_optimizer(config.optimizer)
     state = init_state(params, optimizer, components.arch, components.mesh)
     spec = StepSpec(
@@ -153,4 +171,5 @@ def begin(components: Components, params: Params) -> tuple[Trainer, TrainState]:
         components.sampler, components.tokenizer, config.rollout, algorithm.branching, components.arch.vocab_size,
         config.seed,
     )  # fmt: skip
-    return Trainer(components, algorithm, grower, make_train_step(optimizer, spec), reference), state
+    update = functools.partial(make_train_step(optimizer, spec), base=base)
+    return Trainer(components, algorithm, grower, update, reference, base), state

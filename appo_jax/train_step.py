@@ -7,6 +7,7 @@ Score is highest, reward, turn rewards into procedural advantages, update. A bas
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,9 +19,11 @@ from appo_jax.advantage.groups import without_spread
 from appo_jax.algorithms import Algorithm
 from appo_jax.components import Components, give_rewards
 from appo_jax.config import LossConfig
+from appo_jax.digests import identity
 from appo_jax.learner.batch import Measured, make_batch, make_terms
 from appo_jax.learner.loss import kl_estimate
 from appo_jax.learner.step import TrainBatch, TrainState
+from appo_jax.policy.adapters import with_adapters
 from appo_jax.policy.constraints import row_shards
 from appo_jax.policy.parameters import Params
 from appo_jax.policy.sharding import batch_shardings, place
@@ -48,6 +51,17 @@ class Trainer:
     update: Update
     reference: Params | None
     """Parameters of π_ref, for a KL term."""
+    base: Params | None = None
+    """The weights beside the adapters, where these are what is trained."""
+
+    def policy(self, state: TrainState) -> Params:
+        """The parameters of the policy."""
+        return with_adapters(self.base, state.params)
+
+    @functools.cached_property
+    def base_id(self) -> str:
+        """What tells one base from another; "" without one."""
+        return "" if self.base is None else identity(self.base)
 
 
 def train_step(
@@ -59,22 +73,22 @@ def train_step(
     """
     algorithm, size = trainer.algorithm, trainer.components.config.prompts_per_minibatch
     step = Step(trainer, index)
-    trees = step.sample(state.params, examples, more)
+    trees = step.sample(trainer.policy(state), examples, more)
     minibatches = [Minibatch(i, trees[first : first + size]) for i, first in enumerate(range(0, len(trees), size))]
     # log π_old is computed here once, by the program that will compute log π_θ: their difference is the policy's
     # movement alone, without the noise between two ways of computing the same number.
     for minibatch in minibatches:
-        minibatch.old_log_probs = step.score(state.params, minibatch.trees)
+        minibatch.old_log_probs = step.score(trainer.policy(state), minibatch.trees)
     if algorithm.branches_at_start:
         for minibatch in minibatches:
-            step.branch(state.params, minibatch)
+            step.branch(trainer.policy(state), minibatch)
     if algorithm.branches_at_start and algorithm.needs_old_of_branches:
         for minibatch in minibatches:
-            minibatch.old_log_probs = step.score(state.params, minibatch.trees)
+            minibatch.old_log_probs = step.score(trainer.policy(state), minibatch.trees)
     for minibatch in minibatches:
         if algorithm.branches and not algorithm.branches_at_start:
-            step.branch(state.params, minibatch)
-        state = step.learn(state, minibatch, step.measure(state.params, minibatch))
+            step.branch(trainer.policy(state), minibatch)
+        state = step.learn(state, minibatch, step.measure(trainer.policy(state), minibatch))
     return state, step.record(minibatches), [tree for minibatch in minibatches for tree in minibatch.trees]
 
 

@@ -8,12 +8,13 @@ from appo_jax.config.data import ColumnsConfig, DataConfig, DataPart
 from appo_jax.config.judge import JudgeConfig
 from appo_jax.config.learning import OptimizerConfig, Remat, SFTConfig
 from appo_jax.config.method import AdvantageConfig, BranchingConfig, LossConfig
-from appo_jax.config.policy import Architecture, PolicyConfig, RopeScaling, YarnScaling
+from appo_jax.config.policy import Adaptable, Architecture, LoRAConfig, PolicyConfig, RopeScaling, YarnScaling
 from appo_jax.config.rollout import RolloutConfig
 from appo_jax.config.run import Config, EvalConfig, EvalSetConfig, MeshConfig, RewardConfig
 from appo_jax.config.tools import PythonToolConfig, SearchToolConfig, ToolsConfig
 
 __all__ = [
+    "Adaptable",
     "AdvantageConfig",
     "Architecture",
     "BranchingConfig",
@@ -24,6 +25,7 @@ __all__ = [
     "EvalConfig",
     "EvalSetConfig",
     "JudgeConfig",
+    "LoRAConfig",
     "LossConfig",
     "MeshConfig",
     "OptimizerConfig",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 from pydantic import Discriminator, PositiveFloat, PositiveInt
 
 
@@ -84,6 +84,27 @@ class Architecture:
     qwen2: Qwen2 and Qwen2.5, with biases on queries, keys and values. qwen3: with a norm on queries and keys."""
 
 
+Adaptable = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters (arXiv 2106.09685), which RL trains in place of the weights.
+
+    For x·W, a layer computes x·W + alpha/rank · (x·A)·B. A starts as random numbers, B at 0.
+    """
+
+    rank: PositiveInt = 16
+    """r: columns of A and rows of B."""
+    alpha: PositiveFloat = 32.0
+    """The adapter's part counts alpha / rank."""
+    targets: Annotated[tuple[Adaptable, ...], MinLen(1)] = get_args(Adaptable)
+    """The matrices of each layer that have an adapter: queries, keys, values and output of attention; gate, up and down of the
+    MLP."""
+    base_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """In which the weights are held, which stay as the cold start left them (norm scales: always float32)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
     """The policy that a run starts from."""
@@ -99,4 +120,6 @@ class PolicyConfig:
     """Variables for the tokenizer's chat template, such as enable_thinking (Qwen3). On the command line: NAME VALUE
     NAME VALUE …"""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; parameters are always float32. auto: bfloat16 on accelerators, float32 on CPU."""
+    """Precision of matrix products; parameters that are trained are float32. auto: bfloat16 on accelerators, float32 on CPU."""
+    lora: LoRAConfig | None = None
+    """Train adapters instead of the weights. The cold start trains the weights all the same. None: RL trains all parameters."""

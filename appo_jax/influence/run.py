@@ -74,12 +74,12 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
         batches = prompt_batches(components.train, config.prompts_per_step, config.seed)
         others = next(batches)
         examples = list(itertools.islice(itertools.chain.from_iterable(batches), asked.questions))
-        trees = components.sampler.initial(state.params, examples, asked.rollouts, (DRAWS, 0))
+        trees = components.sampler.initial(trainer.policy(state), examples, asked.rollouts, (DRAWS, 0))
         rollouts = [rollout for tree in trees for rollout in tree]
         give_rewards(rollouts, components)
-        old = [values for tree in log_probs(components.sampler, state.params, trees) for values in tree]
+        old = [values for tree in log_probs(components.sampler, trainer.policy(state), trees) for values in tree]
         state, record, _ = train_step(trainer, 0, state, others, iter(()))
-        ranked = rank(components, state.params, rollouts, old)
+        ranked = rank(components, trainer.policy(state), rollouts, old)
         rng = np.random.default_rng(config.seed)
         random = {
             i: sorted(rng.choice(p, min(asked.positions, len(p)), replace=False).tolist())
@@ -90,7 +90,7 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
             i: sorted({*random[i], *(t for name in ranked[i].scores for t in ranked[i].top(name, 3))}) for i in random
         }
         measured = measure(
-            components.sampler, state.params, rollouts, chosen, asked.continuations,
+            components.sampler, trainer.policy(state), rollouts, chosen, asked.continuations,
             lambda some: give_rewards(some, components), (DRAWS, 1),
         )  # fmt: skip
     figures = summarize(ranked, measured, random)

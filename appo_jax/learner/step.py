@@ -17,6 +17,7 @@ from appo_jax.config import Architecture, LossConfig, Remat
 from appo_jax.errors import TrainingError
 from appo_jax.learner.loss import Terms, policy_loss
 from appo_jax.policy import attention
+from appo_jax.policy.adapters import with_adapters
 from appo_jax.policy.logprobs import token_log_probs
 from appo_jax.policy.parameters import Params
 from appo_jax.policy.score import Rows, whole_rows
@@ -42,7 +43,7 @@ class TrainBatch:
 class TrainState:
     """What a step changes and a checkpoint holds."""
 
-    params: Params
+    params: Params  # what is trained: all parameters of the policy, or its adapters
     opt_state: optax.OptState
 
 
@@ -81,12 +82,19 @@ def rows_loss(params: Params, rows: Rows, terms: Terms, spec: StepSpec) -> tuple
     return loss, metrics
 
 
-def gradients(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
-    """Loss, gradient and metric sums of the whole batch, micro-batch by micro-batch.
+def gradients(
+    params: Params, batch: TrainBatch, spec: StepSpec, base: Params | None = None
+) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
+    """Loss, gradient of `params` and metric sums of the whole batch, micro-batch by micro-batch.
 
-    The weights already hold all normalisation, so the sum over micro-batches is the big batch's loss and gradient.
+    `base`: the weights, where `params` are adapters. The weights of tokens already hold all normalisation, so the sum over
+    micro-batches is the big batch's loss and gradient.
     """
-    grad_fn = jax.value_and_grad(functools.partial(rows_loss, spec=spec), has_aux=True)
+
+    def loss_of(params: Params, rows: Rows, terms: Terms) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return rows_loss(with_adapters(base, params), rows, terms, spec)
+
+    grad_fn = jax.value_and_grad(loss_of, has_aux=True)
 
     def of_part(i: jax.Array | int) -> Any:
         return grad_fn(params, *jax.tree.map(lambda x: x[i], (batch.rows, batch.terms)))
@@ -103,15 +111,19 @@ def gradients(params: Params, batch: TrainBatch, spec: StepSpec) -> tuple[jax.Ar
 
 def make_train_step(
     optimizer: optax.GradientTransformation, spec: StepSpec
-) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step. Donates the state. Metrics: loss, grad_norm, and per-token means of the loss's sums.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step, of a state, a batch and, where the state holds adapters, their base. Donates the state.
+
+    Metrics: loss, grad_norm, and per-token means of the loss's sums.
 
     A non-finite loss or gradient leaves the state as it was; the caller sees it in the metrics and stops.
     """
 
     @functools.partial(jax.jit, donate_argnames=("state",))
-    def train_step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, grads, sums = gradients(state.params, batch, spec)
+    def train_step(
+        state: TrainState, batch: TrainBatch, base: Params | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, grads, sums = gradients(state.params, batch, spec, base)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(optax.apply_updates(state.params, updates), opt_state)

@@ -15,8 +15,9 @@ from appo_jax.learner.loss import Terms
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import TrainBatch, TrainState
 from appo_jax.policy import sharding
+from appo_jax.policy.adapters import abstract_adapters, frozen, with_adapters
 from appo_jax.policy.attention import Places
-from appo_jax.policy.parameters import abstract_params
+from appo_jax.policy.parameters import Adapted, Params, abstract_params
 from appo_jax.policy.score import Rows
 from appo_jax.rollout.shapes import GenerationShapes
 from appo_jax.rollout.state import DecodeState, Prefixes, empty_prefixes, empty_state
@@ -44,15 +45,27 @@ class Arrays:
         return Rows(*(self.rows(shape, jnp.int32) for _ in Rows._fields))
 
     def state(self) -> TrainState:
-        """Parameters and optimizer state in the training layout."""
-        state = jax.eval_shape(lambda p: TrainState(p, self.optimizer.init(p)), abstract_params(self.arch))
+        """What is trained and optimizer state, in the training layout."""
+        trained = abstract_adapters(self.arch) or abstract_params(self.arch)
+        state = jax.eval_shape(lambda p: TrainState(p, self.optimizer.init(p)), trained)
         return sharding.annotate(state, sharding.state_shardings(state, self.arch, self.mesh), self.mesh)
+
+    def base(self) -> Params | None:
+        """The weights beside adapters, where these are what is trained."""
+        if not isinstance(self.arch, Adapted):
+            return None
+        base = jax.eval_shape(lambda p: frozen(p, self.arch), abstract_params(self.arch))
+        return sharding.annotate(base, sharding.param_shardings(self.arch, self.mesh, "train"), self.mesh)
+
+    def policy(self) -> Params:
+        """The parameters of the policy, in the training layout."""
+        return with_adapters(self.base(), self.state().params)
 
     def generating(self) -> Any:
         """The copy of the parameters that generation reads, as `sharding.reshard` makes it."""
-        params = self.state().params
-        copy = jax.eval_shape(lambda p: sharding.reshard(p, self.mesh, self.dtype), params)
-        return sharding.annotate(copy, sharding.param_shardings(self.generating_arch, self.mesh, "generate"), self.mesh)
+        copy = jax.eval_shape(lambda p: sharding.reshard(p, self.mesh, self.dtype), self.policy())
+        layout = sharding.param_shardings(self.generating_arch, self.mesh, "generate", copy)
+        return sharding.annotate(copy, layout, self.mesh)
 
     def caches(self, rows: int, length: int) -> Any:
         """Keys and values of `rows` prefixes of `length` tokens, for every layer."""

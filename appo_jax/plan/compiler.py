@@ -24,6 +24,7 @@ from appo_jax.plan.programs import Program, programs
 from appo_jax.plan.report import Need, Plan
 from appo_jax.plan.topology import Slice, parse_slice
 from appo_jax.policy.architecture import architecture_of, check_positions
+from appo_jax.policy.parameters import adapted
 from appo_jax.policy.sharding import make_mesh, use_mesh
 
 
@@ -41,7 +42,8 @@ class Compiler:
 
     def plan(self, config: Config) -> Plan:
         """Compile every program of `config`. Raises ConfigError when the chips are not those of the mesh."""
-        arch = config.policy.architecture or architecture_of(config.policy)
+        stated = config.policy.architecture
+        arch = architecture_of(config.policy) if stated is None else adapted(stated, config.policy.lora)
         check_positions(arch, config)
         mesh = make_mesh(config.mesh, self.devices)
         lengths = None if self.lengths is None else RolloutLengths.of_run(self.lengths, config.rollout)

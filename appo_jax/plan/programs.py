@@ -63,11 +63,14 @@ class _StepPrograms:
         self.arrays = Arrays(config, arch, mesh)
         # ---- what lives as long as the run
         self.state, self.copy = self.arrays.state(), self.arrays.generating()
-        self.reference = on_chip(self.state.params) if self.algorithm.keeps_reference else 0
+        self.base, self.policy = self.arrays.base(), self.arrays.policy()
+        # Beside adapters, the weights are the reference policy.
+        keeps_copy = self.algorithm.keeps_reference and self.base is None
+        self.reference = on_chip(self.state.params) if keeps_copy else 0
         self.moments = on_chip(self.state.opt_state) + self.reference
-        self.in_place = sharding.generates_in_place(self.state.params, mesh, self.arrays.dtype)
+        self.in_place = sharding.generates_in_place(self.policy, mesh, self.arrays.dtype)
         # While generation runs, its copy of the parameters is an argument; so are the parameters where they serve themselves.
-        self.resident = self.moments + (0 if self.in_place else on_chip(self.state.params))
+        self.resident = self.moments + (0 if self.in_place else on_chip(self.policy))
 
     def all(self) -> Iterator[Program]:
         if not self.in_place:
@@ -89,7 +92,7 @@ class _StepPrograms:
         """The copy of the parameters that a generation reads."""
         return Program(
             "reshard",
-            lambda: sharding.reshard.trace(self.state.params, self.mesh, self.arrays.dtype),
+            lambda: sharding.reshard.trace(self.policy, self.mesh, self.arrays.dtype),
             self.counts.reshards,
             "generations",
             self.moments,
@@ -163,7 +166,7 @@ class _StepPrograms:
         return Program(
             "score" if len(self.counts.scorings) == 1 else f"score, {scoring.rows} rows",
             lambda: score.trace(
-                self.state.params,
+                self.policy,
                 rows,
                 arch=self.arch,
                 temperature=self.config.rollout.temperature,
@@ -185,7 +188,7 @@ class _StepPrograms:
         batch = self.arrays.batch(-(-counts.trained // rows), rows, self.shapes.rollout_length, self.algorithm)
         return Program(
             "train",
-            lambda: step.trace(self.state, batch),
+            lambda: step.trace(self.state, batch, self.base),
             counts.updates * counts.parts,
             f"{counts.updates} mini-batches × {counts.parts} micro-batches of {rows} packed rows",
             self.reference,

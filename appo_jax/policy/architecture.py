@@ -16,7 +16,7 @@ from typing import Any
 
 from appo_jax.config import Architecture, Config, PolicyConfig, RopeScaling, YarnScaling
 from appo_jax.errors import ConfigError, WeightsError
-from appo_jax.policy.parameters import FAMILIES, check_family
+from appo_jax.policy.parameters import FAMILIES, adapted, check_family
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
@@ -118,10 +118,10 @@ def architecture_of(config: PolicyConfig) -> Architecture:
     if config.path is None:
         assert config.architecture is not None  # config.rules
         check_family(config.architecture)
-        return config.architecture
+        return adapted(config.architecture, config.lora)
     found, stated = read_architecture(config.path), config.architecture
     if stated is None:
-        return found
+        return adapted(found, config.lora)
     # What the shape does not depend on may be left to the folder.
     left_out = ("num_tokens", *(("max_positions",) if stated.max_positions is None else ()))
     names = [f.name for f in dataclasses.fields(Architecture) if f.name not in left_out]
@@ -133,7 +133,7 @@ def architecture_of(config: PolicyConfig) -> Architecture:
     ]
     if differing:
         raise ConfigError.of(differing)
-    return found
+    return adapted(found, config.lora)
 
 
 def check_positions(arch: Architecture, config: Config) -> None:

@@ -5,6 +5,8 @@ everything that the rest of the program knows of a parameter: the shardings (sha
 GGUF files (convert.py), the cold start's Muon (learner/optimizer.py), `init_params` and `turned` derive from it. How the
 parameters are used is in transformer.py.
 
+LoRA's adapters are rows of it, too: two for each matrix that may have one. A layer that has them applies them.
+
 To add a model family: an entry in FAMILIES, rows for the parameters that only it has, and its mathematics in
 transformer.py, where a layer applies a parameter if it has it.
 """
@@ -13,13 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from appo_jax.config import Architecture
+from appo_jax.config import Adaptable, Architecture, LoRAConfig
 from appo_jax.errors import ConfigError
 
 Params = dict[Any, Any]
@@ -50,8 +52,8 @@ class Parameter:
     """A row of the table."""
 
     axes: str
-    """One letter of types.py for each axis of the array; F is the MLP's inner width."""
-    kind: Literal["embedding", "matrix", "bias", "norm"]
+    """One letter of types.py for each axis of the array; F is the MLP's inner width, r an adapter's rank."""
+    kind: Literal["embedding", "matrix", "bias", "norm", "adapter"]
     """Matrices and embeddings start as random numbers, biases at 0, norm scales at 1. Norm scales are always float32."""
     hf: str
     """Its module in Hugging Face files, those of a layer after `model.layers.{i}.`."""
@@ -74,6 +76,8 @@ class Parameter:
             "E": a.head_dim,
             "F": a.mlp_width,
         }
+        if isinstance(arch, Adapted):
+            sizes["r"] = arch.lora.rank
         return tuple(sizes[letter] for letter in self.axes)
 
     @property
@@ -121,6 +125,33 @@ TOP = {
 }
 
 
+def _adapter(row: Parameter) -> tuple[Parameter, Parameter]:
+    """A and B of a matrix."""
+    into, out = row.axes[: row.inputs], row.axes[row.inputs :]
+    return (
+        Parameter(f"{into}r", "adapter", f"{row.hf}.lora_A", "", row.inputs, families=()),
+        Parameter(f"r{out}", "adapter", f"{row.hf}.lora_B", "", 1, families=()),
+    )
+
+
+for _name in get_args(Adaptable):
+    LAYER[f"{_name}_a"], LAYER[f"{_name}_b"] = _adapter(LAYER[_name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted(Architecture):
+    """An architecture whose layers may have adapters."""
+
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+
+
+def adapted(arch: Architecture, lora: LoRAConfig | None) -> Architecture:
+    """The architecture with adapters, where `lora` says which."""
+    if lora is None:
+        return arch
+    return Adapted(**{field.name: getattr(arch, field.name) for field in dataclasses.fields(Architecture)}, lora=lora)
+
+
 def check_family(arch: Architecture) -> None:
     """Raises ConfigError for an architecture of a family that is not in FAMILIES."""
     if arch.family not in FAMILIES:
@@ -128,7 +159,7 @@ def check_family(arch: Architecture) -> None:
 
 
 def parameters(arch: Architecture) -> Iterator[tuple[KeyPath, Parameter]]:
-    """Every parameter of an architecture with its row, from the embedding to the unembedding. Raises ConfigError."""
+    """Every parameter but the adapters' with its row, from the embedding to the unembedding. Raises ConfigError."""
     check_family(arch)
     yield ("embed",), TOP["embed"]
     for i in range(arch.num_layers):
@@ -140,16 +171,25 @@ def parameters(arch: Architecture) -> Iterator[tuple[KeyPath, Parameter]]:
         yield ("unembed",), TOP["unembed"]
 
 
+def adapters(arch: Architecture) -> Iterator[tuple[KeyPath, Parameter]]:
+    """Both parameters of every adapter with their rows, layer by layer."""
+    if isinstance(arch, Adapted):
+        for i in range(arch.num_layers):
+            for name in arch.lora.targets:
+                for part in "ab":
+                    yield ("layers", i, f"{name}_{part}"), LAYER[f"{name}_{part}"]
+
+
 def row_of(path: tuple[Any, ...]) -> Parameter:
     """The row of the parameter at a path of keys, ours or jax's (`jax.tree_util.DictKey`)."""
     keys = [getattr(key, "key", key) for key in path]
     return (LAYER if "layers" in keys else TOP)[keys[-1]]
 
 
-def build(arch: Architecture, make: Callable[[KeyPath, Parameter], Any]) -> Params:
-    """A tree with `make(path, row)` at the place of every parameter."""
+def build(rows: Iterable[tuple[KeyPath, Parameter]], make: Callable[[KeyPath, Parameter], Any]) -> Params:
+    """A tree with `make(path, row)` at the place of every one of `rows`."""
     tree: Params = {}
-    for path, row in parameters(arch):
+    for path, row in rows:
         put(tree, path, make(path, row))
     return tree
 
@@ -162,7 +202,7 @@ def put(tree: Params, path: KeyPath, value: Any) -> None:
 
 def abstract_params(arch: Architecture) -> Params:
     """Shapes and dtypes of `init_params`, without allocating."""
-    return build(arch, lambda _, row: jax.ShapeDtypeStruct(row.shape(arch), jnp.float32))
+    return build(parameters(arch), lambda _, row: jax.ShapeDtypeStruct(row.shape(arch), jnp.float32))
 
 
 def init_params(arch: Architecture, seed: int, shardings: Any = None) -> Params:
@@ -187,7 +227,7 @@ def init_params(arch: Architecture, seed: int, shardings: Any = None) -> Params:
             # The barrier keeps the compiler from folding the scale into the draw, which moves last bits.
             return jax.lax.optimization_barrier(jax.random.normal(key, shape)) * scale
 
-        return build(arch, one)
+        return build(parameters(arch), one)
 
     return draw() if shardings is None else jax.jit(draw, out_shardings=shardings)()
 

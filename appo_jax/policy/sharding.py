@@ -29,6 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from appo_jax.config import Architecture, MeshConfig
 from appo_jax.errors import ConfigError
+from appo_jax.policy.adapters import abstract_adapters, with_adapters
 from appo_jax.policy.constraints import AXES, ROWS, WIDE, platform, spec_of
 from appo_jax.policy.parameters import LAYER, TOP, Params, abstract_params, row_of, turned
 
@@ -83,8 +84,8 @@ def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
     return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
-def param_shardings(arch: Architecture, mesh: Mesh, layout: Layout) -> Params:
-    """A `NamedSharding` for every parameter.
+def param_shardings(arch: Architecture, mesh: Mesh, layout: Layout, params: Params | None = None) -> Params:
+    """A `NamedSharding` for every parameter of an architecture, or for those of the tree `params`.
 
     Raises ConfigError that lists the axes that the mesh cannot split, with array, sizes and field.
     """
@@ -99,7 +100,7 @@ def param_shardings(arch: Architecture, mesh: Mesh, layout: Layout) -> Params:
             problems.setdefault(axes, str(error))
             return NamedSharding(mesh, PartitionSpec())
 
-    shardings = jax.tree_util.tree_map_with_path(one, abstract_params(arch))
+    shardings = jax.tree_util.tree_map_with_path(one, abstract_params(arch) if params is None else params)
     if problems:
         raise ConfigError.of(list(problems.values()))
     return shardings
@@ -144,7 +145,9 @@ def state_shardings(state: Tree, arch: Architecture, mesh: Mesh) -> Tree:
     `state`: any tree of arrays or `ShapeDtypeStruct`. A leaf whose path ends like a parameter's is that parameter's
     (optax keeps moments in trees like the parameters'); all others are replicated.
     """
-    of_params = {_dict_keys(path): s for path, s in jax.tree.leaves_with_path(param_shardings(arch, mesh, "train"))}
+    params = with_adapters(abstract_params(arch), abstract_adapters(arch))
+    shardings = param_shardings(arch, mesh, "train", params)
+    of_params = {_dict_keys(path): s for path, s in jax.tree.leaves_with_path(shardings)}
     other = NamedSharding(mesh, PartitionSpec())
     return jax.tree_util.tree_map_with_path(lambda path, _: of_params.get(_dict_keys(path), other), state)
 

@@ -24,7 +24,7 @@ from flax import nnx
 from appo_jax.config import Architecture, Remat, YarnScaling
 from appo_jax.policy.attention import Attend
 from appo_jax.policy.constraints import ROWS, constrain, widest
-from appo_jax.policy.parameters import LAYER, Params
+from appo_jax.policy.parameters import LAYER, Adapted, Params
 
 Rotations = tuple[jax.Array, jax.Array]  # cosines and sines of the rotary embedding
 
@@ -113,19 +113,39 @@ class Layer(nnx.Module):
         turned = p["q"].shape[0] != a.width  # no policy has as many heads as channels
 
         h = rms_norm(x, p["attn_norm"], a.norm_eps)
-        q, k, v = (_project(h, p[name], turned) for name in ("q", "k", "v"))
+        q, k, v = (self._with_adapter(_project(h, p[name], turned), name, h, p) for name in ("q", "k", "v"))
         if "q_bias" in p:
             q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
         if "q_norm" in p:
             q, k = rms_norm(q, p["q_norm"], a.norm_eps), rms_norm(k, p["k_norm"], a.norm_eps)
         q, k, v = (constrain(y, ROWS, None, "tensor") for y in (q, k, v))
         out, kept = attend(rotate(q, rotation), rotate(k, rotation), v)
-        x = constrain(x + _output(out, p["o"], turned), ROWS)
+        x = constrain(x + self._with_adapter(_output(out, p["o"], turned), "o", out, p), ROWS)
 
         h = rms_norm(x, p["mlp_norm"], a.norm_eps)
         rows, inner = ("data", widest(a.mlp_width)) if wide else (ROWS, "tensor")
-        mlp = _mlp(constrain(h, rows), (p["gate"], p["up"], p["down"]), turned, (rows, None, inner))
+        mlp = self._mlp(constrain(h, rows), p, turned, (rows, None, inner))
         return constrain(x + mlp, ROWS), kept
+
+    def _mlp(self, h: jax.Array, p: Params, turned: bool, split: tuple[Any, ...]) -> jax.Array:
+        """`split`: how the inner activations `[R, T, F]` are laid over the mesh."""
+        if turned:
+            gate, up = (self._with_adapter(_columns(p[name], h), name, h, p, columns=True) for name in ("gate", "up"))
+            inner = jax.nn.silu(gate) * up
+            return self._with_adapter(_rows(p["down"] @ inner, *h.shape), "down", inner.T, p)
+        gate, up = (self._with_adapter(h @ p[name], name, h, p) for name in ("gate", "up"))
+        inner = constrain(jax.nn.silu(gate) * up, *split)
+        return self._with_adapter(inner @ p["down"], "down", inner, p)
+
+    def _with_adapter(self, y: jax.Array, name: str, x: jax.Array, p: Params, columns: bool = False) -> jax.Array:
+        """`y = x·W` of a matrix and what its adapter adds, if the layer has one. `columns`: y is `[out, rows]`."""
+        if f"{name}_a" not in p:
+            return y
+        assert isinstance(self.arch, Adapted)
+        lora, a, b = self.arch.lora, p[f"{name}_a"], p[f"{name}_b"]
+        rows = x.reshape(*x.shape[: x.ndim - (a.ndim - 1)], -1)
+        added = (rows @ a.reshape(-1, lora.rank) * (lora.alpha / lora.rank)) @ b.reshape(lora.rank, -1)
+        return y + (added.reshape(-1, added.shape[-1]).T if columns else added.reshape(y.shape))
 
 
 def _project(h: jax.Array, w: jax.Array, turned: bool) -> jax.Array:
@@ -140,14 +160,6 @@ def _output(out: jax.Array, w: jax.Array, turned: bool) -> jax.Array:
         return _rows(_columns(w, out, inputs=2), *lead, w.shape[0])
     # Contracted as one axis: of two, einsum would choose an order for which the weights are copied.
     return out.reshape(*lead, -1) @ w.reshape(-1, w.shape[-1])
-
-
-def _mlp(h: jax.Array, weights: tuple[jax.Array, ...], turned: bool, split: tuple[Any, ...]) -> jax.Array:
-    """`split`: how the inner activations `[R, T, F]` are laid over the mesh."""
-    gate, up, down = weights
-    if turned:
-        return _rows(down @ (jax.nn.silu(_columns(gate, h)) * _columns(up, h)), *h.shape)
-    return constrain(jax.nn.silu(h @ gate) * (h @ up), *split) @ down
 
 
 @dataclasses.dataclass(frozen=True)

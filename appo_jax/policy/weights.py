@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from appo_jax.config import Architecture
 from appo_jax.errors import WeightsError
 from appo_jax.policy.architecture import read_architecture, to_hf
-from appo_jax.policy.parameters import KeyPath, Parameter, Params, parameters, put
+from appo_jax.policy.parameters import KeyPath, Parameter, Params, adapters, parameters, put
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -173,14 +173,23 @@ def _write_configs(folder: Path, config: dict[str, Any], source: Path | None, eo
     _write_json(folder / "generation_config.json", generation)
 
 
-def _tensors(arch: Architecture) -> list[_Tensor]:
-    """Every parameter, in the order of the layers."""
+def save_adapters(file: Path, params: Params, arch: Architecture) -> None:
+    """Write the tree `params` of an architecture's adapters to a safetensors file, under peft's names. One host's arrays."""
+    tensors = _tensors(arch, adapters(arch))
+    stored = {
+        f"base_model.model.{tensor.name}": tensor.to_stored(_to_host(_get(params, tensor.path))) for tensor in tensors
+    }
+    save_file(stored, file, metadata={"format": "pt"})
+
+
+def _tensors(arch: Architecture, rows: Iterable[tuple[KeyPath, Parameter]] | None = None) -> list[_Tensor]:
+    """Every parameter (or those of `rows`), in the order of the layers."""
 
     def tensor(path: KeyPath, row: Parameter) -> _Tensor:
         layer = f"model.layers.{path[1]}." if path[0] == "layers" else ""
         return _Tensor(path, f"{layer}{row.hf}.{row.suffix}", row.hf_axes, row.shape(arch))
 
-    return [tensor(path, row) for path, row in parameters(arch)]
+    return [tensor(path, row) for path, row in rows or parameters(arch)]
 
 
 def _check(folder: Path, tensors: list[_Tensor]) -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """Makes the golden arrays of this folder with transformers, so that tests can hold parity on machines without torch.
 
-    python tests/golden/make_golden.py        (needs the `bench` extra: torch and transformers)
+    python tests/golden/make_golden.py        (needs the `bench` extra: torch, transformers, peft)
 
 Weights and conversations are not stored: `tiny_weights` and `conversations` draw them again from a seed, with
 generators whose streams are frozen (numpy's RandomState, Python's Random). benchmarks/parity.py shares these functions.
@@ -8,15 +8,20 @@ generators whose streams are frozen (numpy's RandomState, Python's Random). benc
 
 from __future__ import annotations
 
+import json
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
 FAMILIES = ("qwen2", "qwen3", "llama3", "smollm2", "qwen2_yarn", "qwen3_yarn")
+ADAPTED = ("qwen2", "qwen3")  # with adapters, too
 TEMPLATES = ("chatml", "headers", "thinking")
 TOOL_TEMPLATES = ("tools", "tools_thinking")
 TOOLS = [
@@ -116,6 +121,32 @@ def tiny_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     return tensors
 
 
+def tiny_adapter(
+    config: dict[str, Any], weights: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A random LoRA adapter of most matrices, as peft stores it: adapter_config.json and tensors by name."""
+    rank, draw = 3, np.random.RandomState(7)
+    names = [f"{name}_proj" for name in ("q", "k", "o", "up", "down")]
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 5.0,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    settings |= {"base_model_name_or_path": None, "target_modules": names}
+    tensors = {}
+    for name, array in weights.items():
+        module = name.removesuffix(".weight")
+        if array.ndim == 2 and module.split(".")[-1] in names:
+            rows, columns = array.shape
+            for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                key = f"base_model.model.{module}.lora_{part}.weight"
+                tensors[key] = (0.3 * draw.standard_normal(shape)).astype(np.float32)
+    return settings, tensors
+
+
 def tiny_tokens(config: dict[str, Any], seed: int) -> np.ndarray:
     """[2, 40] int64 token ids."""
     return np.random.RandomState(seed + 1).randint(0, config["vocab_size"], (2, 40))
@@ -211,6 +242,25 @@ def hf_model(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
     return model
 
 
+def peft_model(model: Any, folder: Path) -> Any:
+    """peft's model of transformers' `model` and an adapter's folder; every name and shape must match."""
+    import peft
+
+    adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    found = {name.replace(".default", "") for name in adapted.state_dict() if "lora_" in name}
+    with safe_open(folder / "adapter_model.safetensors", "np") as stored:
+        assert found == set(stored.keys())
+    return adapted.eval()
+
+
+def write_adapter(folder: Path, settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    """The folder that peft loads."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
 def hf_chat_ids(tokenizer: Any, chats: list[list[dict[str, Any]]], **options: Any) -> list[list[int]]:
     """transformers' ids of each conversation, with the date our rendering prints."""
     defaults = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, "date_string": "26 Jul 2024"}
@@ -245,7 +295,12 @@ def main() -> None:
         config = tiny_config(family, seed)
         with torch.no_grad():
             tokens = torch.from_numpy(tiny_tokens(config, seed))
-            golden[f"logits/{family}"] = hf_model(config, tiny_weights(config, seed))(tokens).logits.numpy()
+            weights = tiny_weights(config, seed)
+            golden[f"logits/{family}"] = hf_model(config, weights)(tokens).logits.numpy()
+            if family in ADAPTED:
+                with tempfile.TemporaryDirectory() as scratch:
+                    folder = write_adapter(Path(scratch) / "adapter", *tiny_adapter(config, weights))
+                    golden[f"adapted/{family}"] = peft_model(hf_model(config, weights), folder)(tokens).logits.numpy()
 
     train_tokenizer().save(str(HERE / "tokenizer.json"), pretty=False)
     np.savez_compressed(HERE / "golden.npz", **golden, **chat_arrays())
