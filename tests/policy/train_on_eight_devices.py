@@ -13,19 +13,21 @@ import pytest
 from jax.sharding import Mesh
 
 from appo_jax.checkpoint import Checkpointer
-from appo_jax.config import Architecture, LossConfig, MeshConfig, OptimizerConfig, SFTConfig
+from appo_jax.config import Architecture, LoRAConfig, LossConfig, MeshConfig, OptimizerConfig, SFTConfig
 from appo_jax.learner.batch import make_batch
 from appo_jax.learner.loss import Terms, token_weights
 from appo_jax.learner.optimizer import sft_optimizer
 from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step
 from appo_jax.policy import weights
+from appo_jax.policy.adapters import abstract_adapters, frozen, with_adapters
 from appo_jax.policy.packing import pack
-from appo_jax.policy.parameters import Params, init_params
+from appo_jax.policy.parameters import Params, adapted, init_params
 from appo_jax.policy.score import score
 from appo_jax.policy.sharding import (
     annotate,
     batch_shardings,
     generating,
+    generating_architecture,
     make_mesh,
     param_shardings,
     place,
@@ -109,6 +111,36 @@ def test_a_step_is_that_of_one_device(name: str, family: str, micro_batch: int) 
         assert jax.tree.map(lambda x: x.sharding, state) == layout
         step(state, parts)
         assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 2, 2), "float32"), ((1, 2, 4), "bfloat16")])
+def test_adapters_are_those_of_one_device(shape: tuple[int, int, int], dtype: str) -> None:
+    """A step's loss and gradients, and the policy in the generating layout, which repeats heads on the second mesh."""
+    arch = adapted(FAMILIES["qwen2"], LoRAConfig(rank=3, base_dtype=dtype))
+    rng = np.random.default_rng(0)
+    start = jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), abstract_adapters(arch))
+    spec, optimizer = StepSpec(arch, LossConfig(), 0.7, FLOAT32), optax.sgd(1.0)
+    step = make_train_step(optimizer, spec)
+
+    def run(mesh: Mesh) -> tuple[Params, dict[str, float], np.ndarray]:
+        own = jax.tree.map(jnp.array, start)
+        base = place(frozen(init_params(arch, 0), arch), param_shardings(arch, mesh, "train"), mesh)
+        state = init_state(own, optimizer, arch, mesh)
+        policy = generating(with_adapters(base, state.params), mesh, FLOAT32).params
+        generating_arch = generating_architecture(arch, mesh)
+        scored = score(policy, pack(texts(), T - 1, 8).rows, arch=generating_arch, temperature=1.0, dtype=FLOAT32)
+        log_probs = np.asarray(scored.log_probs)
+        parts = batch(8)
+        state, metrics = step(state, place(parts, batch_shardings(parts, mesh), mesh), base)
+        return jax.tree.map(np.asarray, state.params), {k: float(v) for k, v in metrics.items()}, log_probs
+
+    expected = run(make_mesh(MeshConfig(), jax.devices()[:1]))
+    mesh = make_mesh(MeshConfig(*shape))
+    with use_mesh(mesh):
+        found = run(mesh)
+    assert largest_difference(found[0], expected[0]) < 1e-5
+    assert found[1] == pytest.approx(expected[1], abs=1e-5)
+    np.testing.assert_allclose(found[2], expected[2], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MESHES)

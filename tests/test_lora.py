@@ -1,0 +1,95 @@
+"""A run that trains adapters: resumed bit for bit, sampled as it is scored, exported whole and as adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from appo_jax.cli import main
+from appo_jax.components import build, initial_params
+from appo_jax.config import Config, LoRAConfig
+from appo_jax.config_io import save_config
+from appo_jax.errors import CheckpointError
+from appo_jax.export import newest_params
+from appo_jax.policy.adapters import abstract_adapters, merged, with_adapters
+from appo_jax.rollout.scoring import log_probs
+from appo_jax.train import train
+
+
+def run_of(tiny: Config, folder: Path) -> Path:
+    lora = LoRAConfig(rank=2, targets=("q", "v", "down"))
+    policy = dataclasses.replace(tiny.policy, lora=lora)
+    optimizer = dataclasses.replace(tiny.optimizer, learning_rate=1e-2)
+    # No reward differs from another; the base is the reference.
+    loss = dataclasses.replace(tiny.loss, entropy_weight=0.1, kl_weight=0.01)
+    config = dataclasses.replace(tiny, policy=policy, optimizer=optimizer, loss=loss, run_dir=str(folder))
+    train(dataclasses.replace(config, keep_checkpoints=2))
+    return folder
+
+
+def test_a_run_is_resumed_and_exported(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, parts = run_of(tiny, tmp_path / "whole"), tmp_path / "parts"
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "rl" / "2")
+    before = newest_params(parts)[1]
+    run_of(tiny, parts)
+    (_, expected), (where, found) = newest_params(whole), newest_params(parts)
+    assert where.startswith("step 2 of")
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), found, before)
+    assert changed["layers"][0] == {name: name in ("q", "v", "down") for name in changed["layers"][0]}
+    assert not changed["embed"]
+
+    assert main(["convert", str(whole), "--out", str(tmp_path / "adapter"), "--adapter"]) == 0
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 6
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    scale = settings["lora_alpha"] / settings["r"]
+    name = "base_model.model.model.layers.0.self_attn.v_proj.lora_{}.weight"
+    added = scale * tensors[name.format("B")] @ tensors[name.format("A")]  # [out, in], as peft adds it
+    _, base = newest_params(run_without_rl(whole, tmp_path / "start"))
+    weight, merged_weight = (
+        np.asarray(params["layers"][0]["v"]).reshape(len(added.T), -1) for params in (base, expected)
+    )
+    np.testing.assert_allclose(merged_weight, weight.astype(jnp.bfloat16).astype(np.float32) + added.T, atol=1e-6)
+
+    shutil.rmtree(parts / "checkpoints" / "sft")
+    with pytest.raises(CheckpointError, match="weights that its adapters were trained beside are gone"):
+        newest_params(parts)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    save_config(tiny, plain / "config.json")
+    assert main(["convert", str(plain), "--out", str(tmp_path / "none"), "--adapter"]) == 2
+    assert "has no policy.lora" in capsys.readouterr().err
+
+
+def run_without_rl(run: Path, copy: Path) -> Path:
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "rl")
+    return copy
+
+
+def test_what_is_sampled_is_what_is_scored(tiny: Config) -> None:
+    """Under adapters that matter, the sampler's log-probabilities are those of the score pass up to rounding."""
+    config = dataclasses.replace(tiny, policy=dataclasses.replace(tiny.policy, lora=LoRAConfig(rank=2)))
+    with build(config) as c:
+        base, rng = initial_params(config, c.arch, c.mesh), np.random.default_rng(0)
+        own = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), abstract_adapters(c.arch))
+        policy = with_adapters(base, own)
+        trees = c.sampler.initial(policy, c.train[:2], 2, (0, 0))
+        scored, plain = (log_probs(c.sampler, params, trees) for params in (policy, base))
+        whole = log_probs(c.sampler, merged(base, own, c.arch), trees)
+    for tree, *by in zip(trees, scored, plain, whole, strict=True):
+        for rollout, a, b, m in zip(tree, *by, strict=True):
+            sampled = rollout.sampled
+            np.testing.assert_allclose(rollout.log_probs[sampled], a[sampled], atol=1e-5)
+            np.testing.assert_allclose(m[sampled], a[sampled], atol=1e-5)
+            assert np.abs(a[sampled] - b[sampled]).max() > 0.1
