@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from appo_jax.cli import main
 from appo_jax.components import build, initial_params
 from appo_jax.config import Config, LoRAConfig
-from appo_jax.config_io import save_config
+from appo_jax.config_io import load_config, save_config
 from appo_jax.errors import CheckpointError
 from appo_jax.export import newest_params
 from appo_jax.policy.adapters import abstract_adapters, merged, with_adapters
@@ -62,6 +62,8 @@ def test_a_run_is_resumed_and_exported(tiny: Config, tmp_path: Path, capsys: pyt
     np.testing.assert_allclose(merged_weight, weight.astype(jnp.bfloat16).astype(np.float32) + added.T, atol=1e-6)
 
     shutil.rmtree(parts / "checkpoints" / "sft")
+    config = load_config(parts / "config.json")
+    save_config(dataclasses.replace(config, seed=1), parts / "config.json")  # other weights to begin with
     with pytest.raises(CheckpointError, match="weights that its adapters were trained beside are gone"):
         newest_params(parts)
     plain = tmp_path / "plain"
