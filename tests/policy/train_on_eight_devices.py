@@ -116,7 +116,7 @@ def test_a_step_is_that_of_one_device(name: str, family: str, micro_batch: int) 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 2, 2), "float32"), ((1, 2, 4), "bfloat16")])
 def test_adapters_are_those_of_one_device(shape: tuple[int, int, int], dtype: str) -> None:
     """A step's loss and gradients, and the policy in the generating layout, which repeats heads on the second mesh."""
-    arch = adapted(FAMILIES["qwen2"], LoRAConfig(rank=3, base_dtype=dtype))
+    arch = adapted(FAMILIES["qwen2"], LoRAConfig(rank=3, alpha=3.0, base_dtype=dtype))
     rng = np.random.default_rng(0)
     start = jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), abstract_adapters(arch))
     spec, optimizer = StepSpec(arch, LossConfig(), 0.7, FLOAT32), optax.sgd(1.0)
