@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from appo_jax.config import Architecture, LoRAConfig, LossConfig
 from appo_jax.errors import WeightsError
-from appo_jax.learner.loss import TrainBatch
+from appo_jax.learner.batch import make_batch
+from appo_jax.learner.loss import Terms
 from appo_jax.learner.step import StepSpec, TrainState, gradients, make_train_step
 from appo_jax.policy import attention, weights
 from appo_jax.policy.adapters import abstract_adapters, frozen, init_adapters, merged, save_adapters, with_adapters
@@ -111,9 +112,9 @@ def test_gradients_are_finite_differences_of_the_factored_model() -> None:
     base, own = init_params(PLAIN, 0), random_adapters(ARCH)
     rng = np.random.default_rng(1)
     tokens_weights = rng.uniform(0.1, 1.0, TOKENS.shape) * (np.arange(TOKENS.shape[1]) > 1)
-    ones = jnp.ones(TOKENS.shape)
-    batch = TrainBatch(jnp.asarray(TOKENS, jnp.int32), jnp.asarray(tokens_weights, jnp.float32), ones, ones)
-    spec = StepSpec(ARCH, None, 1.0, 0, jnp.float32)
+    ones = np.ones(TOKENS.shape, np.float32)
+    batch = make_batch(list(TOKENS), Terms(tokens_weights.astype(np.float32), ones, ones), TOKENS.shape[1] - 1, 2)
+    spec = StepSpec(ARCH, None, 1.0, jnp.float32)
     _, grads, _ = jax.jit(gradients, static_argnames="spec")(own, batch, spec, base)
     assert jax.tree.structure(grads) == jax.tree.structure(own)
 
@@ -145,10 +146,11 @@ def test_a_step_moves_the_adapters_alone() -> None:
     base = frozen(init_params(PLAIN, 0), dataclasses.replace(ARCH, lora=LoRAConfig(rank=3)))
     assert base["embed"].dtype == jnp.bfloat16
     assert base["norm"].dtype == jnp.float32
-    ones = jnp.ones(TOKENS.shape)
-    batch = TrainBatch(jnp.asarray(TOKENS, jnp.int32), ones / TOKENS.size, ones, jnp.zeros(TOKENS.shape))
+    ones = np.ones(TOKENS.shape, np.float32)
+    mask = ones * (np.arange(TOKENS.shape[1]) > 0)
+    batch = make_batch(list(TOKENS), Terms(mask / TOKENS.size, ones, 0 * ones), TOKENS.shape[1] - 1, 1)
     optimizer = optax.adam(0.1)
-    step = make_train_step(optimizer, StepSpec(ARCH, LossConfig(), 1.0, 1, jnp.float32))
+    step = make_train_step(optimizer, StepSpec(ARCH, LossConfig(), 1.0, jnp.float32))
     own = init_adapters(ARCH, 0)
     before = jax.tree.map(np.asarray, own)
     state = TrainState(own, optimizer.init(own))
