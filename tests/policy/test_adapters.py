@@ -45,7 +45,7 @@ def logits_of(params: Params, arch: Architecture, tokens: np.ndarray = TOKENS) -
     @jax.jit
     def run(params: Params) -> jax.Array:
         rotation = rotations(positions(jnp.asarray(tokens)), arch)
-        return hidden_states(params, arch, tokens, rotation, attention.causal_no_cache)[0] @ unembedding(params).T
+        return hidden_states(params, arch, tokens, rotation, attention.causal)[0] @ unembedding(params).T
 
     with jax.default_matmul_precision("highest"):
         return np.asarray(run(params))
