@@ -1,16 +1,31 @@
 """Every test runs on the CPU, with the shared data folder where the environment names one."""
 
+# ruff: noqa: E402 - what stands before the imports changes what they do
+
 import dataclasses
 import os
 import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile far more than they compute. So programs are compiled quickly here and in the processes that tests start:
+# without LLVM's optimizations, by the older and faster of XLA's code generators, and once for all processes.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles them as users do; for one test the fixture `optimized` does.
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    quick = "--xla_cpu_use_fusion_emitters=false"
+    if quick not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Shapes that these modules declare are checked whenever a test calls or traces a function. Nothing checks them elsewhere.
+install_import_hook(["appo_jax.branching.select", "appo_jax.policy.logprobs"], "beartype.beartype")
 
 from appo_jax import heartbeat
 from appo_jax.config import Config
@@ -30,18 +45,31 @@ def own_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "_life", heartbeat._Life())
 
 
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Programs of this test are compiled with LLVM's optimizations: where bits are compared, those of a real run."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def short_quickstart() -> Callable[[Path], Config]:
-    """The quickstart's policy and world in a folder of their own, with short steps."""
+    """The quickstart with a small policy and short steps, its world in a folder of the test's."""
 
     def config(folder: Path) -> Config:
         c = load_config(QUICKSTART)
+        small = dataclasses.replace(
+            c.policy.architecture, width=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, mlp_width=128
+        )
         return dataclasses.replace(
             c,
             prompts_per_step=4,
             prompts_per_minibatch=2,
             checkpoint_every=1,
-            policy=dataclasses.replace(c.policy, tokenizer=str(folder / "world.model")),
+            policy=dataclasses.replace(c.policy, architecture=small, tokenizer=str(folder / "world.model")),
             data=dataclasses.replace(c.data, path=str(folder / "world")),
             rollout=dataclasses.replace(c.rollout, max_response_tokens=64, decode_rows=24),
             sft=dataclasses.replace(c.sft, batch_size=4),

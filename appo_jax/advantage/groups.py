@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 
 Std = Literal["population", "sample"]  # `advantage.std`
 EQUAL = 1e-9  # rewards that differ by less are equal: rounding must not become an advantage
@@ -19,7 +19,7 @@ def without_spread(rewards: Float64[np.ndarray, " N"]) -> bool:
     return rewards.size == 0 or bool(rewards.max() - rewards.min() <= EQUAL)
 
 
-def spread(group: Float64[np.ndarray, " G"], std: Std) -> float:
+def spread(group: Float[np.ndarray, " G"], std: Std) -> float:
     """Standard deviation of a group whose rewards differ: the population's, or a sample's plus 1e-6 (official code's
     GRPO)."""
     return float(group.std()) if std == "population" else float(group.std(ddof=1)) + 1e-6

@@ -19,7 +19,7 @@ def test_token_log_probs_are_the_oracles(monkeypatch, at_once, temperature):
     hidden, unembedding = rng.normal(size=(R, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
     tokens = rng.integers(0, V, (R, T + 1))  # each asks the state before it; the first asks none
     targets = tokens[:, 1:]
-    log_probs, entropies = logprobs.token_log_probs(jnp.asarray(hidden), unembedding, targets, temperature)
+    log_probs, entropies = logprobs.token_log_probs(*map(jnp.asarray, (hidden, unembedding, targets)), temperature)
     every = [False] + [True] * T
     for r in range(R):
         logits = hidden[r].astype(float) @ unembedding.T.astype(float)
@@ -30,7 +30,7 @@ def test_token_log_probs_are_the_oracles(monkeypatch, at_once, temperature):
     weights = rng.normal(size=(2, R, T)).astype(np.float32)
 
     def total(hidden):
-        both = logprobs.token_log_probs(hidden, jnp.asarray(unembedding), targets, temperature)
+        both = logprobs.token_log_probs(hidden, *map(jnp.asarray, (unembedding, targets)), temperature)
         return sum((w * x).sum() for w, x in zip(weights, both, strict=True))
 
     def plain(hidden):

@@ -162,6 +162,7 @@ class Unsteady(LocalSearch):
         return super().call(state, argument)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_rollout_does_not_depend_on_the_tools_timing(
     arch: Architecture, tokenizer: SentencePieceTokenizer, params: Params, examples: list[Example],
     rollout_config: RolloutConfig,

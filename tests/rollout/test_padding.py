@@ -99,7 +99,7 @@ def test_log_probs_entropies_and_gradients_are_those_without_padding(
         assert not cut["unembed"][:, V:].any()
         cut["unembed"] = cut["unembed"][:, :V]
     for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(expected[2]), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)  # gradients of up to 30: a few units in the last place
 
 
 def test_text_functions_do_not_fall_over_padding(tokenizer: SentencePieceTokenizer, rollouts: list[Rollout]) -> None:

@@ -58,11 +58,13 @@ def test_trees_have_the_declared_shape_and_keep_the_budget(draw, n: int, b: int,
             assert parent.loop < rollout.loop
             assert parent.sampled[rollout.fork]
             assert rollout.tokens[: rollout.fork].tolist() == parent.tokens[: rollout.fork].tolist()
-        for loop in range(1, loops + 1):  # served uniformly: a rollout more or less
+        for loop in range(1, loops + 1):  # served uniformly: a rollout more or less, unless one runs out of positions
             children = Counter(r.parent for r in tree if r.loop == loop)
-            counts = [children[r.node] for r in tree if r.loop < loop]
+            served = [r for r in tree if r.loop < loop]
+            counts = [children[r.node] for r in served if r.sampled[r.fork or 0 :].sum() > 4 * b]
             assert max(counts) - min(counts) <= 1
-            assert max(counts) <= b
+            if len(counts) == len(served):
+                assert max(counts) <= b
         if loops == 1:
             assert len({(r.parent, r.fork) for r in tree[n:]}) == m - n
 
