@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 # Values that a name sets where the config leaves the field at 0 (off).
 KL_WEIGHT = 1e-3  # reinforce_pp
+ENTROPY_WEIGHT = 0.2  # aepo: its official code
 OVERLONG_SHARE = 0.2  # dapo: of rollout.max_response_tokens
 MAX_RESAMPLES = 3  # dapo
 
@@ -52,8 +53,13 @@ class Algorithm:
 
     @property
     def branches_at_start(self) -> bool:
-        """Whether all branches are drawn by π_old. Those that are trained on must be: the loss needs their log π_old."""
-        return self.branches and (self.branching.refresh == "step" or self.train_branches)
+        """Whether all branches are drawn by π_old."""
+        return self.branches and self.branching.refresh == "step"
+
+    @property
+    def trains_later_branches(self) -> bool:
+        """Whether the loss sees branches that the current policy has drawn, and not π_old."""
+        return self.branches and self.train_branches and not self.branches_at_start
 
     @property
     def keeps_reference(self) -> bool:
@@ -67,13 +73,17 @@ class Algorithm:
 
     @property
     def needs_present(self) -> bool:
-        """Whether log π_θ of the trained tokens is needed before the update: for Ω, or to count dual-clipped tokens."""
-        return self.uses_future or self.loss.max_dual_clipped >= 0
+        """Whether a score pass under π_θ must see the trained tokens before the update: for Ω, to count dual-clipped tokens,
+        for the entropies that scale advantages, or since branches are trained on that π_θ itself has drawn."""
+        return (
+            self.uses_future or self.loss.max_dual_clipped >= 0 or self.advantage.entropy_weight > 0
+            or self.trains_later_branches
+        )  # fmt: skip
 
     @property
     def scores_present(self) -> bool:
-        """Whether log π_θ needs an extra score pass: it does if no branches are scored under the current policy."""
-        return self.needs_present and (not self.branches or self.branches_at_start)
+        """Whether that takes an extra score pass: it does unless all of them were scored under π_θ to branch from them."""
+        return self.needs_present and (not self.branches or self.branches_at_start or self.train_branches)
 
     @property
     def scores_reference(self) -> bool:
@@ -153,6 +163,19 @@ def _arpo(config: Config) -> Algorithm:
     return _tree(config, score="entropy_change", base="joint")
 
 
+def _aepo(config: Config) -> Algorithm:
+    """AEPO (arXiv 2510.14545): ARPO with fewer branches in a row, a gradient for tokens clipped at the upper end, and
+    advantages that grow with the entropy."""
+    algorithm = _tree(config, score="entropy_balanced", base="joint")
+    weight = config.advantage.entropy_weight or ENTROPY_WEIGHT
+    return _varied(algorithm, advantage={"entropy_weight": weight}, loss={"surrogate": "gppo_high"})
+
+
+def _appo_all(config: Config) -> Algorithm:
+    """APPO that trains on its branches too (ours): eq. 6 and 7 of every rollout."""
+    return _varied(dataclasses.replace(_appo(config), train_branches=True), advantage={"base": "every_rollout"})
+
+
 def _tree_grpo(config: Config) -> Algorithm:
     """Tree-GRPO (arXiv 2509.21240): branches at random turns; advantages within and between trees, all trained on."""
     return _tree(config, score="random_turn", base="tree")
@@ -181,6 +204,7 @@ def _varied(algorithm: Algorithm, **changes: Mapping[str, Any]) -> Algorithm:
 
 ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
     "appo": _appo,
+    "appo_all": _appo_all,
     "grpo": _grpo,
     "reinforce_pp": _reinforce_pp,
     "dapo": _dapo,
@@ -188,6 +212,7 @@ ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
     "cispo": _cispo,
     "gigpo": _gigpo,
     "arpo": _arpo,
+    "aepo": _aepo,
     "tree_grpo": _tree_grpo,
     "fipo": _fipo,
 }

@@ -29,7 +29,7 @@ from appo_jax.policy.parameters import Params
 from appo_jax.policy.sharding import batch_shardings, place
 from appo_jax.rollout.growth import Growth, TreeGrower
 from appo_jax.rollout.sampler import Sampler
-from appo_jax.rollout.scoring import inherit, log_probs
+from appo_jax.rollout.scoring import log_probs, of_drawers, scores
 from appo_jax.rollout.shapes import Shapes
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
 from appo_jax.timing import Timer
@@ -150,12 +150,19 @@ class Step:
         """What the loss must know of the trained tokens under the policy as it is now, and under π_ref."""
         algorithm, reference, growth = self.algorithm, self.trainer.reference, minibatch.growth
         trained = [list(algorithm.trained(tree)) for tree in minibatch.trees]
-        present = ref = penalties = None
+        present = ref = penalties = entropies = None
+        old: Sequence[Sequence[np.ndarray]] = minibatch.old_log_probs
         with self.timer("score"):
             if algorithm.scores_present:
-                present = log_probs(self.sampler, params, trained)
+                present, entropies = scores(self.sampler, params, trained)
             elif algorithm.needs_present and growth is not None:  # scored when they branched, under the present policy
-                present = [[scores.log_probs for scores in tree] for tree in growth.scores]
+                present = [[node.log_probs for node in tree] for tree in growth.scores]
+                entropies = [[node.entropies for node in tree] for tree in growth.scores]
+            if algorithm.trains_later_branches:
+                assert present is not None
+                later = [values[len(known) :] for values, known in zip(present, old, strict=True)]
+                first = [values[: len(known)] for values, known in zip(present, old, strict=True)]
+                old, present = of_drawers(trained, old, later), of_drawers(trained, first, later)
             if reference is not None and algorithm.scores_reference:
                 ref = log_probs(self.sampler, reference, trained)
             elif reference is not None:
@@ -168,7 +175,7 @@ class Step:
                     algorithm.loss,
                     self.shapes.rollout_length,
                 )
-        return Measured(minibatch.old_log_probs, present, ref, penalties)
+        return Measured(old, present, ref, penalties, entropies)
 
     def learn(self, state: TrainState, minibatch: Minibatch, measured: Measured) -> TrainState:
         """One update on the trained rollouts of the mini-batch. Consumes `state`."""
@@ -222,10 +229,7 @@ def _kl_penalties(
     from their fork on; what they have from their parent was drawn as the parent was.
     """
     branches = log_probs(sampler, params, [tree[len(known) :] for tree, known in zip(trees, old, strict=True)])
-    by_drawer = [list(known) for known in old]
-    for tree, known, scored in zip(trees, by_drawer, branches, strict=True):
-        for rollout, values in zip(tree[len(known) :], scored, strict=True):
-            known.append(inherit(rollout, known, values))
+    by_drawer = of_drawers(trees, old, branches)
     by_reference = log_probs(sampler, reference, trees)
 
     def penalty(rollout: Rollout, drawn: np.ndarray, ref: np.ndarray) -> np.ndarray:

@@ -354,7 +354,8 @@ def surrogate(
 def surrogate_slope(kind: str, log_ratio_i: float, advantage_i: float, clip_low: float, clip_high: float) -> float:
     """d surrogate / d log π of one token, in closed form.
 
-    clip: ρA, or 0 where the clip decides. §6 gppo: there (1 ± ε)A instead. §6 cispo: sg(clip(ρ))·A everywhere.
+    clip: ρA, or 0 where the clip decides. §6 gppo: there (1 ± ε)A instead. gppo_high (AEPO's official code): only
+    at the upper end. §6 cispo: sg(clip(ρ))·A everywhere.
     """
     rho, a = math.exp(log_ratio_i), advantage_i
     bounded = clip(rho, 1.0 - clip_low, 1.0 + clip_high)
@@ -363,7 +364,7 @@ def surrogate_slope(kind: str, log_ratio_i: float, advantage_i: float, clip_low:
     decides = (a > 0 and rho > 1.0 + clip_high) or (a < 0 and rho < 1.0 - clip_low)
     if not decides:
         return rho * a
-    return bounded * a if kind == "gppo" else 0.0
+    return bounded * a if kind == "gppo" or (kind == "gppo_high" and a > 0) else 0.0
 
 
 def kl(log_prob: float, ref_log_prob: float, estimator: str, max_k3: float = math.inf) -> float:

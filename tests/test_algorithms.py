@@ -124,6 +124,10 @@ def by_the_oracle(name: str, tree: list[Rollout]) -> list[np.ndarray]:
     match name:
         case "appo":
             return [np.full(LENGTH, a) for a in oracle.a_base(rewards[:N], rewards[N:])]
+        case "appo_all":  # eq. 6 is the same in both groups
+            initial, branches = rewards[:N], rewards[N:]
+            values = [*oracle.a_base(initial, branches), *oracle.a_base(branches, initial)]
+            return [np.full(LENGTH, a) for a in values]
         case "tree_grpo":
             roots = [r.node if r.parent is None else r.parent for r in tree]
             return [np.full(LENGTH, a) for a in oracle.a_tree(rewards, roots)]
@@ -165,14 +169,20 @@ def test_advantages_loss_and_gradient_of_every_algorithm_are_the_oracles(name: s
         base = [np.array(row) for row in oracle.a_global([r.reward for r in rollouts], flat, masks)]
     else:
         base = [a for tree in trees for a in by_the_oracle(name, tree)]
-    scale = {"appo": lambda o: 1 + 0.5 * o, "fipo": lambda o: o}.get(name, lambda o: 1.0)
+    ours = {"appo": lambda o: 1 + 0.5 * o, "appo_all": lambda o: 1 + 0.5 * o, "fipo": lambda o: o}
+    scale = ours.get(name, lambda o: 1.0)
     advantages = [
         [a * scale(oracle.clip(o, 1, 1.2)) if m else 0.0 for a, o, m in zip(*rows, strict=True)]
         for rows in zip(base, omegas, masks, strict=True)
     ]
+    entropies = rng.uniform(0, 3, old.shape)
+    if name == "aepo":  # 1 + 0.2·Z(H), Z over all tokens
+        known = entropies[np.array(masks)]
+        factors = 1 + 0.2 * (entropies - known.mean()) / known.std()
+        advantages = (np.array(advantages) * factors).tolist()
     low, high = (1.0 if name == "cispo" else 0.2), (0.28 if name == "dapo" else 0.2)
     mode = "token_mean" if name in TOKEN_MEAN else "paper"
-    kind = name if name in ("gppo", "cispo") else "clip"
+    kind = {"gppo": "gppo", "cispo": "cispo", "aepo": "gppo_high"}.get(name, "clip")
     expected = oracle.loss(
         new, old, advantages, masks, clip_low=low, clip_high=high, mode=mode, num_prompts=PROMPTS, budget=M, kind=kind
     )
@@ -186,7 +196,8 @@ def test_advantages_loss_and_gradient_of_every_algorithm_are_the_oracles(name: s
 
     old_by_tree, new_by_tree = by_tree(trained, old), by_tree(trained, new)
     given = penalties if algorithm.loss.kl_in == "reward" else None
-    batch, _ = make_terms(trees, Measured(old_by_tree, new_by_tree, None, given), algorithm, LENGTH)
+    measured = Measured(old_by_tree, new_by_tree, None, given, by_tree(trained, entropies))
+    batch, _ = make_terms(trees, measured, algorithm, LENGTH)
 
     def loss(log_probs: np.ndarray) -> jax.Array:
         return policy_loss(log_probs, None, batch, algorithm.loss)[0]

@@ -45,10 +45,12 @@ def _of_tree(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> Iterab
         return tree_groups(rewards, [root_and_shared(tree, r)[0] for r in tree], config.std)
     if config.base == "joint":
         return own_zscores(rewards, config.std)
+    if config.base == "every_rollout":
+        return dual_group(rewards, rewards[first], rewards[~first], config.std)
     if config.base == "shared_prefix":
         return shared_prefix(tree, rewards, config.std)
     if config.base == "paper":
-        initial = dual_group(rewards[first], rewards[~first], config.std)
+        initial = dual_group(rewards[first], rewards[first], rewards[~first], config.std)
     else:
         initial = own_zscores(rewards[first], config.std)
     return np.concatenate([initial, np.zeros((~first).sum())])

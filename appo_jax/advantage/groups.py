@@ -42,13 +42,16 @@ def zscores(
 
 
 def dual_group(
-    initial: Float64[np.ndarray, " N"], branches: Float64[np.ndarray, " B"], std: Std
-) -> Float64[np.ndarray, " N"]:
-    """Eq. 6: the average of R_n's z-scores within the initial and within the branch group, `[N]`.
+    rewards: Float64[np.ndarray, " R"],
+    initial: Float64[np.ndarray, " N"],
+    branches: Float64[np.ndarray, " B"],
+    std: Std,
+) -> Float64[np.ndarray, " R"]:
+    """Eq. 6: the average of each reward's z-scores within the initial and within the branch group, `[R]`.
 
     A group for which the z-score is undefined is left out of the average; with none left the advantage is 0.
     """
-    scores = np.stack([zscores(initial, initial, std), zscores(initial, branches, std)])
+    scores = np.stack([zscores(rewards, initial, std), zscores(rewards, branches, std)])
     defined = ~np.isnan(scores)
     return np.where(defined, scores, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
 

@@ -1,10 +1,11 @@
-"""Future-aware scaling of the base advantage (eq. 7)."""
+"""Scaling of the base advantage: by the future value (eq. 7), and by the entropy (AEPO)."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from appo_jax.config import AdvantageConfig
 
@@ -19,3 +20,19 @@ def procedural_advantage(
     future = jnp.clip(future, config.clip_low, config.clip_high)
     scale = future if config.scaling == "plain" else 1.0 + config.future_weight * future
     return jax.lax.stop_gradient(base * scale)
+
+
+def scaled_by_entropy(
+    advantages: Float[np.ndarray, "R T"],
+    entropies: Float[np.ndarray, "R T"],
+    mask: Bool[np.ndarray, "R T"],
+    weight: float,
+) -> Float[np.ndarray, "R T"]:
+    """A · (1 + α · Z(H)), `[R, T]` (AEPO, arXiv 2510.14545), with α = `weight` and Z over the tokens of `mask`.
+
+    Without a spread of H Z is 0. The official code takes Z over a micro-batch; this is over what is given.
+    """
+    known = entropies[mask].astype(np.float64)
+    std = known.std() if known.size else 0.0
+    scores = (entropies - known.mean()) / std if std > 0 else np.zeros_like(advantages)
+    return np.where(mask, advantages * (1.0 + weight * scores), advantages).astype(np.float32)

@@ -12,7 +12,7 @@ from appo_jax.config.bounds import BelowOne
 
 # Names of the modules in branching/rules/: a score ranks every position; a rule by turns draws turns at random.
 Score = Literal["product", "entropy", "future", "additive"]
-TurnRule = Literal["entropy_change", "random_turn"]
+TurnRule = Literal["entropy_change", "entropy_balanced", "random_turn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class BranchingConfig:
     """Upper end of that clip, above clip_low. Paper: 1.2."""
     score: Literal[Score, TurnRule] = "product"
     """product: Z(Ω)·Z(H), the paper. entropy, future, additive are its ablations; additive uses the two weights below.
-    entropy_change (ARPO) and random_turn (Tree-GRPO) branch where a turn begins."""
+    entropy_change (ARPO), entropy_balanced (AEPO) and random_turn (Tree-GRPO) branch where a turn begins."""
     entropy_weight: NonNegativeFloat = 1.0
     """Weight of Z(H) in the additive score."""
     future_weight: NonNegativeFloat = 1.0
@@ -58,10 +58,10 @@ class BranchingConfig:
 class AdvantageConfig:
     """What a token's advantage is (eq. 6, 7)."""
 
-    base: Literal["paper", "shared_prefix", "joint", "init_only", "global", "tree", "turn"] = "paper"
-    """paper: eq. 6. shared_prefix: official code. joint: one group of all rollouts (the paper's ablation "without dual
-    groups"). init_only: one group of the initial rollouts (GRPO).
-    global: returns normalised over the mini-batch (REINFORCE++). tree: within the tree plus over all (Tree-GRPO).
+    base: Literal["paper", "every_rollout", "shared_prefix", "joint", "init_only", "global", "tree", "turn"] = "paper"
+    """paper: eq. 6, for the initial rollouts. every_rollout: eq. 6 for branches too (ours). shared_prefix: official code.
+    joint: one group of all rollouts (the paper's ablation "without dual groups"). init_only: one group of the initial rollouts
+    (GRPO). global: returns normalised over the mini-batch (REINFORCE++). tree: within the tree plus over all (Tree-GRPO).
     turn: episode plus turns that began in equal states (GiGPO)."""
     scaling: Literal["offset", "plain"] = "offset"
     """offset: A = A_base · (1 + b · clip(Ω)), eq. 7. plain: A = A_base · clip(Ω) (FIPO)."""
@@ -71,6 +71,9 @@ class AdvantageConfig:
     """Ω is clipped to [clip_low, clip_high] here. One-sided, as in the paper: 1. Two-sided: 0.8."""
     clip_high: NonNegativeFloat = 1.2
     """Upper end of that clip, at least clip_low. Paper: 1.2."""
+    entropy_weight: NonNegativeFloat = 0.0
+    """α of AEPO: A is multiplied by 1 + α·Z(H), with the entropy H under π_θ and Z over the mini-batch's trained tokens. 0:
+    off. Official code: 0.2."""
     max_ratio: NonNegativeFloat = 0.0
     """Tokens with a ratio above this are left out of the sum in the Ω of eq. 7, not of the loss (official code: 3). 0:
     off; else above 1. The Ω of the Branching Score keeps them, as in the official code."""
@@ -87,8 +90,9 @@ class LossConfig:
     """ε of eq. 8, downwards: the ratio is clipped to [1 − clip_low, 1 + clip_high]. Official code: 0.2."""
     clip_high: NonNegativeFloat = 0.2
     """ε of eq. 8, upwards. The paper gives no ε; official code and DAPO: 0.28."""
-    surrogate: Literal["clip", "gppo", "cispo"] = "clip"
-    """clip: PPO's, eq. 8. gppo: its value, but clipped tokens keep a bounded gradient. cispo: sg(clip(ρ))·A·log π."""
+    surrogate: Literal["clip", "gppo", "gppo_high", "cispo"] = "clip"
+    """clip: PPO's, eq. 8. gppo: its value, but clipped tokens keep a bounded gradient. gppo_high: only those
+    clipped at the upper end do (AEPO). cispo: sg(clip(ρ))·A·log π."""
     dual_clip: NonNegativeFloat = 0.0
     """c: with A < 0 the surrogate is at least c·A (official code: 3). 0: off; else above 1."""
     max_dual_clipped: Annotated[int, Ge(-1)] = -1

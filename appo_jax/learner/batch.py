@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from appo_jax.advantage.base import base_advantages
-from appo_jax.advantage.procedural import procedural_advantage
+from appo_jax.advantage.procedural import procedural_advantage, scaled_by_entropy
 from appo_jax.algorithms import Algorithm
 from appo_jax.learner.loss import Terms, sampler_correction, token_weights, without_dual_clipped
 from appo_jax.learner.step import TrainBatch
@@ -35,6 +35,8 @@ class Measured:
     """log π_ref, for a loss with a KL term."""
     penalties: ByTree | None = None
     """Taken off the reward, token by token; of all rollouts."""
+    entropies: ByTree | None = None
+    """Under π_θ, for advantages that are scaled by them."""
 
 
 def make_terms(
@@ -73,9 +75,15 @@ def make_terms(
 
     dropping, beside = loss.max_dual_clipped >= 0, algorithm.scores_reference and loss.kl_in == "outside"
     kept = without_dual_clipped(loss_mask, new - old, base, loss) if dropping else loss_mask
+    advantages = np.asarray(procedural_advantage(jnp.asarray(base), future, algorithm.advantage))
+    if algorithm.advantage.entropy_weight:
+        assert measured.entropies is not None
+        advantages = scaled_by_entropy(
+            advantages, padded(measured.entropies), loss_mask, algorithm.advantage.entropy_weight
+        )
     terms = Terms(
         weights=weights(loss_mask, loss.aggregation),
-        advantages=np.asarray(procedural_advantage(jnp.asarray(base), future, algorithm.advantage)),
+        advantages=advantages,
         old_log_probs=old,
         ref_log_probs=None if measured.ref_log_probs is None else padded(measured.ref_log_probs),
         surrogate_weights=weights(kept, loss.aggregation) if dropping else None,

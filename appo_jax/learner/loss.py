@@ -77,15 +77,18 @@ def surrogate(log_ratio: jax.Array, log_probs: jax.Array, advantages: jax.Array,
     """The objective of each token before KL and entropy, from log ρ and A; all `[R, T]`.
 
     clip (eq. 8): min(ρA, clip(ρ)A). gppo has its value; where the clip decides, its gradient is clip(ρ)·A·∇log π instead
-    of 0. cispo: sg(clip(ρ))·A·log π. With a dual clip, tokens of A < 0 get at least c·A.
+    of 0; with gppo_high only where the upper end does. cispo: sg(clip(ρ))·A·log π. With a dual clip, tokens of A < 0 get at
+    least c·A.
     """
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     if config.surrogate == "cispo":
         return jax.lax.stop_gradient(clipped) * advantages * log_probs
-    if config.surrogate == "gppo":
+    if config.surrogate in ("gppo", "gppo_high"):
         # A factor of value 1 and gradient ∇log π; ρ/sg(ρ) would be 0/0 where ρ underflows.
-        clipped = jax.lax.stop_gradient(clipped) * jnp.exp(log_ratio - jax.lax.stop_gradient(log_ratio))
+        kept = jax.lax.stop_gradient(clipped) * jnp.exp(log_ratio - jax.lax.stop_gradient(log_ratio))
+        high = ratio > 1.0 + config.clip_high
+        clipped = kept if config.surrogate == "gppo" else jnp.where(high, kept, clipped)
     value = jnp.minimum(ratio * advantages, clipped * advantages)
     if config.dual_clip:
         value = jnp.where(advantages < 0, jnp.maximum(value, config.dual_clip * advantages), value)

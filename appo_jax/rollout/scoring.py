@@ -17,8 +17,31 @@ by_future = jax.jit(future_value, static_argnames=("tau", "max_ratio", "max_log_
 
 def log_probs(sampler: Sampler, params: Params, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
     """Log-probabilities `[T]` of every rollout's tokens under a policy, by tree."""
-    scored = iter(sampler.score(params, [rollout for tree in trees for rollout in tree]).log_probs)
-    return [[next(scored) for _ in tree] for tree in trees]
+    return scores(sampler, params, trees)[0]
+
+
+def scores(
+    sampler: Sampler, params: Params, trees: Sequence[Tree]
+) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
+    """Log-probabilities and entropies `[T]` of every rollout's tokens under a policy, by tree."""
+    scored = sampler.score(params, [rollout for tree in trees for rollout in tree])
+    log_probs, entropies = iter(scored.log_probs), iter(scored.entropies)
+    return [[next(log_probs) for _ in tree] for tree in trees], [[next(entropies) for _ in tree] for tree in trees]
+
+
+def of_drawers(
+    trees: Sequence[Tree], known: Sequence[Sequence[np.ndarray]], later: Sequence[Sequence[np.ndarray]]
+) -> list[list[np.ndarray]]:
+    """Log-probabilities of every rollout's tokens under the policies that drew them, by tree.
+
+    `known`: those of each tree's first rollouts. `later`: those of the rest, branches, under the policy that drew what is
+    their own; what they have from their parent was drawn as the parent was.
+    """
+    by_tree = [list(first) for first in known]
+    for tree, values, scored in zip(trees, by_tree, later, strict=True):
+        for rollout, own in zip(tree[len(values) :], scored, strict=True):
+            values.append(inherit(rollout, values, own))
+    return by_tree
 
 
 def inherit(rollout: Rollout, by_node: Sequence[np.ndarray], own: np.ndarray) -> np.ndarray:

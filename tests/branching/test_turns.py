@@ -1,6 +1,8 @@
 """Branch points of the baselines that branch where a turn begins."""
 
+import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import oracle
@@ -63,6 +65,22 @@ def test_arpo_branches_as_often_as_its_probability_says():
     rng = np.random.default_rng(0)
     hits = sum(len(after_tool_calls([entropies], [sampled], [0], loop(9, rng))) for _ in range(4000))
     assert abs(hits / 4000 - 0.7) < 4 * math.sqrt(0.7 * 0.3 / 4000)
+
+
+def test_aepo_branches_less_often_after_a_branch():
+    """Three turns of P = 0.5: what follows l branches in a row has 0.5 · (1 − 0.3 · l)."""
+    sampled, entropies = np.array([False] + [True, False] * 3 + [True]), np.zeros(8)
+    rng, drawn = np.random.default_rng(0), Counter()
+    for _ in range(8000):
+        cuts = after_tool_calls([entropies], [sampled], [0], loop(9, rng), penalty=0.3)
+        drawn[tuple(t in {cut.length for cut in cuts} for t in (3, 5, 7))] += 1
+    for branched in itertools.product((True, False), repeat=3):
+        expected, in_a_row = 1.0, 0
+        for turn in branched:
+            probability = 0.5 * (1 - 0.3 * in_a_row)
+            expected *= probability if turn else 1 - probability
+            in_a_row = in_a_row + 1 if turn else 0
+        assert abs(drawn[branched] / 8000 - expected) < 4 * math.sqrt(expected * (1 - expected) / 8000)
 
 
 @given(st.lists(rollouts(), min_size=1, max_size=4), st.integers(1, 3), st.integers(0, 8), st.integers(0, 5))

@@ -253,7 +253,11 @@ def test_a_clamped_k3_has_its_value_and_no_gradient(log_r):
 
 
 @settings(max_examples=20)
-@given(batches(), st.sampled_from(["clip", "gppo", "cispo"]), st.sampled_from([(0.2, 0.2), (0.2, 0.28), (0.5, 0.2)]))
+@given(
+    batches(),
+    st.sampled_from(["clip", "gppo", "gppo_high", "cispo"]),
+    st.sampled_from([(0.2, 0.2), (0.2, 0.28), (0.5, 0.2)]),
+)
 def test_the_slope_of_each_surrogate_is_its_closed_form(batch, kind, clip):
     new, old, _, advantages, mask = batch
     config = LossConfig(surrogate=kind, clip_low=clip[0], clip_high=clip[1])
@@ -270,11 +274,11 @@ def test_gppo_has_the_value_of_the_clipped_surrogate():
     rng = np.random.default_rng(0)
     new, old, advantages = rng.normal(size=(3, R, T)).astype(np.float32)
     weights = np.ones((R, T), np.float32)
-    clipped, gppo = (
+    clipped, *others = (
         policy_loss(new, None, plain_batch(old, advantages, weights), LossConfig(surrogate=kind))[0]
-        for kind in ("clip", "gppo")
+        for kind in ("clip", "gppo", "gppo_high")
     )
-    np.testing.assert_allclose(clipped, gppo, rtol=1e-6)
+    np.testing.assert_allclose(others, [clipped] * 2, rtol=1e-6)
 
 
 def test_entropy_bonus_reaches_the_policy(params, batch):
@@ -295,7 +299,7 @@ def test_sampler_correction_by_hand():
         np.testing.assert_allclose(sampler_correction(np.array([0.0]), np.array([-1e4]), 2.0), [2.0])
 
 
-@pytest.mark.parametrize("kind", ["clip", "gppo", "cispo"])
+@pytest.mark.parametrize("kind", ["clip", "gppo", "gppo_high", "cispo"])
 def test_no_option_makes_a_nan_of_a_degenerate_batch(kind):
     config = LossConfig(
         surrogate=kind, dual_clip=3.0 if kind == "clip" else 0.0, max_log_ratio=20.0, kl_weight=0.1, max_k3=10.0,

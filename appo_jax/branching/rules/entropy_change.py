@@ -40,24 +40,35 @@ def branch_probabilities(entropies: np.ndarray, sampled: np.ndarray, vocab_size:
 
 
 def after_tool_calls(
-    entropies: Sequence[np.ndarray], sampled: Sequence[np.ndarray], undrawn_from: Sequence[int], loop: Loop
+    entropies: Sequence[np.ndarray],
+    sampled: Sequence[np.ndarray],
+    undrawn_from: Sequence[int],
+    loop: Loop,
+    penalty: float = 0.0,
 ) -> list[Cut]:
     """The cuts of a prompt, within the budget; turns after the rollouts' first calls come first. Beam 2: a turn that is
     drawn is continued twice. `undrawn_from`: for each rollout, the index after which turns have not been drawn yet.
+    `penalty`: a turn's probability falls by this share for every branch at the turns just before it.
     """
     points = []
     for node, (entropy, mask) in enumerate(zip(entropies, sampled, strict=True)):
         probabilities = branch_probabilities(entropy, mask, loop.vocab_size)
         chances = [(t, p) for t, p in probabilities.items() if t > undrawn_from[node]]
-        points += [(call, node, t) for call, (t, p) in enumerate(chances) if loop.rng.random() < p]
+        in_a_row = 0
+        for call, (t, p) in enumerate(chances):
+            if loop.rng.random() < p * max(0.0, 1.0 - penalty * in_a_row):
+                points.append((call, node, t))
+                in_a_row += 1
+            else:
+                in_a_row = 0
     return [Cut(node, t) for _, node, t in sorted(points)[: loop.budget]]
 
 
-def turns(tree: TreeView, loop: Loop, config: BranchingConfig) -> list[Cut]:
+def turns(tree: TreeView, loop: Loop, config: BranchingConfig, penalty: float = 0.0) -> list[Cut]:
     """Every turn is drawn once, by the first loop after the turn was sampled."""
     latest = [(fork or 0) if at == loop.number - 1 else None for fork, at in zip(tree.forks, tree.loops, strict=True)]
     undrawn_from = [len(s) if fork is None else fork for fork, s in zip(latest, tree.sampled, strict=True)]
-    return after_tool_calls(tree.entropies, tree.sampled, undrawn_from, loop)
+    return after_tool_calls(tree.entropies, tree.sampled, undrawn_from, loop, penalty)
 
 
 RULE = ByTurns(turns)
