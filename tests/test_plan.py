@@ -161,6 +161,23 @@ def test_what_a_tpu_fetches_ahead_is_read_from_hbm_once():
     assert hlo.read(TPU_TEXT).hbm == weight + flags + new + new + rows
 
 
+KERNEL = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (q: bf16[4,2,16,128], k: bf16[4,2,128,1024], v: bf16[4,2,1024,128]) -> f32[4,2,16,128] {
+  %q = bf16[4,2,16,128]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[4,2,128,1024]{3,2,1,0:T(8,128)(2,1)} parameter(1)
+  %v = bf16[4,2,1024,128]{3,2,1,0:T(8,128)(2,1)} parameter(2)
+  ROOT %seen_suffix.3 = f32[4,2,16,128]{3,2,1,0:T(8,128)} custom-call(%q, %k, %v), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_a_kernel_reads_what_is_seen_of_its_caches():
+    q, cache, out = 2 * 4 * 2 * 16 * 128, 2 * 4 * 2 * 128 * 1024, 4 * 4 * 2 * 16 * 128
+    assert hlo.read(KERNEL).hbm == q + 2 * cache + out
+    assert hlo.read(KERNEL, 1, {"seen_prefix": 0.5, "seen_suffix": 0.25}).hbm == q + 2 * cache / 4 + out
+
+
 def test_flops_of_the_backward_pass_and_of_what_remat_repeats():
     w = jnp.ones((16, 16))
 

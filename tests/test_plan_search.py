@@ -31,16 +31,16 @@ CONFIG = load_config(ROOT / "configs/qwen2_5_7b_reasoning.py")
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=9), drawn=st.integers(1, 60), rows=st.integers(1, 20))
 def test_rows_are_never_idle_while_a_rollout_waits(lengths, drawn, rows):
     """So the last row ends at most one rollout after the mean row (Graham's bound), and no earlier than it."""
-    steps = Lengths(tuple(lengths), 0).decode_steps(drawn, rows)
+    steps = Lengths(tuple(lengths), 0, 0, 0).decode_steps(drawn, rows)
     least = drawn * min(lengths) / rows
     most = drawn * max(lengths) / rows + max(lengths)
     assert max(least, min(lengths)) <= steps <= most
-    assert Lengths(tuple(lengths), 0).decode_steps(drawn, drawn) <= max(lengths)
+    assert Lengths(tuple(lengths), 0, 0, 0).decode_steps(drawn, drawn) <= max(lengths)
 
 
 @pytest.mark.parametrize(("drawn", "rows", "steps"), [(8, 8, 7), (9, 8, 14), (16, 8, 14), (3, 8, 7)])
 def test_equal_rollouts_come_in_waves(drawn, rows, steps):
-    assert Lengths((7,), 0).decode_steps(drawn, rows) == steps
+    assert Lengths((7,), 0, 0, 0).decode_steps(drawn, rows) == steps
 
 
 def test_lengths_are_those_of_the_runs_own_tokens(tmp_path):
@@ -58,7 +58,7 @@ def test_lengths_are_those_of_the_runs_own_tokens(tmp_path):
     write_dump(tmp_path / "rollouts", 1, [[rollout(0, 8, None, [5]), rollout(1, 10, 6, [5, 9], parent=0)]], str)
     config = RolloutConfig(max_response_tokens=100, max_tool_calls=5)
     lengths = RolloutLengths.of_run(tmp_path, config)
-    assert lengths == RolloutLengths(Lengths((5,), 1.0), Lengths((4,), 1.0))
+    assert lengths == RolloutLengths(Lengths((5,), 1.0, 2.0, 3.0), Lengths((4,), 1.0, 6.0, 2.0))
     short = dataclasses.replace(config, max_response_tokens=3)
     assert RolloutLengths.of_run(tmp_path, short).initial.sampled == (3,)
     with pytest.raises(DataError, match="takes the directory of a run"):

@@ -121,7 +121,7 @@ def measure(program: Program, chips: int) -> Need:
         )  # fmt: skip
     seconds = time.perf_counter() - began
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    moved = hlo.read(compiled.as_text(), program.steps)
+    moved = hlo.read(compiled.as_text(), program.steps, program.seen)
     jaxpr = traced.jaxpr.jaxpr
     flops = hlo.matmul_flops(jaxpr)
     # XLA counts what each chip does, but bodies of loops only once.

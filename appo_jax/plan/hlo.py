@@ -9,6 +9,8 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from jax.extend import core
@@ -60,10 +62,11 @@ class Moved:
     hops: float  # hops of the collectives on rings that must follow each other
 
 
-def read(text: str, steps: int = 1) -> Moved:
+def read(text: str, steps: int = 1, seen: Mapping[str, float] = MappingProxyType({})) -> Moved:
     """Read the text of a compiled (partitioned) program, `Compiled.as_text()`.
 
-    A loop of unknown length, such as decoding, is taken to run `steps` times; the numbers are those of one step.
+    A loop of unknown length, such as decoding, is taken to run `steps` times; the numbers are those of one step. `seen`: by
+    the name of a kernel's calls, what part it reads of their two largest operands, keys and values.
     """
     computations, entry = _parse(text)
     times = defaultdict(float, {entry: 1 / steps})
@@ -81,7 +84,9 @@ def read(text: str, steps: int = 1) -> Moved:
                 collectives[kind] = collectives.get(kind, 0.0) + times[name] * instruction.size
             hops += times[name] * _hops(instruction)
             if name not in fused:
-                hbm += times[name] * _traffic(instruction, by_name, computations)
+                hbm += times[name] * (
+                    _traffic(instruction, by_name, computations) - _unseen(instruction, by_name, seen)
+                )
     return Moved(collectives, hbm, hops)
 
 
@@ -192,6 +197,15 @@ def _traffic(
     if op.endswith("-start"):  # of a copy or a collective: the result is a tuple of source and destination
         return instruction.hbm
     return sum(operand.hbm for operand in operands) + instruction.hbm
+
+
+def _unseen(instruction: _Instruction, by_name: dict[str, _Instruction], seen: Mapping[str, float]) -> float:
+    """Bytes of a kernel's operands that it does not read."""
+    for name, share in seen.items():
+        if instruction.op == "custom-call" and instruction.name.startswith(name):
+            sizes = sorted(by_name[operand].hbm for operand in instruction.operands if operand in by_name)
+            return (1 - share) * sum(sizes[-2:])
+    return 0.0
 
 
 def _traffic_of_fusion(fusion: _Instruction, inside: list[_Instruction]) -> float:

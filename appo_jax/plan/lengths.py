@@ -24,6 +24,10 @@ class Lengths:
     """Tokens that each of them sampled; tool results are appended, not decoded."""
     calls: float
     """Tool calls of one of them, on average."""
+    prefix: float
+    """Tokens of the prefix that one of them continues, on average over the decode steps."""
+    suffix: float
+    """Tokens that it has added itself, tool results included, on average over the decode steps."""
 
     def decode_steps(self, drawn: int, rows: int) -> int:
         """Decode steps that `drawn` rollouts take on `rows` rows: a row that is free goes on with the next rollout.
@@ -49,8 +53,9 @@ class RolloutLengths:
     @classmethod
     def longest(cls, config: RolloutConfig) -> RolloutLengths:
         """Every rollout samples all the tokens and makes all the calls that it may."""
-        longest = Lengths((config.max_response_tokens,), config.max_tool_calls)
-        return cls(longest, longest)
+        response, calls = config.max_response_tokens, config.max_tool_calls
+        longest = Lengths((response,), calls, config.max_prompt_tokens, response / 2)
+        return cls(longest, dataclasses.replace(longest, prefix=config.max_prompt_tokens + response))
 
     @classmethod
     def of_run(cls, run: Path, config: RolloutConfig) -> RolloutLengths:
@@ -73,4 +78,8 @@ class RolloutLengths:
 def _lengths(nodes: list[dict[str, Any]], config: RolloutConfig) -> Lengths:
     calls = [sum(call["result_end"] > (node["fork"] or 0) for call in node["calls"]) for node in nodes]
     sampled = tuple(min(node["sampled_tokens"], config.max_response_tokens) for node in nodes)
-    return Lengths(sampled, min(float(np.mean(calls)), config.max_tool_calls))
+    start = [node["prompt_tokens"] if node["fork"] is None else node["fork"] for node in nodes]
+    added = [min(node["tokens"] - first, config.max_response_tokens) for node, first in zip(nodes, start, strict=True)]
+    # A rollout takes a decode step for each token that it samples; half-way it has half of what it adds.
+    prefix, suffix = (float(np.average(x, weights=sampled)) for x in (start, np.array(added) / 2))
+    return Lengths(sampled, min(float(np.mean(calls)), config.max_tool_calls), prefix, suffix)

@@ -6,7 +6,7 @@ Left out are programs that move next to nothing: a prefix into its slot, the sta
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,8 +20,10 @@ from appo_jax.plan.abstract import Arrays, on_chip
 from appo_jax.plan.counts import Counts, Generation, Scoring, count
 from appo_jax.plan.lengths import RolloutLengths
 from appo_jax.policy import sharding
+from appo_jax.policy.attention import SEEN_PREFIX, SEEN_SUFFIX
 from appo_jax.policy.constraints import row_shards
 from appo_jax.policy.score import prefill, score
+from appo_jax.policy.seen_keys import block_of
 from appo_jax.rollout.decode import AppendBatch, DecodeSpec, StopTables, Until, append_tokens, decode_segment
 from appo_jax.rollout.engine import SEGMENT_STEPS
 from appo_jax.rollout.shapes import Shapes
@@ -40,6 +42,8 @@ class Program:
     beside: int  # bytes per chip that the run keeps meanwhile and that are no argument of the program
     fields: str  # config fields that make it smaller
     steps: int = 1  # of the loop of unknown length in it: its work is counted by the step
+    # What part of its caches a kernel reads, by the name of its calls.
+    seen: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def programs(
@@ -135,6 +139,7 @@ class _StepPrograms:
             self.resident + self._sources(generation),
             "rollout.decode_rows, rollout.max_response_tokens",
             SEGMENT_STEPS,
+            self._seen(generation),
         )
 
     def append(self, generation: Generation) -> Program:
@@ -200,6 +205,19 @@ class _StepPrograms:
         """The kind of a generation, and its rows where there are several of the kind."""
         same = [other for other in self.counts.generations if other.name == generation.name]
         return generation.name if len(same) == 1 else f"{generation.name}, {generation.shapes.rows} rows"
+
+    def _seen(self, generation: Generation) -> dict[str, float]:
+        """What part of their caches the kernels of decoding read, which go on to the end of a block of keys."""
+        arch, dtype, shapes = self.arrays.generating_arch, self.arrays.dtype, generation.shapes
+        heads = -(-arch.num_kv_heads // self.mesh.shape["tensor"])
+
+        def share(tokens: float, room: int) -> float:
+            return min(1.0, (tokens + block_of(heads, room, arch.head_dim, dtype.itemsize) / 2) / room)
+
+        return {
+            SEEN_PREFIX: share(generation.lengths.prefix, shapes.prefix_length),
+            SEEN_SUFFIX: share(generation.lengths.suffix, shapes.suffix_length - 1),
+        }
 
     def _sources(self, generation: Generation) -> int:
         """Bytes per chip of the caches that a generation's prefixes are taken from."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from appo_jax.policy.constraints import ROWS, constrain, merged, platform
 from appo_jax.policy.kernels import causal_attention, packed_attention
+from appo_jax.policy.seen_keys import MAX_QUERIES, seen_keys
 
 # (the layer's caches, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], what the layer keeps)
 Attend = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -87,14 +88,18 @@ class Places(NamedTuple):
 
 
 def tree(
-    q: jax.Array, prefix: Blocks, suffix: LayerCache, places: Places, prefix_length: jax.Array, cached: jax.Array
-) -> jax.Array:
+    q: jax.Array, prefix: Blocks, suffix: LayerCache, places: Places, prefix_length: jax.Array, cached: jax.Array,
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
     """Attention of Q new tokens per row over the row's part of a shared prefix and over its own suffix.
 
     q `[W, Q, H, E]`; prefix: blocks of keys `[R, K, E, T]` and values `[R, K, T, E]`, read once for the rows that share them;
     suffix keys `[W, K, E, S]` and values `[W, K, S, E]`, the Q new tokens already written. A row sees prefix positions below
     `prefix_length [W]` and, for its i-th new token, suffix slots up to `cached + i` (`cached [W]` counts the slots before
     the new tokens). One softmax joins the two parts. Returns `[W, Q, H, E]`.
+
+    On a TPU a decode step's parts are computed by a kernel that reads no more of a cache than is seen (seen_keys.py);
+    `interpret` runs it without a TPU.
     """
     W, Q, H, E = q.shape
     R, K = prefix[0][1].shape[:2]
@@ -104,9 +109,13 @@ def tree(
     seen = prefix_length.at[places.members].get(mode="fill", fill_value=0)
     seen_prefix = seen[:, None, :, None, None, None]  # [R, 1, C, 1, 1, 1]
     seen_suffix = (cached[:, None] + 1 + jnp.arange(Q))[:, None, :, None, None]  # [W, 1, Q, 1, 1]
-    # Flat batches of small matrix products: the one form that is fast on every backend.
-    on_prefix = _part(by_place.transpose(0, 3, 1, 2, 4, 5), prefix, seen_prefix, (*merged(R, K), C * Q * G))
-    on_suffix = _part(q.swapaxes(1, 2), suffix, seen_suffix, (*merged(W, K), Q * G))
+    by_place, by_row = by_place.transpose(0, 3, 1, 2, 4, 5), q.swapaxes(1, 2)
+    if (platform() == "tpu" or interpret) and C * Q * G <= MAX_QUERIES:
+        on_prefix = _seen_part(by_place, prefix[0], seen_prefix, SEEN_PREFIX, interpret)
+        on_suffix = _seen_part(by_row, suffix, seen_suffix, SEEN_SUFFIX, interpret)
+    else:  # flat batches of small matrix products: the one form that is fast on every backend
+        on_prefix = _part(by_place, prefix, seen_prefix, (*merged(R, K), C * Q * G))
+        on_suffix = _part(by_row, suffix, seen_suffix, (*merged(W, K), Q * G))
     r, c = places.of_row[:, 0], places.of_row[:, 1]
     out_p, top_p, sum_p = (x.transpose(0, 2, 3, 1, 4, 5)[r, c] for x in on_prefix)
     out_s, top_s, sum_s = (x.swapaxes(1, 2) for x in on_suffix)
@@ -117,7 +126,20 @@ def tree(
     return out.astype(q.dtype).reshape(W, Q, H, E)
 
 
+# Names of the kernel's calls in a compiled program: `plan` counts what they read by the rollouts' lengths.
+SEEN_PREFIX, SEEN_SUFFIX = "seen_prefix", "seen_suffix"
+
 Part = tuple[jax.Array, jax.Array, jax.Array]  # of a softmax: unnormalised output [..., E], maximum and sum [..., 1]
+
+
+def _seen_part(q: jax.Array, cache: LayerCache, seen: jax.Array, name: str, interpret: bool) -> Part:
+    """`_part` by the TPU's kernel. q `[N, K, …, E]`; seen `[N, 1, …, 1]`. Off the CPU a prefix is one block."""
+    lead = q.shape[:-1]
+    N, K, *queries = lead
+    seen = jnp.broadcast_to(seen[:, 0], (N, *queries, 1)).reshape(N, -1)
+    part = seen_keys(q.reshape(N, K, -1, q.shape[-1]), *cache, seen, name=name, interpret=interpret)
+    out, top, total = (x.reshape(*lead, -1) for x in part)
+    return out, top, total
 
 
 def _part(q: jax.Array, cache: LayerCache | Blocks, seen: jax.Array, flat: tuple[int, ...]) -> Part:
