@@ -137,7 +137,9 @@ def _seen_part(q: jax.Array, cache: LayerCache, seen: jax.Array, name: str, inte
     lead = q.shape[:-1]
     N, K, *queries = lead
     seen = jnp.broadcast_to(seen[:, 0], (N, *queries, 1)).reshape(N, -1)
-    part = seen_keys(q.reshape(N, K, -1, q.shape[-1]), *cache, seen, name=name, interpret=interpret)
+    # The TPU compiler lays keys out as values, into which a new key is written as one piece: this turns nothing.
+    keys, values = cache[0].swapaxes(-1, -2), cache[1]
+    part = seen_keys(q.reshape(N, K, -1, q.shape[-1]), keys, values, seen, name=name, interpret=interpret)
     out, top, total = (x.reshape(*lead, -1) for x in part)
     return out, top, total
 

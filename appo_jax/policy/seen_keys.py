@@ -32,27 +32,21 @@ def seen_keys(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One part of a softmax over caches of ragged lengths.
 
-    q `[N, K, M, E]`, already scaled; keys `[N, K, E, T]`; values `[N, K, T, E]`; seen `[N, M]` int32: how many of the first keys
+    q `[N, K, M, E]`, already scaled; keys and values `[N, K, T, E]`; seen `[N, M]` int32: how many of the first keys
     a query sees. Returns float32: the unnormalised output `[N, K, M, E]`, the largest score and the sum `[N, K, M, 1]`; of a
     query that sees nothing, zeros and the least number. `name` names it in the compiled program; `interpret` runs it without
     a TPU.
     """
     N, K, M, E = q.shape
-    T = keys.shape[-1]
+    T = keys.shape[2]
     rows = -M % SUBLANES
     q = jnp.pad(q, ((0, 0), (0, 0), (0, rows), (0, 0)))
     seen = jnp.pad(seen.astype(jnp.int32), ((0, 0), (0, rows)))
     block = block_of(K, T, E, keys.dtype.itemsize)
     needed = jnp.maximum(-(-seen.max(-1) // block), 1)  # blocks that a row of the cache is read of
 
-    def cache(*order: int):  # type: ignore[no-untyped-def]
-        """Index map of a block of keys or values; beyond those needed the last one stays."""
-
-        def index(n: jax.Array, t: jax.Array, needed: jax.Array) -> tuple[jax.Array | int, ...]:
-            at = (n, 0, 0, jnp.minimum(t, needed[n] - 1))
-            return tuple(at[i] for i in order)
-
-        return index
+    def cache(n: jax.Array, t: jax.Array, needed: jax.Array) -> tuple[jax.Array | int, ...]:
+        return n, 0, jnp.minimum(t, needed[n] - 1), 0  # beyond those needed the last block stays
 
     def row(n: jax.Array, t: jax.Array, needed: jax.Array) -> tuple[jax.Array | int, ...]:
         return n, 0, 0, 0
@@ -66,8 +60,8 @@ def seen_keys(
             in_specs=[
                 pl.BlockSpec((1, M + rows, 1), lambda n, t, needed: (n, 0, 0)),
                 pl.BlockSpec((1, K, M + rows, E), row),
-                pl.BlockSpec((1, K, E, block), cache(0, 1, 2, 3)),
-                pl.BlockSpec((1, K, block, E), cache(0, 1, 3, 2)),
+                pl.BlockSpec((1, K, block, E), cache),
+                pl.BlockSpec((1, K, block, E), cache),
             ],
             out_specs=of_row,
         ),
@@ -106,7 +100,8 @@ def _kernel(
         # Beyond the cache's end a block holds anything, NaN too; a weight of 0 would not be enough.
         real = first + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < length
         for head in range(q_ref.shape[1]):
-            scores = jnp.dot(q_ref[0, head], k_ref[0, head], preferred_element_type=jnp.float32)
+            by_width = (((1,), (1,)), ((), ()))
+            scores = jax.lax.dot_general(q_ref[0, head], k_ref[0, head], by_width, preferred_element_type=jnp.float32)
             scores = jnp.where(index < seen, scores, -jnp.inf)
             top = top_ref[0, head]
             higher = jnp.maximum(top, scores.max(-1, keepdims=True))

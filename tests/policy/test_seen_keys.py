@@ -77,14 +77,14 @@ def test_trees_of_any_lengths(seed: int, longest_prefix: int, longest_suffix: in
 def test_blocks_that_nobody_sees_are_not_read() -> None:
     """What lies there is NaN. The cache of the first row is read for one block of 512 keys, that of the second for two."""
     rng = np.random.default_rng(0)
-    q, keys, values = (rng.normal(size=s).astype(np.float32) for s in ((2, K, G, E), (2, K, E, T), (2, K, T, E)))
-    keys[0, :, :, 512:], values[0, :, 512:], keys[1, :, :, 1024:], values[1, :, 1024:] = (np.nan,) * 4
+    q, keys, values = (rng.normal(size=s).astype(np.float32) for s in ((2, K, G, E), (2, K, T, E), (2, K, T, E)))
+    keys[0, :, 512:], values[0, :, 512:], keys[1, :, 1024:], values[1, :, 1024:] = (np.nan,) * 4
     seen = jnp.asarray([[0, 512], [513, 700]])
     out, top, total = jax.jit(functools.partial(seen_keys, interpret=True))(q, keys, values, seen)
     assert np.isfinite(out).all()
     assert not out[0, :, 0].any()
     assert not total[0, :, 0].any()
-    scores = np.einsum("kme,ket->kmt", q[1].astype(float), keys[1, :, :, :700].astype(float))[:, 1]
+    scores = np.einsum("kme,kte->kmt", q[1].astype(float), keys[1, :, :700].astype(float))[:, 1]
     np.testing.assert_allclose(np.log(total[1, :, 1, 0]) + top[1, :, 1, 0], np.log(np.exp(scores).sum(-1)), atol=1e-5)
 
 
@@ -96,7 +96,7 @@ from appo_jax.policy.seen_keys import seen_keys
 for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
     here = jax.sharding.SingleDeviceSharding(compiler_for(topology).devices[0])
     for (N, K, M, E, T), dtype in (((6, 4, 7, 128, 1500), "bfloat16"), ((6, 2, 4, 64, 300), "float32")):
-        shapes = (((N, K, M, E), dtype), ((N, K, E, T), dtype), ((N, K, T, E), dtype), ((N, M), "int32"))
+        shapes = (((N, K, M, E), dtype), ((N, K, T, E), dtype), ((N, K, T, E), dtype), ((N, M), "int32"))
         arrays = [jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=here) for shape, kind in shapes]
         text = jax.jit(seen_keys).lower(*arrays).compile().as_text()
         assert "seen_keys" in text and "tpu_custom_call" in text
