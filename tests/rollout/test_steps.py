@@ -26,6 +26,7 @@ from appo_jax.config import (
     PolicyConfig,
     RolloutConfig,
 )
+from appo_jax.learner.batch import make_terms
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.policy.parameters import Params
@@ -55,7 +56,7 @@ def step(
     arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor, params: Params,
     rollout_config: RolloutConfig,
 ):  # fmt: skip
-    """A function that makes one step of a config: its record, its trees, the batches it trained on, whether params moved."""
+    """A function that makes one step of a config: its record, its trees, the terms of its losses, whether params moved."""
 
     def step(config: Config, reward: Any = even_text, more: Any = None) -> tuple[dict, list, list, bool]:
         rollout = dataclasses.replace(rollout_config, num_initial=N, budget=M)
@@ -74,16 +75,19 @@ def step(
         update = make_train_step(optimizer, StepSpec(arch, algorithm.loss, 1.0, jnp.float32, "none"))
         batches = []
 
-        def seen(state: TrainState, batch: Any) -> Any:
-            batches.append(batch)
-            return update(state, batch)
+        def seen(*args: Any) -> Any:
+            terms, base = make_terms(*args)
+            batches.append(terms)
+            return terms, base
 
         start = jax.tree.map(jnp.copy, params)
         examples = [Example(f"q{i}", text, ("x",), "qa", "") for i, text in enumerate(("the fox", "dog", "7", "lazy"))]
         reference = jax.tree.map(lambda x: 0.9 * x, params) if algorithm.loss.kl_weight else None
         state = TrainState(start, optimizer.init(start))
-        trainer = Trainer(components, algorithm, grower, seen, reference)
-        state, record, trees = train_step(trainer, 0, state, examples, more or iter(()))
+        trainer = Trainer(components, algorithm, grower, update, reference)
+        with pytest.MonkeyPatch.context() as watching:
+            watching.setattr("appo_jax.train_step.make_terms", seen)
+            state, record, trees = train_step(trainer, 0, state, examples, more or iter(()))
         moved = any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), state.params, params)))
         return record, trees, batches, moved
 
