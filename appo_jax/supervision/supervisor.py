@@ -113,6 +113,8 @@ class Supervisor:
             if self._cause is not None and not self._may_be_secondary():
                 status = self._end_child()
                 break
+        else:
+            self._conclude(status)
         return self._finish(status)
 
     def _listen(self) -> None:
@@ -231,6 +233,20 @@ class Supervisor:
             return None
         return Cause(self._peers.host, "interrupted", failures.INTERRUPTED)
 
+    def _conclude(self, status: int) -> None:
+        """The child has ended by itself: why, where not well. What may follow from another host's failure waits for news of it."""
+        while any(key.fileobj is self._child.connection for key, _ in self._selector.select(0)):
+            self._fail(self._hear_child())  # what it said last
+        if status < 0:
+            name = signal.Signals(-status).name
+            hint = " (the memory killer, or a person)" if name == "SIGKILL" else ""
+            self._fail(Cause(self._peers.host, f"{self._name()} was ended by {name}{hint}", failures.START_AGAIN))
+        elif self._cause is None and status not in (0, failures.INTERRUPTED):
+            self._fail(Cause(self._peers.host, f"{self._name()} ended with exit code {status}", status))
+        while self._cause is not None and self._may_be_secondary():
+            self._listen()
+            self._tell()
+
     def _leave(self) -> Cause | None:
         """This host has ended well: wait until all have, or one of them fails. So all of them give the same exit code."""
         if self._peers.host != 0:
@@ -274,20 +290,7 @@ class Supervisor:
 
     def _finish(self, status: int | None) -> int:
         """Say last what came first, leave word, and give the exit code."""
-        while any(
-            key.fileobj is self._child.connection for key, _ in self._selector.select(0)
-        ):  # what the child said last
-            self._fail(self._hear_child())
-        cause, host = self._cause, self._peers.host
-        if cause is None and status is not None and status < 0:
-            name = signal.Signals(-status).name
-            hint = " (the memory killer, or a person)" if name == "SIGKILL" else ""
-            cause = Cause(host, f"{self._name()} was ended by {name}{hint}", failures.START_AGAIN)
-            self._fail(cause)
-        elif cause is None and status not in (0, failures.INTERRUPTED):
-            cause = Cause(host, f"{self._name()} ended with exit code {status}", status or 0)
-            self._fail(cause)
-        cause = cause or self._leave()
+        cause = self._cause or self._leave()
         if cause is None:
             self._write_status("done" if status == 0 else "stopped")
             self._peers.goodbye()
