@@ -58,7 +58,9 @@ COMPLETE = [
 ]
 
 
-@pytest.mark.parametrize("cls", {cls for _, cls in parts()}, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", sorted({cls for _, cls in parts()}, key=lambda cls: cls.__name__), ids=lambda cls: cls.__name__
+)
 def test_every_field_is_explained(cls):
     (tree,) = ast.parse(inspect.getsource(cls)).body
     explained = {
