@@ -86,7 +86,7 @@ class Numbers:
     vocab_size, eos_id, eos_ids, pad_id = ARCH.vocab_size, 0, (-1,), 0  # nothing ends before its limit
 
     def encode(self, text: str, **_: Any) -> list[int]:
-        return [int(word) for word in text.split()]
+        return [int(word) if word.isdigit() else 1 for word in text.split()]
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
         return "".join(f" {i}" for i in ids)
@@ -131,7 +131,7 @@ def ours(algorithm: str, params: Params, prompts: Sequence[list[int]]) -> Callab
         nonlocal state
         state, record, trees = train_step(trainer, 0, state, examples, itertools.repeat(examples))
         assert all(len(tree) == GROUP for tree in trees)
-        took = {name: record[f"time/{name}_s"] for name in ("rollout", "branch", "score", "update", "step")}
+        took = {name: record.get(f"time/{name}_s", 0.0) for name in ("rollout", "branch", "score", "update", "step")}
         return {
             "sampling": took["rollout"] + took["branch"], "scoring": took["score"], "update": took["update"],
             "step": took["step"],
@@ -232,7 +232,8 @@ def tunix(folder: Path, prompts: Sequence[list[int]], repeats: int) -> list[Time
 
         cluster.update_actor = update_and_wait
         clock.begin()
-        learner.train([{"prompts": [" ".join(map(str, tokens)) for tokens in prompts]} for _ in range(repeats + 1)])
+        asked = np.array([" ".join(map(str, tokens)) for tokens in prompts])
+        learner.train([{"prompts": asked} for _ in range(repeats + 1)])
     return clock.steps
 
 
