@@ -190,7 +190,9 @@ def test_damage_anywhere_never_yields_a_wrong_state(pristine, tmp_path):
     refusals = 0
     for trial in range(24):
         folder = Path(shutil.copytree(directory, tmp_path / str(trial)))
-        files = sorted(path for path in (folder / "12").rglob("*") if path.is_file() and path.stat().st_size)
+        # By size: orbax names its files by random numbers.
+        files = [path for path in (folder / "12").rglob("*") if path.is_file() and path.stat().st_size]
+        files.sort(key=lambda path: (path.stat().st_size, path.name))
         path = rng.choices(files, weights=[max(file.stat().st_size, 2000) for file in files])[0]
         content = bytearray(path.read_bytes())
         at = rng.randrange(len(content))

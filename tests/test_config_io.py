@@ -43,6 +43,9 @@ def values(hint):
         if parts[0] is int:
             return st.integers(low + open_low, high - open_high)
         return st.floats(low, high, exclude_min=open_low, exclude_max=open_high, allow_infinity=False)
+    if origin is typing.Annotated and typing.get_origin(parts[0]) is tuple:
+        (length,) = hint.__metadata__
+        return st.lists(values(typing.get_args(parts[0])[0]), min_size=length.min_length, max_size=3).map(tuple)
     if origin is typing.Annotated:  # a union, and how a file tells its kinds apart
         return values(parts[0])
     if origin is typing.Literal:

@@ -1,7 +1,7 @@
 """Files of traces for the cold start, as others publish them: ShareGPT, LLaMA-Factory's formats, chat messages.
 
 A record is a conversation of one question. Its calls may stand in the policy's text, in tags or as JSON, with the results
-between `<result>` or `<tool_response>` marks in that same text or in turns of their own; or under `tool_calls`, as OpenAI's
+between the marks of either format in that same text or in turns of their own; or under `tool_calls`, as OpenAI's
 interface has them. Whatever the file's notation, the trace is written in the run's call format.
 """
 
@@ -101,7 +101,7 @@ class _Writer:
 
     def last_call(self, text: str) -> tuple[str, Call]:
         """The text before the call that it ends with, and that call."""
-        notation = self.json if text.rstrip().endswith("</tool_call>") else self.tags
+        notation = self.json if text.rstrip().endswith(tuple(self.json.stop_strings)) else self.tags
         found = notation.parse(text)
         if isinstance(found, Call):
             if found.name not in self.known:

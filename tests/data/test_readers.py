@@ -314,7 +314,7 @@ def test_a_mixture_keeps_each_parts_own(tmp_path):
         ("files-2", "math"),
     }
     assert len(dataset.documents) == 2
-    assert dataset.demonstration is None
+    assert dataset.num_demonstrations == 1  # of HotpotQA: the files have none
     with pytest.raises(ConfigError, match=r"data\.mixture: empty"):
         load_dataset(DataConfig("mixture"))
     with pytest.raises(ConfigError, match="cannot be a mixture"):
