@@ -126,7 +126,7 @@ class Store:
 
     def _check_same_sweep(self) -> None:
         """Raise ConfigError if the folder holds another sweep, whose trials would mean something else."""
-        file = self.folder / "sweep.json"
+        file = self.folder / "definition.json"
         mine = _description(self.sweep)
         if not file.exists():
             _write(file, mine)

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from appo_jax.config_io import load_config
 from appo_jax.errors import ConfigError
 from appo_jax.sweep.plan import Sweep
+from appo_jax.sweep.report import write_report
 from appo_jax.sweep.store import LEASE_S, Store
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
@@ -118,6 +119,17 @@ def test_a_folder_belongs_to_one_sweep(store, tmp_path):
     other = dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, learning_rate=1.0))
     with pytest.raises(ConfigError, match="holds another sweep: base differ"):
         Store(make_sweep(tmp_path, base=other))
+
+
+def test_a_sweep_with_its_report_can_be_opened_again(store, tmp_path):
+    """Once, the report took the place of the file that says which sweep the folder holds."""
+    while (trial := store.claim_trial()) is not None:
+        trial.set_user_attr("seed-0", trial.params["branching.tau"])
+        store.study.tell(trial, trial.params["branching.tau"])
+        store.release(f"trial-{trial.number}")
+    write_report(store.sweep)
+    assert (tmp_path / "sweep.json").exists()
+    assert Store(make_sweep(tmp_path)).all_done()
 
 
 def test_tpe_chooses_only_possible_points_and_as_many_as_asked(tmp_path):
