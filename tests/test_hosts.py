@@ -22,7 +22,6 @@ from appo_jax.prepare import prepare_world
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 JOIN = "import sys, jax; jax.distributed.initialize(sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1)))\n"
-TRAIN = JOIN + "from appo_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 EXCHANGE = (
     JOIN
     + """
@@ -79,16 +78,21 @@ def together(program: str, hosts: int, arguments: list[str], devices: int, cache
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    commands = [["-c", program, address, str(hosts), str(i), *arguments] for i in range(hosts)]
+    return at_once(commands, [{}] * hosts, devices, cache)
+
+
+def at_once(commands: list[list[str]], variables: list[dict[str, str]], devices: int, cache: Path) -> list[str]:
+    """Run Python with each of `commands` at the same time, on `devices` CPU devices each; what each printed."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, address, str(hosts), str(i), *arguments], env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, *command], env=env | own, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        for i in range(hosts)
+        for command, own in zip(commands, variables, strict=True)
     ]  # fmt: skip
     try:
         printed = [process.communicate(timeout=240)[0] for process in processes]
@@ -131,7 +135,9 @@ def test_rewards_mean_the_same_on_one_host_and_on_two(tmp_path: Path) -> None:
 
 @pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes four minutes: set APPO_JAX_LONG=1")
 @pytest.mark.timeout(600)
-def test_two_hosts_train_as_one_does(tmp_path: Path, short_quickstart: Callable[[Path], Config]) -> None:
+def test_two_hosts_train_as_one_does(
+    tmp_path: Path, short_quickstart: Callable[[Path], Config], one_of: Callable[[int, int], dict[str, str]]
+) -> None:
     c = short_quickstart(tmp_path)
     config = dataclasses.replace(
         c,
@@ -146,7 +152,9 @@ def test_two_hosts_train_as_one_does(tmp_path: Path, short_quickstart: Callable[
     def run(name: str, hosts: int, config: Config = config) -> Path:
         run_dir, file = tmp_path / name, tmp_path / f"{name}.json"
         save_config(dataclasses.replace(config, run_dir=str(run_dir)), file)
-        printed = together(TRAIN, hosts, ["train", "--config", str(file)], 2 // hosts, tmp_path / "xla")
+        command = ["-m", "appo_jax", "train", "--config", str(file)]
+        variables = [one_of(i, hosts) for i in range(hosts)]
+        printed = at_once([command] * hosts, variables, 2 // hosts, tmp_path / "xla")
         assert all("cold start 20/20" not in text for text in printed[1:])  # the first host speaks for all
         return run_dir
 

@@ -41,7 +41,7 @@ def test_a_sweep_that_is_killed_again_and_again_loses_nothing(short_quickstart, 
     file.write_text(SWEEP.format(base=str(tmp_path / "base.json"), out=str(out)))
     command = [sys.executable, "-m", "appo_jax", "sweep", "--config", str(file), "--jobs", "2"]
     with (tmp_path / "log").open("a") as log:
-        for seconds in (25, 35, 30, 20, 15):
+        for seconds in (7, 9, 11, 8, 10):
             process = subprocess.Popen(command, stdout=log, stderr=log)
             time.sleep(seconds)
             process.send_signal(signal.SIGKILL)
