@@ -329,5 +329,7 @@ def test_the_very_command_sweeps_on_two_slices(launch, workers, tiny: Config, tm
     assert done.returncode == 0, done.stderr
     for i in range(2):
         assert told(folder, i)[0] == ["0"], told(folder, i)[1][-4000:]
+    command = [sys.executable, "-m", "appo_jax", "sweep", "--config", str(tmp_path / "sweep.py"), "--report"]
+    subprocess.run(command, check=True, timeout=100, stdout=subprocess.DEVNULL)
     report = json.loads((out / "sweep.json").read_text())
     assert [trial["state"] for trial in report["trials"]] == ["COMPLETE"] * 2
