@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import sqlite3
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import requests
 from appo_jax.config import JudgeConfig
 from appo_jax.reward.grade import Grade, final_answer
 from appo_jax.reward.response import Response
+from appo_jax.tools.cache import open_shared
 
 PROMPT = """Decide whether an answer to a question is right. Compare it with the reference answer alone; do not solve the question.
 Wording may differ, the meaning may not. A number may differ in form, not in value.
@@ -65,8 +65,7 @@ class LanguageJudge:
         self.config, self.counts = config, Counts()
         self._lock = threading.Lock()
         cache.parent.mkdir(parents=True, exist_ok=True)
-        self._cache = sqlite3.connect(cache, timeout=30.0, check_same_thread=False, isolation_level=None)
-        self._cache.execute("PRAGMA journal_mode = WAL")
+        self._cache = open_shared(cache)
         self._cache.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, correct INTEGER, reason TEXT)")
 
     def decide(self, questions: Sequence[tuple[str, Sequence[str], str]]) -> list[Decision]:
@@ -106,7 +105,7 @@ class LanguageJudge:
         if decision.correct is None:
             self._count(failed=1)
             return decision
-        with self._lock:
+        with self._lock, self._cache:  # one transaction
             self._cache.execute(
                 "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", (key, decision.correct, decision.reason)
             )

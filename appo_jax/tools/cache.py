@@ -73,22 +73,25 @@ class QueryCache:
     def _database(self) -> sqlite3.Connection:
         if not hasattr(self._local, "connection"):
             # One connection per thread. Only close() uses the connections of other threads.
-            connection = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S, check_same_thread=False)
-            _use_wal(connection)
+            connection = open_shared(self.path)
             connection.execute("PRAGMA synchronous = NORMAL")
             self._local.connection = connection
             self._connections.append(connection)
         return self._local.connection
 
 
-def _use_wal(connection: sqlite3.Connection) -> None:
-    """Put the file into WAL mode. SQLite waits for a lock everywhere but here: processes that open a new file at the same
-    time would get "database is locked" at once."""
+def open_shared(path: str | Path) -> sqlite3.Connection:
+    """A connection to a file in WAL mode, for any thread. Raises sqlite3.Error.
+
+    SQLite waits for a lock everywhere but where a file is put into that mode: processes that open a new file at the same
+    time would get "database is locked" at once.
+    """
+    connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, check_same_thread=False)
     give_up = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
-            return
+            return connection
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
                 raise

@@ -1,5 +1,6 @@
 """A language model as the reward: a real endpoint that answers, drips, fails and talks; and functions that hang."""
 
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from faulty_judge import FaultyJudge
 from appo_jax.config import JudgeConfig, RewardConfig
 from appo_jax.errors import AppoError, ConfigError
 from appo_jax.reward import Judge, Response, make_reward
+from appo_jax.reward.language_judge import LanguageJudge
 from appo_jax.tools.format import TagFormat
 from appo_jax.tools.protocol import ToolSpec
 from appo_jax.types import Example, RewardResult, Segment, StopReason
@@ -104,3 +106,14 @@ def test_what_is_no_fault_of_the_function_ends_the_run():
 def test_results_keep_the_order_of_the_rollouts():
     judge = Judge("mine:f", lambda response: RewardResult(float(response.golds[0]), False), timeout=5.0)
     assert [j.reward for j in judge.each([answering("a", str(i)) for i in range(50)])] == list(range(50))
+
+
+def test_a_new_cache_waits_for_the_process_that_is_making_the_file(tmp_path):
+    """Hosts and runs open one file at the same time."""
+    path = tmp_path / "verdicts.sqlite"
+    with sqlite3.connect(path, check_same_thread=False, isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("CREATE TABLE t (x)")
+        threading.Timer(0.3, lambda: other.execute("COMMIT")).start()
+        LanguageJudge(JudgeConfig(url="http://127.0.0.1:9", model="m"), path).close()
+    other.close()
