@@ -76,7 +76,7 @@ def build(config: Config) -> Components:
         )
     dataset = load_dataset(config.data)
     tokenizer = policy_tokenizer(config.policy)
-    arch = for_tokenizer(architecture_of(config.policy), tokenizer.vocab_size)
+    arch = for_tokenizer(architecture_of(config.policy), tokenizer.vocab_size, tokenizer.missing_ids)
     check_positions(arch, config)
     with contextlib.ExitStack() as stack:
         executor = stack.enter_context(build_executor(config.tools, dataset.documents))

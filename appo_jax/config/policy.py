@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, MinLen
-from pydantic import Discriminator, PositiveFloat, PositiveInt
+from pydantic import Discriminator, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,9 @@ class Architecture:
     num_tokens: PositiveInt | None = None
     """Ids that the tokenizer has. Rows of the embedding beyond them are padding, with probability 0 everywhere. A run sets it
     from its tokenizer. None: vocab_size."""
+    missing_ids: tuple[NonNegativeInt, ...] = ()
+    """Ids below num_tokens that no token has: gaps of the tokenizer's vocabulary. They too have probability 0 everywhere, and a
+    run sets them from its tokenizer."""
     max_positions: PositiveInt | None = None
     """Tokens of prompt and response together for which the policy was trained (`max_position_embeddings`); yarn extends
     it. A config with longer rollouts is refused. None: no limit."""

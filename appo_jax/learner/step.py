@@ -70,9 +70,7 @@ def rows_loss(params: Params, rows: Rows, terms: Terms, spec: StepSpec) -> tuple
     """Loss of a micro-batch (rows `[R, T]`, terms `[C, R, T]`) and its metric sums."""
     attend = attention.packed(rows.ends, keep=False)
     hidden, _ = whole_rows(params, spec.arch, rows.tokens, rows.positions, attend, spec.dtype, spec.remat)
-    log_probs, entropies = token_log_probs(
-        hidden, unembedding(params), rows.targets, spec.temperature, spec.arch.num_tokens
-    )
+    log_probs, entropies = token_log_probs(hidden, unembedding(params), rows.targets, spec.temperature, spec.arch)
     counts = (terms.weights > 0).astype(log_probs.dtype) if terms.counts is None else terms.counts
     if spec.loss is None:
         loss, metrics = -(terms.weights * log_probs).sum(), {"tokens": counts.sum()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def architecture_of(config: PolicyConfig) -> Architecture:
     if stated is None:
         return adapted(found, config.lora)
     # What the shape does not depend on may be left to the folder.
-    left_out = ("num_tokens", *(("max_positions",) if stated.max_positions is None else ()))
+    left_out = ("num_tokens", "missing_ids", *(("max_positions",) if stated.max_positions is None else ()))
     names = [f.name for f in dataclasses.fields(Architecture) if f.name not in left_out]
     differing = [
         f"policy.architecture.{name} = {getattr(stated, name)!r}, but {config.path}/config.json says "
@@ -163,8 +163,8 @@ def check_positions(arch: Architecture, config: Config) -> None:
         raise ConfigError.of(problems)
 
 
-def for_tokenizer(arch: Architecture, num_tokens: int) -> Architecture:
-    """The architecture with the rows beyond a tokenizer's ids marked as padding.
+def for_tokenizer(arch: Architecture, num_tokens: int, missing_ids: Sequence[int] = ()) -> Architecture:
+    """The architecture with the rows that no token has marked: those beyond a tokenizer's ids, and its missing ids.
 
     Raises ConfigError for a tokenizer with more ids than the embedding has rows.
     """
@@ -173,7 +173,8 @@ def for_tokenizer(arch: Architecture, num_tokens: int) -> Architecture:
             f"policy.tokenizer: it has {num_tokens} ids, but the policy's embedding has {arch.vocab_size} rows (vocab_size): "
             "use the tokenizer that the policy was trained with, or raise policy.architecture.vocab_size for a new policy"
         )
-    return dataclasses.replace(arch, num_tokens=num_tokens if num_tokens < arch.vocab_size else None)
+    beyond = num_tokens if num_tokens < arch.vocab_size else None
+    return dataclasses.replace(arch, num_tokens=beyond, missing_ids=tuple(missing_ids))
 
 
 def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:

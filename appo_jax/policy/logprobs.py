@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from appo_jax.config import Architecture
 from appo_jax.policy.constraints import ROWS, constrain, parts
 from appo_jax.policy.transformer import unembed
 
@@ -27,11 +28,11 @@ def log_prob_and_entropy(
 
 def token_log_probs(
     hidden: Float[Array, "R T D"], unembedding: Float[Array, "V D"], targets: Int[Array, "R T"], temperature: float,
-    num_tokens: int | None = None,
+    arch: Architecture | None = None,
 ) -> tuple[Float32[Array, "R T"], Float32[Array, "R T"]]:  # fmt: skip
     """Log-probability of a token and entropy at every position of a batch.
 
-    hidden `[R, T, D]`, unembedding `[V, D]`, targets `[R, T]`: the token that is asked for at each position; `num_tokens` as
+    hidden `[R, T, D]`, unembedding `[V, D]`, targets `[R, T]`: the token that is asked for at each position; `arch` as
     of `unembed`. Returns two float32 `[R, T]`. Runs over chunks of positions, all rows at once, and recomputes each chunk's
     logits in the backward pass.
     """
@@ -47,7 +48,7 @@ def token_log_probs(
 
     @jax.checkpoint
     def one_chunk(states: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = unembed(states, weights, num_tokens)
+        logits = unembed(states, weights, arch)
         return log_prob_and_entropy(constrain(logits, ROWS, None, "tensor") / temperature, targets)
 
     log_probs, entropies = jax.lax.map(lambda x: one_chunk(*x), (chunked(hidden), chunked(targets)))

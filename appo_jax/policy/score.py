@@ -60,7 +60,7 @@ def score(params: Params, rows: Rows, *, arch: Architecture, temperature: float,
     """Log-probabilities, entropies and KV cache of packed rows in one pass."""
     attend = attention.packed(rows.ends, keep=True)
     hidden, cache = whole_rows(params, arch, rows.tokens, rows.positions, attend, dtype)
-    log_probs, entropies = token_log_probs(hidden, unembedding(params), rows.targets, temperature, arch.num_tokens)
+    log_probs, entropies = token_log_probs(hidden, unembedding(params), rows.targets, temperature, arch)
     return Scored(replicate(log_probs), replicate(entropies), attention.laid_out(cache))
 
 

@@ -215,16 +215,20 @@ def unembedding(params: Params) -> jax.Array:
     return params["unembed"].T if "unembed" in params else params["embed"]
 
 
-def unembed(hidden: jax.Array, weights: jax.Array, num_tokens: int | None = None, columns: bool = False) -> jax.Array:
+def unembed(
+    hidden: jax.Array, weights: jax.Array, arch: Architecture | None = None, columns: bool = False
+) -> jax.Array:
     """Float32 logits `[..., V]` of hidden states `[..., D]` and the `unembedding [V, D]`; or, of `[W, D]`, as columns `[V, W]`.
 
-    Rows of the embedding from `num_tokens` on are padding. Here, and nowhere else, they get a logit whose probability is 0:
-    in the sampler, the score pass and the loss alike.
+    Rows of the embedding that no token has (`arch.num_tokens` and on, `arch.missing_ids`) get a logit whose probability is 0,
+    here and nowhere else: in the sampler, the score pass and the loss alike. No `arch`: each row has a token.
     """
     equation = "vd,wd->vw" if columns else "...d,vd->...v"
     operands = (weights, hidden) if columns else (hidden, weights)
     logits = jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
-    if num_tokens is None or num_tokens == len(weights):
+    if arch is None or (arch.num_tokens in (None, len(weights)) and not arch.missing_ids):
         return logits
-    ids = jnp.arange(len(weights))
-    return jnp.where((ids[:, None] if columns else ids) < num_tokens, logits, _PADDING_LOGIT)
+    has_token = jnp.arange(len(weights)) < (arch.num_tokens or len(weights))
+    if arch.missing_ids:
+        has_token &= ~np.isin(np.arange(len(weights)), arch.missing_ids)
+    return jnp.where(has_token[:, None] if columns else has_token, logits, _PADDING_LOGIT)

@@ -144,7 +144,7 @@ def decode_segment(
         span = _Span(last, jnp.ones_like(last), s.start)
         hidden, cache = _feed(params, (spec.arch, spec.dtype, False), prefixes, s.cache, token, span, table)
         # Each device makes logits of its part of the vocabulary for the rows of all fsdp places, and then has more of fewer rows.
-        logits = unembed(constrain(hidden[:, 0], "data"), weights, spec.arch.num_tokens, columns=True)
+        logits = unembed(constrain(hidden[:, 0], "data"), weights, spec.arch, columns=True)
         logits = constrain(constrain(logits, widest(len(weights)), "data"), "tensor", ROWS)
         uniforms = None
         if spec.temperature > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,15 @@ def chat_template(folder: Path, config: dict[str, Any]) -> str:
     return template
 
 
-def declared_ends(folder: Path, num_ids: int) -> list[int]:
-    """The ids that a model's folder declares to end a turn."""
+def declared_ends(folder: Path, known: Set[int]) -> list[int]:
+    """The ids that a model's folder declares to end a turn. known: the ids of its tokenizer."""
     for name in ("generation_config.json", "config.json"):
         declared = read_json_if_any(folder / name).get("eos_token_id")
         ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
-        wrong = [id for id in ids if not isinstance(id, int) or not 0 <= id < num_ids]
+        wrong = [id for id in ids if not isinstance(id, int) or id not in known]
         if wrong:
             raise DataError(
-                f"{folder / name}: eos_token_id = {declared}: expected ids of the tokenizer, 0 to {num_ids - 1}"
+                f"{folder / name}: eos_token_id = {declared}: expected ids of the tokenizer, 0 to {max(known)}"
             )
         if ids:
             return ids

@@ -43,6 +43,7 @@ class Tokenizer(Protocol):
     """The interface of a tokenizer."""
 
     vocab_size: int  # ids are 0..vocab_size-1; a model's embedding may have more rows than that
+    missing_ids: tuple[int, ...]  # of these, the ids that no token has
     eos_id: int  # ends the policy's turn, in demonstrations too
     eos_ids: tuple[int, ...]  # every id that ends a turn; eos_id is the first
     pad_id: int
@@ -51,7 +52,7 @@ class Tokenizer(Protocol):
         """Ids of any text; never a control token."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; control tokens and ids from vocab_size on add nothing, broken UTF-8 becomes U+FFFD."""
+        """Text of the ids; control tokens and ids that no token has add nothing, broken UTF-8 becomes U+FFFD."""
 
     def token_bytes(self) -> list[bytes]:
         """[V] the bytes each token adds to the text; b"" for control tokens."""
@@ -78,6 +79,7 @@ class SentencePieceTokenizer:
         except Exception as error:  # protobuf and sentencepiece raise a dozen types
             raise DataError(f"{path}: not a readable sentencepiece model ({type(error).__name__}: {error})") from error
         self.vocab_size: int = self._model.vocab_size()
+        self.missing_ids: tuple[int, ...] = ()
         self.eos_id: int = self._model.eos_id()
         if self.eos_id < 0:
             raise DataError(f"{path}: the sentencepiece model has no end-of-sequence symbol; train it with an eos_id")
@@ -158,7 +160,9 @@ class JsonTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(text_only))
         except Exception as error:  # tokenizers raises bare Exception
             raise DataError(f"{folder / 'tokenizer.json'}: the tokenizers library cannot read it: {error}") from error
-        self.vocab_size: int = 1 + max([*vocabulary.values(), *plain_added.values(), *self._control.values()])
+        ids = {*vocabulary.values(), *plain_added.values(), *self._control.values()}
+        self.vocab_size: int = 1 + max(ids)
+        self.missing_ids: tuple[int, ...] = tuple(sorted(set(range(self.vocab_size)) - ids))
         self._token_bytes = [b""] * self.vocab_size
         for piece, id in vocabulary.items():
             self._token_bytes[id] = byte_level_bytes(piece)
@@ -272,7 +276,8 @@ def load_tokenizer(path: str | Path, model: str | Path | None = None) -> Tokeniz
             f"{path}: no tokenizer here; expected a .model file or a folder with tokenizer.json or tokenizer.model"
         )
     folders = dict.fromkeys(Path(folder) for folder in (path, model) if folder is not None)
-    declared = [id for folder in folders for id in declared_ends(folder, tokenizer.vocab_size)]
+    known = set(range(tokenizer.vocab_size)) - set(tokenizer.missing_ids)
+    declared = [id for folder in folders for id in declared_ends(folder, known)]
     tokenizer.eos_ids = tuple(dict.fromkeys([tokenizer.eos_id, *declared]))
     return tokenizer
 

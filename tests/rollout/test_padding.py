@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from appo_jax.policy.packing import pack
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.score import score
 from appo_jax.rollout.growth import blank_tokens, valid_positions
-from appo_jax.text.tokenizer import SentencePieceTokenizer
+from appo_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.types import Example, Rollout
 
@@ -39,38 +41,77 @@ def without(plain: Architecture) -> Params:
     return jax.tree.map(lambda x: 1.4 * x, init_params(plain, seed=1))
 
 
-@pytest.fixture(scope="session")
-def padded(plain: Architecture, without: Params) -> tuple[Architecture, Params]:
-    """The same with rows more, whose logits are the largest of all at most positions."""
-    arch = dataclasses.replace(plain, vocab_size=plain.vocab_size + PADDING)
-    rows = 5 * jax.random.normal(jax.random.key(3), (PADDING, arch.width))
-    params = without | {"embed": jnp.concatenate([without["embed"], rows])}
+class Moved(NamedTuple):
+    """The same policy with rows more, whose logits are the largest of all at most positions."""
+
+    arch: Architecture
+    params: Params
+    ids: np.ndarray  # [V] where each token's row is
+    missing: tuple[int, ...]  # the rows between
+
+
+@pytest.fixture(scope="session", params=["behind", "within", "both"])
+def padded(request: pytest.FixtureRequest, plain: Architecture, without: Params) -> Moved:
+    """Rows more behind those of the tokens, between them, or both."""
+    V, total = plain.vocab_size, plain.vocab_size + PADDING
+    end = {"behind": V, "within": total, "both": V + PADDING // 2}[request.param]  # of the tokens' rows
+    ids = np.sort(np.random.default_rng(0).permutation(end - 1)[: V - 1])
+    ids = np.append(ids, end - 1)
+    missing = tuple(int(id) for id in np.setdiff1d(np.arange(end), ids))
+    rows = 5 * jax.random.normal(jax.random.key(3), (total, plain.width))
+    params = without | {"embed": rows.at[ids].set(without["embed"])}
     if "unembed" in without:
-        params["unembed"] = jnp.concatenate([without["unembed"], rows.T], axis=1)
-    return for_tokenizer(arch, plain.vocab_size), params
+        params["unembed"] = rows.T.at[:, ids].set(without["unembed"])
+    return Moved(for_tokenizer(dataclasses.replace(plain, vocab_size=total), end, missing), params, ids, missing)
+
+
+class MovedTokenizer:
+    """A tokenizer whose tokens have other ids."""
+
+    def __init__(self, plain: SentencePieceTokenizer, moved: Moved):
+        self.plain, self.ids, self.missing_ids = plain, moved.ids.tolist(), moved.missing
+        self.vocab_size = self.ids[-1] + 1
+        self.eos_id, self.pad_id = self.ids[plain.eos_id], self.ids[plain.pad_id]
+        self.eos_ids = (self.eos_id,)
+        self.pieces = [b""] * self.vocab_size
+        for id, piece in zip(self.ids, plain.token_bytes(), strict=True):
+            self.pieces[id] = piece
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids[id] for id in self.plain.encode(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self.pieces[id] for id in ids).decode(errors="replace")
+
+    def token_bytes(self) -> list[bytes]:
+        return self.pieces
+
+    def render_prompt(self, system: str, question: str) -> list[int]:
+        return [self.ids[id] for id in self.plain.render_prompt(system, question)]
 
 
 @pytest.mark.parametrize("config", [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0.3}])
 def test_padding_is_never_drawn(
-    config: dict[str, float], plain: Architecture, without: Params, padded: tuple[Architecture, Params],
+    config: dict[str, float], plain: Architecture, without: Params, padded: Moved,
     tokenizer: SentencePieceTokenizer, executor: ToolExecutor, examples: list[Example], rollout_config: RolloutConfig,
 ) -> None:  # fmt: skip
     rollouts = dataclasses.replace(rollout_config, max_response_tokens=24, max_result_tokens=12, **config)
 
-    def draw(arch: Architecture, params: Params, temperature: float | None = None) -> list[Rollout]:
+    def draw(arch: Architecture, params: Params, tokenizer: Tokenizer, temperature: float | None) -> list[Rollout]:
         sampler, _ = make_trees(arch, tokenizer, executor, rollouts, BranchingConfig())
         return [rollout for tree in sampler.initial(params, examples, 2, (0, 0), temperature) for rollout in tree]
 
     for temperature in (None, 0.0) if not config else (None,):  # 0: greedy
-        found, expected = draw(*padded, temperature), draw(plain, without, temperature)
+        found = draw(padded.arch, padded.params, MovedTokenizer(tokenizer, padded), temperature)
+        expected = draw(plain, without, tokenizer, temperature)
         for a, b in zip(found, expected, strict=True):
-            assert a.tokens.tolist() == b.tokens.tolist()
+            assert a.tokens.tolist() == padded.ids[b.tokens].tolist()
             np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
             np.testing.assert_allclose(a.entropies, b.entropies, atol=1e-5)
 
 
 def test_log_probs_entropies_and_gradients_are_those_without_padding(
-    plain: Architecture, without: Params, padded: tuple[Architecture, Params]
+    plain: Architecture, without: Params, padded: Moved
 ) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, plain.vocab_size, (2, 11)).astype(np.int32)
@@ -78,9 +119,9 @@ def test_log_probs_entropies_and_gradients_are_those_without_padding(
         np.full((2, 11), 0.1, np.float32), rng.normal(size=(2, 11)).astype(np.float32),
         rng.normal(-4, 0.2, (2, 11)).astype(np.float32),
     )  # fmt: skip
-    batch, rows = make_batch(tokens, terms, 10, 2), pack(tokens, 10).rows
 
-    def numbers(arch: Architecture, params: Params) -> tuple[np.ndarray, np.ndarray, Params]:
+    def numbers(arch: Architecture, params: Params, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, Params]:
+        batch, rows = make_batch(tokens, terms, 10, 2), pack(tokens, 10).rows
         scored = score(params, rows, arch=arch, temperature=0.7, dtype=jnp.dtype("float32"))
         loss = LossConfig(entropy_weight=0.5)  # the entropy's gradient is where masked logits give NaN
         step = make_train_step(optax.sgd(1.0), StepSpec(arch, loss, 0.7, jnp.dtype("float32")))
@@ -89,15 +130,15 @@ def test_log_probs_entropies_and_gradients_are_those_without_padding(
         grads = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), params, state.params)
         return np.asarray(scored.log_probs), np.asarray(scored.entropies), grads
 
-    found, expected = numbers(*padded), numbers(plain, without)
+    ids, others = padded.ids, np.setdiff1d(np.arange(padded.arch.vocab_size), padded.ids)
+    found, expected = numbers(padded.arch, padded.params, ids[tokens]), numbers(plain, without, tokens)
     np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
     np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
-    V = plain.vocab_size
-    cut = found[2] | {"embed": found[2]["embed"][:V]}
-    assert not found[2]["embed"][V:].any()
+    cut = found[2] | {"embed": found[2]["embed"][ids]}
+    assert not found[2]["embed"][others].any()
     if "unembed" in cut:
-        assert not cut["unembed"][:, V:].any()
-        cut["unembed"] = cut["unembed"][:, :V]
+        assert not cut["unembed"][:, others].any()
+        cut["unembed"] = cut["unembed"][:, ids]
     for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(expected[2]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)  # gradients of up to 30: a few units in the last place
 
@@ -122,6 +163,6 @@ def rollouts(
 
 
 def test_the_architecture_of_a_tokenizer(arch: Architecture) -> None:
-    assert for_tokenizer(arch, arch.vocab_size) == arch  # nothing is padded: the very programs of before
+    assert for_tokenizer(arch, arch.vocab_size) == arch  # each row has a token: the very programs of before
     with pytest.raises(ConfigError, match=rf"it has {arch.vocab_size + 1} ids, but .* {arch.vocab_size} rows"):
         for_tokenizer(arch, arch.vocab_size + 1)

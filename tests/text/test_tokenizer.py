@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from appo_jax.config import PolicyConfig
 from appo_jax.errors import ConfigError, DataError
+from appo_jax.rollout.growth import blank_tokens
 from appo_jax.text.tokenizer import JsonTokenizer, SentencePieceTokenizer, check_tags, load_tokenizer, policy_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -128,6 +129,45 @@ def test_json_ids_and_bytes_agree_with_the_library(json_folder):
     think = theirs.token_to_id("<think>")  # an added token that is not special is ordinary text
     assert ours.encode("<think>") == [think]
     assert ours.token_bytes()[think] == b"<think>"
+
+
+@pytest.fixture
+def folder_with_gaps(json_folder, tmp_path):
+    """The folder's tokenizer without two of its tokens, whose ids no other token takes."""
+    data = json.loads((json_folder / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    merged = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in data["model"]["merges"]]
+    parts = {piece for merge in merged for piece in merge}
+    last = [left + right for left, right in merged if left + right not in parts][-2:]  # nothing is made of them
+    data["model"]["merges"] = [list(merge) for merge in merged if "".join(merge) not in last]
+    missing = sorted(vocabulary.pop(piece) for piece in last)
+    folder = tmp_path / "gaps"
+    shutil.copytree(json_folder, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    return folder, missing, last
+
+
+def test_ids_that_no_token_has_are_known(folder_with_gaps, json_folder):
+    folder, missing, pieces = folder_with_gaps
+    whole, with_gaps = JsonTokenizer(json_folder), JsonTokenizer(folder)
+    assert whole.missing_ids == ()
+    assert with_gaps.missing_ids == tuple(missing)
+    assert with_gaps.vocab_size == whole.vocab_size
+    text = "".join(pieces).replace("Ġ", " ")
+    ids = with_gaps.encode(text)
+    assert not set(missing) & set(ids)
+    assert with_gaps.decode(ids) == text
+    assert with_gaps.decode([missing[0], *ids, missing[1]]) == text
+    assert all(with_gaps.token_bytes()[id] == b"" for id in missing)
+    assert blank_tokens(with_gaps)[missing].all()
+
+
+def test_a_missing_id_ends_no_turn(folder_with_gaps):
+    """It would never be drawn: the turn would have one end less than the model declares."""
+    folder, missing, _ = folder_with_gaps
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [missing[0]]}))
+    with pytest.raises(DataError, match=rf"eos_token_id = \[{missing[0]}\]: expected ids of the tokenizer"):
+        load_tokenizer(folder)
 
 
 def test_sentencepiece_prompt(sentencepiece_file):
