@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from appo_jax.config import Config
-from appo_jax.config_io import check, flatten, read_variable
+from appo_jax.config_io import check, diff_configs, flatten, load_config, read_variable
 from appo_jax.errors import ConfigError
 
 # More steps than any budget of tokens lasts: the budget is what ends a run.
 MAX_STEPS = 100_000
-# What a cold start depends on; all arms of a study share it.
 # Data sources that make their own questions, and whose tokenizer is trained on them.
 GENERATED = ("world", "decisions")
+# What a cold start depends on; all arms of a study share it.
 COLD_START = ("policy.", "data.", "sft.", "tools.", "eval.num_prompts", "rollout.max_")
 
 
@@ -32,6 +32,8 @@ class Study:
     arms: Mapping[str, Config]
     seeds: tuple[int, ...]
     max_sampled_tokens: int
+    cold_starts: tuple[str, ...] = ()
+    """Finished runs whose cold starts the seeds begin with, in turn. (): every seed makes its own."""
 
     @property
     def baseline(self) -> str:
@@ -49,8 +51,31 @@ class Study:
         """The config of one run."""
         return dataclasses.replace(
             self.arms[arm], seed=seed, run_dir=str(self.run_dir(arm, seed)),
-            init_from=self.cold_start(seed).run_dir, steps=MAX_STEPS, max_sampled_tokens=self.max_sampled_tokens,
+            init_from=begin_with(self.cold_starts, seed) or self.cold_start(seed).run_dir,
+            steps=MAX_STEPS, max_sampled_tokens=self.max_sampled_tokens,
         )  # fmt: skip
+
+
+def begin_with(cold_starts: tuple[str, ...], seed: int) -> str | None:
+    """The given cold start that a seed begins with; None: it makes its own."""
+    return cold_starts[seed % len(cold_starts)] if cold_starts else None
+
+
+def check_cold_starts(cold_starts: tuple[str, ...], config: Config) -> None:
+    """Raise ConfigError for a cold start that is not there or not of this config."""
+    if config.init_from is not None:
+        raise ConfigError(
+            f"init_from = {config.init_from!r}: here every run begins with a cold start of its seed; to begin with that run, "
+            f"write cold_starts=({config.init_from!r},)"
+        )
+    for folder in cold_starts:
+        file = Path(folder) / "config.json"
+        if not file.exists():
+            raise ConfigError(
+                f"cold_starts: {folder!r} holds no run; make one by `appo-jax sft --config CONFIG --run-dir {folder}`"
+            )
+        if different := [f for f in diff_configs(load_config(file), config) if f.startswith(COLD_START)]:
+            raise ConfigError(f"cold_starts: the run in {folder!r} differs from this config in {', '.join(different)}")
 
 
 def load_study(path: str | Path) -> Study:
@@ -87,3 +112,4 @@ def check_study(study: Study) -> None:
                 f"arm {name!r} differs from {study.baseline!r} in {', '.join(different)}: all arms begin with the same "
                 "cold start and are judged alike"
             )
+    check_cold_starts(study.cold_starts, study.arms[study.baseline])

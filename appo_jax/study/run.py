@@ -65,11 +65,13 @@ def plan_jobs(study: Study) -> list[Job]:
         world = Job("data world", dataclasses.replace(first, run_dir=str(Path(study.out) / "runs" / "world")))
     left: list[Job] = []
     for seed in study.seeds:
-        cold = Job("sft", study.cold_start(seed), after=world)
+        cold = None if study.cold_starts else Job("sft", study.cold_start(seed), after=world)
         arms = [
-            Job("train", study.config(arm, seed), after=cold) for arm in study.arms if not finished(study, arm, seed)
+            Job("train", study.config(arm, seed), after=cold or world)
+            for arm in study.arms
+            if not finished(study, arm, seed)
         ]
-        left += [cold, *arms] if arms else []
+        left += [cold, *arms] if cold and arms else arms
     return [world, *left] if world and left else left
 
 

@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from appo_jax.config import Config
 from appo_jax.config_io import check, flatten, read_variable, with_fields
 from appo_jax.errors import ConfigError
-from appo_jax.study.plan import COLD_START, MAX_STEPS
+from appo_jax.study.plan import COLD_START, MAX_STEPS, begin_with, check_cold_starts
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -37,6 +37,8 @@ class Sweep:
     """Seeds of every trial. All trials share them, and the cold start of each: comparisons are paired."""
     max_sampled_tokens: int
     """Budget of one run."""
+    cold_starts: tuple[str, ...] = ()
+    """Finished runs whose cold starts the seeds begin with, in turn. (): every seed makes its own."""
     search: Literal["grid", "random", "tpe"] = "grid"
     trials: int = 0
     """Number of trials; a grid has as many as it has points."""
@@ -67,7 +69,8 @@ class Sweep:
         """The config of one run."""
         return dataclasses.replace(
             self.point_config(point), seed=seed, run_dir=str(self.run_dir(trial, seed)),
-            init_from=self.cold_start(seed).run_dir, steps=MAX_STEPS, max_sampled_tokens=self.max_sampled_tokens,
+            init_from=begin_with(self.cold_starts, seed) or self.cold_start(seed).run_dir,
+            steps=MAX_STEPS, max_sampled_tokens=self.max_sampled_tokens,
         )  # fmt: skip
 
     def cold_start(self, seed: int) -> Config:
@@ -150,4 +153,5 @@ def check_sweep(sweep: Sweep) -> None:
             for value in values:
                 with_fields(sweep.base, {name: value})  # raises for a value of the wrong type
     check(sweep.base)
+    check_cold_starts(sweep.cold_starts, sweep.base)
     sweep.planned_points()

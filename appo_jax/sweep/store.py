@@ -186,7 +186,7 @@ def _description(sweep: Sweep) -> dict[str, Any]:
     space: Point = {name: repr(distribution) for name, distribution in sweep.distributions.items()}
     return {
         "base": fields, "space": space, "seeds": list(sweep.seeds), "max_sampled_tokens": sweep.max_sampled_tokens,
-        "search": sweep.search, "objective": sweep.objective, "maximize": sweep.maximize,
+        "cold_starts": list(sweep.cold_starts), "search": sweep.search, "objective": sweep.objective, "maximize": sweep.maximize,
     }  # fmt: skip
 
 

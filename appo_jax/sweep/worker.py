@@ -96,12 +96,13 @@ def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: threading
 
 
 def _cold_start(store: Store, seed: int, stop: Stop, lost: threading.Event) -> None:
-    """Do a seed's cold start; if the embedded world is missing, generate it first."""
+    """Do a seed's cold start unless one is given; if the embedded world is missing, generate it first."""
     config = store.sweep.cold_start(seed)
     if lacks_tokenizer(config):
         world = dataclasses.replace(config, run_dir=str(store.folder / "runs" / "world"))
         _once(store, "world", "data world", world, stop, lost)
-    _once(store, f"cold-{seed}", "sft", config, stop, lost)
+    if not store.sweep.cold_starts:
+        _once(store, f"cold-{seed}", "sft", config, stop, lost)
 
 
 def _once(store: Store, task: str, command: str, config: Config, stop: Stop, lost: threading.Event) -> None:

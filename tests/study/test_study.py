@@ -124,6 +124,16 @@ def test_a_world_that_is_not_there_is_made_first(base, tmp_path):
     assert plan_jobs(s) == []
 
 
+def test_with_given_cold_starts_a_study_makes_none(base, tmp_path):
+    save_config(base, tmp_path / "config.json")
+    s = dataclasses.replace(study(base, tmp_path / "out"), cold_starts=(str(tmp_path),))
+    check_study(s)
+    jobs = [job for job in plan_jobs(s) if job.command != "data world"]
+    assert [(job.command, job.config.seed, job.config.init_from) for job in jobs] == [
+        ("train", 0, str(tmp_path)), ("train", 1, str(tmp_path)),
+    ]  # fmt: skip
+
+
 def test_runs_that_fail_are_named_and_do_not_stop_the_report(base, tmp_path):
     """No data where it should be: both cold starts fail, and what was made before is still reported."""
     s = study(without_world(base, tmp_path), tmp_path / "out", grpo=without_world(base, tmp_path))
