@@ -117,7 +117,7 @@ def measure(program: Program, chips: int) -> Need:
             raise
         return Need(
             program.name, used + program.beside, program.beside, 0, 0, 0, 0, 0, {}, 0, 0, time.perf_counter() - began,
-            program.times, program.counted, program.fields, refused=True,
+            program.times, program.counted, program.fields, program.kept, refused=True,
         )  # fmt: skip
     seconds = time.perf_counter() - began
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
@@ -144,6 +144,7 @@ def measure(program: Program, chips: int) -> Need:
         times=program.times,
         counted=program.counted,
         fields=program.fields,
+        kept=program.kept,
     )
 
 

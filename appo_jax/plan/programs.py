@@ -40,7 +40,8 @@ class Program:
     times: int  # runs in one training step
     counted: str  # how `times` is made up
     beside: int  # bytes per chip that the run keeps meanwhile and that are no argument of the program
-    fields: str  # config fields that make it smaller
+    kept: int  # bytes per chip of weights and optimizer state, in its arguments and beside it: only the mesh makes them less
+    fields: str  # config fields that, lowered, make the rest of it smaller
     steps: int = 1  # of the loop of unknown length in it: its work is counted by the step
     # What part of its caches a kernel reads, by the name of its calls.
     seen: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -75,6 +76,8 @@ class _StepPrograms:
         self.in_place = sharding.generates_in_place(self.policy, mesh, self.arrays.dtype)
         # While generation runs, its copy of the parameters is an argument; so are the parameters where they serve themselves.
         self.resident = self.moments + (0 if self.in_place else on_chip(self.policy))
+        self.generating = self.resident + on_chip(self.copy)
+        self.training = self.moments + on_chip(self.policy)
 
     def all(self) -> Iterator[Program]:
         if not self.in_place:
@@ -100,7 +103,8 @@ class _StepPrograms:
             self.counts.reshards,
             "generations",
             self.moments,
-            "mesh.tensor",
+            self.training,
+            "",
         )
 
     def prefill(self) -> Program:
@@ -113,6 +117,7 @@ class _StepPrograms:
             self.counts.prefills,
             f"passes of {rows} prompts",
             self.resident,
+            self.generating,
             "rollout.max_prompt_tokens, rollout.decode_rows",
         )
 
@@ -137,6 +142,7 @@ class _StepPrograms:
             generation.times * generation.decode_steps,
             f"{generation.times} generations × {generation.decode_steps} steps of {shapes.rows} rows",
             self.resident + self._sources(generation),
+            self.generating,
             "rollout.decode_rows, rollout.max_response_tokens",
             SEGMENT_STEPS,
             self._seen(generation),
@@ -161,6 +167,7 @@ class _StepPrograms:
             generation.appends,
             f"{generation.times * generation.drawn} rollouts × {generation.lengths.calls:g} calls / {width}",
             self.resident + self._sources(generation),
+            self.generating,
             "rollout.max_result_tokens, rollout.decode_rows",
         )
 
@@ -180,6 +187,7 @@ class _StepPrograms:
             scoring.times,
             f"passes of {scoring.rows} packed rows",
             self.moments + max(0, scoring.kept - 1) * cache,
+            self.training,
             "rollout.decode_rows, rollout.max_response_tokens",
         )
 
@@ -197,7 +205,8 @@ class _StepPrograms:
             counts.updates * counts.parts,
             f"{counts.updates} mini-batches × {counts.parts} micro-batches of {rows} packed rows",
             self.reference,
-            "optimizer.micro_batch, mesh.fsdp, mesh.tensor",
+            self.training,
+            "optimizer.micro_batch",
             counts.parts,
         )
 

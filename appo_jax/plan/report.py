@@ -47,7 +47,8 @@ class Need:
     compile_s: float
     times: int  # a step
     counted: str
-    fields: str
+    fields: str  # of the config, whose lower values make it smaller
+    kept: float  # bytes of weights and optimizer state, in `arguments` and `beside`
     refused: bool = False  # the compiler ran out of memory
 
     def seconds(self, chip: Chip) -> float:
@@ -103,7 +104,11 @@ class Plan:
         if self.fits:
             left = hbm - need.peak
             return f"fits {self.topology}: {figures}; {left / GIB:.2f} GiB left ({left / hbm:.0%})"
-        advice = "; ".join(f"{n.name}: {_advice(n.fields)}" for n in self.needs if n.peak > hbm)
+        programs: dict[str, list[str]] = {}  # by what helps them
+        for n in self.needs:
+            if n.peak > hbm:
+                programs.setdefault(_advice(n, hbm), []).append(n.name)
+        advice = "; ".join(f"{' and '.join(names)}: {what}" for what, names in programs.items())
         return f"does not fit {self.topology}: {figures}, {(need.peak - hbm) / GIB:.2f} GiB too much. {advice}"
 
     def storage(self) -> str:
@@ -125,13 +130,16 @@ class Plan:
         return record
 
 
-def _advice(fields: str) -> str:
-    """What to do with the fields that a program's memory depends on: more devices along an axis of the mesh hold less each."""
-    names = [name.strip() for name in fields.split(",") if name.strip()]
-    raised = [name for name in names if name.startswith("mesh.")]
-    lowered = [name for name in names if name not in raised]
-    parts = [f"lower {', '.join(lowered)}"] * bool(lowered) + [f"raise {', '.join(raised)}"] * bool(raised)
-    return " or ".join(parts)
+def _advice(need: Need, hbm: float) -> str:
+    """What makes a program fit: more devices along an axis of the mesh hold less each, lower fields need less.
+
+    Where weights and optimizer state alone are too much, only the mesh helps.
+    """
+    if need.kept > hbm:
+        return f"raise mesh.fsdp or mesh.tensor: weights and optimizer state alone take {need.kept / GIB:.2f} GiB"
+    return (
+        f"lower {need.fields}, or raise mesh.fsdp or mesh.tensor" if need.fields else "raise mesh.fsdp or mesh.tensor"
+    )
 
 
 def tables(plan: Plan) -> Sequence[Table]:
@@ -184,4 +192,4 @@ def show(plan: Plan, console: Console, more: Mapping[str, Any]) -> None:
         console.print(plan.verdict(), soft_wrap=True, highlight=False)
     console.print(plan.storage(), soft_wrap=True, highlight=False)
     for name, value in more.items():
-        console.print(f"{name}: {value}", soft_wrap=True, highlight=False)
+        console.print(f"{name}: {'not known' if value is None else value}", soft_wrap=True, highlight=False)
