@@ -1,7 +1,8 @@
 # Every target sets up what it needs on a machine that has Python >= 3.11 and make.
 #   make demo      train the embedded world's policy, from nothing to its held-out accuracy
 #   make test      the tests                make lint     style, types, layers
-#   make test-long the tests that take minutes: two hosts, a sweep that is killed again and again
+#   make test-long the tests that take minutes: two hosts, a sweep that is killed again and again, a
+#                  run's start that is interrupted at 20 moments
 #   make docs      the documentation's site, in site/
 #   make bench     speed: the sampler, the tools and, with DATA=DIR_OF_GSM8K, whole steps; make parity: our policies against
 #                  transformers, live
@@ -51,7 +52,7 @@ test: $(DEV)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-long: $(DEV)
-	APPO_JAX_LONG=1 $(BIN)/pytest tests/test_hosts.py tests/sweep/test_sweep.py $(ARGS)
+	APPO_JAX_LONG=1 $(BIN)/pytest tests/test_hosts.py tests/sweep/test_sweep.py tests/test_start_up.py $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

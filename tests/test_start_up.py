@@ -16,7 +16,7 @@ from appo_jax.config_io import save_config
 MOMENTS = 20
 
 
-@pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes three minutes: set APPO_JAX_LONG=1")
+@pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes a minute and a half: set APPO_JAX_LONG=1")
 @pytest.mark.timeout(900)
 def test_one_request_ends_a_run_at_any_moment_of_its_start(
     tiny: Config, compiled: dict[str, str], tmp_path: Path
