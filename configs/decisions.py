@@ -8,7 +8,7 @@ Hardware: 2 CPU cores, 4 GB. Command:
 import dataclasses
 from pathlib import Path
 
-from appo_jax.config import BranchingConfig, DataConfig, OptimizerConfig, PolicyConfig
+from appo_jax.config import BranchingConfig, DataConfig, EvalConfig, OptimizerConfig, PolicyConfig
 from appo_jax.config_io import load_config
 
 quickstart = load_config(Path(__file__).parent / "quickstart.py")
@@ -16,14 +16,13 @@ quickstart = load_config(Path(__file__).parent / "quickstart.py")
 config = dataclasses.replace(
     quickstart,
     run_dir="runs/decisions",
-    steps=12,
+    steps=8,
     prompts_per_minibatch=2,
     policy=PolicyConfig(architecture=quickstart.policy.architecture, tokenizer="artifacts/decisions/tokenizer.model"),
     data=DataConfig(source="decisions"),
-    rollout=dataclasses.replace(
-        quickstart.rollout, budget=8, max_prompt_tokens=40, max_response_tokens=352, max_tool_calls=10
-    ),
-    branching=BranchingConfig(num_branch_points=1),
+    rollout=dataclasses.replace(quickstart.rollout, max_prompt_tokens=40, max_response_tokens=352, max_tool_calls=10),
+    branching=BranchingConfig(num_branch_points=3),
     optimizer=OptimizerConfig(learning_rate=2e-4, b2=0.98),
-    sft=dataclasses.replace(quickstart.sft, max_tokens=384, steps=200),
+    sft=dataclasses.replace(quickstart.sft, max_tokens=384, steps=110),
+    eval=EvalConfig(num_prompts=300, every=2),
 )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from appo_jax.config import Config
-from appo_jax.config_io import check, diff_configs, flatten, load_config, read_variable
+from appo_jax.config_io import check, flatten, read_variable
 from appo_jax.errors import ConfigError
 
 # More steps than any budget of tokens lasts: the budget is what ends a run.
@@ -33,7 +33,8 @@ class Study:
     seeds: tuple[int, ...]
     max_sampled_tokens: int
     cold_starts: tuple[str, ...] = ()
-    """Finished runs whose cold starts the seeds begin with, in turn. (): every seed makes its own."""
+    """Folders of the cold starts that the seeds begin with, in turn; they are made where they are not there yet. Other
+    studies may share them. (): every seed makes its own."""
 
     @property
     def baseline(self) -> str:
@@ -44,38 +45,34 @@ class Study:
 
     def cold_start(self, seed: int) -> Config:
         """The config of the cold start that every arm of a seed begins with."""
-        first = self.arms[self.baseline]
-        return dataclasses.replace(first, seed=seed, run_dir=str(Path(self.out) / "runs" / f"cold-{seed}"))
+        return shared_cold_start(self.arms[self.baseline], self.cold_starts, self.out, seed)
 
     def config(self, arm: str, seed: int) -> Config:
         """The config of one run."""
         return dataclasses.replace(
             self.arms[arm], seed=seed, run_dir=str(self.run_dir(arm, seed)),
-            init_from=begin_with(self.cold_starts, seed) or self.cold_start(seed).run_dir,
-            steps=MAX_STEPS, max_sampled_tokens=self.max_sampled_tokens,
+            init_from=self.cold_start(seed).run_dir, steps=MAX_STEPS, max_sampled_tokens=self.max_sampled_tokens,
         )  # fmt: skip
 
 
-def begin_with(cold_starts: tuple[str, ...], seed: int) -> str | None:
-    """The given cold start that a seed begins with; None: it makes its own."""
-    return cold_starts[seed % len(cold_starts)] if cold_starts else None
+def shared_cold_start(first: Config, folders: tuple[str, ...], out: str, seed: int) -> Config:
+    """The config of the cold start that the runs of a seed begin with: the seed's own one in `out`, or one of `folders`, in
+    turn. That of the k-th folder has seed k."""
+    if not folders:
+        return dataclasses.replace(first, seed=seed, run_dir=str(Path(out) / "runs" / f"cold-{seed}"))
+    index = seed % len(folders)
+    return dataclasses.replace(first, seed=index, run_dir=folders[index])
 
 
-def check_cold_starts(cold_starts: tuple[str, ...], config: Config) -> None:
-    """Raise ConfigError for a cold start that is not there or not of this config."""
+def check_cold_starts(folders: tuple[str, ...], config: Config) -> None:
+    """Raise ConfigError where it is not clear which cold start a run begins with."""
     if config.init_from is not None:
         raise ConfigError(
-            f"init_from = {config.init_from!r}: here every run begins with a cold start of its seed; to begin with that run, "
-            f"write cold_starts=({config.init_from!r},)"
+            f"init_from = {config.init_from!r}: the runs begin with cold starts of their own; to begin with that one, write "
+            f"cold_starts=({config.init_from!r},)"
         )
-    for folder in cold_starts:
-        file = Path(folder) / "config.json"
-        if not file.exists():
-            raise ConfigError(
-                f"cold_starts: {folder!r} holds no run; make one by `appo-jax sft --config CONFIG --run-dir {folder}`"
-            )
-        if different := [f for f in diff_configs(load_config(file), config) if f.startswith(COLD_START)]:
-            raise ConfigError(f"cold_starts: the run in {folder!r} differs from this config in {', '.join(different)}")
+    if len({Path(folder).name for folder in folders}) < len(folders):
+        raise ConfigError(f"cold_starts = {folders}: two folders have one name")
 
 
 def load_study(path: str | Path) -> Study:

@@ -1,11 +1,11 @@
-"""One table and one figure of a study: study.md, study.json and study.png in its folder."""
+"""Two tables and one figure of a study: study.md, study.json and study.png in its folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ import numpy as np
 from appo_jax.errors import DataError
 from appo_jax.metrics import read_metrics
 from appo_jax.study.plan import Study
-from appo_jax.study.statistics import Interval, mean_interval, paired
+from appo_jax.study.statistics import Interval, detectable, holm, mean_interval, paired
 from appo_jax.view.plots import STYLE
 
 
@@ -32,6 +32,10 @@ class Outcome:
     def on_the_way(self) -> float:
         """Accuracy averaged over the run's sampled tokens: the area under its curve, by which early learning counts."""
         return float(np.trapezoid(self.accuracy, self.tokens) / self.tokens[-1])
+
+    def at(self, seconds: float) -> float:
+        """Accuracy after so many seconds, between two evaluations on the line through them."""
+        return float(np.interp(seconds, self.seconds, self.accuracy))
 
 
 def load_outcomes(study: Study) -> dict[str, dict[int, Outcome]]:
@@ -59,19 +63,20 @@ def load_outcome(folder: Path) -> Outcome:
 
 
 def write_report(study: Study) -> str:
-    """Write the table and the figure of the finished runs, and return the table. Raises DataError if no run is
+    """Write the tables and the figure of the finished runs, and return the tables. Raises DataError if no run is
     finished."""
     outcomes = load_outcomes(study)
     if not any(outcomes.values()):
         raise DataError(f"{study.out}: no run of the study is finished; see the logs in {Path(study.out) / 'runs'}")
     folder = Path(study.out)
-    markdown = table(outcomes, study.baseline)
+    seconds = shortest(outcomes)
+    markdown = f"{table(outcomes, seconds)}\n\n{differences(outcomes, study.baseline, seconds)}"
     (folder / "study.md").write_text(markdown + "\n")
     figures = {
         arm: {
             seed: {
-                "sft": o.sft, "final": o.final, "on_the_way": o.on_the_way, "tokens": o.tokens[-1],
-                "seconds": o.seconds[-1],
+                "sft": o.sft, "final": o.final, "on_the_way": o.on_the_way, "at_equal_time": o.at(seconds),
+                "tokens": o.tokens[-1], "seconds": o.seconds[-1],
             }
             for seed, o in runs.items()
         }
@@ -82,32 +87,71 @@ def write_report(study: Study) -> str:
     return markdown
 
 
-def table(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str) -> str:
-    """Held-out accuracy in points by arm; intervals are 95% bootstrap over seeds, differences are paired by seed."""
+def shortest(outcomes: Mapping[str, Mapping[int, Outcome]]) -> float:
+    """Seconds of the shortest run: the longest time at which all runs can be compared."""
+    return float(min(o.seconds[-1] for runs in outcomes.values() for o in runs.values()))
+
+
+def measures(seconds: float) -> dict[str, Callable[[Outcome], float]]:
+    """What a run is judged by: its accuracy in points."""
+    return {
+        "at the end": lambda o: 100 * o.final,
+        "on the way": lambda o: 100 * o.on_the_way,
+        f"after {seconds:.0f} s": lambda o: 100 * o.at(seconds),
+    }
+
+
+def table(outcomes: Mapping[str, Mapping[int, Outcome]], seconds: float) -> str:
+    """Held-out accuracy in points by arm, with 95 % bootstrap intervals over the seeds."""
+    judged = measures(seconds)
     lines = [
-        f"| arm | seeds | after SFT | at the end | gain | against {baseline} | p (signs) | p (t) | on the way | tokens "
-        "| minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| arm | seeds | after SFT | {' | '.join(judged)} | tokens | minutes |",
+        "|" + "---|" * (len(judged) + 5),
     ]
     for arm, runs in outcomes.items():
         if not runs:
-            lines.append(f"| {arm} | 0 |" + " |" * 9)
+            lines.append(f"| {arm} | 0 |" + " |" * (len(judged) + 3))
             continue
-        sft, final = (100 * np.array([getattr(o, name) for o in runs.values()]) for name in ("sft", "final"))
-        shared = [seed for seed in runs if seed in outcomes[baseline]]
-        against = ["", "", ""]
-        if arm != baseline and shared:
-            a, b = (100 * np.array([outcomes[name][seed].final for seed in shared]) for name in (arm, baseline))
-            test = paired(a, b)
-            against = [_cell(test.difference, sign=True), _number(test.p_permutation), _number(test.p_t)]
+        sft = 100 * np.mean([o.sft for o in runs.values()])
+        means = [_cell(mean_interval([measure(o) for o in runs.values()])) for measure in judged.values()]
         tokens = np.mean([o.tokens[-1] for o in runs.values()])
         minutes = np.mean([o.seconds[-1] for o in runs.values()]) / 60
-        cells = [
-            arm, str(len(runs)), f"{sft.mean():.1f}", _cell(mean_interval(final)),
-            _cell(mean_interval(final - sft), sign=True), *against,
-            _cell(mean_interval(100 * np.array([o.on_the_way for o in runs.values()]))), f"{tokens:,.0f}", f"{minutes:.1f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {' | '.join([arm, str(len(runs)), f'{sft:.1f}', *means, f'{tokens:,.0f}', f'{minutes:.1f}'])} |"
+        )
+    return "\n".join(lines)
+
+
+def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, seconds: float) -> str:
+    """Each arm against the baseline, paired by seed, and how large a difference the study could have seen."""
+    others = {
+        arm: runs for arm, runs in outcomes.items() if arm != baseline and runs.keys() & outcomes[baseline].keys()
+    }
+    if not others:
+        return f"No other arm has a seed in common with {baseline} yet."
+    lines = [
+        f"Differences from {baseline}, paired by seed. p: paired t-test and exact test that flips signs, each adjusted by Holm "
+        f"for {len(others)} arms. detectable: the true difference that the t-test sees with 95 % probability, at 5 % alone "
+        f"and at 5 % / {len(others)}.",
+        "",
+        "| arm | measure | seeds | difference | p (t) | p (signs) | detectable |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, measure in measures(seconds).items():
+        pairs = {
+            arm: [
+                (measure(runs[seed]), measure(outcomes[baseline][seed])) for seed in runs if seed in outcomes[baseline]
+            ]
+            for arm, runs in others.items()
+        }
+        tests = {arm: paired(*np.transpose(values)) for arm, values in pairs.items()}
+        p_t, p_signs = holm([test.p_t for test in tests.values()]), holm([t.p_permutation for t in tests.values()])
+        for (arm, test), t, signs in zip(tests.items(), p_t, p_signs, strict=True):
+            n = len(pairs[arm])
+            error = float(np.std(-np.diff(pairs[arm]), ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+            seen = (detectable(error, n - 1, level) for level in (0.05, 0.05 / len(others)))
+            cells = [arm, name, str(n), _cell(test.difference, sign=True), _number(t), _number(signs)]
+            lines.append(f"| {' | '.join([*cells, ', '.join(f'{x:.1f}' for x in seen)])} |")
     return "\n".join(lines)
 
 

@@ -64,14 +64,17 @@ def plan_jobs(study: Study) -> list[Job]:
     if lacks_tokenizer(first):
         world = Job("data world", dataclasses.replace(first, run_dir=str(Path(study.out) / "runs" / "world")))
     left: list[Job] = []
+    cold_starts: dict[str, Job] = {}
     for seed in study.seeds:
-        cold = None if study.cold_starts else Job("sft", study.cold_start(seed), after=world)
+        config = study.cold_start(seed)
+        cold = cold_starts.get(config.run_dir, Job("sft", config, after=world))
         arms = [
-            Job("train", study.config(arm, seed), after=cold or world)
-            for arm in study.arms
-            if not finished(study, arm, seed)
+            Job("train", study.config(arm, seed), after=cold) for arm in study.arms if not finished(study, arm, seed)
         ]
-        left += [cold, *arms] if cold and arms else arms
+        if arms and config.run_dir not in cold_starts:
+            cold_starts[config.run_dir] = cold
+            left.append(cold)
+        left += arms
     return [world, *left] if world and left else left
 
 

@@ -53,6 +53,13 @@ def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> 
     return Paired(interval, float(flips.pvalue), t)
 
 
+def detectable(standard_error: float, freedom: int, level: float = 0.05, power: float = 0.95) -> float:
+    """The smallest true difference that a two-sided t-test at `level` sees with `power`; NaN without degrees of freedom."""
+    if freedom <= 0:
+        return float("nan")
+    return float((stats.t.ppf(1 - level / 2, freedom) + stats.t.ppf(power, freedom)) * standard_error)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for several tests (Holm's step-down method), in their order. NaN stays NaN and does not count
     as a test."""

@@ -77,13 +77,6 @@ def noise(runs: Runs, trials: Sequence[int]) -> tuple[float, int]:
     return (float(np.sqrt(residual / freedom)) if freedom > 0 else float("nan")), freedom
 
 
-def detectable(deviation: float, freedom: int, runs: int, power: float = 0.95) -> float:
-    """The smallest true difference of two means of `runs` runs each that a two-sided test at 5 % sees with `power`."""
-    if freedom <= 0 or runs < 2:
-        return float("nan")
-    return float((stats.t.ppf(0.975, freedom) + stats.t.ppf(power, freedom)) * deviation * np.sqrt(2 / runs))
-
-
 def levels_of(values: Sequence[Any]) -> list[str]:
     """The level of each value: the value itself, or its third by rank if there are many numbers."""
     distinct = sorted(set(values), key=lambda value: (str(type(value)), value if value is not None else 0))

@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from appo_jax.config import Config
 from appo_jax.config_io import check, flatten, read_variable, with_fields
 from appo_jax.errors import ConfigError
-from appo_jax.study.plan import COLD_START, MAX_STEPS, begin_with, check_cold_starts
+from appo_jax.study.plan import COLD_START, MAX_STEPS, check_cold_starts, shared_cold_start
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -38,7 +38,8 @@ class Sweep:
     max_sampled_tokens: int
     """Budget of one run."""
     cold_starts: tuple[str, ...] = ()
-    """Finished runs whose cold starts the seeds begin with, in turn. (): every seed makes its own."""
+    """Folders of the cold starts that the seeds begin with, in turn; they are made where they are not there yet. Studies
+    and other sweeps may share them. (): every seed makes its own."""
     search: Literal["grid", "random", "tpe"] = "grid"
     trials: int = 0
     """Number of trials; a grid has as many as it has points."""
@@ -69,13 +70,12 @@ class Sweep:
         """The config of one run."""
         return dataclasses.replace(
             self.point_config(point), seed=seed, run_dir=str(self.run_dir(trial, seed)),
-            init_from=begin_with(self.cold_starts, seed) or self.cold_start(seed).run_dir,
-            steps=MAX_STEPS, max_sampled_tokens=self.max_sampled_tokens,
+            init_from=self.cold_start(seed).run_dir, steps=MAX_STEPS, max_sampled_tokens=self.max_sampled_tokens,
         )  # fmt: skip
 
     def cold_start(self, seed: int) -> Config:
         """The config of the cold start that every trial of a seed begins with."""
-        return dataclasses.replace(self.base, seed=seed, run_dir=str(Path(self.out) / "runs" / f"cold-{seed}"))
+        return shared_cold_start(self.base, self.cold_starts, self.out, seed)
 
     def possible(self, point: Point) -> bool:
         """Whether the point keeps the rules between fields."""

@@ -17,8 +17,8 @@ from optuna.trial import TrialState
 
 from appo_jax.config_io import save_config
 from appo_jax.errors import DataError
-from appo_jax.study.statistics import mean_interval, paired
-from appo_jax.sweep.effects import Effect, Runs, detectable, field_effects, levels_of, noise
+from appo_jax.study.statistics import detectable, mean_interval, paired
+from appo_jax.sweep.effects import Effect, Runs, field_effects, levels_of, noise
 from appo_jax.sweep.plan import Sweep
 from appo_jax.sweep.store import Store
 from appo_jax.view.plots import STYLE
@@ -123,15 +123,15 @@ def _resolution(runs: Runs, trials: Sequence[int], effects: Sequence[Effect]) ->
     if freedom <= 0:
         return "What the data can resolve: nothing yet, each trial has too few seeds to tell the noise between runs."
     seeds = len(set(runs.seeds))
+    smallest = detectable(deviation * math.sqrt(2 / seeds), freedom)
     lines = [
         f"What the data can resolve: a run lies {deviation:.4f} (one standard deviation, {freedom} degrees of freedom) about "
-        f"its trial's mean. Two trials of {seeds} seeds that truly differ by {detectable(deviation, freedom, seeds):.4f} would "
+        f"its trial's mean. Two trials of {seeds} seeds that truly differ by {smallest:.4f} would "
         "be told apart (5 %, two-sided) with 95 % probability. Two values of a field:"
     ]
     for e in effects:
-        lines.append(
-            f"- {e.name}: {detectable(deviation, freedom, min(e.counts)):.4f} ({min(e.counts)} runs each or more)"
-        )
+        n = min(e.counts)
+        lines.append(f"- {e.name}: {detectable(deviation * math.sqrt(2 / n), freedom):.4f} ({n} runs each or more)")
     return "\n".join(lines)
 
 

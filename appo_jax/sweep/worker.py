@@ -96,13 +96,12 @@ def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: threading
 
 
 def _cold_start(store: Store, seed: int, stop: Stop, lost: threading.Event) -> None:
-    """Do a seed's cold start unless one is given; if the embedded world is missing, generate it first."""
+    """Do the cold start that a seed begins with; if the embedded world is missing, generate it first."""
     config = store.sweep.cold_start(seed)
     if lacks_tokenizer(config):
         world = dataclasses.replace(config, run_dir=str(store.folder / "runs" / "world"))
         _once(store, "world", "data world", world, stop, lost)
-    if not store.sweep.cold_starts:
-        _once(store, f"cold-{seed}", "sft", config, stop, lost)
+    _once(store, Path(config.run_dir).name, "sft", config, stop, lost)
 
 
 def _once(store: Store, task: str, command: str, config: Config, stop: Stop, lost: threading.Event) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from appo_jax.study.statistics import mean_interval, paired
+from appo_jax.study.statistics import detectable, mean_interval, paired
 
 values = st.lists(st.integers(-20, 20).map(lambda x: x / 4), min_size=2, max_size=6)
 
@@ -64,3 +64,19 @@ def test_degenerate_tests():
     assert paired([1.0, 2.0], [1.0, 2.0])[1:] == (1.0, 1.0)
     assert np.isnan(paired([1.0], [2.0])[1:]).all()
     assert paired([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]).p_t == 0.0  # the same gain every time
+
+
+def test_what_is_called_detectable_is_detected_in_95_of_100_cases():
+    """Of two independent means, and of paired differences at a stricter level."""
+    rng = np.random.default_rng(3)
+    n, deviation = 10, 0.02
+    difference = detectable(deviation * math.sqrt(2 / n), 2 * n - 2)
+    a = rng.normal(0, deviation, (4000, n))
+    b = rng.normal(difference, deviation, (4000, n))
+    assert np.mean(stats.ttest_ind(a, b, axis=1).pvalue < 0.05) == pytest.approx(0.95, abs=0.015)
+    shift = detectable(deviation / math.sqrt(n), n - 1, level=0.01)
+    assert np.mean(stats.ttest_1samp(a + shift, 0.0, axis=1).pvalue < 0.01) == pytest.approx(0.95, abs=0.015)
+
+
+def test_one_run_detects_nothing():
+    assert math.isnan(detectable(0.1, 0))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import image
+from scipy import stats
 
 from appo_jax.cli import main
 from appo_jax.config_io import check, load_config, save_config
@@ -124,14 +125,15 @@ def test_a_world_that_is_not_there_is_made_first(base, tmp_path):
     assert plan_jobs(s) == []
 
 
-def test_with_given_cold_starts_a_study_makes_none(base, tmp_path):
-    save_config(base, tmp_path / "config.json")
-    s = dataclasses.replace(study(base, tmp_path / "out"), cold_starts=(str(tmp_path),))
+def test_two_cold_starts_are_made_once_for_all_seeds(base, tmp_path):
+    folders = (str(tmp_path / "first"), str(tmp_path / "second"))
+    s = dataclasses.replace(study(base, tmp_path / "out"), seeds=(3, 0, 4), cold_starts=folders)
     check_study(s)
     jobs = [job for job in plan_jobs(s) if job.command != "data world"]
-    assert [(job.command, job.config.seed, job.config.init_from) for job in jobs] == [
-        ("train", 0, str(tmp_path)), ("train", 1, str(tmp_path)),
-    ]  # fmt: skip
+    assert [job.name for job in jobs] == ["second", "appo-3", "first", "appo-0", "appo-4"]
+    assert [job.config.seed for job in jobs] == [1, 3, 0, 0, 4]
+    assert [job.config.init_from for job in jobs if job.command == "train"] == [folders[1], folders[0], folders[0]]
+    assert [job.after.name for job in jobs if job.command == "train"] == ["second", "first", "first"]
 
 
 def test_runs_that_fail_are_named_and_do_not_stop_the_report(base, tmp_path):
@@ -193,12 +195,15 @@ def test_the_table_by_hand(base, tmp_path):
         write_run(s.run_dir("appo", seed), appo)
         write_run(s.run_dir("grpo", seed), grpo)
     lines = report.write_report(s).splitlines()
-    assert lines[2:] == [
-        "| appo | 2 | 40.0 | 85.0 [80.0, 90.0] | +45.0 [+40.0, +50.0] |  |  |  | 62.5 [60.0, 65.0] | 120 | 1.0 |",
-        "| grpo | 2 | 40.0 | 75.0 [60.0, 90.0] | +35.0 [+20.0, +50.0] | -10.0 [-20.0, +0.0] | 1.000 | 0.500 "
-        "| 57.5 [50.0, 65.0] | 120 | 1.0 |",
-        "| dapo | 0 | | | | | | | | | |",
-    ]  # differences −20 and 0: t = −1 with one degree of freedom, p = 1/2
+    assert lines[2:5] == [
+        "| appo | 2 | 40.0 | 85.0 [80.0, 90.0] | 62.5 [60.0, 65.0] | 85.0 [80.0, 90.0] | 120 | 1.0 |",
+        "| grpo | 2 | 40.0 | 75.0 [60.0, 90.0] | 57.5 [50.0, 65.0] | 75.0 [60.0, 90.0] | 120 | 1.0 |",
+        "| dapo | 0 | | | | | | |",
+    ]
+    # differences −20 and 0: t = −1 with one degree of freedom, p = 1/2; (12.706 + 6.314) standard errors of 10 points
+    assert lines[10] == "| grpo | at the end | 2 | -10.0 [-20.0, +0.0] | 0.500 | 1.000 | 190.2, 190.2 |"
+    assert lines[11] == "| grpo | on the way | 2 | -5.0 [-10.0, +0.0] | 0.500 | 1.000 | 95.1, 95.1 |"
+    assert len(lines) == 13
     assert image.imread(tmp_path / "study.png")[..., :3].std() > 0.01
     kept = json.loads((tmp_path / "study.json").read_text())
     assert kept["grpo"]["1"]["final"] == 0.9
@@ -212,6 +217,7 @@ def test_curves_begin_at_the_cold_start_and_end_at_the_final_accuracy(base, tmp_
     assert run.seconds.tolist() == [0, 20, 40, 60]
     assert run.accuracy.tolist() == [0.4, 0.5, 0.6, 0.8]
     assert run.on_the_way == pytest.approx((0.45 + 0.55 + 0.7) / 3)
+    assert run.at(30.0) == pytest.approx(0.55)
 
 
 def test_curves_are_averaged_where_all_of_them_are():
@@ -235,3 +241,17 @@ def test_more_jobs_than_cores_are_refused(base, tmp_path):
 def test_an_arm_that_does_not_exist_is_named(capsys):
     assert main(["study", "--config", str(CONFIGS / "study.py"), "--arms", "ppo"]) == 2
     assert "--arms ppo: not an arm of" in capsys.readouterr().err
+
+
+def test_p_values_are_adjusted_for_the_number_of_arms(base, tmp_path):
+    """Three arms, of which one gains in every seed: its p is three times that of a single test, by t and by signs."""
+    s = study(base, tmp_path, a=base, b=base, c=base)
+    s = dataclasses.replace(s, seeds=(0, 1, 2, 3))
+    gains = {"appo": [0, 0, 0, 0], "a": [0.1, 0.2, 0.1, 0.2], "b": [0.1, -0.1, 0.1, -0.1], "c": [0.1, -0.1, -0.1, 0.1]}
+    for arm, values in gains.items():
+        for seed, gain in enumerate(values):
+            write_run(s.run_dir(arm, seed), 0.5 + gain)
+    row = next(line for line in report.write_report(s).splitlines() if line.startswith("| a | at the end"))
+    t = np.mean(gains["a"]) / (np.std(gains["a"], ddof=1) / 2)
+    assert row.split(" | ")[4] == f"{3 * 2 * stats.t.sf(t, 3):.3f}"
+    assert row.split(" | ")[5] == f"{3 * 2 / 16:.3f}"

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from appo_jax.study.statistics import holm
-from appo_jax.sweep.effects import Runs, detectable, field_effects, levels_of, noise
+from appo_jax.sweep.effects import Runs, field_effects, levels_of, noise
 
 
 def grid(fields, seeds, truth, rng, deviation=0.01):
@@ -55,20 +55,10 @@ def test_noise_is_what_is_left_of_trials_and_seeds():
     assert deviation == pytest.approx(0.02, rel=0.1)
 
 
-def test_what_is_called_detectable_is_detected_in_95_of_100_cases():
-    rng = np.random.default_rng(3)
-    n, deviation = 10, 0.02
-    difference = detectable(deviation, 2 * n - 2, n)
-    a = rng.normal(0, deviation, (4000, n))
-    b = rng.normal(difference, deviation, (4000, n))
-    assert np.mean(stats.ttest_ind(a, b, axis=1).pvalue < 0.05) == pytest.approx(0.95, abs=0.015)
-
-
 def test_too_few_runs_say_nothing_instead_of_something_wrong():
     [effect] = field_effects(Runs([{"x": 1}, {"x": 2}], [0, 0], np.array([0.1, 0.2])), ["x"])
     assert np.isnan(effect.p)
     assert np.isnan(noise(Runs([{"x": 1}], [0], np.array([0.1])), [0])[0])
-    assert np.isnan(detectable(0.1, 0, 3))
 
 
 def test_many_numbers_become_thirds():

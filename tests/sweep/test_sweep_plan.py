@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from appo_jax.config_io import load_config, save_config
+from appo_jax.config_io import load_config
 from appo_jax.errors import ConfigError
 from appo_jax.sweep.plan import Sweep, check_sweep, load_sweep
 
@@ -85,26 +85,19 @@ def test_a_run_of_a_trial_differs_from_the_base_in_its_point_alone(base):
     assert back == base
 
 
-def test_given_cold_starts_are_shared_by_the_seeds_in_turn(base, tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        save_config(base, tmp_path / name / "config.json")
-    folders = (str(tmp_path / "a"), str(tmp_path / "b"))
-    s = sweep(base, {"branching.tau": (8.0,)}, cold_starts=folders)
+def test_the_seeds_begin_with_the_given_cold_starts_in_turn(base):
+    s = sweep(base, {"branching.tau": (8.0,)}, cold_starts=("runs/a", "runs/b"))
     check_sweep(s)
-    assert [s.config(0, {"branching.tau": 8.0}, seed).init_from for seed in (0, 1, 2)] == [*folders, folders[0]]
+    assert [s.config(0, {"branching.tau": 8.0}, seed).init_from for seed in (0, 1, 2)] == ["runs/a", "runs/b", "runs/a"]
+    assert [s.cold_start(seed).seed for seed in (0, 1, 2)] == [0, 1, 0]
 
 
-def test_a_cold_start_that_is_not_there_or_of_another_policy_is_named(base, tmp_path):
+def test_a_cold_start_that_is_not_clear_is_named(base):
     space = {"branching.tau": (8.0,)}
-    with pytest.raises(ConfigError, match=r"holds no run; make one by `appo-jax sft"):
-        check_sweep(sweep(base, space, cold_starts=(str(tmp_path / "nothing"),)))
-    other = dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=7))
-    save_config(other, tmp_path / "config.json")
-    with pytest.raises(ConfigError, match=r"differs from this config in sft.steps"):
-        check_sweep(sweep(base, space, cold_starts=(str(tmp_path),)))
     with pytest.raises(ConfigError, match=r"write cold_starts=\('runs/other',\)"):
         check_sweep(sweep(dataclasses.replace(base, init_from="runs/other"), space))
+    with pytest.raises(ConfigError, match="two folders have one name"):
+        check_sweep(sweep(base, space, cold_starts=("runs/a/cold", "runs/b/cold")))
 
 
 def test_a_file_without_a_sweep_is_named(tmp_path):
