@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from appo_jax.config import Config
-from appo_jax.config_io import check, flatten, read_variable
+from appo_jax.config_io import check, diff_configs, flatten, load_config, read_variable
 from appo_jax.errors import ConfigError
 
 # More steps than any budget of tokens lasts: the budget is what ends a run.
@@ -57,11 +57,23 @@ class Study:
 
 def shared_cold_start(first: Config, folders: tuple[str, ...], out: str, seed: int) -> Config:
     """The config of the cold start that the runs of a seed begin with: the seed's own one in `out`, or one of `folders`, in
-    turn. That of the k-th folder has seed k."""
+    turn. That of the k-th folder has seed k; what another study has begun there goes on with its config.
+
+    Raises ConfigError where a folder holds a cold start that differs in what it depends on.
+    """
     if not folders:
         return dataclasses.replace(first, seed=seed, run_dir=str(Path(out) / "runs" / f"cold-{seed}"))
     index = seed % len(folders)
-    return dataclasses.replace(first, seed=index, run_dir=folders[index])
+    wanted = dataclasses.replace(first, seed=index, run_dir=folders[index])
+    file = Path(wanted.run_dir) / "config.json"
+    if not file.exists():
+        return wanted
+    begun = dataclasses.replace(load_config(file), run_dir=wanted.run_dir)
+    if different := [name for name in diff_configs(begun, wanted) if name.startswith((*COLD_START, "seed"))]:
+        raise ConfigError(
+            f"cold_starts: the run in {wanted.run_dir} differs in {', '.join(different)}; give another folder, or delete it"
+        )
+    return begun
 
 
 def check_cold_starts(folders: tuple[str, ...], config: Config) -> None:

@@ -19,10 +19,10 @@ ALGORITHMS = {
     "arpo": {"algorithm": "arpo", "rollout.num_initial": 8},
 }
 POINTS = {
-    "rate_1e4": {"optimizer.learning_rate": 1e-4},
-    "rate_2e4": {"optimizer.learning_rate": 2e-4},
-    "rate_4e4": {"optimizer.learning_rate": 4e-4},
-    "clip_04": {"optimizer.learning_rate": 2e-4, "loss.clip_low": 0.4, "loss.clip_high": 0.4},
+    "rate_05": {"optimizer.learning_rate": 5e-5},
+    "rate_1": {"optimizer.learning_rate": 1e-4},
+    "rate_2": {"optimizer.learning_rate": 2e-4},
+    "clip": {"optimizer.learning_rate": 2e-4, "loss.clip_low": 0.4, "loss.clip_high": 0.4},
 }
 
 study = Study(

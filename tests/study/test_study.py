@@ -136,6 +136,18 @@ def test_two_cold_starts_are_made_once_for_all_seeds(base, tmp_path):
     assert [job.after.name for job in jobs if job.command == "train"] == ["second", "first", "first"]
 
 
+def test_a_cold_start_that_another_study_has_begun_goes_on_with_its_config(base, tmp_path):
+    folder = tmp_path / "cold"
+    folder.mkdir()
+    other = dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, learning_rate=0.5), steps=3)
+    save_config(other, folder / "config.json")
+    s = dataclasses.replace(study(base, tmp_path / "out"), cold_starts=(str(folder),))
+    assert s.cold_start(5) == dataclasses.replace(other, run_dir=str(folder))
+    save_config(dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=7)), folder / "config.json")
+    with pytest.raises(ConfigError, match=r"the run in .*cold differs in sft.steps; give another folder"):
+        s.cold_start(5)
+
+
 def test_runs_that_fail_are_named_and_do_not_stop_the_report(base, tmp_path):
     """No data where it should be: both cold starts fail, and what was made before is still reported."""
     s = study(without_world(base, tmp_path), tmp_path / "out", grpo=without_world(base, tmp_path))
