@@ -20,32 +20,32 @@ from appo_jax.rollout import scoring
 from appo_jax.types import Rollout
 
 ByTree: TypeAlias = Sequence[Sequence[np.ndarray]]
-"""By tree, by rollout: a value for each token, `[T]` of the rollout's own length."""
+"""For each tree, for each of its rollouts: one value per token, `[T]` with T the rollout's length."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What score passes say of the tokens that a mini-batch trains on; of each tree the trained rollouts, or more."""
+    """The results of score passes for a mini-batch's tokens. Each tree has at least the rollouts that are trained on."""
 
     old_log_probs: ByTree
-    """log π_old: under the policy that drew them."""
+    """log π_old: under the policy that drew the tokens."""
     log_probs: ByTree | None = None
-    """log π_θ: under the policy as it is now. None where neither Ω nor the number of dual-clipped tokens is used."""
+    """log π_θ: under the current policy. None if neither Ω nor the number of dual-clipped tokens is used."""
     ref_log_probs: ByTree | None = None
     """log π_ref, for a loss with a KL term."""
     penalties: ByTree | None = None
-    """Taken off the reward, token by token; of all rollouts."""
+    """Subtracted from the reward at each token; given for all rollouts."""
     entropies: ByTree | None = None
-    """Under π_θ, for advantages that are scaled by them."""
+    """Under π_θ, for advantages that are scaled by the entropy."""
 
 
 def make_terms(
     trees: Sequence[Sequence[Rollout]], measured: Measured, algorithm: Algorithm, length: int
 ) -> tuple[Terms, list[np.ndarray]]:
-    """What the loss knows of a mini-batch, `[R, T]` with T = `length`, and A_base at the sampled tokens of its R rollouts.
+    """The terms of the loss, `[R, T]` with T = `length`, and A_base at the sampled tokens of each of the R trained rollouts.
 
-    `trees`: P prompts' rollouts with their rewards, initial ones first. Weights follow eq. 8's normalisation; truncated
-    rollouts have none with `loss.mask_truncated`.
+    `trees`: the rollouts of P prompts with their rewards; initial rollouts come first. Weights follow the normalisation of
+    eq. 8. With `loss.mask_truncated` the weights of truncated rollouts are 0.
     """
     loss = algorithm.loss
     rollouts = [rollout for tree in trees for rollout in algorithm.trained(tree)]
@@ -73,8 +73,9 @@ def make_terms(
     def weights(mask: np.ndarray, aggregation: str) -> np.ndarray:
         return token_weights(mask, algorithm.budget, len(trees), aggregation) * correction
 
-    dropping, beside = loss.max_dual_clipped >= 0, algorithm.scores_reference and loss.kl_in == "outside"
-    kept = without_dual_clipped(loss_mask, new - old, base, loss) if dropping else loss_mask
+    drops_dual_clipped = loss.max_dual_clipped >= 0
+    kl_outside = algorithm.scores_reference and loss.kl_in == "outside"
+    kept = without_dual_clipped(loss_mask, new - old, base, loss) if drops_dual_clipped else loss_mask
     advantages = np.asarray(procedural_advantage(jnp.asarray(base), future, algorithm.advantage))
     if algorithm.advantage.entropy_weight:
         assert measured.entropies is not None
@@ -86,16 +87,17 @@ def make_terms(
         advantages=advantages,
         old_log_probs=old,
         ref_log_probs=None if measured.ref_log_probs is None else padded(measured.ref_log_probs),
-        surrogate_weights=weights(kept, loss.aggregation) if dropping else None,
-        kl_weights=weights(loss_mask, "seq_mean") if beside else None,
+        surrogate_weights=weights(kept, loss.aggregation) if drops_dual_clipped else None,
+        kl_weights=weights(loss_mask, "seq_mean") if kl_outside else None,
     )
     return terms, [row[sampled] for row, sampled in zip(base, every_sampled, strict=True)]
 
 
 def make_batch(tokens: Sequence[np.ndarray], terms: Terms, length: int, at_once: int) -> TrainBatch:
-    """Rollouts of `tokens [t]` each, and their `terms [R, T]`, in packed rows of `length` slots, `at_once` rows to a micro-batch.
+    """Pack rollouts (`tokens`: `[t]` each) and their `terms [R, T]` into rows of `length` slots.
 
-    Its shape follows from the number of rollouts. How much of it is used depends on how long they are and what they share.
+    A micro-batch has `at_once` rows. The batch's shape depends on the number of rollouts only; how many micro-batches are
+    used depends on the rollouts' lengths and on what they share.
     """
     packing = pack(tokens, length, at_once)
     parts = -(-len(tokens) // at_once)
@@ -104,24 +106,25 @@ def make_batch(tokens: Sequence[np.ndarray], terms: Terms, length: int, at_once:
 
 
 def cut(tree: Any, at_once: int, parts: int) -> Any:
-    """Arrays `[…, R, T]` as `[parts, …, at_once, T]`, with zeros in the parts that are left."""
+    """Cut arrays `[…, R, T]` into `[parts, …, at_once, T]`. Parts that no row reaches are zero."""
 
-    def one(x: np.ndarray) -> np.ndarray:
+    def cut_array(x: np.ndarray) -> np.ndarray:
         out = np.zeros((parts, *x.shape[:-2], at_once, x.shape[-1]), x.dtype)
         for part, first in zip(out, range(0, x.shape[-2], at_once), strict=False):
             part[...] = x[..., first : first + at_once, :]
         return out
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(cut_array, tree)
 
 
 def _packed(terms: Terms, packing: Packing) -> Terms:
-    """Terms `[R, T]` of rollouts as those of the slots that predict their tokens, `[2, R, T]` of packed rows.
+    """Move the terms `[R, T]` of rollouts to the slots of packed rows that predict their tokens, `[2, R, T]`.
 
-    A token that several rollouts share has one log ρ and an advantage from each of them. Every surrogate is |A| times its value
-    for the sign of A. So the rollouts of one sign become one term, of their weights' sum and the weighted mean of A: index 0
-    for A ≥ 0, 1 for A < 0. The loss and its gradient stay what they were; of the metrics, a rollout of A = 0 counts as clipped
-    where one of A > 0 that shares the token does.
+    A token that several rollouts share has one log ρ and one advantage per rollout. Every surrogate is |A| times its value at
+    the sign of A. So the rollouts with A ≥ 0 become one term (index 0) and those with A < 0 another (index 1). A term has the
+    sum of its rollouts' weights and the weighted mean of their advantages. This changes neither the loss nor its gradient. It
+    changes the clip fraction: where a rollout with A = 0 shares a token with one that has A > 0, both count as clipped if that
+    one is.
     """
     rollout = np.concatenate([np.full(len(slots), i) for i, slots in enumerate(packing.slots)])
     token = np.concatenate([np.arange(1, len(slots) + 1) for slots in packing.slots])
@@ -132,31 +135,31 @@ def _packed(terms: Terms, packing: Packing) -> Terms:
     at = (advantages < 0).astype(int), row, slot
 
     def added(values: np.ndarray) -> np.ndarray:
-        out = np.zeros((2, *packing.rows.tokens.shape))  # float64: what one rollout has alone stays as it is
+        out = np.zeros((2, *packing.rows.tokens.shape))  # float64: the value of an unshared token is not rounded
         np.add.at(out, at, values)
         return out
 
     def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return added(weights * values) / np.maximum(added(weights), np.finfo(float).tiny)
 
-    def of(values: np.ndarray | None) -> np.ndarray | None:
+    def summed(values: np.ndarray | None) -> np.ndarray | None:
         return None if values is None else added(values[rollout, token]).astype(np.float32)
 
-    def same(values: np.ndarray | None) -> np.ndarray | None:
+    def averaged(values: np.ndarray | None) -> np.ndarray | None:
         return None if values is None else mean(values[rollout, token], ones).astype(np.float32)
 
     ones = np.ones(len(slot))
     counts = added(ones)
     deciding = terms.weights if terms.surrogate_weights is None else terms.surrogate_weights
     weights = deciding[rollout, token].astype(float)
-    # Where no rollout of a token has a weight, A is in no term; its sign still counts in the metrics.
+    # If all weights of a token's rollouts are 0, A does not enter the loss; the metrics still use its sign.
     means = np.where(added(weights) > 0, mean(advantages, weights), mean(advantages, ones))
     return Terms(
-        weights=of(terms.weights),
+        weights=summed(terms.weights),
         advantages=means.astype(np.float32),
-        old_log_probs=same(terms.old_log_probs),
-        ref_log_probs=same(terms.ref_log_probs),
-        surrogate_weights=of(terms.surrogate_weights),
-        kl_weights=of(terms.kl_weights),
+        old_log_probs=averaged(terms.old_log_probs),
+        ref_log_probs=averaged(terms.ref_log_probs),
+        surrogate_weights=summed(terms.surrogate_weights),
+        kl_weights=summed(terms.kl_weights),
         counts=counts.astype(np.float32),
     )

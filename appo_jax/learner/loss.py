@@ -1,4 +1,4 @@
-"""The clipped policy-gradient loss (eq. 8). All normalisation lives in per-token weights, so micro-batches just add up."""
+"""The clipped policy-gradient loss (eq. 8). All normalisation is in the weights of tokens, so micro-batches are summed."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from appo_jax.config import LossConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """What the loss knows of tokens. All float32 of one shape: `[R, T]` of a mini-batch's rollouts, or that of packed rows."""
+    """The inputs of the loss for each token. All are float32 of one shape: `[R, T]` of rollouts, or that of packed rows."""
 
-    weights: Any  # of the token in the loss; 0 outside the loss mask
+    weights: Any  # weight of the token in the loss; 0 outside the loss mask
     advantages: Any
     old_log_probs: Any
-    ref_log_probs: Any = None  # when the loss has a KL term
-    surrogate_weights: Any = None  # the surrogate's, where they are not `weights`
-    kl_weights: Any = None  # the KL term's, where they are not `weights`
-    counts: Any = None  # how many rollouts' tokens a packed one stands for; None: one, where its weight is positive
+    ref_log_probs: Any = None  # given if the loss has a KL term
+    surrogate_weights: Any = None  # weights of the surrogate; None: `weights`
+    kl_weights: Any = None  # weights of the KL term; None: `weights`
+    counts: Any = None  # how many rollouts share a packed token; None: 1 where the weight is positive
 
 
 def token_weights(loss_mask: np.ndarray, budget: int, num_prompts: int, aggregation: str) -> np.ndarray:
     """Weight of each token in the loss, float32 `[R, T]`, from the mini-batch's `loss_mask [R, T]`.
 
-    paper: 1/(P·M) · 1/|H_n| (eq. 8, averaged over prompts); token_mean: one over the number of tokens; seq_mean: mean over
-    rollouts of the mean over tokens; constant: one over rollouts times T.
+    paper: 1/(P·M) · 1/|H_n| (eq. 8, averaged over prompts); token_mean: 1 / (number of tokens); seq_mean: the mean over
+    rollouts of the mean over tokens; constant: 1 / (R·T).
     """
     lengths = loss_mask.sum(-1, keepdims=True)
     per_sequence = loss_mask / np.maximum(lengths, 1)
@@ -50,7 +50,7 @@ def without_dual_clipped(
 ) -> np.ndarray:
     """`loss_mask [R, T]` without the rollouts that have more than `max_dual_clipped` dual-clipped tokens (official code).
 
-    log_ratio: log π_θ − log π_old, `[R, T]`. The dual clip decides where A < 0 and ρ > c.
+    log_ratio: log π_θ − log π_old, `[R, T]`. A token is dual-clipped if A < 0 and ρ > c.
     """
     if config.max_log_ratio:
         log_ratio = np.clip(log_ratio, -config.max_log_ratio, config.max_log_ratio)
@@ -59,16 +59,16 @@ def without_dual_clipped(
 
 
 def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: str, max_k3: float = 0.0) -> jax.Array:
-    """Per-token estimate of KL(π_θ‖π_ref) from tokens that π_θ drew, any shape; k1, k2 or k3, with r = π_ref/π_θ.
+    """Per-token estimate (k1, k2 or k3 of r = π_ref/π_θ) of KL(π_θ‖π_ref) from tokens that π_θ drew. Any shape.
 
-    k3 is at most `max_k3`, without a gradient beyond (official code: 10); 0: as it is.
+    k3 is cut off at `max_k3` (official code: 10) and has no gradient beyond it; 0: not cut off.
     """
     log_r = ref_log_probs - log_probs
     if estimator == "k1":
         return -log_r
     if estimator == "k2":
         return 0.5 * jnp.square(log_r)
-    if max_k3:  # beyond e^80 the gradient of an overflow, 0 · inf, would be NaN
+    if max_k3:  # without the inner minimum, exp would overflow and its gradient 0 · inf would be NaN
         return jnp.minimum(jnp.exp(jnp.minimum(log_r, 80.0)) - log_r - 1.0, max_k3)
     return jnp.exp(log_r) - log_r - 1.0
 
@@ -76,16 +76,16 @@ def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: str, 
 def surrogate(log_ratio: jax.Array, log_probs: jax.Array, advantages: jax.Array, config: LossConfig) -> jax.Array:
     """The objective of each token before KL and entropy, from log ρ and A; all `[R, T]`.
 
-    clip (eq. 8): min(ρA, clip(ρ)A). gppo has its value; where the clip decides, its gradient is clip(ρ)·A·∇log π instead
-    of 0; with gppo_high only where the upper end does. cispo: sg(clip(ρ))·A·log π. With a dual clip, tokens of A < 0 get at
-    least c·A.
+    clip (eq. 8): min(ρA, clip(ρ)A). gppo: the same value, but a clipped token has the gradient clip(ρ)·A·∇log π instead
+    of 0. gppo_high: as gppo for tokens clipped at the upper end only. cispo: sg(clip(ρ))·A·log π. With a dual clip, the
+    objective of tokens with A < 0 is at least c·A.
     """
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     if config.surrogate == "cispo":
         return jax.lax.stop_gradient(clipped) * advantages * log_probs
     if config.surrogate in ("gppo", "gppo_high"):
-        # A factor of value 1 and gradient ∇log π; ρ/sg(ρ) would be 0/0 where ρ underflows.
+        # exp(…) has the value 1 and the gradient ∇log π. ρ/sg(ρ) would be 0/0 where ρ underflows.
         kept = jax.lax.stop_gradient(clipped) * jnp.exp(log_ratio - jax.lax.stop_gradient(log_ratio))
         high = ratio > 1.0 + config.clip_high
         clipped = kept if config.surrogate == "gppo" else jnp.where(high, kept, clipped)
@@ -100,9 +100,9 @@ def policy_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """−Σ (w·surrogate − β·w_KL·KL + entropy_weight·w·H), and sums over tokens for the metrics.
 
-    log_probs and entropies (with their gradient; entropies for the bonus) are those of π_θ at the tokens that `batch` speaks
-    of, in its shape or one that broadcasts to it. Only tokens with a positive weight count. The surrogate and the KL term have
-    weights of their own where the batch gives them.
+    log_probs and entropies (used by the entropy bonus) are those of π_θ at the tokens of `batch`, with gradients, in its
+    shape or one that broadcasts to it. Only tokens with a positive weight count. `surrogate_weights` and `kl_weights` replace
+    the weights of the surrogate and of the KL term if the batch has them.
     """
     on = batch.weights > 0
     log_ratio = jnp.where(on, log_probs - batch.old_log_probs, 0.0)
@@ -131,6 +131,6 @@ def policy_loss(
 
 
 def sampler_correction(old_log_probs: np.ndarray, sampler_log_probs: np.ndarray, cap: float) -> np.ndarray:
-    """min(π_old/π_sampler, cap) of each token: truncated importance weights for what the sampler computes otherwise."""
-    # The exponent is capped before it is taken: no overflow.
+    """min(π_old/π_sampler, cap) of each token: truncated importance weights for rounding that differs in the sampler."""
+    # The cap is applied before exp, so that exp does not overflow.
     return np.exp(np.minimum(old_log_probs - sampler_log_probs, np.log(cap)))

@@ -13,7 +13,7 @@ from appo_jax.policy.parameters import Params, row_of
 
 
 def rl_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW at a constant rate after a linear warm-up, gradients clipped by their global norm."""
+    """AdamW: a linear warm-up, then a constant rate. Gradients are clipped by their global norm."""
     schedule: Any = config.learning_rate
     if config.warmup_steps:
         schedule = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
@@ -24,7 +24,10 @@ def rl_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def sft_optimizer(config: SFTConfig, shared: OptimizerConfig) -> optax.GradientTransformation:
-    """The cold start's optimizer: linear warm-up, then a cosine fall to 0 at its last step. `shared`: decays, clipping."""
+    """The cold start's optimizer: a linear warm-up, then a cosine decay to 0 at its last step.
+
+    `shared`: the moments' decay rates, the weight decay and the gradient clipping, which RL uses too.
+    """
 
     def schedule(peak: float) -> optax.Schedule:
         warmup = max(1, round(config.warmup_fraction * config.steps))
@@ -46,17 +49,17 @@ def sft_optimizer(config: SFTConfig, shared: OptimizerConfig) -> optax.GradientT
     return optax.chain(optax.clip_by_global_norm(shared.max_grad_norm), update)
 
 
-# Muon's steps have unit spectral norm; embeddings and norms, which AdamW moves, want smaller ones.
+# Muon's rate over AdamW's. Muon's updates have unit spectral norm; embeddings and norms, which AdamW updates, need smaller ones.
 MUON_TO_ADAM = 7.0
 
 
 def _dimension_numbers(params: Params) -> Any:
-    """Which axes of a matrix take its input and which give its output; None: AdamW moves it."""
+    """For each parameter, which axes are a matrix's inputs and which its outputs; None: AdamW updates it."""
 
-    def one(path: tuple[Any, ...], x: jax.Array) -> MuonDimensionNumbers | None:
+    def numbers(path: tuple[Any, ...], x: jax.Array) -> MuonDimensionNumbers | None:
         row = row_of(path)
         if row.kind != "matrix":
             return None
         return MuonDimensionNumbers(tuple(range(row.inputs)), tuple(range(row.inputs, x.ndim)))
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(numbers, params)

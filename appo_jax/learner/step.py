@@ -1,4 +1,4 @@
-"""One optimizer step: gradients summed over micro-batches, then the update. For RL (eq. 8) and for the cold start (SFT)."""
+"""One optimizer step: sum gradients over micro-batches, then update. RL (eq. 8) and the cold start (SFT) both use it."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ class TrainBatch:
 
     rows: Rows  # [n, R, T]
     terms: Terms
-    """Of each slot's target, `[n, C, R, T]`. C = 2: rollouts that share a token have an entry together for the advantages from
-    0 on and one for those below."""
+    """The terms of each slot's target, `[n, C, R, T]`. For rollouts C = 2: rollouts that share a token are joined into one term
+    for advantages ≥ 0 and one for advantages < 0."""
     used: Any
-    """int32: so many of the n micro-batches hold something. A mini-batch of any length is learned by one program."""
+    """int32: how many of the n micro-batches hold tokens. It is an argument of the program, so mini-batches of any length use
+    one program."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes and a checkpoint holds."""
+    """The state that a step updates and a checkpoint stores."""
 
     params: Params  # what is trained: all parameters of the policy, or its adapters
     opt_state: optax.OptState
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, arch: Architecture, mesh: Mesh) -> TrainState:
-    """The state of the first step, in the training layout."""
+    """The state before the first step, in the training layout."""
     state = jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), params)
     shardings = state_shardings(state, arch, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state if mesh.size > 1 else None)(params)
@@ -57,7 +58,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, arch: Ar
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """What the step program is compiled for."""
+    """The static arguments of the step program."""
 
     arch: Architecture
     loss: LossConfig | None  # None: negative log-likelihood of the demonstrations
@@ -85,8 +86,8 @@ def gradients(
 ) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
     """Loss, gradient of `params` and metric sums of the whole batch, micro-batch by micro-batch.
 
-    `base`: the weights, where `params` are adapters. The weights of tokens already hold all normalisation, so the sum over
-    micro-batches is the big batch's loss and gradient.
+    `base`: the policy's frozen weights if `params` are adapters. All normalisation is in the weights of tokens, so the sums
+    over micro-batches are the loss and the gradient of the whole batch.
     """
 
     def loss_of(params: Params, rows: Rows, terms: Terms) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -94,15 +95,15 @@ def gradients(
 
     grad_fn = jax.value_and_grad(loss_of, has_aux=True)
 
-    def of_part(i: jax.Array | int) -> Any:
+    def of_micro_batch(i: jax.Array | int) -> Any:
         return grad_fn(params, *jax.tree.map(lambda x: x[i], (batch.rows, batch.terms)))
 
     if len(batch.rows.tokens) == 1:
-        (loss, metrics), grads = of_part(0)
+        (loss, metrics), grads = of_micro_batch(0)
         return loss, grads, metrics
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, 0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro_batch, 0))
     (loss, metrics), grads = jax.lax.fori_loop(
-        0, batch.used, lambda i, total: jax.tree.map(jnp.add, total, of_part(i)), zeros
+        0, batch.used, lambda i, total: jax.tree.map(jnp.add, total, of_micro_batch(i)), zeros
     )
     return loss, grads, metrics
 
@@ -110,11 +111,10 @@ def gradients(
 def make_train_step(
     optimizer: optax.GradientTransformation, spec: StepSpec
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step, of a state, a batch and, where the state holds adapters, their base. Donates the state.
+    """The jitted step: (state, batch, and the frozen weights if the state holds adapters) → (new state, metrics).
 
-    Metrics: loss, grad_norm, and per-token means of the loss's sums.
-
-    A non-finite loss or gradient leaves the state as it was; the caller sees it in the metrics and stops.
+    It donates the state. Metrics: loss, grad_norm, and the loss's sums divided by the number of tokens. If the loss or the
+    gradient is not finite, the state does not change; the caller finds that in the metrics and stops.
     """
 
     @functools.partial(jax.jit, donate_argnames=("state",))
@@ -134,10 +134,13 @@ def make_train_step(
 
 
 def require_finite(record: Mapping[str, float], phase: str, step: int, rate: str) -> None:
-    """Raise TrainingError when a step's loss or gradient norm (`record["<phase>/loss"]` …) is not finite."""
+    """Raise TrainingError if a step's loss or gradient norm (`record["<phase>/loss"]` …) is not finite.
+
+    `rate`: the config field of the learning rate, for the message.
+    """
     for name in (f"{phase}/loss", f"{phase}/grad_norm"):
         if not math.isfinite(record[name]):
             raise TrainingError(
                 f"{name} is {record[name]} at step {step}: training stops, and the last checkpoint is from before it. "
-                f"Lower {rate}, or look at what the step was given"
+                f"Lower {rate}, or check the data of that step"
             )
