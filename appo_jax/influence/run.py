@@ -25,6 +25,7 @@ from appo_jax.components import Components, build, give_rewards
 from appo_jax.config_io import load_config
 from appo_jax.data.pipeline import prompt_batches
 from appo_jax.export import newest_params
+from appo_jax.influence.allocation import Scatter, advantage_scatter
 from appo_jax.influence.measure import Measured, measure
 from appo_jax.influence.ranking import (
     Interval,
@@ -61,6 +62,8 @@ class Asked:
     """Random positions of each rollout; the first three by every score are measured as well."""
     continuations: int = 8
     """K: draws at each cut."""
+    draws: int = 16
+    """How often the branches of a prompt are drawn under each allocation, for Theorem 1."""
 
 
 def study_influence(run: Path, out: Path, asked: Asked) -> str:
@@ -93,10 +96,16 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
             components.sampler, trainer.policy(state), rollouts, chosen, asked.continuations,
             lambda some: give_rewards(some, components), (DRAWS, 1),
         )  # fmt: skip
+        scatter = advantage_scatter(
+            components.sampler, trainer.policy(state), rollouts, ranked, config.branching, asked.rollouts,
+            asked.rollouts * (config.branching.num_branch_points + 1), asked.draws,
+            lambda some: give_rewards(some, components), (DRAWS, 2),
+        )  # fmt: skip
     figures = summarize(ranked, measured, random)
     figures |= {
         "policy": where, "rollouts": len(rollouts), "positions": len(measured), "continuations": asked.continuations,
         "future_std": float(np.std(np.concatenate([r.scores["future"][r.valid] for r in ranked]))),
+        "scatter": scatter,
         "step": {name: value for name, value in record.items() if name.startswith(("branching/", "update/"))},
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
@@ -204,6 +213,13 @@ def to_markdown(figures: dict[str, Any]) -> str:
     lines += ["", f"Mean influence of a random position: {_shown(figures['influence_of_random'], 4)}."]
     if figures["chance"] is not None:
         lines.append(f"Share of positions that are decisions by construction: {_shown(figures['chance'], 2)}.")
+    scatter: Scatter = figures["scatter"]
+    means = ", ".join(f"{name} {_shown(value, 4)}" for name, value in scatter.variance.items())
+    lines += [
+        "",
+        f"Variance of A_base when the branches are drawn again (Theorem 1; intervals over prompts): {means}. proportional less "
+        f"per_rollout: {_shown(scatter.difference, 4)}.",
+    ]
     return "\n".join(lines)
 
 

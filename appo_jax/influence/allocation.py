@@ -1,0 +1,77 @@
+"""Theorem 1, measured: how much A_base scatters when the branches are drawn again, by the rule that shares out the budget.
+
+The initial rollouts and the scores of their positions stay as they are. The branches of a prompt are drawn many times, and
+each draw gives every initial rollout an A_base (eq. 6). The variance over the draws is the noise that the branches add.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from appo_jax.advantage.groups import dual_group
+from appo_jax.branching.select import select
+from appo_jax.config import BranchingConfig
+from appo_jax.influence.ranking import Interval, Ranked, over_rollouts
+from appo_jax.policy.parameters import Params
+from appo_jax.rollout.sampler import Branch, Sampler
+from appo_jax.types import Rollout
+
+Allocation = Literal["per_rollout", "proportional"]
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scatter:
+    """What both allocations give at the same prompts."""
+
+    variance: Mapping[str, Interval]
+    """By allocation: variance of A_base over the draws, mean over initial rollouts; intervals over prompts."""
+    difference: Interval
+    """Of proportional less per_rollout, paired by rollout."""
+
+
+def advantage_scatter(
+    sampler: Sampler, params: Params, rollouts: Sequence[Rollout], ranked: Sequence[Ranked], config: BranchingConfig,
+    num_initial: int, budget: int, draws: int, give_rewards: Callable[[Sequence[Rollout]], None], draw_id: Sequence[int],
+) -> Scatter:  # fmt: skip
+    """The scatter of A_base at the Branching Score (`ranked[i].scores["product"]`).
+
+    rollouts: `num_initial` finished ones of each prompt in turn, with rewards. budget: M. draws: how often the branches of
+    a prompt are drawn under each allocation; at least 2.
+    """
+    scored = sampler.score(params, rollouts, to_branch=True)
+    variances: dict[str, list[np.ndarray]] = {}
+    for number, allocation in enumerate(ALLOCATIONS):
+        branches: list[list[Branch]] = [[] for _ in rollouts]
+        for first in range(0, len(rollouts), num_initial):
+            some = ranked[first : first + num_initial]
+            points = select(
+                [r.scores["product"] for r in some], [r.preferred["product"] for r in some], [r.valid for r in some],
+                [r.sampled for r in some], budget - num_initial, dataclasses.replace(config, allocation=allocation),
+            )  # fmt: skip
+            for draw in range(draws):
+                for at, (n, cut) in enumerate(points):
+                    branches[first + n].append(Branch(cut, num_initial + draw * len(points) + at, 1))
+        drawn = sampler.branches(params, scored, branches, (*draw_id, number))
+        give_rewards([rollout for of_rollout in drawn for rollout in of_rollout])
+        variances[allocation] = [
+            _variances(rollouts[first : first + num_initial], drawn[first : first + num_initial], draws)
+            for first in range(0, len(rollouts), num_initial)
+        ]
+    pairs = [b - a for a, b in zip(*(variances[name] for name in ALLOCATIONS), strict=True)]
+    return Scatter(
+        {name: over_rollouts(values, lambda rows: float(np.mean(rows))) for name, values in variances.items()},
+        over_rollouts(pairs, lambda rows: float(np.mean(rows))),
+    )
+
+
+def _variances(initial: Sequence[Rollout], drawn: Sequence[Sequence[Rollout]], draws: int) -> np.ndarray:
+    """`[N]`: variance over the draws of the A_base of one prompt's initial rollouts."""
+    first = np.array([r.reward for r in initial])
+    branches = sorted((r for some in drawn for r in some), key=lambda r: r.node)
+    rewards = np.array([r.reward for r in branches]).reshape(draws, -1)
+    return np.var([dual_group(first, first, of_draw, "population") for of_draw in rewards], axis=0, ddof=1)

@@ -1,0 +1,51 @@
+"""The scatter of A_base against a game in which the variance of a branch's reward is known at every position."""
+
+import numpy as np
+import pytest
+from test_measure import Coins, rewarded, rollout
+
+from appo_jax.advantage.groups import dual_group
+from appo_jax.config import BranchingConfig
+from appo_jax.influence.allocation import advantage_scatter
+from appo_jax.influence.ranking import Ranked
+
+
+def ranked(r, score):
+    valid = r.sampled
+    nothing = np.zeros(r.length, bool)
+    return Ranked(
+        {"product": np.array(score, float)}, {"product": valid}, valid, r.sampled, None, nothing, [""] * r.length
+    )
+
+
+def play(score, draws=4000):
+    """Two rollouts of one prompt; the reward is the first sampled token, which only a branch at position 2 draws again."""
+    rollouts = [rollout([0, 1, 1, 0, 1, 0], node=0), rollout([1, 0, 0, 0, 1, 0], node=1)]
+    give = rewarded(lambda tokens: tokens[0])
+    give(rollouts)
+    config = BranchingConfig(num_branch_points=2)
+    return advantage_scatter(
+        Coins(), None, rollouts, [ranked(r, score) for r in rollouts], config, 2, 6, draws, give, (0,)
+    )
+
+
+def test_branches_that_change_nothing_scatter_nothing():
+    """All points lie after the token that decides: every draw has the rewards 0, 0, 1, 1."""
+    found = play([0, 0, 0, 1, 1, 0, 0, 0], draws=50)
+    assert found.variance["per_rollout"].value == found.variance["proportional"].value == 0.0
+
+
+def test_the_variance_is_that_of_the_rewards_by_enumeration():
+    """per_rollout draws one branch of each rollout at position 2 (a fair coin) and one at 3 (the parent's reward); in proportion
+    to scores of 1 and 0, both branches of a rollout begin at position 2."""
+    found = play([0, 0, 1, 0, 0, 0, 0, 0])
+    first = np.array([0.0, 1.0])
+
+    def variance(outcomes):
+        return np.var([dual_group(first, first, np.array(x, float), "population") for x in outcomes], axis=0).mean()
+
+    one_coin = [(a, 0, b, 1) for a in (0, 1) for b in (0, 1)]
+    two_coins = [(a, b, c, d) for a in (0, 1) for b in (0, 1) for c in (0, 1) for d in (0, 1)]
+    assert found.variance["per_rollout"].value == pytest.approx(variance(one_coin), rel=0.1)
+    assert found.variance["proportional"].value == pytest.approx(variance(two_coins), rel=0.1)
+    assert found.difference.value == pytest.approx(variance(two_coins) - variance(one_coin), rel=0.1)
