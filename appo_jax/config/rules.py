@@ -98,7 +98,7 @@ def _batches(config: Config) -> Iterator[str]:
             f"{c.prompts_per_minibatch}: every mini-batch must be full"
         )
     if mesh.data % mesh.slices:
-        yield f"mesh.slices = {mesh.slices} does not divide mesh.data = {mesh.data}: slices split that axis"
+        yield f"mesh.slices = {mesh.slices} does not divide mesh.data = {mesh.data}: the data axis is split over the slices"
     if sft.steps:
         for name, value in {"sft.batch_size": sft.batch_size, "sft.micro_batch": sft.micro_batch}.items():
             if value % (mesh.data * mesh.fsdp):

@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685): the trained adapters of a policy, beside weights that stay as they are.
+"""LoRA (arXiv 2106.09685): a policy of frozen base weights and trained adapters.
 
-Adapters are rows of the table in parameters.py, and a tree of them is like one of parameters: `{"layers": {0: {"q_a": …,
-"q_b": …}, 1: …}}`. A policy with adapters is one tree of both, `with_adapters`; transformer.py applies what a layer has.
+Adapters are rows of the table in parameters.py. Their tree has the form of the parameters' tree: `{"layers": {0: {"q_a": …,
+"q_b": …}, 1: …}}`. `with_adapters` joins both into one tree, and transformer.py applies the adapters that a layer has.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from appo_jax.policy.parameters import LAYER, Adapted, KeyPath, Parameter, Param
 
 
 def with_adapters(base: Params | None, trained: Params) -> Params:
-    """The policy of weights that stay as they are and trained adapters; of no such weights, `trained` itself."""
+    """The policy's parameters: the frozen weights `base` joined with the trained adapters. `base` None: `trained` itself."""
     if base is None:
         return trained
-    own = trained.get("layers", {})
-    return base | {"layers": {i: layer | own.get(i, {}) for i, layer in base["layers"].items()}}
+    layer_adapters = trained.get("layers", {})
+    return base | {"layers": {i: layer | layer_adapters.get(i, {}) for i, layer in base["layers"].items()}}
 
 
 def abstract_adapters(arch: Architecture) -> Params:
@@ -34,50 +34,51 @@ def abstract_adapters(arch: Architecture) -> Params:
 
 
 def init_adapters(arch: Architecture, seed: int, shardings: Any = None) -> Params:
-    """Float32 adapters that add nothing: A is normal with variance 1 / fan-in, B is 0. `shardings`: a tree like them."""
+    """Float32 adapters that add 0: A is normal with variance 1 / fan-in, B is 0. `shardings`: a tree of the same form."""
 
     def draw() -> Params:
-        key = jax.random.fold_in(jax.random.key(seed), 0x10FA)  # of no parameter in `init_params`
+        key = jax.random.fold_in(jax.random.key(seed), 0x10FA)  # `init_params` uses no key of this number
         keys = iter(jax.random.split(key, len(list(adapters(arch)))))
 
-        def one(path: KeyPath, row: Parameter) -> jax.Array:
-            shape, own = row.shape(arch), next(keys)
+        def init(path: KeyPath, row: Parameter) -> jax.Array:
+            shape, adapter_key = row.shape(arch), next(keys)
             if str(path[-1]).endswith("_b"):
                 return jnp.zeros(shape, jnp.float32)
-            return jax.random.normal(own, shape) * math.prod(shape[:-1]) ** -0.5
+            return jax.random.normal(adapter_key, shape) * math.prod(shape[:-1]) ** -0.5
 
-        return build(adapters(arch), one)
+        return build(adapters(arch), init)
 
     return draw() if shardings is None else jax.jit(draw, out_shardings=shardings)()
 
 
 def frozen(params: Params, arch: Architecture) -> Params:
-    """The weights as they are held beside adapters: in `lora.base_dtype`, scales of norms in float32."""
+    """The frozen base weights of a policy with adapters: in `lora.base_dtype`, norm scales in their own dtype."""
     assert isinstance(arch, Adapted)
     dtype = jnp.dtype(arch.lora.base_dtype)
 
-    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return x if row_of(path).kind == "norm" else x.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def merged(base: Params, trained: Params, arch: Architecture) -> Params:
-    """Float32 parameters of a policy without adapters that computes the same: W + alpha/rank · A·B."""
+    """Float32 parameters of the same policy without adapters: W + alpha/rank · A·B."""
     assert isinstance(arch, Adapted)
     scale = arch.lora.alpha / arch.lora.rank
 
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), base)  # its dicts are new
-    for i, own in trained["layers"].items():
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), base)  # tree.map makes new dicts, which may be changed
+    for i, layer in trained["layers"].items():
         for name in arch.lora.targets:
-            params["layers"][i][name] += scale * jnp.tensordot(own[f"{name}_a"], own[f"{name}_b"], 1)
+            params["layers"][i][name] += scale * jnp.tensordot(layer[f"{name}_a"], layer[f"{name}_b"], 1)
     return params
 
 
 def save_adapters(folder: Path, trained: Params, arch: Architecture, base: str | None) -> None:
-    """Write adapters as a new folder that peft loads beside the Hugging Face folder `base` (None: said by who loads it).
+    """Write adapters to a new folder that peft can load.
 
-    Raises WeightsError if the folder exists and is not empty.
+    `base`: the Hugging Face folder of the base weights, which adapter_config.json names; None: whoever loads the adapters
+    must name it. Raises WeightsError if the folder exists and is not empty.
     """
     assert isinstance(arch, Adapted)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,8 +1,8 @@
-"""Hugging Face config.json to Architecture and back.
+"""Conversion between a Hugging Face config.json and Architecture.
 
-The model classes we know (`parameters.FAMILIES`) read a fixed set of config fields (transformers'
-modeling_{llama,qwen2,qwen3}.py). Each field that could change what the model computes is either part of Architecture or
-refused here by name.
+The supported model classes (`parameters.FAMILIES`) read a fixed set of config fields (transformers'
+modeling_{llama,qwen2,qwen3}.py). Each field that could change what the model computes is either part of Architecture, or
+is refused here with an error that names it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from appo_jax.policy.parameters import FAMILIES, adapted, check_family
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
-    """Architecture of a config.json. Raises WeightsError that lists every field we cannot honour or that is missing."""
+    """Architecture of a config.json. Raises WeightsError that lists every unsupported or missing field."""
     names = config.get("architectures") or [None]
     family = next((name for name, known in FAMILIES.items() if known.hf == names[0]), None)
     if family is None:
@@ -56,7 +56,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
 
 
 def to_hf(arch: Architecture) -> dict[str, Any]:
-    """The config.json of an Architecture, in the spelling that old and new transformers and vLLM read."""
+    """The config.json of an Architecture, with field names that old and new transformers and vLLM read."""
     family = FAMILIES[arch.family]
     config: dict[str, Any] = {
         "architectures": [family.hf],
@@ -110,9 +110,9 @@ def read_architecture(folder: str | Path) -> Architecture:
 
 
 def architecture_of(config: PolicyConfig) -> Architecture:
-    """The policy's shape: as configured, and that of its folder where there is one.
+    """The policy's architecture: that of its folder if `policy.path` is set, else `policy.architecture`.
 
-    Raises ConfigError for an unknown family, or one that lists the fields in which the two differ; WeightsError for a
+    Raises ConfigError for an unknown family, and if both are given and differ (it lists the fields); WeightsError for a
     folder that cannot be read.
     """
     if config.path is None:
@@ -122,7 +122,7 @@ def architecture_of(config: PolicyConfig) -> Architecture:
     found, stated = read_architecture(config.path), config.architecture
     if stated is None:
         return adapted(found, config.lora)
-    # What the shape does not depend on may be left to the folder.
+    # `num_tokens` and `missing_ids` come from the tokenizer later; the config may leave `max_positions` out.
     left_out = ("num_tokens", "missing_ids", *(("max_positions",) if stated.max_positions is None else ()))
     names = [f.name for f in dataclasses.fields(Architecture) if f.name not in left_out]
     differing = [
@@ -137,7 +137,7 @@ def architecture_of(config: PolicyConfig) -> Architecture:
 
 
 def check_positions(arch: Architecture, config: Config) -> None:
-    """Raises ConfigError for rollouts or demonstrations longer than the positions that the policy was made for."""
+    """Raises ConfigError if rollouts or demonstrations may be longer than the policy's maximum number of positions."""
     if arch.max_positions is None:
         return
     limit, original = arch.max_positions, arch.max_positions
@@ -164,7 +164,7 @@ def check_positions(arch: Architecture, config: Config) -> None:
 
 
 def for_tokenizer(arch: Architecture, num_tokens: int, missing_ids: Sequence[int] = ()) -> Architecture:
-    """The architecture with the rows that no token has marked: those beyond a tokenizer's ids, and its missing ids.
+    """The architecture with the tokenizer's `num_tokens` and `missing_ids`, which mark the embedding rows that no token uses.
 
     Raises ConfigError for a tokenizer with more ids than the embedding has rows.
     """
@@ -178,7 +178,7 @@ def for_tokenizer(arch: Architecture, num_tokens: int, missing_ids: Sequence[int
 
 
 def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:
-    """Fields set to a value that would change the result."""
+    """One message for each field with an unsupported value, which would change what the model computes."""
     supported: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
         "quantization_config": (),
@@ -198,7 +198,7 @@ def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:
 def _rope_scaling(
     rope: Mapping[str, Any], max_positions: int | None
 ) -> tuple[RopeScaling | YarnScaling | None, list[str]]:
-    """The scaling (None: plain rope), and what is wrong with the fields."""
+    """The scaling (None: plain rope), and a message for each missing or unsupported field."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     only = {"partial_rotary_factor": 1.0, "mscale": None, "mscale_all_dim": None, "truncate": True}
     problems = [

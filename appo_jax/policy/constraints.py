@@ -1,7 +1,7 @@
-"""Where activations lie on the mesh: what the partitioner is told inside jit.
+"""Sharding constraints on activations, for the partitioner inside jit.
 
 Rows are split over the data and fsdp axes, heads and the MLP's inner axis over the tensor axis. The mesh is the one that
-`sharding.use_mesh` set; without one, on a single device, nothing here does anything.
+`sharding.use_mesh` set. On a single device there is no mesh, and these functions return their arguments unchanged.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")  # of every mesh
-ROWS = ("data", "fsdp")  # what rows of a batch are split over
-# What the MLP's inner axis and the vocabulary are split over while rollouts are generated. Tensor first: a part of the training
-# layout is cut further, and parts come together within their tensor place.
+ROWS = ("data", "fsdp")  # the rows of a batch are split over these axes
+# The MLP's inner axis and the vocabulary are split over these axes while rollouts are generated. Tensor comes first: a part of
+# the training layout is split further, and it is gathered among devices of the same tensor index.
 WIDE = ("tensor", "fsdp")
 
 
 def widest(size: int) -> str | tuple[str, ...]:
-    """WIDE where it divides an axis of this size, else its first axis alone."""
+    """WIDE if it divides an array axis of this size, else its first mesh axis."""
     return WIDE if parts(size, WIDE) > 1 else WIDE[0]
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """`x` with its leading axes laid over the mesh axes named, the others replicated.
+    """`x` with its leading axes split over the named mesh axes and the other axes replicated.
 
-    An array axis that the mesh axes do not divide is replicated too (one row, a few appended tool results).
+    An array axis whose size the mesh axes do not divide is replicated too (one row, a few appended tool results).
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -36,21 +36,21 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 
 def divided(shape: Sequence[int], *axes: str | tuple[str, ...] | None) -> PartitionSpec:
-    """The partition of `constrain` on the mesh in use."""
+    """The partition that `constrain` gives an array of this shape on the mesh in use."""
     return spec_of(
         names if names and parts(size, names) > 1 else None for size, names in zip(shape, axes, strict=False)
     )
 
 
 def parts(size: int, names: str | tuple[str, ...]) -> int:
-    """Into how many parts `constrain` splits an array axis over mesh axes: 1 where they do not divide its size."""
+    """The number of parts into which `constrain` splits an array axis over mesh axes; 1 if they do not divide its size."""
     mesh = jax.sharding.get_abstract_mesh()
     count = math.prod(mesh.shape.get(name, 1) for name in ((names,) if isinstance(names, str) else names))
     return count if size % count == 0 else 1
 
 
 def spec_of(axes: Iterable[str | tuple[str, ...] | None]) -> PartitionSpec:
-    """The partition in its shortest form, which is the one jax gives back: two forms would be two programs."""
+    """The partition in its shortest form, which is also the form that jax returns. Two forms would compile two programs."""
     axes = list(axes)
     while axes and axes[-1] is None:
         axes.pop()
@@ -58,20 +58,19 @@ def spec_of(axes: Iterable[str | tuple[str, ...] | None]) -> PartitionSpec:
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """`x` whole on every device: what the host reads (with several hosts, each of them)."""
+    """`x` replicated on every device, so that every host can read it."""
     return constrain(x)
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
-    """How many parts the rows of a batch are split into."""
+    """The number of parts into which the rows of a batch are split."""
     return math.prod(mesh.shape[name] for name in ROWS)
 
 
 def on_each_device(run: Callable[..., Any], arguments: Any, results: Any) -> Callable[..., Any]:
-    """`run` on each device's own part of the arguments: inside it nothing travels, because nothing can.
+    """`run` on each device's own part of the arguments, without communication between devices.
 
-    `arguments` and `results` say over which mesh axes those are split (pytree prefixes of partitions, as for
-    `jax.shard_map`).
+    `arguments` and `results`: the partitions of its arguments and results, as pytree prefixes (see `jax.shard_map`).
     """
     if jax.sharding.get_abstract_mesh().empty:
         return run
@@ -79,14 +78,15 @@ def on_each_device(run: Callable[..., Any], arguments: Any, results: Any) -> Cal
 
 
 def merged(*sizes: int) -> tuple[int, ...]:
-    """The shape of leading axes that a reshape may merge: one axis, but on a mesh as they are.
+    """The shape to which leading axes of these sizes are reshaped: one axis, but on a mesh they stay separate.
 
-    To merge rows and heads of a cache, the TPU compiler copies it into another layout, at every token.
+    If rows and heads of a cache were merged on a mesh, the TPU compiler would copy the cache into another layout at every
+    token.
     """
     return sizes if not jax.sharding.get_abstract_mesh().empty else (math.prod(sizes),)
 
 
 def platform() -> str:
-    """What programs are compiled for: the mesh's devices (which may be another machine's), or the default backend."""
+    """The platform that programs are compiled for: that of the mesh's devices (maybe on another machine), else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

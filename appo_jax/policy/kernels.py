@@ -1,7 +1,7 @@
-"""Attention over whole rows, by the fastest kernel that the platform has and the shapes allow.
+"""Attention over whole rows, by the fastest kernel that the platform has and that supports the shapes.
 
-TPU: splash attention, which never holds the `[T, T]` scores. GPU: cuDNN's flash attention for causal rows. Elsewhere, and where
-a kernel does not apply, plain XLA. All compute the same function.
+TPU: splash attention, which never holds the `[T, T]` scores. GPU: cuDNN's flash attention for causal rows. All other cases:
+plain XLA. All compute the same function.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from appo_jax.policy.constraints import ROWS, divided, platform
 
-LANES = 128  # splash attention works on multiples of this many tokens, and wants heads of this width
-BLOCKS = (512, 256, 128)  # tokens of a splash block; the largest that divides the row
+LANES = 128  # splash attention needs row lengths and head widths that are multiples of this
+BLOCKS = (512, 256, 128)  # sizes of a splash block in tokens; the largest that divides the row's length is used
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -23,20 +23,20 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     where = platform()
     if where == "tpu":
         return splash_attention(q, k, v)
-    # cuDNN: half precision, and heads of at most 128 in multiples of 8.
+    # cuDNN supports half precision and head widths up to 128 that are multiples of 8.
     cudnn = where in ("gpu", "cuda") and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if cudnn else None)
 
 
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) -> jax.Array:
-    """`causal_attention` in which a key is seen only by the queries before its end: `ends [R, T]` int32, each above its index."""
+    """`causal_attention` in which key t is seen only by queries before `ends[t]`. `ends [R, T]` int32, with ends[t] > t."""
     if platform() == "tpu":
         return splash_attention(q, k, v, ends)
     return jax.nn.dot_product_attention(q, k, v, mask=visible(ends)[:, None])
 
 
 def visible(ends: jax.Array) -> jax.Array:
-    """`[R, T, T]` bool: which queries (second axis) see which keys."""
+    """`[R, T, T]` bool: whether a query (second axis) sees a key (third axis)."""
     index = jnp.arange(ends.shape[-1])
     return (index[:, None] >= index) & (index[:, None] < ends[:, None])
 
@@ -44,10 +44,10 @@ def visible(ends: jax.Array) -> jax.Array:
 def splash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array | None = None, *, interpret: bool = False
 ) -> jax.Array:
-    """`packed_attention` (without `ends`: `causal_attention`) by jax's splash kernel, each device on its own rows and heads.
+    """`packed_attention` (without `ends`: `causal_attention`) by jax's splash kernel. Each device runs it on its rows and heads.
 
-    Rows are padded to whole blocks on the right, where nothing sees the padding, and heads to whole lanes with zeros.
-    `interpret` runs it without a TPU.
+    Rows are padded on the right to multiples of LANES; no real token sees the padding. Heads are padded with zeros to a multiple
+    of LANES. `interpret` runs the kernel without a TPU.
     """
     T, E = q.shape[1], q.shape[-1]
     q = q * jnp.asarray(E**-0.5, q.dtype)
@@ -55,12 +55,12 @@ def splash_attention(
     q, k, v = (jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, lanes))).swapaxes(1, 2) for x in (q, k, v))
     arguments = [q, k, v]
     if ends is not None:
-        own = jnp.broadcast_to(jnp.arange(T + 1, T + rows + 1), (len(ends), rows))  # padding sees itself
-        arguments.append(jnp.concatenate([ends, own], axis=1))
+        padding_ends = jnp.broadcast_to(jnp.arange(T + 1, T + rows + 1), (len(ends), rows))  # padding sees only itself
+        arguments.append(jnp.concatenate([ends, padding_ends], axis=1))
     attend = functools.partial(_causal if ends is None else _packed, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        # Heads are split by whole groups: as many query heads go with a key/value head on every device.
+        # Heads are split in whole groups: each device gets key/value heads with all of their query heads.
         heads = divided(k.shape, ROWS, "tensor")
         specs = tuple(heads if x.ndim == 4 else divided(x.shape, ROWS) for x in arguments)
         attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
@@ -75,7 +75,7 @@ def _sizes(length: int) -> splash.BlockSizes:
 
 
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax.Array:
-    """q `[R, H, T, E]`, k and v `[R, K, T, E]`: the rows and heads of one device."""
+    """Causal attention of one device's rows and heads: q `[R, H, T, E]`, k and v `[R, K, T, E]`."""
     heads, length = q.shape[1:3]
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=_sizes(length), interpret=interpret)
@@ -83,14 +83,14 @@ def _causal(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax
 
 
 def _packed(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array, *, interpret: bool) -> jax.Array:
-    """`_causal` with `ends [R, T]`. Each row has a mask of its own, made once for all heads; blocks that it hides are skipped."""
+    """`_causal` with `ends [R, T]`. Each row's mask is made once for all heads; blocks that it hides completely are skipped."""
     K, length = k.shape[1:3]
 
     def of_row(x: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v, ends = x
         mask = visible(ends[None])
         kernel = splash.make_splash_mha_single_device(mask, block_sizes=_sizes(length), interpret=interpret)
-        # jax makes an array of this flag and then asks for its truth.
+        # jax converts this flag to an array, which is traced here, and then uses it in a Python `if`.
         kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
 
         def of_group(

@@ -19,7 +19,7 @@ def log_prob_and_entropy(
     """Log-probability of `tokens` `[...]` and entropy (nats) of the distribution, from float32 logits `[..., V]`."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
     log_prob = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - log_z
-    # Not log_z − Σ p·logit, whose terms are much larger than what is left of them. Where p = 0 the logit may be −inf (a
+    # log_z − Σ p·logit would cancel: its terms are much larger than their difference. Where p = 0 the logit may be −inf (a
     # truncated vocabulary).
     log_p = logits - log_z[..., None]
     p = jnp.exp(log_p)
@@ -30,11 +30,10 @@ def token_log_probs(
     hidden: Float[Array, "R T D"], unembedding: Float[Array, "V D"], targets: Int[Array, "R T"], temperature: float,
     arch: Architecture | None = None,
 ) -> tuple[Float32[Array, "R T"], Float32[Array, "R T"]]:  # fmt: skip
-    """Log-probability of a token and entropy at every position of a batch.
+    """Log-probability of the target token, and entropy, at every position of a batch.
 
-    hidden `[R, T, D]`, unembedding `[V, D]`, targets `[R, T]`: the token that is asked for at each position; `arch` as
-    of `unembed`. Returns two float32 `[R, T]`. Runs over chunks of positions, all rows at once, and recomputes each chunk's
-    logits in the backward pass.
+    hidden `[R, T, D]`, unembedding `[V, D]`, targets `[R, T]`; `arch`: see `unembed`. Returns two float32 `[R, T]`. It runs over
+    chunks of positions, with all rows in each chunk, and recomputes a chunk's logits in the backward pass.
     """
     R, T, _ = hidden.shape
     chunk = positions_at_once(R, T, unembedding.shape[0])
@@ -60,9 +59,9 @@ def token_log_probs(
 
 
 def positions_at_once(rows: int, length: int, vocab: int) -> int:
-    """How many positions of each of `rows` rows make LOGITS_BYTES of logits on a device: all, or a power of two.
+    """The number of positions whose logits, for all `rows` rows, take LOGITS_BYTES on a device: all, or a power of two.
 
-    A TPU's arrays are tiled in powers of two; cutting them elsewhere costs it copies, and its compiler minutes.
+    A TPU's arrays are tiled in powers of two. Other chunk sizes cost copies, and minutes of compilation.
     """
     on_device = (rows // parts(rows, ROWS)) * (vocab // parts(vocab, "tensor"))
     max_positions = max(1, LOGITS_BYTES // (4 * on_device))

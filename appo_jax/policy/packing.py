@@ -1,4 +1,4 @@
-"""Texts into rows without padding: what several begin with stands in a row once, and rows are filled."""
+"""Packing texts into rows: texts that begin alike share the slots of what they have in common, and rows hold several texts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from appo_jax.policy.score import Rows
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where the tokens of n texts stand in rows of T slots.
+    """The places of the tokens of n texts in rows of T slots.
 
-    A slot holds a token and the token after it, so the last token of a text needs none. Two texts share their slots up to the
-    first token in which they differ, where they stand in one row.
+    A slot holds a token and the token after it, so a text's last token needs no slot of its own. Two texts in one row share
+    their slots up to the first token in which they differ.
     """
 
     rows: Rows
@@ -24,32 +24,32 @@ class Packing:
     row: np.ndarray
     """`[n]` int32: the row of each text."""
     slots: list[np.ndarray]
-    """Of each text, `[t − 1]` int32: the slots of its tokens but the last."""
+    """For each text, `[t − 1]` int32: the slots of all its tokens except the last."""
 
 
 def pack(texts: Sequence[np.ndarray], length: int, at_once: int = 1) -> Packing:
-    """Pack texts (token ids `[t]`, t ≥ 1) into rows of `length` slots: longest first, each into the row in which it needs the
-    fewest new slots, then the one that it leaves fullest.
+    """Pack texts (token ids `[t]`, t ≥ 1) into rows of `length` slots.
 
-    Rows are added until there is a multiple of `at_once`. The result follows from the arguments alone. Raises ValueError for a
-    text that no row can hold.
+    The longest text comes first. Each text goes into the row where it needs the fewest new slots; among those, into the row
+    that it leaves fullest. Empty rows are added until the number of rows is a multiple of `at_once`. The result depends on the
+    arguments only. Raises ValueError for a text that is too long for a row.
     """
     sizes = np.array([len(text) - 1 for text in texts])
     if sizes.max() > length:
-        raise ValueError(f"a text of {sizes.max() + 1} tokens does not fit into {length} slots and its last token")
-    # Big-endian bytes of ids sort as the ids do; texts that begin alike become neighbours.
+        raise ValueError(f"a text of {sizes.max() + 1} tokens needs {sizes.max()} slots, but a row has {length}")
+    # Big-endian bytes sort as the ids do. In this order, texts that begin alike are neighbours.
     order = sorted(range(len(texts)), key=lambda i: np.asarray(texts[i], ">u4").tobytes())
-    shared = _shared([texts[i] for i in order])  # [n, n] slots of two texts, in sorted order
-    members: list[list[int]] = []  # of each row, by sorted order
-    used = np.zeros(len(texts), int)
-    known = np.zeros((len(texts), len(texts)), int)  # [row, text]: slots that the row has already
+    shared = _shared([texts[i] for i in order])  # [n, n]: slots that two texts share, in sorted order
+    members: list[list[int]] = []  # the texts of each row, as indices into the sorted order
+    used = np.zeros(len(texts), int)  # [row]: slots that are filled
+    known = np.zeros((len(texts), len(texts)), int)  # [row, text]: slots of the text that the row already holds
     for i in sorted(range(len(order)), key=lambda i: (-sizes[order[i]], i)):
         size = sizes[order[i]]
         new = size - known[: len(members), i]
-        room = length - used[: len(members)] - new
-        fits = np.flatnonzero(room >= 0)
+        left = length - used[: len(members)] - new
+        fits = np.flatnonzero(left >= 0)
         if fits.size:
-            r = fits[np.lexsort((room[fits], new[fits]))[0]]
+            r = fits[np.lexsort((left[fits], new[fits]))[0]]
         else:
             r, new = len(members), np.append(new, size)
             members.append([])
@@ -61,15 +61,18 @@ def pack(texts: Sequence[np.ndarray], length: int, at_once: int = 1) -> Packing:
 
 
 def _shared(texts: Sequence[np.ndarray]) -> np.ndarray:
-    """`[n, n]`: the slots that two of n sorted texts share. Those of two are the least of those of neighbours between them."""
+    """`[n, n]`: the numbers of slots that two of n sorted texts share.
 
-    def of(a: np.ndarray, b: np.ndarray) -> int:
+    For texts i < j, this is the minimum over the neighbouring pairs between i and j.
+    """
+
+    def of_pair(a: np.ndarray, b: np.ndarray) -> int:
         n = min(len(a), len(b))
         differ = np.flatnonzero(a[:n] != b[:n])
         return max(0, (differ[0] if differ.size else n) - 1)
 
     n = len(texts)
-    neighbours = np.array([of(a, b) for a, b in itertools.pairwise(texts)], int)
+    neighbours = np.array([of_pair(a, b) for a, b in itertools.pairwise(texts)], int)
     shared = np.zeros((n, n), int)
     for i in range(n - 1):
         shared[i, i + 1 :] = np.minimum.accumulate(neighbours[i:])
@@ -81,11 +84,11 @@ def _shared(texts: Sequence[np.ndarray]) -> np.ndarray:
 def _laid_out(
     texts: Sequence[np.ndarray], order: Sequence[int], members: Sequence[Sequence[int]], shared: np.ndarray, length: int
 ) -> Packing:
-    """The rows, depth first: sorted texts are the leaves of the tree in their order."""
+    """Lay out each row's tree depth first, which is the order of the sorted texts."""
     shape = len(members), length
     alone = np.tile(
         np.arange(1, length + 1, dtype=np.int32), (shape[0], 1)
-    )  # an empty slot sees itself, and none sees it
+    )  # an empty slot sees only itself, and no other slot sees it
     tokens, targets, positions = np.zeros((3, *shape), np.int32)
     rows = Rows(tokens, targets, positions, alone)
     row, slots = np.zeros(len(texts), np.int32), [np.zeros(0, np.int32)] * len(texts)

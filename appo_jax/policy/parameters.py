@@ -1,14 +1,13 @@
 """The parameters of every model family, in one table.
 
-The parameters are a nested dict, `{"embed": …, "layers": {0: {"q": …, …}, 1: …}, "norm": …}`. A row of the table below says
-everything that the rest of the program knows of a parameter: the shardings (sharding.py), Hugging Face files (weights.py),
-GGUF files (convert.py), the cold start's Muon (learner/optimizer.py), `init_params` and `turned` derive from it. How the
-parameters are used is in transformer.py.
+The parameters are a nested dict, `{"embed": …, "layers": {0: {"q": …, …}, 1: …}, "norm": …}`. A row of the table below holds
+all facts about a parameter. Sharding (sharding.py), Hugging Face files (weights.py), GGUF files (convert.py), the cold start's
+Muon (learner/optimizer.py), `init_params` and `transposed` read this table. transformer.py uses the parameters.
 
-LoRA's adapters are rows of it, too: two for each matrix that may have one. A layer that has them applies them.
+LoRA's adapters are rows of the table, too: two for each matrix that may have an adapter.
 
-To add a model family: an entry in FAMILIES, rows for the parameters that only it has, and its mathematics in
-transformer.py, where a layer applies a parameter if it has it.
+To add a model family: an entry in FAMILIES, rows for the parameters that only this family has, and its mathematics in
+transformer.py. There a layer applies a parameter if the layer has it.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ KeyPath = tuple[str | int, ...]  # the keys that lead to a parameter: ("embed",)
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A Hugging Face model class that we know."""
+    """A Hugging Face model class that is supported."""
 
     hf: str
     """Its name in `architectures` of config.json."""
     config: dict[str, Any]
-    """Fields of config.json that its class reads and that would change what it computes: the one value we support."""
+    """Fields of config.json that would change what the model computes, each with the only supported value."""
     head_dim: int | None = None
-    """Head width where config.json gives none; None: hidden_size / num_attention_heads."""
+    """Head width if config.json gives none; None: hidden_size / num_attention_heads."""
 
 
 FAMILIES = {
@@ -56,11 +55,11 @@ class Parameter:
     kind: Literal["embedding", "matrix", "bias", "norm", "adapter"]
     """Matrices and embeddings start as random numbers, biases at 0, norm scales at 1. Norm scales are always float32."""
     hf: str
-    """Its module in Hugging Face files, those of a layer after `model.layers.{i}.`."""
+    """Its module in Hugging Face files; a layer's name follows `model.layers.{i}.`."""
     gguf: str
-    """Its name in GGUF files, those of a layer after `blk.{i}.`."""
+    """Its name in GGUF files; a layer's name follows `blk.{i}.`."""
     inputs: int = 0
-    """Of a matrix: how many leading axes its input has. x `[..., *in]` times w `[*in, *out]`."""
+    """For a matrix: the number of its leading axes that are input axes. x `[..., *in]` times w `[*in, *out]`."""
     residual: bool = False
     """A matrix whose output is added to the residual stream."""
     families: tuple[str, ...] = tuple(FAMILIES)
@@ -82,15 +81,15 @@ class Parameter:
 
     @property
     def suffix(self) -> str:
-        """How its name ends in files of either kind."""
+        """The end of its name in Hugging Face and GGUF files."""
         return "bias" if self.kind == "bias" else "weight"
 
     @property
     def hf_axes(self) -> tuple[tuple[int, ...], ...]:
-        """For each axis of the stored tensor, the axes of ours that it merges.
+        """For each axis of the tensor in Hugging Face files, the axes of our array that it merges.
 
         Hugging Face stores matrices `[out, in]`, with heads and head width as one axis: `q [D, H, E]` is stored as
-        `[H·E, D]`, so its axes are ((1, 2), (0,)). Rope is half-split on both sides: nothing is permuted.
+        `[H·E, D]`, so its axes are ((1, 2), (0,)). Both sides use half-split rope, so nothing is permuted.
         """
         groups: list[tuple[int, ...]] = []
         for axis in (*range(self.inputs, len(self.axes)), *range(self.inputs)):
@@ -126,7 +125,7 @@ TOP = {
 
 
 def _adapter(row: Parameter) -> tuple[Parameter, Parameter]:
-    """A and B of a matrix."""
+    """The rows of a matrix's adapter: A and B."""
     into, out = row.axes[: row.inputs], row.axes[row.inputs :]
     return (
         Parameter(f"{into}r", "adapter", f"{row.hf}.lora_A", "", row.inputs, families=()),
@@ -140,26 +139,26 @@ for _name in get_args(Adaptable):
 
 @dataclasses.dataclass(frozen=True)
 class Adapted(Architecture):
-    """An architecture whose layers may have adapters."""
+    """An architecture whose layers have adapters on the matrices in `lora.targets`."""
 
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
 
 def adapted(arch: Architecture, lora: LoRAConfig | None) -> Architecture:
-    """The architecture with adapters, where `lora` says which."""
+    """The architecture with the adapters of `lora`; None: without adapters."""
     if lora is None:
         return arch
     return Adapted(**{field.name: getattr(arch, field.name) for field in dataclasses.fields(Architecture)}, lora=lora)
 
 
 def check_family(arch: Architecture) -> None:
-    """Raises ConfigError for an architecture of a family that is not in FAMILIES."""
+    """Raises ConfigError if the architecture's family is not in FAMILIES."""
     if arch.family not in FAMILIES:
         raise ConfigError(f"policy.architecture.family = {arch.family!r}: expected one of {', '.join(FAMILIES)}")
 
 
 def parameters(arch: Architecture) -> Iterator[tuple[KeyPath, Parameter]]:
-    """Every parameter but the adapters' with its row, from the embedding to the unembedding. Raises ConfigError."""
+    """Every parameter and its row, from the embedding to the unembedding, without adapters. Raises ConfigError as check_family."""
     check_family(arch)
     yield ("embed",), TOP["embed"]
     for i in range(arch.num_layers):
@@ -172,7 +171,7 @@ def parameters(arch: Architecture) -> Iterator[tuple[KeyPath, Parameter]]:
 
 
 def adapters(arch: Architecture) -> Iterator[tuple[KeyPath, Parameter]]:
-    """Both parameters of every adapter with their rows, layer by layer."""
+    """A and B of every adapter and their rows, layer by layer."""
     if isinstance(arch, Adapted):
         for i in range(arch.num_layers):
             for name in arch.lora.targets:
@@ -181,13 +180,13 @@ def adapters(arch: Architecture) -> Iterator[tuple[KeyPath, Parameter]]:
 
 
 def row_of(path: tuple[Any, ...]) -> Parameter:
-    """The row of the parameter at a path of keys, ours or jax's (`jax.tree_util.DictKey`)."""
+    """The row of the parameter at a path of keys: a KeyPath, or one of jax's (`jax.tree_util.DictKey`)."""
     keys = [getattr(key, "key", key) for key in path]
     return (LAYER if "layers" in keys else TOP)[keys[-1]]
 
 
 def build(rows: Iterable[tuple[KeyPath, Parameter]], make: Callable[[KeyPath, Parameter], Any]) -> Params:
-    """A tree with `make(path, row)` at the place of every one of `rows`."""
+    """A tree with `make(path, row)` at the path of each of `rows`."""
     tree: Params = {}
     for path, row in rows:
         put(tree, path, make(path, row))
@@ -206,16 +205,16 @@ def abstract_params(arch: Architecture) -> Params:
 
 
 def init_params(arch: Architecture, seed: int, shardings: Any = None) -> Params:
-    """Random float32 parameters. `shardings`, a tree like them: each device draws what it shall hold, no other does.
+    """Random float32 parameters. `shardings`: a tree of the same form; each device then draws only the part that it holds.
 
-    A random parameter is normal with variance 1 / fan-in. Matrices that write to the residual stream start smaller by the
-    square root of twice the number of layers, so that depth does not grow the stream (GPT-2's initialisation).
+    A random parameter is normal with variance 1 / fan-in. Matrices whose output is added to the residual stream are divided by
+    the square root of twice the number of layers, so that the stream does not grow with depth (GPT-2's initialisation).
     """
 
     def draw() -> Params:
         count = 0
 
-        def one(_: KeyPath, row: Parameter) -> jax.Array:
+        def init(_: KeyPath, row: Parameter) -> jax.Array:
             nonlocal count
             shape = row.shape(arch)
             if row.kind in ("norm", "bias"):
@@ -224,24 +223,24 @@ def init_params(arch: Architecture, seed: int, shardings: Any = None) -> Params:
             scale = (fan_in * (2 * arch.num_layers if row.residual else 1)) ** -0.5
             key = jax.random.fold_in(jax.random.key(seed), count)
             count += 1
-            # The barrier keeps the compiler from folding the scale into the draw, which moves last bits.
+            # Without the barrier the compiler would fold the scale into the draw, which changes last bits.
             return jax.lax.optimization_barrier(jax.random.normal(key, shape)) * scale
 
-        return build(parameters(arch), one)
+        return build(parameters(arch), init)
 
     return draw() if shardings is None else jax.jit(draw, out_shardings=shardings)()
 
 
 @jax.jit
-def turned(params: Params) -> Params:
-    """A copy with the layers' matrices turned, `[*out, *in]`.
+def transposed(params: Params) -> Params:
+    """A copy with the layers' matrices transposed, `[*out, *in]`.
 
-    A CPU's product of few rows is up to half again as fast with the weights on the left, read row by row: they are the
-    large operand, and the one on the right is copied into the order that the product wants.
+    On a CPU, a product of few rows with the weights is up to 1.5 times as fast if the weights are the left operand, because XLA
+    copies the right operand into another order, and the weights are the large one.
     """
 
-    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    def transpose(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         inputs = row_of(path).inputs if row_of(path).kind == "matrix" else 0
         return jnp.moveaxis(x, range(inputs), range(-inputs, 0))
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(transpose, params)

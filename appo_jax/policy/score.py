@@ -1,4 +1,4 @@
-"""Teacher-forced passes over whole rows: scoring, which is also the prefill of the branches, and the prompt prefill."""
+"""Teacher-forced passes over whole rows: the score pass, which is also the prefill of the branches, and the prompt prefill."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from appo_jax.policy.transformer import LayerPass, hidden_states, rotations, une
 
 
 class Rows(NamedTuple):
-    """Packed rows: several texts to a row, those that begin alike as a tree. All `[R, T]` int32.
+    """Packed rows. A row holds several texts; texts that begin alike form a tree. All `[R, T]` int32.
 
-    A row holds its tree depth first, so that what continues a token stands from its slot to its end: a token sees the slots
-    before it whose end lies behind it.
+    The tree lies in the row depth first, so the descendants of slot t are the slots from t + 1 to ends[t] − 1. A slot sees
+    itself and the earlier slots whose `ends` are greater than its own index: its ancestors.
     """
 
-    tokens: Any  # what is read at a slot
-    targets: Any  # the token after it, whose log-probability is asked for
+    tokens: Any  # the token that is read at a slot
+    targets: Any  # the token after it, whose log-probability is computed
     positions: Any  # the token's index in its text
-    ends: Any  # the slot after the last one that continues it
+    ends: Any  # the slot after its last descendant
 
 
 class Scored(NamedTuple):
     log_probs: (
         jax.Array
-    )  # [R, T] float32: of the slot's target given the tokens that it sees, at the sampling temperature
-    entropies: jax.Array  # [R, T] float32: of the distribution that the target was drawn from
+    )  # [R, T] float32: of the slot's target given the tokens that the slot sees, at the sampling temperature
+    entropies: jax.Array  # [R, T] float32: of the target's distribution
     cache: list[LayerCache]  # per layer: keys [R, K, E, T], values [R, K, T, E]
 
 
@@ -48,8 +48,8 @@ def whole_rows(
 ) -> tuple[jax.Array, list[Any]]:  # fmt: skip
     """`hidden_states` of whole rows.
 
-    On accelerators the layers are a loop: there is one to compile, and the weights of one are gathered at a time. A CPU
-    gathers nothing, and would copy each layer's weights out of the stack.
+    On accelerators the layers run as a loop: only one layer is compiled, and only one layer's weights are gathered at a time. On a
+    CPU they are unrolled: nothing is gathered there, and a loop would copy each layer's weights out of the stack.
     """
     how = LayerPass(dtype, remat, scan=platform() != "cpu")
     return hidden_states(params, arch, tokens, rotations(positions, arch), attend, how)

@@ -1,8 +1,8 @@
-"""A TPU kernel for decoding: queries over the keys that they see, and no others read.
+"""A TPU kernel for attention in decoding that reads only the part of a cache that queries see.
 
-A cache has room for the longest rollout; most of it is empty most of the time, and decoding is bound by what it reads. The
-kernel goes through a cache in blocks of keys and reads those up to the last one that any query of the row sees. The blocks are
-chosen by index maps over prefetched lengths: where the index stays as it is, nothing is fetched.
+A cache is as long as the longest rollout may be, and most of it is usually empty. The time of decoding is the time to read
+memory. The kernel reads a cache in blocks of keys, up to the last block that any query of the row sees. Index maps over
+prefetched lengths choose the blocks: if the index does not change from one grid step to the next, nothing is fetched.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-SUBLANES = 16  # of a tile of bfloat16: queries come in multiples of it
-MAX_KEYS = 512  # of a block
-MAX_BLOCK_BYTES = 512 * 1024  # of a block of keys; as many of values, and both twice, are in the chip's own memory
+SUBLANES = 16  # rows of a bfloat16 tile: queries are padded to a multiple of it
+MAX_KEYS = 512  # in a block
+MAX_BLOCK_BYTES = 512 * 1024  # of a block's keys; on-chip memory holds two blocks of keys and two of values
 MAX_QUERIES = 256  # of one row and key/value head
 
 
@@ -32,10 +32,10 @@ def seen_keys(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One part of a softmax over caches of ragged lengths.
 
-    q `[N, K, M, E]`, already scaled; keys and values `[N, K, T, E]`; seen `[N, M]` int32: how many of the first keys
-    a query sees. Returns float32: the unnormalised output `[N, K, M, E]`, the largest score and the sum `[N, K, M, 1]`; of a
-    query that sees nothing, zeros and the least number. `name` names it in the compiled program; `interpret` runs it without
-    a TPU.
+    q `[N, K, M, E]`, already scaled; keys and values `[N, K, T, E]`; seen `[N, M]` int32: a query sees the first `seen` keys.
+    Returns float32: the unnormalised output `[N, K, M, E]`, the largest score and the sum of exponentials, both `[N, K, M, 1]`.
+    For a query that sees no key, output and sum are 0 and the score is the lowest float32. `name`: the call's name in the
+    compiled program. `interpret` runs the kernel without a TPU.
     """
     N, K, M, E = q.shape
     T = keys.shape[2]
@@ -43,10 +43,10 @@ def seen_keys(
     q = jnp.pad(q, ((0, 0), (0, 0), (0, rows), (0, 0)))
     seen = jnp.pad(seen.astype(jnp.int32), ((0, 0), (0, rows)))
     block = block_of(K, T, E, keys.dtype.itemsize)
-    needed = jnp.maximum(-(-seen.max(-1) // block), 1)  # blocks that a row of the cache is read of
+    needed = jnp.maximum(-(-seen.max(-1) // block), 1)  # [N]: how many blocks of each cache row are read
 
     def cache(n: jax.Array, t: jax.Array, needed: jax.Array) -> tuple[jax.Array | int, ...]:
-        return n, 0, jnp.minimum(t, needed[n] - 1), 0  # beyond those needed the last block stays
+        return n, 0, jnp.minimum(t, needed[n] - 1), 0  # after the needed blocks the index stays, so nothing is fetched
 
     def row(n: jax.Array, t: jax.Array, needed: jax.Array) -> tuple[jax.Array | int, ...]:
         return n, 0, 0, 0
@@ -74,16 +74,16 @@ def seen_keys(
 
 
 def block_of(heads: int, length: int, width: int, itemsize: int) -> int:
-    """Keys of a block: a power of two of whole lanes, or all keys where they are fewer."""
-    most = min(MAX_KEYS, max(LANES, MAX_BLOCK_BYTES // (heads * width * itemsize)))
-    return min(length, 2 ** (most.bit_length() - 1))
+    """The number of keys in a block: a power of two that is a multiple of LANES, or all keys of a shorter cache."""
+    max_keys = min(MAX_KEYS, max(LANES, MAX_BLOCK_BYTES // (heads * width * itemsize)))
+    return min(length, 2 ** (max_keys.bit_length() - 1))
 
 
 def _kernel(
     needed: jax.Array, seen_ref: jax.Array, q_ref: jax.Array, k_ref: jax.Array, v_ref: jax.Array, out_ref: jax.Array,
     top_ref: jax.Array, sum_ref: jax.Array, *, block: int, length: int,
 ) -> None:  # fmt: skip
-    """One block of keys of one row: the outputs stay in the chip's memory until the row's last block."""
+    """Process one block of keys of one row. The outputs stay in on-chip memory until the row's last block."""
     n, t = pl.program_id(0), pl.program_id(1)
 
     @pl.when(t == 0)
@@ -93,11 +93,11 @@ def _kernel(
         top_ref[...] = jnp.full_like(top_ref, jnp.finfo(jnp.float32).min)
 
     @pl.when(t < needed[n])
-    def meet() -> None:
+    def add_block() -> None:
         seen = seen_ref[0]  # [M, 1]
         first = t * block
         index = first + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1)
-        # Beyond the cache's end a block holds anything, NaN too; a weight of 0 would not be enough.
+        # Beyond the cache's end a block holds arbitrary values. They may be NaN, and 0 · NaN is NaN, so they are replaced.
         real = first + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < length
         for head in range(q_ref.shape[1]):
             by_width = (((1,), (1,)), ((), ()))
@@ -108,7 +108,7 @@ def _kernel(
             weights, scale = jnp.exp(scores - higher), jnp.exp(top - higher)
             v = v_ref[0, head]
             v = v if length % block == 0 else jnp.where(real, v, jnp.zeros_like(v))
-            met = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            out_ref[0, head] = out_ref[0, head] * scale + met
+            added = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            out_ref[0, head] = out_ref[0, head] * scale + added
             sum_ref[0, head] = sum_ref[0, head] * scale + weights.sum(-1, keepdims=True)
             top_ref[0, head] = higher

@@ -1,15 +1,16 @@
-"""The mesh of devices, and where parameters, batches and caches lie on it.
+"""The mesh of devices, and the sharding of parameters, batches and caches over it.
 
 Axes of the mesh: `data` and `fsdp` split the rows of a batch; `fsdp` also splits parameters and optimizer state while
 training; `tensor` splits heads, the MLP and the vocabulary. Parameters have two layouts:
 
     train     D over fsdp; H, K, F, V over tensor. Each layer's weights are gathered over fsdp when they are used.
-    generate  H, K over tensor; F, V over tensor and fsdp (over tensor where tensor × fsdp does not divide them); D whole.
-              Decoding is bound by reading weights: a device reads its part of the MLP for the rows of all fsdp places, and the
-              few rows' activations travel. Fewer key/value heads than mesh.tensor are repeated.
+    generate  H, K over tensor; F, V over tensor and fsdp (over tensor alone if tensor × fsdp does not divide them); D is not
+              split. The time of decoding is the time to read weights. So a device reads only its part of the MLP, for the rows
+              of all devices along fsdp, and the activations of these few rows are sent instead of weights. If there are fewer
+              key/value heads than mesh.tensor, they are repeated.
 
-A mesh of one device places nothing: arrays stay on the default device, and no program changes. Activations follow the
-constraints of constraints.py, which see the mesh that `use_mesh` set.
+On a mesh of one device nothing is sharded: arrays stay on the default device. Activations follow the constraints of
+constraints.py, which use the mesh that `use_mesh` set.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from appo_jax.config import Architecture, MeshConfig
 from appo_jax.errors import ConfigError
 from appo_jax.policy.adapters import abstract_adapters, with_adapters
 from appo_jax.policy.constraints import AXES, ROWS, WIDE, platform, spec_of
-from appo_jax.policy.parameters import LAYER, TOP, Params, abstract_params, row_of, turned
+from appo_jax.policy.parameters import LAYER, TOP, Params, abstract_params, row_of, transposed
 
 Layout = Literal["train", "generate"]
 Tree = TypeVar("Tree")
 
-# From a logical axis of a parameter to the mesh axis that splits it; of two mesh axes, the first where both do not divide it.
+# From a parameter's logical axis to the mesh axes that split it. If two are given and do not divide it, only the first splits it.
 Rules = Mapping[str, str | tuple[str, ...]]
 _TENSOR = {"H": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 RULES: dict[Layout, Rules] = {"train": _TENSOR | {"D": "fsdp"}, "generate": _TENSOR | {"F": WIDE, "V": WIDE}}
@@ -45,8 +46,8 @@ RULES: dict[Layout, Rules] = {"train": _TENSOR | {"D": "fsdp"}, "generate": _TEN
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh `(data, fsdp, tensor)` of `config` over all devices (default: `jax.devices()`).
 
-    With several slices the data axis runs over the slices first, so that only gradients cross the slow network. Raises
-    ConfigError when the numbers of devices or slices are not those of the config.
+    With several slices, the data axis is split over the slices first, so that only gradients cross the slow network. Raises
+    ConfigError if the numbers of devices or slices are not those of the config.
     """
     devices = jax.devices() if devices is None else devices
     shape = (config.data, config.fsdp, config.tensor)
@@ -60,9 +61,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         return _mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
     if config.data % config.slices:
         raise ConfigError(
-            f"mesh.slices = {config.slices} does not divide mesh.data = {config.data}: slices split that axis"
+            f"mesh.slices = {config.slices} does not divide mesh.data = {config.data}: the data axis is split over the slices"
         )
-    # Backends without slices (GPU, CPU) have their fast network inside a process.
+    # On backends without slices (GPU, CPU), the devices of a process count as a slice: they share the fast network.
     by_process = len({getattr(device, "slice_index", 0) for device in devices}) == 1
     found = len({device.process_index if by_process else device.slice_index for device in devices})
     if found != config.slices:
@@ -80,7 +81,7 @@ def _mesh(devices: np.ndarray) -> Mesh:
 
 
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
-    """`with use_mesh(mesh):` programs traced inside are partitioned over it."""
+    """A context manager: programs traced in `with use_mesh(mesh):` are partitioned over the mesh."""
     return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
@@ -89,9 +90,9 @@ def param_shardings(arch: Architecture, mesh: Mesh, layout: Layout, params: Para
 
     Raises ConfigError that lists the axes that the mesh cannot split, with array, sizes and field.
     """
-    problems: dict[str, str] = {}  # by logical axes: the layers are alike
+    problems: dict[str, str] = {}  # by logical axes, so that equal layers give one message
 
-    def one(path: tuple[Any, ...], array: jax.ShapeDtypeStruct) -> NamedSharding:
+    def sharding(path: tuple[Any, ...], array: jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         axes = row_of(path).axes
         try:
@@ -100,17 +101,17 @@ def param_shardings(arch: Architecture, mesh: Mesh, layout: Layout, params: Para
             problems.setdefault(axes, str(error))
             return NamedSharding(mesh, PartitionSpec())
 
-    shardings = jax.tree_util.tree_map_with_path(one, abstract_params(arch) if params is None else params)
+    shardings = jax.tree_util.tree_map_with_path(sharding, abstract_params(arch) if params is None else params)
     if problems:
         raise ConfigError.of(list(problems.values()))
     return shardings
 
 
 def partition_spec(name: str, axes: str, shape: Sequence[int], rules: Rules, mesh: Mesh) -> PartitionSpec:
-    """The partition of one array from its logical `axes`, a letter for each, and `rules` from them to mesh axes.
+    """The partition of one array. `axes`: a letter for each of its axes; `rules`: from letters to mesh axes.
 
-    Key/value heads that are fewer than mesh.tensor and divide it are whole on every device. Raises ConfigError when two axes
-    fall on one mesh axis or a size is not divisible; `name` is for the message.
+    If the number of key/value heads is smaller than mesh.tensor and divides it, every device holds all of them. Raises
+    ConfigError if two array axes would be split over one mesh axis, or if a size is not divisible; the message has `name`.
     """
     taken: dict[str, str] = {}
     array = f"{name} [{', '.join(axes)}] = {list(shape)}"
@@ -134,16 +135,16 @@ def partition_spec(name: str, axes: str, shape: Sequence[int], rules: Rules, mes
                     f"{array}: axis {letter} = {size} cannot be split over mesh.{target} = {mesh.shape[target]}; "
                     f"set mesh.{target} to a divisor of {size}"
                 )
-        # A mesh axis of one device splits nothing, and jax leaves it out of what it gives back.
+        # Mesh axes of one device are left out, as jax leaves them out of the specs that it returns.
         spec.append(tuple(target for target in targets if mesh.shape[target] > 1))
     return spec_of((targets[0] if len(targets) == 1 else targets) or None for targets in spec)
 
 
 def state_shardings(state: Tree, arch: Architecture, mesh: Mesh) -> Tree:
-    """Shardings of a training state: parameters, and what the optimizer keeps for each, in the training layout.
+    """Shardings of a training state: parameters and the optimizer's arrays, in the training layout.
 
-    `state`: any tree of arrays or `ShapeDtypeStruct`. A leaf whose path ends like a parameter's is that parameter's
-    (optax keeps moments in trees like the parameters'); all others are replicated.
+    `state`: any tree of arrays or `ShapeDtypeStruct`. A leaf whose path ends with a parameter's path is sharded as that
+    parameter (optax keeps moments in trees of the parameters' form); all others are replicated.
     """
     params = with_adapters(abstract_params(arch), abstract_adapters(arch))
     shardings = param_shardings(arch, mesh, "train", params)
@@ -153,28 +154,28 @@ def state_shardings(state: Tree, arch: Architecture, mesh: Mesh) -> Tree:
 
 
 def _dict_keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The dict keys that a path ends with."""
+    """The dict keys at the end of a path."""
     first = max((i + 1 for i, key in enumerate(path) if not isinstance(key, jax.tree_util.DictKey)), default=0)
     return tuple(key.key for key in path[first:])
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
-    """Of a batch's array `[…, R, T]`: rows over data and fsdp; a number is whole on every device."""
+    """The sharding of a batch's array `[…, R, T]`: rows over data and fsdp. A scalar is replicated."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * (ndim - 2), ROWS) if ndim else PartitionSpec())
 
 
 def batch_shardings(batch: Tree, mesh: Mesh) -> Tree:
-    """`batch_sharding` of each of a batch's arrays."""
+    """`batch_sharding` of each array of a batch."""
     return jax.tree.map(lambda x: batch_sharding(mesh, np.ndim(x)), batch)
 
 
 def cache_sharding(mesh: Mesh) -> NamedSharding:
-    """Of keys and values `[rows, K, tokens, E]`: rows over data and fsdp, heads over tensor."""
+    """The sharding of keys and values `[rows, K, tokens, E]`: rows over data and fsdp, heads over tensor."""
     return NamedSharding(mesh, PartitionSpec(ROWS, "tensor"))
 
 
 def place(tree: Tree, shardings: Any, mesh: Mesh) -> Tree:
-    """The arrays of `tree` under `shardings` (a tree of them, or one for all); as they are on a mesh of one device."""
+    """Put the arrays of `tree` under `shardings` (a tree of them, or one for all). On a mesh of one device, nothing changes."""
     return jax.device_put(tree, shardings) if mesh.size > 1 else tree
 
 
@@ -187,13 +188,13 @@ def annotate(tree: Tree, shardings: Any, mesh: Mesh) -> Tree:
 
 @functools.partial(jax.jit, static_argnames=("mesh", "dtype"))
 def reshard(params: Params, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Params:
-    """A copy in the generating layout, matrices and biases in `dtype`.
+    """A copy in the generating layout, with matrices and biases in `dtype`.
 
-    Norm scales keep their float32, in which they are applied: the copy computes what the original does, as a policy of
-    `generating_architecture`.
+    Norm scales stay in float32, because they are applied in float32. The copy is a policy of `generating_architecture`, which
+    computes the same function.
     """
 
-    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    def reshard_array(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         row = row_of(path)
         if "K" in row.axes:
             axis = row.axes.index("K")
@@ -202,11 +203,11 @@ def reshard(params: Params, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Params:
         x = x if row.kind == "norm" else x.astype(dtype)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(reshard_array, params)
 
 
 def generates_in_place(params: Params, mesh: Mesh, dtype: Any) -> bool:
-    """Whether generation can read `params` as they are: in its layout and its dtype already. Arrays, or what stands for them."""
+    """Whether `params` (arrays or `ShapeDtypeStruct`) already have the layout and the dtype of generation."""
     embed = params["embed"]
     if mesh.size == 1:
         return embed.dtype == dtype
@@ -217,27 +218,28 @@ def generates_in_place(params: Params, mesh: Mesh, dtype: Any) -> bool:
 
 
 def generating_architecture(arch: Architecture, mesh: Mesh) -> Architecture:
-    """The architecture of a policy in the generating layout: each key/value head as often as devices attend with it."""
+    """The architecture of a policy in the generating layout, where key/value heads may be repeated."""
     return dataclasses.replace(arch, num_kv_heads=arch.num_kv_heads * _kv_copies(arch.num_kv_heads, mesh))
 
 
 def _kv_copies(heads: int, mesh: Mesh) -> int:
+    """How often each key/value head is repeated, so that every device along the tensor axis has one."""
     tensor = mesh.shape["tensor"]
     return tensor // heads if heads < tensor and tensor % heads == 0 else 1
 
 
 class GeneratingPolicy(NamedTuple):
-    """A policy's parameters as generation reads them."""
+    """A policy's parameters in the forms that generation reads."""
 
-    params: Params  # prefill, and appends of tool results
-    step: Params  # decode steps
+    params: Params  # for prefill and for appends of tool results
+    step: Params  # for decode steps
 
 
 def generating(params: Params, mesh: Mesh, dtype: Any) -> GeneratingPolicy:
-    """`params` in the generating layout: resharded, unless they are in it already (`generates_in_place`).
+    """`params` in the generating layout. They are copied only if they are not in it already (`generates_in_place`).
 
-    On a single CPU device, decode steps read a copy with turned matrices (`parameters.turned`), where few rows meet the
-    weights faster.
+    On a single CPU device, decode steps read a copy with transposed matrices (`parameters.transposed`), because products of few
+    rows are faster with it.
     """
     params = params if generates_in_place(params, mesh, dtype) else reshard(params, mesh, dtype)
-    return GeneratingPolicy(params, turned(params) if mesh.size == 1 and platform() == "cpu" else params)
+    return GeneratingPolicy(params, transposed(params) if mesh.size == 1 and platform() == "cpu" else params)

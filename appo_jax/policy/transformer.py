@@ -1,10 +1,10 @@
 """The decoder of Qwen2/2.5, Qwen3, Llama 3 and SmolLM2, as functions of its parameters (parameters.py).
 
-This page says how a token stream becomes hidden states, and those become logits. How queries meet keys is an argument, so
-the same weights and the same code serve the training pass, the score pass, the prefill and the decode step.
+This module computes hidden states from tokens, and logits from hidden states. Attention is an argument, so the training pass,
+the score pass, the prefill and the decode step use the same code.
 
-For decode steps on a CPU the layers' matrices come turned, `[*out, *in]` (`parameters.turned`); a layer sees it by the shape
-of q.
+For decode steps on a CPU the layers' matrices are transposed, `[*out, *in]` (`parameters.transposed`). A layer recognises that
+by the shape of q.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from appo_jax.policy.parameters import LAYER, Adapted, Params
 
 Rotations = tuple[jax.Array, jax.Array]  # cosines and sines of the rotary embedding
 
-# Finite, so that neither the gradient of an entropy nor a division by the temperature gives NaN; exp of it is 0.
+# Its exp is 0. It is finite: −inf would give NaN in the gradient of an entropy and when it is divided by the temperature.
 _PADDING_LOGIT = -1e30
 
-# What a rematerialised layer keeps for its backward pass, beside its input.
+# What a rematerialised layer keeps for its backward pass, in addition to its input.
 _KEPT = {"layers": None, "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
@@ -52,7 +52,7 @@ def rope_frequencies(arch: Architecture) -> np.ndarray:
         s, YarnScaling
     ):  # arXiv 2309.00071, sec. 3.2, with its bounds rounded to whole pairs as in transformers
 
-        def pair(turns: float) -> float:  # the (fractional) pair that turns so often in the original context
+        def pair(turns: float) -> float:  # the (fractional) pair that makes this many turns in the original context
             return E * math.log(s.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(arch.rope_theta))
 
         low, high = max(math.floor(pair(s.beta_fast)), 0), min(math.ceil(pair(s.beta_slow)), E - 1)
@@ -65,8 +65,8 @@ def rope_frequencies(arch: Architecture) -> np.ndarray:
 
 
 def rotations(positions: jax.Array, arch: Architecture) -> Rotations:
-    """Cosines and sines of the angles by which heads turn at positions `[...]`, float32 `[..., E/2]`; with yarn, times its
-    attention factor."""
+    """Cosines and sines of the rotary angles at positions `[...]`, float32 `[..., E/2]`; with yarn, multiplied by its attention
+    factor."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(arch), jnp.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if isinstance(s := arch.rope_scaling, YarnScaling):
@@ -83,20 +83,23 @@ def rotate(x: jax.Array, by: Rotations) -> jax.Array:
 
 
 def _columns(w: jax.Array, x: jax.Array, inputs: int = 1) -> jax.Array:
-    """A turned matrix `[*out, *in]` times rows `[..., *in]`, as columns `[out, rows]`."""
+    """A transposed matrix `[*out, *in]` times rows `[..., *in]`, as columns `[out, rows]`."""
     width = math.prod(w.shape[w.ndim - inputs :])
     return jax.lax.dot_general(w.reshape(-1, width), x.reshape(-1, width), (((1,), (1,)), ((), ())))
 
 
 def _rows(columns: jax.Array, *shape: int) -> jax.Array:
-    """Columns `[out, rows]` as rows `[rows, out]` of a shape. Without the barrier the compiler would rather turn the product."""
+    """Columns `[out, rows]` as rows `[rows, out]`, reshaped to `shape`.
+
+    Without the barrier, the compiler would transpose the operands of the product instead of its result.
+    """
     return jax.lax.optimization_barrier(columns).T.reshape(shape)
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and a SwiGLU MLP, each added to the stream. Its parameters are one layer's of the table.
+    """Pre-norm attention and a SwiGLU MLP, each added to the residual stream. Its parameters are a layer's rows of the table.
 
-    A parameter that only some families have is applied where the layer has it.
+    A parameter that only some families have is applied if the layer has it.
     """
 
     def __init__(self, arch: Architecture, params: Params):
@@ -106,30 +109,32 @@ class Layer(nnx.Module):
     def __call__(
         self, x: jax.Array, rotation: Rotations, attend: Callable[..., Any], wide: bool = False
     ) -> tuple[jax.Array, Any]:
-        """The stream x `[..., D]` after this layer, and what `attend` keeps. `wide`: the MLP is split over WIDE, and each of
-        its parts works for the rows of all fsdp places."""
+        """The residual stream x `[..., D]` after this layer, and the cache that `attend` returns.
+
+        `wide`: the MLP is split over WIDE, and each part computes for the rows of all devices along fsdp.
+        """
         a, stored = self.arch, {name: w[...] for name, w in self.params.items()}
         p = {name: w if LAYER[name].kind == "norm" else w.astype(x.dtype) for name, w in stored.items()}
-        turned = p["q"].shape[0] != a.width  # no policy has as many heads as channels
+        transposed = p["q"].shape[0] != a.width  # no policy has as many heads as channels, so the first axis tells
 
         h = rms_norm(x, p["attn_norm"], a.norm_eps)
-        q, k, v = (self._with_adapter(_project(h, p[name], turned), name, h, p) for name in ("q", "k", "v"))
+        q, k, v = (self._with_adapter(_project(h, p[name], transposed), name, h, p) for name in ("q", "k", "v"))
         if "q_bias" in p:
             q, k, v = q + p["q_bias"], k + p["k_bias"], v + p["v_bias"]
         if "q_norm" in p:
             q, k = rms_norm(q, p["q_norm"], a.norm_eps), rms_norm(k, p["k_norm"], a.norm_eps)
         q, k, v = (constrain(y, ROWS, None, "tensor") for y in (q, k, v))
         out, kept = attend(rotate(q, rotation), rotate(k, rotation), v)
-        x = constrain(x + self._with_adapter(_output(out, p["o"], turned), "o", out, p), ROWS)
+        x = constrain(x + self._with_adapter(_output(out, p["o"], transposed), "o", out, p), ROWS)
 
         h = rms_norm(x, p["mlp_norm"], a.norm_eps)
         rows, inner = ("data", widest(a.mlp_width)) if wide else (ROWS, "tensor")
-        mlp = self._mlp(constrain(h, rows), p, turned, (rows, None, inner))
+        mlp = self._mlp(constrain(h, rows), p, transposed, (rows, None, inner))
         return constrain(x + mlp, ROWS), kept
 
-    def _mlp(self, h: jax.Array, p: Params, turned: bool, split: tuple[Any, ...]) -> jax.Array:
-        """`split`: how the inner activations `[R, T, F]` are laid over the mesh."""
-        if turned:
+    def _mlp(self, h: jax.Array, p: Params, transposed: bool, split: tuple[Any, ...]) -> jax.Array:
+        """`split`: the mesh axes over which the inner activations `[R, T, F]` are split."""
+        if transposed:
             gate, up = (self._with_adapter(_columns(p[name], h), name, h, p, columns=True) for name in ("gate", "up"))
             inner = jax.nn.silu(gate) * up
             return self._with_adapter(_rows(p["down"] @ inner, *h.shape), "down", inner.T, p)
@@ -138,7 +143,7 @@ class Layer(nnx.Module):
         return self._with_adapter(inner @ p["down"], "down", inner, p)
 
     def _with_adapter(self, y: jax.Array, name: str, x: jax.Array, p: Params, columns: bool = False) -> jax.Array:
-        """`y = x·W` of a matrix and what its adapter adds, if the layer has one. `columns`: y is `[out, rows]`."""
+        """`y = x·W` of a matrix, plus its adapter's output if the layer has an adapter. `columns`: y is `[out, rows]`."""
         if f"{name}_a" not in p:
             return y
         assert isinstance(self.arch, Adapted)
@@ -148,17 +153,17 @@ class Layer(nnx.Module):
         return y + (added.reshape(-1, added.shape[-1]).T if columns else added.reshape(y.shape))
 
 
-def _project(h: jax.Array, w: jax.Array, turned: bool) -> jax.Array:
-    if turned:
+def _project(h: jax.Array, w: jax.Array, transposed: bool) -> jax.Array:
+    if transposed:
         return _rows(_columns(w, h), *h.shape[:-1], *w.shape[:2])
     return jnp.einsum("...d,dhe->...he", h, w)
 
 
-def _output(out: jax.Array, w: jax.Array, turned: bool) -> jax.Array:
+def _output(out: jax.Array, w: jax.Array, transposed: bool) -> jax.Array:
     lead = out.shape[:-2]
-    if turned:
+    if transposed:
         return _rows(_columns(w, out, inputs=2), *lead, w.shape[0])
-    # Contracted as one axis: of two, einsum would choose an order for which the weights are copied.
+    # Heads and head width are contracted as one axis. With two axes, einsum would choose an order that copies the weights.
     return out.reshape(*lead, -1) @ w.reshape(-1, w.shape[-1])
 
 
@@ -167,23 +172,23 @@ class LayerPass:
     """How the layers are run."""
 
     dtype: Any = jnp.float32
-    """Of activations and matrix products."""
+    """The dtype of activations and matrix products."""
     remat: Remat = "none"
-    """What the backward pass computes again, as in OptimizerConfig."""
+    """What the backward pass recomputes (see OptimizerConfig)."""
     scan: bool = False
-    """One loop over the layers' stacked weights and caches, instead of one piece of program for each layer."""
+    """Run a loop over the layers' stacked weights and caches, instead of unrolling the layers."""
 
 
 def hidden_states(
     params: Params, arch: Architecture, tokens: jax.Array, rotation: Rotations, attend: Attend,
     how: LayerPass = LayerPass(), caches: Sequence[Any] | None = None,
 ) -> tuple[jax.Array, list[Any]]:  # fmt: skip
-    """Final hidden states `[..., D]` of tokens `[...]`, and what `attend` kept of every layer.
+    """Final hidden states `[..., D]` of tokens `[...]`, and the cache that `attend` returned for each layer.
 
-    `rotation`: `rotations` at the tokens' positions. `caches`: what `attend` is given of every layer (None: nothing).
+    `rotation`: `rotations` at the tokens' positions. `caches`: each layer's cache for `attend`; None: no caches.
     """
     dtype, remat, scan = how.dtype, how.remat, how.scan
-    wide = caches is not None  # rollouts are generated: few tokens at a time, and parameters in the layout for that
+    wide = caches is not None  # then rollouts are generated, and the parameters are in the generating layout
     vocabulary = widest(arch.vocab_size) if wide else "tensor"
     x = constrain(constrain(params["embed"].astype(dtype), vocabulary)[tokens], ROWS)
 
@@ -198,7 +203,7 @@ def hidden_states(
     kept: list[Any] = []
     if scan:
 
-        def stack(*of_layers: jax.Array) -> jax.Array:  # scales of norms, which are vectors, keep their float32
+        def stack(*of_layers: jax.Array) -> jax.Array:  # norm scales, which are vectors, stay in float32
             return jnp.stack([x.astype(dtype) if x.ndim > 1 else x for x in of_layers])
 
         x, stacked = jax.lax.scan(block, x, jax.tree.map(stack, *layers))
@@ -211,17 +216,17 @@ def hidden_states(
 
 
 def unembedding(params: Params) -> jax.Array:
-    """The matrix `[V, D]` (a transposed view when embeddings are not tied) that turns hidden states into logits."""
+    """The matrix `[V, D]` that maps hidden states to logits (a transposed view if embeddings are not tied)."""
     return params["unembed"].T if "unembed" in params else params["embed"]
 
 
 def unembed(
     hidden: jax.Array, weights: jax.Array, arch: Architecture | None = None, columns: bool = False
 ) -> jax.Array:
-    """Float32 logits `[..., V]` of hidden states `[..., D]` and the `unembedding [V, D]`; or, of `[W, D]`, as columns `[V, W]`.
+    """Float32 logits `[..., V]` of hidden states `[..., D]` and the `unembedding [V, D]`. `columns`: `[W, D]` gives `[V, W]`.
 
-    Rows of the embedding that no token has (`arch.num_tokens` and on, `arch.missing_ids`) get a logit whose probability is 0,
-    here and nowhere else: in the sampler, the score pass and the loss alike. No `arch`: each row has a token.
+    Embedding rows that no token uses (from `arch.num_tokens` on, and `arch.missing_ids`) get a logit whose probability is 0.
+    The sampler, the score pass and the loss all take their logits from this function. Without `arch`, every row has a token.
     """
     equation = "vd,wd->vw" if columns else "...d,vd->...v"
     operands = (weights, hidden) if columns else (hidden, weights)

@@ -1,7 +1,7 @@
-"""Weights from and to Hugging Face folders of safetensors files.
+"""Reads and writes the weights of Hugging Face folders (safetensors files).
 
-Loading reads each tensor's slices straight into its shards: the host holds about one tensor at a time. Exporting what
-was loaded gives every tensor back byte for byte. Names and axes are those of parameters.py.
+Loading reads each tensor's slices directly into its shards, so the host holds about one tensor at a time. Weights that are
+loaded and then exported are the same byte for byte. Names and axes come from parameters.py.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One array of ours and how Hugging Face stores it."""
+    """One of our arrays, and the form in which Hugging Face files store it."""
 
     path: KeyPath  # in the parameter tree
     name: str  # in the files
-    axes: tuple[tuple[int, ...], ...]  # for each axis of the stored tensor, the axes of ours that it merges
-    shape: tuple[int, ...]  # ours
+    axes: tuple[tuple[int, ...], ...]  # for each axis of the stored tensor, the axes of our array that it merges
+    shape: tuple[int, ...]  # of our array
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         return tuple(math.prod(self.shape[a] for a in group) for group in self.axes)
 
     def read(self, file: Path, index: tuple[slice, ...]) -> np.ndarray:
-        """The part `index` of our array. Whole rows of merged axes are read, then cut."""
+        """The part `index` of our array. Of merged axes, the inner ones are read whole and then cut."""
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
         window: list[slice] = []  # of the stored tensor
-        block: list[int] = []  # that window, with the merged axes apart
-        order: list[int] = []  # which of our axes each of them is
+        block: list[int] = []  # the window's shape, with merged axes separated
+        order: list[int] = []  # the axis of our array that each axis of `block` is
         for group in self.axes:
             (start, stop), rest = bounds[group[0]], [self.shape[a] for a in group[1:]]
             window.append(slice(start * math.prod(rest), stop * math.prod(rest)))
@@ -72,7 +72,7 @@ def load(folder: str | Path, shardings: Any = None, dtype: Any = None) -> Params
         shardings: a tree like the parameters with a `jax.sharding.Sharding` at each leaf; None: the default device.
         dtype: of the parameters; None: as stored.
 
-    Raises WeightsError that lists every missing, extra or wrongly shaped tensor, before anything is read.
+    Raises WeightsError that lists every missing, extra or wrongly shaped tensor, before any weights are read.
     """
     folder = Path(folder)
     tensors = _tensors(read_architecture(folder))
@@ -86,10 +86,10 @@ def load(folder: str | Path, shardings: Any = None, dtype: Any = None) -> Params
 
 
 def _load_one(tensor: _Tensor, file: Path, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
-    parts: dict[Any, np.ndarray] = {}  # replicas of one shard are read once
+    parts: dict[Any, np.ndarray] = {}  # so that replicas of a shard are read once
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None  # only for keys and tokens
+        assert index is not None  # jax gives None only for arrays of keys and tokens
         key = tuple((s.start, s.stop) for s in index)  # slices cannot be hashed before Python 3.12
         if key not in parts:
             array = tensor.read(file, index)
@@ -111,13 +111,13 @@ def save(
     """Write a Hugging Face folder that transformers and vLLM load: config, generation config, tokenizer, safetensors.
 
     Args:
-        source: the Hugging Face folder that the policy began as; its generation settings go along.
-        eos_ids: the ids that end a turn, named in config.json and generation_config.json whatever `source` says.
-        files: content of further files by name: the tokenizer's.
-        max_shard_bytes: size of a weights file; the host holds so much.
+        source: the Hugging Face folder that training started from; its generation settings are copied.
+        eos_ids: the ids that end a turn. If given, they replace those of `source` in config.json and generation_config.json.
+        files: further files (the tokenizer's), from name to content.
+        max_shard_bytes: the largest size of a weights file; the host holds one file's weights at a time.
 
-    The folder appears when it is complete. With several hosts all must call; the first one writes. Raises WeightsError if
-    the folder exists and is not empty.
+    The folder appears when it is complete. With several hosts, all must call this, and the first one writes. Raises WeightsError
+    if the folder exists and is not empty.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -145,7 +145,7 @@ def save(
         stored = {tensor.name: tensor.to_stored(_to_host(_get(params, tensor.path))) for tensor in shard}
         if writes:
             save_file(stored, partial / name, metadata={"format": "pt"})
-            (partial / name).chmod(0o644)  # safetensors writes it for its owner alone
+            (partial / name).chmod(0o644)  # safetensors makes files that only their owner can read
     if not writes:
         return
     if len(shards) > 1:
@@ -161,7 +161,7 @@ def save(
 
 
 def _write_configs(folder: Path, config: dict[str, Any], source: Path | None, eos_ids: Sequence[int]) -> None:
-    """config.json and generation_config.json."""
+    """Write config.json and generation_config.json."""
     theirs = _read_json_if_any(source / "config.json") if source is not None else {}
     generation = _read_json_if_any(source / "generation_config.json") if source is not None else {}
     inherited = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -174,7 +174,7 @@ def _write_configs(folder: Path, config: dict[str, Any], source: Path | None, eo
 
 
 def save_adapters(file: Path, params: Params, arch: Architecture) -> None:
-    """Write the tree `params` of an architecture's adapters to a safetensors file, under peft's names. One host's arrays."""
+    """Write the adapters of an architecture to a safetensors file under peft's names. One host calls this."""
     tensors = _tensors(arch, adapters(arch))
     stored = {
         f"base_model.model.{tensor.name}": tensor.to_stored(_to_host(_get(params, tensor.path))) for tensor in tensors
@@ -183,7 +183,7 @@ def save_adapters(file: Path, params: Params, arch: Architecture) -> None:
 
 
 def _tensors(arch: Architecture, rows: Iterable[tuple[KeyPath, Parameter]] | None = None) -> list[_Tensor]:
-    """Every parameter (or those of `rows`), in the order of the layers."""
+    """The tensors of all parameters, or of `rows`, in the order of the layers."""
 
     def tensor(path: KeyPath, row: Parameter) -> _Tensor:
         layer = f"model.layers.{path[1]}." if path[0] == "layers" else ""
@@ -193,7 +193,7 @@ def _tensors(arch: Architecture, rows: Iterable[tuple[KeyPath, Parameter]] | Non
 
 
 def _check(folder: Path, tensors: list[_Tensor]) -> dict[str, Path]:
-    """The file of each tensor. Raises WeightsError that lists all that does not fit."""
+    """The file of each tensor. Raises WeightsError that lists every missing file and every tensor that is not as expected."""
     index = _read_json_if_any(folder / "model.safetensors.index.json")
     names = sorted(set(index["weight_map"].values())) if "weight_map" in index else ["model.safetensors"]
     files: dict[str, Path] = {}
@@ -209,7 +209,7 @@ def _check(folder: Path, tensors: list[_Tensor]) -> dict[str, Path]:
             problems.append(f"{name}: the file is missing")
         except SafetensorError as error:
             problems.append(f"{name}: not a complete safetensors file ({error}); download or copy it again")
-    if problems:  # what is in the files that can be read says nothing about the others
+    if problems:  # tensors are checked only if all files can be read
         raise WeightsError(f"{folder}: " + "\n- ".join(["weights cannot be read:", *problems]))
     expected = {tensor.name: tensor.stored_shape for tensor in tensors}
     for key, shape in expected.items():
@@ -219,7 +219,7 @@ def _check(folder: Path, tensors: list[_Tensor]) -> dict[str, Path]:
             problems.append(f"{key}: shape {list(found[key][0])}, expected {list(shape)}")
         elif found[key][1] not in _FLOATS:
             problems.append(f"{key}: dtype {found[key][1]}, expected one of {', '.join(_FLOATS)}")
-    # Two that old exports carry and transformers ignores: rope's buffer, and a copy of tied embeddings.
+    # Old exports hold two tensors that transformers ignores: rope's buffer, and a copy of tied embeddings.
     ignored = re.compile(r".*\.rotary_emb\.inv_freq" + ("" if "lm_head.weight" in expected else r"|lm_head\.weight"))
     problems += [f"{key}: extra" for key in sorted(found) if key not in expected and not ignored.fullmatch(key)]
     if problems:

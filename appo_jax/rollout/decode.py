@@ -114,7 +114,7 @@ def _rotation_table(arch: Architecture, prefixes: Prefixes, suffix_length: int) 
 
     A step looks them up: the compiler would compute them again for every head of every layer.
     """
-    positions = attention.room(prefixes.slots[0]) + suffix_length
+    positions = attention.slot_length(prefixes.slots[0]) + suffix_length
     return jax.lax.optimization_barrier(rotations(jnp.arange(positions), arch))
 
 

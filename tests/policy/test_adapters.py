@@ -23,7 +23,7 @@ from appo_jax.learner.step import StepSpec, TrainState, gradients, make_train_st
 from appo_jax.policy import attention, weights
 from appo_jax.policy.adapters import abstract_adapters, frozen, init_adapters, merged, save_adapters, with_adapters
 from appo_jax.policy.architecture import read_architecture
-from appo_jax.policy.parameters import KeyPath, Parameter, Params, adapted, adapters, build, init_params, turned
+from appo_jax.policy.parameters import KeyPath, Parameter, Params, adapted, adapters, build, init_params, transposed
 from appo_jax.policy.score import positions
 from appo_jax.policy.transformer import hidden_states, rotations, unembedding
 
@@ -94,7 +94,7 @@ def test_adapters_that_begin_add_nothing() -> None:
     base = init_params(PLAIN, 0)
     policy = with_adapters(base, init_adapters(ARCH, 0))
     np.testing.assert_array_equal(logits_of(policy, ARCH), logits_of(base, PLAIN))
-    np.testing.assert_array_equal(logits_of(turned(policy), ARCH), logits_of(turned(base), PLAIN))
+    np.testing.assert_array_equal(logits_of(transposed(policy), ARCH), logits_of(transposed(base), PLAIN))
 
 
 def test_factored_merged_and_oracle_are_one_policy() -> None:
@@ -103,7 +103,11 @@ def test_factored_merged_and_oracle_are_one_policy() -> None:
     plain = logits_of(base, PLAIN)
     assert np.abs(expected - plain).max() > 1  # the adapters matter
     policy = with_adapters(base, own)
-    for found in (logits_of(policy, ARCH), logits_of(turned(policy), ARCH), logits_of(merged(base, own, ARCH), PLAIN)):
+    for found in (
+        logits_of(policy, ARCH),
+        logits_of(transposed(policy), ARCH),
+        logits_of(merged(base, own, ARCH), PLAIN),
+    ):
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 

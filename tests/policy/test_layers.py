@@ -11,7 +11,7 @@ import pytest
 
 from appo_jax.config import Architecture, Remat
 from appo_jax.policy import attention
-from appo_jax.policy.parameters import Params, init_params, turned
+from appo_jax.policy.parameters import Params, init_params, transposed
 from appo_jax.policy.score import positions
 from appo_jax.policy.transformer import LayerPass, hidden_states, rotations
 
@@ -69,7 +69,7 @@ def test_turned_matrices_are_the_same_policy(family: str) -> None:
         return hidden_states(params, arch, TOKENS, rotations(positions(TOKENS), arch), attention.causal)
 
     params = init_params(arch, 0)
-    copy = turned(params)
+    copy = transposed(params)
     assert copy["layers"][0]["o"].shape == (arch.width, arch.num_heads, arch.head_dim)
     for a, b in zip(jax.tree.leaves(run(copy)), jax.tree.leaves(run(params)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)

@@ -52,5 +52,5 @@ def test_rows_are_filled_by_hand() -> None:
 
 
 def test_a_text_that_no_row_holds() -> None:
-    with pytest.raises(ValueError, match="11 tokens does not fit into 9 slots"):
+    with pytest.raises(ValueError, match="11 tokens needs 10 slots, but a row has 9"):
         pack([np.arange(4), np.arange(11)], 9)
