@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class AppoError(Exception):
-    """Base of all errors that are the user's to mend; the CLI prints them without a traceback."""
+    """Base of all errors that the user can correct; the CLI prints them without a traceback."""
 
 
 class ConfigError(AppoError):

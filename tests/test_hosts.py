@@ -129,7 +129,7 @@ def test_rewards_mean_the_same_on_one_host_and_on_two(tmp_path: Path) -> None:
         assert some[3][2] == "returned the reward np.float32(nan)"
         assert none == (
             "none of 6 rollouts has a reward: reward.function = 'mine:f' returned 1.0, a float (6 times, first for 'q0'); "
-            "mend the function"
+            "correct the function"
         )
 
 

@@ -1,7 +1,8 @@
-"""Demonstrations for the cold start, written with the tools that the run has.
+"""Demonstrations for the cold start, written with the run's tools.
 
-A data source says how its questions are answered; a tool may bring examples of its own. Both are written in the run's
-call format, with what the tools really return. What the run's tools cannot do is left out and counted.
+A data source demonstrates how its questions are answered; a tool may bring its own examples. Both are written in the run's
+call format and contain the real results of the tools. Demonstrations that the run's tools do not support are left out and
+counted.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from appo_jax.types import Example, Outcome, Segment, Trace
 
 logger = logging.getLogger(__name__)
 
-TOOLS_PLACE = "{tools}"  # in a system prompt: where the run's tools and the way to call them are told
+TOOLS_PLACE = "{tools}"  # in a system prompt: replaced by the descriptions of the run's tools and of how to call them
 
 
 class CannotDemonstrate(Exception):
-    """This question cannot be demonstrated with the tools of the run, or its script is not confirmed by them."""
+    """The run's tools cannot demonstrate this question, or their results contradict its script."""
 
 
 class LeftOut:
-    """What the cold start does not train on, by the reason."""
+    """The demonstrations that the cold start does not train on, by reason."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = {}
@@ -51,7 +52,7 @@ class LeftOut:
 
 
 class ToolKit:
-    """The tools of a run as a demonstration uses them. The same call is made once and its result kept."""
+    """The run's tools, for writing demonstrations. A call is made once; the same call again gets the kept result."""
 
     def __init__(self, executor: ToolExecutor):
         self._executor = executor
@@ -59,14 +60,14 @@ class ToolKit:
         self.run = functools.cache(self._run)
 
     def tool_for(self, skill: str) -> str:
-        """Name of the first tool that has a skill (see SKILLS). Raises CannotDemonstrate where none has it."""
+        """The name of the first tool that has a skill (see SKILLS). Raises CannotDemonstrate if no tool has it."""
         for tool in self._format.tools:
             if skill in tool.skills:
                 return tool.name
         raise CannotDemonstrate(f"no tool of the run {SKILLS[skill]} ({skill})")
 
     def write_call(self, tool: str, argument: str, closed: bool = True) -> str:
-        """A call as the policy writes it. closed=False: as a policy writes it that forgets to end it."""
+        """A call as the policy writes it. closed=False: without its closing tag, as if the policy forgot it."""
         try:
             return self._format.render_call(tool, argument, closed)
         except ValueError as error:
@@ -77,14 +78,14 @@ class ToolKit:
         return render_result(self._format, text)
 
     def _run(self, tool: str, argument: str) -> str:
-        """What a tool returns. Raises CannotDemonstrate where the call fails."""
+        """The result of a call. Raises CannotDemonstrate if the call fails."""
         record = self._executor.run(tool, argument)
         if record.outcome not in (Outcome.OK, Outcome.ERROR):
             raise CannotDemonstrate(f"a call of {tool} ended as {record.outcome}")
         return record.result
 
-    def own_examples(self, system: str) -> Iterator[Callable[[], Trace]]:
-        """The demonstrations that the tools themselves bring."""
+    def tool_examples(self, system: str) -> Iterator[Callable[[], Trace]]:
+        """The demonstrations that the tools bring, each as a function that makes it."""
         for tool in self._format.tools:
             for i, example in enumerate(tool.examples):
                 yield functools.partial(self._trace, tool.name, example, f"{tool.name}-example-{i}", system)
@@ -104,7 +105,7 @@ class ToolKit:
 
 
 class Demonstrated(Protocol):
-    """What is needed of a `Dataset`."""
+    """The part of a `Dataset` that `demonstrate` needs."""
 
     @property
     def train(self) -> Iterable[Example]: ...
@@ -117,12 +118,12 @@ class Demonstrated(Protocol):
 def demonstrate(
     dataset: Demonstrated, executor: ToolExecutor, limit: int | None = None, left_out: LeftOut | None = None
 ) -> list[Trace]:
-    """The tools' own examples and the source's demonstrations, in order, at most `limit` of them.
+    """The tools' examples, then the source's demonstrations; at most `limit` of them.
 
-    What cannot be demonstrated is counted in `left_out`. Raises DataError when there are none, with the reasons."""
+    Demonstrations that cannot be made are counted in `left_out`. Raises DataError, with the reasons, if none can be made."""
     kit = ToolKit(executor)
     system = next((example.system for example in dataset.train), "")
-    makers = list(kit.own_examples(system))
+    makers = list(kit.tool_examples(system))
     if dataset.demonstration is not None:
         makers += [functools.partial(dataset.demonstration, i, kit) for i in range(dataset.num_demonstrations)]
     if not makers:
@@ -146,7 +147,7 @@ def demonstrate(
 
 
 def introduce(example: Example, instructions: str) -> Example:
-    """The example with the tools' instructions in its system prompt, where that has a place for them."""
+    """The example with the tools' instructions in place of `{tools}` in its system prompt."""
     if TOOLS_PLACE not in example.system:
         return example
     return dataclasses.replace(example, system=example.system.replace(TOOLS_PLACE, instructions))

@@ -1,4 +1,4 @@
-"""What a data source holds, as text: counts, lengths, answers, repetitions, examples. `appo-jax data describe` prints it."""
+"""The report of `appo-jax data describe` on a data source: counts, lengths, answers, repetitions, examples."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _LEVELS = (0, 50, 90, 99, 100)  # percentiles
 
 
 def describe(config: DataConfig, tokenizer: Tokenizer | None, max_prompt_tokens: int) -> str:
-    """The report. Lengths are in tokens of the prompt where a tokenizer is given, else in characters of the question.
-    Repetitions are counted before `data.drop` takes any out. Raises ConfigError or DataError."""
+    """The report. Lengths are those of prompts in tokens if a tokenizer is given, else those of questions in characters.
+
+    It counts repetitions before `data.drop` removes any. Raises ConfigError or DataError."""
     dataset = load_dataset(dataclasses.replace(config, drop=()))
     lines = [f"{config.source}{'' if config.path is None else f' at {config.path}'}"]
     for name, examples in (("train", dataset.train), ("held out", dataset.held_out)):

@@ -1,4 +1,4 @@
-"""From a record of any data file to an `Example`: the one schema of all sources."""
+"""Converts records of data files to `Example`, which is the schema of all sources."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from appo_jax.types import Example, Kind
 
 logger = logging.getLogger(__name__)
 
-# For questions that come without instructions.
+# The system prompt of questions whose data has none.
 SYSTEM_PROMPT = (
     "Answer the question step by step. Put your reasoning between <think> and </think>. Your tools:\n{tools}\n"
     "When you are done, write <answer> \\boxed{answer} </answer>."
@@ -25,21 +25,21 @@ SYSTEM_PROMPT = (
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How the records of one set become examples."""
+    """Converts the records of one set to examples."""
 
     config: DataConfig
     columns: ColumnsConfig
     kind: Kind
-    system: str | None = SYSTEM_PROMPT  # where a record has none; None: that is an error
+    system: str | None = SYSTEM_PROMPT  # for records without a system prompt; None: such a record is an error
 
     def read(self, path: Path, what: str = "a file of questions") -> list[Example]:
-        """Every example of a file. Raises DataError with file and line."""
+        """All examples of a file. Raises DataError with file and line. `what`: the expected file, for messages."""
         return read_records(
             path, lambda number, record: self.example(record, path, number), self.config.malformed, what
         )
 
     def example(self, record: Any, path: Path, number: int) -> Example | None:
-        """One record; None, with a warning, where it has no accepted answer. Raises KeyError, TypeError or ValueError."""
+        """The example of a record; None, with a warning, if it has no accepted answer. Raises KeyError, TypeError, ValueError."""
         columns = self.columns
         question, system = self._prompt(field(record, columns.question))
         golds = accepted_answers(field(record, columns.golds))
@@ -50,8 +50,8 @@ class Reader:
         kind = self._kind(_optional(record, columns.kind))
         if system is None:
             system = _text(_optional(record, columns.system), columns.system)
-        if (own := self.config.system_prompt) is not None:
-            system = own
+        if self.config.system_prompt is not None:
+            system = self.config.system_prompt
         elif system is None:
             system = self.system
         if system is None:
@@ -67,7 +67,7 @@ class Reader:
         )
 
     def _prompt(self, value: Any) -> tuple[str, str | None]:
-        """(question, system prompt) of a question's column: text, or chat messages."""
+        """(question, system prompt) from the value of the question's column, which is text or chat messages."""
         name = self.columns.question
         if not isinstance(value, list):
             return _question(value, name), None
@@ -78,7 +78,7 @@ class Reader:
         if len(users) != 1 or len(systems) > 1 or roles:
             turns = ", ".join(str(field(message, "role")) for message in value)
             raise ValueError(
-                f"field {name!r}: expected one user message, after one system message at most; got {turns}"
+                f"field {name!r}: expected one user message, after at most one system message; got {turns}"
             )
         return _question(users[0], f"{name}.user"), _text(systems[0], f"{name}.system") if systems else None
 
@@ -114,10 +114,11 @@ def _optional(record: Any, path: str) -> Any:
 
 
 def split_files(config: DataConfig, train: Sequence[str], held_out: Sequence[str], what: str) -> tuple[Path, Path]:
-    """The files of the two splits: `data.path` is the training file or a folder that holds one of the names in `train`;
-    `data.held_out`, or one of the names in `held_out` beside it, is the other. what: the set, and where it is to be had.
+    """The training file and the held-out file.
 
-    Raises ConfigError or DataError that says what is missing."""
+    The training file is `data.path`, or the first of the names in `train` that exists in that folder. The held-out file is
+    `data.held_out`, or the first of the names in `held_out` that exists in the training file's folder. `what`: the data set
+    and where to get it, for messages. Raises ConfigError or DataError that says what is missing."""
     path = data_path(config)
     file = path if path.is_file() else _first(path, train, what)
     if config.held_out is not None:
@@ -133,7 +134,7 @@ def _first(folder: Path, names: Sequence[str], what: str) -> Path:
 
 
 def data_path(config: DataConfig) -> Path:
-    """The file or folder that `data.path` leads to. Raises ConfigError when it is not given, DataError when nothing is there."""
+    """`data.path`, a file or a folder. Raises ConfigError if it is not set, and DataError if it does not exist."""
     if config.path is None:
         raise ConfigError(
             f"data.path: needed for data.source = {config.source!r} (the folder that holds its files; on the command line: "

@@ -1,4 +1,4 @@
-"""Accepted answers as data files write them: text, a number, a list of aliases, or an object around them."""
+"""Reads accepted answers as data files write them: text, a number, a list of aliases, or an object that holds them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import json
 import math
 from typing import Any
 
-_TARGETS = ("target", "ground_truth", "answers", "aliases", "value")  # where objects keep the answers
+_TARGETS = (
+    "target",
+    "ground_truth",
+    "answers",
+    "aliases",
+    "value",
+)  # the fields of an object that may hold the answers
 
 
 def accepted_answers(value: Any) -> tuple[str, ...]:
-    """The answers as texts, in order, each once; blank ones are left out, so an empty tuple means that there is none.
+    """The answers as texts, in order, each once, without blank ones. An empty tuple means that there is no answer.
 
-    Takes text, numbers, truth values (yes and no), lists of these, JSON texts of such lists, and objects that hold them
-    under `target` (veRL, Search-R1), `ground_truth`, `answers`, `aliases` or `value`. Raises TypeError for anything else.
+    `value` may be text, a number, a truth value (yes or no), a list of these, the JSON text of a list of texts, or an object
+    that holds them under `target` (veRL, Search-R1), `ground_truth`, `answers`, `aliases` or `value`. Raises TypeError for
+    anything else.
     """
     return tuple(dict.fromkeys(text for text in (answer.strip() for answer in _walk(value, 0)) if text))
 
@@ -49,7 +56,7 @@ def _walk(value: Any, depth: int) -> list[str]:
 
 
 def _list_of_texts(text: str) -> list[str] | None:
-    """`["a", "b"]` as the list it writes. Lists of numbers stay text: they may be vectors or intervals."""
+    """The list of texts in a JSON text such as `["a", "b"]`, else None. Lists of numbers may be vectors: they stay text."""
     if not (text.lstrip().startswith('["') and text.rstrip().endswith('"]')):
         return None
     try:

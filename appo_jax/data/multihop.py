@@ -1,6 +1,6 @@
-"""Questions over several Wikipedia paragraphs: what HotpotQA, 2WikiMultihopQA and MuSiQue have in common.
+"""Questions over several Wikipedia paragraphs: the common part of HotpotQA, 2WikiMultihopQA and MuSiQue.
 
-The paragraphs that come with the questions, each once, are the corpus of the search tool, unless the config names another.
+The paragraphs of all questions, each once, are the corpus of the search tool unless the config names another corpus.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def load_multihop(
     files: tuple[Sequence[str], Sequence[str]],
     what: str,
 ) -> Dataset:
-    """Both splits, the paragraphs of all their records, and demonstrations. paragraphs: those of one record.
+    """Both splits, the paragraphs of all their records, and demonstrations.
 
-    Raises DataError."""
+    paragraphs: a function that returns the paragraphs of a record. files, what: see `split_files`. Raises DataError."""
     documents: dict[Document, None] = {}
-    own: dict[str, list[Document]] = {}  # by the id of the question
+    paragraphs_of: dict[str, list[Document]] = {}  # by the id of the question
 
     def read(path: Path) -> list[Example]:
         def example(number: int, record: Any) -> Example | None:
             found = reader.example(record, path, number)
             if found is not None:
-                own[found.id] = list(paragraphs(record))
-                documents.update(dict.fromkeys(own[found.id]))
+                paragraphs_of[found.id] = list(paragraphs(record))
+                documents.update(dict.fromkeys(paragraphs_of[found.id]))
             return found
 
         return read_records(path, example, config.malformed, what)
@@ -44,16 +44,16 @@ def load_multihop(
     train, held_out = (read(path) for path in split_files(config, *files, what))
 
     def demonstration(index: int, kit: ToolKit) -> Trace:
-        return demonstrate(train[index], own[train[index].id], kit)
+        return demonstrate(train[index], paragraphs_of[train[index].id], kit)
 
     return Dataset(train, held_out, tuple(documents) or None, demonstration, len(train) if documents else 0)
 
 
 def demonstrate(example: Example, paragraphs: Sequence[Document], kit: ToolKit) -> Trace:
-    """A trace that looks up what the question names, then what holds the answer, and reads the answer there.
+    """A trace that looks up a paragraph named in the question, then one that holds the answer, and reads the answer there.
 
-    Raises CannotDemonstrate where the question names nothing of the paragraphs, and where what the tool found does not hold
-    the answer (of a question with yes or no: fewer than two of the paragraphs)."""
+    For a question with yes or no, it looks up the first two named paragraphs. Raises CannotDemonstrate if the question names
+    too few paragraphs (none; fewer than two for yes or no), or if the tool does not find them or the answer."""
     tool, gold = kit.tool_for("look_up"), example.golds[0]
     named = [page for page in paragraphs if page.title.lower() in example.question.lower()]
     named = sorted(named, key=lambda page: example.question.lower().index(page.title.lower()))
@@ -83,7 +83,7 @@ _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"])")
 
 
 def _sentence(text: str, answer: str) -> str:
-    """The first sentence that holds the answer as a whole phrase, in any case; "" where none does."""
+    """The first sentence that holds the answer as a whole phrase, ignoring case; "" if there is none."""
     phrase = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
     return next((sentence.strip() for sentence in _END.split(text) if phrase.search(sentence)), "")
 
@@ -93,7 +93,7 @@ def _first_sentence(text: str) -> str:
 
 
 def titled_paragraphs(record: Any) -> list[Document]:
-    """HotpotQA's `context`: [title, [sentence, …]] pairs, or objects with title and text or sentences."""
+    """The paragraphs in HotpotQA's `context`: [title, [sentence, …]] pairs, or objects with title and text or sentences."""
     found = []
     for entry in record.get("context") or ():
         if isinstance(entry, dict):

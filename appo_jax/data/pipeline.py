@@ -1,6 +1,6 @@
-"""Batches: endless, reshuffled every epoch, and resumable (the iterators are grain's; grain.checkpoint saves them).
+"""Endless batches, reshuffled every epoch. The iterators are grain's, and grain.checkpoint saves them.
 
-Iterator state is a position in a stream that the seed fixes, so a resumed run draws what it would have drawn.
+An iterator's state is a position in a stream that depends on the seed only, so a resumed run draws the same batches.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 EncodeResult = Callable[[str], list[int]]
 
-# One thread: a batch costs microseconds, and read-ahead threads would compete with XLA for the cores.
+# No threads: a batch costs microseconds, and read-ahead threads would compete with XLA for the cores.
 READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class TraceBatch:
-    """Demonstrations for the cold start: R rows of T = max_tokens, each with as many whole traces as fit."""
+    """Demonstrations for the cold start: R rows of T = max_tokens. A row holds several whole traces."""
 
     tokens: np.ndarray  # [R, T] int32
     loss_mask: np.ndarray  # [R, T] bool: the policy is trained to write this token
@@ -40,18 +40,18 @@ class TraceBatch:
 def prompt_batches(
     examples: Sequence[Example], batch_size: int, seed: int, start: int = 0, weights: Mapping[str, float] | None = None
 ) -> grain.DatasetIterator[list[Example]]:
-    """Endless batches of `batch_size` examples; every example once an epoch, each epoch in another order.
+    """Endless batches of `batch_size` examples. Every example comes once an epoch, and each epoch has another order.
 
-    weights: by `Example.source`, the share of the stream that comes from it; every example is then drawn once in an epoch of
-    its own source. start: examples already used. The stream follows from the examples and the seed alone, so that this count is
-    all a run needs to go on, also on another number of hosts: every host reads the whole stream, and a prompt's tools and
-    rewards belong to one host. Raises DataError for a source without examples."""
+    weights: from `Example.source` to the share of the stream that comes from it; each source then has its own epochs. start:
+    the number of examples already used. The stream depends on the examples and the seed only. So a resumed run needs only this
+    number, also on another number of hosts: every host reads the whole stream (a prompt's tools and rewards belong to one
+    host). Raises DataError for a source without examples."""
     if not weights:
         stream = grain.MapDataset.source(examples).shuffle(seed).repeat()
     else:
         groups = {name: [example for example in examples if example.source == name] for name in weights}
         if empty := [name for name, group in groups.items() if not group]:
-            raise DataError(f"data.mixture: no question is left of {', '.join(empty)}; take it out, or mend its data")
+            raise DataError(f"data.mixture: no question is left of {', '.join(empty)}; remove it, or correct its data")
         parts = [grain.MapDataset.source(group).shuffle(seed).repeat() for group in groups.values()]
         stream = grain.MapDataset.mix(parts, weights=list(weights.values()))
     batches = stream.slice(slice(start, None)).batch(batch_size, drop_remainder=True, batch_fn=list)
@@ -69,8 +69,8 @@ def trace_batches(
 ) -> grain.DatasetIterator[TraceBatch]:
     """Endless batches of encoded traces, packed into `batch_size` rows (grain's first-fit packing).
 
-    A trace of more than `max_tokens` is left out, since a cut one would teach to break off; how many is logged, and counted
-    in `left_out`. Raises DataError when none fits."""
+    A trace of more than `max_tokens` is left out, because a truncated one would teach the policy to stop in the middle. Their
+    number is logged, and they are counted in `left_out`. Raises DataError if no trace fits."""
     encoded = [encode_trace(trace, tokenizer, encode_result) for trace in traces]
     fitting = [pair for pair in encoded if len(pair[0]) <= max_tokens]
     if len(fitting) < len(encoded):
@@ -89,9 +89,9 @@ def trace_batches(
     total = sum(len(pair[0]) for pair in fitting)
     logger.info("%d traces of %d tokens: an epoch is about %d rows", len(fitting), total, -(-total // max_tokens))
     stream = grain.MapDataset.source(fitting).shuffle(seed).repeat()
-    lone = stream.map(lambda pair: {"tokens": pair[0], "loss_mask": pair[1].astype(np.int32)})
+    unpacked = stream.map(lambda pair: {"tokens": pair[0], "loss_mask": pair[1].astype(np.int32)})
     packed = grain.experimental.FirstFitPackIterDataset(
-        lone.to_iter_dataset(READ), length_struct={"tokens": max_tokens, "loss_mask": max_tokens},
+        unpacked.to_iter_dataset(READ), length_struct={"tokens": max_tokens, "loss_mask": max_tokens},
         num_packing_bins=batch_size, seed=seed, padding_struct={"tokens": tokenizer.pad_id, "loss_mask": 0},
     )  # fmt: skip
 
@@ -109,9 +109,9 @@ def trace_batches(
 def encode_trace(
     trace: Trace, tokenizer: Tokenizer, encode_result: EncodeResult | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [T] int32, sampled [T] bool) of prompt, segments and EOS, tokenised piece by piece as a rollout is.
+    """(tokens [T] int32, sampled [T] bool) of prompt, segments and EOS. Each segment is tokenised by itself, as in a rollout.
 
-    encode_result: ids of a tool result as the run's call format has it; by default those of its text."""
+    encode_result: token ids of a tool result in the run's call format; None: those of its text."""
     prompt = tokenizer.render_prompt(trace.example.system, trace.example.question)
     tokens, sampled = list(prompt), [False] * len(prompt)
     for segment in trace.segments:
@@ -124,9 +124,10 @@ def encode_trace(
 def check_prompts(
     examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int, malformed: OnMalformed
 ) -> tuple[Example, ...]:
-    """The examples whose prompt fits its bucket.
+    """The examples whose prompt has at most `max_prompt_tokens` tokens.
 
-    fatal: raises DataError that names the first one that does not. skip: leaves it out, by name and count."""
+    A longer prompt: with "fatal", DataError that names it; with "skip", it is left out with a warning. Raises DataError if no
+    prompt fits."""
     fitting = []
     for example in examples:
         length = len(tokenizer.render_prompt(example.system, example.question))

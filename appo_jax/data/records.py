@@ -1,4 +1,4 @@
-"""Reading data files: what is missing, empty or malformed is named by file and line."""
+"""Reads data files. Errors name the file, and the line of a malformed record."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from appo_jax.errors import DataError
 logger = logging.getLogger(__name__)
 Record = TypeVar("Record")
 OnMalformed = Literal["fatal", "skip"]
-# What a record is called in messages, by the file's suffix.
+# The name of a record in messages, by the file's suffix.
 UNITS = {".jsonl": "line", ".json": "record", ".parquet": "row", ".csv": "line", ".tsv": "line"}
 
 
 def need_file(path: Path, what: str) -> Path:
-    """`path` if it is a file with something in it. Raises DataError."""
+    """`path`, if it is a file that is not empty. Raises DataError otherwise. `what`: the expected file, for the message."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected {what}")
     if path.stat().st_size == 0:
@@ -36,12 +36,12 @@ def read_records(
     malformed: OnMalformed | None,
     what: str = "a file of questions",
 ) -> list[Record]:
-    """`parse(number, record)` of every record of a jsonl, json, parquet, csv or tsv file, in order; blank lines are passed over.
+    """`parse(number, record)` of every record of a jsonl, json, parquet, csv or tsv file, in order. Blank lines are ignored.
 
-    `number` counts lines, rows or records from 1. `parse` returns None for a record to leave out (it logs why), and raises
-    KeyError, TypeError or ValueError for a malformed one. fatal: the first of them raises DataError with file and line.
-    skip: each is warned of, and all are counted. None: fatal, in a file that `data.malformed` does not speak of. Raises
-    DataError when nothing is left.
+    `number` counts lines, rows or records from 1. `parse` returns None for a record that is left out (it logs why), and raises
+    KeyError, TypeError or ValueError for a malformed one. `malformed`: with "fatal" the first malformed record raises DataError
+    with file and line; with "skip" each gives a warning, and their number is logged; None is "fatal" for files to which
+    `data.malformed` does not apply. Raises DataError if no record is left.
     """
     need_file(path, what)
     unit = UNITS.get(path.suffix.lower())
@@ -61,7 +61,7 @@ def read_records(
             message = f"{path}, {unit} {number}: {problem}"
             if malformed != "skip":
                 choice = ", or set data.malformed to skip" if malformed else ""
-                raise DataError(f"{message}; mend it{choice}") from error
+                raise DataError(f"{message}; correct it{choice}") from error
             logger.warning("%s; skipped", message)
             skipped += 1
         else:
@@ -74,7 +74,7 @@ def read_records(
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, record) of a file; the lines of a jsonl file as bytes, so that a broken one is a matter of its own."""
+    """(number, record) of a file. Records of a jsonl file are bytes, so that the caller can handle one with broken JSON."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".jsonl":
@@ -92,7 +92,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                 for row in batch.to_pylist():
                     yield (number := number + 1), row
         else:
-            csv.field_size_limit(2**31 - 1)  # the standard 128 KB are less than ten Wikipedia paragraphs
+            csv.field_size_limit(2**31 - 1)  # the default of 128 KB is less than ten Wikipedia paragraphs
             with path.open(newline="", encoding="utf-8-sig") as text:
                 rows = csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
                 for row in rows:

@@ -1,4 +1,4 @@
-"""Questions that are asked twice: within the training set, and in what the policy is evaluated on."""
+"""Finds training questions that repeat other training questions or evaluation questions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from appo_jax.types import Example
 
 logger = logging.getLogger(__name__)
 
-SIMILARITY = 0.8  # share of common word triples from which two questions are near duplicates
+SIMILARITY = 0.8  # the smallest Jaccard similarity of the word triples of near duplicates
 NUM_PERMUTATIONS = 128
 _EMPTY = datasketch.MinHash(num_perm=NUM_PERMUTATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Repetitions:
-    """Pairs (index of a training question, the id of what it repeats)."""
+    """Pairs (index of a training question, id of the question that it repeats)."""
 
-    duplicates: list[tuple[int, str]]  # of an earlier training question, but for case, spaces and punctuation
-    near_duplicates: list[tuple[int, str]]  # nearly an earlier training question, and no duplicate
-    overlaps: list[tuple[int, str]]  # of a question for evaluation, by either rule
+    duplicates: list[tuple[int, str]]  # equal to an earlier training question except for case, spaces and punctuation
+    near_duplicates: list[tuple[int, str]]  # similar to an earlier training question, and not a duplicate
+    overlaps: list[tuple[int, str]]  # equal or similar to an evaluation question
 
     def indices(self, kinds: Iterable[str]) -> set[int]:
         """The training questions of these kinds."""
@@ -33,9 +33,10 @@ class Repetitions:
 
 
 def find_repetitions(train: Sequence[Example], evaluation: Sequence[Example]) -> Repetitions:
-    """Every repetition in `train`. Questions are near duplicates when they share most of their word triples (Jaccard
-    similarity of SIMILARITY or more) and hold the same numbers in the same order: word problems with other numbers are other
-    problems."""
+    """All repetitions in `train`.
+
+    Questions are near duplicates if the Jaccard similarity of their word triples is at least SIMILARITY and they hold the same
+    numbers in the same order: a word problem with other numbers is another problem."""
     seen, evaluated = _Index(), _Index()
     for example in evaluation:
         evaluated.add(example)
@@ -64,7 +65,7 @@ def drop_repetitions(train: Sequence[Example], evaluation: Sequence[Example], ki
 
 @dataclasses.dataclass(frozen=True)
 class _Question:
-    key: str  # what exact duplicates share
+    key: str  # equal for exact duplicates
     shingles: frozenset[str]
     numbers: tuple[str, ...]
     sketch: datasketch.MinHash  # of the shingles
@@ -73,7 +74,7 @@ class _Question:
     def of(cls, text: str) -> _Question:
         folded = unicodedata.normalize("NFKC", text).casefold()
         words = re.findall(r"\w+|[-+*/^=<>]", folded)
-        # Symbols count where they may be all that differs: 2+3 is not 2-3. A full stop or a quotation mark does not.
+        # The key keeps symbols, because 2+3 is not 2-3. It leaves out full stops, quotation marks and the like.
         key = re.sub(r"[\s.,;:!?'\"“”‘’`]+", "", folded)
         triples = (" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
         shingles = frozenset(triples)
@@ -83,7 +84,7 @@ class _Question:
 
 
 class _Index:
-    """Questions to compare with."""
+    """An index of questions, in which equal and similar ones are found."""
 
     def __init__(self) -> None:
         self._keys: dict[str, str] = {}
@@ -100,11 +101,11 @@ class _Index:
         self._lsh.insert(name, question.sketch)
 
     def exact(self, question: _Question) -> str | None:
-        """The id of a question that is the same, or None."""
+        """The id of an equal question, or None."""
         return self._keys.get(question.key)
 
     def near(self, question: _Question) -> str | None:
-        """The id of a question that is nearly the same, or None."""
+        """The id of the first near duplicate, or None."""
         for name in sorted(self._lsh.query(question.sketch), key=lambda name: int(name.split(" ", 1)[0])):
             other = self._questions[name]
             union = len(question.shingles | other.shingles)

@@ -1,7 +1,7 @@
-"""Where questions come from: a data source is a function from the config to a `Dataset`.
+"""Data sources. A data source is a function from the config to a `Dataset`.
 
-A source of ours is a file in `data/sources/` with a function `load(config: DataConfig) -> Dataset`; its name is the
-file's. Your own is any such function, given as `package.module:function`.
+A built-in source is a file in `data/sources/` with a function `load(config: DataConfig) -> Dataset`; the file's name is the
+source's name. Your own source is a function of the same signature, given as `package.module:function`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from appo_jax.types import Document, Example, Trace
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What a source gives. `{tools}` in a system prompt is replaced by how the run's tools are called."""
+    """What a source returns. In a system prompt, `{tools}` is replaced by instructions for the run's tools."""
 
     train: Sequence[Example]
     held_out: Sequence[Example]  # shares no question with train
-    documents: Sequence[Document] | None = None  # what the search tool searches, when the source brings it
-    # Demonstration i of num_demonstrations, for the cold start, written with the run's tools and their real results.
-    # Raises CannotDemonstrate where the tools do not suffice.
+    documents: Sequence[Document] | None = None  # the search tool's corpus, if the source brings one
+    # Makes demonstration i of num_demonstrations for the cold start, with the run's tools and their real results.
+    # Raises CannotDemonstrate if the tools do not suffice.
     demonstration: Callable[[int, ToolKit], Trace] | None = None
     num_demonstrations: int = 0
-    # By `Example.source`: the share of the prompts that come from it. Empty: every question once an epoch.
+    # From `Example.source` to the share of prompts that come from it. Empty: every question once an epoch.
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    # Where the policy's own text decides, `[start, end)` of each place, when the source knows it (`appo-jax influence`).
+    # The decisions in a text of the policy, `[start, end)` each, if the source knows them (for `appo-jax influence`).
     decisions: Callable[[str], list[tuple[int, int]]] | None = None
 
 
@@ -46,7 +46,7 @@ def source_names() -> list[str]:
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Read (for the world: make, if need be) the data of a run.
+    """The data of a run, without the repetitions that `data.drop` names. An embedded world is made if it does not exist.
 
     Raises ConfigError for an unknown source, and DataError for data that cannot be read."""
     load = _find(config.source)
@@ -81,7 +81,7 @@ def read_evaluation(config: DataConfig) -> list[Example]:
 
 
 def _evaluated(path: Path, number: int, record: Any) -> Example:
-    """A question of an evaluation file, for comparison alone: `question` or `problem`."""
+    """A question of an evaluation file, which is only compared with others. Its field is `question` or `problem`."""
     name = "problem" if isinstance(record, dict) and "question" not in record else "question"
     return Example(f"{path.stem}-{number}", text_field(record, name), (), "qa", "", path.stem)
 
@@ -95,7 +95,7 @@ def _find(name: str) -> Callable[[DataConfig], Dataset]:
         module, function = f"{sources.__name__}.{name}", "load"
     try:
         load = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # importing a user's module may raise anything
         raise ConfigError(
             f"data.source = {name!r} cannot be imported ({type(error).__name__}: {error}); {expected}"
         ) from error

@@ -1,8 +1,8 @@
-"""Files of traces for the cold start, as others publish them: ShareGPT, LLaMA-Factory's formats, chat messages.
+"""Reads published files of traces for the cold start: ShareGPT, LLaMA-Factory's formats, chat messages.
 
-A record is a conversation of one question. Its calls may stand in the policy's text, in tags or as JSON, with the results
-between the marks of either format in that same text or in turns of their own; or under `tool_calls`, as OpenAI's
-interface has them. Whatever the file's notation, the trace is written in the run's call format.
+A record is a conversation about one question. The calls stand in the policy's text, as tags or as JSON, or under `tool_calls`
+as in OpenAI's interface. The results stand in the same text between the tags of either format, or in separate turns. In all
+cases, the trace is written in the run's call format.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from appo_jax.tools.format import Call, CallFormat, JsonFormat, TagFormat, rende
 from appo_jax.types import Example, Segment, Trace
 
 WHAT = "a file of traces (docs/traces.md)"
-# Roles of ShareGPT and LLaMA-Factory as those of chat messages.
+# From roles of ShareGPT and LLaMA-Factory to roles of chat messages.
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
     "observation": "tool", "tool": "tool", "function_call": "call", "function": "call",
@@ -33,10 +33,10 @@ _RESULT = re.compile(r"[ \t]*\n?[ \t]*<(result|tool_response)>\n?(.*?)\n?</\1>\n
 def read_traces(
     files: Sequence[Path], call_format: CallFormat, system_prompt: str | None, left_out: LeftOut
 ) -> list[Trace]:
-    """The traces of the files in the run's call format, each once. system_prompt: `data.system_prompt`, instead of theirs.
+    """The traces of the files in the run's call format, each once. system_prompt: if not None, it replaces theirs.
 
-    What cannot be used is counted in `left_out` by its reason. Raises DataError for a file that cannot be read, and where
-    nothing can be used."""
+    Records that cannot be used are counted in `left_out` by reason. Raises DataError for a file that cannot be read, and if no
+    record can be used."""
     traces: dict[tuple[str, tuple[Segment, ...]], Trace] = {}
     writer = _Writer(call_format, system_prompt)
     for file in files:
@@ -57,7 +57,7 @@ def read_traces(
 
 
 class _Writer:
-    """Writes the conversations of records as traces of one run."""
+    """Writes the conversations of records as traces in the run's call format."""
 
     def __init__(self, call_format: CallFormat, system_prompt: str | None):
         self.format, self.system_prompt = call_format, system_prompt
@@ -65,7 +65,7 @@ class _Writer:
         self.tags, self.json = TagFormat(call_format.tools), JsonFormat(call_format.tools)
 
     def trace(self, record: Any, name: str) -> Trace:
-        """One record. Raises CannotDemonstrate, KeyError, TypeError or ValueError."""
+        """The trace of a record. Raises CannotDemonstrate, KeyError, TypeError or ValueError."""
         system, question, turns = _conversation(record)
         if self.system_prompt is not None:
             system = self.system_prompt
@@ -77,13 +77,13 @@ class _Writer:
         return Trace(introduce(example, self.format.instructions()), tuple(self.segments(turns)))
 
     def segments(self, turns: Sequence[Mapping[str, Any]]) -> Iterator[Segment]:
-        """What the policy writes and reads. Every call must have its result, and the end must be the policy's."""
+        """The policy's texts and the tool results, in order. Every call must have a result, and the last text is the policy's."""
         written, called = "", False
         for said, call, result in _steps(turns):
             if result is not None:
                 if not called:
-                    written, own = self.last_call(written)
-                    written += self.write(own)
+                    written, last_call = self.last_call(written)
+                    written += self.write(last_call)
                 yield Segment(written, sampled=True)
                 yield Segment(render_result(self.format, result), sampled=False)
                 written, called = "", False
@@ -100,7 +100,7 @@ class _Writer:
         yield Segment(written, sampled=True)
 
     def last_call(self, text: str) -> tuple[str, Call]:
-        """The text before the call that it ends with, and that call."""
+        """The call at the end of a text, and the text before it."""
         notation = self.json if text.rstrip().endswith(tuple(self.json.stop_strings)) else self.tags
         found = notation.parse(text)
         if isinstance(found, Call):
@@ -120,7 +120,7 @@ class _Writer:
         return text.rstrip().endswith((*self.tags.stop_strings, *self.json.stop_strings))
 
     def read(self, call: Mapping[str, Any]) -> Call:
-        """A call of OpenAI's interface."""
+        """A call from a call in OpenAI's notation."""
         name = str(call["name"])
         if name not in self.known:
             raise CannotDemonstrate(f"it calls {name[:40]!r}, which is no tool of the run")
@@ -137,10 +137,10 @@ class _Writer:
 
 
 def _conversation(record: Any) -> tuple[str | None, str, list[Mapping[str, Any]]]:
-    """(system prompt, question, what follows) of a record."""
+    """(system prompt, question, the messages after the question) of a record."""
     if not isinstance(record, dict):
         raise TypeError(f"expected an object, got {type(record).__name__}")
-    if "left_out" in record:  # a question that `appo-jax sft --collect` has asked
+    if "left_out" in record:  # `appo-jax sft --collect` writes this for a question without a usable trace
         raise CannotDemonstrate(str(record["left_out"]))
     system = record.get("system")
     if "instruction" in record:  # LLaMA-Factory's other format
@@ -159,7 +159,7 @@ def _conversation(record: Any) -> tuple[str | None, str, list[Mapping[str, Any]]
 
 
 def _message(entry: Any) -> Mapping[str, Any]:
-    """A message of either spelling with `role` and `content`."""
+    """A message in the form with `role` and `content`, from either form."""
     role = _ROLES.get(entry["role"] if "role" in entry else entry["from"])
     if role is None:
         raise ValueError(f"the role {entry.get('role', entry.get('from'))!r} is unknown; expected {', '.join(_ROLES)}")
@@ -179,7 +179,7 @@ def _message(entry: Any) -> Mapping[str, Any]:
 def _steps(
     turns: Sequence[Mapping[str, Any]],
 ) -> Iterator[tuple[str, Mapping[str, Any] | None, str | None]]:
-    """(text, call, result), in order: what the policy writes with the call that ends it, or else a result alone."""
+    """(text, call, result) in order. Each has either a text of the policy, or a call under `tool_calls`, or a result."""
     for turn in turns:
         if turn["role"] == "tool":
             yield "", None, turn["content"]

@@ -1,9 +1,9 @@
-"""Scripted demonstrations of the embedded world, imperfect on purpose, with any tools that look things up and compute.
+"""Scripted demonstrations of the embedded world, which make mistakes on purpose.
 
-The script reads what the tools really return, as a policy would, and takes a wrong turn with the probabilities below.
-They are set so that a policy that imitates it is wrong on about half of the questions when greedy, and yet finds the
-right way to nearly every one in 15 to 40 of 100 samples: reinforcement learning has something to find, and can find
-it. Every turn is one token of the text ("Next" or "Done", "use" or "guess"): the place where a branch is worth most.
+They work with any tools that look things up and compute. The script reads the tools' real results, as a policy would, and
+makes mistakes with the probabilities below. A policy that imitates it answers about half of the questions wrongly with greedy
+decoding, but answers nearly every question correctly in 15 to 40 of 100 samples. So reinforcement learning can improve it. Each
+choice between right and wrong is one token of the text ("Next" or "Done", "use" or "guess"), where a branch is worth most.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from appo_jax.types import Segment, Trace
 
 TRACES_PER_QUESTION = 2
 
-# Names: after a hop, answer with what was found there instead of following the path further, by hops made and to make.
+# Questions for a name: answer with the name found so far instead of following the path further. Keys: (hops made, all hops).
 GIVE_UP = {(1, 2): 0.60, (1, 3): 0.22, (2, 3): 0.56}
-# Names, paths of one hop: follow one relation more than was asked for.
+# Questions for a name, paths of one hop: follow one relation too many.
 OVERSHOOT = 0.15
-# Arithmetic without documents: write a number instead of calling python; call it without the last term.
+# Arithmetic without documents: guess a number instead of calling python; call it without the last term.
 MENTAL, DROP_TERM = 0.56, 0.12
-# Arithmetic on documents: write a number after the first of two look-ups; after the last one, write a number, or
-# answer with the number just read; subtract the wrong way round.
+# Arithmetic on documents: guess a number after the first of two look-ups; guess after the last look-up; answer with the number
+# that was read last; subtract in the wrong order.
 GUESS_EARLY, GUESS_LATE, UNFINISHED, REVERSED = 0.15, 0.30, 0.14, 0.15
-# Anywhere: look up another entity than the right one; leave a call open and answer with a guess (a malformed call).
+# All questions: look up a wrong entity; do not close a call, and answer with a guess (a malformed call).
 WRONG_ENTITY, OPEN_CALL = 0.03, 0.01
 
-# Where an overshooting script goes on from a relation's value.
+# The relation that a script with OVERSHOOT follows from the value of a relation.
 _ONWARD = {"town": "river", "company": "town", "leader": "town", "river": "length"}
 
 
@@ -39,13 +39,13 @@ class WorldScript:
 
     def __init__(self, world: WorldData, system: str, seed: int):
         self.questions, self.system, self.seed = world.train, system, seed
-        self.names = [document.title for document in world.documents]  # what a mistaken look-up may ask for
+        self.names = [document.title for document in world.documents]  # for look-ups of a wrong entity
 
     def __len__(self) -> int:
         return TRACES_PER_QUESTION * len(self.questions)
 
     def demonstration(self, index: int, kit: ToolKit) -> Trace:
-        """The same for the same seed and tools. Raises CannotDemonstrate where a tool that it needs is missing."""
+        """The same trace for the same seed and tools. Raises CannotDemonstrate if a tool that it needs is missing."""
         question = self.questions[index % len(self.questions)]
         script = _Script(question, self.names, np.random.default_rng([self.seed, index]), kit)
         return Trace(question.example(self.system), script.write())
@@ -56,7 +56,7 @@ class _Script:
 
     def __init__(self, question: Question, names: Sequence[str], rng: np.random.Generator, kit: ToolKit):
         self.question, self.names, self.rng, self.kit = question, names, rng, kit
-        # Also a script that happens to guess needs the tools: their questions are not to be answered without.
+        # A script that guesses needs the tools too: without them, questions of this type are left out.
         self.search = kit.tool_for("look_up") if question.plan.paths else ""
         self.compute = kit.tool_for("compute") if question.plan.expression is not None else ""
         self.text = "<think>"
@@ -64,12 +64,12 @@ class _Script:
 
     def write(self) -> tuple[Segment, ...]:
         answer = self.find_name() if self.question.plan.expression is None else self.find_number()
-        # The space keeps a name the same single token here as everywhere else.
+        # With the space before it, a name is the same single token here as everywhere else.
         self.text += f"<answer>\\boxed{{ {answer or self.guess()}}}</answer>"
         return (*self.segments, Segment(self.text, sampled=True))
 
     def find_name(self) -> str | None:
-        """Follow the path to the name at its end. None: give up."""
+        """Follow the path to the name at its end. None: answer with a guess."""
         ((entity, *relations),) = self.question.plan.paths
         hops = len(relations)
         if hops == 1 and self.chance(OVERSHOOT):
@@ -85,7 +85,7 @@ class _Script:
         return entity
 
     def find_number(self) -> str | None:
-        """Look up the numbers, if any, then compute. None: give up."""
+        """Look up the numbers, if any, then compute. None: answer with a guess."""
         paths, expression = self.question.plan.paths, self.question.plan.expression
         assert expression is not None
         found = [path[0] for path in paths]
@@ -113,7 +113,7 @@ class _Script:
         return self.call(self.compute, expression.format(*found))
 
     def look_up(self, relation: str, entity: str) -> str | None:
-        """Search an entity's document and read a fact from it. None: the call was left open or nothing was found."""
+        """Search an entity's document and read a fact from it. None: the call was not closed, or the fact was not found."""
         self.text += f" {'Next' if self.segments else 'I need'} the {relation} of {entity}.</think>"
         if self.chance(WRONG_ENTITY):
             entity = self.any_of(self.names)
@@ -125,7 +125,7 @@ class _Script:
         return value
 
     def call(self, tool: str, argument: str) -> str | None:
-        """Call a tool. None: the call was left open."""
+        """Call a tool and return its result. None: the call was not closed."""
         left_open = self.chance(OPEN_CALL)
         self.text += self.kit.write_call(tool, argument, closed=not left_open)
         if left_open:
@@ -136,7 +136,7 @@ class _Script:
         return result
 
     def guess(self) -> str:
-        """A plausible answer that is not the right one."""
+        """A plausible wrong answer."""
         gold = self.question.gold
         if self.question.kind == "qa":
             return self.any_of([name for name in self.names if name != gold])

@@ -1,8 +1,8 @@
 """The embedded world: people, companies, towns and rivers, their documents, and questions over them.
 
-It is small enough for a policy of a few million parameters to learn on two CPU cores, and whole enough to need both
-tools: no question of several hops can be answered without searching, and its arithmetic is beyond a small net's head.
-All of it follows from a seed. `generate` makes it; `World` is its TFDS builder.
+A policy of a few million parameters can learn it on two CPU cores, but needs both tools: questions of several hops cannot be
+answered without searching, and the arithmetic is too hard for a small network without Python. The world depends on a seed only.
+`generate` makes it; `World` is its TFDS builder.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from appo_jax.types import Document, Example, Kind
 
 NUM_TRAIN, NUM_HELD_OUT = 3000, 300
 
-# How many entities of each type.
+# The number of entities of each type.
 POPULACE = {"person": 160, "town": 64, "company": 48, "river": 24}
 
-# Each type's facts, as its documents state them: {name} is the entity, every other field one of its relations.
+# The text of each type's documents. {name} is the entity, and every other field is one of its relations.
 DESCRIPTIONS = {
     "person": "{name} was born in {town} and works for {company}.",
     "company": "{name} is based in {town} and led by {leader}.",
@@ -38,7 +38,7 @@ DESCRIPTIONS = {
     "river": "{name} is {length} miles long.",
 }
 
-# (share of all questions, path, wording). A path starts at an entity type and follows relations.
+# (share of all questions, path, wording). A path begins at an entity type and follows relations.
 SEARCH_QUESTIONS = (
     (0.02, "person.town", "In which town was {0} born?"),
     (0.02, "person.company", "For which company does {0} work?"),
@@ -52,7 +52,7 @@ SEARCH_QUESTIONS = (
     (0.03, "person.company.town.river", "On which river lies the town of the company that {0} works for?"),
     (0.02, "person.company.leader.town", "In which town was the leader of the company born that {0} works for?"),
 )
-# (share, paths, expression, wording). {0}, {1} of an expression are what the paths lead to; the letters are numbers.
+# (share, paths, expression, wording). {0} and {1} in an expression are the values at the ends of the paths; letters are numbers.
 COMPUTE_QUESTIONS = (
     (0.14, (), "{a}*{b}+{c}", "What is {a} times {b} plus {c}?"),
     (0.14, (), "{a}*{b}-{c}", "What is {a} times {b} minus {c}?"),
@@ -67,10 +67,12 @@ COMPUTE_QUESTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a question is answered: entities to look up, relations to follow, then arithmetic on what was found."""
+    """The solution of a question: entities to look up, relations to follow, then arithmetic on the values."""
 
     paths: tuple[tuple[str, ...], ...]  # each (entity, relation, relation, ...)
-    expression: str | None = None  # Python; {0}, {1} stand for what the paths lead to. None: the answer is a name
+    expression: str | None = (
+        None  # Python; {0} and {1} are the values at the ends of the paths. None: the answer is a name
+    )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -83,7 +85,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question of the world, with its answer and the way to it."""
+    """A question of the world, with its answer and its solution."""
 
     id: str
     text: str
@@ -119,14 +121,14 @@ def read_fact(relation: str, entity: str, text: str) -> str | None:
 
 
 def generate(seed: int) -> WorldData:
-    """The whole world of a seed: the same questions, documents and order on every machine."""
+    """The world of a seed: the same questions and documents in the same order on every machine."""
     rng = np.random.default_rng(seed)
     names, facts = _entities(rng)
     documents = tuple(
         Document(name, DESCRIPTIONS[kind].format(name=name, **facts[name])) for kind in POPULACE for name in names[kind]
     )
     total = NUM_TRAIN + NUM_HELD_OUT
-    found: dict[Any, tuple[str, str, Plan]] = {}  # by what is asked, so that no two splits ask the same
+    found: dict[Any, tuple[str, str, Plan]] = {}  # by the solution, so that no question comes twice
     for share, path, wording in SEARCH_QUESTIONS:
         kind, *relations = path.split(".")
         for entity in rng.permutation(names[kind])[: round(share * total)].tolist():
@@ -147,22 +149,22 @@ def _entities(rng: np.random.Generator) -> tuple[dict[str, list[str]], Facts]:
     names = {kind: [next(words) for _ in range(count)] for kind, count in POPULACE.items()}
     facts: Facts = {}
 
-    def one_of(kind: str) -> str:
+    def any_name(kind: str) -> str:
         return names[kind][rng.integers(len(names[kind]))]
 
     for name in names["person"]:
-        facts[name] = {"town": one_of("town"), "company": one_of("company")}
+        facts[name] = {"town": any_name("town"), "company": any_name("company")}
     for name in names["company"]:
-        facts[name] = {"town": one_of("town"), "leader": one_of("person")}
+        facts[name] = {"town": any_name("town"), "leader": any_name("person")}
     for name in names["town"]:
-        facts[name] = {"river": one_of("river"), "population": str(rng.integers(11, 100))}
+        facts[name] = {"river": any_name("river"), "population": str(rng.integers(11, 100))}
     for name in names["river"]:
         facts[name] = {"length": str(rng.integers(11, 100))}
     return names, facts
 
 
 def pronounceable_names(rng: np.random.Generator, count: int) -> list[str]:
-    """Distinct pronounceable words of few syllables, so that a small vocabulary holds each as one piece."""
+    """Distinct pronounceable words of two syllables, so that a small vocabulary can hold each as one token."""
     syllables = ["".join(letters) for letters in itertools.product("bdfgklmnprstvz", "aeiou", "lmnrst")]
     first, second = rng.permutation(syllables)[:40].reshape(2, 20)
     names = [f"{a}{b}".capitalize() for a in first for b in second]
@@ -187,7 +189,7 @@ def _compute_question(
     kinds = [path.split(".")[0] for path in paths]
     entities = rng.choice(names[kinds[0]], size=len(kinds), replace=False).tolist() if kinds else []
     values = [int(_follow(facts, e, path.split(".")[1:])) for e, path in zip(entities, paths, strict=True)]
-    if "-{1}" in expression and values[0] < values[1]:  # the greater one is named first
+    if "-{1}" in expression and values[0] < values[1]:  # the entity with the greater value comes first
         entities, values = entities[::-1], values[::-1]
     plan = Plan(
         tuple((entity, *path.split(".")[1:]) for entity, path in zip(entities, paths, strict=True)),
@@ -198,16 +200,18 @@ def _compute_question(
 
 
 def _evaluate(expression: str) -> int:
-    """Value of a sum or difference of products of whole numbers."""
+    """The value of a sum or difference of products of integers."""
     terms = re.findall(r"([+-]?)([\d*]+)", expression)
     return sum(int(f"{sign}1") * math.prod(map(int, factors.split("*"))) for sign, factors in terms)
 
 
 class World(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # tfds has no types
-    """TFDS builder of one seed's world: splits train, held_out and documents (`id` is the title; no gold, no plan)."""
+    """TFDS builder of a seed's world: splits train, held_out and documents (`id` is the title; gold and plan are empty)."""
 
-    VERSION = tfds.core.Version("1.3.0")  # raise it with every change of what `generate` makes
-    code_path = None  # there are no checksums beside this file; looking for them needs a package TFDS does not declare
+    VERSION = tfds.core.Version("1.3.0")  # raise it whenever the output of `generate` changes
+    code_path = (
+        None  # TFDS must not look for checksums next to this file: that needs a package that it does not declare
+    )
 
     def __init__(self, folder: Path, seed: int):
         self.seed = seed
@@ -229,19 +233,19 @@ class World(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # tfds has 
 
 
 def load_world(folder: Path, seed: int) -> WorldData:
-    """The world of a seed from its TFDS dataset in `folder`, which is made there first when it is missing.
+    """The world of a seed from its TFDS dataset in `folder`, which is made first if it is missing.
 
-    Raises DataError when the folder cannot be written or what it holds cannot be read in full."""
+    Raises DataError if the folder cannot be written, or if the dataset cannot be read completely."""
     tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints progress
             builder = World(folder, seed)
             builder.download_and_prepare()
         rows = {split: _read(builder, split) for split in ("train", "held_out", "documents")}
-    except Exception as error:  # TFDS and array_record raise what their layers raise
+    except Exception as error:  # TFDS and array_record may raise anything
         raise DataError(
             f"{folder / f'seed_{seed}'}: the world cannot be made or read there ({type(error).__name__}: {error}); "
-            "delete that folder, or set data.path to one that can be written"
+            "delete that folder, or set data.path to a folder that can be written"
         ) from error
     documents = tuple(Document(row.id, row.text) for row in rows["documents"])
     return WorldData(tuple(rows["train"]), tuple(rows["held_out"]), documents)

@@ -110,7 +110,7 @@ class Judge:
         example = next(identity for identity, judgement in judgements if judgement.error == error)
         problem = f"reward.function = {self.name!r} {error} ({count} times, first for {example!r})"
         if errors.total() == len(judgements):
-            raise TrainingError(f"none of {len(judgements)} rollouts has a reward: {problem}; mend the function")
+            raise TrainingError(f"none of {len(judgements)} rollouts has a reward: {problem}; correct the function")
         log.warning(
             "%d of %d rollouts have no reward and are left out of their groups: %s",
             errors.total(), len(judgements), problem,
@@ -150,7 +150,7 @@ def limited(
         results[i] = outcome
         heartbeat.progress()
     if sum(thread.name == "reward" for thread in threading.enumerate()) > MAX_HANGING:
-        raise TrainingError(f"more than {MAX_HANGING} calls of reward.function hang; mend the function")
+        raise TrainingError(f"more than {MAX_HANGING} calls of reward.function hang; correct the function")
     return [results[i] for i in range(len(items))]
 
 

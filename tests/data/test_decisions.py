@@ -74,8 +74,8 @@ def test_a_gold_follows_from_the_facts(world):
 def test_hearsay_is_mostly_wrong_and_what_is_no_hearsay_is_right(world):
     people = world.people.values()
     assert np.mean([p.hearsay for p in people]) == pytest.approx(decisions.HEARSAY, abs=0.12)
-    assert all(p.told == p.home for p in people if not p.hearsay)
-    wrong = np.mean([p.told != p.home for p in people if p.hearsay])
+    assert all(p.stated_home == p.home for p in people if not p.hearsay)
+    wrong = np.mean([p.stated_home != p.home for p in people if p.hearsay])
     assert wrong == pytest.approx(decisions.FALSE_HEARSAY, abs=0.12)
 
 

@@ -20,7 +20,7 @@ COLUMNS = ColumnsConfig("prompt", "reward_model.ground_truth", "", "ability", "d
 
 
 def load(config: DataConfig) -> Dataset:
-    """`data.path`: the folder, or the training file (such as hard_search_1k.parquet) in it.
+    """`data.path`: the folder, or a training file in it (such as hard_search_1k.parquet).
 
     Raises DataError with file and row."""
     what = f"the folder with {TRAIN_FILE} and {HELD_OUT_FILE} of the official code (github.com/AMAP-ML/APPO)"
@@ -30,7 +30,7 @@ def load(config: DataConfig) -> Dataset:
 
 
 class OfficialReader(Reader):
-    """Escapes that were read into LaTeX commands are undone."""
+    """Reads records and restores LaTeX commands in them (`repair`)."""
 
     def example(self, record: Any, path: Path, number: int) -> Example | None:
         example = super().example(record, path, number)
@@ -43,5 +43,5 @@ class OfficialReader(Reader):
 
 
 def repair(text: str) -> str:
-    r"""Undo string escapes that were read into LaTeX commands: a backspace before "oxed" was "\b", and so on."""
+    r"""Restore LaTeX commands whose first letters were read as string escapes: a backspace before "oxed" was "\b", and so on."""
     return re.sub(r"[\b\f\v](?=[a-z])", lambda found: {"\b": r"\b", "\f": r"\f", "\v": r"\v"}[found[0]], text)

@@ -1,16 +1,16 @@
 """A world with decisions: long chains of look-ups in which a few tokens decide and many do not matter.
 
-People have a teacher, a friend, a rival and a home; towns have people and coins. What a person's page says of the home may be
-hearsay ("maybe"), and is then wrong in most cases: the ledger of that person tells the truth. Questions follow one or two
-relations to a home, to the number of its people, or to a sum over two homes: one to eight tool calls.
+People have a teacher, a friend, a rival and a home; towns have people and coins. The home on a person's page may be hearsay
+("maybe"), and is then wrong in most cases; the person's ledger has the true home. Questions follow one or two relations to a
+home, to the number of its people, or to a sum over two homes. This takes one to eight tool calls.
 
-Every turn of a rollout is `<think> FILLER … WORD …</think>`: the filler is drawn at random and changes nothing; the words of
-DECISIONS decide what the rollout is about to do. So the influence of every position is known by construction
-(`decision_spans`). A page names three people and a town names two numbers, so a wrong turn leads on plausibly.
+Every turn of a rollout is `<think> FILLER … WORD …</think>`. The filler is random and changes nothing. The words of DECISIONS
+decide what the rollout does next. So the positions that have influence are known by construction (`decision_spans`). A page
+names three people and a town two numbers, so a rollout can go on plausibly after a wrong decision.
 
-The demonstrations take wrong turns with the probabilities below. A policy that imitates them is wrong on most questions
-when greedy, and can find the right way to all of them. A script without wrong turns (`errors=False`) answers every question.
-Everything follows from `data.seed`.
+The demonstrations make mistakes with the probabilities below. A policy that imitates them answers most questions wrongly with
+greedy decoding, but can answer all of them. A script without mistakes (`errors=False`) answers every question correctly.
+Everything depends on `data.seed` only.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from appo_jax.types import Document, Example, Segment, Trace
 NUM_HELD_OUT = 300
 NUM_PEOPLE, NUM_TOWNS = 200, 48
 PEOPLE_RELATIONS = ("teacher", "friend", "rival")
-HEARSAY, FALSE_HEARSAY = 0.5, 0.8  # shares of homes that are hearsay, and of those that are wrong
+HEARSAY, FALSE_HEARSAY = 0.5, 0.8  # the share of homes on pages that are hearsay; the share of hearsay that is wrong
 TRACES_PER_QUESTION = 2
 
-# Level -> number of questions. A level is the number of facts that must be found. There are 200 questions of level 1 and 600 of
-# level 2 in all.
+# Level -> number of questions. A level is the number of facts that must be found. No more than 200 questions of level 1 and 600
+# of level 2 exist.
 LEVELS = {1: 200, 2: 550, 3: 800, 4: 800, 6: 950}
 
 FILLERS = (" Well,", " So", " Now", " Hm,")
@@ -43,27 +43,27 @@ MOVES = ("Next", "Check", "Done", "Compute", "Guess")
 READINGS = (*PEOPLE_RELATIONS, "home", "people", "coins")
 DECISIONS = re.compile(rf"(?<= )(?:{'|'.join((*READINGS, *MOVES))})\b")
 
-# Wrong turns of the demonstrations.
+# Probabilities of the demonstrations' mistakes.
 SKIP_RELATION = 0.55  # read the home of the first person instead of following the second relation
-OTHER_RELATION = 0.15  # follow another relation than the one asked for
+OTHER_RELATION = 0.15  # follow a relation that the question does not ask for
 TRUST_HEARSAY = 0.60  # do not check a home that is hearsay
 OTHER_NUMBER = 0.55  # read the coins of a town instead of its people
-STOP_EARLY = 0.20  # answer with the home when its people are asked for
+STOP_EARLY = 0.20  # answer with the home instead of the number of its people
 GUESS_SUM = 0.55  # guess a sum instead of computing it
 
 
 @dataclasses.dataclass(frozen=True)
 class Person:
-    """A person as their page and their ledger tell of them."""
+    """The facts on a person's page and in the person's ledger."""
 
     relations: dict[str, str]  # teacher, friend, rival -> name
-    home: str  # the true one, as the ledger has it
-    told: str  # the one on the page
+    home: str  # the true home, which the ledger has
+    stated_home: str  # the home that the page states
     hearsay: bool
 
     @property
     def page_home(self) -> str:
-        return f"maybe {self.told}" if self.hearsay else self.told
+        return f"maybe {self.stated_home}" if self.hearsay else self.told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class World:
             )
             for name, p in self.people.items()
         ]
-        # A page has its name twice, the ledger once in about as many words: a search for the name alone finds the page.
+        # A page holds the name twice and a ledger once, in about as many words. So a search for the name alone finds the page.
         ledgers = [
             Document("ledger", f"sealed ledger entry: {name}, home {p.home}.") for name, p in self.people.items()
         ]
@@ -88,10 +88,10 @@ class World:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked: for each person, the relations to follow to the one whose home counts."""
+    """A question about the homes of one or two persons, each found by following relations from a named person."""
 
-    chains: tuple[tuple[str, ...], ...]  # (name, relation …), one or two
-    number: bool  # whether the people of the homes are asked for, or the home itself
+    chains: tuple[tuple[str, ...], ...]  # one or two of (name, relation …)
+    number: bool  # True: it asks for the number of people of the homes; False: for the home
 
     @property
     def text(self) -> str:
@@ -106,7 +106,7 @@ class Question:
 
     @property
     def level(self) -> int:
-        """Number of facts to be found."""
+        """The number of facts that must be found."""
         return sum(len(chain) for chain in self.chains) + self.number * len(self.chains)
 
     def gold(self, world: World) -> str:
@@ -130,8 +130,8 @@ def make_world(seed: int) -> World:
         relations = dict(zip(PEOPLE_RELATIONS, rng.choice(others, 3, replace=False).tolist(), strict=True))
         home, wrong = rng.choice(towns, 2, replace=False).tolist()
         hearsay = bool(rng.random() < HEARSAY)
-        told = wrong if hearsay and rng.random() < FALSE_HEARSAY else home
-        return Person(relations, home, told, hearsay)
+        stated_home = wrong if hearsay and rng.random() < FALSE_HEARSAY else home
+        return Person(relations, home, stated_home, hearsay)
 
     def numbers() -> dict[str, int]:
         people_, coins = rng.choice(np.arange(11, 100), 2, replace=False).tolist()
@@ -141,7 +141,7 @@ def make_world(seed: int) -> World:
 
 
 def make_questions(world: World, seed: int) -> list[Question]:
-    """All questions, training ones first; no two ask the same."""
+    """All questions, the training questions first; no two are equal."""
     rng = np.random.default_rng([seed, 2])
     names = list(world.people)
 
@@ -165,13 +165,13 @@ def make_questions(world: World, seed: int) -> list[Question]:
 
 
 def decision_spans(text: str) -> list[tuple[int, int]]:
-    """Where the policy's own `text` decides: `[start, end)` of every reading and every move in its thoughts."""
+    """The decisions in a text of the policy: `[start, end)` of every reading and every move in its thoughts."""
     thoughts = [(m.start(1), m.end(1)) for m in re.finditer(r"<think>(.*?)(?:</think>|\Z)", text, re.DOTALL)]
     return [(m.start(), m.end()) for a, b in thoughts for m in DECISIONS.finditer(text, a, b)]
 
 
 class Script:
-    """Writes the trace of one question with real tools. `errors` False: without wrong turns."""
+    """Writes the trace of one question with real tools. `errors` False: without mistakes."""
 
     def __init__(self, question: Question, world: World, rng: np.random.Generator, kit: ToolKit, errors: bool = True):
         self.question, self.world, self.rng, self.kit, self.errors = question, world, rng, kit, errors
@@ -251,7 +251,7 @@ class Script:
 
 
 def load(config: DataConfig) -> Dataset:
-    """The world of `data.seed`: made anew each time, in a second."""
+    """The world of `data.seed`. It is made again each time, which takes a second."""
     world = make_world(config.seed)
     questions = make_questions(world, config.seed)
     system = config.system_prompt or ""

@@ -11,8 +11,10 @@ HELD_OUT_NAMES = ("test", "valid", "validation", "dev", "held_out")
 
 
 def load(config: DataConfig) -> Dataset:
-    """`data.path`: the training file, or a folder with train.jsonl (or .json, .parquet, .csv, .tsv). The questions for
-    evaluation: `data.held_out`, or test, valid, validation, dev or held_out beside it. Raises DataError with file and line."""
+    """`data.path`: the training file, or a folder with train.jsonl (or .json, .parquet, .csv, .tsv).
+
+    The held-out file is `data.held_out`, or test, valid, validation, dev or held_out in the same folder. Raises DataError with
+    file and line."""
     held_out_names = [name + suffix for name in HELD_OUT_NAMES for suffix in UNITS]
     what = "a file of questions, or a folder with train and test (.jsonl, .json, .parquet, .csv or .tsv)"
     train, held_out = split_files(config, [f"train{suffix}" for suffix in UNITS], held_out_names, what)

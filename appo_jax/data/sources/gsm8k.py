@@ -1,4 +1,4 @@
-"""GSM8K: grade-school word problems, and tool-use demonstrations made of their calculator notes.
+"""GSM8K: grade-school word problems, and tool-use demonstrations made from their calculator notes.
 
 Source: openai/grade-school-math. A line is {"question": ..., "answer": rationale with notes `<<48/2=24>>`, "#### 72"}.
 """
@@ -54,10 +54,10 @@ def _read(path: Path, split: str, config: DataConfig) -> list[tuple[Example, str
 
 
 def demonstrate(example: Example, rationale: str, kit: ToolKit) -> Trace:
-    """A rationale as a trace: each calculator note becomes a call with its real result.
+    """A trace made from a rationale: each calculator note becomes a call with its real result.
 
-    Raises CannotDemonstrate for a rationale without notes, for one with a note that the tool does not confirm, and for one
-    whose last result is not the answer."""
+    Raises CannotDemonstrate if the rationale has no note, if a result differs from its note, or if the last result is not the
+    answer."""
     first, *rest = _NOTE.split(rationale)
     if not rest:
         raise CannotDemonstrate("the rationale has no calculator note")
@@ -81,7 +81,7 @@ def _think(text: str) -> str:
 
 
 def _agrees(result: str, note: str) -> bool:
-    """Whether a python result is the number of a calculator note, which may be rounded to two places."""
+    """Whether a Python result equals the number of a calculator note, which may be rounded to two places."""
     try:
         return abs(float(result) - float(note)) <= 0.01 * max(1.0, abs(float(note)))
     except ValueError:

@@ -25,7 +25,7 @@ def load(config: DataConfig) -> Dataset:
 
 
 class HotpotReader(Reader):
-    """The jsonl spelling has `id` and `answers`."""
+    """Also reads the jsonl form, whose fields are `id` and `answers`."""
 
     def example(self, record: Any, path: Path, number: int) -> Example | None:
         columns = self.columns

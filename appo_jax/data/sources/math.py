@@ -1,6 +1,6 @@
-"""MATH (Hendrycks et al., MIT licence): train/ and test/ with one json file a problem, as distributed, or files of records.
+"""MATH (Hendrycks et al., MIT licence): train/ and test/ with one json file per problem, as distributed, or files of records.
 
-A record has `problem` (or `question`) and `solution`, whose last box is the answer, or `answer`.
+A record has `problem` (or `question`), and `answer` or a `solution` whose last \\boxed{} is the answer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def load(config: DataConfig) -> Dataset:
 
 
 class MathReader(Reader):
-    """Takes the answer from the solution's last box where the record does not give it."""
+    """Takes the answer from the last \\boxed{} of the solution if the record has no `answer`."""
 
     def example(self, record: Any, path: Path, number: int) -> Example | None:
         if not isinstance(record, dict):
@@ -58,7 +58,7 @@ def _problems(folder: Path, reader: MathReader) -> Iterator[Example]:
         except (KeyError, TypeError, ValueError) as error:
             problem = f"missing field {error}" if isinstance(error, KeyError) else str(error)
             if reader.config.malformed == "fatal":
-                raise DataError(f"{file}: {problem}; mend it, or set data.malformed to skip") from error
+                raise DataError(f"{file}: {problem}; correct it, or set data.malformed to skip") from error
             logger.warning("%s: %s; skipped", file, problem)
             continue
         if example is not None:

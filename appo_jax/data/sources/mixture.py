@@ -1,4 +1,4 @@
-"""Several sources at once: each gives its share of the prompts, by the weights of `data.mixture`."""
+"""A mixture of several sources. The weights in `data.mixture` give each source's share of the prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from appo_jax.types import Example, Trace
 
 
 def load(config: DataConfig) -> Dataset:
-    """The parts one after another, each question named by its part. Raises ConfigError or DataError."""
+    """The questions of all parts, one part after another. A question's id begins with its part's name.
+
+    Raises ConfigError or DataError."""
     if not config.mixture:
         raise ConfigError(
             "data.mixture: empty; give at least one DataPart(source, path, weight) with data.source = 'mixture'"
@@ -26,7 +28,7 @@ def load(config: DataConfig) -> Dataset:
     def demonstration(index: int, kit: ToolKit) -> Trace:
         number = bisect.bisect_right(ends, index)
         make = loaded[number].demonstration
-        assert make is not None  # such parts have no demonstrations, so no index leads to them
+        assert make is not None  # an index leads only to a part that has demonstrations
         return make(index - (ends[number - 1] if number else 0), kit)
 
     documents = tuple(dict.fromkeys(document for part in loaded for document in part.documents or ()))
@@ -43,12 +45,12 @@ def load(config: DataConfig) -> Dataset:
 def _config_of(part: DataPart, config: DataConfig) -> DataConfig:
     if part.source == "mixture":
         raise ConfigError("data.mixture: a part cannot be a mixture; list its parts instead")
-    own = {field.name: getattr(part, field.name) for field in dataclasses.fields(part) if field.name != "weight"}
-    return dataclasses.replace(config, **own, mixture=(), drop=(), evaluation=())
+    fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part) if field.name != "weight"}
+    return dataclasses.replace(config, **fields, mixture=(), drop=(), evaluation=())
 
 
 def _name(part: DataPart, index: int, parts: tuple[DataPart, ...]) -> str:
-    """The part's source, with a number where another part has the same."""
+    """The part's source, with a number if an earlier part has the same source."""
     earlier = sum(other.source == part.source for other in parts[:index])
     return part.source if not earlier else f"{part.source}-{earlier + 1}"
 

@@ -24,7 +24,7 @@ def load(config: DataConfig) -> Dataset:
 
 
 class MusiqueReader(Reader):
-    """Accepts `answer_aliases` beside the answer."""
+    """Accepts `answer_aliases` in addition to the answer, and leaves out questions without an answer."""
 
     def example(self, record: Any, path: Path, number: int) -> Example | None:
         example = super().example(record, path, number)

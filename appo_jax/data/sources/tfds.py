@@ -1,4 +1,4 @@
-"""Any TFDS dataset that was built as array_record files: read without TensorFlow."""
+"""Any TFDS dataset that was built as array_record files. It is read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ HELD_OUT_SPLITS = ("test", "validation", "valid", "dev", "held_out")
 
 
 def load(config: DataConfig) -> Dataset:
-    """`data.path`: the builder's folder, the one with dataset_info.json (…/name/version). The questions for evaluation: the
-    split that `data.held_out` names, or test, validation, valid, dev or held_out. Columns as in `data.columns`.
+    """`data.path`: the folder that holds dataset_info.json (…/name/version).
 
-    Raises DataError."""
+    The held-out split is the one that `data.held_out` names, or test, validation, valid, dev or held_out. `data.columns` names
+    the columns. Raises DataError."""
     folder = data_path(config)
     try:
         builder = tfds.builder_from_directory(str(folder))
         splits = dict(builder.info.splits)
-    except Exception as error:  # TFDS raises what its layers raise
+    except Exception as error:  # TFDS may raise anything
         raise DataError(
             f"{folder}: no TFDS dataset ({type(error).__name__}: {error}); expected a folder with dataset_info.json"
         ) from error
@@ -69,7 +69,7 @@ def _read(builder: Any, split: str, reader: Reader, folder: Path) -> list[Exampl
 
 
 def _plain(value: Any) -> Any:
-    """TFDS features as JSON would have them: bytes are text, arrays are lists."""
+    """TFDS features in JSON's types: bytes become text, arrays become lists."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, dict):

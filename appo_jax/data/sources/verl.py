@@ -1,8 +1,8 @@
 """Parquet files of veRL and Search-R1.
 
 Columns used: prompt (messages) or question; reward_model.ground_truth (text, or an object with `target`) or golden_answers;
-ability; data_source; extra_info.index. Search-R1's prompts ask for tags of its own, so where a record has a bare question that
-one is asked, under this program's system prompt.
+ability; data_source; extra_info.index. Search-R1's prompts ask for other tags than this program's. So if a record has
+`question`, it is used with this program's system prompt, and `prompt` is ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def load(config: DataConfig) -> Dataset:
 
 
 class VerlReader(Reader):
-    """Takes the bare question where there is one, and `golden_answers` where there is no reward model."""
+    """Reads `question` if the record has it, else `prompt`; and `golden_answers` if the record has no `reward_model`."""
 
     def example(self, record: Any, path: Path, number: int) -> Example | None:
         columns = self.columns

@@ -1,6 +1,6 @@
 """2WikiMultihopQA as distributed (github.com/Alab-NII/2wikimultihop, Apache-2.0).
 
-Its answers' aliases are in id_aliases.json, one object a line; where that file is beside the questions, they are accepted.
+The aliases of answers are in id_aliases.json, one object per line. They are accepted if that file is in the questions' folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The embedded world: made from `data.seed`, kept under `data.path`. It brings its documents and demonstrations."""
+"""The embedded world: made from `data.seed` and kept under `data.path`. It has its own documents and demonstrations."""
 
 from __future__ import annotations
 
