@@ -63,7 +63,7 @@ class Person:
 
     @property
     def page_home(self) -> str:
-        return f"maybe {self.stated_home}" if self.hearsay else self.told
+        return f"maybe {self.stated_home}" if self.hearsay else self.stated_home
 
 
 @dataclasses.dataclass(frozen=True)
