@@ -29,7 +29,7 @@ from appo_jax.config import Config, JudgeConfig
 from appo_jax.config_io import check, load_config
 from appo_jax.errors import ConfigError, PlanError
 from appo_jax.overrides import override
-from appo_jax.supervision.supervisor import meet, supervise
+from appo_jax.supervision.supervisor import connect_supervisors, supervise
 
 log = logging.getLogger("appo_jax.cli")
 
@@ -121,7 +121,7 @@ def _train(args: Sequence[str]) -> None:
 
     def run() -> None:
         distributed.initialize()  # before any import that might touch a device
-        meet()
+        connect_supervisors()
         from appo_jax.train import train
 
         train(config)

@@ -1,4 +1,4 @@
-"""Predictions from a file: one JSON object a line with `id` and `prediction`; several lines of an id are its samples."""
+"""Reads predictions from a file: one JSON object per line with `id` and `prediction`. Lines of the same id are its samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT = ("prediction", "response", "output", "text", "answer")
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One prediction of a question, and what its rollout tells where there was one."""
+    """One prediction for a question, and the facts about its rollout if it comes from one."""
 
     text: str
     rollout: dict[str, Any] = dataclasses.field(default_factory=dict)  # e.g. calls, seconds, tokens, stop_reason
@@ -24,16 +24,18 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """Samples of every question, and what was wrong with the file, counted."""
+    """The samples of every question, and the problems of the file."""
 
     samples: dict[str, list[Sample]]  # by id, for every question of the set
-    unknown: list[str]  # ids that the set does not have
-    missing: list[str]  # questions without a prediction
-    uneven: list[str]  # questions with another number of samples than most
+    unknown: list[str]  # ids that are not in the set
+    missing: list[str]  # ids of questions without a prediction
+    uneven: list[str]  # ids of questions whose number of samples is not the most frequent one
 
 
 def read_predictions(path: Path, items: Sequence[Item]) -> Predictions:
-    """Raises DataError: no such file, nothing in it, a line without id or text, no id that the set has."""
+    """The predictions in a file.
+
+    Raises DataError for a missing or empty file, for a line without id or text, and if no id is in the set."""
     samples: dict[str, list[Sample]] = {item.id: [] for item in items}
     unknown: list[str] = []
     read = read_records(path, _prediction, None, "one JSON object a line with id and prediction")
@@ -60,7 +62,7 @@ def _prediction(number: int, record: Any) -> tuple[str, Sample]:
 
 
 def check_samples(samples: dict[str, list[Sample]], unknown: list[str]) -> Predictions:
-    """Predictions with what is missing or uneven named."""
+    """Predictions with the lists of missing and uneven ids."""
     counts = [len(found) for found in samples.values() if found]
     usual = max(set(counts), key=counts.count)
     return Predictions(

@@ -1,4 +1,4 @@
-"""The report of one set: report.md, report.json and items.jsonl in a folder; and the comparison of two of them."""
+"""The report of one set (report.md, report.json and items.jsonl in a folder), and the comparison of two reports."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from appo_jax.benchmark.statistics import Figure, over_questions, over_questions
 from appo_jax.errors import DataError
 from appo_jax.reward.language_judge import LanguageJudge
 
-FEW_QUESTIONS = 100  # below, intervals resample the samples as well
-SHOWN = 20  # ids of a list in the report; report.json has all
+FEW_QUESTIONS = 100  # with fewer questions, intervals resample the samples as well
+SHOWN = 20  # the number of ids that report.md shows of a list; report.json has all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Scored:
 
 
 def score_all(name: str, items: Sequence[Item], predictions: Predictions, judge: LanguageJudge | None) -> list[Scored]:
-    """Every question's verdicts. A judged set without a judge has none, only token F1."""
+    """The verdicts of every question. If a judged set has no judge, its samples have token F1 but no verdict."""
     scorer = benchmark(name).scorer
     pairs = [(item, sample) for item in items for sample in predictions.samples[item.id]]
     verdicts = [score(item, sample.text, scorer) for item, sample in pairs]
@@ -45,8 +45,8 @@ def score_all(name: str, items: Sequence[Item], predictions: Predictions, judge:
     found = iter(zip(pairs, verdicts, strict=True))
     scored = []
     for item in items:
-        own = [next(found) for _ in predictions.samples[item.id]]
-        scored.append(Scored(item, tuple(pair[1] for pair, _ in own), tuple(verdict for _, verdict in own)))
+        of_item = [next(found) for _ in predictions.samples[item.id]]
+        scored.append(Scored(item, tuple(pair[1] for pair, _ in of_item), tuple(verdict for _, verdict in of_item)))
     return scored
 
 
@@ -64,7 +64,7 @@ def _judged(
 
 
 def summarize(name: str, scored: Sequence[Scored], predictions: Predictions, ks: Sequence[int]) -> dict[str, Any]:
-    """Every figure of the report. A question without a prediction or a verdict counts as wrong, and is listed."""
+    """All figures of the report. A question without a prediction or a verdict counts as wrong and is listed."""
     answered = [s for s in scored if s.verdicts]
     samples = max(len(s.verdicts) for s in answered)
     mean = over_questions if len(scored) >= FEW_QUESTIONS or samples == 1 else None
@@ -104,7 +104,7 @@ def summarize(name: str, scored: Sequence[Scored], predictions: Predictions, ks:
 
 
 def _majority(name: str, scored: Scored) -> float:
-    """Whether the most frequent answer is right; answers that tie share the vote."""
+    """1 if the most frequent answer is right, else 0. If several answers are equally frequent, their mean."""
     if not scored.verdicts:
         return 0.0
     groups = votes([verdict.answer for verdict in scored.verdicts], benchmark(name).scorer)
@@ -121,19 +121,19 @@ def _grouped(
 
 
 def _rollout_figures(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Tool calls, tokens and time, of the predictions that tell them."""
-    told = [(s.rollout, v) for scored_ in scored for s, v in zip(scored_.samples, scored_.verdicts, strict=True)]
-    told = [(rollout, verdict) for rollout, verdict in told if "calls" in rollout]
-    if not told:
+    """Tool calls, tokens and stop reasons of the predictions that come from rollouts."""
+    found = [(s.rollout, v) for scored_ in scored for s, v in zip(scored_.samples, scored_.verdicts, strict=True)]
+    found = [(rollout, verdict) for rollout, verdict in found if "calls" in rollout]
+    if not found:
         return {}
-    calls = [call for rollout, _ in told for call in rollout["calls"]]
-    right = sum(verdict.correct is True for _, verdict in told)
+    calls = [call for rollout, _ in found for call in rollout["calls"]]
+    right = sum(verdict.correct is True for _, verdict in found)
     return {
-        "calls_per_prediction": len(calls) / len(told),
+        "calls_per_prediction": len(calls) / len(found),
         "calls_per_right_answer": len(calls) / right if right else None,
         "calls": dict(sorted(Counter(f"{call['name']}/{call['outcome']}" for call in calls).items())),
-        "tokens_per_prediction": float(np.mean([rollout["tokens"] for rollout, _ in told])),
-        "stop_reasons": dict(sorted(Counter(rollout["stop_reason"] for rollout, _ in told).items())),
+        "tokens_per_prediction": float(np.mean([rollout["tokens"] for rollout, _ in found])),
+        "stop_reasons": dict(sorted(Counter(rollout["stop_reason"] for rollout, _ in found).items())),
     }
 
 
@@ -195,9 +195,9 @@ def _shown(value: Any) -> str:
 
 
 def compare(a: Path, b: Path) -> str:
-    """Two reports of one set, question by question: the paired difference of their accuracies, and what changed.
+    """Compare two reports of one set: the paired difference of their accuracies, and the questions that changed.
 
-    Raises DataError when a folder holds no report, or the reports are of different questions."""
+    Raises DataError if a folder holds no report, or if the reports share no question."""
     first, second = (_read_items(folder) for folder in (a, b))
     shared = [id for id in first if id in second]
     if not shared:
@@ -222,7 +222,7 @@ def compare(a: Path, b: Path) -> str:
 
 
 def _rate(item: Mapping[str, Any]) -> float:
-    """Share of a question's samples that are right."""
+    """The share of a question's samples that are right."""
     right = [float(sample["correct"] is True) for sample in item["samples"]]
     return float(np.mean(right)) if right else 0.0
 

@@ -1,4 +1,4 @@
-"""From a prediction to a verdict, by each set's rule."""
+"""Gives predictions their verdicts, by the rule of each set."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from appo_jax.types import Segment, StopReason
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What became of one prediction."""
+    """The verdict on one prediction."""
 
     correct: bool | None  # None: no verdict
-    f1: float  # token F1 against the best alias, whatever the scorer
-    answer: str  # what was taken for the final answer
-    reason: str  # how the verdict came about
+    f1: float  # token F1 against the best alias, for every scorer
+    answer: str  # the final answer that was found in the prediction
+    reason: str  # how the verdict was reached
 
 
 def answer_of(prediction: str) -> str:
-    """The final answer of a prediction: of its last <answer> block or box, else all of it."""
+    """The final answer of a prediction: that of its last <answer> block or \\boxed{}, else the whole text."""
     response = Response((Segment(prediction, sampled=True),), (), "qa", frozenset(), StopReason.ANSWERED)
     found = final_answer(response)
     return prediction.strip() if found is None else found.strip()
 
 
 def score(item: Item, prediction: str, scorer: Scorer) -> Verdict:
-    """The verdict of every scorer but the judge, which answers None with reason "judge"."""
+    """The verdict by any scorer except the judge. For the judge, `correct` is None and the reason is "judge"."""
     answer = answer_of(prediction)
     f1 = qa.token_f1(answer, item.golds) if answer else 0.0
     if not answer:
@@ -52,17 +52,18 @@ def score(item: Item, prediction: str, scorer: Scorer) -> Verdict:
 
 
 def same_answer(a: str, b: str, scorer: Scorer) -> bool:
-    """Whether two predictions give one answer, for votes."""
+    """Whether two answers count as the same in a vote."""
     if scorer == "math":
         return bool(math_equal(a, b))
     return gaia_equal(a, b) if scorer == "gaia" else qa.exact_match(a, [b])
 
 
 def gaia_equal(answer: str, gold: str) -> bool:
-    """GAIA's quasi-exact match, as its leaderboard decides.
+    """GAIA's quasi-exact match, as its leaderboard computes it.
 
-    A number: equal once $, % and thousands separators are gone. A list (the gold holds , or ;): as many elements, each
-    equal in its place, text in lower case and without spaces. Text: the same without punctuation as well.
+    The gold is a number: equal after $, % and thousands separators are removed. It is a list (it holds , or ;): equal length,
+    and equal elements at each place, where texts are compared in lower case without spaces. It is a text: compared in lower
+    case without spaces and punctuation.
     """
     if _is_number(gold):
         return _gaia_number(answer) == float(gold)
@@ -99,7 +100,7 @@ def _gaia_text(text: str, keep_punctuation: bool = False) -> str:
 
 
 def votes(answers: Sequence[str], scorer: Scorer) -> list[list[int]]:
-    """Samples by the answer they give, as lists of their indices; the most frequent answer first."""
+    """The indices of samples grouped by their answer; the most frequent answer comes first."""
     groups: list[list[int]] = []
     for i, answer in enumerate(answers):
         for group in groups:

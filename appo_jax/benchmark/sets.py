@@ -1,8 +1,8 @@
-"""The benchmark sets by name: where their questions come from, and how each is scored.
+"""The benchmark sets by name: the source of their questions, and how each is scored.
 
-An entry says how we score a set (`scorer`) and how its own authors and the paper's table do (`convention`). docs/eval.md has the
-same table with licences and pitfalls. A set is read from the file that its authors publish, or from the official APPO
-repository's copy: columns are found under any of the names that these use.
+An entry says how we score a set (`scorer`), and how its authors and the paper score it (`convention`). docs/eval.md has the
+same table with licences and pitfalls. A set is read from the file that its authors publish, or from the copy in the official
+APPO repository. Columns may have any of the names that these files use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Scorer = Literal["math", "qa", "gaia", "judge"]
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One set."""
+    """A benchmark set."""
 
     title: str
     scorer: Scorer
@@ -30,13 +30,13 @@ class Benchmark:
     headline: Literal["accuracy", "f1"]
     """The figure of the paper's table."""
     convention: str
-    """How its authors, or the paper, score it, where that differs from ours."""
+    """How its authors or the paper score it, if they do it differently."""
     where: str
     """Where to get it."""
     count: int
-    """Questions in the version that the paper uses."""
+    """The number of questions in the version that the paper uses."""
     levels: tuple[str, ...] = ()
-    """The levels that the set knows; a question of another level is an error."""
+    """The levels of the set; a question of another level is an error. Empty: any level."""
 
 
 _F1 = "token F1 as HotpotQA's script computes it, best over the aliases (the paper's figure)"
@@ -81,17 +81,17 @@ LEVEL, TYPE = ("level", "Level", "difficulty"), ("type", "subject", "category", 
 
 
 def benchmark(name: str) -> Benchmark:
-    """Raises ConfigError for an unknown name."""
+    """The set of a name. Raises ConfigError for an unknown name."""
     if name not in BENCHMARKS:
         raise ConfigError(f"--set {name!r}: expected one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
 def load_items(name: str, path: Path) -> list[Item]:
-    """The questions of a set, in the order of the file. An id that is missing is the position, from 0.
+    """The questions of a set, in the order of the file. A question without an id gets its position, from 0.
 
-    Raises DataError: no such file (with where to get it), a line without a question or an answer, an unknown level, an id
-    given twice.
+    Raises DataError for a missing file (it says where to get it), a line without a question or an answer, an unknown level,
+    or an id that occurs twice.
     """
     found = benchmark(name)
     if not path.is_file():
@@ -104,10 +104,10 @@ def load_items(name: str, path: Path) -> list[Item]:
     def parse(number: int, record: Any) -> Item | None:
         position = next(positions)
         if name == "gaia" and isinstance(record, dict) and record.get("file_name"):
-            return None  # text only
+            return None  # the set has only the questions without a file
         item = _item(name, found, record, position)
         if item.id in seen:
-            raise ValueError(f"id {item.id!r} is given twice (it stands at {seen[item.id]} already)")
+            raise ValueError(f"id {item.id!r} is given twice (first in record {seen[item.id]})")
         seen[item.id] = number
         return item
 
@@ -115,7 +115,7 @@ def load_items(name: str, path: Path) -> list[Item]:
 
 
 def _item(name: str, found: Benchmark, record: Any, position: int) -> Item:
-    """One record, whose id is its position where it gives none. Raises TypeError or ValueError."""
+    """The item of a record. Without an id it gets its position. Raises TypeError or ValueError."""
     if not isinstance(record, dict):
         raise TypeError(f"expected an object, got {type(record).__name__}")
     question = _first(record, QUESTION)

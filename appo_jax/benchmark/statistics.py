@@ -1,4 +1,4 @@
-"""Figures over samples and questions, with 95 % intervals."""
+"""Means over samples and questions with 95 % intervals, and pass@k."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Figure(NamedTuple):
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Probability that at least one of k of `samples` predictions is right: 1 − C(n−c, k) / C(n, k), without bias
-    (Chen et al. 2021). NaN for k above the number of samples."""
+    """The probability that at least one of k samples is right: the unbiased estimate 1 − C(n−c, k) / C(n, k) of Chen et al.
+    2021, where c of n samples are correct. NaN if k > n."""
     if k > samples:
         return float("nan")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def over_questions(values: Sequence[float]) -> Figure:
-    """Mean over questions; the interval resamples questions (percentile bootstrap, always the same resamples)."""
+    """The mean over questions. The interval resamples questions (percentile bootstrap with a fixed seed)."""
     x = np.asarray(values, float)
     if not len(x):
         return Figure(*[float("nan")] * 3)
@@ -38,9 +38,9 @@ def over_questions(values: Sequence[float]) -> Figure:
 
 
 def over_questions_and_samples(values: Sequence[Sequence[float]]) -> Figure:
-    """Mean over questions of the mean over samples; the interval resamples questions, then the samples of each.
+    """The mean over questions of the mean over samples. The interval resamples questions, then the samples of each.
 
-    For sets of few questions, where the draws of the policy move the figure as much as the choice of questions.
+    It is for sets of few questions, where sampling the policy moves the mean as much as the choice of questions does.
     """
     if not len(values):
         return Figure(*[float("nan")] * 3)
@@ -48,10 +48,10 @@ def over_questions_and_samples(values: Sequence[Sequence[float]]) -> Figure:
     samples = [np.asarray(row, float) for row in values]
     counts = np.array([len(row) for row in samples])
     table = np.full((len(samples), counts.max()), np.nan)
-    for row, own in zip(table, samples, strict=True):
-        row[: len(own)] = own
+    for row, values_of_question in zip(table, samples, strict=True):
+        row[: len(values_of_question)] = values_of_question
     questions = rng.integers(len(samples), size=(RESAMPLES // 5, len(samples)))
-    # A draw of each question's own samples: its index is uniform over as many as the question has.
+    # The index of a drawn sample is uniform over the samples of its question.
     drawn = rng.random((*questions.shape, table.shape[1])) * counts[questions][..., None]
     picked = table[questions[..., None], drawn.astype(int)]
     used = np.arange(table.shape[1]) < counts[questions][..., None]
@@ -60,6 +60,6 @@ def over_questions_and_samples(values: Sequence[Sequence[float]]) -> Figure:
 
 
 def _chunks(size: int) -> list[int]:
-    """RESAMPLES in parts that fit in memory."""
+    """RESAMPLES cut into parts that fit in memory."""
     part = max(1, min(RESAMPLES, 4_000_000 // size))
     return [part] * (RESAMPLES // part) + ([RESAMPLES % part] if RESAMPLES % part else [])

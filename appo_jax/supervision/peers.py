@@ -1,7 +1,7 @@
-"""What the supervisors of a pod's hosts tell each other, over TCP: signs of life, and the first failure.
+"""Messages between the supervisors of a pod's hosts, over TCP: heartbeats and the first failure.
 
-Supervisor 0 is the hub. JAX has heartbeats of its own, but takes 100 seconds to miss one, ends the survivors with a core
-dump, and does not say what happened on the host that was lost.
+Supervisor 0 is the hub. JAX's own heartbeats are not enough: JAX notices a lost host after 100 seconds, ends the other hosts
+with a core dump, and does not say what happened on the lost host.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import socket
 import time
 from typing import Any
 
-# A supervisor that says nothing for so long is lost, with its host or its network.
+# A supervisor that sends nothing for this time counts as lost.
 SILENCE_S = 12.0
-# Time the hosts have to find each other's supervisors.
+# The time in which all supervisors must connect to the hub.
 CONNECT_S = 60.0
-# Time the others have to hear that all have ended well.
+# At the end, the hub waits this long for the others to close their connections.
 GOODBYE_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Cause:
-    """Why a run ends, on every host."""
+    """The reason why a run ends, the same on every host."""
 
-    host: int
+    host: int  # where it happened
     text: str
-    code: int
-    secondary: bool = False  # it may follow from a failure elsewhere, of which nothing has been heard yet
+    code: int  # the exit code
+    secondary: bool = False  # another host's failure, which is not known here yet, may have caused it
 
 
 class Line:
-    """JSON messages over a socket, one a line; never blocks."""
+    """JSON messages over a socket, one per line. It never blocks."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self.connection, self._begun, self.heard = connection, b"", time.monotonic()
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """What has come; None when the other end is gone."""
+        """The messages that have arrived; None if the other end has closed the connection."""
         try:
             data = self.connection.recv(1 << 16)
         except (BlockingIOError, InterruptedError):
@@ -55,24 +55,24 @@ class Line:
         return [json.loads(line) for line in lines]
 
     def send(self, **message: Any) -> None:
-        with contextlib.suppress(OSError):  # a broken connection is noticed where it is read
+        with contextlib.suppress(OSError):  # `receive` notices a broken connection
             self.connection.send(json.dumps(message).encode() + b"\n")
 
 
 class Peers:
-    """The other hosts, as this host's supervisor knows them."""
+    """The connections of this host's supervisor to the other hosts' supervisors."""
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self.host, self.hosts = 0, 1
-        self.beats: dict[int, dict[str, Any]] = {}  # at the hub: the last of every other host
-        self.left: set[int] = set()  # hosts that ended well
+        self.beats: dict[int, dict[str, Any]] = {}  # at the hub: the last heartbeat of every other host
+        self.left: set[int] = set()  # hosts that ended without failure
         self._selector = selector
-        self._lines: dict[int, Line] = {}  # by host; elsewhere than at the hub, the hub alone
+        self._lines: dict[int, Line] = {}  # by host: at the hub all others, at the others the hub
         self._listener: socket.socket | None = None
         self._token, self._began = "", time.monotonic()
 
     def listen(self, hosts: int) -> tuple[int, str]:
-        """Be the hub of `hosts` supervisors; returns the port and the token that the others must show."""
+        """Be the hub of `hosts` supervisors. Returns the port, and the token that the others must send."""
         self.hosts, self._token, self._began = hosts, secrets.token_hex(16), time.monotonic()
         dual = socket.has_dualstack_ipv6()
         self._listener = socket.create_server(
@@ -83,7 +83,7 @@ class Peers:
         return self._listener.getsockname()[1], self._token
 
     def connect(self, host: int, hosts: int, address: str, port: int, token: str) -> Cause | None:
-        """Join the hub as host number `host`."""
+        """Connect to the hub as host number `host`. Returns a cause if the hub cannot be reached."""
         self.host, self.hosts = host, hosts
         try:
             line = Line(socket.create_connection((address, port), timeout=CONNECT_S))
@@ -94,17 +94,17 @@ class Peers:
         return None
 
     def tell(self, **message: Any) -> None:
-        """Tell every supervisor that this one is connected to."""
+        """Send a message to every connected supervisor."""
         for line in self._lines.values():
             line.send(**message)
 
-    def forgive(self) -> None:
-        """This process stood still itself: what was not heard meanwhile says nothing."""
+    def restart_clocks(self) -> None:
+        """Count the others' silence from now on: this process itself was stopped, so it could not hear them."""
         for line in self._lines.values():
             line.heard = time.monotonic()
 
     def lost(self) -> Cause | None:
-        """A host that has given no sign of life for too long."""
+        """The cause for a host that has been silent for too long or has not connected in time; None if there is none."""
         now = time.monotonic()
         for host, line in self._lines.items():
             if host not in self.left and (silent := now - line.heard) > SILENCE_S:
@@ -112,15 +112,17 @@ class Peers:
         if self._listener is not None and now - self._began > CONNECT_S:
             missing = sorted(set(range(1, self.hosts)) - set(self._lines) - self.left)
             if missing:
-                return self.gone(missing[0], f"has not come within {CONNECT_S:.0f} s")
+                return self.gone(missing[0], f"has not connected within {CONNECT_S:.0f} s")
         return None
 
     def gone(self, host: int, what: str) -> Cause:
+        """The cause for a lost host. `what`: what was noticed."""
         machine = self.beats.get(host, {}).get("machine")
-        return Cause(host, f"host {host}{f' ({machine})' if machine else ''} {what}: it is lost, or its network is", 75)
+        name = f"host {host}{f' ({machine})' if machine else ''}"
+        return Cause(host, f"{name} {what}: the host or its network is lost", 75)
 
     def behind(self) -> str:
-        """Which hosts the others wait for, by what the hub knows; empty when nobody waits."""
+        """A text that names the hosts for which the others wait, from the heartbeats at the hub; "" if no host waits."""
         working = sorted(host for host, beat in self.beats.items() if not beat.get("waiting"))
         if not working or len(working) == len(self.beats):
             return ""
@@ -130,11 +132,11 @@ class Peers:
         return "the others wait for host " + " and host ".join(names)
 
     def may_leave(self) -> bool:
-        """Whether all others have ended well: the hub knows of all, and says so by leaving."""
+        """Whether all other hosts have ended without failure. The hub knows that, and tells the others by leaving."""
         return self.hosts == 1 or (len(self.left) == self.hosts - 1 if self.host == 0 else 0 in self.left)
 
     def goodbye(self) -> None:
-        """The hub tells the others that they may leave, and waits until they have heard it: they close their ends."""
+        """Close the connections. The hub first tells the others that they may leave, and waits until they have closed theirs."""
         if self.host == 0:
             self.tell(left=True)
             deadline = time.monotonic() + GOODBYE_S
@@ -153,7 +155,7 @@ class Peers:
         assert self._listener is not None
         with contextlib.suppress(
             OSError, ValueError, KeyError, TypeError, AttributeError
-        ):  # who knows what else connects
+        ):  # any program may connect and send anything
             connection, _ = self._listener.accept()
             connection.settimeout(2.0)
             hello = json.loads(connection.makefile("rb").readline(4096) or b"{}")

@@ -1,4 +1,4 @@
-"""status.json of a run: what it does now, on every host, and how it ended. `appo-jax status RUN` reads it."""
+"""status.json of a run: what every host does now, and how the run ended. `appo-jax status RUN` reads it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from appo_jax.storage import write_atomically
 FILE = "status.json"
 FAILURES = "failures.jsonl"
 IN_A_ROW = 3
-# Written at least so often while the run lives; a file three times as old is that of a run whose machine is gone.
+# A live run writes the file at least this often. If the file is three times as old, the run's machine is lost.
 WRITE_S = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """A run as its supervisor saw it last."""
+    """The last known state of a run."""
 
     state: str  # running, done, stopped, failed
-    steps: int  # that the config asks for
-    time: float  # Unix time of the last writing
-    hosts: Mapping[str, Mapping[str, Any]]  # "0", "1" …: the host's last beat
+    steps: int  # the number of steps in the config
+    time: float  # Unix time at which this was written
+    hosts: Mapping[str, Mapping[str, Any]]  # "0", "1" …: the host's last heartbeat
     error: str | None = None  # the last failure
 
     def write(self, run_dir: Path) -> None:
@@ -35,9 +35,9 @@ class Status:
 
 
 def note_failure(run_dir: Path, host: int, machine: str, step: int, text: str) -> str:
-    """Add a failure to failures.jsonl; returns a sentence when the same host failed each of the last three times, else "".
+    """Add a failure to failures.jsonl. Returns a warning if the last three failures were on the same host, else "".
 
-    Failures between which the run made steps count, too: a host that is sick now and then is sick.
+    They count even if the run made steps between them: a host that fails now and then is faulty, too.
     """
     path = run_dir / FAILURES
     with path.open("a") as file:
@@ -49,21 +49,23 @@ def note_failure(run_dir: Path, host: int, machine: str, step: int, text: str) -
             last.append((json.loads(line)["host"], json.loads(line)["machine"]))
     if len(last) < IN_A_ROW or len(set(last)) > 1:
         return ""
-    return f"host {host} ({machine}) failed first the last {IN_A_ROW} times (see {path}): look at it, or replace it"
+    return f"host {host} ({machine}) failed first the last {IN_A_ROW} times (see {path}): examine it, or replace it"
 
 
 def read_status(run_dir: Path) -> Status | None:
-    """The status of a run, or None where it has none yet. Raises DataError for a file that cannot be read."""
+    """The status of a run; None if it has none yet. Raises DataError for a file that cannot be read."""
     try:
         return Status(**json.loads((run_dir / FILE).read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{run_dir / FILE}: cannot be read ({error}); the run writes it anew while it lives") from error
+        raise DataError(
+            f"{run_dir / FILE}: cannot be read ({error}); a live run writes it again within seconds"
+        ) from error
 
 
 def runs_under(folder: Path) -> Iterator[Path]:
-    """The run directories in a folder: itself, or those below it."""
+    """The run directories in a folder: the folder itself if it is one, else those one or two levels below it."""
     if (folder / "config.json").exists() or (folder / FILE).exists():
         yield folder
         return
@@ -72,14 +74,14 @@ def runs_under(folder: Path) -> Iterator[Path]:
 
 
 def describe(run_dir: Path, now: float | None = None) -> str:
-    """Lines for a person: one for the run, one for each host that is not where the others are."""
+    """The text of `appo-jax status`: a line for the run and, while several hosts run, a line for each of them."""
     status = read_status(run_dir)
     if status is None:
         return f"{run_dir}: no status yet"
     age = (now or time.time()) - status.time
     state = status.state
     if state == "running" and age > 3 * WRITE_S:
-        state = f"no sign of life for {_span(age)}: its machine is gone, or the disk is"
+        state = f"no sign of life for {_span(age)}: its machine or its disk is gone"
     first = status.hosts.get("0", {})
     line = f"{run_dir}: {state}, step {first.get('step', 0)} of {status.steps}"
     if status.state == "running":

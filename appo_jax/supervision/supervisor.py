@@ -1,8 +1,8 @@
-"""The process that watches over a run: `appo-jax train` forks, the child trains, the parent stays small and looks on.
+"""The process that watches a run: `appo-jax train` forks, the child trains, and the parent watches it.
 
-Python cannot watch itself: what holds the interpreter's lock, waits in a device program, or was stopped or killed hears no
-signal and runs no thread. The parent passes on a request to stop, ends a run that makes no progress (with the stacks of all its
-threads), ends it when another host is lost or fails, writes status.json, and says last what came first.
+A Python process cannot watch itself: while it holds the interpreter's lock, waits in a device program or is stopped, it handles
+no signal and runs no other thread. The parent passes on requests to stop, ends a run that makes no progress (with the stacks of
+all its threads), ends it when another host is lost or fails, writes status.json, and prints the first cause in the last line.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from appo_jax.config import Config
 from appo_jax.supervision.peers import Cause, Line, Peers
 from appo_jax.supervision.status import WRITE_S, Status, note_failure
 
-# A run whose heartbeat is late for so long runs no Python: something holds the interpreter's lock.
+# If the child's heartbeat is late by this time, the child runs no Python: something holds the interpreter's lock.
 LOCKED_S = 120.0
-# A process that was stopped (SIGSTOP, a debugger) for so long counts as lost.
+# A process that was stopped (SIGSTOP, a debugger) for this time counts as lost.
 STOPPED_S = 10.0
-# A loop of the supervisor itself that took so long was not running.
+# If a round of the supervisor's loop takes this long, the supervisor itself was stopped.
 PAUSED_S = 5.0
-# Stacks are printed by the signal that ends a hanging run; after so long it is killed.
+# SIGABRT makes a hanging run print its stacks and end; after this time it is killed.
 STACKS_S = 5.0
-# Time a failing run has to write what it was writing.
+# A failing run has this time to finish its writes.
 UNWIND_S = 120.0
-# A failure that may follow from another host's waits so long for news of that one.
+# If another host's failure may have caused a failure, the supervisor waits this long for news of it.
 SECONDARY_S = 15.0
 STOPS = {signal.SIGINT, signal.SIGTERM}
 PR_SET_PDEATHSIG = 1
 
 
 def supervise(config: Config, body: Callable[[], None]) -> None:
-    """Run `body` in a child process and return there when it returns; the parent ends with the run's exit code.
+    """Fork; run `body` in the child, and return in the child when `body` returns. The parent ends with the run's exit code.
 
-    The child must not have threads yet. In the child, an exception leaves as it is; the parent has been told of it.
+    The process must not have threads yet. An exception of `body` is reported to the parent and raised in the child.
     """
     ours, theirs = socket.socketpair()
     sys.stdout.flush()
     parent = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until each side has its handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until both processes have set their handlers
     pid = os.fork()
     if pid:
         theirs.close()
         os._exit(Supervisor(config, pid, ours).run())
     ours.close()
-    _be_a_child(parent, theirs, config)
+    _set_up_child(parent, theirs, config)
     try:
         body()
     except Exception as error:
@@ -64,9 +64,9 @@ def supervise(config: Config, body: Callable[[], None]) -> None:
         raise
 
 
-def _be_a_child(parent: int, channel: socket.socket, config: Config) -> None:
+def _set_up_child(parent: int, channel: socket.socket, config: Config) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
+    if os.getppid() != parent:  # the parent ended before the call of prctl
         os._exit(failures.START_AGAIN)
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends Ctrl-C to both; the parent passes it on as SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -78,7 +78,7 @@ def _be_a_child(parent: int, channel: socket.socket, config: Config) -> None:
 
 
 class Supervisor:
-    """The parent's side."""
+    """Runs in the parent: watches the child and talks to the other hosts' supervisors."""
 
     def __init__(self, config: Config, pid: int, channel: socket.socket) -> None:
         self._config, self._pid = config, pid
@@ -92,24 +92,24 @@ class Supervisor:
         self._requests = self._passed_on = 0
         self._grace_ends = float("inf")
         self._run_dir: Path | None = None
-        self._written, self._told, self._looked = 0.0, 0.0, time.monotonic()
+        self._written, self._reported, self._listened = 0.0, 0.0, time.monotonic()
         self._stopped_since: float | None = None
 
     def run(self) -> int:
-        """Watch until the child has ended; its exit code, or that of the cause it was ended for."""
+        """Watch until the child has ended. Returns its exit code, or that of the cause for which it was ended."""
         for number in STOPS:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         while (status := self._ended()) is None:
             self._listen()
             if self._requests > self._passed_on:
-                self._fail(self._hear_child())  # the latest news of whether it hears
+                self._fail(self._hear_child())  # for the latest heartbeat, which says whether the child can stop
                 self._fail(self._pass_on())
             if time.monotonic() > self._grace_ends:
-                said = f"interrupted: step {self._beat['step'] + 1} did not end within stop_grace_seconds and is made again"
-                self._fail(Cause(self._peers.host, said, failures.INTERRUPTED))
+                text = f"interrupted: step {self._beat['step'] + 1} did not end within stop_grace_seconds and is made again"
+                self._fail(Cause(self._peers.host, text, failures.INTERRUPTED))
             self._fail(self._hanging())
-            self._tell()
+            self._report()
             if self._cause is not None and not self._may_be_secondary():
                 status = self._end_child()
                 break
@@ -118,21 +118,21 @@ class Supervisor:
         return self._finish(status)
 
     def _listen(self) -> None:
-        """Hear the child and the other hosts for half a second."""
+        """Handle messages of the child and of the other hosts; return after half a second without any."""
         for key, _ in self._selector.select(timeout=0.5):
             self._fail(key.data())
         now = time.monotonic()
-        if now - self._looked > PAUSED_S:  # this process was stopped, as by Ctrl-Z, and the child with it
+        if now - self._listened > PAUSED_S:  # this process was stopped, as by Ctrl-Z, and the child with it
             self._child.heard, self._stopped_since = now, None
-            self._peers.forgive()
-        self._looked = now
+            self._peers.restart_clocks()
+        self._listened = now
         self._fail(self._peers.lost())
 
     # ---- the child
 
     def _hear_child(self) -> Cause | None:
         messages = self._child.receive()
-        if messages is None:  # it has ended; how, waitpid says
+        if messages is None:  # the child has ended; waitpid gives its exit status
             if self._child.connection in self._selector.get_map():
                 self._selector.unregister(self._child.connection)
             return None
@@ -143,7 +143,7 @@ class Supervisor:
                 return Cause(self._peers.host, message["failed"], message["code"], message["secondary"])
             elif "run_dir" in message:
                 self._run_dir = Path(message["run_dir"])
-            elif "hub" in message:  # the child is host 0 of so many
+            elif "hub" in message:  # the child is host 0; the message holds the number of hosts
                 port, token = self._peers.listen(message["hub"])
                 self._child.send(port=port, token=token)
             elif "join" in message:
@@ -151,7 +151,7 @@ class Supervisor:
         return None
 
     def _hanging(self) -> Cause | None:
-        """The child makes no progress, or cannot."""
+        """The cause if the child is stopped, runs no Python or makes no progress for too long; else None."""
         now, host = time.monotonic(), self._peers.host
         late = now - self._child.heard
         if _is_stopped(self._pid):
@@ -179,18 +179,18 @@ class Supervisor:
         return f"the process of host {self._peers.host}" if self._peers.hosts > 1 else "the run's process"
 
     def _ended(self) -> int | None:
-        """The child's exit code, or minus the signal that ended it; None while it lives."""
+        """The child's exit code, or minus the number of the signal that ended it; None while it lives."""
         pid, status = os.waitpid(self._pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
 
     def _end_child(self) -> int:
-        """End the child: with its stacks where it hangs, else at once."""
+        """End the child and return its exit status. A hanging child prints its stacks first; a failing one may finish writing."""
         cause = self._cause
         assert cause is not None
         if cause.host == self._peers.host and cause.code not in (failures.START_AGAIN, failures.INTERRUPTED):
             alone = (
                 self._peers.hosts == 1
-            )  # it prints its own error and frees what it holds; with others it may wait for them
+            )  # then it prints its error and releases its resources; with several hosts it may wait for the others
             deadline = time.monotonic() + (UNWIND_S if alone else STACKS_S)
         else:
             if "stacks above" in cause.text:
@@ -207,7 +207,7 @@ class Supervisor:
     # ---- causes
 
     def _fail(self, cause: Cause | None) -> None:
-        """Take note of a cause, and tell the other hosts. The first one counts, but for one that followed from another."""
+        """Record a cause and tell the other hosts. The first cause is kept; only a secondary one is replaced by a later one."""
         if cause is None or (self._cause is not None and (cause.secondary or not self._cause.secondary)):
             return
         self._cause, self._cause_at = cause, time.monotonic()
@@ -215,7 +215,7 @@ class Supervisor:
             self._peers.tell(failed=vars(cause))
 
     def _may_be_secondary(self) -> bool:
-        """Whether the cause may follow from another host's, of which there may still be news."""
+        """Whether another host's failure may have caused this one, and news of it may still come."""
         assert self._cause is not None
         return self._cause.secondary and self._peers.hosts > 1 and time.monotonic() - self._cause_at < SECONDARY_S
 
@@ -223,7 +223,7 @@ class Supervisor:
         self._requests += 1
 
     def _pass_on(self) -> Cause | None:
-        """Pass a request to stop on to the child; end it where it has nothing to save yet, or when asked again."""
+        """Pass a request to stop on to the child. A cause is returned if it has nothing to save yet, or at a second request."""
         if self._requests == self._passed_on:
             return None
         first, self._passed_on = self._passed_on == 0, self._requests
@@ -234,9 +234,9 @@ class Supervisor:
         return Cause(self._peers.host, "interrupted", failures.INTERRUPTED)
 
     def _conclude(self, status: int) -> None:
-        """The child has ended by itself: why, where not well. What may follow from another host's failure waits for news of it."""
+        """Find the cause after the child has ended by itself. For a secondary cause, wait for news of other hosts."""
         while any(key.fileobj is self._child.connection for key, _ in self._selector.select(0)):
-            self._fail(self._hear_child())  # what it said last
+            self._fail(self._hear_child())  # its last messages
         if status < 0:
             name = signal.Signals(-status).name
             hint = " (the memory killer, or a person)" if name == "SIGKILL" else ""
@@ -245,23 +245,23 @@ class Supervisor:
             self._fail(Cause(self._peers.host, f"{self._name()} ended with exit code {status}", status))
         while self._cause is not None and self._may_be_secondary():
             self._listen()
-            self._tell()
+            self._report()
 
     def _leave(self) -> Cause | None:
-        """This host has ended well: wait until all have, or one of them fails. So all of them give the same exit code."""
+        """After this host has ended without failure: wait until all have, or one fails, so that all give the same exit code."""
         if self._peers.host != 0:
             self._peers.tell(beat=self._beat, left=True)
         while self._cause is None and not self._peers.may_leave() and self._requests == self._passed_on:
             self._listen()
-            self._tell()
+            self._report()
         return self._cause
 
-    # ---- what others see
+    # ---- reports to others
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         now = time.monotonic()
-        if now - self._told >= heartbeat.BEAT_S:
-            self._told = now
+        if now - self._reported >= heartbeat.BEAT_S:
+            self._reported = now
             beat = self._beat | {"silent_s": self._beat["silent_s"] + now - self._child.heard}
             self._peers.tell(beat=beat)
         if now - self._written >= WRITE_S:
@@ -273,23 +273,23 @@ class Supervisor:
         self._written = time.monotonic()
         hosts = {"0": self._beat | {"machine": socket.gethostname(), "pid": self._pid}}
         hosts |= {str(host): beat for host, beat in sorted(self._peers.beats.items())}
-        with contextlib.suppress(OSError):  # a full disk must not end what looks on
+        with contextlib.suppress(OSError):  # a full disk must not end the supervisor
             Status(state, self._config.steps, time.time(), hosts, error).write(self._run_dir)
 
     def _note(self, cause: Cause) -> str:
-        """Put a failure on record in the run's folder; by host 0, or by host 1 where host 0 is the one that failed."""
+        """Write a failure to the run's folder and return a warning (`note_failure`). Host 0 writes; host 1 if host 0 failed."""
         writer = 1 if cause.host == 0 and self._peers.hosts > 1 else 0
         crashed = cause.code == failures.START_AGAIN and self._peers.hosts > 1
         if self._run_dir is None or self._peers.host != writer or not crashed:
             return ""
-        own = cause.host == self._peers.host
-        machine = socket.gethostname() if own else str(self._peers.beats.get(cause.host, {}).get("machine", "?"))
+        here = cause.host == self._peers.host
+        machine = socket.gethostname() if here else str(self._peers.beats.get(cause.host, {}).get("machine", "?"))
         with contextlib.suppress(OSError):
             return note_failure(self._run_dir, cause.host, machine, self._beat["step"], cause.text)
         return ""
 
     def _finish(self, status: int | None) -> int:
-        """Say last what came first, leave word, and give the exit code."""
+        """Write the final status, print the first cause in the last line, and return the exit code."""
         cause = self._cause or self._leave()
         if cause is None:
             self._write_status("done" if status == 0 else "stopped")
@@ -299,9 +299,9 @@ class Supervisor:
             self._peers.tell(failed=vars(cause))
         interrupted = cause.code == failures.INTERRUPTED
         self._write_status("stopped" if interrupted else "failed", None if interrupted else cause.text)
-        sick = "" if interrupted else self._note(cause)
-        if sick:
-            print(f"appo-jax: {sick}", file=sys.stderr)
+        warning = "" if interrupted else self._note(cause)
+        if warning:
+            print(f"appo-jax: {warning}", file=sys.stderr)
         if self._peers.hosts > 1 or status is None or status < 0 or interrupted:
             where = f"host {cause.host} failed first: " if self._peers.hosts > 1 and not interrupted else ""
             print(f"appo-jax: {where}{cause.text}", file=sys.stderr, flush=True)
@@ -318,14 +318,14 @@ def _is_stopped(pid: int) -> bool:
         return False
 
 
-def meet() -> None:
-    """In the child, when the hosts have joined: their supervisors meet."""
+def connect_supervisors() -> None:
+    """Called in the child after the hosts have joined: connect their supervisors."""
     hosts, host, coordinator, store = distributed.joined()
     if not heartbeat.supervised() or hosts == 1 or store is None:
         return
     if host == 0:
-        told = heartbeat.ask(hub=hosts)
-        store.key_value_set("appo_jax/supervisor", f"{told['port']} {told['token']}")
+        hub = heartbeat.ask(hub=hosts)
+        store.key_value_set("appo_jax/supervisor", f"{hub['port']} {hub['token']}")
     else:
         port, token = store.blocking_key_value_get("appo_jax/supervisor", 60_000).split()
         address = coordinator.rpartition(":")[0].strip("[]")

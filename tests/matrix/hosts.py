@@ -47,7 +47,7 @@ PROGRAM = {
     "stop both": (75, "host {h}"),  # a machine that stands still
     "exception": (1, "ValueError in step"),
     "error of ours": (1, "line 7 is not JSON"),
-    "partition": (75, "it is lost, or its network is"),
+    "partition": (75, "the host or its network is lost"),
     "slow": (0, ""),  # 25 s late: nobody is ended for that
 }
 TRAINING = {

@@ -74,7 +74,7 @@ def ignore() -> None:
 def hosts() -> None:
     """Steps in which all hosts meet five times. $FAULT says what host $AT_HOST does in step $AT_STEP, or at the "end"."""
     distributed.initialize()
-    supervisor.meet()
+    supervisor.connect_supervisors()
     fault, host, step = os.environ.get("FAULT", ""), int(os.environ["AT_HOST"]), int(os.environ["AT_STEP"])
     at_phase = os.environ.get("AT_PHASE", "reward")
     with interrupt.stop_requests() as stop:
