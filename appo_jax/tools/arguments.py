@@ -1,5 +1,5 @@
-"""Reads the argument of a call that is written as JSON. Common mistakes are understood if the meaning is certain, and
-explained otherwise."""
+"""Reads the argument of a call that is written as JSON. Common mistakes are accepted if the meaning is certain; other
+mistakes are explained to the policy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from appo_jax.tools.protocol import ToolSpec
 
 
 class Problem(str):
-    """What is wrong with a call's arguments."""
+    """An explanation of what is wrong with a call's arguments."""
 
 
 def read_argument(tool: ToolSpec, arguments: Any) -> str | Problem:
-    """The text that a tool is called with. A tool of one argument gets that argument, others the JSON object."""
-    # Some models write the arguments as a string of JSON, as OpenAI's interface has them.
+    """The text with which a tool is called: the argument if the tool has one argument, else the JSON object."""
+    # Some models write the arguments as a string of JSON, as in OpenAI's interface.
     if isinstance(arguments, str) and isinstance(decoded := decode(arguments), dict):
         arguments = decoded
     if isinstance(arguments, str):

@@ -1,5 +1,5 @@
-"""The most critical attacks on the sandbox, tried on this machine: the last checks of `appo-jax doctor`. They run only
-against a sandbox that is started here and against processes of the same user.
+"""Tries the most critical attacks on the sandbox on this machine: the last checks of `appo-jax doctor`. They attack only a
+sandbox that is started here, and processes of the same user.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _TRAINER = (
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """An attack and its outcome. `held`: it did no harm."""
+    """An attack and its outcome. `held`: the sandbox withstood it."""
 
     name: str
     held: bool

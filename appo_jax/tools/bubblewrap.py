@@ -1,4 +1,4 @@
-"""How the sandbox's first process is started: which parts of this machine it sees, and as which user it runs."""
+"""The command that starts the sandbox's first process: the parts of this machine that it sees, and the user it runs as."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from appo_jax.tools.sandbox.system import DEVICES
 
 SANDBOX = Path(__file__).resolve().parent / "sandbox"  # the programs that run inside
 SITE = "/sandbox/site"  # folder of the allowed modules inside the sandbox
-# What a Python with its shared libraries needs of the system. No programs: policy code cannot start any.
+# The paths of the system that Python and its shared libraries need. They hold no programs, which policy code could not start.
 SYSTEM = (
     "/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives",
     "/usr/share/zoneinfo",
@@ -31,8 +31,8 @@ EXTRA_OPTIONS: dict[
 
 def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[list[str], dict[str, str]]:
     """The command and the environment of the sandbox's first process. `control` is its socket to the trainer."""
-    walled = config.isolation == "bubblewrap"
-    home = "/tmp" if walled else folder
+    isolated = config.isolation == "bubblewrap"
+    home = "/tmp" if isolated else folder
     environment = {
         "PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
         "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg",
@@ -41,16 +41,16 @@ def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[l
         "isolation": config.isolation, "preload": config.preload, "memory_mb": config.memory_mb,
         "max_output_bytes": 4 * config.max_output_chars, "folder": folder, "memory_total": 0, **EXTRA_OPTIONS,
     }  # fmt: skip
-    modules = {} if not walled else locate([*config.preload, *config.modules])
-    sites = [SITE] if walled else _site_folders()
-    programs = "/sandbox" if walled else str(SANDBOX.parent)
-    # The path entry of the programs is removed again: policy code must not import the tools by accident.
+    modules = {} if not isolated else locate([*config.preload, *config.modules])
+    sites = [SITE] if isolated else _site_folders()
+    programs = "/sandbox" if isolated else str(SANDBOX.parent)
+    # The path entry of the programs is removed again, so that policy code does not import the tools by accident.
     start = (
         f"import sys; sys.path += {sites!r}; sys.path.append({programs!r}); "
         f"from sandbox import supervisor; sys.path.pop(); supervisor.main({control}, {options!r})"
     )
     python = [os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", "-c", start]
-    if not walled:
+    if not isolated:
         return python, environment
     bwrap = shutil.which("bwrap")
     if bwrap is None:
@@ -115,7 +115,7 @@ def _site_folders() -> list[str]:
 
 
 def _foreign_modules(roots: Iterable[str]) -> list[str]:
-    """Folders of installed packages below what is mounted: hidden, so that only allowed modules are seen."""
+    """The folders of installed packages below the mounted paths. They are hidden, so that only allowed modules are seen."""
     folders = set(_site_folders())
     for root in ("/usr/lib", "/usr/local/lib", str(Path(sysconfig.get_config_var("prefix")).resolve() / "lib")):
         folders |= {str(path.resolve()) for path in Path(root).glob("python3*/*-packages")}
@@ -124,9 +124,9 @@ def _foreign_modules(roots: Iterable[str]) -> list[str]:
 
 
 def locate(names: Iterable[str]) -> dict[str, Path]:
-    """The files and folders of the modules `names` and of their requirements, by their name in a folder of packages.
+    """The files and folders of modules and of their requirements, by their name in the folder of packages.
 
-    Modules of the standard library need none. Raises ToolError for a module that is not installed."""
+    Modules of the standard library are skipped. Raises ToolError for a module that is not installed."""
     found: dict[str, Path] = {}
     owners = importlib.metadata.packages_distributions()
     seen: set[str] = set()
@@ -139,7 +139,7 @@ def locate(names: Iterable[str]) -> dict[str, Path]:
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            return  # optional, or for another platform
+            return  # an optional requirement, or one for another platform
         for file in distribution.files or ():
             top = file.parts[0]
             if top not in found and top not in ("..", "__pycache__") and not top.endswith((".dist-info", ".pth")):
@@ -169,7 +169,7 @@ def locate(names: Iterable[str]) -> dict[str, Path]:
 
 
 def advice(config: PythonToolConfig, reason: str) -> str:
-    """The message of a sandbox that does not start."""
+    """The error message for a sandbox that does not start: the reason, and what to do."""
     if config.isolation == "process":
         return f"tools.python: the interpreter does not start ({reason})"
     return (

@@ -1,7 +1,7 @@
-"""From the configuration to the tools of a run.
+"""Makes the tools of a run from the config.
 
-A built-in tool is a file of this folder with a function `make_tool(config: ToolsConfig, documents) -> Tool`; its name in
-`tools.enabled` is the file's.
+A built-in tool is a file of this folder with a function `make_tool(config: ToolsConfig, documents) -> Tool`; the file's name
+is the tool's name in `tools.enabled`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from appo_jax.types import Document
 
 
 def build_executor(config: ToolsConfig, documents: Sequence[Document] | None = None) -> ToolExecutor:
-    """Start the enabled tools. `documents` is the corpus a data source brings with it (the embedded world).
+    """Start the enabled tools. `documents`: the corpus of the data source, if it has one (the embedded world has).
 
-    Raises ConfigError, DataError, or ToolError when a tool cannot run on this machine."""
+    Raises ConfigError, DataError, or ToolError if a tool cannot run on this machine."""
     tools: list[Tool] = []
     try:
         for name in config.enabled:
@@ -46,7 +46,7 @@ def _build(name: str, config: ToolsConfig, documents: Sequence[Document] | None)
 
 
 def tool_names() -> list[str]:
-    """The tools that come with the program."""
+    """The names of the built-in tools."""
     names = (module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
     return [name for name in names if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "make_tool")]
 

@@ -1,4 +1,5 @@
-"""Answered queries in one SQLite file that all processes of a machine share (WAL: readers do not wait for a writer)."""
+"""A cache of answered queries in an SQLite file that all processes of a machine share (in WAL mode, readers do not wait for a
+writer)."""
 
 from __future__ import annotations
 
@@ -16,8 +17,10 @@ LOCK_TIMEOUT_S = 30.0
 
 
 class QueryCache:
-    """`{query: text}` on disk. Queries that differ only in case, spacing or Unicode spelling count as the same. Safe to use from
-    several threads and processes; `backend` keeps answers of different servers or page counts apart."""
+    """`{query: text}` on disk. Queries that differ only in case, spacing or Unicode spelling count as the same.
+
+    `backend` separates the answers of different servers and numbers of pages. Safe to use from several threads and processes.
+    """
 
     def __init__(self, path: str | Path, backend: str = ""):
         self.path = Path(path)
@@ -37,7 +40,7 @@ class QueryCache:
             ) from error
 
     def get(self, query: str) -> str | None:
-        """The stored text, of this backend or of a file of answers (`fill`)."""
+        """The stored text, from this backend or from a file of answers (`fill`); None if there is none."""
         row = (
             self._database()
             .execute(
@@ -83,8 +86,8 @@ class QueryCache:
 def open_shared(path: str | Path) -> sqlite3.Connection:
     """A connection to a file in WAL mode, for any thread. Raises sqlite3.Error.
 
-    SQLite waits for a lock everywhere but where a file is put into that mode: processes that open a new file at the same
-    time would get "database is locked" at once.
+    Setting WAL mode is the only operation in which SQLite does not wait for a lock: if two processes open a new file at the
+    same time, one gets "database is locked" at once. So it is retried here.
     """
     connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, check_same_thread=False)
     give_up = time.monotonic() + LOCK_TIMEOUT_S

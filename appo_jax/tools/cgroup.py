@@ -1,5 +1,5 @@
 """A control group for a sandbox, if this machine lets the user create one: it limits the memory of all processes of the
-sandbox together, including files and memory that the supervisor cannot see. Without one, only the supervisor's count
+sandbox together, including files and memory that the supervisor cannot see. Without such a group, only the supervisor's count
 (sandbox/budget.py) limits memory."""
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ControlGroup:
 
 
 def _candidates() -> list[tuple[Path, str]]:
-    """The groups of this process that can limit memory, and the file that sets the limit."""
+    """The groups of this process that can limit memory, each with the name of the file that sets the limit."""
     found = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -66,7 +66,7 @@ def _candidates() -> list[tuple[Path, str]]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove groups that killed trainers have left: groups without processes whose creator is gone."""
+    """Remove the groups of killed trainers: groups without processes whose creator has ended."""
     for folder in parent.glob(f"{PREFIX}*"):
         maker = folder.name.removeprefix(PREFIX).partition("-")[0]
         if not os.path.exists(f"/proc/{maker}"):

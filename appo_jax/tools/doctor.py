@@ -1,4 +1,4 @@
-"""What this machine offers: the checks behind `appo-jax doctor`."""
+"""The checks of `appo-jax doctor`: what this machine can do."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def probe() -> list[Check]:
 
 
 def _devices() -> Check:
-    """What JAX computes on."""
+    """The devices that JAX uses."""
     try:
         devices = jax.devices()
     except Exception as error:  # JAX raises more than one type

@@ -1,4 +1,4 @@
-"""An HTTP exchange with an untrusted server, with a deadline and a size limit for everything it sends.
+"""HTTP requests to an untrusted server, with a deadline and a size limit for everything that it sends.
 
 Status lines, headers, chunk sizes, trailers and TLS records count like the body, because all received bytes pass
 through a socket that checks the deadline and counts bytes. The server's address is checked when connecting, so that
@@ -21,9 +21,9 @@ from urllib.parse import SplitResult, urlsplit
 from appo_jax.errors import ConfigError
 
 MAX_BYTES = 4 << 20  # of everything that is received
-MAX_WAIT = 3600.0  # seconds that a server may ask for
+MAX_WAIT = 3600.0  # the longest wait in seconds that a server may ask for
 
-# Private networks that `ipaddress` does not know, or counts as public.
+# Private networks that `ipaddress` does not know or counts as public.
 _REFUSED = [
     ipaddress.ip_network(text)
     for text in (
@@ -68,7 +68,7 @@ def post(
 ) -> bytes:
     """POST, and read the whole answer before `deadline` (time.monotonic). No redirects, no proxies. Raises Fault.
 
-    `section` of the config gives `url` and `allow_private`: for messages."""
+    `section`: the part of the config that has `url` and `allow_private`, for messages."""
     parts = urlsplit(url)
     connection = _connection(parts.scheme, str(parts.hostname), parts.port, deadline, allow_private, section)
     try:
@@ -97,8 +97,8 @@ def post(
 def addresses(
     host: str, port: int, allow_private: bool, deadline: float | None = None, section: str = "tools.search"
 ) -> Sequence[tuple[str, int]]:
-    """The host's addresses. Raises ConfigError when one is private, loopback, link-local or otherwise not public,
-    OSError when there is none, TimeoutError when the name is not resolved before `deadline`."""
+    """The host's addresses. Raises ConfigError if one of them is not public and `allow_private` is False, OSError if there is
+    none, and TimeoutError if the name is not resolved before `deadline`."""
     found = [info[4] for info in _resolve(host, port, deadline)]
     if not allow_private:
         for address in found:

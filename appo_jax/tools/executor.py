@@ -1,4 +1,4 @@
-"""Runs the policy's tool calls in the background, with limits and statistics. Failures become results and are not
+"""Runs the policy's tool calls in the background, with limits and statistics. Failures are returned as results, not
 raised.
 
 Each tool has a lane (`lanes.py`): a queue and a bounded number of worker threads. A call that exceeds its time limit is
@@ -70,8 +70,8 @@ class ToolExecutor:
         return {name: tool.start() for name, tool in self._tools.items()}
 
     def submit(self, states: Mapping[str, Any], text: str, bound: float | None = None) -> Future[CallRecord]:
-        """Run the call that `text` ends with, from `states`. The future never fails, and is done within `bound` seconds
-        when a bound is given."""
+        """Run the call at the end of `text`, from `states`. The future never fails; if `bound` is given, it is done within
+        `bound` seconds."""
         began = time.monotonic()
         answer: Future[CallRecord] = Future()
         call = self.call_format.parse(text)
@@ -93,7 +93,7 @@ class ToolExecutor:
         def done(result: ToolResult, state: Any) -> None:
             after = states
             if result.outcome in (Outcome.OK, Outcome.ERROR):
-                if state is None:  # stateless: its state is the set of arguments it has answered in this rollout
+                if state is None:  # a stateless tool: its state is the answers that it has given in this rollout
                     state = (known or _Answered()).adding(call.argument, result.text)
                 after = {**states, call.name: state}
             self._finish(answer, began, call, result, after)
@@ -111,21 +111,21 @@ class ToolExecutor:
         contain."""
         text = self.call_format.render_call(name, argument)
         record = self.submit(self.start(), text, bound).result()
-        heartbeat.progress()  # demonstrations are many such calls
+        heartbeat.progress()  # making demonstrations takes many calls
         return record
 
     def metrics(self) -> dict[str, float]:
-        """Calls, outcomes, latencies (seconds) and queue lengths by tool since the last time they were read.
+        """Calls, outcomes, latencies (seconds) and queue lengths of each tool since the last call of this method.
 
-        With several hosts: the sums of counts, and the largest percentiles and queue lengths, over all hosts.
+        With several hosts: the sums of counts, and the maxima of percentiles and queue lengths, over all hosts.
         """
         figures = self._stats.read()
         for name, tool in self._tools.items():
             if hasattr(tool, "faults"):  # failed requests to a backend, by kind, including retried ones
                 figures |= {f"tools/{name}/fault_{kind}": float(n) for kind, n in sorted(tool.faults().items())}
         merged: dict[str, float] = {}
-        for told in distributed.exchange(figures):
-            for key, value in told.items():
+        for of_host in distributed.exchange(figures):
+            for key, value in of_host.items():
                 add = max if "/seconds_" in key or key.endswith("/queue_max") else operator.add
                 merged[key] = add(merged.get(key, 0.0), value)
         return merged
@@ -159,13 +159,13 @@ class ToolExecutor:
         record = CallRecord(call.name, call.argument, writable(result.text), result.outcome, seconds, states)
         with contextlib.suppress(
             InvalidStateError
-        ):  # the first answer counts: the tool's, or the one at the time limit
+        ):  # only the first answer counts: that of the tool, or that of the time limit
             answer.set_result(record)
             self._stats.count(call.name, result.outcome, seconds)
 
 
 class _Answered(dict[str, str]):
-    """Arguments a stateless tool has answered in this rollout, never changed in place: branches share it."""
+    """The answers of a stateless tool in this rollout, by argument. Never changed in place, because branches share it."""
 
     def adding(self, argument: str, text: str) -> _Answered:
         return _Answered({**self, argument: text})

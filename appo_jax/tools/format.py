@@ -1,6 +1,6 @@
 """The formats of tool calls and their results. No other file contains these tags.
 
-`tags` is the paper's: `<python>print(1)</python>`, answered by ` <result>\\n1\\n</result>`. `json` is the format of
+`tags` is the paper's format: `<python>print(1)</python>`, answered by ` <result>\\n1\\n</result>`. `json` is the format of
 Qwen and Hermes: `<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>`, answered in
 `<tool_response>`. `chat` writes calls like `json`, and leaves the rest to the model's chat template.
 """
@@ -41,28 +41,28 @@ class CallFormat(Protocol):
 
     @property
     def pieces(self) -> tuple[str, ...]:
-        """The fixed texts around arguments and results. A tokenizer that is trained for the format has each as one
-        token; every tokenizer must be able to write them."""
+        """The fixed texts around arguments and results. In a tokenizer that is trained for the format, each is one
+        token; every tokenizer must be able to encode them."""
 
     @property
     def result_marks(self) -> tuple[str, str]:
         """The texts before and after a result in the rollout."""
 
     def parse(self, text: str) -> Call | str:
-        """Read the call that `text` ends with: the policy's own text from the prompt or the last result up to and
-        including a stop string. Returns the call, or an explanation for the policy of what is wrong with it. Never
+        """Read the call at the end of `text`, which is the policy's own text from the prompt or the last result up to and
+        including a stop string. Returns the call, or an explanation for the policy of what is wrong with it. It never
         raises, and never guesses a call that is not written."""
 
     def render_call(self, name: str, argument: str, closed: bool = True) -> str:
-        """The text a policy writes to make this call (for demonstrations). closed=False leaves the end out.
+        """The text that a policy writes to make this call (for demonstrations). closed=False: without the end of the call.
         Raises ValueError for an argument that the format cannot write."""
 
     def invented_result(self, text: str) -> str | None:
         """The first mark of a result, in any spelling, in the policy's `text`; None if there is none."""
 
     def turn_error(self, turn: str, answered: bool) -> str | None:
-        """What is wrong with the calls of one turn: the policy's own text up to the next result (answered) or to the
-        end of the rollout. None: nothing, or the turn has no call."""
+        """What is wrong with the calls of a turn; None if nothing is wrong or the turn has no call. A turn is the policy's
+        own text up to the next result (`answered`) or to the end of the rollout."""
 
     def instructions(self) -> str:
         """Sentences for a system prompt that describe the tools and how to call them."""
@@ -81,14 +81,14 @@ def make_format(name: str, tools: Sequence[Tool] = ()) -> CallFormat:
 
 
 def offer_tools(call_format: CallFormat, tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer that the run uses: in the chat format its template describes the tools in every prompt.
+    """The tokenizer that the run uses. In the chat format, its template describes the tools in every prompt.
 
-    Raises ConfigError for a tokenizer whose template cannot."""
+    Raises ConfigError for a tokenizer whose template cannot do that."""
     if not isinstance(call_format, ChatFormat):
         return tokenizer
     if not isinstance(tokenizer, JsonTokenizer):
         raise ConfigError(
-            "tools.call_format = 'chat' follows a chat template, which this tokenizer has not: use tags or json, or a "
+            "tools.call_format = 'chat' needs a chat template, which this tokenizer does not have: use tags or json, or a "
             "policy.tokenizer with tokenizer.json"
         )
     return tokenizer.with_tools([tool.schema() for tool in call_format.tools])
@@ -104,13 +104,13 @@ def result_ids(call_format: CallFormat, tokenizer: Tokenizer) -> tuple[list[int]
 
 
 def bare_result(call_format: CallFormat, rendered: str) -> str:
-    """What stands between the marks that `render_result` gave."""
+    """The text between the marks that `render_result` added."""
     before, after = call_format.result_marks
     return rendered.removeprefix(before).removesuffix(after)
 
 
 def render_result(call_format: CallFormat, text: str) -> str:
-    """The text appended to the rollout for a result: shielded, between the format's marks."""
+    """The text that is appended to the rollout for a result: the shielded result between the format's marks."""
     head, tail = call_format.result_marks
     return head + shield(text) + tail
 
@@ -146,7 +146,7 @@ _RESPONSE = _any_spelling(["tool_response"])
 
 @dataclasses.dataclass(frozen=True)
 class TagFormat:
-    """`<name>argument</name>`, results in `<result>`, as in the paper."""
+    """`<name>argument</name>`; results in `<result>`, as in the paper."""
 
     tools: tuple[ToolSpec, ...]
 
@@ -208,7 +208,7 @@ class TagFormat:
 
 @dataclasses.dataclass(frozen=True)
 class JsonFormat:
-    """A JSON object with `name` and `arguments` in `<tool_call>`, results in `<tool_response>`."""
+    """A JSON object with `name` and `arguments` in `<tool_call>`; results in `<tool_response>`."""
 
     tools: tuple[ToolSpec, ...]
 
@@ -316,7 +316,7 @@ def _instructions(ways: Sequence[tuple[ToolSpec, str]], marks: str) -> str:
 
 
 def _read_json(body: str) -> dict[str, Any] | str:
-    """The object of a call, or what is wrong with it."""
+    """The object of a call, or an explanation of what is wrong with it."""
     if not body.strip():
         return "Empty call: nothing stands between <tool_call> and </tool_call>."
     try:

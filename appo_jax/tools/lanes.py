@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_TIMEOUT = 30.0  # seconds for a tool without a `timeout` attribute
 GRACE = 2.0  # seconds a tool may exceed its limit before it is abandoned
 MAX_ABANDONED = 32  # threads of one tool that may hang before the tool counts as down
-TRIP_AFTER = 5  # failures in a row that open the circuit
+TRIP_AFTER = 5  # this many failures in a row open the circuit
 COOL_DOWN = (2.0, 60.0)  # seconds the circuit stays open: the first time, and the maximum
 
 Done = Callable[[ToolResult, Any], None]
@@ -56,7 +56,7 @@ class Lane:
         self._closed = False
 
     def submit(self, state: Any, argument: str, done: Done) -> int:
-        """Queue a call; returns the number of calls before it."""
+        """Queue a call. Returns the number of calls before it in the queue."""
         with self._lock:
             refused = self._closed or time.monotonic() < self._open_until
             if not refused and self._started < self._workers:
@@ -126,7 +126,7 @@ class Lane:
                 self._open_until = time.monotonic() + COOL_DOWN[1]
             self._start_worker()
         logger.warning(
-            "the tool %s has not answered within %.1f s; the call is left behind", self._tool.name, self._limit
+            "the tool %s has not answered within %.1f s; the call is abandoned", self._tool.name, self._limit
         )
         job.done(ToolResult(f"The tool did not answer within {self._limit:.0f} seconds.", Outcome.TIMEOUT), None)
 
@@ -141,7 +141,7 @@ class Lane:
             self._open_until = time.monotonic() + seconds
             self._opened += 1
             self._failures = 0
-            logger.warning("the tool %s keeps failing; it is not asked for %.0f s", self._tool.name, seconds)
+            logger.warning("the tool %s keeps failing; it is not called for %.0f s", self._tool.name, seconds)
 
     def _unavailable(self, why: str) -> ToolResult:
         return ToolResult(f"The tool {self._tool.name} is not available ({why}).", Outcome.UNAVAILABLE)

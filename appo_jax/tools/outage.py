@@ -1,4 +1,4 @@
-"""What to do when a tool is down: the run waits, and then stops instead of learning from unanswered calls."""
+"""When a tool is down, the run waits; if it stays down, the run stops instead of learning from unanswered calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class OutageWatch:
-    """Checks the calls of every step. All hosts get the same numbers, so all of them wait or stop."""
+    """Checks the calls of every step. All hosts get the same numbers, so they wait or stop together."""
 
     def __init__(self, config: ToolsConfig) -> None:
         self._config = config
@@ -25,22 +25,22 @@ class OutageWatch:
     def see(self, step: int, metrics: Mapping[str, object]) -> None:
         """After a step: pause if a tool was down in it; raise ToolError if it was also down in the step before.
 
-        A tool is down when more than `tools.max_unavailable` of its calls went unanswered.
+        A tool is down if more than the share `tools.max_unavailable` of its calls were unavailable.
         """
         down = self._down(metrics)
         if still := [name for name in down if name in self._down_before]:
             name = still[0]
             raise ToolError(
-                f"the tool {name!r} is down: {down[name]} in step {step}, after a pause of {self._config.pause_seconds:.0f} s. See "
-                "to its server (the log above has its answers), then start again: the run goes on from its last checkpoint. "
-                f"tools.max_unavailable = {self._config.max_unavailable} is the share that is put up with"
+                f"the tool {name!r} is down: {down[name]} in step {step}, after a pause of {self._config.pause_seconds:.0f} s. "
+                "Repair its server (the log above has its answers), then start again: the run goes on from its last checkpoint. "
+                f"tools.max_unavailable = {self._config.max_unavailable} is the share of calls that may fail"
             )
         self._down_before = set(down)
         if down:
-            said = "; ".join(f"{name}: {words}" for name, words in down.items())
+            text = "; ".join(f"{name}: {description}" for name, description in down.items())
             seconds = self._config.pause_seconds
             _log.warning(
-                "step %d: %s. Waiting %.0f s; if the next step is no better, the run stops", step, said, seconds
+                "step %d: %s. Waiting %.0f s; if the next step is no better, the run stops", step, text, seconds
             )
             deadline = time.monotonic() + seconds
             while (left := deadline - time.monotonic()) > 0:

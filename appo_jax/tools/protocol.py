@@ -1,8 +1,8 @@
 """The interface of a tool: a name, a start state, and a function from (state, argument) to (result, next state).
 
-For the caller, states are immutable values: calling twice with the same state forks the tool. A branch therefore
-continues from the interpreter as it was at its fork point by holding the state recorded there. A tool whose states are
-processes ends each process when the last reference to its state object is gone.
+For the caller, states are immutable values: two calls with the same state fork the tool. A branch gets the state that was
+recorded at its fork, so it continues from the interpreter as it was there. A tool whose states are processes ends each process
+when the last reference to its state object is gone.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class ToolResult:
 class Tool(Protocol):
     """Implementations must be safe to call from several threads and return within their own time limit.
 
-    A tool may also have the attributes below. They say how the tool is presented to a policy and demonstrated to it.
+    A tool may also have the attributes below. They describe and demonstrate the tool to a policy.
 
         timeout: float                    seconds that a call may take
         description: str                  one sentence on what the tool does, for the system prompt
-        argument_name: str                name of its one argument, for calls written as JSON ("code", "query")
+        argument_name: str                name of its only argument, for calls written as JSON ("code", "query")
         parameters: Mapping               JSON schema of its arguments, for a tool that reads a JSON object
         skills: Collection[str]           what the demonstrations of a data source may use it for (SKILLS)
-        examples: Sequence[ToolExample]   demonstrations of its own, for the cold start
+        examples: Sequence[ToolExample]   its own demonstrations, for the cold start
     """
 
     name: str
@@ -69,7 +69,7 @@ class ToolSpec:
     """The description of a tool for the policy."""
 
     name: str
-    argument_name: str | None = None  # None: the tool does not say how its argument is called
+    argument_name: str | None = None  # None: the tool gives no name for its argument
     description: str = ""
     parameters: Mapping[str, Any] | None = None  # JSON schema of a tool that reads its argument as a JSON object
     skills: Collection[str] = ()
@@ -94,11 +94,11 @@ class ToolSpec:
 
     def schema(self) -> dict[str, Any]:
         """The tool as an OpenAI-style function, as chat templates expect it."""
-        one = {"type": "object", "properties": {self.key: {"type": "string"}}, "required": [self.key]}
+        only = {"type": "object", "properties": {self.key: {"type": "string"}}, "required": [self.key]}
         function = {
             "name": self.name,
             "description": self.description,
-            "parameters": one if self.parameters is None else dict(self.parameters),
+            "parameters": only if self.parameters is None else dict(self.parameters),
         }
         return {"type": "function", "function": function}
 

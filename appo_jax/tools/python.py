@@ -1,8 +1,8 @@
-"""The Python tool: policy code in a sandbox, with state from call to call that can be forked at every call.
+"""The Python tool: it runs policy code in a sandbox. State is kept from call to call and can be forked at every call.
 
-The sandbox is bubblewrap around the programs of `tools/sandbox`. A state is a `Snapshot`: calling twice with the same
-snapshot gives two independent continuations, and the process behind it ends when the last reference to it is gone.
-The trainer itself never forks; it starts one child per tool and talks to it over a socket.
+The sandbox is bubblewrap around the programs of `tools/sandbox`. A state is a `Snapshot`: two calls with the same snapshot
+give two independent continuations, and its process ends when the last reference to the snapshot is gone. The trainer itself
+never forks; it starts one child per tool and talks to it over a socket.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class PythonTool:
             return self._sandbox.root  # calls from it explain what is wrong
 
     def call(self, state: Snapshot | None, argument: str) -> tuple[ToolResult, Snapshot | None]:
-        """Run `argument` from `state`. What it prints, its last expression's value, or its error is the result."""
+        """Run `argument` from `state`. The result is what it prints and its last expression's value, or its error."""
         if len(argument.encode("utf-8", "replace")) > MAX_CODE_BYTES:
             return ToolResult(f"The code is longer than {MAX_CODE_BYTES} bytes.", Outcome.LIMIT), state
         try:
@@ -124,7 +124,7 @@ class PythonTool:
             return self._sandbox
 
     def _result(self, reply: dict[str, Any]) -> ToolResult:
-        text = reply["text"].rstrip("\n")  # the rollout cuts it to its tokens
+        text = reply["text"].rstrip("\n")  # the rollout truncates it to the allowed number of tokens
         match reply["outcome"]:
             case "ok":
                 return ToolResult(text or "(no output)", Outcome.OK)
@@ -173,7 +173,7 @@ class SandboxLost(Exception):
 
 
 class Sandbox:
-    """The child process and the conversation with it."""
+    """The child process and the messages with it."""
 
     def __init__(self, config: PythonToolConfig):
         self._ids = itertools.count(1)
@@ -255,11 +255,11 @@ class Sandbox:
         return answer, after if ended else None
 
     def free(self, identity: int) -> None:
-        """Record a state to be freed with the next message, or soon by the listener."""
+        """Record a state that is to be freed, with the next message or soon by the listener."""
         self._to_free.append(identity)
 
     def close(self) -> None:
-        """End the child; process 1 of the sandbox takes all others with it."""
+        """End the child. When it ends, process 1 of the sandbox ends, and with it all others."""
         self.alive = False
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)

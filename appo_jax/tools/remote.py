@@ -1,8 +1,8 @@
 """The Python tool on another machine: `tools.python.isolation = remote`, over SandboxFusion's protocol (`POST /run_code`).
 
-The server runs a program and keeps nothing. So a state is the list of earlier calls; each call runs them again without
-their output, and then its code. A fork costs nothing, and a branch is a replay. Code that depends on the time or on
-data kept by a server may behave differently in the replay.
+The server runs a program and keeps nothing. So a state is the list of earlier calls. Each call first runs them again without
+output, and then runs its own code. A fork costs nothing, because a branch runs the calls before it again. Code that depends on
+the time or on data kept by a server may then behave differently.
 """
 
 from __future__ import annotations

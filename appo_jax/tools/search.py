@@ -1,7 +1,7 @@
 """Search over a corpus on this machine with BM25 (bm25s), and the format of pages that all search tools share.
 
-Okapi BM25 over title and text; English stop words count where a query has no other words. The index of a corpus file is
-built once, kept on disk and memory-mapped, so that many processes share it.
+Okapi BM25 over title and text; English stop words count only in queries that have no other words. The index of a corpus file
+is built once, kept on disk and memory-mapped, so that many processes share it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class LocalSearch:
 
     @classmethod
     def from_file(cls, path: str | Path, top_k: int = 3, cache_dir: str | Path | None = None) -> LocalSearch:
-        """Read a corpus and its index; the index is built on first use and kept under `cache_dir` by content."""
+        """Read a corpus and its index. The index is built on first use and kept under `cache_dir`, named by its content."""
         documents = load_corpus(path)
         return cls(documents, top_k, stored_index(documents, cache_folder(cache_dir)))
 
@@ -80,13 +80,13 @@ class LocalSearch:
         pass
 
     def search(self, queries: Sequence[str], top_k: int | None = None) -> list[list[Document]]:
-        """The best documents of each query, best first; only documents that share a word with it."""
+        """The best documents of each query, best first. Documents that share no word with the query are left out."""
         k = top_k or self.top_k
         found: list[list[Document]] = []
         for query in queries:
             scores = self._scores(query)
             matches = np.flatnonzero(scores)
-            if len(matches) > k:  # only documents that reach the k-th best value must be sorted
+            if len(matches) > k:  # sort only the documents that reach the k-th best score
                 matches = matches[scores[matches] >= -np.partition(-scores[matches], k - 1)[k - 1]]
             best = matches[np.lexsort((matches, -scores[matches]))][:k]  # ties by position
             found.append([self.documents[i] for i in best])
@@ -113,7 +113,7 @@ _local = threading.local()  # a Stemmer may not be shared between threads
 _NORMALIZER = normalizers.Sequence(
     [
         normalizers.NFKC(),
-        normalizers.Replace(Regex(r"\p{Cf}"), ""),  # what cannot be seen
+        normalizers.Replace(Regex(r"\p{Cf}"), ""),  # invisible characters
         normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=True, strip_accents=True, lowercase=True),
     ]
 )
@@ -122,7 +122,7 @@ _SPLITTER = pre_tokenizers.Split(Regex(r"[\p{L}\p{M}\p{N}_]+"), behavior="remove
 
 def words(text: str) -> list[str]:
     """The words of a text in normalised spelling; everything except letters and digits separates words."""
-    if text.isascii():  # the same, faster
+    if text.isascii():  # the same result, computed faster
         return _WORD.findall(text.lower())
     return [word for word, _ in _SPLITTER.pre_tokenize_str(_NORMALIZER.normalize_str(text))]
 
@@ -135,12 +135,12 @@ def terms(found: Sequence[str]) -> list[str]:
 
 
 def kept_words(found: Sequence[str]) -> list[str]:
-    """Those of a text's words that are no stop words."""
+    """The words that are not stop words."""
     return [word for word in found if word not in _STOP]
 
 
 def stop_terms(found: Sequence[str], title: Sequence[str]) -> list[str]:
-    """The stop words among a text's words, marked by a space, and one term for its title if the title has only stop
+    """The stop words among a text's words, each marked by a space, and one term for the title if the title has only stop
     words."""
     whole_title = [f"  {' '.join(title)}"] if title and _STOP.issuperset(title) else []
     return [f" {word}" for word in found if word in _STOP] + whole_title
@@ -190,7 +190,7 @@ def _columns(ids: Sequence[Sequence[int]], vocabulary: dict[str, int]) -> bm25s.
 
 
 def stored_index(documents: Sequence[Document], folder: Path) -> bm25s.BM25:
-    """The index of these documents from `folder`, memory-mapped; built and stored there when it is missing."""
+    """The memory-mapped index of these documents from `folder`. It is built and stored there if it is missing."""
     import bm25s
 
     digest = hashlib.sha256(_INDEX_VERSION)
@@ -213,15 +213,15 @@ _INDEX_VERSION = b"appo_jax bm25 2"  # change it whenever the index of the same 
 
 
 def cache_folder(folder: str | Path | None) -> Path:
-    """Where indexes are kept: `folder`, or one of the user's own."""
+    """The folder of stored indexes: `folder`, else one in the user's cache folder."""
     if folder is not None:
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "appo_jax"
 
 
 def load_corpus(path: str | Path) -> list[Document]:
-    """Documents of a .jsonl, .json (a list) or .parquet file with `title` and `text` (or Search-R1's `contents`), the
-    same page kept once. Raises DataError that names the file and the line."""
+    """The documents of a .jsonl, .json (a list) or .parquet file with `title` and `text` (or Search-R1's `contents`), each
+    once. Raises DataError that names the file and the line."""
     pages = list(dict.fromkeys(read_pages(Path(path))))
     if not pages:
         raise DataError(f"search corpus {path}: it is empty; expected at least one document with title and text")
@@ -229,7 +229,7 @@ def load_corpus(path: str | Path) -> list[Document]:
 
 
 def read_pages(path: Path) -> Iterator[Document]:
-    """The documents of a file as `load_corpus` reads it, one after the other and repeated ones too. Raises DataError."""
+    """The documents of such a file one after the other, repeated ones included. Raises DataError."""
     if not path.is_file():
         raise DataError(f"search corpus {path}: no such file (tools.search.corpus: jsonl, json or parquet)")
     for where, record in _records(path):
@@ -279,18 +279,18 @@ def _page(record: Any, where: str) -> Document:
 
 
 def split_contents(contents: str) -> Document:
-    """Search-R1 keeps a document as one string: the title, often in quotes, on the first line, then the text."""
+    """The document in a string of Search-R1: the title, often in quotes, on the first line, then the text."""
     title, _, text = contents.partition("\n")
     return Document(title.strip().strip('"'), text.strip()) if text else Document("", contents.strip())
 
 
 def join_contents(page: Document) -> str:
-    """A document as Search-R1 keeps it; `split_contents` takes it apart again."""
+    """A document as a string of Search-R1, the inverse of `split_contents`."""
     return f'"{page.title}"\n{page.text}' if page.title else page.text
 
 
 MAX_TITLE_CHARS = 300
-MAX_WORD_CHARS = 40  # a page of n words has at most n times as many characters
+MAX_WORD_CHARS = 40  # a page of at most n words is cut at 40·n characters
 
 
 def _shortened(text: str, limit: int) -> str:
@@ -298,8 +298,7 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def format_pages(pages: Sequence[Document], max_page_words: int = 160) -> str:
-    """`Page i: title. text`, one page per line, without repeated pages; long pages and titles are cut, with a visible
-    mark."""
+    """`Page i: title. text`, one page per line, without repeated pages. Long pages and titles are cut and marked with …."""
     lines: list[str] = []
     seen = set()
     for page in pages:

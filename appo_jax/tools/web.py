@@ -1,7 +1,8 @@
-"""Search over HTTP: a retriever with Search-R1's protocol, or a web-search service; retried, limited, cached.
+"""Search over HTTP: a retriever with Search-R1's protocol, or a web-search service. Requests are retried, rate-limited and
+cached.
 
-Text from the policy is used only in queries, never in addresses. The exchange itself, its deadline, size and allowed
-addresses, is in exchange.py.
+Text from the policy is used only in queries, never in addresses. exchange.py makes the requests; it checks deadlines, sizes
+and addresses.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class WebSearch:
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if config.url is not None:
             parts = split_url("tools.search.url", config.url)
-            with contextlib.suppress(OSError):  # a name that cannot be resolved now may be later
+            with contextlib.suppress(OSError):  # a name that cannot be resolved now may be resolved later
                 addresses(str(parts.hostname), parts.port or 80, config.allow_private)
         if config.url is not None and config.provider == "serper":
             key = os.environ.get(KEY_VARIABLE)

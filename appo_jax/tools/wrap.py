@@ -23,9 +23,11 @@ from appo_jax.types import Outcome
 
 
 class FunctionTool:
-    """A stateless tool from a function. With `parameters` (the JSON schema of an OpenAI-style function) the call's text is
-    a JSON object of keyword arguments, or, where the schema has one property, that property's bare value; without, the
-    text itself is the only argument. A returned string is shown as it is, anything else as JSON."""
+    """A stateless tool made from a function.
+
+    With `parameters` (the JSON schema of an OpenAI-style function), the call's text is a JSON object of keyword arguments; if
+    the schema has one property, it may also be that property's bare value. Without `parameters`, the text is the function's only
+    argument. A returned string is shown as it is, any other value as JSON."""
 
     def __init__(
         self,
