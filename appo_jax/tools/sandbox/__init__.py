@@ -1,5 +1,5 @@
-"""The programs that run inside the Python tool's sandbox: standard library only, nothing of the rest of the package.
+"""The programs that run inside the Python tool's sandbox. They use only the standard library and each other.
 
-`supervisor` never runs policy code; it decides what may fork and kills what must end. `interpreter` runs policy code.
-Both are started by `appo_jax.tools.python` with this package alone on their path, hence the relative imports.
+`supervisor` never runs policy code: it decides which process may fork, and kills processes. `interpreter` runs policy code.
+`appo_jax.tools.python` starts both with only this package on their path; therefore they use relative imports.
 """

@@ -1,4 +1,4 @@
-"""One call's code: run in `__main__`, its output bounded, its errors shown as the policy's own lines."""
+"""Runs the code of one call (a cell) in `__main__`, with bounded output. Tracebacks show only the policy's own lines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import traceback
 from typing import Any
 
 TRACE_FRAMES = 8
-END = 2000  # characters of the end of an overlong output, and of either end of a traceback, that are kept
-DONE, FAILED, OUT_OF_MEMORY = b"d", b"f", b"m"  # what is reported of a call
+END = 2000  # characters that are kept of the end of an overlong output, and of each end of a long traceback
+DONE, FAILED, OUT_OF_MEMORY = b"d", b"f", b"m"  # the reports on a call
 
 
 def run(code: str, filename: str, max_output: int) -> bytes:
-    """Run a cell in `__main__`, show the value of a last expression, show errors as the policy's own lines."""
+    """Run a cell in `__main__`. Prints the value of a last expression and errors. Returns the report."""
     out: Any = _Output(max_output)
     for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
         setattr(sys, name, out)
@@ -54,21 +54,21 @@ def run(code: str, filename: str, max_output: int) -> bytes:
 
 
 def clean(code: str) -> str:
-    """Code as models write it: indented as a whole, or in a Markdown fence."""
+    """The code without common indentation and without the Markdown fence that models sometimes write around it."""
     code = textwrap.dedent(code.strip("\n").rstrip())
     fenced = re.fullmatch(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", code, re.DOTALL)
     return textwrap.dedent(fenced[1]) if fenced else code
 
 
 class _Output(io.TextIOBase):
-    """Standard output of a cell: keeps the first bytes and the end; a flood costs little and never fails."""
+    """Standard output of a cell. It keeps the first bytes and the end. A flood of output costs little and never fails."""
 
     encoding = "utf-8"
     errors = "backslashreplace"
 
     def __init__(self, limit: int):
-        self._room = limit
-        self._end = ""  # of what had no room
+        self._left = limit  # bytes that may still be written
+        self._end = ""  # the end of the output beyond the limit
 
     def writable(self) -> bool:
         return True
@@ -80,17 +80,17 @@ class _Output(io.TextIOBase):
         if not isinstance(text, str):
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
         kept = b""
-        if self._room > 0:
-            kept = text[: self._room].encode("utf-8", "backslashreplace")[: self._room]
-            self._room -= len(kept)
+        if self._left > 0:
+            kept = text[: self._left].encode("utf-8", "backslashreplace")[: self._left]
+            self._left -= len(kept)
             os.write(1, kept)
-        if self._room <= 0:
+        if self._left <= 0:
             left_out = text[len(kept.decode("utf-8", "ignore")) :]
             self._end = (self._end + left_out[-END:])[-END:]
         return len(text)
 
     def finish(self) -> None:
-        """Write the end of what had no room, once the code has said all."""
+        """After the code has ended: write the end of the output beyond the limit."""
         if self._end:
             with contextlib.suppress(BaseException):
                 os.write(1, f"\n[…]\n{self._end}".encode("utf-8", "backslashreplace"))
@@ -116,21 +116,22 @@ class _Bytes(io.RawIOBase):
 
 
 def _show(error: BaseException) -> None:
-    """Write a short traceback: the policy's own lines only. Goes past the limit of the output, which may be full."""
+    """Write a short traceback of the policy's own lines. It ignores the limit of the output, which may be exhausted."""
     try:
         summary = traceback.TracebackException(type(error), error, error.__traceback__, limit=-200, compact=True)
-        own = [
+        frames = [
             traceback.FrameSummary(frame.filename, frame.lineno, frame.name)
             for frame in summary.stack
             if frame.filename.startswith("<call ")
         ]
-        if len(own) > TRACE_FRAMES:
-            own = own[: TRACE_FRAMES // 2] + own[-TRACE_FRAMES // 2 :]
-        lines = ["Traceback (most recent call last):\n", *traceback.StackSummary.from_list(own).format()] if own else []
+        if len(frames) > TRACE_FRAMES:
+            frames = frames[: TRACE_FRAMES // 2] + frames[-TRACE_FRAMES // 2 :]
+        head = "Traceback (most recent call last):\n"
+        lines = [head, *traceback.StackSummary.from_list(frames).format()] if frames else []
         text = "".join([*lines, *summary.format_exception_only()])
-    except BaseException:  # hostile exceptions
+    except BaseException:  # a hostile exception may raise when it is formatted
         text = f"{type(error).__name__}\n"
     with contextlib.suppress(BaseException):
-        if len(text) > 2 * END:  # the last line says what went wrong
+        if len(text) > 2 * END:  # keep the end, whose last line is the error
             text = f"{text[:END]}\n[…]\n{text[-END:]}"
         os.write(1, text.encode("utf-8", "backslashreplace"))

@@ -1,8 +1,8 @@
-"""The step between a trainer that is root and bubblewrap: a user namespace in which policy code is nobody.
+"""If the trainer is root, this runs before bubblewrap: it makes a user namespace in which policy code is the user nobody.
 
-bubblewrap by itself would map the sandbox's user to the user who starts it. For root that user owns the host's files
-and devices. Here root (0, which bubblewrap needs to reach its files) and an unprivileged user are mapped side by side;
-the supervisor becomes the latter before it does anything else.
+bubblewrap by itself would map the sandbox's user to the user who starts it, and root owns the host's files and devices. So two
+users are mapped here: root (0), which bubblewrap needs to read its files, and an unprivileged user. The supervisor becomes the
+unprivileged user before it does anything else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main(command: list[str]) -> None:
     """Enter the namespace and become `command` (bubblewrap's). Raises OSError."""
     me, (wait, go) = os.getpid(), os.pipe()
     mapper = os.fork()
-    if mapper == 0:  # only a process outside may map a user that is not its own
+    if mapper == 0:  # only a process outside the namespace may map other users than its own
         os.close(go)
         os.read(wait, 1)
         for name in ("uid_map", "gid_map"):
@@ -36,8 +36,8 @@ def main(command: list[str]) -> None:
 
 
 def become_unprivileged() -> None:
-    """Give up root, as it is known in the sandbox."""
+    """Change from the sandbox's root to the unprivileged user."""
     os.setgroups([])
     os.setresgid(INSIDE, INSIDE, INSIDE)
     os.setresuid(INSIDE, INSIDE, INSIDE)
-    system.prctl(system.PR_SET_DUMPABLE, 1)  # its own /proc entries belong to it again
+    system.prctl(system.PR_SET_DUMPABLE, 1)  # so that the process owns its /proc entries again

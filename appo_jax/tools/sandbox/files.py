@@ -1,9 +1,9 @@
-"""A state's files: sealed when its call ends, copied for every state that is forked from it.
+"""A state's files. They are sealed when its call ends, and copied for every state that is forked from it.
 
-After a call the supervisor makes the state's /tmp read-only, so that no fork can change what another one starts from.
-`seal` prepares that: files held open for writing are reopened for reading. `take` gives a fork its own copy: names,
-contents, holes, hard links, modes and times, and the open files as they were, those without a name included.
-What cannot be copied is refused when the call ends (`Refused`), with the reason: the state before it goes on.
+After a call the supervisor makes the state's /tmp read-only, so that no fork can change the files from which another one
+starts. `seal` prepares that: it reopens files that are open for writing, for reading. `take` gives a fork its own copy: names,
+contents, holes, hard links, modes and times, and the open files as they were, including those without a name. If something
+cannot be copied, the call ends with `Refused` and the reason, and the rollout continues from the state before the call.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ import stat
 from typing import Any
 
 MAX_DEPTH = 250  # of folders in each other
-MAX_PATH = 3800  # bytes of a path that can still be named in one system call
+MAX_PATH = 3800  # bytes of a path; a system call takes at most 4096
 Identity = tuple[int, int]  # device and inode
 
 
 class Refused(Exception):
-    """A state that no later call could be forked from. The text is for the policy."""
+    """No later call can be forked from this state. The text is for the policy."""
 
 
 @dataclasses.dataclass
 class Held:
-    """An open file of a state: how it was open before `seal`."""
+    """An open file of a state, as it was open before `seal`."""
 
     fd: int
     flags: int
-    same: int  # the descriptor that this one is a duplicate of; itself for an original
+    same: int  # the descriptor of which this one is a duplicate; its own number for an original
     position: int
 
 
-held: list[Held] = []  # of this state, as `seal` found them
+held: list[Held] = []  # the open files of this state, as `seal` found them
 _watched: list[int] = []
 _poll = select.poll()
-kept = False  # whether this state has anything that a fork must copy
+kept = False  # whether this state has files that a fork must copy
 
 
 def seal(folder: int, descriptors: list[int]) -> None:
-    """Reopen for reading what `descriptors` are open for writing below `folder`. Raises Refused."""
+    """Reopen for reading those of `descriptors` that are open for writing below `folder`. Raises Refused."""
     global kept
     kept = True
     held.clear()
@@ -80,7 +80,7 @@ def seal(folder: int, descriptors: list[int]) -> None:
 
 
 def take(old: int, new: int) -> None:
-    """Copy everything below the folder `old` to the empty folder `new`, and point the open files there. Raises OSError."""
+    """Copy everything below the folder `old` to the empty folder `new`, and reopen the open files there. Raises OSError."""
     copied: dict[Identity, str] = {}
     _copy_folder(old, new, ".", copied)
     for file in held:
@@ -99,7 +99,7 @@ def take(old: int, new: int) -> None:
 
 
 def _check(path: str, info: os.stat_result, folder: int) -> None:
-    """See that a file or folder can be copied. Raises Refused."""
+    """Check that a file or folder can be copied. Raises Refused."""
     if path.count("/") > MAX_DEPTH or len(os.fsencode(path)) > MAX_PATH:
         raise Refused("folders are nested too deeply to be copied for later calls")
     needed = {stat.S_IFREG: os.R_OK, stat.S_IFDIR: os.R_OK | os.X_OK}.get(stat.S_IFMT(info.st_mode), 0)
@@ -108,27 +108,27 @@ def _check(path: str, info: os.stat_result, folder: int) -> None:
 
 
 def forget() -> None:
-    """There is nothing in the folder, and nothing is open."""
+    """Record that the folder is empty and no file is open."""
     global kept
     kept = False
     held.clear()
 
 
 def watch(first: int, last: int) -> None:
-    """Say which descriptors policy code may have: `first` to `last - 1`."""
+    """Set the descriptors that policy code may have: `first` to `last - 1`."""
     for fd in range(first, last):
         _watched.append(fd)
         _poll.register(fd, 0)
 
 
 def open_descriptors() -> list[int]:
-    """Which of them are open: one system call for all."""
+    """The watched descriptors that are open, found with one system call."""
     closed = [fd for fd, event in _poll.poll(0) if event & select.POLLNVAL]
     return [] if len(closed) == len(_watched) else sorted(set(_watched).difference(closed))
 
 
 def _duplicate_of(fd: int, flags: int) -> int:
-    """The earlier descriptor that shares this one's position; itself if there is none."""
+    """The earlier descriptor that shares its position with `fd`; `fd` itself if there is none."""
     info, position = os.fstat(fd), os.lseek(fd, 0, os.SEEK_CUR)
     for other in held:
         theirs = os.fstat(other.fd)
@@ -147,7 +147,7 @@ def _duplicate_of(fd: int, flags: int) -> int:
 
 
 def _nameless_copy(fd: int, folder: int, flags: int) -> int:
-    """A copy, without a name, of an open file that has none."""
+    """A nameless copy of an open file that has no name."""
     name = ".nameless"
     target = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
     try:
@@ -159,7 +159,7 @@ def _nameless_copy(fd: int, folder: int, flags: int) -> int:
 
 
 def _walk(folder: int, path: str = ".") -> Any:
-    """Paths below an open folder, with what `stat` says of them; a folder before what is in it."""
+    """The paths below an open folder with their `stat` results; a folder comes before its contents."""
     todo = [path]
     while todo:
         here = todo.pop()
@@ -177,7 +177,7 @@ def _walk(folder: int, path: str = ".") -> Any:
 
 
 def _names(folder: int) -> dict[Identity, str]:
-    """The paths of what can be copied, by inode. Raises Refused."""
+    """The paths of all files and folders, by inode. Raises Refused if one of them cannot be copied."""
     top = os.fstat(folder)
     names = {(top.st_dev, top.st_ino): "."}
     for path, info in _walk(folder):
@@ -204,7 +204,7 @@ def _copy_folder(old: int, new: int, top: str, copied: dict[Identity, str]) -> N
         elif stat.S_ISREG(info.st_mode):
             _copy_file(old, new, path, info)
             copied[identity] = path
-    for path, info in reversed(folders):  # times last: what is made in a folder changes them
+    for path, info in reversed(folders):  # set times last, because files made in a folder change its times
         os.chmod(path, stat.S_IMODE(info.st_mode), dir_fd=new)
         os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns), dir_fd=new)
 
@@ -222,7 +222,7 @@ def _copy_file(old: int, new: int, path: str, info: os.stat_result) -> None:
 
 
 def _copy_content(source: int, target: int) -> None:
-    """Copy data and leave holes as they are."""
+    """Copy the data of a file and keep its holes."""
     position, end = os.lseek(source, 0, os.SEEK_CUR), os.fstat(source).st_size
     os.ftruncate(target, end)
     start = 0

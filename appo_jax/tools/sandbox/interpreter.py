@@ -1,16 +1,15 @@
-"""The process that runs policy code, and the frozen snapshots it leaves behind.
+"""The processes that run policy code: one process for each interpreter state.
 
-Every interpreter state is one process. It waits, frozen, for requests; for each it forks, and the child runs the code
-(a cell), reports, and becomes the snapshot of the state after it. The parent is untouched, so that any state can be
-continued any number of times, and a cell that crashes or is killed takes nothing with it. State 0 has only the
-preloaded modules.
+A process waits, frozen, for requests. For each request it forks; the child runs the code (a cell), reports, and becomes the
+snapshot of the state after it. The parent does not change, so any state can be continued any number of times, and a cell that
+crashes or is killed affects no other state. State 0 has only the preloaded modules.
 
-Nothing here is trusted once policy code has run: the supervisor believes no more than that a cell has ended.
+After policy code has run in a process, the supervisor trusts nothing that the process says, except that its cell has ended.
 """
 
 from __future__ import annotations
 
-import _signal  # without the enumerations of `signal`, whose pages every fork would copy: a tenth of a call's time
+import _signal  # it has no enumerations, unlike `signal`; every fork would copy their pages, a tenth of a call's time
 import contextlib
 import gc
 import importlib
@@ -28,33 +27,33 @@ from . import cell, files, seccomp, system
 from .cell import DONE, FAILED, OUT_OF_MEMORY
 
 CHANNEL = 60  # the file descriptor of a snapshot's channel to the supervisor
-FOLDER = 61  # and, with process isolation, of its own folder
+FOLDER = 61  # with process isolation: the file descriptor of the state's folder
 FIRST_FILE = 3
-MAX_FILES = 64
-SPARE_FILES = 8  # of these must be free at the end of a call, for what is done between it and the next
-MAX_FILE_BYTES = 16 << 20  # of one file, and of what a cell writes to its output
+MAX_FILES = 64  # the limit of open file descriptors
+SPARE_FILES = 8  # descriptors that must be free at the end of a call, because the next fork needs some
+MAX_FILE_BYTES = 16 << 20  # of one file, and of a cell's output
 MAX_REQUEST = 150_000
 PRIVATE = "/tmp"  # where a state's own files are mounted in a sandbox
 
-NO_FORK, HELLO, REFUSED = b"n", b"h", b"r"  # further reports: besides those of `cell`
-UNMAPPED = b"unmapped"  # state 0 wants its user mapped
-READY = b"ready "  # and the number of the descriptor with the filter's listener
+NO_FORK, HELLO, REFUSED = b"n", b"h", b"r"  # reports in addition to those of `cell`
+UNMAPPED = b"unmapped"  # state 0 asks the supervisor to map its user
+READY = b"ready "  # state 0 is ready; the number of the descriptor with the filter's listener follows
 _CONTINUE = {_signal.SIGCONT}
-_mask: set[int] = set()  # the signals that the code has blocked, while a snapshot blocks SIGCONT too
+_mask: set[int] = set()  # the signals that the code has blocked; a snapshot blocks SIGCONT in addition
 __all__ = ["DONE", "FAILED", "HELLO", "NO_FORK", "OUT_OF_MEMORY", "REFUSED", "main"]
 
 
 def main(channel: socket.socket, options: dict[str, Any]) -> None:
-    """Become state 0: import, give up privileges, report readiness with the filter's listener, serve."""
+    """Become state 0: give up privileges, import modules, install the filter, report that it is ready, serve."""
     os.dup2(channel.fileno(), CHANNEL)
     channel.close()
-    os.closerange(3, CHANNEL)  # whatever else was inherited
+    os.closerange(3, CHANNEL)  # close all other inherited descriptors
     channel = socket.socket(fileno=CHANNEL)
     sandboxed = options["isolation"] == "bubblewrap"
-    maps = open("/proc/self/maps")  # noqa: SIM115 - read below, when /proc is hidden
+    maps = open("/proc/self/maps")  # noqa: SIM115 - opened before /proc is hidden, read below
     if sandboxed:
         _hide_proc(channel)
-        system.keep_only_sys_admin()  # for a mount namespace of its own at each fork, under the supervisor's eyes
+        system.keep_only_sys_admin()  # each fork needs it to make its mount namespace, with the supervisor's permission
     else:
         os.dup2(os.open(os.path.join(options["folder"], "0"), os.O_RDONLY), FOLDER)
     os.chdir(PRIVATE if sandboxed else os.path.join(options["folder"], "0"))
@@ -63,7 +62,7 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.collect()
-    gc.freeze()  # keeps the collector from touching, and so copying, the preloaded pages
+    gc.freeze()  # the collector must not write to the preloaded pages: a fork would then copy them
     with maps:
         size = system.collapse_memory(maps.read())
     limits = {
@@ -92,7 +91,7 @@ def main(channel: socket.socket, options: dict[str, Any]) -> None:
 
 
 def _hide_proc(channel: socket.socket) -> None:
-    """Cover /proc and make the devices read-only, then enter user and mount namespaces in which no mount can be taken away."""
+    """Cover /proc and make the devices read-only. Then enter user and mount namespaces in which no mount can be removed."""
     system.unshare(system.CLONE_NEWNS)
     hidden = system.MS_RDONLY | system.MS_NOSUID | system.MS_NODEV | system.MS_NOEXEC
     system.mount("none", "/proc", "tmpfs", hidden, "size=4k,mode=0555")
@@ -103,7 +102,7 @@ def _hide_proc(channel: socket.socket) -> None:
 
 
 def _prepare_modules(preload: list[str]) -> None:
-    # `random` would reseed itself in every fork; a state's draws must go on where they were.
+    # `random` would reseed itself in every fork, but a state's random numbers must continue those of its parent.
     register, os.register_at_fork = os.register_at_fork, lambda **_: None
     try:
         random = importlib.import_module("random")
@@ -121,7 +120,7 @@ def _prepare_modules(preload: list[str]) -> None:
 
 
 def serve(max_output: int) -> None:
-    """Wait as a snapshot; never return. A request is one message: a JSON line, then the code, with its descriptors."""
+    """Serve requests as a snapshot, for ever. A request is one message: a JSON line, the code, and file descriptors."""
     channel = socket.socket(fileno=CHANNEL)
     number = 0
     while True:
@@ -146,11 +145,11 @@ def serve(max_output: int) -> None:
 
 
 def _cell(message: bytes, fds: list[int], filename: str, max_output: int) -> None:
-    """Run one request in the process just forked for it, up to the report; then it is a snapshot."""
+    """Run one request in the process that was forked for it, and report. Then the process is a snapshot."""
     head, _, code = message.partition(b"\n")
     report_to, output, *mount = fds
     os.dup2(report_to, CHANNEL)
-    if not mount:  # process isolation: be known to the supervisor, and killable with all that it may start
+    if not mount:  # process isolation: tell the supervisor, and lead a group that it can kill with all descendants
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
         os.write(CHANNEL, HELLO)
@@ -158,7 +157,7 @@ def _cell(message: bytes, fds: list[int], filename: str, max_output: int) -> Non
         os.dup2(output, fd)
     for fd in fds:
         os.close(fd)
-    null = os.open("/dev/null", os.O_RDWR)  # its flags would be shared with every other state
+    null = os.open("/dev/null", os.O_RDWR)  # opened again, because states must not share its file flags
     os.dup2(null, 0)
     os.close(null)
     try:
@@ -169,7 +168,9 @@ def _cell(message: bytes, fds: list[int], filename: str, max_output: int) -> Non
         _settle_files(bool(mount))
     except files.Refused as reason:
         report = _refuse(str(reason))
-    except OSError as error:  # not of the code, which has its errors shown: its files cannot be copied or kept
+    except (
+        OSError
+    ) as error:  # the code's own errors are shown by `cell.run`; this one comes from copying or sealing files
         report = _refuse(f"its files cannot be copied ({error})")
     _close_output()
     os.write(CHANNEL, report)
@@ -182,7 +183,7 @@ def _refuse(reason: str) -> bytes:
 
 
 def _settle_files(mounted: bool) -> None:
-    """See that later calls can be forked from here, and make no file writable to them."""
+    """Check that later calls can be forked from this state, and seal its files. Raises Refused."""
     opened = files.open_descriptors()
     if len(opened) > CHANNEL - FIRST_FILE - SPARE_FILES:
         raise files.Refused(f"{len(opened)} files are open; close some before the call ends")
@@ -197,7 +198,7 @@ def _settle_files(mounted: bool) -> None:
 
 
 def _stop_timers() -> None:
-    """Leave nothing of a finished cell running. A handler of SIGCONT would run whenever the snapshot is woken for a fork."""
+    """Stop the timers and tracing of a finished cell, and block SIGCONT: its handler would run at every fork."""
     _mask.clear()
     _mask.update(_signal.pthread_sigmask(_signal.SIG_BLOCK, _CONTINUE))
     for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
@@ -214,10 +215,10 @@ def _close_output() -> None:
 
 
 def _take_files(folder: str, mounted: bool) -> None:
-    """Give this state its own copy of the files of the one it was forked from, open files included. Raises OSError."""
+    """Give this state its own copy of its parent's files, including open files. Raises OSError."""
     try:
         here = os.getcwd()
-    except FileNotFoundError:  # removed
+    except FileNotFoundError:  # the folder was removed
         here = ""
     if mounted and here == PRIVATE and not files.kept:
         system.unshare(system.CLONE_NEWNS)

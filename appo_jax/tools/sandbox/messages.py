@@ -1,4 +1,4 @@
-"""The supervisor's end of the line to the trainer: JSON messages with a 4-byte length, never waited for."""
+"""The supervisor's connection to the trainer: JSON messages with a 4-byte length. It never blocks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-MAX_MESSAGE = 4 << 20  # bytes; a call's code is far below it
+MAX_MESSAGE = 4 << 20  # bytes; a call's code is much shorter
 
 
 class TrainerGone(Exception):
-    """There is nobody left to serve."""
+    """The trainer has closed the connection or does not speak the protocol."""
 
 
 class Trainer:
-    """The other end, as a non-blocking socket and what waits to be sent to it or to be read from it."""
+    """The connection to the trainer: a non-blocking socket and buffers for messages in both directions."""
 
     def __init__(self, line: socket.socket):
         line.setblocking(False)
@@ -26,7 +26,7 @@ class Trainer:
 
     @property
     def waits(self) -> bool:
-        """Whether something is still to be sent."""
+        """Whether data is waiting to be sent."""
         return bool(self._outbox)
 
     def tell(self, message: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ class Trainer:
         self.flush()
 
     def flush(self) -> None:
-        """Send what can be sent without waiting. Raises TrainerGone."""
+        """Send as much as the socket takes without blocking. Raises TrainerGone."""
         try:
             while self._outbox:
                 del self._outbox[: self.line.send(self._outbox)]
@@ -46,7 +46,7 @@ class Trainer:
             raise TrainerGone("the trainer is gone") from None
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The messages that have come; none that is not a JSON object. Raises TrainerGone."""
+        """The messages that have arrived. Messages that are not JSON objects are skipped. Raises TrainerGone."""
         try:
             data = self.line.recv(1 << 16)
         except BlockingIOError:

@@ -1,8 +1,8 @@
-"""One interpreter as the supervisor knows it: from the request for it to the death of its process.
+"""An interpreter, as the supervisor records it from the request for it to the end of its process.
 
-    ASKED ──> FORKING ──> RUNNING ──> FROZEN ──> DEAD        and from each of the first three straight to DEAD
+    ASKED ──> FORKING ──> RUNNING ──> FROZEN ──> DEAD        and from each of the first three directly to DEAD
 
-Every change of phase goes through `Node.become`, which allows these and no others.
+Every change of phase goes through `Node.become`, which allows no other changes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import socket
 
 
 class Phase(enum.Enum):
-    """How far an interpreter has come."""
+    """The phase of an interpreter."""
 
-    ASKED = "asked"  # it waits in the queue of the state it is to be forked from
-    FORKING = "forking"  # that state has been told; the new process has not made itself known
+    ASKED = "asked"  # the request waits in the queue of the state from which it will be forked
+    FORKING = "forking"  # that state was asked to fork; the supervisor does not know the new process yet
     RUNNING = "running"  # its process runs the call's code
-    FROZEN = "frozen"  # the call has ended; the process is a snapshot that later calls are forked from
-    DEAD = "dead"  # answered for, and without a process
+    FROZEN = "frozen"  # the call has ended; the process is a snapshot, from which later calls are forked
+    DEAD = "dead"  # its call is answered, and it has no process
 
 
 NEXT = {
@@ -33,7 +33,7 @@ NEXT = {
 
 
 class NoSuchStep(Exception):
-    """A change of phase that an interpreter cannot make: a fault of the supervisor, reported and contained."""
+    """A change of phase that is not allowed: a bug of the supervisor, which is reported and affects only this state."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,7 +41,7 @@ class Node:
     """An interpreter. `id` 0 is state 0, which has only the preloaded modules."""
 
     id: int
-    parent: Node | None = None  # the state it is forked from; None from its end on
+    parent: Node | None = None  # the state from which it is forked; None after its call has ended
     code: bytes = b""
     timeout: float = 0.0
     phase: Phase = Phase.ASKED
@@ -51,17 +51,19 @@ class Node:
     output: int = -1  # the file that the call writes to
     files: int = -1  # the mount of its /tmp
     mounts: int = -1  # its mount namespace, while its call runs
-    namespace: int = 0  # that namespace's number
-    has_files: bool = False  # a snapshot whose /tmp is not empty
+    namespace: int = 0  # the inode number of that namespace
+    has_files: bool = False  # whether it is a snapshot whose /tmp is not empty
     deadline: float = 0.0
-    tries: int = 0  # times that this request was made before
-    allowed: set[int] = dataclasses.field(default_factory=set)  # supervised system calls it may make now, once each
-    killed: bool = False  # its end has been asked for and will be reported
-    verdict: str = "died"  # what the end of its process means while it runs
-    greeted: bool = False  # its process has said that it lives, and may have run the code (without namespaces)
-    child: Node | None = None  # being forked from it
-    unmet: bool = False  # it has forked a child that has not made itself known
-    queue: collections.deque[Node] = dataclasses.field(default_factory=collections.deque)  # to be forked from it
+    tries: int = 0  # how often this request was made before
+    allowed: set[int] = dataclasses.field(
+        default_factory=set
+    )  # supervised system calls that it may make now, once each
+    killed: bool = False  # it was killed; the end of its process will be reported
+    verdict: str = "died"  # the outcome of its call if its process ends while it runs
+    greeted: bool = False  # its process has reported that it lives, and may have run the code (without namespaces)
+    child: Node | None = None  # the node that is being forked from it
+    unmet: bool = False  # it has forked a process that the supervisor does not know yet
+    queue: collections.deque[Node] = dataclasses.field(default_factory=collections.deque)  # nodes to fork from it
 
     def become(self, phase: Phase) -> None:
         """Change the phase. Raises NoSuchStep."""
@@ -71,5 +73,5 @@ class Node:
 
     @property
     def alive(self) -> bool:
-        """Whether it has a process that the supervisor knows."""
+        """Whether the supervisor knows a process of it."""
         return self.phase in (Phase.RUNNING, Phase.FROZEN)

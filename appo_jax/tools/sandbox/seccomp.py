@@ -1,10 +1,9 @@
-"""The system-call filter of policy code: an allow-list, with three calls left to the supervisor.
+"""The system-call filter of policy code: an allow-list, and three calls on which the supervisor decides.
 
-Everything not listed fails with EPERM: sockets, exec, signals to others, ptrace, io_uring, new namespaces, mounts,
-threads, shared memory (which a fork would not copy), and whatever Linux adds next year. `fork` (as glibc makes it),
-`unshare(CLONE_NEWNS)` and `move_mount` stop the caller until the supervisor, which holds the filter's listener, has
-decided (seccomp_unotify(2)). It may let the first two go on, each once. A `move_mount` is never made: it is how a new
-state says that it wants its /tmp, and the supervisor mounts that itself.
+All other calls fail with EPERM: sockets, exec, signals to others, ptrace, io_uring, new namespaces, mounts, threads, shared
+memory (which a fork would not copy), and calls that Linux adds later. `fork` (as glibc makes it), `unshare(CLONE_NEWNS)` and
+`move_mount` stop the caller until the supervisor, which holds the filter's listener, has decided (seccomp_unotify(2)). It may
+allow the first two, each once. `move_mount` is never made: with it a new state asks for its /tmp, which the supervisor mounts.
 """
 
 from __future__ import annotations
@@ -71,12 +70,12 @@ SYSCALLS = _AARCH64 if platform.machine() == "aarch64" else _X86_64
 CLONE_NEWNS = 0x00020000
 _FORK_FLAGS = 0x01000000 | 0x00200000 | 0xFF  # CLONE_CHILD_SETTID, CLONE_CHILD_CLEARTID, exit signal
 _AF_UNIX = 1
-# Terminal size and queries, bytes waiting, close-on-exec, non-blocking: what Python's io and asyncio use.
+# Terminal size and queries, bytes waiting, close-on-exec, non-blocking: Python's io and asyncio use these.
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-# Duplicates, flags, a pipe's size. Not F_SETOWN, by which a pipe sends any signal to any state, nor F_ADD_SEALS.
+# Duplicates, flags, a pipe's size. Not F_SETOWN, with which a pipe can send any signal to any state, and not F_ADD_SEALS.
 _FCNTLS = (0, 1, 2, 3, 4, 1030, 1032, 1034)
-# Locks. A state is alone with its files: it has every lock that it asks for, without a call that other states, which see
-# the same system files and devices, could notice.
+# Locks. No other process uses a state's files, so it gets every lock without a system call. A real lock on a system file or
+# device would be visible to other states.
 _FCNTL_LOCKS = (5, 6, 7, 36, 37, 38)
 _MAP_SHARED = 1
 _PR_SET_DUMPABLE = 4
@@ -110,11 +109,12 @@ def program() -> bytes:
     rule("clone", argument(0), (_ANY_BIT, 0, 1, 0xFFFFFFFF & ~_FORK_FLAGS), refuse, (_RETURN, 0, 0, _NOTIFY))
     rule("unshare", argument(0), (_EQUAL, 1, 0, CLONE_NEWNS), refuse, (_RETURN, 0, 0, _NOTIFY))
     rule("move_mount", (_RETURN, 0, 0, _NOTIFY))
-    # The kernel cannot look into clone3's arguments; ENOSYS makes glibc use clone instead.
+    # A filter cannot read clone3's arguments. With ENOSYS, glibc uses clone instead.
     rule("clone3", (_RETURN, 0, 0, _errno(errno.ENOSYS)))
     rule("socketpair", argument(0), (_EQUAL, 1, 0, _AF_UNIX), refuse, (_RETURN, 0, 0, _ALLOW))
-    rule("prlimit64", argument(0), (_EQUAL, 1, 0, 0), refuse, (_RETURN, 0, 0, _ALLOW))  # of oneself only
-    # State 0 forbids to read its memory once the supervisor has taken the listener, which it could not do after.
+    rule("prlimit64", argument(0), (_EQUAL, 1, 0, 0), refuse, (_RETURN, 0, 0, _ALLOW))  # only for the caller itself
+    # PR_SET_DUMPABLE 0 is allowed: state 0 forbids others to read its memory, after the supervisor has taken the listener
+    # (it could not take it later).
     undumpable = ((_EQUAL, 1, 0, _PR_SET_DUMPABLE), refuse, argument(1), (_EQUAL, 1, 0, 0), refuse)
     rule("prctl", argument(0), *undumpable, (_RETURN, 0, 0, _ALLOW))
     rule("mmap", argument(3), (_ANY_BIT, 0, 1, _MAP_SHARED), refuse, (_RETURN, 0, 0, _ALLOW))
@@ -144,7 +144,7 @@ def program() -> bytes:
 
 
 def _one_of(values: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """Skip the step after these for each of the values."""
+    """Instructions that skip the instruction after them if the loaded word equals one of the values."""
     return [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
 
 
@@ -153,7 +153,7 @@ class _Program(ctypes.Structure):
 
 
 def install() -> int:
-    """Put this process and all it will fork under the filter. Returns the supervisor's listener. Raises OSError."""
+    """Install the filter for this process and its descendants. Returns the listener's descriptor. Raises OSError."""
     if not ARCHITECTURE:
         raise OSError(errno.ENOSYS, f"no system-call filter for the machine type {platform.machine()}")
     libc = ctypes.CDLL(None, use_errno=True)
@@ -169,7 +169,7 @@ def install() -> int:
 
 
 class Verdict(enum.Enum):
-    """What becomes of a supervised call."""
+    """The decision on a supervised call."""
 
     GO_ON = enum.auto()
     DONE = enum.auto()
@@ -178,7 +178,7 @@ class Verdict(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Notification:
-    """A process waits for leave to make a system call."""
+    """A process that waits for the decision on a system call."""
 
     id: int
     pid: int
@@ -190,7 +190,7 @@ _CONTINUE = 1
 
 
 def receive(listener: int) -> Notification | None:
-    """The next call to decide, or None when the caller is gone."""
+    """The next call to decide on; None if its caller has ended."""
     buffer = bytearray(80)
     try:
         fcntl.ioctl(listener, _RECEIVE, buffer)
@@ -203,12 +203,12 @@ def receive(listener: int) -> Notification | None:
 
 
 def decide(listener: int, notification: Notification, verdict: Verdict) -> None:
-    """Let the call go on, say that it is done without making it, or fail it with EAGAIN (fork's word for "no more")."""
+    """Let the call go on, report it as done without making it, or fail it with EAGAIN (fork's error for too many processes)."""
     answer = {Verdict.GO_ON: (0, 0, _CONTINUE), Verdict.DONE: (0, 0, 0), Verdict.REFUSED: (0, -errno.EAGAIN, 0)}[
         verdict
     ]
     try:
         fcntl.ioctl(listener, _SEND, struct.pack("=QqiI", notification.id, *answer))
     except OSError as error:
-        if error.errno != errno.ENOENT:  # the caller died meanwhile
+        if error.errno != errno.ENOENT:  # ENOENT: the caller has died in the meantime
             raise

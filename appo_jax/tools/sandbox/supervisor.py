@@ -1,17 +1,17 @@
-"""The trusted half of the sandbox: an event loop between the trainer and the interpreter processes.
+"""The trusted part of the sandbox: an event loop between the trainer and the interpreter processes.
 
-It runs no policy code. It alone decides which process may fork and when (through the system-call filter's listener),
-gives every call its output file, its private /tmp and its deadline, stops finished calls so that snapshots are truly
-frozen, and kills. In the sandbox it is process 1: when it ends, for whatever reason, the kernel ends everything else in
-there. It ends when its socket to the trainer closes, that is, when the trainer is gone.
+It runs no policy code. It decides which process may fork and when (through the system-call filter's listener), gives every
+call its output file, its private /tmp and its deadline, stops the processes of finished calls, and kills processes. In the
+sandbox it is process 1: when it ends, for any reason, the kernel ends all other processes in the sandbox. It ends when its
+socket to the trainer closes.
 
-An interpreter is a `Node` (node.py) and moves through its phases here alone. Three rules hold throughout:
-nothing waits for a peer; what goes wrong about one state is that state's loss (`_guard`); every request is answered once.
+An interpreter is a `Node` (node.py). Only this file changes its phase. Three rules hold everywhere: the loop waits for no peer;
+an error about one state affects only that state (`_guard`); every request is answered exactly once.
 
 Messages (messages.py). In: {"run": id, "from": id, "code", "timeout"} and {"free": id}. Out: {"ready": true} or
-{"error"}, then {"id", "outcome", "text"}. Outcomes: ok, error, limit, timeout, died, refused (the state could not be
-kept), files (it has too many), lost (the state called from cannot be used), stuck (it cannot be continued at the
-moment), full (the machine has no room).
+{"error"}, then {"id", "outcome", "text"}. Outcomes: ok, error, limit, timeout, died, refused (the state after the call cannot
+be kept), files (it has too many files), lost (the state before the call cannot be used), stuck (that state cannot fork at the
+moment), full (the machine cannot hold another state).
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from .messages import Trainer, TrainerGone
 from .node import Node, Phase
 
 MAX_FILES_BYTES, MAX_FILES_NUMBER = 16 << 20, 4096  # of a state
-TAIL = 4096  # bytes of the end of an overlong output that are kept: the traceback stands there
-MEMORY_SHARE = 0.5  # of the memory available at start, for all snapshots together
-WEIGH_EVERY = 0.1  # seconds between looks at the memory of running calls
-PATIENCE = 1.0  # seconds to wait in a queue, or for a fork's appearance, over a call's own; the trainer waits longer
-ROOT_PATIENCE = 10.0  # seconds for a fork of state 0, which runs no policy code, to appear on a stalled machine
+TAIL = 4096  # bytes that are kept of the end of an overlong output, where the traceback is
+MEMORY_SHARE = 0.5  # the share of the memory available at start that all snapshots together may use
+WEIGH_EVERY = 0.1  # seconds between checks of the memory of running calls
+PATIENCE = 1.0  # seconds that a request may wait in a queue or for its fork, in addition to its time limit
+ROOT_PATIENCE = 10.0  # seconds that a fork of state 0, which runs no policy code, may take on a stalled machine
 START_TIMEOUT = 60.0  # seconds for state 0 to import its modules
 MAX_TRIES = 3  # of a fork of state 0 whose process dies before it runs any code
 MAX_RESTARTS = 10  # of state 0 in a row, without a call in between
-MAX_REPORTS = 200  # lines about faults that are written for the trainer to find
+MAX_REPORTS = 200  # lines about errors that are written to stderr, which the trainer reads
 
 CLONE, UNSHARE, MOVE_MOUNT = (seccomp.SYSCALLS[name] for name in ("clone", "unshare", "move_mount"))
 
@@ -53,16 +53,16 @@ CLONE, UNSHARE, MOVE_MOUNT = (seccomp.SYSCALLS[name] for name in ("clone", "unsh
 def main(control: int, options: dict[str, Any]) -> None:
     """Set up the sandbox, start state 0, serve the trainer until its socket closes."""
     trainer = Trainer(socket.socket(fileno=control))
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps ended children
     if options["isolation"] == "bubblewrap":
         # The parent is bwrap's outer process, which in turn dies with the thread that started it (--die-with-parent).
         system.prctl(system.PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
-        system.prctl(system.PR_SET_CHILD_SUBREAPER, 1)  # whatever a state leaves behind becomes a child of this one
+        system.prctl(system.PR_SET_CHILD_SUBREAPER, 1)  # orphaned processes of a state become children of this process
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # should memory run out, this goes before the trainer
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every state needs two descriptors here
+        file.write("1000")  # if memory runs out, the kernel kills this process before the trainer
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # every state needs two descriptors here
     try:
         supervisor = Supervisor(trainer, options)
     except Exception as error:
@@ -76,18 +76,18 @@ def main(control: int, options: dict[str, Any]) -> None:
 
 
 class Supervisor:
-    """State 0 and all that was forked from it."""
+    """Supervises state 0 and all states forked from it."""
 
     def __init__(self, trainer: Trainer, options: dict[str, Any]):
         self.trainer = trainer
         self.options = options
         self.sandboxed = options["isolation"] == "bubblewrap"
-        self.nodes: dict[int, Node] = {}  # asked for and not freed
-        self.by_pid: dict[int, Node] = {}  # alive
-        self.waiting: set[Node] = set()  # these have deadlines
+        self.nodes: dict[int, Node] = {}  # by id: all that were requested and not freed
+        self.by_pid: dict[int, Node] = {}  # those that are alive
+        self.waiting: set[Node] = set()  # those that have a deadline
         self.budget = Budget(options["memory_total"] or int(MEMORY_SHARE * system.available_memory()))
-        self.devices: set[int] = set()  # of the file systems that all states see; a state's /tmp is another
-        self.ready = False  # state 0 has been there once
+        self.devices: set[int] = set()  # of the file systems that all states see, which excludes a state's /tmp
+        self.ready = False  # whether state 0 has been ready before
         self.filtered = False
         self.restarts = 0
         self.reports = 0
@@ -99,15 +99,15 @@ class Supervisor:
             self.mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY)  # its own mount namespace
             os.close(
                 system.new_tmpfs(MAX_FILES_BYTES, MAX_FILES_NUMBER)
-            )  # fails here, at start, where the kernel cannot do it
+            )  # so that a kernel that cannot do it fails at start
         else:
             os.mkdir(os.path.join(options["folder"], "0"), 0o700)
-        self.selector = selectors.DefaultSelector()  # what becomes readable: the node it belongs to, and its handler
+        self.selector = selectors.DefaultSelector()  # the data of a key: (its node or None, its handler)
         self.selector.register(trainer.line, selectors.EVENT_READ, (None, self._on_trainer))
         self._start_root([])
 
     def serve(self) -> None:
-        """Run until the trainer is gone (TrainerGone)."""
+        """Handle events until the trainer is gone. Raises TrainerGone."""
         while True:
             nearest = min((node.deadline for node in self.waiting), default=None)
             if any(node.phase is Phase.RUNNING and node.id for node in self.waiting):
@@ -124,7 +124,7 @@ class Supervisor:
                 self._guard(None, self._weigh_running)
 
     def end(self) -> None:
-        """Kill every interpreter, and whatever else is below this process."""
+        """Kill every interpreter and, with process isolation, all other descendants of this process."""
         for node in list(self.by_pid.values()):
             self._kill(node)
         if not self.sandboxed:
@@ -136,7 +136,7 @@ class Supervisor:
     # Faults
 
     def _guard(self, node: Node | None, handler: Callable[..., None]) -> None:
-        """Handle an event. What goes wrong about one state is that state's loss and nobody else's."""
+        """Handle an event. An error about a state is reported, and only that state is given up."""
         try:
             handler() if node is None else handler(node)
         except TrainerGone:
@@ -152,7 +152,7 @@ class Supervisor:
             print(text, file=sys.stderr, flush=True)
 
     def _give_up(self, node: Node) -> None:
-        """End a state that the supervisor cannot deal with; its call, if it has one, is answered."""
+        """End a state after an error. Its call, if it has one, is answered."""
         node.verdict = "lost"
         if node.alive:
             self._kill(node)  # answered when it is dead
@@ -162,7 +162,7 @@ class Supervisor:
     # State 0
 
     def _start_root(self, queue: list[Node]) -> None:
-        """Fork state 0. `queue` waits for it."""
+        """Fork state 0. `queue`: the requests that wait for it."""
         ours, theirs = _channel()
         pid = os.fork()
         if pid == 0:
@@ -187,7 +187,7 @@ class Supervisor:
         self.selector.register(ours, selectors.EVENT_READ, (root, self._on_root))
 
     def _on_root(self, root: Node) -> None:
-        """State 0 gets ready: its user is mapped, the filter's listener taken, requests are handed to it."""
+        """Handle a message of state 0 at its start: map its user; or take the filter's listener and begin to fork from it."""
         assert root.channel is not None
         message = root.channel.recv(4096)
         if message == interpreter.UNMAPPED:
@@ -214,7 +214,7 @@ class Supervisor:
         self.budget.start(system.private_memory(root.pid))
         if self.sandboxed:
             root.namespace = os.stat(f"/proc/{root.pid}/ns/mnt").st_ino
-            output = system.new_output()  # code may keep what it wrote to: it is emptied and closed to writing
+            output = system.new_output()  # states may also hold their output file open
             self.devices = system.mounted_devices(root.pid) | {os.fstat(output).st_dev}
             os.close(output)
         if not self.ready:
@@ -227,13 +227,13 @@ class Supervisor:
         raise TrainerGone(why)
 
     def _replace_root(self, root: Node) -> None:
-        """Make state 0 anew. What was forked from it lives on; what waited for it goes on waiting."""
+        """Start a new state 0. States forked from the old one live on; requests that waited for it keep waiting."""
         if not self.ready:
             self._refuse_service("the interpreter died at start")
         self.restarts += 1
         if self.restarts > MAX_RESTARTS:
             raise TrainerGone("state 0 does not stay alive")
-        self._report("state 0 has died and is made anew")
+        self._report("state 0 has died and is started again")
         queue = list(root.queue)
         if root.child is not None and root.child.phase is Phase.FORKING:
             queue.insert(0, self._ask_again(root.child))
@@ -244,7 +244,7 @@ class Supervisor:
             node.parent = self.nodes[0]
 
     def _ask_again(self, node: Node) -> Node:
-        """A request in the place of one whose process died before it ran any code."""
+        """A new node for a request whose process died before it ran any code."""
         again = Node(node.id, node.parent, node.code, node.timeout, tries=node.tries + 1)
         again.deadline = time.monotonic() + node.timeout + PATIENCE
         self._let_go(node)
@@ -260,7 +260,7 @@ class Supervisor:
         self.waiting.add(again)
         return again
 
-    # The trainer asks
+    # Requests of the trainer
 
     def _on_trainer(self) -> None:
         self.trainer.flush()
@@ -285,7 +285,7 @@ class Supervisor:
             identity, start, timeout = int(message["run"]), int(message["from"]), min(float(message["timeout"]), 1e6)
             code = str(message["code"]).encode("utf-8", "replace")
         except (KeyError, TypeError, ValueError):
-            self._report("a request that cannot be read")
+            self._report("a request is malformed")
             return
         if identity <= 0 or identity in self.nodes:
             self._report(f"a request for state {identity}, which exists")
@@ -333,7 +333,7 @@ class Supervisor:
                 self._fork(parent, node)
 
     def _fork(self, parent: Node, node: Node) -> None:
-        """Ask a state to fork. Until the child is known, or known not to come, the parent is asked nothing else."""
+        """Ask a state to fork. It gets no other request until the child is known or has failed."""
         assert parent.channel is not None
         node.become(Phase.FORKING)
         node.deadline = time.monotonic() + node.timeout
@@ -342,15 +342,15 @@ class Supervisor:
                 fds = self._equip(node, given)
                 head = json.dumps({"folder": self._folder(node), "descriptors": len(fds)}).encode()
                 socket.send_fds(parent.channel, [head + b"\n" + node.code], fds)
-            except (BlockingIOError, ConnectionError):  # it does not read, or is dying
+            except (BlockingIOError, ConnectionError):  # the parent does not read, or is dying
                 if parent.id == 0 and node.tries < MAX_TRIES:
                     parent.queue.appendleft(self._ask_again(node))
                 else:
                     self._end(node, "lost")
                 self._kill(parent)
                 return
-            except OSError as error:  # out of descriptors, memory or disk
-                self._report(f"no room for another state: {error}")
+            except OSError as error:  # descriptors, memory or disk space are exhausted
+                self._report(f"another state cannot be made: {error}")
                 self._end(node, "full")
                 return
         assert node.channel is not None
@@ -360,7 +360,7 @@ class Supervisor:
         self._thaw(parent)
 
     def _equip(self, node: Node, given: contextlib.ExitStack) -> list[int]:
-        """What a call gets: its end of a channel, its output, its /tmp. Raises OSError."""
+        """Make the descriptors that a call gets: its end of a channel, its output, its /tmp. Raises OSError."""
         node.channel, theirs = _channel()
         node.channel.setblocking(False)
         given.enter_context(theirs)
@@ -374,8 +374,8 @@ class Supervisor:
         return [theirs.fileno(), node.output, node.files]
 
     def _adopt(self, pid: int) -> Node | None:
-        """The node of a process; a new one is known by its parent, which the kernel names. A process that nobody has
-        asked for, or whose call has ended meanwhile, is killed."""
+        """The node of a process. For a new process, it is the node that its parent (known from the kernel) was asked to fork.
+        A process without a request, or whose call has already ended, is killed."""
         if pid in self.by_pid:
             return self.by_pid[pid]
         parent = self.by_pid.get(system.parent_of(pid))
@@ -403,7 +403,7 @@ class Supervisor:
         self.selector.register(node.pidfd, selectors.EVENT_READ, (node, self._on_death))
 
     def _release(self, parent: Node) -> None:
-        """A state has done its part in a fork: it is frozen again, and asked for the next child."""
+        """After a fork: freeze the parent again, and ask it for the next child."""
         assert parent.channel is not None
         parent.child = None
         parent.unmet = False
@@ -411,7 +411,7 @@ class Supervisor:
         self._freeze(parent)
         if parent.id == 0:
             self.restarts = 0
-        elif system.unread(parent.channel):  # it forks without reading: requests and their descriptors would pile up
+        elif system.unread(parent.channel):  # it forks without reading, so requests and their descriptors would pile up
             self._kill(parent)
         self.waiting.discard(parent)
         self._fork_next(parent)
@@ -439,7 +439,7 @@ class Supervisor:
         seccomp.decide(listener, asked, verdict)
 
     def _give_files(self, node: Node) -> bool:
-        """Mount a new state's own /tmp in place of its parent's. Only in a mount namespace that is its own."""
+        """Mount a new state's /tmp in place of its parent's. Returns False if it has no mount namespace of its own."""
         parent = node.parent
         if parent is None or not parent.alive:
             return False
@@ -449,7 +449,7 @@ class Supervisor:
             if node.namespace == parent.namespace:
                 return False
             with system.inside_mounts(node.mounts, self.mounts):
-                if parent.has_files:  # else it lies empty below; to unmount takes the kernel a while
+                if parent.has_files:  # an empty one may stay below the new mount; unmounting takes time
                     system.detach_mount(interpreter.PRIVATE)
                 system.attach_mount(node.files, interpreter.PRIVATE)
         except OSError:
@@ -459,18 +459,18 @@ class Supervisor:
     # Reports
 
     def _on_report(self, node: Node) -> None:
-        """The call says that it is done; before it runs, its channel tells of a fork that failed."""
+        """Handle a report: the end of a call or, before it runs, the failure of its fork."""
         assert node.channel is not None
-        # Descriptors that a forged report may bring find no room: that of the credentials is taken.
-        room = 0 if self.sandboxed else socket.CMSG_SPACE(12)
+        # The space for ancillary data holds only the credentials, so descriptors in a forged report are not received.
+        control_size = 0 if self.sandboxed else socket.CMSG_SPACE(12)
         try:
-            message, control, _, _ = node.channel.recvmsg(16, room)
+            message, control, _, _ = node.channel.recvmsg(16, control_size)
         except BlockingIOError:
             return
         except OSError:
             message, control = b"", []
         if message == interpreter.HELLO and not self.sandboxed and node.phase is Phase.FORKING:
-            # Without namespaces nobody here may forge the sender that the kernel attaches.
+            # Without namespaces, no process here can forge the sender's credentials, which the kernel attaches.
             pid = next((struct.unpack("3i", data)[0] for _, kind, data in control if kind == socket.SCM_CREDENTIALS), 0)
             node.greeted = True
             self._adopt(pid)
@@ -480,16 +480,16 @@ class Supervisor:
             self._not_forked(node, message)
         elif node.phase is Phase.RUNNING and message:
             self._finish(node, message)
-        # otherwise it is dying, or will run into its deadline
+        # in other cases it is dying, or will reach its deadline
 
     def _not_forked(self, node: Node, message: bytes) -> None:
         parent = node.parent
         assert parent is not None
         if message == interpreter.NO_FORK:
             self._end(node, "stuck" if parent.id else "full")
-        elif node.greeted:  # it lived, and died before its process could be looked at
+        elif node.greeted:  # its process reported, but died before the supervisor could open it
             self._end(node, "died")
-        elif parent.id == 0 and node.tries < MAX_TRIES and node.id in self.nodes:  # its newborn died, or it did
+        elif parent.id == 0 and node.tries < MAX_TRIES and node.id in self.nodes:  # the new process or state 0 died
             parent.queue.appendleft(self._ask_again(node))
         else:
             self._end(node, "lost" if parent.id else "died")
@@ -499,7 +499,7 @@ class Supervisor:
             self._release(parent)
 
     def _finish(self, node: Node, report: bytes) -> None:
-        """Freeze a call that has ended. Only what can be kept becomes a snapshot."""
+        """Freeze the process of a call that has ended. If its state can be kept, it becomes a snapshot; else it is killed."""
         self._freeze(node)
         self.waiting.discard(node)
         node.verdict = self._unfit(node, report)
@@ -512,7 +512,7 @@ class Supervisor:
         self._answer(node, outcomes.get(report, "error"))
 
     def _unfit(self, node: Node, report: bytes) -> str:
-        """Why a state cannot be kept; empty if it can."""
+        """The outcome that says why a state cannot be kept; "" if it can."""
         if report == interpreter.REFUSED:
             return "refused"
         parent = node.parent
@@ -529,8 +529,9 @@ class Supervisor:
         return "" if self.budget.add(node.id, parent.id, system.private_memory(node.pid), files) else "limit"
 
     def _seal(self, node: Node, parent: Node) -> bool:
-        """Make a state's /tmp read-only to all that will be forked from it, and see that it holds no file of its parent.
-        Fails where a file is still open for writing: the interpreter reopens those, code that patches it does not."""
+        """Make a state's /tmp read-only, and check that the state has no file of its parent open. Returns False otherwise.
+
+        It fails if a file is still open for writing: the interpreter reopens such files, but code may have patched it."""
         try:
             with system.inside_mounts(node.mounts, self.mounts):
                 system.make_read_only(interpreter.PRIVATE)
@@ -538,24 +539,24 @@ class Supervisor:
             node.mounts = -1
             if not parent.has_files:
                 return True
-            own = os.fstat(node.files).st_dev
+            device = os.fstat(node.files).st_dev
             links = [f"/proc/{node.pid}/cwd", *(f"/proc/{node.pid}/fd/{fd}" for fd in system.descriptors(node.pid))]
             for link in links:
                 info = os.stat(link)
                 file = stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)
-                if file and info.st_dev != own and info.st_dev not in self.devices:
+                if file and info.st_dev != device and info.st_dev not in self.devices:
                     return False
         except OSError:
             return False
         return True
 
     def _too_many_files(self, node: Node) -> bool:
-        """With process isolation, where no file system of its own limits a state."""
+        """Whether a state has too many files. For process isolation, where no separate file system limits a state."""
         size, number = system.folder_usage(self._folder(node))
         return size > MAX_FILES_BYTES or number > MAX_FILES_NUMBER
 
     def _weigh_running(self) -> None:
-        """End the largest running call when all together, with the snapshots, take more than there is."""
+        """Kill the largest running call if all running calls and snapshots together exceed the memory limit."""
         for node in [node for node in self.waiting if node.phase is Phase.RUNNING and node.id and not self.sandboxed]:
             if self._too_many_files(node):
                 node.verdict = "files"
@@ -576,7 +577,9 @@ class Supervisor:
         if node.phase is Phase.RUNNING:
             node.verdict = "timeout"
             self._kill(node)
-        elif node.phase is Phase.FORKING:  # its parent does not fork: a stalled machine, or its code's doing
+        elif (
+            node.phase is Phase.FORKING
+        ):  # its parent has not forked: the machine is stalled, or policy code prevents it
             parent = node.parent
             self._end(node, "timeout")
             if parent is not None and parent.child is node:
@@ -588,7 +591,7 @@ class Supervisor:
             self._kill(node)
 
     def _end(self, node: Node, outcome: str) -> None:
-        """End and answer a request that has no process."""
+        """Answer a request that has no process, and end it."""
         self._let_go(node)
         node.become(Phase.DEAD)
         self._answer(node, outcome)
@@ -623,10 +626,10 @@ class Supervisor:
             self._sweep(node)
 
     def _sweep(self, gone: Node) -> None:
-        """Kill the child of a state whose code saw to it that it never made itself known."""
+        """Kill the children of a state that the supervisor does not know, because policy code hid them."""
         for pid in system.descendants(os.getpid()) - self.by_pid.keys():
             parent = self.by_pid.get(system.parent_of(pid))
-            if parent is None or parent is gone or parent.child is None:  # nobody's newborn
+            if parent is None or parent is gone or parent.child is None:  # no state was asked for this process
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -653,4 +656,4 @@ class Supervisor:
 
 
 def _channel() -> tuple[socket.socket, socket.socket]:
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages whole
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # each send is received as one message

@@ -1,4 +1,4 @@
-"""What Python's os module lacks: a few system calls, and what /proc tells of processes and memory."""
+"""System calls that Python's os module lacks, and facts about processes and memory from /proc."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 0x4000, 1 << 18
 MS_REMOUNT, MS_BIND = 32, 4096
-DEVICES = ("null", "zero", "random", "urandom")  # what policy code sees of /dev
+DEVICES = ("null", "zero", "random", "urandom")  # the devices in /dev that policy code sees
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
 _FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT, _PIDFD_GETFD = 430, 431, 432, 429, 438  # the same on x86_64 and aarch64
 _CAP_SYS_ADMIN = 21
@@ -43,7 +43,7 @@ def prctl(option: int, value: int) -> None:
 
 
 def own_user_namespace() -> None:
-    """Enter namespaces in which this process may mount; all that was mounted before is locked as it is."""
+    """Enter new user and mount namespaces, in which this process may mount. Earlier mounts can no longer be changed."""
     uid, gid = os.getuid(), os.getgid()
     unshare(CLONE_NEWUSER | CLONE_NEWNS)
     map_user("self", uid, gid)
@@ -51,14 +51,14 @@ def own_user_namespace() -> None:
 
 
 def map_user(pid: int | str, uid: int, gid: int) -> None:
-    """Let a process that has entered a new user namespace be the user there that it was before."""
+    """Give a process that has entered a new user namespace the same user there as before."""
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         with open(f"/proc/{pid}/{name}", "w") as file:
             file.write(text)
 
 
 def new_tmpfs(size: int, files: int) -> int:
-    """A file descriptor of a fresh, unattached tmpfs of at most `size` bytes and so many files (fsmount(2))."""
+    """The file descriptor of a new tmpfs that is not mounted yet, of at most `size` bytes and `files` files (fsmount(2))."""
     context = _check(_libc.syscall(_FSOPEN, b"tmpfs", 1), "fsopen")
     try:
         for key, value in ((b"size", b"%d" % size), (b"nr_inodes", b"%d" % files), (b"mode", b"0700")):
@@ -70,24 +70,24 @@ def new_tmpfs(size: int, files: int) -> int:
 
 
 def attach_mount(fd: int, target: str) -> None:
-    """Mount what `new_tmpfs` made at `target` (move_mount(2))."""
+    """Mount a tmpfs of `new_tmpfs` at `target` (move_mount(2))."""
     _check(_libc.syscall(_MOVE_MOUNT, fd, b"", -100, target.encode(), 4), f"move_mount {target}")
 
 
 def ask_for_mount() -> None:
-    """Wait until the supervisor has mounted this process's /tmp: the filter hands it this call, which it never lets
-    through."""
+    """Wait until the supervisor has mounted this process's /tmp. The filter passes this call to the supervisor, which never
+    lets it through."""
     _check(_libc.syscall(_MOVE_MOUNT, -1, b"", -1, b"", 0), "move_mount")
 
 
 def detach_mount(target: str) -> None:
-    """Unmount what is mounted at `target`; open files in it stay usable."""
+    """Unmount the file system at `target`. Its open files stay usable."""
     _check(_libc.umount2(target.encode(), 2), f"umount {target}")  # MNT_DETACH
 
 
 @contextlib.contextmanager
 def inside_mounts(fd: int, home: int) -> Iterator[None]:
-    """Go into the mount namespace `fd`, and back into `home` at the end. For processes of a single thread."""
+    """Enter the mount namespace `fd`, and return to `home` at the end. For processes with a single thread."""
     _check(_libc.setns(fd, CLONE_NEWNS), "setns")
     try:
         yield
@@ -101,7 +101,7 @@ def make_read_only(target: str) -> None:
 
 
 def mounted_devices(pid: int) -> set[int]:
-    """Device numbers of the file systems that a process sees."""
+    """The device numbers of the file systems that a process sees."""
     found = set()
     with open(f"/proc/{pid}/mountinfo") as file:
         for line in file:
@@ -111,42 +111,43 @@ def mounted_devices(pid: int) -> set[int]:
 
 
 def descriptors(pid: int) -> list[int]:
-    """Open descriptors of a process but its standard ones."""
+    """The open descriptors of a process except 0, 1 and 2."""
     return [int(name) for name in os.listdir(f"/proc/{pid}/fd") if int(name) > 2]
 
 
 def lock_devices() -> None:
-    """Make the device files read-only mounts: what they do stays, but their modes and times, the host's, cannot be
-    changed. (bubblewrap's own --remount-ro would make them no devices.)"""
+    """Make the mounts of the device files read-only. The devices still work, but their modes and times, which are the host's,
+    cannot be changed. (With bubblewrap's --remount-ro they would no longer work as devices.)"""
     for device in DEVICES:
         mount("", f"/dev/{device}", "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NOEXEC)
 
 
 def take_descriptor(pidfd: int, fd: int) -> int:
-    """A copy of another process's descriptor (pidfd_getfd(2)). Unlike a message with descriptors it needs no room for
-    descriptors in flight, which all processes of a user share."""
+    """A copy of another process's descriptor (pidfd_getfd(2)). Sending descriptors in a message would count against the limit
+    of descriptors in flight, which all processes of a user share."""
     return _check(_libc.syscall(_PIDFD_GETFD, pidfd, fd, 0), "pidfd_getfd")
 
 
 def unread(channel: socket.socket) -> int:
-    """Bytes sent over a UNIX socket that the other end has not received (SIOCOUTQ)."""
+    """The number of bytes sent over a UNIX socket that the other end has not received yet (SIOCOUTQ)."""
     waiting = array.array("i", [0])
     fcntl.ioctl(channel, termios.TIOCOUTQ, waiting)
     return waiting[0]
 
 
 def new_output() -> int:
-    """A file in memory for what a cell writes."""
+    """The descriptor of a file in memory for a cell's output."""
     return os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
-def take_output(fd: int, most: int, tail: int) -> bytes:
-    """Read and close an output: all of it if it has at most `most + tail` bytes, else so many and the last `tail`. Code
-    may hold it open: it is emptied, and can no longer be written to."""
+def take_output(fd: int, max_head: int, tail: int) -> bytes:
+    """Read and close an output. A long output is cut to its first `max_head + tail` and its last `tail` bytes.
+
+    Code may still hold it open, so it is emptied and sealed against writing."""
     size = os.fstat(fd).st_size
-    data = os.pread(fd, most + tail, 0)
-    if size > most + tail:
-        data += os.pread(fd, tail, max(size - tail, most + tail))
+    data = os.pread(fd, max_head + tail, 0)
+    if size > max_head + tail:
+        data += os.pread(fd, tail, max(size - tail, max_head + tail))
     os.ftruncate(fd, 0)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
     os.close(fd)
@@ -154,7 +155,7 @@ def take_output(fd: int, most: int, tail: int) -> bytes:
 
 
 def keep_only_sys_admin() -> None:
-    """Give up every capability but CAP_SYS_ADMIN of the own user namespace."""
+    """Give up every capability except CAP_SYS_ADMIN in this process's user namespace."""
     number = {"x86_64": 126, "aarch64": 91}[os.uname().machine]
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     bit = 1 << _CAP_SYS_ADMIN
@@ -163,8 +164,8 @@ def keep_only_sys_admin() -> None:
 
 
 def collapse_memory(maps: str) -> int:
-    """Put the private memory that `maps` (/proc/self/maps) names into huge pages where the kernel can (Linux 6.1): a fork
-    then copies few page-table entries, which saves a quarter of a call's time. Returns the address space's size."""
+    """Move the private memory listed in `maps` (/proc/self/maps) into huge pages if the kernel can (Linux 6.1). A fork then
+    copies fewer page-table entries, which saves a quarter of a call's time. Returns the size of the address space."""
     huge, collapse, size = 2 << 20, 25, 0
     for line in maps.splitlines():
         span, permissions, *rest = line.split()
@@ -178,8 +179,8 @@ def collapse_memory(maps: str) -> int:
 
 
 def _of_process(pid: int, name: str) -> bytes:
-    """A short file of /proc/PID, in one read: every call needs two of them, and a text file object costs ten times as
-    much. Raises OSError."""
+    """A short file of /proc/PID, with a single read. Every call reads two of them, and a text file object would take ten times
+    as long. Raises OSError."""
     fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
     try:
         return os.read(fd, 4096)
@@ -188,7 +189,7 @@ def _of_process(pid: int, name: str) -> bytes:
 
 
 def parent_of(pid: int) -> int:
-    """The process that forked `pid`; -1 when it is gone."""
+    """The parent process of `pid`; -1 if `pid` does not exist."""
     try:
         return int(_of_process(pid, "stat").rpartition(b")")[2].split()[1])
     except (OSError, IndexError, ValueError):
@@ -196,7 +197,7 @@ def parent_of(pid: int) -> int:
 
 
 def descendants(pid: int) -> set[int]:
-    """The processes below `pid`, zombies included."""
+    """All descendants of the process `pid`, including zombies."""
     parents = {int(name): parent_of(int(name)) for name in os.listdir("/proc") if name.isdigit()}
     found = {pid}
     while more := {child for child, parent in parents.items() if parent in found} - found:
@@ -205,7 +206,8 @@ def descendants(pid: int) -> set[int]:
 
 
 def private_memory(pid: int) -> int:
-    """Bytes of memory that is not a file's, pages shared with its ancestors included; 0 when it is gone."""
+    """Bytes of a process's memory that is not backed by files, including pages shared with its ancestors; 0 if it does not
+    exist."""
     try:
         _, resident, shared, *_ = map(int, _of_process(pid, "statm").split())
     except OSError:
@@ -214,7 +216,8 @@ def private_memory(pid: int) -> int:
 
 
 def folder_usage(path: str) -> tuple[int, int]:
-    """Bytes on disk and number of what is below a folder; a file with several names counts once."""
+    """The bytes on disk and the number of files and folders below a folder. The bytes of a file with several names count
+    once."""
     sizes, number = {}, 0
     for folder, below, files in os.walk(path):
         number += len(below) + len(files)
@@ -226,7 +229,7 @@ def folder_usage(path: str) -> tuple[int, int]:
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping."""
+    """Bytes of memory that are available without swapping."""
     with open("/proc/meminfo") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
