@@ -1,7 +1,7 @@
-"""Theorem 1, measured: how much A_base scatters when the branches are drawn again, by the rule that shares out the budget.
+"""Measures Theorem 1: the variance of A_base over repeated draws of the branches, for each rule of allocating the budget.
 
-The initial rollouts and the scores of their positions stay as they are. The branches of a prompt are drawn many times, and
-each draw gives every initial rollout an A_base (eq. 6). The variance over the draws is the noise that the branches add.
+The initial rollouts and the scores of their positions are fixed. The branches of a prompt are drawn many times, and each draw
+gives every initial rollout an A_base (eq. 6). The variance over the draws is the noise that the branches add.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 @dataclasses.dataclass(frozen=True)
 class Scatter:
-    """What both allocations give at the same prompts."""
+    """The results of both allocations on the same prompts."""
 
     variance: Mapping[str, Interval]
-    """By allocation: variance of A_base over the draws, mean over initial rollouts; intervals over prompts."""
+    """By allocation: the variance of A_base over the draws, averaged over initial rollouts; intervals over prompts."""
     difference: Interval
-    """Of proportional less per_rollout, paired by rollout."""
+    """proportional minus per_rollout, paired by rollout."""
 
 
 def advantage_scatter(
     sampler: Sampler, params: Params, rollouts: Sequence[Rollout], ranked: Sequence[Ranked], config: BranchingConfig,
     num_initial: int, budget: int, draws: int, give_rewards: Callable[[Sequence[Rollout]], None], draw_id: Sequence[int],
 ) -> Scatter:  # fmt: skip
-    """The scatter of A_base at the Branching Score (`ranked[i].scores["product"]`).
+    """The variance of A_base when branches are placed by the Branching Score (`ranked[i].scores["product"]`).
 
-    rollouts: `num_initial` finished ones of each prompt in turn, with rewards. budget: M. draws: how often the branches of
-    a prompt are drawn under each allocation; at least 2.
+    rollouts: finished initial rollouts with rewards, `num_initial` of each prompt in turn. budget: M. draws: how often the
+    branches of a prompt are drawn under each allocation; at least 2.
     """
     scored = sampler.score(params, rollouts, to_branch=True)
     variances: dict[str, list[np.ndarray]] = {}
@@ -70,7 +70,7 @@ def advantage_scatter(
 
 
 def _variances(initial: Sequence[Rollout], drawn: Sequence[Sequence[Rollout]], draws: int) -> np.ndarray:
-    """`[N]`: variance over the draws of the A_base of one prompt's initial rollouts."""
+    """`[N]`: for one prompt's initial rollouts, the variance of A_base over the draws."""
     first = np.array([r.reward for r in initial])
     branches = sorted((r for some in drawn for r in some), key=lambda r: r.node)
     rewards = np.array([r.reward for r in branches]).reshape(draws, -1)

@@ -1,10 +1,10 @@
-"""How much a position of a rollout changes the expected reward: Monte Carlo over continuations from before and after
-it.
+"""Measures how much a position of a rollout changes the expected reward, by Monte Carlo over continuations from before and
+after it.
 
-V(t) is the expected reward of a continuation of the first t tokens. Position t's influence is (V(t+1) − V(t))²: the
-squared change by the token that was drawn there. Both values are means of K continuations under the current policy. The
-squared difference of the means is too large by the variance of the means, which is estimated from the same draws and
-subtracted. So the estimate is unbiased and may be negative.
+V(t) is the expected reward of a continuation of the first t tokens. The influence of position t is (V(t+1) − V(t))², the
+squared change caused by the token that was drawn there. Both values are means of K continuations under the current policy. The
+squared difference of the means is too large by the variance of the means; this variance is estimated from the same draws and
+subtracted. So the estimate is unbiased, and it may be negative.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from appo_jax.types import Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One position of one rollout."""
+    """The measured influence of one position of one rollout."""
 
     rollout: int
     position: int
     before: float  # V(t): mean reward of the continuations that draw the token again
-    after: float  # V(t+1): of those that keep it
+    after: float  # V(t+1): mean reward of the continuations that keep the token
     influence: float  # unbiased estimate of (V(t+1) − V(t))²
 
 
@@ -34,10 +34,10 @@ def measure(
     sampler: Sampler, params: Params, rollouts: Sequence[Rollout], positions: Mapping[int, Sequence[int]],
     continuations: int, give_rewards: Callable[[Sequence[Rollout]], None], draw_id: Sequence[int],
 ) -> list[Measured]:  # fmt: skip
-    """The influence of `positions` (by index of a rollout in `rollouts`), with K = `continuations` draws at each cut.
+    """The influence of `positions` (keys: indices into `rollouts`), with K = `continuations` draws at each cut.
 
-    `rollouts` have their rewards. Cuts that several positions share are drawn once. At the end of a rollout its own reward is
-    the value.
+    `rollouts` have their rewards. A cut that several positions share is drawn once. The value at the end of a rollout is the
+    rollout's own reward.
     """
     cuts = [
         sorted({cut for t in positions.get(i, ()) for cut in (t, after(r, t))} - {r.length})

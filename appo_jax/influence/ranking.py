@@ -1,5 +1,5 @@
-"""How well scores find influential positions: rank correlation with influence, precision against known decisions, and
-the words at the top."""
+"""Statistics on how well scores find influential positions: rank correlation with influence, precision against known
+decisions, and the words of the first positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESAMPLES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95 % interval; rollouts are resampled."""
+    """An estimate and its 95 % interval, from resampled rollouts."""
 
     value: float
     low: float
@@ -27,13 +27,13 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """One rollout as the scores see it. Arrays are `[T]`."""
+    """The scores of a rollout's positions, and facts about the positions. Arrays are `[T]`."""
 
     scores: Mapping[str, np.ndarray]
     preferred: Mapping[str, np.ndarray]  # by score: the preferred positions, which rank before all others
-    valid: np.ndarray  # a branch may begin here
+    valid: np.ndarray  # positions where a branch may begin
     sampled: np.ndarray
-    decisions: np.ndarray | None  # decisions, if the data source knows them
+    decisions: np.ndarray | None  # positions that are decisions, if the data source knows them
     after_tool: np.ndarray  # first tokens after a tool result
     words: Sequence[str]  # the text of each token
 
@@ -42,19 +42,19 @@ class Ranked:
 
 
 def precision(rollouts: Sequence[Ranked], name: str, count: int) -> Interval:
-    """Share of the first `count` positions by a score that are decisions, mean over rollouts."""
+    """The share of decisions among the first `count` positions by a score, averaged over rollouts."""
     hits = [np.mean(r.decisions[r.top(name, count)]) for r in rollouts if r.decisions is not None and r.valid.any()]
     return over_rollouts([[hit] for hit in hits], lambda rows: float(np.mean(rows)))
 
 
 def chance(rollouts: Sequence[Ranked]) -> Interval:
-    """Precision of a random choice: the share of valid positions that are decisions."""
+    """The precision of a random choice: the share of decisions among valid positions."""
     shares = [r.decisions[r.valid].mean() for r in rollouts if r.decisions is not None and r.valid.any()]
     return over_rollouts([[share] for share in shares], lambda rows: float(np.mean(rows)))
 
 
 def correlation(pairs: Sequence[Sequence[tuple[float, float]]]) -> Interval:
-    """Spearman's rank correlation of (score, influence) over all measured positions; `pairs` by rollout."""
+    """Spearman's rank correlation of (score, influence) over all measured positions. `pairs`: for each rollout."""
 
     def spearman(rows: Sequence[tuple[float, float]]) -> float:
         x, y = np.array(rows, float).T
@@ -80,7 +80,7 @@ def over_rollouts(rows: Sequence[Sequence[Any]], figure: Callable[[Sequence[Any]
 
 
 def share_after_tools(rollouts: Sequence[Ranked], name: str, count: int) -> float:
-    """Share of the first `count` positions by a score that begin a turn after a tool result."""
+    """The share of positions that begin a turn after a tool result, among each rollout's first `count` by a score."""
     return float(np.mean([r.after_tool[t] for r in rollouts for t in r.top(name, count)]))
 
 

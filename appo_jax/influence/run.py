@@ -1,8 +1,7 @@
-"""`appo-jax influence RUN`: does the Branching Score find the positions that matter? The paper's pilot study, on any run.
+"""`appo-jax influence RUN`: measures whether the Branching Score finds influential positions (the paper's pilot study).
 
-Rollouts are drawn by the run's newest policy, π_old. One training step on other prompts gives π_θ, so that Ω is what it is in
-training after a step's updates. Then every score ranks the positions, and Monte Carlo measures the influence of some of
-them.
+The run's newest policy, π_old, draws rollouts. One training step on other prompts gives π_θ, so that Ω is as in training after
+a step's updates. Then every score ranks the positions, and Monte Carlo measures the influence of some of them.
 """
 
 from __future__ import annotations
@@ -46,28 +45,28 @@ from appo_jax.train_step import train_step
 from appo_jax.types import Rollout, turn_starts
 from appo_jax.view.plots import STYLE
 
-DRAWS = 5  # first number of every `draw_id`: the purpose of the draws
+DRAWS = 5  # the first number of every `draw_id`, which is the purpose of the draws
 RANDOM, TURN_START = "random", "turn start"
-COUNTS = (1, 3, 5)  # B
+COUNTS = (1, 3, 5)  # numbers of best positions (B) at which precision is reported
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """How much is measured."""
+    """The size of the measurement."""
 
     questions: int = 16
     rollouts: int = 4
-    """Of each question."""
+    """Rollouts of each question."""
     positions: int = 8
-    """Random positions of each rollout; the first three by every score are measured as well."""
+    """Random positions of each rollout. The first three positions by every score are measured, too."""
     continuations: int = 8
-    """K: draws at each cut."""
+    """K: the number of draws at each cut."""
     draws: int = 16
     """How often the branches of a prompt are drawn under each allocation, for Theorem 1."""
 
 
 def study_influence(run: Path, out: Path, asked: Asked) -> str:
-    """Measure, write influence.md, influence.json and influence.png into `out`, and return the text."""
+    """Measure, write influence.md, influence.json and influence.png into `out`, and return the text of influence.md."""
     config = load_config(run / "config.json")
     with build(config) as components:
         where, found = newest_params(run)
@@ -119,7 +118,7 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
 def rank(
     components: Components, params: Params, rollouts: Sequence[Rollout], old: Sequence[np.ndarray]
 ) -> list[Ranked]:
-    """Every rollout's positions as each score ranks them under `params`. `old`: log-probs `[T]` under the drawing policy."""
+    """The scores of every rollout's positions under `params`. `old`: log-probs `[T]` under the policy that drew the rollouts."""
     config, tokenizer = components.config, components.tokenizer
     scored = components.sampler.score(params, rollouts)
     length = max(rollout.length for rollout in rollouts)
@@ -169,7 +168,7 @@ def decision_tokens(rollout: Rollout, words: Sequence[bytes], known: Any) -> np.
 
 
 def summarize(ranked: Sequence[Ranked], measured: Sequence[Measured], random: dict[int, list[int]]) -> dict[str, Any]:
-    """All statistics, by score."""
+    """The statistics of all scores."""
     influence = {(m.rollout, m.position): m.influence for m in measured}
 
     def mean_of_top(name: str) -> Interval:
@@ -228,7 +227,7 @@ def _shown(x: Interval, digits: int) -> str:
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """Bars with intervals: rank correlation, influence of the best three, and precision where decisions are known."""
+    """Draw bars with intervals: rank correlation, influence of the best three, and precision if decisions are known."""
     panels: list[tuple[str, Callable[[Any], Interval], float]] = [
         ("rank correlation with influence", lambda f: f["correlation"], 0.0),
         ("influence of the best 3", lambda f: f["influence_of_top_3"], figures["influence_of_random"].value),

@@ -1,8 +1,8 @@
-"""A search index on disk for corpora that do not fit in memory (tantivy): built once, memory-mapped by many processes.
+"""A search index on disk (tantivy) for corpora that do not fit in memory. It is built once, and many processes memory-map it.
 
-Pages are cut into words, stems and stop words as the `search` tool's own index does it (tools/search.py), and ranked by the
-same BM25 (k1 = 1.2, b = 0.75, Lucene's idf); scores are k1 + 1 times as large. Tantivy rounds a page's length to one of 256
-steps, so pages of nearly equal score may change places.
+Pages are split into words, stems and stop words as in the index of the `search` tool (tools/search.py), and ranked by the same
+BM25 (k1 = 1.2, b = 0.75, Lucene's idf). Scores are k1 + 1 times as large. Tantivy rounds a page's length to one of 256 steps,
+so pages of nearly equal score may change places.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from appo_jax.types import Document
 
 log = logging.getLogger(__name__)
 
-_VERSION = "appo_jax tantivy 1"  # change it with anything that changes the index of the same text
-_MARK = "\N{MIDDLE DOT}"  # in place of the space that marks stop words: tantivy splits terms at spaces
+_VERSION = "appo_jax tantivy 1"  # change it whenever the index of the same text changes
+_MARK = "\N{MIDDLE DOT}"  # replaces the space that marks stop words, because tantivy splits terms at spaces
 HEAP = 512 << 20  # bytes that the writer holds before it writes a segment
 
 
@@ -42,14 +42,16 @@ def _schema() -> tantivy.Schema:
 
 
 def folder_of(corpus: Path, folder: Path | None = None) -> Path:
-    """Where the index of a corpus file is kept; another file, or one that was written to, has another."""
+    """The folder of the index of a corpus file. It depends on the file's path, size and time of change."""
     stat = corpus.stat()
     identity = f"{_VERSION} {corpus.absolute()} {stat.st_size} {stat.st_mtime_ns}"
     return cache_folder(folder) / f"tantivy-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
 
 
 def build(corpus: Path, folder: Path) -> None:
-    """Index the pages of a corpus file into `folder`, whole or not at all. Raises DataError that names file and line."""
+    """Index the pages of a corpus file into `folder`, unless it exists. The folder appears when the index is complete.
+
+    Raises DataError that names file and line."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,13 +109,13 @@ class Index:
     """An index on disk, opened for reading. Safe to use from several threads."""
 
     def __init__(self, folder: Path):
-        """Raises DataError for a folder that holds no index."""
+        """Open the index in a folder. Raises DataError if it holds none."""
         try:
             self._index = tantivy.Index.open(str(folder))
             self.pages: int = json.loads((folder / "corpus.json").read_text())["pages"]
         except (OSError, ValueError, KeyError) as error:
             raise DataError(
-                f"{folder}: holds no index of a corpus ({error}); remove it, and it is built anew"
+                f"{folder}: holds no index of a corpus ({error}); remove it, and the index is built again"
             ) from error
         self._schema = self._index.schema
         self._searcher = self._index.searcher()

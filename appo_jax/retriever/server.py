@@ -1,7 +1,7 @@
-"""`appo-jax retriever`: Search-R1's retriever protocol over an index on disk, by several processes that share one port.
+"""`appo-jax retriever`: serves an index on disk with Search-R1's retriever protocol, from several processes on one port.
 
 POST /retrieve {"queries": [text, …], "topk": 3, "return_scores": true} is answered by {"result": [[{"document": {"id",
-"contents"}, "score"}, …], …]}; without return_scores each page is its document alone. GET /health says how the process is.
+"contents"}, "score"}, …], …]}; without return_scores each page is only its document. GET /health reports the process's state.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from appo_jax.tools.search import join_contents
 
 MAX_BODY = 1 << 20  # bytes
 MAX_QUERIES, MAX_TOP_K = 512, 100  # of one request
-MAX_QUERY = 4096  # characters that are read of a query
-_SETTING = "APPO_JAX_RETRIEVER"  # how uvicorn's processes are told what to serve
+MAX_QUERY = 4096  # characters of a query; the rest is ignored
+_SETTING = "APPO_JAX_RETRIEVER"  # the environment variable that passes the settings to uvicorn's processes
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -33,7 +33,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """What is served, and how."""
+    """The settings of a server."""
 
     corpus: Path
     port: int = 8000
@@ -45,10 +45,10 @@ class Serving:
 
 
 def serve(serving: Serving) -> None:
-    """Build the index where it is missing, and serve until the process is asked to stop."""
+    """Build the index if it is missing, and serve until the process is asked to stop."""
     folder = folder_of(serving.corpus, serving.index)
     build(serving.corpus, folder)
-    pages = Index(folder).pages  # raises before any process is started
+    pages = Index(folder).pages  # an error is raised here, before any process is started
     os.environ[_SETTING] = json.dumps([str(folder), serving.max_per_second / serving.workers, serving.cached])
     print(f"{pages} pages of {serving.corpus} at http://{serving.host}:{serving.port}/retrieve", flush=True)
     uvicorn.run(
@@ -58,22 +58,22 @@ def serve(serving: Serving) -> None:
 
 
 def app() -> Retriever:
-    """The application of one process, as `serve` has set it."""
+    """The application of one process, with the settings of `serve`."""
     folder, rate, cached = json.loads(os.environ[_SETTING])
     return Retriever(Index(Path(folder)), rate, cached)
 
 
 class Refused(Exception):
-    """A request that is not answered: (status, reason, headers)."""
+    """A request is refused: (status, reason, headers)."""
 
 
 class Retriever:
-    """An ASGI application over an index. rate: queries a second, 0: no limit. cached: answered queries that are kept."""
+    """An ASGI application over an index. rate: maximum of queries per second; 0: none. cached: number of kept answers."""
 
     def __init__(self, index: Index, rate: float, cached: int):
         self.index, self.rate = index, rate
         self.began, self.queries = time.monotonic(), 0
-        self._next = 0.0  # when the next query may be answered
+        self._next = 0.0  # the time from which the next query may be answered
         self._found = functools.lru_cache(maxsize=cached)(self._search)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -103,7 +103,7 @@ class Retriever:
         return _written(results, scores)
 
     def health(self) -> dict[str, Any]:
-        """What this process serves and has served."""
+        """The state of this process: the pages it serves and the queries it has answered."""
         cache = self._found.cache_info()
         return {
             "status": "ok", "pages": self.index.pages, "process": os.getpid(), "queries": self.queries,
@@ -111,7 +111,7 @@ class Retriever:
         }  # fmt: skip
 
     def _allow(self, count: int) -> None:
-        """Count queries. Raises Refused where they would be more than `rate` a second, with a burst of one second."""
+        """Count queries. Raises Refused if they exceed `rate` per second; a burst of one second's queries is allowed."""
         if self.rate > 0:
             now = time.monotonic()
             start = max(self._next, now - 1.0)

@@ -1,4 +1,4 @@
-"""plots/*.png of a run, drawn from its metrics.jsonl and rollout dumps."""
+"""Draws plots/*.png of a run from its metrics.jsonl and rollout dumps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STYLE: Any = {
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Axes of one figure: every metric whose name matches one of `metrics`, over training steps."""
+    """Axes of a figure. They show every metric whose name matches one of `metrics`, over training steps."""
 
     title: str
     ylabel: str
@@ -46,7 +46,7 @@ class Panel:
     stacked: bool = False
 
 
-# Steps whose branches are drawn, evenly spaced: more would not be readable, and a long run has many dumps.
+# The branches of at most this many steps are drawn, evenly spaced: more columns would not be readable.
 MAX_COLUMNS = 100
 
 PHASES = ("rollout", "reward", "score", "branch", "update")  # the phases of a training step, in order
@@ -130,7 +130,7 @@ def draw_plots(run_dir: str | Path) -> list[Path]:
 
 
 def _series(records: Sequence[dict[str, Any]], patterns: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Metric -> (steps, values), for the metrics that match; values that were not finite are left out."""
+    """Metric -> (steps, values), for the metrics that match. Values that were not finite are left out."""
     names = {name: None for record in records for name in record if any(fnmatch.fnmatch(name, p) for p in patterns)}
     series = {}
     for name in names:
@@ -162,7 +162,7 @@ def _draw(ax: Axes, panel: Panel, series: dict[str, tuple[np.ndarray, np.ndarray
 
 
 def _short(names: list[str]) -> list[str]:
-    """Names without the part that all of them share."""
+    """The names without their first part if all of them share it."""
     if len(names) == 1:
         return names
     parts = [name.split("/") for name in names]
@@ -171,7 +171,7 @@ def _short(names: list[str]) -> list[str]:
 
 
 def _branch_points(folder: Path) -> list[tuple[int, float]]:
-    """(step, where the branch begins as a share of its parent's response) of every dumped branch."""
+    """(step, place) of every dumped branch. The place is where it begins, as a share of its parent's response."""
     points = []
     dumps = list(dumped_steps(folder).values())
     for path in dumps[:: 1 + len(dumps) // MAX_COLUMNS]:
@@ -191,7 +191,7 @@ def _branch_points(folder: Path) -> list[tuple[int, float]]:
 
 
 def _draw_branch_points(ax: Axes, points: Sequence[tuple[int, float]]) -> None:
-    """One column per dumped step: the share of its branches that begin in each tenth of the parent."""
+    """Draw one column per dumped step: the share of its branches that begin in each tenth of the parent's response."""
     steps, places = np.unique([step for step, _ in points], return_inverse=True)
     counts = np.zeros((10, len(steps)))
     np.add.at(counts, (np.minimum(9, [int(10 * share) for _, share in points]), places), 1)

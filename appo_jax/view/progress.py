@@ -1,4 +1,4 @@
-"""The display of a running training: an updating panel on a terminal, plain lines elsewhere."""
+"""The display of a running training: a live panel on a terminal, else plain lines."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ COMPILING = ("cold start", "evaluate", "rollout", "score", "branch", "update")  
 
 
 class Progress:
-    """A context manager that gets every step of a run, and shows the current phase and the time since the start. It
-    only displays, and only on the first host.
+    """A context manager that is called at every step of a run. It shows the metrics, the current phase and the time since the
+    start, on the first host only.
     """
 
     def __init__(self, config: Config, console: Console | None = None) -> None:
@@ -131,7 +131,7 @@ class Progress:
         """The current phase of the run, and the time since its start."""
         phase, detail, first = heartbeat.doing()
         words = PHASES.get(phase, phase) + (f", {detail}" if detail else "")
-        if first and phase in COMPILING and " of " not in detail:  # nothing has come of it yet
+        if first and phase in COMPILING and " of " not in detail:  # the phase has made no progress yet
             words += " (compiling its programs)"
         elapsed = datetime.timedelta(seconds=int(time.monotonic() - self._began))
         return Text.assemble((str(elapsed), "dim"), f" {words}")
