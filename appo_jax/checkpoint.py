@@ -1,9 +1,9 @@
-"""Checkpoints on orbax: saved in the background, verified when read, never trusted because they are listed.
+"""Checkpoints on orbax: saved in the background, read back after writing, and verified whenever they are read.
 
-Orbax alone lists a half-deleted step, restores flipped bits in silence, takes an empty folder for the latest step,
-casts dtypes without a word and skips a step it will not save. Here every step carries a digest of each array and of its
-own metadata and is read back once it is written; a step that fails verification is refused with the reason, and the newest
-good one is restored.
+Orbax alone lists a half-deleted step, restores flipped bits silently, takes an empty folder for the latest step, casts dtypes
+silently, and skips a step that it will not save. Here every step carries a digest of each array and of its own metadata, and
+is read back once it is written. A step that fails verification is refused with the reason, and the newest good step is
+restored.
 """
 
 from __future__ import annotations
@@ -33,25 +33,26 @@ PyTree = Any
 _log = logging.getLogger(__name__)
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
-# A step is read back in parts of at most so many bytes: beside the state that is being trained there is little room.
+# A step is read back in parts of at most this size, because the state in training leaves little memory free.
 MAX_BYTES_READ_BACK = 1 << 28
+REMOVED = "removed in the meantime"  # the reason for a step that vanished while it was read
 
 
 class Checkpointer:
-    """The checkpoints of a run, the newest `keep` of them, each in a folder named by its step.
+    """The newest `keep` checkpoints of a run, each in a folder named by its step.
 
     A state is a pytree of jax arrays, sharded in any way over any number of devices and hosts. All hosts call every
     method together.
     """
 
     def __init__(self, directory: Path, keep: int, keep_best: int = 0, read_only: bool = False) -> None:
-        """`keep_best`: so many of the steps saved with the highest accuracy are kept, too.
+        """`keep_best`: this many of the steps with the highest accuracy are kept, too.
 
-        `read_only`: nothing is written, removed or set aside; another process may be writing here.
+        `read_only`: nothing is written, removed or renamed; another process may be writing here.
         """
         self._directory, self._read_only = usable_path(directory), read_only
         if not read_only and jax.process_index() == 0:
-            self._tell_leftovers()
+            self._log_leftovers()
         options = (
             ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
             if read_only
@@ -61,7 +62,7 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=items(self._directory))
         self._unread: tuple[int, PyTree, dict[str, Any]] | None = (
-            None  # step, abstract state, arrays: not read back yet
+            None  # (step, abstract state, arrays) of a step that was not read back yet
         )
 
     @heartbeat.phase("checkpoint")
@@ -71,20 +72,20 @@ class Checkpointer:
     ) -> None:  # fmt: skip
         """Start to write a step: state, JSON `meta`, position of the data. `state` may be donated once this returns.
 
-        `accuracy`: of this policy on held-out questions, where it is known.
+        `accuracy`: of this policy on held-out questions, if it is known.
 
-        Raises CheckpointError if a step this new exists already, or as `wait` does for the step before this one.
+        Raises CheckpointError if this step or a later one exists, and, as `wait`, for problems of the previous save.
         """
         self.wait()
         arrays = describe(state)
         record: dict[str, Any] = {"step": step, "meta": dict(meta), "arrays": arrays}
-        if iterator is not None:  # all hosts read the same data and stand at the same place
+        if iterator is not None:  # all hosts read the same data and are at the same position
             record["position"] = _position(iterator)
         items: dict[str, Any] = {
             "state": ocp.args.PyTreeSave(state),
             "meta": ocp.args.JsonSave({"record": record, "sha256": _sha256(record)}),
         }
-        self._foresee_a_full_disk(step)
+        self._warn_of_full_disk(step)
         try:
             metrics = None if accuracy is None else {"accuracy": float(accuracy)}
             saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
@@ -92,7 +93,7 @@ class Checkpointer:
             raise not_written(self._directory, error) from error
         if not saved:
             raise CheckpointError(
-                f"{self._directory}: step {step} was not saved, for step {self._manager.latest_step()} exists already; "
+                f"{self._directory}: step {step} was not saved, because step {self._manager.latest_step()} exists already; "
                 "restore it and go on from there, or give another --run-dir"
             )
         self._unread = step, jax.tree.map(ocp.utils.to_shape_dtype_struct, state), arrays
@@ -103,28 +104,27 @@ class Checkpointer:
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
         """The newest step that verifies: (step, state, meta), with `iterator` moved to its position. None: no step yet.
 
-        `abstract_state` gives structure, shapes, dtypes and shardings (arrays, or `jax.ShapeDtypeStruct` with a
-        sharding); `partial`: of a part of the state, as in `{"params": …}`, which alone is read and verified. Steps that
-        are broken are logged, and renamed to `refused_<step>` once an older one is found good. Raises CheckpointError if
-        a sound step holds other arrays than `abstract_state`, or if every step is broken:
-        that needs a person, not a silent start from nothing.
+        `abstract_state` gives structure, shapes, dtypes and shardings (arrays, or `jax.ShapeDtypeStruct` with a sharding).
+        `partial`: it is only a part of the state, such as `{"params": …}`, and only this part is read and verified. Broken steps
+        are logged; once an older step is found good, they are renamed to `refused_<step>`. Raises CheckpointError if a sound step
+        holds other arrays than `abstract_state`, or if every step is broken: the run must not silently start from nothing.
         """
         self.wait()
         start = None if iterator is None else iterator.get_state()
         refused: dict[int, str] = {}
-        while (step := self._newest_besides(refused)) is not None:
+        while (step := self._newest_except(refused)) is not None:
             try:
                 state, meta = self._restore(step, abstract_state, iterator, partial)
             except CheckpointError:
                 raise
             except Exception as error:
                 folder = self._directory / str(step)
-                if not folder.exists():  # the process that writes here has removed it: it was old
-                    refused[step] = "removed meanwhile"
+                if not folder.exists():  # the process that writes here has removed it, because it was old
+                    refused[step] = REMOVED
                     continue
                 if (path := _unreadable(folder)) is not None:
                     raise CheckpointError(
-                        f"{path}: this user may not read it; give it the right to (chown -R, chmod -R u+rX)"
+                        f"{path}: this user may not read it; grant the permission (chown -R, chmod -R u+rX)"
                     ) from error
                 refused[step] = f"{type(error).__name__}: {error}".splitlines()[0]
                 _log.warning("%s: checkpoint of step %d is refused: %s", self._directory, step, refused[step])
@@ -132,19 +132,19 @@ class Checkpointer:
                     iterator.set_state(start)
                 continue
             if not self._read_only:
-                self._set_aside([refused_step for refused_step, why in refused.items() if why != "removed meanwhile"])
+                self._set_aside([refused_step for refused_step, why in refused.items() if why != REMOVED])
             return step, state, meta
         if refused:
             reasons = "\n".join(f"  step {step}: {reason}" for step, reason in refused.items())
             raise CheckpointError(
                 f"{self._directory}: every checkpoint is broken:\n{reasons}\n"
                 + ("If the run is being written now, try again. " if self._read_only else "")
-                + "Put a good copy in place, or delete this folder to start the run anew."
+                + "Put a good copy in its place, or delete this folder to start the run from the beginning."
             )
         return None
 
-    def _foresee_a_full_disk(self, step: int) -> None:
-        """Warn when this step or the one after it may not fit: a step is written before the oldest one is removed."""
+    def _warn_of_full_disk(self, step: int) -> None:
+        """Warn if this step or the next may not fit on the disk. A step is written before the oldest one is removed."""
         sizes = [folder_size(path) for path in self._directory.glob("[0-9]*") if path.name.isdigit()]
         free, needed = shutil.disk_usage(self._directory).free, max(sizes, default=0)
         if needed and free < 2 * needed and jax.process_index() == 0:
@@ -153,18 +153,18 @@ class Checkpointer:
                 self._directory, free / 1e9, needed / 1e9, step, "may not fit" if free < needed else "fits, the next one may not",
             )  # fmt: skip
 
-    def _newest_besides(self, refused: Mapping[int, str]) -> int | None:
+    def _newest_except(self, refused: Mapping[int, str]) -> int | None:
         """The newest step on disk that has not been refused."""
         self._manager.reload()
         return max((step for step in self._manager.all_steps() if step not in refused), default=None)
 
-    def _tell_leftovers(self) -> None:
-        """Say what lies in the folder besides checkpoints."""
+    def _log_leftovers(self) -> None:
+        """Log what the folder holds besides checkpoints."""
         names = sorted(path.name for path in self._directory.iterdir()) if self._directory.is_dir() else []
         half = [name for name in names if TEMPORARY in name]
         refused = [name for name in names if name.startswith("refused_")]
         if half:
-            _log.info("%s: a save was cut off, and what it left is removed: %s", self._directory, ", ".join(half))
+            _log.info("%s: files of an interrupted save are removed: %s", self._directory, ", ".join(half))
         if refused:
             _log.info(
                 "%s: broken checkpoints are kept: %s; `appo-jax checkpoints RUN --prune` removes them", self._directory,
@@ -175,7 +175,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Return when everything saved so far is on disk, and the newest step has been read back from it.
 
-        Raises CheckpointError if it could not be written (a full disk shows up here), or reads back as something else.
+        Raises CheckpointError if a step could not be written (a full disk is noticed here) or does not read back equal.
         """
         unread, self._unread = self._unread, None
         try:
@@ -195,7 +195,9 @@ class Checkpointer:
     def _read_back(self, step: int, abstract_state: PyTree, written: dict[str, Any]) -> None:
         """Compare a step on disk with what was given to `save`. Raises CheckpointError if they differ."""
         try:
-            if self._record(step)["arrays"] != written:  # what the first host wrote; the rest of it may be its own
+            if (
+                self._record(step)["arrays"] != written
+            ):  # the first host's record, whose `meta` may differ from this host's
                 raise ValueError("its metadata is not what was written")
             leaves, structure = jax.tree.flatten(abstract_state)
             for part in _parts(leaves):
@@ -205,13 +207,14 @@ class Checkpointer:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise CheckpointError(
                 f"{self._directory}: step {step} was written, but cannot be read back ({reason}); the storage under "
-                "this folder loses data: move the run to another disk and start again, it goes on from its last good step"
+                "this folder loses data: move the run to another disk and start again; it goes on from its last good step"
             ) from error
 
     def _restore(
         self, step: int, abstract_state: PyTree, iterator: grain.DatasetIterator | None, partial: bool
     ) -> tuple[PyTree, dict[str, Any]]:
-        """Raises CheckpointError where the caller's state does not fit, another exception where the step is broken."""
+        """(state, meta) of a step. Raises CheckpointError if `abstract_state` does not fit; any other exception means that the
+        step is broken."""
         record = self._record(step)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
         written = record["arrays"]
@@ -224,14 +227,14 @@ class Checkpointer:
         return state, record["meta"]
 
     def _record(self, step: int) -> dict[str, Any]:
-        """What stands beside a step's arrays. Raises ValueError where it is not what was written."""
+        """The metadata of a step. Raises ValueError if it is not what was written."""
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if _sha256(meta["record"]) != meta["sha256"] or meta["record"]["step"] != step:
             raise ValueError("its metadata is not what was written")
         return meta["record"]
 
     def _load(self, step: int, abstract_state: PyTree, written: Mapping[str, Any]) -> PyTree:
-        """The arrays of a step that `abstract_state` names. Raises ValueError where one is not what was written."""
+        """The arrays of a step that `abstract_state` names. Raises ValueError if one is not what was written."""
         where = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         args = ocp.args.PyTreeRestore(abstract_state, restore_args=where, partial_restore=True)
         state = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
@@ -258,7 +261,7 @@ class Checkpointer:
             )
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Rename broken steps: orbax would count them as saved, and refuse to save them again."""
+        """Rename broken steps, because orbax would count them as saved and refuse to save them again."""
         if not steps:
             return
         if jax.process_index() == 0:
@@ -272,7 +275,7 @@ class Checkpointer:
 
 
 def verify(step_folder: Path) -> str:
-    """ "sound", or what is wrong with a checkpoint: everything is read, whatever policy it is of, array after array."""
+    """Read a whole checkpoint of any policy. Returns "sound", or what is wrong with it."""
     try:
         checkpointer = Checkpointer(step_folder.parent, keep=1, read_only=True)
         try:
@@ -293,7 +296,7 @@ def verify(step_folder: Path) -> str:
 
 
 def _unreadable(folder: Path) -> Path | None:
-    """Something in a folder that this user has no right to read. (Orbax takes it for missing.)"""
+    """A file or folder in `folder` that this user may not read; orbax would take it for missing. None: there is none."""
     if not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
         return folder
     for path in sorted(folder.rglob("*")):
@@ -307,7 +310,7 @@ def _accuracy(metrics: Mapping[str, float]) -> float:
 
 
 def _kept(newest: int, best: int) -> Any:
-    """Which steps are kept: the newest, and the best of those whose accuracy is known."""
+    """The policy of which steps are kept: the newest, and the best of those whose accuracy is known."""
     policies = ocp.checkpoint_managers
     by_accuracy = policies.BestN(get_metric_fn=_accuracy, n=best, keep_checkpoints_without_metrics=False)
     return policies.AnyPreservationPolicy(
@@ -318,19 +321,19 @@ def _kept(newest: int, best: int) -> Any:
 def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[set[int]]:
     """Indices of the leaves, in parts of at most MAX_BYTES_READ_BACK on all devices together (or a single leaf)."""
     parts: list[set[int]] = []
-    room = 0
+    bytes_left = 0
     for i, leaf in enumerate(leaves):
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
-        if not parts or size > room:
+        if not parts or size > bytes_left:
             parts.append(set())
-            room = MAX_BYTES_READ_BACK
+            bytes_left = MAX_BYTES_READ_BACK
         parts[-1].add(i)
-        room -= size
+        bytes_left -= size
     return parts
 
 
 def _position(iterator: grain.DatasetIterator) -> Any:
-    """Its state, as JSON gives it back."""
+    """The iterator's state after a round trip through JSON."""
     return json.loads(json.dumps(iterator.get_state()))
 
 

@@ -1,7 +1,7 @@
-"""What writes the items of a checkpoint: orbax's handlers, whose failures are told when they happen.
+"""Orbax's handlers for the items of a checkpoint, changed to report failures when they happen.
 
-Orbax writes in background threads. Where that fails on one host, the main thread of this host and those of all others wait at
-barriers for up to twenty minutes before they hear of it.
+Orbax writes in background threads. If a write fails on one host, the main threads of all hosts would wait at barriers for up to
+twenty minutes before they notice it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from appo_jax.errors import CheckpointError
 
 
 def items(directory: Path) -> dict[str, Any]:
-    """Handlers of the items of a checkpoint in `directory`, by name."""
+    """The handlers of a checkpoint's items in `directory`, by the item's name."""
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     for handler in handlers.values():
         handler.async_save = _watched(handler.async_save, directory)
@@ -25,10 +25,10 @@ def items(directory: Path) -> dict[str, Any]:
 
 
 def not_written(directory: Path, error: BaseException) -> CheckpointError:
-    """A checkpoint could not be written."""
+    """The error for a checkpoint that could not be written."""
     return CheckpointError(
         f"{directory}: a checkpoint could not be written ({type(error).__name__}: {error}); "
-        "check the disk's free space and rights, then start again: the run goes on from its last good step"
+        "check the disk's free space and permissions, then start again: the run goes on from its last good step"
     )
 
 
@@ -41,7 +41,7 @@ def _watched(async_save: Callable[..., Awaitable[Any]], directory: Path) -> Call
 
 
 class _Watched:
-    """A write in the background. The supervisor hears of its failure, and ends all hosts."""
+    """A write in the background. Its failure is reported to the supervisor, which ends all hosts."""
 
     def __init__(self, future: Any, directory: Path) -> None:
         self._future, self._directory = future, directory

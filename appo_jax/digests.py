@@ -1,4 +1,4 @@
-"""Digests of arrays: what a checkpoint must hold, under any sharding."""
+"""Digests of arrays, which do not depend on their sharding. A checkpoint is verified by them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PyTree = Any
 def describe(state: PyTree) -> dict[str, list[Any]]:
     """Name -> [dtype, shape, digest] of every array."""
     named = named_leaves(state)
-    # One after the other: several CPU devices of one process can starve each other when many programs wait in a queue.
+    # One after another: if many programs are queued, several CPU devices of one process can starve each other.
     digests = [jax.device_get(digest(leaf)) for _, leaf in named]
     return {
         name: [str(leaf.dtype), list(leaf.shape), f"{int(high):08x}{int(low):08x}"]
@@ -24,7 +24,7 @@ def describe(state: PyTree) -> dict[str, list[Any]]:
 
 
 def identity(state: PyTree) -> str:
-    """One word for all arrays: who has another has other arrays."""
+    """One digest of all arrays together."""
     return hashlib.sha256(json.dumps(describe(state), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -38,9 +38,9 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
 def digest(array: jax.Array) -> jax.Array:
     """[2] uint32: two sums over the array's words, each word times an odd number drawn from its index, modulo 2^32.
 
-    Integer sums do not depend on order, so the digest is the same under every sharding and is computed where the array
-    lies. A change inside a single word always changes it, for an odd factor never maps a difference to 0; any other
-    change escapes with probability 2^-64.
+    Integer sums do not depend on order, so the digest is the same under every sharding, and it is computed on the devices that
+    hold the array. A change in a single word always changes it, because an odd factor maps no other difference to 0. Any other
+    change stays unnoticed with probability 2^-64.
     """
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
@@ -52,7 +52,9 @@ def digest(array: jax.Array) -> jax.Array:
 
     def weighted_sum(multiplier: int) -> jax.Array:
         factor = (index + 1) * jnp.uint32(multiplier)
-        factor = (factor ^ (factor >> 15)) * jnp.uint32(0x2C1B3C6D)  # a mix, so that near indices get unrelated factors
+        factor = (factor ^ (factor >> 15)) * jnp.uint32(
+            0x2C1B3C6D
+        )  # mixed, so that close indices get unrelated factors
         return jnp.sum(words * (factor ^ (factor >> 12) | 1), dtype=jnp.uint32)
 
     return jnp.stack([weighted_sum(0x9E3779B1), weighted_sum(0x85EBCA77)])

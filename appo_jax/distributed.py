@@ -1,8 +1,8 @@
-"""The hosts of a pod: joining them before anything touches a device, and what they tell each other between programs.
+"""The hosts of a pod: they join before any device is used, and exchange messages between device programs.
 
-All hosts run the same device programs in the same order, so all of them must decide alike. They do when a decision follows
-from what is read off the devices, which is the same everywhere, and from what `exchange` returns, which is too. Tool calls,
-rewards, clocks and signals are a host's own: their outcomes go through `exchange` before anything follows from them.
+All hosts run the same device programs in the same order, so they must make the same decisions. A decision may depend on arrays
+read from the devices and on what `exchange` returns, because these are the same on all hosts. Tool calls, rewards, clocks and
+signals differ between hosts: their results must go through `exchange` before a decision depends on them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import numpy as np
 from appo_jax import heartbeat
 from appo_jax.errors import ConfigError
 
-# Bytes of a message that one collective carries; longer ones take a second, of a power of two, so that programs stay few.
+# Bytes of a message in the first collective. The rest of a longer message takes a second collective, whose size is a power of two
+# so that few programs are compiled.
 FRAME = 1 << 12
 
 
 def initialize() -> None:
-    """Join the other hosts when `APPO_DISTRIBUTED=1` is set, as launch/run.sh sets it; else this process is alone.
+    """Join the other hosts if `APPO_DISTRIBUTED=1` is set (launch/run.sh sets it); else this process is the only host.
 
-    A variable of the launch and not a field of the config: a run goes on with another number of hosts. Cloud TPU, Slurm
-    and MPI tell JAX who the others are. Raises ConfigError when nothing does.
+    It is an environment variable and not a config field, because a run can continue on another number of hosts. JAX finds the
+    other hosts on Cloud TPU, Slurm and MPI. Raises ConfigError if it cannot.
     """
     if os.environ.get("APPO_DISTRIBUTED") != "1":
         return
@@ -38,8 +39,8 @@ def initialize() -> None:
 
 
 def joined() -> tuple[int, int, str, Any]:
-    """Of hosts that have joined: their number, this one's index, the coordinator's address, JAX's key-value store."""
-    from jax._src.distributed import global_state  # asks no device, which jax.process_index() would
+    """After hosts have joined: their number, this host's index, the coordinator's address, JAX's key-value store."""
+    from jax._src.distributed import global_state  # uses no device, unlike jax.process_index()
 
     return (
         global_state.num_processes,
@@ -50,12 +51,12 @@ def joined() -> tuple[int, int, str, Any]:
 
 
 def host() -> int:
-    """Index of this host."""
+    """The index of this host."""
     return _jax().process_index() if num_hosts() > 1 else 0
 
 
 def num_hosts() -> int:
-    """How many hosts there are. Asks no device when this process never joined others."""
+    """The number of hosts. It uses no device if this process has not joined others."""
     return _jax().process_count() if _jax().distributed.is_initialized() else 1
 
 
@@ -66,9 +67,9 @@ def _jax() -> Any:
 
 
 def exchange(message: Any) -> list[Any]:
-    """Every host's `message` (plain JSON), in the order of the hosts. All hosts call it together; alone: `[message]`.
+    """Every host's `message` (plain JSON), in the order of the hosts. All hosts call it together. On one host: `[message]`.
 
-    Waits for the slowest host. A host that is lost does not come: JAX's heartbeat then ends the others.
+    It waits for the slowest host. If a host is lost, the supervisors, or else JAX's heartbeat, end the waiting hosts.
     """
     with heartbeat.exchanging():
         return [message] if num_hosts() == 1 else _exchange(message)

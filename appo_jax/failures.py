@@ -1,7 +1,7 @@
-"""What a failure means: its exit code, and the sentence that says what was being done and what to do about it.
+"""Exit codes and messages of failures. A message says what failed, in which phase, and what to do.
 
-0    done                            75   the process was lost, hung or crashed: the supervisor starts it again
-1    an error that a restart meets   130  asked to stop, by Ctrl-C or SIGTERM
+0    done                              75   the process was lost, hung or crashed: the supervisor starts it again
+1    an error that a restart repeats   130  asked to stop, by Ctrl-C or SIGTERM
 2    a bad command line or config
 """
 
@@ -40,7 +40,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def is_understood(error: BaseException) -> bool:
-    """Whether `explain` says everything a user needs: what went wrong and what to do. For any other error the traceback
+    """Whether `explain` says everything that a user needs: what went wrong and what to do. For any other error the traceback
     is shown."""
     if isinstance(error, AppoError | MemoryError | OSError) or _has_no_backend(error):
         return True
@@ -48,7 +48,7 @@ def is_understood(error: BaseException) -> bool:
 
 
 def _has_no_backend(error: BaseException) -> bool:
-    """Whether JAX could not start on the requested platform; it raises several types of errors then."""
+    """Whether JAX could not start on the requested platform. It raises errors of several types then."""
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, RuntimeError | AssertionError) and bool(frames) and "xla_bridge" in frames[-1].filename
 
@@ -60,8 +60,7 @@ def may_follow_from_another_host(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong, during which phase, and what to do: a line for an error of this program, more for other
-    errors."""
+    """What went wrong, in which phase, and what to do. For this program's own errors, it is the error's message."""
     if isinstance(error, AppoError):
         return str(error)
     phase, step = heartbeat.now()
@@ -71,13 +70,13 @@ def explain(error: BaseException) -> str:
         asked = _SIZE.search(text)
         return (
             f"out of memory {where}{f' ({asked.group()} asked for)' if asked else ''}; {_memory()}. Lower what the phase holds "
-            "at once: optimizer.micro_batch and sft.micro_batch (update, score), rollout.decode_rows (rollout, branch), set "
+            "in memory: optimizer.micro_batch and sft.micro_batch (update, score), rollout.decode_rows (rollout, branch), set "
             f"optimizer.remat = 'layers', or take more devices (mesh.fsdp); `appo-jax plan` says what fits. JAX: {text[:300]}"
         )
     if (isinstance(error, RuntimeError | OSError)) and _THREADS.search(text):
         return (
-            f"no more threads or processes {where}: {text}; this user may have {_limit('RLIMIT_NPROC')} of them and "
-            f"{len(os.listdir('/proc/self/task'))} are of this process. Raise the limit (ulimit -u, pids.max of the "
+            f"no more threads or processes {where}: {text}; this user may have {_limit('RLIMIT_NPROC')} of them, and "
+            f"this process has {len(os.listdir('/proc/self/task'))}. Raise the limit (ulimit -u, pids.max of the "
             "container), or lower tools.max_concurrency and rollout.decode_rows"
         )
     if _has_no_backend(error):
@@ -103,12 +102,12 @@ def _explain_os_error(error: OSError, where: str) -> str:
     advice = {
         errno.ENOSPC: "free some space, or give --run-dir on another disk",
         errno.EDQUOT: "the quota is used up: free some space, or give --run-dir on another disk",
-        errno.EACCES: "give this user the right to it, or give another folder",
-        errno.EPERM: "give this user the right to it, or give another folder",
+        errno.EACCES: "give this user permission for it, or give another folder",
+        errno.EPERM: "give this user permission for it, or give another folder",
         errno.EROFS: "the file system is mounted read-only: mount it again, or give another folder",
         errno.EMFILE: f"raise the limit on open files (ulimit -n, now {_limit('RLIMIT_NOFILE')})",
         errno.ENOMEM: _memory(),
-    }.get(error.errno or 0, "see to the file or its disk, then start again")
+    }.get(error.errno or 0, "check the file and its disk, then start again")
     space = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
@@ -117,7 +116,7 @@ def _explain_os_error(error: OSError, where: str) -> str:
 
 
 def _memory() -> str:
-    """Memory of this machine, as the system states it."""
+    """The free and total memory of this machine, in words."""
     with contextlib.suppress(OSError), open("/proc/meminfo") as file:
         kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
         return f"the host has {kib['MemAvailable'] / 2**20:.1f} of {kib['MemTotal'] / 2**20:.1f} GiB left"

@@ -1,7 +1,7 @@
-"""Signs of life for the supervisor: the phase of a run, the time of its last progress, and errors.
+"""Heartbeats for the supervisor: the phase of a run, the time of its last progress, and errors.
 
-The loop says what it does (`phase`, `at_step`, `progress`); a thread tells the supervising process (supervision/) every
-second. Where there is none, as under a caller from Python, nobody listens and nothing else changes.
+The loop reports what it does (`phase`, `at_step`, `progress`), and a thread sends it to the supervising process (supervision/)
+every second. A Python caller of `train` has no supervisor; then nothing is sent.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-BEAT_S = 1.0  # seconds between two signs of life
+BEAT_S = 1.0  # seconds between two heartbeats
 
-PAUSED_S = 30.0  # a sign of life this late means that the process was not running
+PAUSED_S = 30.0  # if a heartbeat is this late, the process was not running
 
 # A phase may go without progress for this multiple of its longest wait so far, and for at least `floor_s`.
 PATIENCE = 10
-# Before its first progress a phase may be compiling: then this many times `floor_s`.
+# Before its first progress, a phase may go without progress for this multiple of `floor_s`, because it may be compiling.
 FIRST_PATIENCE = 3
 
 
@@ -32,7 +32,7 @@ class _Life:
         self.phase, self.step = "start", 0
         self.detail = ""
         self.failed_in: str | None = None
-        self.stoppable = False  # a request to stop is heard and acted upon
+        self.stoppable = False  # whether requests to stop are handled
         self.exchanges, self.waiting = 0, False
         self.floor_s = 600.0
         self.longest: dict[str, float] = {}
@@ -55,10 +55,10 @@ _life = _Life()
 
 
 def connect(channel: socket.socket) -> None:
-    """Send signs of life to the supervisor until this process ends."""
+    """Send heartbeats to the supervisor until this process ends."""
     _life.channel = channel
     _life.progressed = time.monotonic()
-    threading.Thread(target=_tell, name="heartbeat", daemon=True).start()
+    threading.Thread(target=_send_beats, name="heartbeat", daemon=True).start()
 
 
 def supervised() -> bool:
@@ -67,7 +67,7 @@ def supervised() -> bool:
 
 
 def send(**message: Any) -> None:
-    """Send a message to the supervisor immediately, besides the regular ones."""
+    """Send a message to the supervisor immediately, in addition to the heartbeats."""
     if _life.channel is None:
         return
     with _life.sending, contextlib.suppress(OSError):  # without a supervisor this process is about to end
@@ -85,7 +85,7 @@ def ask(**message: Any) -> dict[str, Any]:
 
 
 def progress() -> None:
-    """The phase has got on."""
+    """Report that the phase has made progress."""
     now = time.monotonic()
     _life.longest[_life.phase] = max(_life.longest.get(_life.phase, 0.0), now - _life.progressed)
     _life.progressed = now
@@ -97,7 +97,7 @@ def detail(text: str) -> None:
 
 
 def doing() -> tuple[str, str, bool]:
-    """The phase, how far it has come, and whether nothing has got on in it before: then it may be compiling."""
+    """The phase, its progress in words, and whether it has never made progress before (then it may be compiling)."""
     return _life.phase, _life.detail, _life.phase not in _life.longest
 
 
@@ -113,7 +113,7 @@ def phase(name: str) -> Iterator[None]:
     """A context in which the run is in this phase. Entering and leaving count as progress."""
     outer, outer_detail = _life.phase, _life.detail
     _life.phase, _life.detail, _life.progressed = name, "", time.monotonic()
-    _life.failed_in = None  # whatever failed before has been dealt with
+    _life.failed_in = None  # an earlier failure has been handled
     send(**_life.beat())
     try:
         yield
@@ -146,7 +146,7 @@ def stoppable(heard: bool) -> None:
 
 
 def expect_progress_within(seconds: float) -> None:
-    """The shortest time after which a phase without progress counts as hanging."""
+    """Set the shortest time after which a phase without progress counts as hanging."""
     _life.floor_s = seconds
 
 
@@ -155,7 +155,7 @@ def now() -> tuple[str, int]:
     return _life.failed_in or _life.phase, _life.step
 
 
-def _tell() -> None:
+def _send_beats() -> None:
     sent = time.monotonic()
     while True:
         now = time.monotonic()

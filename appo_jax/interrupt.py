@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps, after it is saved."""
+"""Ctrl-C and SIGTERM end a run after the current step, when it is saved."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """A context in which the first Ctrl-C or SIGTERM sets `requested`, and the second one ends the process at once.
-    Under a supervisor, the supervisor handles Ctrl-C: it sends SIGTERM, and ends the process at the second Ctrl-C.
-    Signals reach only the main thread; whoever calls `train` in another thread handles them.
+    """A context in which the first Ctrl-C or SIGTERM sets `requested`, and the second ends the process at once.
+
+    If there is a supervisor, it handles Ctrl-C: it sends SIGTERM, and ends the process at the second Ctrl-C. Signals reach only
+    the main thread; a program that calls `train` in another thread must handle them itself.
     """
     stop, supervised = Stop(), heartbeat.supervised()
 

@@ -1,10 +1,10 @@
-"""The run directory: everything a run writes, and the lock that keeps it to one process.
+"""The run directory: everything that a run writes, and the lock that allows only one process to write.
 
 config.json           the resolved config; `appo-jax train --config RUN_DIR/config.json` trains from it again
-metrics.jsonl         one line a step
+metrics.jsonl         one line per step
 summary.json          the run's figures
-checkpoints/          one folder a kept step
-rollouts/             step_000012.jsonl.gz: one rollout tree a line
+checkpoints/          one folder per kept step
+rollouts/             step_000012.jsonl.gz: one rollout tree per line
 status.json           what the run does now (supervision/status.py)
 plots/  tensorboard/  pictures and event files of the metrics
 """
@@ -24,7 +24,7 @@ from appo_jax.config_io import diff_configs, flatten, load_config, save_config
 from appo_jax.errors import CheckpointError, ConfigError
 from appo_jax.storage import usable_path
 
-# A run is continued under another value of these: they say where it lives and when it ends, never what a step computes.
+# A run may be continued with other values of these fields: they do not change what a step computes.
 MAY_CHANGE = (
     "run_dir",
     "steps",
@@ -47,8 +47,8 @@ MAY_CHANGE = (
     "reward.judge.cache",
 )
 
-# These say how a step is computed, not what: a checkpoint is laid out anew. Sums are taken in another order, so that the last
-# bits of the parameters, and then the rollouts, may differ from those of the run before.
+# These fields change how a step is computed, but not what: a checkpoint can be restored under other values. Sums are computed in
+# another order then, so the last bits of the parameters, and therefore the rollouts, may differ.
 HOW_COMPUTED = (
     "mesh.data",
     "mesh.fsdp",
@@ -67,11 +67,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-    """Paths of a run. A context manager: leaving it gives up the lock (so does the end of the process)."""
+    """The paths of a run. A context manager: leaving it releases the lock (so does the end of the process)."""
 
     path: Path
-    continued: bool  # the directory held results of this run already
-    lock: int | None  # file descriptor that holds the lock; the first host's alone
+    continued: bool  # the directory already held results of this run
+    lock: int | None  # the file descriptor that holds the lock, on the first host; None on the others
 
     @property
     def config(self) -> Path:
@@ -102,7 +102,7 @@ class RunDir:
         return self.path / "tensorboard"
 
     def evaluations(self, step: int) -> Path:
-        """Where the reports of `eval.sets` at a step are."""
+        """The folder of the reports on `eval.sets` at a step."""
         return self.path / "eval" / f"step_{step:06d}"
 
     def close(self) -> None:
@@ -119,10 +119,10 @@ class RunDir:
 def open_run(config: Config) -> RunDir:
     """Create `config.run_dir`, or continue the run of the same config that it holds, and lock it for this process.
 
-    Raises CheckpointError where the directory holds a run of another config (the differing fields are listed; those in
-    MAY_CHANGE may differ, and those in HOW_COMPUTED with a warning) or of an unknown one, is in use by another process, cannot be
-    written, or cannot hold checkpoints (`usable_path`). With several hosts the
-    first one does all this and the others hear whether it could: they must see the same folder.
+    Raises CheckpointError if the directory holds a run of another config (the message lists the fields; those in MAY_CHANGE may
+    differ, and those in HOW_COMPUTED may with a warning) or of an unknown config, is in use by another process, cannot be
+    written, or cannot hold checkpoints (`usable_path`). With several hosts, the first does all this and tells the others the
+    result. They must see the same folder.
     """
     run = error = None
     if distributed.host() == 0:
@@ -132,10 +132,12 @@ def open_run(config: Config) -> RunDir:
             error = refused
     if run is not None:
         heartbeat.send(run_dir=str(run.path))
-    told = distributed.exchange([None if error is None else str(error), run is not None and run.continued])[0]
-    if error is not None or told[0] is not None:
-        raise error or CheckpointError(told[0])
-    return run or RunDir(Path(config.run_dir).absolute(), continued=told[1], lock=None)
+    problem, continued = distributed.exchange(
+        [None if error is None else str(error), run is not None and run.continued]
+    )[0]
+    if error is not None or problem is not None:
+        raise error or CheckpointError(problem)
+    return run or RunDir(Path(config.run_dir).absolute(), continued=continued, lock=None)
 
 
 def _open(config: Config) -> RunDir:
@@ -152,19 +154,19 @@ def _open(config: Config) -> RunDir:
             raise CheckpointError(
                 f"{path}: another process is writing this run; wait for it, or give another --run-dir"
             ) from error
-        # A run that failed before its first step (a wrong --data, say) has no results to protect.
+        # A run that failed before its first step (for example, because of a wrong --data) has no results to protect.
         results = [*path.glob("*.jsonl"), *(p for p in (path / "checkpoints").rglob("*") if p.is_file())]
         run = RunDir(path, continued=bool(results), lock=lock)
         if run.continued:
             _check_same_run(run, config)
         if run.metrics.exists() and run.metrics.stat().st_size and not (run.checkpoints / "rl").is_dir():
             raise CheckpointError(
-                f"{run.metrics} tells of training steps, but {run.checkpoints / 'rl'} is gone; put it back, or delete "
-                f"{path} to start the run anew"
+                f"{run.metrics} records training steps, but {run.checkpoints / 'rl'} is gone; put it back, or delete "
+                f"{path} to start the run from the beginning"
             )
         written = run.config.with_suffix(".tmp")
         save_config(config, written)
-        written.replace(run.config)  # a crash leaves the old config or the new one, never half of one
+        written.replace(run.config)  # after a crash there is the old config or the new one, never a partial one
         for folder in (run.checkpoints, run.rollouts, run.plots, run.tensorboard):
             folder.mkdir(exist_ok=True)
     except BaseException:
@@ -178,15 +180,17 @@ def _check_same_run(run: RunDir, config: Config) -> None:
         kept = load_config(run.config)
     except ConfigError as error:
         raise CheckpointError(
-            f"{run.path} holds results, but no readable config.json to tell whose; give another --run-dir, or "
-            f"delete this one to start anew\n{error}"
+            f"{run.path} holds results, but no readable config.json that says which run they belong to; give another --run-dir, "
+            f"or delete this one to start from the beginning\n{error}"
         ) from error
     old, new = flatten(kept), flatten(config)
     changed = [name for name in diff_configs(kept, config) if name not in MAY_CHANGE]
     if how := [name for name in changed if name in HOW_COMPUTED]:
-        words = ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in how)
+        changes = ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in how)
         log.warning(
-            "%s: goes on, computed in another way (%s): the last bits of its figures may differ", run.path, words
+            "%s: the run goes on, computed in another way (%s): the last bits of its figures may differ",
+            run.path,
+            changes,
         )
     changed = [name for name in changed if name not in HOW_COMPUTED]
     if changed:
@@ -194,5 +198,6 @@ def _check_same_run(run: RunDir, config: Config) -> None:
         lines = [f"  {name}: {old.get(name, absent)!r} in the run, {new.get(name, absent)!r} given" for name in changed]
         raise CheckpointError(
             f"{run.path} holds a run of another config:\n" + "\n".join(lines) + "\n"
-            f"Give another --run-dir, delete {run.path} to start anew, or train from {run.config} to continue that run."
+            f"Give another --run-dir, delete {run.path} to start from the beginning, or train from {run.config} to continue "
+            "that run."
         )

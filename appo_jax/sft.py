@@ -1,4 +1,4 @@
-"""The cold start: supervised fine-tuning on tool-use traces, tool results masked (paper, appendix)."""
+"""The cold start: supervised fine-tuning on tool-use traces, with tool results masked (paper, appendix)."""
 
 from __future__ import annotations
 
@@ -40,34 +40,34 @@ from appo_jax.view.progress import Progress
 log = logging.getLogger(__name__)
 
 
-# The policy that RL begins with, and its accuracy_base and accuracy_sft (equal when there was no cold start; of a policy
-# taken over from a run that was judged otherwise, accuracy_sft alone).
+# The policy that RL begins with, and its accuracy_base and accuracy_sft. They are equal if there was no cold start. For a policy
+# from another run whose accuracies were measured differently, there is only accuracy_sft.
 ColdStart = tuple[Params, dict[str, float]]
-# More traces than this per row of the cold start's batches are not made: each costs tool calls.
+# At most this many traces are made per row of the cold start's batches, because each trace costs tool calls.
 TRACES_PER_ROW = 8
-# Fields that say what a held-out accuracy is measured on, and by whom.
+# Beginnings of the names of fields that a held-out accuracy depends on.
 MEASURED_BY = ("data.", "eval.num_prompts", "tools.", "rollout.max_", "reward.function", "policy.")
 OnStep = Callable[[int, dict[str, Any]], None]  # (steps done, metrics)
 
 
 def cold_start(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> ColdStart:
-    """The cold-started policy of a run: restored, taken over from `init_from`, or trained now.
+    """The cold-started policy of a run: restored, taken from the run `init_from`, or trained now.
 
-    Training is resumed from its own checkpoints under checkpoints/sft. `on_step` hears of every step; once `stop` is
-    requested the step is saved and KeyboardInterrupt raised. A run that has RL checkpoints needs none of this, unless its
-    loss has a KL term or it trains adapters: where the cold start's checkpoint is broken or gone it goes on without, and its
-    accuracies are those that the RL checkpoints hold.
+    Training is resumed from its checkpoints under checkpoints/sft. `on_step` is called after every step. If `stop` is requested,
+    the step is saved and KeyboardInterrupt is raised. A run that has RL checkpoints does not need the cold start, unless its loss
+    has a KL term or it trains adapters. If the cold start's checkpoint is then broken or missing, such a run goes on with
+    initial parameters and no accuracies, because both are restored from the RL checkpoint.
     """
     config = components.config
     has_rl = any(path.name.isdigit() for path in (run.checkpoints / "rl").glob("*"))
     if not has_rl or config.policy.lora is not None or make_algorithm(config).keeps_reference:
         return _cold_start(components, run, on_step, stop)
     try:
-        own = _finished(components, run)
+        finished = _finished(components, run)
     except CheckpointError as error:
         log.warning("%s\nThe run's RL checkpoints do not need it: going on from them", error)
-        own = None
-    return own or (initial_params(config, components.arch, components.mesh), {})
+        finished = None
+    return finished or (initial_params(config, components.arch, components.mesh), {})
 
 
 def _cold_start(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> ColdStart:
@@ -75,18 +75,18 @@ def _cold_start(components: Components, run: RunDir, on_step: OnStep, stop: Stop
 
 
 def _finished(components: Components, run: RunDir) -> ColdStart | None:
-    """The run's finished cold start, or the one it takes over."""
+    """The run's finished cold start, or that of `init_from`; None if there is neither."""
     config = components.config
-    own = _restore(run.checkpoints / "sft", config, components)
-    if own is not None and own[0] == config.sft.steps:
-        return own[1].params, own[2]["accuracies"]
+    restored = _restore(run.checkpoints / "sft", config, components)
+    if restored is not None and restored[0] == config.sft.steps:
+        return restored[1].params, restored[2]["accuracies"]
     if config.init_from is not None:
         return _take_over(Path(config.init_from), components)
     return None
 
 
 def run(config: Config) -> dict[str, float]:
-    """The `sft` command: base accuracy, cold start, accuracy after it. Returns and logs both."""
+    """The `sft` command: measures the accuracy, runs the cold start, measures again. Returns and logs both accuracies."""
     with (
         open_run(config) as run_dir,
         build(config) as components,
@@ -102,11 +102,11 @@ def to_train_batch(batch: TraceBatch, at_once: int) -> TrainBatch:
     `at_once`: rows of a micro-batch; 0: all.
     """
     index = np.arange(batch.tokens.shape[1])
-    # A segment ends where the next begins; padding, segment 0, comes last in a row and is one more.
+    # A segment ends where the next begins. Padding (segment 0) comes last in a row and counts as one more segment.
     last = np.diff(batch.segments, append=-1) != 0
     ends = np.minimum.accumulate(np.where(last, index + 1, len(index))[:, ::-1], axis=1)[:, ::-1]
 
-    def following(x: np.ndarray) -> np.ndarray:  # a slot speaks of the token after it
+    def following(x: np.ndarray) -> np.ndarray:  # a slot holds the values of the token after it
         return np.where(last, 0, np.roll(x, -1, axis=1))
 
     rows = Rows(batch.tokens, following(batch.tokens), batch.positions, ends.astype(np.int32))
@@ -119,7 +119,7 @@ def to_train_batch(batch: TraceBatch, at_once: int) -> TrainBatch:
 
 
 def _trace_batches(components: Components, run: RunDir) -> grain.DatasetIterator[TraceBatch]:
-    """What the cold start trains on, with results as a rollout has them. traces.json says what was left out, and why."""
+    """The batches of the cold start. Tool results are written as in a rollout. Writes traces.json: what was left out, and why."""
     config, left_out = components.config, LeftOut()
     call_format = components.executor.call_format
     if config.sft.traces:
@@ -128,7 +128,7 @@ def _trace_batches(components: Components, run: RunDir) -> grain.DatasetIterator
         log.info(
             "%d traces read, %d left out%s", len(traces), left_out.total, f" ({left_out})" if left_out.total else ""
         )
-    else:  # with the real tools' results
+    else:  # demonstrations with the real results of the tools
         limit = config.sft.steps * config.sft.batch_size * TRACES_PER_ROW
         traces = demonstrate(components.dataset, components.executor, limit, left_out)
     results = ToolResults(components.tokenizer, call_format, config.rollout.max_result_tokens)
@@ -198,7 +198,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
 
 
 def _restore(folder: Path, config: Config, components: Components) -> tuple[int, TrainState, dict[str, Any]] | None:
-    """The newest cold-start checkpoint in a folder, or None."""
+    """(step, state, meta) of the newest cold-start checkpoint in a folder, or None."""
     if not folder.exists():
         return None
     checkpointer = Checkpointer(folder, keep=1, read_only=True)
@@ -217,9 +217,9 @@ def abstract_state(config: Config, components: Components) -> Any:
 
 
 def _take_over(other: Path, components: Components) -> ColdStart:
-    """The finished cold start of another run, with its accuracies where they were measured as this run measures its own.
+    """The finished cold start of another run, with its accuracies if they were measured as this run measures its own.
 
-    Otherwise the policy's accuracy is measured anew, on this run's questions, and that before the cold start is left out.
+    Otherwise the policy's accuracy is measured again on this run's questions, and accuracy_base is left out.
     """
     config = components.config
     found = _restore(other / "checkpoints" / "sft", config, components)
@@ -231,14 +231,14 @@ def _take_over(other: Path, components: Components) -> ColdStart:
     params, accuracies = found[1].params, found[2]["accuracies"]
     if not _measures_alike(other, config):
         accuracies = {"accuracy_sft": evaluate(params, components).accuracy}
-        log.info("held-out accuracy of the policy taken over: %.3f", accuracies["accuracy_sft"])
+        log.info("held-out accuracy of the policy of init_from: %.3f", accuracies["accuracy_sft"])
     return params, accuracies
 
 
 def _measures_alike(other: Path, config: Config) -> bool:
-    """Whether a run asks the held-out questions that `config` asks, with the same tools, room and judge."""
+    """Whether another run measures held-out accuracy as `config` does: same questions, tools, lengths, reward and policy."""
     try:
         changed = diff_configs(load_config(other / "config.json"), config)
-    except ConfigError:  # of an older program: what its figures say cannot be told
+    except ConfigError:  # the config of an older program, which cannot be compared
         return False
     return not any(name.startswith(MEASURED_BY) for name in changed)

@@ -1,4 +1,4 @@
-"""What a run asks of its disk: paths that checkpoints can live under, and files that are whole or not there."""
+"""Paths under which checkpoints work, and files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 
 from appo_jax.errors import CheckpointError
 
-# Orbax finds a checkpoint's files with a glob over the whole path (where a star may find another run's), and loses a backslash.
+# Orbax finds a checkpoint's files by a glob over the full path: a star may match another run's files, and a backslash is lost.
 REFUSED = "*?[\\"
 
 
 def usable_path(path: str | Path) -> Path:
-    """`path`, absolute. Raises CheckpointError where checkpoints could be written under it but not read again."""
+    """The absolute form of `path`. Raises CheckpointError if checkpoints could be written under it but not read again."""
     if "://" in str(path):
         raise CheckpointError(
             f"{path}: runs are written through the file system; mount the bucket or share (docs/pods.md) and give its folder"
@@ -40,7 +40,7 @@ def usable_path(path: str | Path) -> Path:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files under a folder; files that vanish meanwhile count nothing."""
+    """The bytes of all files under a folder. Files that are removed in the meantime count as 0."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
@@ -49,7 +49,7 @@ def folder_size(folder: Path) -> int:
 
 
 def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
-    """Write a file that a reader finds old or new and never half written; `durable`: after a power cut, too."""
+    """Write a file so that a reader sees the old or the new content, never a partial one. `durable`: also after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -66,7 +66,7 @@ def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> 
 
 
 def set_aside(path: Path, copy: bool = False) -> Path:
-    """Rename a damaged file (or copy it) to a name that says so and is not taken: step_3.jsonl -> step_3.damaged-1.jsonl."""
+    """Rename (or copy) a damaged file to a new name such as step_3.damaged-1.jsonl. Returns the new path."""
     stem, dot, ending = path.name.partition(".")
     names = (path.with_name(f"{stem}.damaged-{i}{dot}{ending}") for i in itertools.count(1))
     target = next(name for name in names if not name.exists())
@@ -75,12 +75,12 @@ def set_aside(path: Path, copy: bool = False) -> Path:
 
 
 def to_json(record: Mapping[str, Any], indent: int | None = None) -> str:
-    """One line of strict JSON, or an indented document: see `plain`."""
+    """Strict JSON of a record (`plain`), on one line or indented, with a newline at the end."""
     return json.dumps(plain(record), indent=indent, allow_nan=False) + "\n"
 
 
 def plain(value: Any) -> Any:
-    """A value as strict JSON can hold it: array scalars as numbers, NaN and infinities as null."""
+    """A value in the types of strict JSON: array scalars become numbers, NaN and infinities become null."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -32,7 +32,7 @@ class Clock:
 
 class Compilations:
     """Counts the programs that are compiled or read from the compilation cache. After a run's first steps there should
-    be none; otherwise a shape has changed that should not."""
+    be none; if there are, a shape has changed that should be constant."""
 
     def __init__(self) -> None:
         self._count = 0

@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> None:
     """Run `config` to its end, or continue the run in `config.run_dir`.
 
-    Raises ConfigError for a config that breaks a bound or a rule, KeyboardInterrupt when it was asked to stop (after
-    saving), TrainingError for a loss that is not finite.
+    Raises ConfigError for a config that breaks a bound or a rule, KeyboardInterrupt if the run was asked to stop (after
+    saving), and TrainingError for a loss that is not finite.
     """
     config = check(config)
     with open_run(config) as run, Progress(config) as progress, build(config) as components, stop_requests() as stop:
@@ -77,7 +77,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             state, record, trees = train_step(trainer, reached.step, state, next(prompts), prompts)
             reached = reached.after(record)
             heartbeat.at_step(reached.step)
-            checkpointer.wait()  # what the step before this one saved is on disk, and reads back
+            checkpointer.wait()  # until the checkpoint of the previous step is on disk and has been read back
             outages.see(reached.step, record)
             require_finite(record, "update", reached.step, "optimizer.learning_rate")
             if config.eval.every and reached.step % config.eval.every == 0 and not reached.end(config):
@@ -99,13 +99,13 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         heartbeat.stoppable(False)  # the last step is saved
         final = _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
         summary = _summary(accuracies, final, config, reached) | {"wall_s": clock.wall_s()}
-        checkpointer.wait()  # who finds a summary finds the policy it speaks of
+        checkpointer.wait()  # the summary must not exist before the checkpoint of its policy
         metrics.write_summary(summary)
         if distributed.host() == 0:
             try_to_draw_plots(run.path)
         progress.done(summary)
     except Exception as error:
-        failures.report(error)  # before it unwinds: on the way out it may wait for other hosts
+        failures.report(error)  # here already, because the clean-up below may wait for other hosts
         raise
     finally:
         checkpointer.close()
@@ -113,7 +113,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
 
 
 def _evaluated(params: Params, components: Components, sets: Sets, reports: Path) -> dict[str, float]:
-    """Metrics of the held-out questions and of `eval.sets`."""
+    """The metrics of the held-out questions and of `eval.sets`."""
     return evaluate(params, components).metrics | evaluate_sets(params, components, sets, reports)
 
 
@@ -129,17 +129,17 @@ def _summary(
 
 
 def _require_same_base(saved: str, trainer: Trainer, run: RunDir) -> None:
-    """Raises CheckpointError where a checkpoint's adapters were trained beside other weights than the run now begins with."""
+    """Raises CheckpointError if a checkpoint's adapters were trained with other frozen weights than the run has now."""
     if saved != trainer.base_id:
         raise CheckpointError(
-            f"{run.checkpoints / 'rl'}: its adapters were trained beside other weights ({saved}) than this run begins with "
+            f"{run.checkpoints / 'rl'}: its adapters were trained with other frozen weights ({saved}) than this run has now "
             f"({trainer.base_id}): policy.path, init_from or {run.checkpoints / 'sft'} has changed since; put the old weights back"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int = 0
     sampled_tokens: int = 0
@@ -160,7 +160,7 @@ def begin(components: Components, params: Params) -> tuple[Trainer, TrainState]:
         base = frozen(params, components.arch)
         shardings = param_shardings(components.arch, components.mesh, "train", abstract_adapters(components.arch))
         params = init_adapters(components.arch, config.seed, shardings if components.mesh.size > 1 else None)
-    # π_ref is the policy that RL begins with. The state is donated step by step: a copy must be kept.
+    # π_ref is the policy that RL begins with. Every step donates the state, so a copy must be kept.
     reference = (base or jax.tree.map(jnp.copy, params)) if algorithm.keeps_reference else None
     optimizer = rl_optimizer(config.optimizer)
     state = init_state(params, optimizer, components.arch, components.mesh)

@@ -1,7 +1,7 @@
 """One training step (paper, algorithm 1): sample, score, branch, learn.
 
-N rollouts per prompt from π_old; then, mini-batch by mini-batch, score them under the current π_θ, branch where the Branching
-Score is highest, reward, turn rewards into procedural advantages, update. A baseline leaves some of it out.
+N rollouts per prompt are drawn from π_old. Then, for each mini-batch: score them under the current π_θ, branch where the
+Branching Score is highest, give rewards, compute procedural advantages, update. A baseline leaves some of these parts out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from appo_jax.rollout.stats import rollout_metrics, update_metrics
 from appo_jax.timing import Timer
 from appo_jax.types import Example, Rollout, Tree
 
-# What rollouts are drawn for: the first number of every draw_id. (2: evaluation, which is greedy.)
+# The first number of every draw_id: the purpose of the rollouts. (2 is evaluation, which is greedy.)
 INITIAL, BRANCH, RESAMPLE = 0, 1, 3
 
 Update = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]
@@ -43,16 +43,16 @@ Update = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """What every step of a run uses."""
+    """The objects that every step of a run uses."""
 
     components: Components
     algorithm: Algorithm
     grower: TreeGrower
     update: Update
     reference: Params | None
-    """Parameters of π_ref, for a KL term."""
+    """The parameters of π_ref, for a KL term."""
     base: Params | None = None
-    """The weights beside the adapters, where these are what is trained."""
+    """The frozen weights of a policy whose adapters are trained."""
 
     def policy(self, state: TrainState) -> Params:
         """The parameters of the policy."""
@@ -60,23 +60,24 @@ class Trainer:
 
     @functools.cached_property
     def base_id(self) -> str:
-        """What tells one base from another; "" without one."""
+        """A digest of the frozen weights; "" if there are none."""
         return "" if self.base is None else identity(self.base)
 
 
 def train_step(
     trainer: Trainer, index: int, state: TrainState, examples: Sequence[Example], more: Iterator[Sequence[Example]]
 ) -> tuple[TrainState, dict[str, Any], list[Tree]]:
-    """One step on `examples`: sample under π_old, the policy as it is now; then, mini-batch by mini-batch, score, branch, learn.
+    """One step on `examples`: sample under π_old, which is the current policy; then score, branch and learn for each mini-batch.
 
-    Consumes `state`. `index`: steps made before. `more`: batches of prompts that dynamic sampling may draw on.
+    Consumes `state`. `index`: the number of earlier steps. `more`: further batches of prompts for dynamic sampling. Returns the
+    new state, the metrics and all trees.
     """
     algorithm, size = trainer.algorithm, trainer.components.config.prompts_per_minibatch
     step = Step(trainer, index)
     trees = step.sample(trainer.policy(state), examples, more)
     minibatches = [Minibatch(i, trees[first : first + size]) for i, first in enumerate(range(0, len(trees), size))]
-    # log π_old is computed here once, by the program that will compute log π_θ: their difference is the policy's
-    # movement alone, without the noise between two ways of computing the same number.
+    # log π_old is computed here once, by the program that computes log π_θ later. So their difference is caused only by the
+    # policy's updates, and not by the rounding of two different programs.
     for minibatch in minibatches:
         minibatch.old_log_probs = step.score(trainer.policy(state), minibatch.trees)
     if algorithm.branches_at_start:
@@ -94,21 +95,21 @@ def train_step(
 
 @dataclasses.dataclass
 class Minibatch:
-    """The prompts of one update, as far as the step has come with them."""
+    """The prompts of one update, and what the step has computed for them so far."""
 
     index: int
     trees: list[Tree]
-    """Their rollouts: the initial ones, then the branches too."""
+    """Their rollouts: at first the initial ones, after `Step.branch` also the branches."""
     old_log_probs: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
-    """log π_old `[T]` of each tree's first rollouts: of the initial ones, and of those branches that π_old drew."""
+    """log π_old `[T]` of each tree's first rollouts: the initial ones, and the branches that π_old drew."""
     growth: Growth | None = None
-    """What branching said of them."""
+    """The result of branching."""
     update: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Metrics of the update."""
+    """The metrics of the update."""
 
 
 class Step:
-    """The parts of one training step; they share its clock."""
+    """The parts of one training step. They share a timer."""
 
     def __init__(self, trainer: Trainer, index: int):
         self.trainer, self.index = trainer, index
@@ -119,9 +120,10 @@ class Step:
         self.resampled = 0
 
     def sample(self, params: Params, examples: Sequence[Example], more: Iterator[Sequence[Example]]) -> list[Tree]:
-        """Initial rollouts of every prompt, with their rewards.
+        """The initial rollouts of every prompt, with rewards.
 
-        Dynamic sampling: prompts whose rewards are all equal teach nothing; they make room for others, a few times at most.
+        Dynamic sampling: a prompt whose rewards are all equal gives no gradient. It is replaced by another prompt, at most
+        `max_resamples` times.
         """
         trees = self._draw(params, examples, INITIAL)
         for attempt in range(self.algorithm.max_resamples):
@@ -134,7 +136,7 @@ class Step:
         return trees
 
     def score(self, params: Params, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
-        """Log-probabilities `[T]` of every rollout's tokens under a policy, by tree."""
+        """The log-probabilities `[T]` of every rollout's tokens under a policy, for each tree."""
         with self.timer("score"):
             return log_probs(self.sampler, params, trees)
 
@@ -147,7 +149,7 @@ class Step:
         self._reward([r for tree in minibatch.trees for r in tree if not r.is_initial])
 
     def measure(self, params: Params, minibatch: Minibatch) -> Measured:
-        """What the loss must know of the trained tokens under the policy as it is now, and under π_ref."""
+        """The log-probs, entropies and penalties of the trained tokens that the loss needs, under the current policy and π_ref."""
         algorithm, reference, growth = self.algorithm, self.trainer.reference, minibatch.growth
         trained = [list(algorithm.trained(tree)) for tree in minibatch.trees]
         present = ref = penalties = entropies = None
@@ -155,7 +157,7 @@ class Step:
         with self.timer("score"):
             if algorithm.scores_present:
                 present, entropies = scores(self.sampler, params, trained)
-            elif algorithm.needs_present and growth is not None:  # scored when they branched, under the present policy
+            elif algorithm.needs_present and growth is not None:  # branching has scored them under the current policy
                 present = [[node.log_probs for node in tree] for tree in growth.scores]
                 entropies = [[node.entropies for node in tree] for tree in growth.scores]
             if algorithm.trains_later_branches:
@@ -191,7 +193,7 @@ class Step:
         return state
 
     def record(self, minibatches: Sequence[Minibatch]) -> dict[str, Any]:
-        """The step's metrics: docs/method.md explains them."""
+        """The step's metrics. docs/method.md explains them."""
         trees = [tree for minibatch in minibatches for tree in minibatch.trees]
         record = rollout_metrics(trees, self.sampler.take_stats()) | self.components.executor.metrics()
         record |= self.components.reward.metrics()
@@ -223,17 +225,17 @@ def _kl_penalties(
     sampler: Sampler, params: Params, reference: Params, trees: Sequence[Tree], old: Sequence[Sequence[np.ndarray]],
     loss: LossConfig, length: int,
 ) -> list[list[np.ndarray]]:  # fmt: skip
-    """β·KL(π‖π_ref) at each sampled token `[T]` of every rollout, π being the policy that drew it.
+    """β·KL(π‖π_ref) at each sampled token `[T]` of every rollout, where π is the policy that drew the token.
 
-    `old`: of each tree's first rollouts, their log-probs under π_old. The branches beyond them were drawn by `params`
-    from their fork on; what they have from their parent was drawn as the parent was.
+    `old`: the log-probs under π_old of each tree's first rollouts. `params` drew the other rollouts, which are branches, from
+    their forks on; the tokens before a fork were drawn by the policy that drew the parent.
     """
     branches = log_probs(sampler, params, [tree[len(known) :] for tree, known in zip(trees, old, strict=True)])
     by_drawer = of_drawers(trees, old, branches)
     by_reference = log_probs(sampler, reference, trees)
 
     def penalty(rollout: Rollout, drawn: np.ndarray, ref: np.ndarray) -> np.ndarray:
-        padding = (0, length - rollout.length)  # one shape, one program
+        padding = (0, length - rollout.length)  # so that all rollouts have one shape and use one program
         drawn, ref = (np.pad(x, padding) for x in (drawn, ref))
         kl = kl_estimate(jnp.asarray(drawn), jnp.asarray(ref), loss.kl_estimator, loss.max_k3)
         return np.where(rollout.sampled, loss.kl_weight * np.asarray(kl)[: rollout.length], 0.0)

@@ -118,7 +118,7 @@ def test_the_best_are_kept_beside_the_newest(tmp_path):
 @pytest.mark.parametrize("step", [12, 11])
 def test_a_step_is_saved_once_and_in_order(folder, step):
     checkpointer = Checkpointer(folder, 3)
-    with pytest.raises(CheckpointError, match=f"step {step} was not saved, for step 12 exists"):
+    with pytest.raises(CheckpointError, match=f"step {step} was not saved, because step 12 exists"):
         checkpointer.save(step, make_state(1), {}, None)
     checkpointer.close()
 

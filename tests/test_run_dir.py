@@ -103,7 +103,7 @@ def test_an_object_store_is_refused_with_what_to_do(config):
 
 def test_training_steps_without_their_checkpoints_are_refused(config, run_with_results):
     (run_with_results.checkpoints / "rl").rmdir()
-    with pytest.raises(CheckpointError, match=r"tells of training steps, but .*checkpoints/rl is gone; put it back"):
+    with pytest.raises(CheckpointError, match=r"records training steps, but .*checkpoints/rl is gone; put it back"):
         open_run(config)
     assert run_with_results.metrics.read_text() == '{"step": 1}\n'
 

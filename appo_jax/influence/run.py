@@ -216,7 +216,7 @@ def to_markdown(figures: dict[str, Any]) -> str:
     means = ", ".join(f"{name} {_shown(value, 4)}" for name, value in scatter.variance.items())
     lines += [
         "",
-        f"Variance of A_base when the branches are drawn again (Theorem 1; intervals over prompts): {means}. proportional less "
+        f"Variance of A_base when the branches are drawn again (Theorem 1; intervals over prompts): {means}. proportional minus "
         f"per_rollout: {_shown(scatter.difference, 4)}.",
     ]
     return "\n".join(lines)
