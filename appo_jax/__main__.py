@@ -9,11 +9,11 @@ def main() -> int:
     """Run the command line; returns its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(130))
-    from appo_jax.cli import end_with_the_reader, main
+    from appo_jax.cli import end_when_output_closes, main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    end_with_the_reader()
+    end_when_output_closes()
     return main()
 
 

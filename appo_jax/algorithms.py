@@ -34,13 +34,13 @@ class Algorithm:
     branches: bool
     """Whether the rest of the budget is branched."""
     train_branches: bool
-    """Whether branches are trained on, or inform the advantages alone."""
+    """Whether branches are trained on; otherwise they only change the advantages."""
     branching: BranchingConfig
     """Where and when branches are drawn."""
     advantage: AdvantageConfig
-    """What a token's advantage is."""
+    """How a token's advantage is computed."""
     loss: LossConfig
-    """What an update minimises."""
+    """The loss that an update minimises."""
     overlong_buffer: int
     """Number of last tokens of `rollout.max_response_tokens` over which a response's reward falls; 0: none."""
     max_resamples: int
@@ -48,7 +48,7 @@ class Algorithm:
 
     @property
     def trained_per_prompt(self) -> int:
-        """Rollouts of a prompt that the loss sees."""
+        """The number of a prompt's rollouts that are trained on."""
         return self.budget if self.train_branches else self.initial
 
     @property
@@ -58,7 +58,7 @@ class Algorithm:
 
     @property
     def trains_later_branches(self) -> bool:
-        """Whether the loss sees branches that the current policy has drawn, and not π_old."""
+        """Whether branches that the current policy (not π_old) has drawn are trained on."""
         return self.branches and self.train_branches and not self.branches_at_start
 
     @property
@@ -73,8 +73,8 @@ class Algorithm:
 
     @property
     def needs_present(self) -> bool:
-        """Whether a score pass under π_θ must see the trained tokens before the update: for Ω, to count dual-clipped tokens,
-        for the entropies that scale advantages, or since branches are trained on that π_θ itself has drawn."""
+        """Whether the trained tokens must be scored under π_θ before the update: for Ω, for the number of dual-clipped tokens,
+        for the entropies that scale advantages, or because branches that π_θ has drawn are trained on."""
         return (
             self.uses_future or self.loss.max_dual_clipped >= 0 or self.advantage.entropy_weight > 0
             or self.trains_later_branches
@@ -82,7 +82,7 @@ class Algorithm:
 
     @property
     def scores_present(self) -> bool:
-        """Whether that takes an extra score pass: it does unless all of them were scored under π_θ to branch from them."""
+        """Whether that needs an extra score pass. It does unless all of them were already scored under π_θ for branching."""
         return self.needs_present and (not self.branches or self.branches_at_start or self.train_branches)
 
     @property
@@ -92,12 +92,11 @@ class Algorithm:
 
     @property
     def needs_old_of_branches(self) -> bool:
-        """Whether log π_old of branches that π_old drew is used: by the loss, or by a KL term in the reward."""
+        """Whether the loss, or a KL term in the reward, uses log π_old of branches that π_old drew."""
         return self.train_branches or (self.keeps_reference and self.loss.kl_in == "reward")
 
     def trained(self, tree: Sequence[T]) -> Sequence[T]:
-        """The elements of `per_rollout` (one for each rollout of a tree) that belong to rollouts which the loss
-        sees."""
+        """The elements of `tree` (rollouts, or one value for each rollout) that belong to rollouts that are trained on."""
         return tree[: self.trained_per_prompt]
 
 
@@ -219,7 +218,7 @@ ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
 
 
 def broken(config: Config) -> Iterator[str]:
-    """What is wrong between the config and its algorithm: a sentence for every broken rule, with the fields to change."""
+    """Rules between the config and its algorithm that are broken: a sentence for each, with the fields to change."""
     if config.algorithm not in ALGORITHMS:
         near = difflib.get_close_matches(config.algorithm, ALGORITHMS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(ALGORITHMS)}"
@@ -229,6 +228,6 @@ def broken(config: Config) -> Iterator[str]:
     if algorithm.branches and algorithm.budget <= algorithm.initial:
         full = algorithm.initial * (config.branching.num_branch_points + 1) ** config.branching.num_loops
         yield (
-            f"rollout.budget = {algorithm.budget} leaves no room for branches beside rollout.num_initial = "
+            f"rollout.budget = {algorithm.budget} leaves no room for branches in addition to rollout.num_initial = "
             f"{algorithm.initial}: raise it (N·(B+1)^L = {full})"
         )

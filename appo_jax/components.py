@@ -1,5 +1,5 @@
-"""The objects that every phase of a run uses: data, tokenizer, tools, the policy's shape and initial weights, reward,
-sampler."""
+"""Builds the objects that every phase of a run uses: data, tokenizer, tools, the policy's architecture and initial weights,
+reward, sampler."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Everything but parameters and optimizer state."""
+    """All objects of a run except parameters and optimizer state."""
 
     config: Config
     dataset: Dataset
@@ -135,7 +135,7 @@ def initial_params(config: Config, arch: Architecture, mesh: Mesh) -> Params:
 
 
 def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:
-    """A rollout as its reward function sees it."""
+    """A rollout in the form that reward functions get."""
     start = rollout.prompt_length
     turns = np.flatnonzero(np.diff(rollout.sampled[start:])) + 1 + start
     edges = [start, *turns.tolist(), rollout.length]
@@ -167,9 +167,9 @@ def give_rewards(rollouts: Sequence[Rollout], components: Components, overlong_b
     limit = components.config.rollout.max_response_tokens
     mine = [i for i, rollout in enumerate(rollouts) if rollout.host == distributed.host()]
     judgements = components.reward.each([response_of(rollouts[i], components.tokenizer) for i in mine])
-    own = [(i, dataclasses.astuple(judgement)) for i, judgement in zip(mine, judgements, strict=True)]
-    told = itertools.chain.from_iterable(distributed.exchange(own))
-    judged = [(rollouts[i], Judgement(*fields)) for i, fields in told]
+    of_host = [(i, dataclasses.astuple(judgement)) for i, judgement in zip(mine, judgements, strict=True)]
+    of_all = itertools.chain.from_iterable(distributed.exchange(of_host))
+    judged = [(rollouts[i], Judgement(*fields)) for i, fields in of_all]
     components.reward.report([(rollout.example.id, judgement) for rollout, judgement in judged])
     for rollout, judgement in judged:
         rollout.reward, rollout.correct = judgement.reward, judgement.correct

@@ -1,4 +1,4 @@
-"""Configs checked, and in and out of files: python files that a person writes, JSON files that a run keeps."""
+"""Reads, checks and writes configs. A person writes them as python files; a run stores them as JSON."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def load_config(path: str | Path) -> Config:
     """Read a config from a python file (its module-level `config`) or from a .json written by `save_config`.
 
     Every value is checked against its field's type and bounds. Raises ConfigError that names the file, the dotted field,
-    what was given, what was expected and, for an unknown field, the nearest one. Rules between fields are left to `check`:
-    overrides may still change the fields.
+    what was given, what was expected and, for an unknown field, the nearest name. Rules between fields are not checked here
+    but in `check`, because overrides may still change the fields.
     """
     path = Path(path)
     if path.suffix not in (".py", ".json"):
@@ -41,10 +41,10 @@ def load_config(path: str | Path) -> Config:
 
 
 def check(config: Config) -> Config:
-    """The config, held to every type, bound and rule between fields; the only place that does, whoever gives the config.
+    """Check a config against all types, bounds and rules between fields. All configs pass through this function.
 
-    Values are given the declared types (a list becomes a tuple). Raises ConfigError that lists every problem: the field,
-    what was given, what was expected, what to do.
+    Values are converted to the declared types (a list becomes a tuple). Raises ConfigError that lists every problem: the
+    field, what was given, what was expected, what to do.
     """
     config = _parse(_to_json(config))
     if problems := [*rules.broken(config), *algorithms.broken(config)]:
@@ -53,7 +53,7 @@ def check(config: Config) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write `config` as JSON that `load_config` reads back to an equal config. Raises ConfigError where it cannot."""
+    """Write `config` as JSON that `load_config` reads back to an equal config. Raises ConfigError if that is impossible."""
     text = _to_json(config)
     if (back := _parse(text, str(path))) != config:
         fields = ", ".join(diff_configs(config, back))
@@ -68,7 +68,7 @@ def diff_configs(a: Config, b: Config) -> list[str]:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """`{"branching.tau": 32.0, ...}`: every field that is not itself a group of fields."""
+    """`{"branching.tau": 32.0, ...}`: all fields that are not groups of fields."""
 
     def walk(value: Any, prefix: str) -> Iterable[tuple[str, Any]]:
         for field in dataclasses.fields(value):
@@ -96,9 +96,10 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def read_variable(path: str | Path, name: str, kind: type[T]) -> T:
-    """The module-level variable `name` of a python file, which must be a `kind`.
+    """The module-level variable `name` of a python file, which must be of type `kind`.
 
-    Raises ConfigError: no such file, an error in it (with the line), no such variable, one of another type.
+    Raises ConfigError if the file does not exist or raises an error (with its line), or if the variable is missing or of
+    another type.
     """
     path, wanted = Path(path), f"`{name} = {kind.__name__}(...)`"
     if not path.is_file():
@@ -112,7 +113,7 @@ def read_variable(path: str | Path, name: str, kind: type[T]) -> T:
 
 
 def _run_python(path: Path) -> dict[str, Any]:
-    """The globals of an executed python file. Raises ConfigError with the file, the line and what was raised there."""
+    """The globals of an executed python file. Raises ConfigError with the file, the line and the error."""
     try:
         return runpy.run_path(str(path))
     except ConfigError:
@@ -128,15 +129,15 @@ def _run_python(path: Path) -> dict[str, Any]:
 
 
 def _to_json(config: Config) -> bytes:
-    """A config as JSON, whatever its fields hold. Raises ConfigError for a value that is no number, text or list of them."""
+    """A config as JSON, before any check. Raises ConfigError for a value that JSON cannot hold."""
     try:
         return pydantic_core.to_json(config, indent=2, inf_nan_mode="constants")
     except pydantic_core.PydanticSerializationError as error:
-        raise ConfigError(f"a field of the config holds something else than numbers and text: {error}") from error
+        raise ConfigError(f"a field of the config holds a value that is not a number or text: {error}") from error
 
 
 def _parse(text: bytes, source: str | None = None) -> Config:
-    """The config that a JSON text holds, checked field by field; errors name `source`, the file it comes from."""
+    """The config in a JSON text, checked field by field. `source`: the file of the text, for errors."""
     try:
         return _ADAPTER.validate_json(text)
     except pydantic.ValidationError as error:
@@ -145,8 +146,8 @@ def _parse(text: bytes, source: str | None = None) -> Config:
 
 
 def _explain(problem: pydantic_core.ErrorDetails) -> str:
-    """One violation: dotted field, what was given, what was expected, nearest field."""
-    # Where a part is of several kinds, pydantic names the kind in the path: policy.architecture.rope_scaling.yarn.factor.
+    """The message for one problem: dotted field, what was given, what was expected, nearest field."""
+    # If a part may have several types, pydantic adds the type to the path: policy.architecture.rope_scaling.yarn.factor.
     path = [
         part for part, before in zip(problem["loc"], (None, *problem["loc"]), strict=False) if before != "rope_scaling"
     ]

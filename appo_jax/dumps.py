@@ -1,4 +1,4 @@
-"""Rollout trees on disk: rollouts/step_000012.jsonl.gz, one prompt's tree a line. Gzip's checksum tells a damaged file."""
+"""Rollout trees on disk: rollouts/step_000012.jsonl.gz, one prompt's tree per line. Gzip's checksum reveals damage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from appo_jax.types import Rollout
 
 Decode = Callable[[Sequence[int]], str]
 _NAME = re.compile(r"step_(\d{6,})\.jsonl(\.gz)?")
-# Number of newest dumps that are checked for damage at a start; this takes a second or two.
+# When a run starts, this many of the newest dumps are checked for damage, which takes a second or two.
 MAX_CHECKED = 1000
 
 
@@ -42,7 +42,7 @@ def write_dump(folder: Path, step: int, trees: Sequence[Sequence[Rollout]], deco
 
 
 def read_dump(path: Path) -> Iterator[dict[str, Any]]:
-    """The trees of a step, one after the other. Raises DataError for a file that is damaged."""
+    """The trees of a step, one after another. Raises DataError for a damaged file."""
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -57,9 +57,10 @@ def read_dump(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def settle_dumps(folder: Path, step: int, keep: int = 0) -> list[str]:
-    """Prepare the folder for a run that continues from `step`; returns descriptions of what is wrong with it. Dumps of
-    later steps are removed, because these steps are done again. A damaged dump is renamed. `keep`: the number of newest
-    dumps that are kept (0: all); older ones need not exist.
+    """Prepare the folder for a run that continues from `step`. Returns descriptions of its problems.
+
+    Dumps of later steps are removed, because these steps are done again. A damaged dump is renamed. `keep`: the number of
+    newest dumps that are kept (0: all); older ones need not exist.
     """
     found = dumped_steps(folder)
     for later in [s for s in found if s > step]:

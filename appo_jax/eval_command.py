@@ -1,4 +1,4 @@
-"""`appo-jax eval`: score a set's predictions, from a file or drawn now by a policy with its tools."""
+"""`appo-jax eval`: scores predictions on a benchmark set. They come from a file, or a policy with its tools draws them now."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from appo_jax.reward.language_judge import LanguageJudge
 
 log = logging.getLogger(__name__)
 
-ROUNDS_PER_SAVE = 4  # as many rollouts as this times decode_rows are drawn before they are saved
+ROUNDS_PER_SAVE = 4  # rollouts are saved after this many times decode_rows were drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What is asked for."""
+    """The arguments of `evaluate_set`."""
 
     set: str
     data: Path
     out: Path
     predictions: Path | None = None
-    limit: int | None = None  # the first so many questions
+    limit: int | None = None  # the number of questions, from the beginning of the set; None: all
     samples: int = 1
     temperature: float = 0.0  # of the policy's draws; 0: greedy
     judge: JudgeConfig | None = None
 
 
 def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path | None = None) -> str:
-    """Score a set and write its report; returns the report's text.
+    """Score a set and write its report. Returns the report's text.
 
-    The predictions are those of a file, or are drawn now: `config` then says with which policy, prompt and tools, and
-    `weights` is the run whose newest checkpoint is taken (by default the config's `policy.path`). What was drawn is kept in
-    the folder, and only what is missing is drawn when the command is given again. Raises ConfigError and DataError.
+    The predictions come from a file or are drawn now. In the second case, `config` gives policy, prompt and tools, and `weights`
+    is the run whose newest checkpoint is used (None: the config's `policy.path`). Drawn samples are kept in the folder; the
+    same command given again draws only the missing ones. Raises ConfigError and DataError.
     """
     items = load_items(asked.set, asked.data)[: asked.limit]
     if asked.predictions is not None:
@@ -66,7 +66,7 @@ def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path 
 
 
 def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Path | None) -> Predictions:
-    """Draw the samples that the folder does not hold yet. They are saved as they come, a few rounds of rows at a time."""
+    """Draw the samples that the folder does not hold yet. They are saved after every few rounds of rows."""
     if asked.samples > 1 and asked.temperature == 0:
         raise ConfigError("--samples above 1 needs --temperature above 0: greedy samples are all the same")
     file = asked.out / "generations.jsonl"
@@ -93,7 +93,7 @@ def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Pat
 
 
 def _kept(file: Path, items: Sequence[Item], setting: dict[str, object]) -> dict[str, list[Sample]]:
-    """Samples that an earlier start of the same command drew. Raises ConfigError where it was another one."""
+    """The samples that an earlier start of the same command drew. Raises ConfigError if the settings were different."""
     samples: dict[str, list[Sample]] = {item.id: [] for item in items}
     head = json.dumps(setting)
     if not file.exists():
@@ -108,7 +108,7 @@ def _kept(file: Path, items: Sequence[Item], setting: dict[str, object]) -> dict
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # the line that a kill cut off
+            continue  # an incomplete line, which a killed process left
         if record["id"] in samples:
             rest = {key: value for key, value in record.items() if key not in ("id", "prediction")}
             samples[record["id"]].append(Sample(record["prediction"], rest))

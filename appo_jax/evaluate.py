@@ -1,4 +1,4 @@
-"""How good a policy is: on held-out questions under greedy decoding, and on benchmark sets."""
+"""Measures a policy: on held-out questions with greedy decoding, and on benchmark sets."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from appo_jax.reward.language_judge import LanguageJudge
 from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.types import Example, Kind, Rollout
 
-SETS = 4  # first number of the identity of every draw for a set
+SETS = 4  # the first number of every draw_id for a set, which is the purpose of the draws
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Greedy rollouts of the held-out questions, and their share of right answers."""
+    """Greedy rollouts of the held-out questions, and the share of right answers."""
 
     rollouts: list[Rollout]
     accuracy: float
@@ -46,7 +46,7 @@ class Evaluation:
 
 
 def held_out_examples(components: Components) -> Sequence[Example]:
-    """The first `eval.num_prompts` held-out questions (all for 0)."""
+    """The first `eval.num_prompts` held-out questions; all if it is 0."""
     count = components.config.eval.num_prompts or len(components.held_out)
     return [components.held_out[i] for i in range(min(count, len(components.held_out)))]
 
@@ -70,7 +70,7 @@ class Draws:
 
     samples: int
     temperature: float  # 0: greedy
-    max_items: int  # what the number of questions of one call never exceeds
+    max_items: int  # upper bound of the number of questions in one call
 
 
 def draw_samples(
@@ -87,7 +87,7 @@ def draw_samples(
         length = len(components.tokenizer.render_prompt(example.system, example.question))
         if length > limit:
             raise DataError(f"question {example.id!r} has {length} tokens: raise rollout.max_prompt_tokens = {limit}")
-    draw_id = (SETS, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)  # every part of a set has draws of its own
+    draw_id = (SETS, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)  # different for each part of a set
     trees = components.sampler.initial(params, examples, draws.samples, draw_id, draws.temperature, draws.max_items)
     return [[_sample(rollout, components.tokenizer) for rollout in tree] for tree in trees]
 
@@ -95,18 +95,18 @@ def draw_samples(
 def _sample(rollout: Rollout, tokenizer: Tokenizer) -> Sample:
     calls = [call.to_json() for call in rollout.calls]
     keep = ("name", "argument", "result", "outcome", "seconds")
-    told = {
+    facts = {
         "calls": [{name: call[name] for name in keep} for call in calls],
         "tokens": int(rollout.sampled.sum()), "stop_reason": str(rollout.stop_reason),
     }  # fmt: skip
-    return Sample(response_of(rollout, tokenizer).sampled_text, told)
+    return Sample(response_of(rollout, tokenizer).sampled_text, facts)
 
 
 Sets = Sequence[tuple[EvalSetConfig, list[Item]]]
 
 
 def load_sets(config: Config) -> Sets:
-    """The questions of `eval.sets`. Raises ConfigError and DataError for what cannot be asked or judged."""
+    """The questions of `eval.sets`. Raises ConfigError or DataError for a set that cannot be read or judged."""
     for chosen in config.eval.sets:
         if benchmark(chosen.set).scorer == "judge" and config.reward.judge is None:
             raise ConfigError(
@@ -117,7 +117,7 @@ def load_sets(config: Config) -> Sets:
 
 @heartbeat.phase("evaluate")
 def evaluate_sets(params: Params, components: Components, sets: Sets, folder: Path) -> dict[str, float]:
-    """The figures of `eval.sets`, as metrics; the first host writes a report of each into `folder`, as `appo-jax eval` does."""
+    """The metrics of `eval.sets`. The first host writes a report of each set into `folder`, as `appo-jax eval` does."""
     metrics: dict[str, float] = {}
     for chosen, items in sets:
         began, name = time.perf_counter(), chosen.set
@@ -140,16 +140,16 @@ def _report(
     """Score a set, write its report, and return its figures."""
     predictions = check_samples(samples, [])
     config, judge = components.config, components.reward.language
-    own = None
+    opened = None
     if benchmark(name).scorer == "judge" and judge is None:
         assert config.reward.judge is not None  # load_sets
         cache = config.reward.judge.cache or Path(config.run_dir) / "verdicts-eval.sqlite"
-        judge = own = LanguageJudge(config.reward.judge, Path(cache))
+        judge = opened = LanguageJudge(config.reward.judge, Path(cache))
     try:
         scored = score_all(name, items, predictions, judge)
     finally:
-        if own is not None:
-            own.close()
+        if opened is not None:
+            opened.close()
     record = summarize(name, scored, predictions, ks=(1,))
     write_report(folder, record, scored)
     return {

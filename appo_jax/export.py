@@ -1,4 +1,4 @@
-"""`appo-jax convert RUN --out DIR`: the policy of a run as a Hugging Face folder, or its adapters as a PEFT folder."""
+"""`appo-jax convert RUN --out DIR`: writes a run's policy as a Hugging Face folder, or its adapters as a PEFT folder."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from appo_jax.text.tokenizer import policy_tokenizer
 
 
 def export_run(run: Path, out: Path) -> str:
-    """Write the policy of the run's newest RL checkpoint (of its cold start before RL has one) to the new folder `out`.
+    """Write the policy of the run's newest checkpoint to the new folder `out`: of RL, else of the cold start.
 
-    Only the parameters are read, as float32 in host memory; adapters are merged into their weights. Returns a line that names
-    the step. Raises CheckpointError where the run has no checkpoint, WeightsError if `out` exists and is not empty.
+    Only the parameters are read, as float32 in host memory. Adapters are merged into their weights. Returns a text that names
+    the step. Raises CheckpointError if the run has no checkpoint, WeightsError if `out` exists and is not empty.
     """
     policy = load_config(run / "config.json").policy
     arch, tokenizer = architecture_of(policy), policy_tokenizer(policy)
@@ -40,12 +40,12 @@ def export_run(run: Path, out: Path) -> str:
 def export_adapters(run: Path, out: Path) -> str:
     """Write the adapters of the run's newest RL checkpoint to the new folder `out`, as peft does; see `export_run`.
 
-    They belong beside the weights that RL began with. Raises ConfigError for a run that trains no adapters.
+    They must be used with the weights that RL began with. Raises ConfigError for a run that trains no adapters.
     """
     config = load_config(run / "config.json")
     if config.policy.lora is None:
         raise ConfigError(
-            f"convert {run} --adapter: the run has no policy.lora, and so no adapters; leave --adapter out"
+            f"convert {run} --adapter: the run has no policy.lora, so it has no adapters; leave --adapter out"
         )
     arch = architecture_of(config.policy)
     found = _newest(run, "rl", abstract_adapters(arch))
@@ -56,9 +56,9 @@ def export_adapters(run: Path, out: Path) -> str:
 
 
 def newest_params(run: Path) -> tuple[str, Params]:
-    """The parameters of a run's newest checkpoint, float32 in host memory, and which step it is.
+    """A text that names a run's newest checkpoint, and its parameters as float32 in host memory.
 
-    Adapters are merged. Raises CheckpointError where there is no checkpoint.
+    Adapters are merged. Raises CheckpointError if there is no checkpoint.
     """
     config = load_config(run / "config.json")
     arch = architecture_of(config.policy)
@@ -73,7 +73,7 @@ def newest_params(run: Path) -> tuple[str, Params]:
 
 
 def policy_params(components: Components, run: Path | None) -> Params:
-    """The policy of a run's newest checkpoint, or that of the config's `policy.path`, laid out for the components' mesh."""
+    """The policy of a run's newest checkpoint (None: the config's initial policy), placed on the components' mesh."""
     if run is None:
         return initial_params(components.config, components.arch, components.mesh)
     _, found = newest_params(run)
@@ -81,7 +81,7 @@ def policy_params(components: Components, run: Path | None) -> Params:
 
 
 def _base(run: Path, config: Config, base_id: str) -> Params:
-    """The weights beside a run's adapters, in host memory. Raises CheckpointError where they are others than it had."""
+    """The frozen weights of a run with adapters, in host memory. Raises CheckpointError if they are not those of its training."""
     arch = architecture_of(config.policy)
     starts = [run, *([Path(config.init_from)] if config.init_from is not None else [])]
     for start in starts:
@@ -95,14 +95,16 @@ def _base(run: Path, config: Config, base_id: str) -> Params:
     base = frozen(params, arch)
     if identity(base) != base_id:
         raise CheckpointError(
-            f"{run}: the weights that its adapters were trained beside are gone: those of {', '.join(map(str, starts))} "
-            f"(checkpoints/sft) or of policy.path = {config.policy.path} are others; put the old ones back"
+            f"{run}: the frozen weights of its adapters are gone: those of {', '.join(map(str, starts))} "
+            f"(checkpoints/sft) or of policy.path = {config.policy.path} are different; put the old ones back"
         )
     return base
 
 
 def _newest(run: Path, phase: str, params: Params) -> tuple[str, Params, dict[str, Any]] | None:
-    """Where, parameters like `params` in host memory, and meta of a run's newest checkpoint of a phase; None: none yet."""
+    """(name, parameters, meta) of a run's newest checkpoint of a phase, in host memory; None if there is none yet.
+
+    `params`: a tree of the parameters' shapes and dtypes."""
     folder = run / "checkpoints" / phase
     if not folder.exists():
         return None

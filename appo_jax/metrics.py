@@ -33,9 +33,9 @@ class MetricsLogger:
     """
 
     def __init__(self, run_dir: Path, name: str = "metrics", keep_rollouts: int = 0) -> None:
-        """`name`: of the file, for another phase than the main one ("sft" -> sft.jsonl, tensorboard/sft).
+        """`name`: the name of the files, which differs for the cold start ("sft" -> sft.jsonl, tensorboard/sft).
 
-        `keep_rollouts`: dumps of so many steps are kept, the newest; 0: all of them.
+        `keep_rollouts`: the dumps of this many newest steps are kept; 0: all.
         """
         self._run_dir = Path(run_dir)
         self._file = self._run_dir / f"{name}.jsonl"
@@ -46,7 +46,7 @@ class MetricsLogger:
         self._writes = distributed.host() == 0
 
     def log(self, step: int, metrics: Mapping[str, Value]) -> None:
-        """Append one step. Raises ValueError unless steps grow: every step has exactly one line."""
+        """Append the metrics of a step. Raises ValueError if the step is not greater than the last one."""
         if step <= self._last_step:
             raise ValueError(f"step {step} was logged already (the last one is {self._last_step}); call resume first")
         self._last_step = step
@@ -64,18 +64,18 @@ class MetricsLogger:
         self._board.flush()
 
     def resume(self, step: int, last: Mapping[str, Value] | None = None, max_unsaved: int | None = None) -> None:
-        """Make the records those of a run that goes on from `step`, every step once.
+        """Prepare the records for a run that goes on from `step`, so that every step has one record.
 
-        Later steps are made again: their records and trees are removed. `last` is the record of `step` itself, where the
-        checkpoint holds it. Records that are lost are named in the log and marked by a line `{"step": …, "lost": true}`; a
-        damaged file is kept under a name that says so. `max_unsaved`: more steps than this are not made without a checkpoint;
-        raises CheckpointError, and touches nothing, where more of them are on record and `step` is 0.
+        Later steps are made again, so their records and trees are removed. `last`: the record of `step` itself, if the checkpoint
+        holds it. Lost records are named in the log and marked by a line `{"step": …, "lost": true}`; a damaged file is kept under
+        another name. `max_unsaved`: a run makes at most this many steps without a checkpoint. If more are on record and `step` is
+        0, raises CheckpointError and changes nothing.
         """
         records, damage = _read(self._file)
         if step == 0 and max_unsaved is not None and records and records[-1]["step"] > max_unsaved:
             raise CheckpointError(
-                f"{self._file} tells of {records[-1]['step']} steps, but there is no checkpoint of any; put the folder checkpoints "
-                "back, or delete the run's folder to start it anew"
+                f"{self._file} records {records[-1]['step']} steps, but there is no checkpoint of any; put the folder checkpoints "
+                "back, or delete the run's folder to start from the beginning"
             )
         kept = {record["step"]: record for record in records if record["step"] <= step}
         if last is not None and step > 0:
@@ -84,8 +84,8 @@ class MetricsLogger:
         self._last_step = step if kept or lost else -1
         if not self._writes:
             return
-        cut_alone = len(damage) == 1 and "cut short" in damage[0]  # left by a kill; that step is done again
-        if self._file.exists() and ((damage and not cut_alone) or lost):
+        only_cut = len(damage) == 1 and "cut short" in damage[0]  # left by a killed process; that step is done again
+        if self._file.exists() and ((damage and not only_cut) or lost):
             damage.append(f"the file as it was is kept as {set_aside(self._file, copy=True).name}")
         if lost:
             damage.append(
@@ -94,7 +94,7 @@ class MetricsLogger:
         if self._file.exists() or lost:
             complete = {s: {"step": s, "lost": True} for s in lost} | kept
             write_atomically(self._file, "".join(_sealed(complete[s]) for s in sorted(complete)))
-        if damage and not (cut_alone and not lost):
+        if damage and not (only_cut and not lost):
             _log.warning("%s: %s", self._file, "; ".join(damage))
         if self._name == "metrics" and (damage := settle_dumps(self._run_dir / "rollouts", step, self._keep_rollouts)):
             _log.warning("%s: %s", self._run_dir / "rollouts", "; ".join(damage))
@@ -107,7 +107,7 @@ class MetricsLogger:
             write_atomically(self._run_dir / "summary.json", to_json(summary, indent=2))
 
     def dump_trees(self, step: int, trees: Sequence[Sequence[Rollout]], decode: Decode) -> None:
-        """Write rollouts/step_000012.jsonl.gz, one prompt's tree a line. `decode`: ids to text."""
+        """Write rollouts/step_000012.jsonl.gz, one prompt's tree per line. `decode`: from ids to text."""
         if not self._writes:
             return
         write_dump(self._run_dir / "rollouts", step, trees, decode)
@@ -122,7 +122,7 @@ class MetricsLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, in order of their steps; none where it does not exist. What is damaged is left out."""
+    """The records of a metrics file in the order of their steps, without damaged lines; none if it does not exist."""
     records, damage = _read(path)
     if damage and not (len(damage) == 1 and "cut short" in damage[0]):
         _log.warning("%s: %s; these are left out", path, "; ".join(damage[:5]))
@@ -130,13 +130,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _sealed(record: Mapping[str, Any]) -> str:
-    """A record as a line, with its checksum."""
+    """A record as a line that ends with its checksum."""
     text = to_json(record)
     return f'{text[:-2]}, "crc": {zlib.crc32(text.encode())}}}\n'
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The records that can be read, steps growing, and what is wrong with the file, in words."""
+    """The readable records, with increasing steps, and descriptions of what is wrong with the file."""
     if not path.exists():
         return [], []
     records: list[dict[str, Any]] = []

@@ -63,7 +63,7 @@ def _recurrence(decay: jax.Array, value: jax.Array) -> jax.Array:
     decays, values = (jnp.moveaxis(jnp.pad(a, padding).reshape(*rows, blocks, BLOCK), -1, 0) for a in (decay, value))
 
     def through(y: jax.Array) -> list[jax.Array]:
-        """The sums at a block's positions, from the last to the first, given the one after it."""
+        """The sums at a block's positions, from the last to the first, given the sum after the block."""
         sums = []
         for k in reversed(range(BLOCK)):
             y = values[k] + decays[k] * y

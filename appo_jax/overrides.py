@@ -1,4 +1,4 @@
-"""Fields of a config set on the command line, by dotted names: `--branching.num-branch-points 2`."""
+"""Sets fields of a config from the command line, by dotted names: `--branching.num-branch-points 2`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from appo_jax.config import Config
 
 
 def override(config: Config, args: Sequence[str], prog: str, description: str) -> Config:
-    """`config` with the fields that `args` name. A bad one exits with code 2, a `--help` with 0.
+    """`config` with the fields set that `args` give. A wrong argument ends the process with code 2, `--help` with code 0.
 
-    A field under an optional part that `config` lacks (`--policy.architecture.width 64`) brings the part with it; the part's
-    fields without a default must then be given too. `--policy.architecture None` leaves an optional part out.
+    A field of an optional part that `config` lacks (`--policy.architecture.width 64`) adds the part; the part's fields without a
+    default must then be given too. `--policy.architecture None` removes an optional part.
     """
     args = list(args)
     for path, part in _optional_parts(Config, ()):
@@ -29,17 +29,17 @@ def override(config: Config, args: Sequence[str], prog: str, description: str) -
             config, args = _replaced(config, path, None), args[:named] + args[named + 2 :]
         elif _get(config, path) is None and (given := _given(args, option)):
             if not given <= {f.name for f in dataclasses.fields(part)}:
-                continue  # another kind of this part, or a mistake that tyro names
+                continue  # fields of another type of this part, or a mistake, which tyro reports
             required = [f.name for f in dataclasses.fields(part) if f.default is dataclasses.MISSING]
             config = _replaced(config, path, part(**dict.fromkeys(required, tyro.MISSING)))
     options = (tyro.conf.AvoidSubcommands,)
-    with warnings.catch_warnings():  # tyro warns of `Annotated[A | B, …] | None`, and reads it right nevertheless
+    with warnings.catch_warnings():  # tyro warns of `Annotated[A | B, …] | None`, although it reads it correctly
         warnings.filterwarnings("ignore", module="tyro")
         return tyro.cli(Config, prog=prog, description=description, args=args, default=config, config=options)
 
 
 def _optional_parts(cls: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Path and class of every part of the config that may be None, outer ones first."""
+    """The path and class of every part of the config that may be None; outer parts come first."""
     for name, hint in typing.get_type_hints(cls).items():
         for option in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(option):
@@ -49,7 +49,7 @@ def _optional_parts(cls: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str
 
 
 def _given(args: Sequence[str], option: str) -> set[str]:
-    """Fields of a part that `args` set."""
+    """The fields of a part that `args` set."""
     dashed = [arg.replace("_", "-").split("=")[0] for arg in args]
     return {
         arg.removeprefix(option + ".").split(".")[0].replace("-", "_") for arg in dashed if arg.startswith(option + ".")
@@ -57,7 +57,7 @@ def _given(args: Sequence[str], option: str) -> set[str]:
 
 
 def _position(args: Sequence[str], option: str) -> int | None:
-    """Where `option None` stands."""
+    """The index of `option None` in the arguments."""
     pairs = itertools.pairwise(args)
     return next((i for i, (a, b) in enumerate(pairs) if a.replace("_", "-") == option and b == "None"), None)
 
@@ -69,7 +69,7 @@ def _get(config: Any, path: Sequence[str]) -> Any:
 
 
 def _has(config: Any, path: Sequence[str]) -> bool:
-    """Whether the parts of a path are there."""
+    """Whether none of the parts on a path is None."""
     return all(_get(config, path[:i]) is not None for i in range(1, len(path) + 1))
 
 

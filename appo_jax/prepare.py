@@ -1,4 +1,4 @@
-"""The `data` commands: make a generated world's dataset and train its tokenizer; say what a config's data holds."""
+"""The `data` commands: `world` makes a generated world's dataset and trains its tokenizer; `describe` reports on a dataset."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from appo_jax.tools.executor import ToolExecutor
 
 
 def prepare_world(config: Config) -> str:
-    """Make the world of `config.data` (unless it is there) and train `config.policy.tokenizer` on it.
+    """Make the world of `config.data` (unless it exists) and train `config.policy.tokenizer` on it.
 
-    The tokenizer sees documents, training questions and demonstrations with real tool results; nothing of the held-out
-    questions. Returns a line that says what was made. Raises ConfigError where there is nothing to train a tokenizer on.
+    The tokenizer is trained on documents, training questions and demonstrations with real tool results, but not on held-out
+    questions. Returns a line that says what was made. Raises ConfigError if a tokenizer cannot be trained for this config.
     """
     path, architecture = config.policy.tokenizer, config.policy.architecture
     if path is None or not path.endswith(".model") or architecture is None:
@@ -47,7 +47,7 @@ def prepare_world(config: Config) -> str:
 
 
 def describe_data(config: Config) -> str:
-    """What the data of a config holds. Lengths are in tokens where its tokenizer is there already."""
+    """A report on the data of a config. Lengths are in tokens if the config's tokenizer exists already."""
     path = config.policy.tokenizer or config.policy.path
     tokenizer = load_tokenizer(path) if path is not None and Path(path).exists() else None
     return describe(config.data, tokenizer, config.rollout.max_prompt_tokens)

@@ -64,7 +64,7 @@ def test_a_run_is_resumed_and_exported(tiny: Config, tmp_path: Path, capsys: pyt
     shutil.rmtree(parts / "checkpoints" / "sft")
     config = load_config(parts / "config.json")
     save_config(dataclasses.replace(config, seed=1), parts / "config.json")  # other weights to begin with
-    with pytest.raises(CheckpointError, match="weights that its adapters were trained beside are gone"):
+    with pytest.raises(CheckpointError, match="frozen weights of its adapters are gone"):
         newest_params(parts)
     plain = tmp_path / "plain"
     plain.mkdir()

@@ -171,7 +171,7 @@ def test_a_damaged_file_keeps_what_it_can_and_says_what_is_lost(tmp_path, caplog
 def test_a_run_without_its_checkpoints_is_not_begun_anew_in_silence(tmp_path):
     path = logged(tmp_path, 5)
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match="tells of 5 steps, but there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="records 5 steps, but there is no checkpoint"):
         MetricsLogger(tmp_path).resume(0, max_unsaved=4)
     assert path.read_bytes() == before
     assert len(list((tmp_path / "rollouts").iterdir())) == 5
