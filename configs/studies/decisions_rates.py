@@ -1,5 +1,5 @@
-"""Each algorithm's own step size and clip on the world with decisions, with the same budget for each: the study tunes nothing
-else. configs/studies/decisions.py takes the best of each.
+"""The step size of each algorithm on the world with decisions, tuned with the same budget. configs/studies/decisions.py takes the
+best of each.
 
 Hardware: 2 CPU cores, 8 GB. Command:
     appo-jax study --config configs/studies/decisions_rates.py --jobs 2
@@ -18,19 +18,14 @@ ALGORITHMS = {
     "grpo": {"algorithm": "grpo"},
     "arpo": {"algorithm": "arpo", "rollout.num_initial": 8},
 }
-POINTS = {
-    "rate_05": {"optimizer.learning_rate": 5e-5},
-    "rate_1": {"optimizer.learning_rate": 1e-4},
-    "rate_2": {"optimizer.learning_rate": 2e-4},
-    "clip": {"optimizer.learning_rate": 2e-4, "loss.clip_low": 0.4, "loss.clip_high": 0.4},
-}
+RATES = {"rate_05": 5e-5, "rate_1": 1e-4, "rate_2": 2e-4}
 
 study = Study(
     out="runs/studies/decisions_rates",
     arms={
-        f"{name}_{point}": with_fields(base, fields | values)
-        for name, fields in ALGORITHMS.items()
-        for point, values in POINTS.items()
+        f"{algorithm}_{rate}": with_fields(base, fields | {"optimizer.learning_rate": value})
+        for algorithm, fields in ALGORITHMS.items()
+        for rate, value in RATES.items()
     },
     seeds=(100, 101),  # not those of the study
     max_sampled_tokens=60_000,
