@@ -276,6 +276,7 @@ class Checkpointer:
 
 def verify(step_folder: Path) -> str:
     """Read a whole checkpoint of any policy. Returns "sound", or what is wrong with it."""
+    step_folder = usable_path(step_folder)  # orbax reads no metadata under a relative path
     try:
         checkpointer = Checkpointer(step_folder.parent, keep=1, read_only=True)
         try:

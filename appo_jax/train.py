@@ -68,6 +68,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             _require_same_base(meta["base"], trainer, run)
             reached, clock.before = Reached(step, meta["sampled_tokens"]), meta["wall_s"]
             last, accuracies = meta["record"], meta["accuracies"]
+            heartbeat.at_step(step)
             log.info("going on from step %d", step)
         progress.accuracies(accuracies)
         metrics.resume(reached.step, last, config.checkpoint_every)

@@ -2,6 +2,7 @@
 
 import fcntl
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,12 @@ def test_what_is_broken_is_found_by_reading(run):
     words = {entry.path.name: word for entry, word in verified(run)}
     assert words["2"] == words["10"] == "sound"
     assert words["4"] != "sound"
+
+
+def test_a_run_may_be_named_from_where_one_stands(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {word for _, word in verified(Path("run"))} == {"sound"}
+    assert copy(Path("run"), Path("out")).name == "10"
 
 
 def test_pruning_keeps_what_is_good_and_what_is_not_ours(run):

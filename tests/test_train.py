@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from appo_jax import sft
+from appo_jax import heartbeat, sft
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params, response_of
@@ -180,6 +180,15 @@ def test_an_interrupted_run_saves_and_leaves(config: Config, tmp_path: Path) -> 
     saved = [int(path.name) for path in (run / "checkpoints" / "rl").iterdir() if path.name.isdigit()]
     assert saved == [read_metrics(run / "metrics.jsonl")[-1]["step"]]
     assert not (run / "summary.json").exists()
+
+
+def test_a_run_that_goes_on_says_at_which_step(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`appo-jax status` says it of a run that was finished, too."""
+    config = dataclasses.replace(tiny, run_dir=str(tmp_path / "run"))
+    train(config)
+    monkeypatch.setattr(heartbeat, "_life", heartbeat._Life())
+    train(config)
+    assert heartbeat.now()[1] == config.steps
 
 
 FULL_DISK = """
