@@ -86,7 +86,10 @@ def draw_samples(
     for example in examples:
         length = len(components.tokenizer.render_prompt(example.system, example.question))
         if length > limit:
-            raise DataError(f"question {example.id!r} has {length} tokens: raise rollout.max_prompt_tokens = {limit}")
+            raise DataError(
+                f"question {example.id!r} has {length} tokens: raise rollout.max_prompt_tokens = {limit} "
+                "(`appo-jax eval` takes limits from the config that --config names)"
+            )
     draw_id = (SETS, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)  # different for each part of a set
     trees = components.sampler.initial(params, examples, draws.samples, draw_id, draws.temperature, draws.max_items)
     return [[_sample(rollout, components.tokenizer) for rollout in tree] for tree in trees]

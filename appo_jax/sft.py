@@ -46,7 +46,15 @@ ColdStart = tuple[Params, dict[str, float]]
 # At most this many traces are made per row of the cold start's batches, because each trace costs tool calls.
 TRACES_PER_ROW = 8
 # Beginnings of the names of fields that a held-out accuracy depends on.
-MEASURED_BY = ("data.", "eval.num_prompts", "tools.", "rollout.max_", "reward.function", "policy.")
+MEASURED_BY = (
+    "data.",
+    "eval.num_prompts",
+    "tools.",
+    "rollout.max_",
+    "reward.function",
+    "reward.judge.model",
+    "policy.",
+)
 OnStep = Callable[[int, dict[str, Any]], None]  # (steps done, metrics)
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from appo_jax import heartbeat, sft
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params, response_of
-from appo_jax.config import Config, EvalConfig
+from appo_jax.config import Config, EvalConfig, JudgeConfig
 from appo_jax.config_io import check, save_config
 from appo_jax.errors import CheckpointError, ConfigError, TrainingError
 from appo_jax.evaluate import evaluate
@@ -287,3 +288,36 @@ def test_a_policy_taken_over_is_judged_on_this_runs_questions(tiny: Config, tmp_
             assert sft.run(other) == {"accuracy_sft": pytest.approx(expected)}
     finally:
         sys.path.remove(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "alike"),
+    [
+        ({"eval.num_prompts": 7}, False),
+        ({"data.seed": 8}, False),
+        ({"data.system_prompt": "Be brief."}, False),
+        ({"tools.search.top_k": 2}, False),
+        ({"rollout.max_response_tokens": 48}, False),
+        ({"reward.function": "official"}, False),
+        ({"reward.judge.model": "another"}, False),
+        ({"policy.template_variables": {"enable_thinking": False}}, False),
+        ({"reward.judge.url": "http://127.0.0.1:2/v1"}, True),
+        ({"algorithm": "grpo", "seed": 7, "steps": 9, "optimizer.learning_rate": 1e-3, "rollout.decode_rows": 4}, True),
+    ],
+)
+def test_whose_figure_may_stand_beside_this_runs(
+    tiny: Config, tmp_path: Path, change: dict[str, Any], alike: bool
+) -> None:
+    """The accuracy after another run's cold start: only where the same questions were asked and judged in the same way."""
+    judged = dataclasses.replace(tiny.reward, judge=JudgeConfig("http://127.0.0.1:1/v1", "one"))
+    first = dataclasses.replace(tiny, reward=judged)
+    save_config(first, tmp_path / "config.json")
+    assert sft._measures_alike(tmp_path, first)
+
+    def changed(part: Any, path: str, value: Any) -> Any:
+        head, _, rest = path.partition(".")
+        return dataclasses.replace(part, **{head: changed(getattr(part, head), rest, value) if rest else value})
+
+    for path, value in change.items():
+        first = changed(first, path, value)
+    assert sft._measures_alike(tmp_path, first) is alike

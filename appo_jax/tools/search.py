@@ -44,7 +44,7 @@ def make_tool(config: ToolsConfig, documents: Sequence[Document] | None) -> Tool
         return WebSearch(search)
     raise ConfigError(
         "tools.search.corpus: the search tool needs a corpus (or tools.search.url, tools.search.cache, or a data "
-        "source that brings documents)"
+        "source that brings documents); a run that needs none leaves search out of tools.enabled"
     )
 
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appo_jax.errors import DataError
-from appo_jax.tools.search import LocalSearch, format_pages, load_corpus, split_contents, terms, words
+from appo_jax.config import ToolsConfig
+from appo_jax.errors import ConfigError, DataError
+from appo_jax.tools.search import LocalSearch, format_pages, load_corpus, make_tool, split_contents, terms, words
 from appo_jax.types import Document, Outcome
 
 DOCUMENTS = [
@@ -193,6 +194,13 @@ def test_bad_corpora_are_named(tmp_path, name, content, words):
 def test_a_missing_corpus_is_named(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_corpus(tmp_path / "none.jsonl")
+
+
+def test_a_search_with_nothing_to_search_says_what_to_do():
+    with pytest.raises(
+        ConfigError, match=r"needs a corpus .* documents\); a run that needs none leaves search out of tools"
+    ):
+        make_tool(ToolsConfig(), None)
 
 
 def test_the_index_is_stored_once_and_by_content(tmp_path):
