@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 from appo_jax.config import Config
-from appo_jax.data.demonstrations import demonstrate
+from appo_jax.data.demonstrations import demonstrate, introduce
 from appo_jax.data.describe import describe
 from appo_jax.data.source import Dataset, load_dataset
 from appo_jax.errors import ConfigError
-from appo_jax.text.tokenizer import load_tokenizer
+from appo_jax.text.tokenizer import load_tokenizer, policy_tokenizer
 from appo_jax.text.train_tokenizer import train_tokenizer
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.format import offer_tools
 
 
 def prepare_world(config: Config) -> str:
@@ -47,10 +49,20 @@ def prepare_world(config: Config) -> str:
 
 
 def describe_data(config: Config) -> str:
-    """A report on the data of a config. Lengths are in tokens if the config's tokenizer exists already."""
+    """A report on the data of a config, before `data.drop` removes any.
+
+    If the config's tokenizer exists already, lengths are those of prompts in tokens, as the policy will see them: with the tools
+    described in them."""
+    dataset = load_dataset(dataclasses.replace(config.data, drop=()))
     path = config.policy.tokenizer or config.policy.path
-    tokenizer = load_tokenizer(path) if path is not None and Path(path).exists() else None
-    return describe(config.data, tokenizer, config.rollout.max_prompt_tokens)
+    tokenizer = None
+    if path is not None and Path(path).exists():
+        with build_executor(config.tools, dataset.documents) as executor:
+            tokenizer = offer_tools(executor.call_format, policy_tokenizer(config.policy))
+            instructions = executor.call_format.instructions()
+        train, held_out = ([introduce(e, instructions) for e in part] for part in (dataset.train, dataset.held_out))
+        dataset = dataclasses.replace(dataset, train=train, held_out=held_out)
+    return describe(dataset, config.data, tokenizer, config.rollout.max_prompt_tokens)
 
 
 def _texts(dataset: Dataset, executor: ToolExecutor) -> Iterator[str]:

@@ -31,7 +31,7 @@ config = Config(
     tools=ToolsConfig(enabled=("python",), python=PythonToolConfig(preload=("math",))),
     reward=RewardConfig(tool_bonus=0.0),  # one tool only: using it is no merit of its own
     rollout=RolloutConfig(
-        num_initial=4, budget=8, max_prompt_tokens=320, max_response_tokens=256, max_result_tokens=32, max_tool_calls=8,
+        num_initial=4, budget=8, max_prompt_tokens=352, max_response_tokens=256, max_result_tokens=32, max_tool_calls=8,
         decode_rows=32, max_seconds=300,
     ),
     branching=BranchingConfig(num_branch_points=1),

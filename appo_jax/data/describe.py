@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from appo_jax.config import DataConfig
 from appo_jax.data.repetitions import find_repetitions
-from appo_jax.data.source import load_dataset, read_evaluation
+from appo_jax.data.source import Dataset, read_evaluation
 from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.types import Example
 
@@ -18,11 +17,10 @@ NUM_EXAMPLES = 10
 _LEVELS = (0, 50, 90, 99, 100)  # percentiles
 
 
-def describe(config: DataConfig, tokenizer: Tokenizer | None, max_prompt_tokens: int) -> str:
+def describe(dataset: Dataset, config: DataConfig, tokenizer: Tokenizer | None, max_prompt_tokens: int) -> str:
     """The report. Lengths are those of prompts in tokens if a tokenizer is given, else those of questions in characters.
 
-    It counts repetitions before `data.drop` removes any. Raises ConfigError or DataError."""
-    dataset = load_dataset(dataclasses.replace(config, drop=()))
+    Raises ConfigError or DataError."""
     lines = [f"{config.source}{'' if config.path is None else f' at {config.path}'}"]
     for name, examples in (("train", dataset.train), ("held out", dataset.held_out)):
         lines += ["", f"{name}: {len(examples)} questions", *_counts(examples)]

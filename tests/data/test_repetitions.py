@@ -1,5 +1,6 @@
 """Questions asked twice, by hand and against a brute-force comparison of all pairs."""
 
+import dataclasses
 import random
 import re
 
@@ -7,6 +8,9 @@ from appo_jax.config import DataConfig
 from appo_jax.data.describe import describe
 from appo_jax.data.repetitions import SIMILARITY, find_repetitions
 from appo_jax.data.source import load_dataset
+from appo_jax.prepare import describe_data
+from appo_jax.text.tokenizer import policy_tokenizer
+from appo_jax.tools.build import build_executor
 from appo_jax.types import Example
 
 LONG = "In which town was the leader of the company born that the oldest brother of Ada Lovelace works for since he left home"
@@ -91,9 +95,22 @@ def test_what_data_drop_names_is_left_out_and_described(tmp_path, caplog):
     assert kept("near_duplicates") == [1, 2, 3, 5, 6]
     assert kept("duplicates", "near_duplicates", "overlaps") == [1, 3, 6]
     assert "3 of 6 training questions are left out: 1 duplicates, 1 near duplicates, 1 overlaps" in caplog.text
-    report = describe(config("duplicates"), None, 0)
+    report = describe(load_dataset(config()), config("duplicates"), None, 0)
     assert "train: 6 questions" in report
     assert "duplicates: 1 of an earlier question, such as train-2 and train-1" in report
     assert "overlaps: 1 of a question for evaluation" in report
     assert "such as train-5 and exam-1" in report
     assert report.count("accepted: 'a'") == 6
+
+
+def test_prompts_are_counted_as_the_policy_sees_them(tiny, tmp_path):
+    """With the tools described where the system prompt has a place for them."""
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"question": "{name}?", "answer": "a"}}')
+    data = DataConfig("files", str(tmp_path), system_prompt="Your tools:\n{tools}")
+    config = dataclasses.replace(tiny, data=data, tools=dataclasses.replace(tiny.tools, enabled=("python",)))
+    with build_executor(config.tools, None) as executor:
+        system = "Your tools:\n" + executor.call_format.instructions()
+    length = len(policy_tokenizer(config.policy).render_prompt(system, "train?"))
+    report = describe_data(config)
+    assert f"longest {length}; 1 above rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}" in report
