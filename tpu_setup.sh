@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up one TPU VM: Python environment, sandbox, shared storage; then say what the machine can do. May be run again.
+# Set up one TPU VM: Python environment, sandbox, shared storage; then check what the machine can do. It can be run again.
 # launch/setup.sh runs it on every worker of a pod.
 #
 #   TPU_SHARED  NFS export to mount at /mnt/shared (optional)

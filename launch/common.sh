@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by the other scripts: the pod they speak of, and the ways to reach it.
+# The other scripts source this file: the names of the pod, and functions that run commands on it.
 #
 #   TPU_PROJECT  Google Cloud project            TPU_NAME    name of the pod (and of its queued resource)
 #   TPU_ZONE     zone, e.g. us-east5-a           TPU_SLICES  slices joined over the data-centre network (default 1)
@@ -20,7 +20,7 @@ slices=${TPU_SLICES:-1}
 where=(--project "$TPU_PROJECT" --zone "$TPU_ZONE")
 home=appo_jax # the repository, in the home directory of every worker
 
-# The TPU nodes of the pod: one, or one for each slice.
+# The names of the pod's TPU nodes: a single one, or one per slice.
 nodes() {
   if ((slices == 1)); then
     echo "$TPU_NAME"
@@ -29,7 +29,7 @@ nodes() {
   fi
 }
 
-# Run a command on every worker of every node, all at once; fails if it fails on one of them.
+# Run a command on all workers of all nodes at the same time. Fails if it fails on any of them.
 on_all() {
   local node pids=() pid failed=0
   for node in $(nodes); do

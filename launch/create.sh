@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Ask for a pod, and wait until it is there.
+# Request a pod, and wait until it is active.
 #
 #   TPU_TYPE     accelerator type, e.g. v5p-128 (counts cores: 64 chips), v5litepod-64, v6e-64
 #   TPU_RUNTIME  runtime version, e.g. v2-alpha-tpuv5 (v5p), v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv6e (v6e)
-#   TPU_SPOT     1: spot capacity, cheaper, taken away at any time (launch/resume.sh goes on)
-#   TPU_POLL     seconds between two looks at the request (default 30)
+#   TPU_SPOT     1: spot capacity, which is cheaper but may be taken away at any time (launch/resume.sh continues the run)
+#   TPU_POLL     seconds between two checks of the request (default 30)
 source "$(dirname "$0")/common.sh"
 require TPU_TYPE TPU_RUNTIME
 
@@ -23,7 +23,7 @@ while true; do
   case $state in
     ACTIVE) break ;;
     FAILED | SUSPENDED | SUSPENDING | DELETING)
-      echo "create.sh: the request came to nothing; launch/stop.sh removes it" >&2
+      echo "create.sh: the request failed; 'launch/stop.sh delete' removes it" >&2
       exit 1
       ;;
   esac

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the run says: follow worker 0's log; launch/logs.sh all: the last lines and the state of every worker;
+# Show the run's logs. Without argument: follow worker 0's log. launch/logs.sh all: the last lines and the state of every worker.
 # launch/logs.sh status RUN_DIR: what the run does now on every host, and its last error (a run, or a folder of runs).
 source "$(dirname "$0")/common.sh"
 
@@ -8,13 +8,13 @@ case ${1:-} in
   '') gcloud compute tpus tpu-vm ssh "$(nodes | head -1)" "${where[@]}" --worker 0 \
     --command 'journalctl --unit appo --lines 200 --output cat --follow' ;;
   status)
-    (($# > 1)) || { echo "logs.sh: status needs the run's directory, as the workers see it" >&2; exit 2; }
+    (($# > 1)) || { echo "logs.sh: status needs the run's directory, with its path on the workers" >&2; exit 2; }
     printf -v runs '%q ' "${@:2}"
     gcloud compute tpus tpu-vm ssh "$(nodes | head -1)" "${where[@]}" --worker 0 \
       --command "\$HOME/$home/.venv/bin/appo-jax status $runs"
     ;;
   *)
-    echo "logs.sh: expected nothing, 'all' or 'status RUN_DIR', not '$1'" >&2
+    echo "logs.sh: expected no argument, 'all' or 'status RUN_DIR', not '$1'" >&2
     exit 2
     ;;
 esac

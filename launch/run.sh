@@ -4,7 +4,7 @@
 #   launch/run.sh --config configs/qwen2_5_7b_reasoning.py --run-dir /mnt/shared/runs/qwen
 #
 #   TPU_RETRIES  restarts after a crash before the supervisor gives up (default 20)
-#   TPU_COMMAND  what is started instead of `train`, on every worker by itself (launch/sweep.sh: `sweep --worker`)
+#   TPU_COMMAND  the command that is started instead of `train`, on each worker separately (launch/sweep.sh: `sweep --worker`)
 source "$(dirname "$0")/common.sh"
 (($# > 0)) || { echo "run.sh: give the arguments of 'appo-jax train', e.g. --config configs/qwen2_5_7b_reasoning.py" >&2; exit 2; }
 
@@ -12,8 +12,8 @@ printf -v arguments '%q ' "$@"
 command=${TPU_COMMAND:-train}
 together=''
 [[ $command != train ]] || together='--setenv APPO_DISTRIBUTED=1' # all hosts of the pod are one run
-# systemd is the supervisor: it outlives the ssh connection, restarts after a crash, and stops after so many. One host's
-# crash ends the others too (a lost peer aborts them), so that all of them start anew and go on from the last checkpoint.
+# systemd is the supervisor: it outlives the ssh connection, restarts the command after a crash, and gives up after TPU_RETRIES
+# crashes. A crash of one host ends the others too, so that all of them start again and go on from the last checkpoint.
 # Exit codes 1 (an error that a restart meets again), 2 (a config that cannot run) and 130 (asked to stop) are final.
 on_all "sudo systemctl reset-failed appo 2>/dev/null; sudo systemd-run --unit appo --uid \$(id -u) --gid \$(id -g) \
 --working-directory \$HOME/$home --setenv HOME=\$HOME $together --property Restart=on-failure --property RestartSec=15 \

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A sweep on several slices. Each is a queued resource of its own, TPU_NAME-0, TPU_NAME-1, …, on which a worker takes trials from
-# the sweep's folder on the shared storage. Arguments are those of `appo-jax sweep`; variables are those of create and setup:
+# Run a sweep on several slices. Each slice is a separate queued resource, TPU_NAME-0, TPU_NAME-1, …, on which a worker takes trials
+# from the sweep's folder on the shared storage. Arguments are those of `appo-jax sweep`; variables are those of create and setup:
 #
 #   TPU_TYPE=v6e-8 TPU_WORKERS=4 launch/sweep.sh --config configs/sweeps/quickstart.py
-#   while launch/sweep.sh --config … ; do sleep 60; done      # replaces slices that are taken away, until it is told to stop
+#   while launch/sweep.sh --config … ; do sleep 60; done      # replaces slices that are taken away, until you stop this loop
 #   launch/sweep.sh delete                                    # gives all slices back
 #
 #   TPU_WORKERS  number of slices (default 2), each of one host: a worker trains on the devices of its own machine
@@ -25,6 +25,6 @@ for i in "${!workers[@]}"; do
   wait "${workers[i]}" || failed+=("$TPU_NAME-$i")
 done
 if ((${#failed[@]})); then
-  echo "sweep.sh: failed: ${failed[*]}; give back what is half made (TPU_NAME=… launch/stop.sh delete), then try again" >&2
+  echo "sweep.sh: failed: ${failed[*]}; delete incomplete slices (TPU_NAME=… launch/stop.sh delete), then try again" >&2
   exit 1
 fi
