@@ -365,19 +365,23 @@ def test_a_missing_compiler_is_said(capsys):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
 def test_a_config_that_does_not_fit_a_slice(tmp_path):
-    """The TPU compiler itself refuses its programs: exit code 1, what would help, and no time of what was refused."""
+    """The TPU compiler itself refuses its programs: exit code 1, what would help, and no time of what was refused. So do two plans
+    that run at the same time."""
     command = [
         sys.executable, "-m", "appo_jax", "plan", "--config", str(ROOT / "configs/quickstart.py"), "--topology",
         "v5litepod-1", "--policy.architecture.vocab-size", "2000000", "--policy.architecture.width", "2048",
         "--policy.architecture.num-layers", "1",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1, done.stderr
-    assert last.startswith("appo-jax plan: does not fit v5e:1x1: ")
-    assert "raise mesh.fsdp or mesh.tensor: weights and optimizer state alone take " in last
-    assert "a step's roofline: not known, a program does not fit" in done.stdout
-    assert "does not fit" in next(line for line in done.stdout.splitlines() if "mini-batches" in line)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for process in both:
+        printed, told = process.communicate(timeout=600)
+        last = told.splitlines()[-1]
+        assert process.returncode == 1, told
+        assert last.startswith("appo-jax plan: does not fit v5e:1x1: ")
+        assert "raise mesh.fsdp or mesh.tensor: weights and optimizer state alone take " in last
+        assert "a step's roofline: not known, a program does not fit" in printed
+        assert "does not fit" in next(line for line in printed.splitlines() if "mini-batches" in line)
 
 
 def test_the_topology_must_be_given(capsys):
