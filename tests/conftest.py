@@ -41,13 +41,13 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 @pytest.fixture(autouse=True)
 def own_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one test's run was doing is not what another's does."""
+    """Reset the state of the heartbeat, so that a test does not see the phase of an earlier test's run."""
     monkeypatch.setattr(heartbeat, "_life", heartbeat._Life())
 
 
 @pytest.fixture
 def optimized() -> Iterator[None]:
-    """Programs of this test are compiled with LLVM's optimizations: where bits are compared, those of a real run."""
+    """Compile the programs of this test with LLVM's optimizations, as in a real run. For tests that compare bits."""
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield

@@ -1,4 +1,4 @@
-"""A real OpenAI-compatible endpoint on loopback that is slow, wrong, down and rate-limited: the answer it is to judge says how."""
+"""A real OpenAI-compatible endpoint on loopback that is slow, wrong, down or rate-limited, as the answer to be judged says."""
 
 import json
 import threading
@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FaultyJudge(ThreadingHTTPServer):
-    """An OpenAI-compatible endpoint that behaves as the answer it is to judge says."""
+    """An OpenAI-compatible endpoint whose behaviour is given by the answer to be judged."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""A real HTTP retriever on loopback that hangs, fails, lies, floods and stops half-way: the first word of a query says how."""
+"""A real HTTP retriever on loopback that hangs, fails, lies, floods or stops half-way: a query's first word is the fault."""
 
 import json
 import threading
@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def endless(self, head, more=None, pause=0.0):
-        """Send `head`, and `more` (or it again) for ever."""
+        """Send `head`, and then `more` (or `head` again) for ever."""
         self.wfile.write(head)
         block = (more or head) * (1 if pause else 2000)
         while not self.server.release.wait(pause):

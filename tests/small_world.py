@@ -1,4 +1,4 @@
-"""A corner of the embedded world as a data source of one's own: its arithmetic without documents."""
+"""A user's data source with a part of the embedded world: its arithmetic without documents."""
 
 import dataclasses
 

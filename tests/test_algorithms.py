@@ -225,7 +225,7 @@ OFFICIAL_ADVANTAGE = AdvantageConfig(max_ratio=3.0, std="sample", future_weight=
 def test_a_batch_with_the_official_extras_has_the_oracles_loss(
     name: str, aggregation: str, kl_in: str, seed: int
 ) -> None:
-    """From rewards and log-probs to the loss: tokens of every ratio, some beyond the clamps, rollouts that are dropped."""
+    """The loss from rewards and log-probs: tokens of all ratios, some beyond the clamps, and rollouts that are dropped."""
     rng = np.random.default_rng(seed)
     loss = dataclasses.replace(OFFICIAL_LOSS, aggregation=aggregation, kl_in=kl_in)
     rollout_config = RolloutConfig(num_initial=N, budget=M)
@@ -306,7 +306,7 @@ def test_a_token_of_a_large_ratio_leaves_the_sum_of_the_future_value_and_stays_i
 
 
 def test_dual_clipped_rollouts_leave_the_average_and_keep_their_kl() -> None:
-    """Of rewards 1, 0 with one branch each way A is 1, −1; the second has two tokens of ratio 4, and the branches none."""
+    """Rewards 1 and 0 with one branch of each give A = 1 and −1. The second rollout has two tokens of ratio 4, branches none."""
     tree = [
         plain_rollout(0, 1.0, 2),
         plain_rollout(1, 0.0, 4),

@@ -1,4 +1,4 @@
-"""`appo-jax checkpoints`: what is in a run's checkpoint folders, whether it is sound, a copy of it, and what may go."""
+"""`appo-jax checkpoints`: lists, verifies and copies checkpoints, and removes broken ones."""
 
 import fcntl
 import shutil

@@ -1,4 +1,4 @@
-"""Each call format from end to end: its tokenizer, its cold start, APPO. And the tags stand in one file alone."""
+"""Each call format from end to end: its tokenizer, its cold start, APPO. And only one file contains the tags."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 @pytest.mark.timeout(900)  # a cold start and six steps: a minute of an idle core, many of a busy machine
 @pytest.mark.parametrize("call_format", ["tags", "json"])
 def test_the_world_learns_in_either_format(tmp_path, monkeypatch, call_format):
-    """Arithmetic of three numbers is beyond this net's head: whatever it gets right, it computed with the tool."""
+    """This network cannot compute with three numbers, so it answers correctly only with the tool."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     c = load_config(QUICKSTART)
     change = dataclasses.replace
@@ -60,7 +60,7 @@ def test_the_world_learns_in_either_format(tmp_path, monkeypatch, call_format):
 
 
 def test_a_tokenizer_of_another_format_still_writes_every_call(tmp_path, monkeypatch, caplog):
-    """It spends more tokens, which the run says, and loses nothing."""
+    """It needs more tokens, of which the run warns, but everything works."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     c = load_config(QUICKSTART)
     policy = dataclasses.replace(c.policy, tokenizer=str(tmp_path / "tags.model"))
@@ -87,7 +87,7 @@ def test_a_vocabulary_too_small_for_the_text_is_refused_by_name(tmp_path):
 
 
 def test_tags_are_written_in_one_file_alone():
-    """The official reward has its own: it does what the official code does."""
+    """The official reward has tags of its own, because it copies the official code."""
     package = Path(appo_jax.__file__).parent
     tag = re.compile(r"</?(?:python|search|result|tool_call|tool_response)>")
     found = [

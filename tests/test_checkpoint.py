@@ -1,4 +1,4 @@
-"""Checkpoints survive what disks and kills do to them. The truth is the arrays as they were before saving."""
+"""Checkpoints survive faults of disks and killed processes. They are compared with the arrays before saving."""
 
 import importlib
 import os
@@ -184,7 +184,7 @@ def test_every_step_broken_is_an_error_and_touches_nothing(folder):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves futures behind
 def test_damage_anywhere_never_yields_a_wrong_state(pristine, tmp_path):
-    """Flip one bit, or cut a file, at random places of the newest step: what comes back is what was saved."""
+    """Flip a bit or cut a file at random places of the newest step. The restored state is always one that was saved."""
     directory, truth = pristine
     rng = random.Random(0)
     refusals = 0
@@ -448,7 +448,7 @@ LIVE = """
 
 
 def test_a_run_that_is_being_written_can_be_read(tmp_path):
-    """One checkpoint is kept: what a reader has just listed is often gone when it reads."""
+    """Only one checkpoint is kept, so a step that a reader has listed is often removed before it reads it."""
     command = [sys.executable, "-c", textwrap.dedent(LIVE), tmp_path / "c"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         try:

@@ -16,7 +16,7 @@ QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 
 
 def appo_jax(*args):
-    """Run the command where importing jax fails: nothing here may need it."""
+    """Run the command in an environment where importing jax fails, because these commands must not need it."""
     code = "import sys; sys.modules['jax'] = None; from appo_jax.cli import main; sys.exit(main())"
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60)
 
@@ -135,7 +135,7 @@ def test_an_optional_part_of_the_file_can_be_left_out():
 
 
 def test_every_field_has_an_option():
-    """Those under optional parts too, as soon as one of the part's fields is given."""
+    """Also fields of optional parts, if at least one of the part's fields is given."""
     args = ["--config", QUICKSTART, *options("policy.architecture.rope-scaling.", ROPE)]
     config = cli.config_from("train", args)
     for name, value in flatten(config).items():

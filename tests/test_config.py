@@ -1,4 +1,4 @@
-"""The config: every field is explained and bounded, and every caller is held to the same bounds and rules."""
+"""The config: every field has a docstring and bounds, and the same bounds and rules apply to every caller."""
 
 import ast
 import dataclasses
@@ -43,7 +43,7 @@ def replaced(config, name, value):
 
 
 def reaches(config, name):
-    """Whether the config has the field of a dotted name; of an optional part it may lack it, or have another kind."""
+    """Whether the config has the field of a dotted name. An optional part may be missing or of another type."""
     for part in name.split("."):
         if not hasattr(config, part):
             return False

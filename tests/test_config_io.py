@@ -1,4 +1,4 @@
-"""Configs through files: what is written comes back equal, what is wrong is named."""
+"""Configs in files: a written config is read back equal, and errors name what is wrong."""
 
 import collections.abc
 import dataclasses

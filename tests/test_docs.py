@@ -1,4 +1,4 @@
-"""The documents name fields, functions and defaults of the program; those must be there."""
+"""The fields, functions and defaults that the documents name must exist."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 
 
 def test_defaults_in_bold_on_the_method_page_are_the_defaults() -> None:
-    """`part.field`: **`value`**, **`part.field = value`**, and the like; what is bold is the default."""
+    """Values in bold are defaults, in the forms `part.field`: **`value`**, **`part.field = value`** and the like."""
     text = (ROOT / "docs/method.md").read_text()
     pairs = re.findall(r"`([a-z_.]+)`(?: = |: (?:`[^*`]+`, )*)\*\*`?([^*`]+?)`?\*\*", text)
     pairs += re.findall(r"\*\*`([a-z_.]+) = ([^`]+)`\*\*", text)

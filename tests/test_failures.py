@@ -1,4 +1,4 @@
-"""What is said when the machine has no more of something: real errors of the system, made to happen."""
+"""Messages when a resource of the machine is exhausted. The errors are real ones of the system, which are provoked here."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_file_that_cannot_be_written_is_named(path: str) -> None:
 
 
 def test_too_many_threads() -> None:
-    """As a user with a limit of its own: root has none."""
+    """Run as a user that has a limit, because root has none."""
     program = """
 import os, resource, threading
 from appo_jax import failures

@@ -1,4 +1,4 @@
-"""Two real processes as two hosts of one mesh: whole runs, and what hosts tell each other."""
+"""Two real processes as two hosts of one mesh: complete runs, and messages between hosts."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_hosts_hear_each_other(tmp_path: Path) -> None:
 
 
 def test_rewards_mean_the_same_on_one_host_and_on_two(tmp_path: Path) -> None:
-    """Array scalars travel; one host's failure is known to the other; what fails on both ends both."""
+    """Array scalars are exchanged; a host knows of the other's failure; a failure on both hosts ends both."""
     sentences = ["x xx xxx xxxx xxxxx ?"] * 9
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_prefix=str(tmp_path / "x"), vocab_size=20, hard_vocab_limit=False,

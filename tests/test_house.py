@@ -1,4 +1,4 @@
-"""Bounds on the size of modules, functions and signatures, so that a reader can take in each at once."""
+"""Bounds on the size of modules, functions and signatures, so that each is easy to read."""
 
 import ast
 from collections.abc import Iterator

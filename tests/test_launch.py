@@ -1,6 +1,6 @@
-"""The launch scripts, run for real against a `gcloud` that writes down what it was asked and answers as told.
+"""The launch scripts, run with a fake `gcloud` that records its arguments and gives prepared answers.
 
-Where $WORKERS names a folder, it also runs the commands it is given for all workers: on two, whose homes are there.
+If $WORKERS names a folder, the fake also runs the commands for all workers: on two workers, whose homes are in that folder.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def test_resume_makes_the_pod_that_is_not_there(launch):
 
 
 def test_a_sweep_has_a_worker_on_every_slice(launch):
-    """Of three slices one is there, one was taken away, one was never made."""
+    """One of three slices is active, one was taken away, and one was never created."""
     names = {"pod-0": "ACTIVE", "pod-1": "SUSPENDED", "pod-2": "MISSING"}
     states = "".join(f"{name} {state}\n{name} ACTIVE\n" for name, state in names.items())
     done, calls = launch(

@@ -80,7 +80,7 @@ def run_without_rl(run: Path, copy: Path) -> Path:
 
 
 def test_what_is_sampled_is_what_is_scored(tiny: Config) -> None:
-    """Under adapters that matter, the sampler's log-probabilities are those of the score pass up to rounding."""
+    """With adapters that change the policy, the sampler's log-probabilities equal those of the score pass up to rounding."""
     config = dataclasses.replace(tiny, policy=dataclasses.replace(tiny.policy, lora=LoRAConfig(rank=2, alpha=2.0)))
     with build(config) as c:
         base, rng = initial_params(config, c.arch, c.mesh), np.random.default_rng(0)

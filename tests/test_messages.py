@@ -1,4 +1,4 @@
-"""What a newcomer meets: one clear message and an exit code for each kind of failure, and the traceback on --verbose.
+"""Each kind of failure gives one clear message and an exit code, and the traceback with --verbose.
 
 Every command is a process of its own in an empty folder, started as `appo-jax` starts (`-P`: no folder of its own on the path).
 """

@@ -1,4 +1,4 @@
-"""What a run writes about itself, read back with strict JSON and TensorBoard's own record format."""
+"""The metrics that a run writes, read back as strict JSON and in TensorBoard's record format."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What is done with a policy and its tools: sets on the way, questions of a person, traces for the next cold start."""
+"""Commands on a policy and its tools: sets during training, questions of a person, traces for another cold start."""
 
 import dataclasses
 import json

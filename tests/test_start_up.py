@@ -1,4 +1,4 @@
-"""One request ends a real run at any moment of its start."""
+"""A single request to stop ends a real run at any moment of its start."""
 
 import dataclasses
 import os
@@ -21,7 +21,7 @@ MOMENTS = 20
 def test_one_request_ends_a_run_at_any_moment_of_its_start(
     tiny: Config, compiled: dict[str, str], tmp_path: Path
 ) -> None:
-    """Moments are spread from the interpreter's first line to the first step of APPO, as a run without a request has it."""
+    """The moments are spread over the start of a run without requests, from the interpreter's first line to APPO's first step."""
 
     def start(name: str) -> subprocess.Popen[str]:
         file = tmp_path / f"{name}.json"

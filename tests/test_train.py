@@ -184,7 +184,7 @@ def test_an_interrupted_run_saves_and_leaves(config: Config, tmp_path: Path) -> 
 
 
 def test_a_run_that_goes_on_says_at_which_step(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`appo-jax status` says it of a run that was finished, too."""
+    """`appo-jax status` shows that for a finished run, too."""
     config = dataclasses.replace(tiny, run_dir=str(tmp_path / "run"))
     train(config)
     monkeypatch.setattr(heartbeat, "_life", heartbeat._Life())
@@ -308,7 +308,7 @@ def test_a_policy_taken_over_is_judged_on_this_runs_questions(tiny: Config, tmp_
 def test_whose_figure_may_stand_beside_this_runs(
     tiny: Config, tmp_path: Path, change: dict[str, Any], alike: bool
 ) -> None:
-    """The accuracy after another run's cold start: only where the same questions were asked and judged in the same way."""
+    """The accuracy of another run's cold start is used only if the same questions were asked and judged in the same way."""
     judged = dataclasses.replace(tiny.reward, judge=JudgeConfig("http://127.0.0.1:1/v1", "one"))
     first = dataclasses.replace(tiny, reward=judged)
     save_config(first, tmp_path / "config.json")

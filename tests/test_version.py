@@ -1,4 +1,4 @@
-"""The version is said once."""
+"""The version is written in one place only."""
 
 import importlib.metadata
 import tomllib

@@ -73,11 +73,11 @@ def shared_prefix(tree: Tree, rewards: np.ndarray, std: Std) -> list[np.ndarray]
     first = np.array([r.is_initial for r in tree])
     initial, branches = own_zscores(rewards[first], std), own_zscores(rewards[~first], std)
     total, count = ([np.zeros(tree[n].length) for n in range(len(initial))] for _ in range(2))
-    for rollout, own in zip(tree[len(initial) :], branches, strict=True):
+    for rollout, branch_advantage in zip(tree[len(initial) :], branches, strict=True):
         if np.isnan(rewards[rollout.node]):
             continue
         root, shared = root_and_shared(tree, rollout)
-        total[root][:shared] += own
+        total[root][:shared] += branch_advantage
         count[root][:shared] += 1
     values = [a + t / np.maximum(c, 1) for a, t, c in zip(initial, total, count, strict=True)]
     return [*values, *(np.zeros(r.length) for r in tree[len(initial) :])]

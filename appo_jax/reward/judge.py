@@ -76,11 +76,11 @@ class Judge:
         return limited(self, responses, workers, self.timeout, late)
 
     def metrics(self) -> dict[str, float]:
-        """What the language model cost since the last time this was asked, on all hosts together."""
+        """Requests and tokens of the language model since the last call of this method, on all hosts together."""
         if self.language is None:
             return {}
-        told = distributed.exchange(dataclasses.asdict(self.language.take_counts()))
-        return {f"judge/{name}": float(sum(counts[name] for counts in told)) for name in told[0]}
+        by_host = distributed.exchange(dataclasses.asdict(self.language.take_counts()))
+        return {f"judge/{name}": float(sum(counts[name] for counts in by_host)) for name in by_host[0]}
 
     def close(self) -> None:
         if self.language is not None:

@@ -81,11 +81,10 @@ def view_of(tree: Tree, scores: Sequence[NodeScores]) -> view.TreeView:
     )
 
 
-def _add(rollout: Rollout, by_node: list[np.ndarray], own: np.ndarray) -> None:
-    """Add a rollout's numbers to those of its tree, unless they are known. At inherited tokens they are the parent's
-    numbers."""
+def _add(rollout: Rollout, by_node: list[np.ndarray], scored: np.ndarray) -> None:
+    """Add a rollout's log-probs to those of its tree, unless they are known. At inherited tokens they are the parent's."""
     if rollout.node == len(by_node):
-        by_node.append(inherit(rollout, by_node, own))
+        by_node.append(inherit(rollout, by_node, scored))
 
 
 _branching_scores = jax.jit(branching_scores, static_argnames="config")
@@ -130,8 +129,8 @@ class TreeGrower:
             values = iter(scored.log_probs)
             for p, tree in enumerate(growth.trees):
                 for rollout in tree:
-                    _add(rollout, new[p], own := next(values))
-                    _add(rollout, old[p], own)  # the current policy drew the tokens after the fork
+                    _add(rollout, new[p], log_probs := next(values))
+                    _add(rollout, old[p], log_probs)  # the current policy drew the tokens after the fork
             growth.scores = self._scores(growth.trees, old, new, scored, max_scored)
             cuts = [self._choose(growth, p, loop, draw_id) for p in range(len(trees))]
             self._branch(params, growth, scored, cuts, loop, [*draw_id, loop])

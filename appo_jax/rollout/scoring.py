@@ -34,21 +34,21 @@ def of_drawers(
 ) -> list[list[np.ndarray]]:
     """Log-probabilities of every rollout's tokens under the policies that drew them, by tree.
 
-    `known`: those of each tree's first rollouts. `later`: those of the rest, branches, under the policy that drew what is
-    their own; what they have from their parent was drawn as the parent was.
+    `known`: those of each tree's first rollouts. `later`: those of the other rollouts, which are branches, under the policy that
+    drew their tokens from the fork on. Before the fork, a branch has its parent's log-probabilities.
     """
     by_tree = [list(first) for first in known]
     for tree, values, scored in zip(trees, by_tree, later, strict=True):
-        for rollout, own in zip(tree[len(values) :], scored, strict=True):
-            values.append(inherit(rollout, values, own))
+        for rollout, log_probs_of_rollout in zip(tree[len(values) :], scored, strict=True):
+            values.append(inherit(rollout, values, log_probs_of_rollout))
     return by_tree
 
 
-def inherit(rollout: Rollout, by_node: Sequence[np.ndarray], own: np.ndarray) -> np.ndarray:
-    """`own [T]`, with the parent's numbers (in `by_node`) at the tokens that a branch has from its parent."""
+def inherit(rollout: Rollout, by_node: Sequence[np.ndarray], values: np.ndarray) -> np.ndarray:
+    """`values [T]`, but with the parent's values (in `by_node`) at the tokens that a branch inherits."""
     if rollout.parent is None or rollout.fork is None:
-        return own
-    return np.concatenate([by_node[rollout.parent][: rollout.fork], own[rollout.fork :]])
+        return values
+    return np.concatenate([by_node[rollout.parent][: rollout.fork], values[rollout.fork :]])
 
 
 def padded(values: Sequence[np.ndarray], rows: int, length: int) -> np.ndarray:

@@ -20,7 +20,7 @@ EXAMPLE = Example("e", "?", ("1",), "qa", "")
 
 
 def tree_of(initial, branches, forks=None, sampled=None):
-    """A prompt's rollouts: one token of prompt and two of text each; branches grew from the first one."""
+    """A prompt's rollouts: each has one prompt token and two text tokens; branches grow from the first one."""
     sampled = np.array([False, True, True]) if sampled is None else sampled
     zeros = np.zeros(len(sampled), np.float32)
     return [
@@ -179,7 +179,7 @@ def trees(draw):
 
 
 def root_and_fork(tree, node):
-    """Its initial ancestor, and how many tokens it shares with it."""
+    """A rollout's initial ancestor, and the number of tokens that they share."""
     shared = tree[node].length
     while tree[node].parent is not None:
         shared = min(shared, tree[node].fork)

@@ -14,7 +14,7 @@ from appo_jax.eval_command import Evaluation, evaluate_set
 
 @pytest.fixture
 def data(tmp_path):
-    """Four questions of which the answers are 1, 2, 3 and 4."""
+    """Four questions whose answers are 1, 2, 3 and 4."""
     file = tmp_path / "set.jsonl"
     file.write_text(
         "".join(

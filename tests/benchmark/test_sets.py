@@ -1,4 +1,4 @@
-"""Sets from files: every form of gold, what is wrong with a file, and the real ones where they are at hand."""
+"""Sets from files: every form of gold, malformed files, and the real sets if they are available."""
 
 import csv
 import json

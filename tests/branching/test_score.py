@@ -61,7 +61,7 @@ def test_future_value_is_the_oracles(new, old, masks, tau):
 
 
 def test_large_ratios_leave_the_sum_and_keep_their_place():
-    """Ratios 1, 2, 4 with a half-life of one token: 4 leaves the sum; the distance from the first to the last stays."""
+    """Ratios 1, 2, 4 with a half-life of one token: 4 is left out of the sum, and distances do not change."""
     zeros, sampled = np.zeros((1, 3), np.float32), np.ones((1, 3), bool)
     new = np.log(np.array([[1.0, 4.0, 2.0]], np.float32))
     plain, official = omega(new, zeros, sampled, tau=1.0), future_value(new, zeros, sampled, 1.0, max_ratio=3.0)
@@ -148,7 +148,7 @@ def test_first_mini_batch_ranks_by_entropy():
 
 
 class Ledger:
-    """A stateful tool: its state is the tuple of everything it was told in this rollout."""
+    """A stateful tool: its state is the tuple of all arguments of its calls in this rollout."""
 
     name = "python"
     timeout = 5.0
@@ -251,7 +251,7 @@ def test_fork_before_the_first_call_starts_with_fresh_tools(engine, parent):
 
 @pytest.fixture(scope="module")
 def cut_short(parent):
-    """The parent, had there been no room for the result of its second call."""
+    """The parent, if the result of its second call had not fitted into the rollout."""
     end = parent.calls[1].call_end
     return dataclasses.replace(
         parent, calls=(parent.calls[0], dataclasses.replace(parent.calls[1], result_end=end)),
@@ -261,7 +261,7 @@ def cut_short(parent):
 
 
 def test_call_whose_result_was_never_read_belongs_to_no_branch(engine, cut_short):
-    """Its empty result stands at the rollout's end, behind every possible fork."""
+    """The empty result of that call is at the rollout's end, after every possible fork."""
     assert len(fork_of(cut_short, Branch(cut_short.length - 1, 4, 1), engine.start).calls) == 1
 
 

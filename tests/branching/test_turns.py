@@ -68,7 +68,7 @@ def test_arpo_branches_as_often_as_its_probability_says():
 
 
 def test_aepo_branches_less_often_after_a_branch():
-    """Three turns of P = 0.5: what follows l branches in a row has 0.5 · (1 − 0.3 · l)."""
+    """Three turns of P = 0.5: after l branches in a row, the probability is 0.5 · (1 − 0.3 · l)."""
     sampled, entropies = np.array([False] + [True, False] * 3 + [True]), np.zeros(8)
     rng, drawn = np.random.default_rng(0), Counter()
     for _ in range(8000):

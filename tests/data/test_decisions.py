@@ -1,4 +1,4 @@
-"""The world with decisions: a perfect script answers everything, wrong turns are where they are said to be."""
+"""The world with decisions: a script without mistakes answers every question, and mistakes are at the decisions."""
 
 import re
 
@@ -86,7 +86,7 @@ def test_decisions_are_readings_and_moves_in_thoughts_alone():
 
 
 def test_every_turn_decides_and_most_tokens_do_not(world, questions, kit):
-    """In what the policy writes, fillers, names and tags are no decisions."""
+    """In the policy's text, fillers, names and tags are not decisions."""
     segments = write(questions[0], world, kit, 0, errors=False)
     for segment in segments:
         if segment.sampled:

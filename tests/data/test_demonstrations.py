@@ -1,4 +1,4 @@
-"""Demonstrations of the world: with a dictionary and a calculator for tools, and once with the real ones."""
+"""Demonstrations of the world: with a dictionary and a calculator as tools, and once with the real tools."""
 
 import ast
 import dataclasses
@@ -49,7 +49,7 @@ def tool(function, name, *skills, **attributes):
 
 
 def kit_of(*tools, call_format="tags"):
-    """The tools behind a real executor. Its threads wait for work and nothing else."""
+    """The tools with a real executor, whose threads only wait for work."""
     return ToolKit(ToolExecutor(tools, ToolsConfig(call_format=call_format)))
 
 
@@ -178,7 +178,7 @@ def test_real_tools_give_what_the_script_expects(world):
 
 
 def test_json_says_the_same_in_other_words(world, pages, demonstrations):
-    """The script draws the same turns whatever the notation: only calls and results are written otherwise."""
+    """The script draws the same turns in every call format: only calls and results are written differently."""
     search = tool(pages.__getitem__, "search", "look_up", argument_name="query")
     python = tool(calculator, "python", "compute", argument_name="code")
     made = demonstrate(world, kit_of(search, python, call_format="json"), limit=500)

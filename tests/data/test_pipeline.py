@@ -15,7 +15,7 @@ from appo_jax.types import Example, Segment, Trace
 
 
 class Letters:
-    """A tokenizer of one token a character: 0 pads, 1 ends, 2 opens the question, 3 opens the answer."""
+    """A tokenizer with one token per character: 0 is padding, 1 EOS, 2 begins the question, 3 begins the answer."""
 
     vocab_size, pad_id, eos_id = 300, 0, 1
 

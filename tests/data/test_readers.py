@@ -1,4 +1,4 @@
-"""Every source's own format, onto one schema: files written here as their publishers write them."""
+"""Sources read their own formats into one schema. The files are written here as their publishers write them."""
 
 import csv
 import json
@@ -283,7 +283,7 @@ def test_math_as_folders_and_as_files(tmp_path):
 
 
 def test_tfds_builders_without_tensorflow(tmp_path):
-    """The embedded world is such a builder: read by columns it is the same questions."""
+    """The embedded world is such a builder. Read by columns, it gives the same questions."""
     world = load_world(tmp_path, 0)
     (folder,) = [path.parent for path in tmp_path.rglob("dataset_info.json")]
     columns = ColumnsConfig("text", "gold")

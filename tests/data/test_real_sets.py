@@ -1,4 +1,4 @@
-"""The real sets, where APPO_JAX_DATA leads to them: counts, answers, overlaps. And the example of docs/data.md."""
+"""The real sets, if APPO_JAX_DATA names their folder: counts, answers, overlaps. And the example of docs/data.md."""
 
 import re
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_hotpotqa_paragraphs_are_a_corpus(shared_data):
 
 
 def test_overlaps_of_the_official_prompts(shared_data):
-    """What stands twice in them, and what is asked in the evaluation as well."""
+    """Questions that occur twice in them, and questions that are in the evaluation, too."""
     names = ("hotpotqa", "2wiki", "bamboogle", "webwalker", "math500", "aime24", "aime25")
     files = tuple(str(shared_data / "eval" / f"{name}.jsonl") for name in names)
     config = DataConfig("appo_rl", str(shared_data / "appo_rl"), evaluation=files)

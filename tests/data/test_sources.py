@@ -1,4 +1,4 @@
-"""GSM8K and the official prompts: small files written here, and the real ones that APPO_JAX_DATA leads to."""
+"""GSM8K and the official prompts: small files written here, and the real files in the folder APPO_JAX_DATA."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def write_gsm8k(folder, train_lines):
 
 
 def python_results(code):
-    """What a real interpreter prints."""
+    """The output of a real interpreter."""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return ran.stdout.strip() or ran.stderr.strip().splitlines()[-1]
 
@@ -252,7 +252,7 @@ def test_source_names():
 
 
 def test_hotpotqa_is_demonstrated_where_the_tool_finds_the_answer(caplog, tmp_path):
-    """Two pages, of which the question names one; a question that names none; one whose page is not found; yes and no."""
+    """A question that names one of two pages; one that names none; one whose page is not found; questions with yes and no."""
     pages = [
         {"title": "Ed Wood", "text": "Ed Wood is a film. It was directed by Tim Burton."},
         {"title": "Tim Burton", "text": "Tim Burton was born in Burbank. He draws."},

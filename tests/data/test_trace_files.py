@@ -1,4 +1,4 @@
-"""Traces of others: every spelling gives the same trace, masked token by token; what cannot be used is named."""
+"""Published traces: every format gives the same trace, masked token by token; unusable records are reported."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The world against itself read another way: answers recomputed from the documents' plain text."""
+"""The world's answers against answers that are computed again from the plain text of its documents."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ def world():
 
 
 def facts_of(document):
-    """Relation -> value, from the document's words alone."""
+    """Relation -> value, from the document's words only."""
     patterns = {
         "town": r"(?:was born|is based) in (\w+)",
         "company": r"works for (\w+)",

@@ -1,4 +1,4 @@
-"""Influence against games whose values are known: a sampler that plays them, without a model."""
+"""Influence in games whose values are known. A sampler without a model plays them."""
 
 import dataclasses
 
@@ -63,7 +63,7 @@ def test_only_the_token_that_decides_has_influence():
 
 
 def test_the_estimate_is_without_bias_at_few_draws():
-    """Position 2 changes nothing; over many measurements with 4 draws its influence is 0 on average, the plain square is not."""
+    """Position 2 changes nothing: over many measurements with 4 draws, its influence is 0 on average; the plain square is not."""
     give = rewarded(lambda tokens: tokens[2])
     rollouts = [rollout([0, 1, 1, 0, 1, 0]) for _ in range(1500)]
     give(rollouts)

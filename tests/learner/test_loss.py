@@ -338,7 +338,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def batch():
-    """Four rollouts: a prompt of two, own text with a tool result inside, ragged ends; the third is all prompt."""
+    """Four rollouts: two prompt tokens, the policy's text with a tool result inside, ragged ends; the third has only a prompt."""
     rng = np.random.default_rng(0)
     mask = np.array([[0, 0, 1, 1, 0, 0, 1], [0, 0, 1, 1, 1, 1, 1], [0] * 7, [0, 0, 0, 1, 1, 0, 0]], bool)
     old = -2.4 + 0.2 * rng.normal(size=(R, T))
@@ -400,7 +400,7 @@ def test_gradient_of_the_parameters_is_the_finite_difference(params, batch):
 
 
 def test_what_stands_at_prompt_and_tool_tokens_changes_nothing(params, batch):
-    """Their advantages and log-probs are never read, and predicting them brings no gradient."""
+    """The loss does not read the advantages and log-probs of such tokens, and predicting them gives no gradient."""
     tokens, terms = batch
     off = terms.weights == 0
     noisy = dataclasses.replace(

@@ -34,7 +34,7 @@ def params() -> Params:
 
 
 def trees(rng: np.random.Generator) -> list[np.ndarray]:
-    """Tokens of three prompts' rollouts: some only share the prompt, branches share more, two are the same."""
+    """Tokens of three prompts' rollouts: some share only the prompt, branches share more, two are equal."""
     rollouts = []
     for _ in range(3):
         parent = rng.integers(0, 50, T)
@@ -57,7 +57,7 @@ def flat(params: Params, texts: list[np.ndarray]) -> tuple[jax.Array, jax.Array]
 
 
 def make_case(params: Params, loss: LossConfig) -> tuple[list[np.ndarray], Terms, np.ndarray]:
-    """Tokens, terms and π_θ's log-probs; of a token that rollouts share, log π_old and log π_ref are the same."""
+    """Tokens, terms and π_θ's log-probs. If rollouts share a token, its log π_old and log π_ref are the same."""
     rng = np.random.default_rng(0)
     texts = trees(rng)
     mask = np.array([(np.arange(T) >= 3) & (np.arange(T) < len(x)) & (np.arange(T) % 7 != 6) for x in texts])

@@ -95,7 +95,7 @@ FOLDER_DAMAGES: tuple[Damage, ...] = (delete, duplicate, stray)
 def one_case(
     config: Config, pristine: Path, target: str, damage: Damage, rng: random.Random, truth: dict
 ) -> tuple[str, str]:
-    """(outcome, detail) of a case; the outcome begins with BAD where the run did what it must not."""
+    """(outcome, detail) of a case; the outcome begins with BAD if the run did something forbidden."""
     run = Path(config.run_dir)
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(pristine, run)
@@ -120,7 +120,7 @@ def one_case(
 
 
 def cases(pristine: Path, rng: random.Random) -> list[tuple[str, Damage]]:
-    """Every file and folder with every damage, in an order that begins with what a run goes on from and its records."""
+    """Every file and folder with every damage. The files from which a run goes on and its records come first."""
     entries = sorted(path for path in pristine.rglob("*") if path.name != "lock")
     every = [
         (str(path.relative_to(pristine)), damage)

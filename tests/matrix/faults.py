@@ -22,7 +22,7 @@ _struck = False
 
 
 def strike() -> None:
-    """Say when the fault happens; the first time."""
+    """Print the time of the fault, the first time that it happens."""
     global _struck
     if not _struck:
         print(f"FAULT {time.time()}", flush=True)
@@ -50,7 +50,7 @@ def tool() -> FunctionTool:
 
 
 def reward(response: Response) -> RewardResult:
-    """The length of the response, where nothing goes wrong."""
+    """The length of the response, if the fault does not happen."""
     if due("reward raises", "reward"):  # a rollout without a reward is left out of its group: the run goes on
         strike()
         raise ValueError("the judge has gone away")

@@ -1,4 +1,4 @@
-"""What becomes of a pod when one host fails: `python tests/matrix/hosts.py [--hosts 2 4] [--moments 20] [--faults SIGKILL ...]`.
+"""One host of a pod fails: `python tests/matrix/hosts.py [--hosts 2 4] [--moments 20] [--faults SIGKILL ...]`.
 
 Processes stand for hosts. In the faults of PROGRAM they meet as the loop does and train nothing (tests/supervision/programs.py);
 in those of TRAINING they are `appo-jax train` of the smallest run (tiny.py), whose data, tool or reward fail (faults.py). Each
@@ -77,7 +77,7 @@ class Case:
 
 @contextlib.contextmanager
 def network(hosts: int) -> Iterator[list[str]]:
-    """Names of network namespaces 10.77.0.1, 10.77.1.1, …, with a cable each to a router in one more, the last name."""
+    """Names of network namespaces 10.77.0.1, 10.77.1.1, …, each connected to a router in another one, whose name comes last."""
     names = [f"appo{os.getpid()}n{i}" for i in range(hosts + 1)]
     router = names[-1]
 
@@ -115,7 +115,7 @@ def enter(namespace: str, address: str) -> None:
 
 
 def start(case: Case, number: int, variables: dict[str, str], namespaces: list[str]) -> int:
-    """Start a host, with a log case.folder/NUMBER.log and a process group of its own; its process id."""
+    """Start a host, with a log case.folder/NUMBER.log and a separate process group. Returns its process id."""
     if pid := os.fork():
         return pid
     code: Any = 1
@@ -144,7 +144,7 @@ def start(case: Case, number: int, variables: dict[str, str], namespaces: list[s
 
 
 def variables(case: Case, number: int, address: str, router: str | None) -> dict[str, str]:
-    """How a host finds the others, as Open MPI would say it, and what it shall do."""
+    """The environment of a host: how it finds the others (as Open MPI sets it), and its fault."""
     return {
         "APPO_DISTRIBUTED": "1", "JAX_COORDINATOR_ADDRESS": address, "OMPI_MCA_orte_hnp_uri": "0.0;tcp://127.0.0.1:1",
         "OMPI_COMM_WORLD_SIZE": str(case.hosts), "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_RANK": str(number),
@@ -154,7 +154,7 @@ def variables(case: Case, number: int, address: str, router: str | None) -> dict
 
 
 def one_case(case: Case) -> tuple[float, str]:
-    """(seconds until all hosts were gone, what was not as it should be)."""
+    """(seconds until all hosts had ended, descriptions of what was wrong)."""
     case.folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -163,7 +163,7 @@ def one_case(case: Case) -> tuple[float, str]:
         address = f"{'10.77.0.1' if namespaces else '127.0.0.1'}:{port}"
         router = namespaces[-1] if namespaces else None
         pids = [start(case, i, variables(case, i, address, router), namespaces) for i in range(case.hosts)]
-        # A machine that stands still outlives the others, one that is switched off says nothing.
+        # The processes of a stopped machine outlive the others; those of a machine that is switched off print nothing.
         frozen = {case.host} if case.fault in ("stop both", "kill both") else set()
         codes, deadline, ended = dict[int, int](), time.monotonic() + 240, time.time()
         while len(codes.keys() - frozen) < case.hosts - len(frozen) and time.monotonic() < deadline:

@@ -51,7 +51,7 @@ def start(config_file: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def fork(body: Callable[[], object], log: Path) -> int:
-    """Run `body` in a process of its own, which has imported what this one has; its exit code."""
+    """Run `body` in a forked process, which has the same imports. Returns its exit code."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -72,7 +72,7 @@ def fork(body: Callable[[], object], log: Path) -> int:
 
 
 def train(config_file: Path, *aim: str) -> int:
-    """The same command in a forked process; `aim`: with what strikes it."""
+    """The same command in a forked process. `aim`: arguments of aimed.py, which ends the run at a chosen moment."""
     sys.argv = ["appo-jax", *aim, "train", "--config", str(config_file)]
     return aimed.main() if aim else appo_jax.__main__.main()
 
@@ -84,7 +84,7 @@ def look(run: Path, file: Path) -> int:
 
 
 def struck(rng: random.Random, which: signal.Signals, took: float, config_file: Path, log: Path) -> tuple[str, int]:
-    """Start a run and strike it once. Where, and its exit code."""
+    """Start a run and kill it once. Returns where it was killed, and its exit code."""
     if rng.random() < 0.25:
         process, moment = start(config_file, log), rng.uniform(0.0, took)
         time.sleep(moment)
@@ -99,7 +99,7 @@ def struck(rng: random.Random, which: signal.Signals, took: float, config_file: 
 
 
 def faults(run: Path, codes: list[int], text: str) -> list[str]:
-    """What is wrong with a run that was struck and started again, but for its parameters."""
+    """What is wrong with a run that was killed and started again, except its parameters."""
     found = [f"exit codes {codes}"] if codes[-1] != 0 else []
     found += ["a traceback"] if "Traceback" in text else []
     if codes[-1] == 0:

@@ -66,7 +66,7 @@ def start(folder: Path, hosts: int, seed: int) -> list[subprocess.Popen[bytes]]:
 
 
 def drawn(folder: Path) -> dict[int, list[dict[str, object]]]:
-    """Step -> what was written of it, by every host of every life; a line that a kill cut off is left out."""
+    """Step -> what every host wrote of it, in every process of the run. Incomplete lines of killed processes are left out."""
     found = defaultdict(list)
     for file in folder.glob("drawn-*.jsonl"):
         for line in file.read_text().split("\n"):
@@ -79,7 +79,7 @@ def drawn(folder: Path) -> dict[int, list[dict[str, object]]]:
 
 
 def wrong(steps: dict[int, list[dict[str, object]]]) -> list[str]:
-    """What is not as it should be."""
+    """Descriptions of what is wrong."""
     problems = [f"step {step} was never made" for step in range(STEPS) if step not in steps]
     stream = []
     for step, records in sorted(steps.items()):

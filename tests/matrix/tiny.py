@@ -63,7 +63,7 @@ def last_arrays(run: Path) -> dict[str, object]:
 
 
 def records_complete(run: Path, log: str) -> str | None:
-    """What is missing in the records of a run without a word about it; None: nothing."""
+    """What is missing in the records of a run and is not reported by it; None: nothing."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     if [line["step"] for line in lines] != list(range(1, STEPS + 1)):
         return f"steps on record: {[line['step'] for line in lines]}"

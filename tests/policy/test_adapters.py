@@ -1,4 +1,4 @@
-"""LoRA: adapters of zeros are the base; gradients are those of the factored model; merged, factored and peft's are one policy."""
+"""LoRA: new adapters change nothing; gradients are those of the factored model; merged, factored and peft's form agree."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_factored_merged_and_oracle_are_one_policy() -> None:
 
 
 def test_gradients_are_finite_differences_of_the_factored_model() -> None:
-    """Of −Σ w·log p over tokens, along a random direction in each adapter's A and B; and the base has none."""
+    """The gradient of −Σ w·log p over tokens, along a random direction in each adapter's A and B. The frozen weights have none."""
     base, own = init_params(PLAIN, 0), random_adapters(ARCH)
     rng = np.random.default_rng(1)
     tokens_weights = rng.uniform(0.1, 1.0, TOKENS.shape) * (np.arange(TOKENS.shape[1]) > 1)
@@ -146,7 +146,7 @@ def test_gradients_are_finite_differences_of_the_factored_model() -> None:
 
 
 def test_a_step_moves_the_adapters_alone() -> None:
-    """The base is no part of the state; it is given along, and stays usable."""
+    """The frozen weights are not part of the state. They are a separate argument, which is not donated."""
     base = frozen(init_params(PLAIN, 0), dataclasses.replace(ARCH, lora=LoRAConfig(rank=3)))
     assert base["embed"].dtype == jnp.bfloat16
     assert base["norm"].dtype == jnp.float32
@@ -168,7 +168,7 @@ def test_a_step_moves_the_adapters_alone() -> None:
 
 @pytest.mark.parametrize(("seed", "family"), list(enumerate(make["ADAPTED"])))
 def test_peft_computes_the_same(tmp_path: Path, seed: int, family: str) -> None:
-    """Its logits, from golden arrays (tests/golden/make_golden.py): we write the very folder it loaded. `make parity`: live."""
+    """peft's logits, from golden arrays (tests/golden/make_golden.py): we write exactly the folder that peft loaded."""
     config = make["tiny_config"](family, seed)
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(make["tiny_weights"](config, seed), tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What the backward pass recomputes, and whether the layers are a loop, changes no number."""
+"""Neither rematerialisation nor running the layers as a loop changes any number."""
 
 from __future__ import annotations
 

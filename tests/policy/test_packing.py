@@ -1,4 +1,4 @@
-"""Packed rows against the texts that they hold, by brute force."""
+"""Packed rows against the texts in them, by brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parameter table against what others know: gguf's name map, transformers' shapes, Muon's matrices."""
+"""The parameter table against other sources: gguf's name map, transformers' shapes, Muon's matrices."""
 
 from __future__ import annotations
 

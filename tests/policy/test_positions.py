@@ -21,7 +21,7 @@ YARN = dataclasses.replace(QWEN, rope_scaling=YarnScaling(4.0, 32768))
 
 
 def test_yarn_as_qwen_publishes_it() -> None:
-    """By hand: pairs up to 23 turn more than 32 times in 32768 tokens, pairs from 40 on less than once."""
+    """Computed by hand: pairs up to 23 turn more than 32 times in 32768 tokens, pairs from 40 on less than once."""
     plain, scaled = rope_frequencies(QWEN), rope_frequencies(YARN)
     turns = 32768 * plain / (2 * math.pi)
     assert turns[23] > 32 > turns[24]

@@ -1,4 +1,4 @@
-"""The kernel that reads no more of a cache than is seen: interpreted on the CPU, and compiled for TPUs where libtpu is."""
+"""The kernel that reads only the seen part of a cache: interpreted on the CPU, and compiled for TPUs if libtpu is installed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_trees_of_any_lengths(seed: int, longest_prefix: int, longest_suffix: in
 
 
 def test_blocks_that_nobody_sees_are_not_read() -> None:
-    """What lies there is NaN. The cache of the first row is read for one block of 512 keys, that of the second for two."""
+    """Unseen blocks hold NaN. One block of 512 keys is read of the first row's cache, and two of the second row's."""
     rng = np.random.default_rng(0)
     q, keys, values = (rng.normal(size=s).astype(np.float32) for s in ((2, K, G, E), (2, K, T, E), (2, K, T, E)))
     keys[0, :, 512:], values[0, :, 512:], keys[1, :, 1024:], values[1, :, 1024:] = (np.nan,) * 4

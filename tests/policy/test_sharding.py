@@ -1,4 +1,4 @@
-"""Meshes: what cannot be split is refused by name; on eight devices, the same numbers as on one."""
+"""Meshes: errors name the axes that cannot be split; eight devices compute the same numbers as one."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_layouts() -> None:
 
 
 def test_fewer_key_value_heads_than_tensor_places() -> None:
-    """Whole everywhere while training; while generating each head once for every place that attends with it."""
+    """In training, key/value heads are not split over tensor. In generation, each is repeated for every device that uses it."""
     mesh: Any = abstract_mesh(1, 2, 4)
     assert param_shardings(ARCH, mesh, "train")["layers"][0]["k"].spec == PartitionSpec("fsdp")
     assert generating_architecture(ARCH, mesh).num_kv_heads == 4

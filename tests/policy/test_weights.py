@@ -265,7 +265,7 @@ def test_architecture_survives_config_json(arch):
 
 
 def test_fields_of_real_configs():
-    """Qwen2.5-7B-Instruct's and Llama-3.1-8B-Instruct's config.json, in the old spelling."""
+    """Qwen2.5-7B-Instruct's and Llama-3.1-8B-Instruct's config.json, with the old field names."""
     qwen = from_hf({
         "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
         "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,

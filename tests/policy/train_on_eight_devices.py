@@ -1,4 +1,4 @@
-"""What test_sharding.py runs in a process of its own, which has eight CPU devices."""
+"""test_sharding.py runs this in a separate process with eight CPU devices."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def mesh_of(name: str) -> Mesh:
 
 
 def texts() -> list[np.ndarray]:
-    """Of eight to T tokens; those of an even row and the next begin alike."""
+    """Texts of eight to T tokens. The texts of an even row and of the next row begin alike."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 96, (ROWS, T))
     tokens[1::2, :6] = tokens[::2, :6]
@@ -60,7 +60,7 @@ def texts() -> list[np.ndarray]:
 
 
 def batch(at_once: int) -> TrainBatch:
-    """Weighted as a run's batches are, to a sum of 1: with weights of 1 a token, gradients of 15 round by 1e-5."""
+    """Weights with a sum of 1, as in a run's batches. With weights of 1 per token, gradients of 15 would be rounded by 1e-5."""
     rng = np.random.default_rng(1)
     mask = np.array([(rng.random(T) < 0.7) & (np.arange(T) < len(text)) for text in texts()])
     mask[:, 0] = False
@@ -74,7 +74,7 @@ def batch(at_once: int) -> TrainBatch:
 
 
 def sgd_step(family: str):
-    """A step at rate 1 without momentum: what it takes off the parameters is the gradient."""
+    """A step at rate 1 without momentum, which subtracts the gradient from the parameters."""
     spec = StepSpec(FAMILIES[family], LossConfig(), 0.7, FLOAT32)
     return make_train_step(optax.sgd(1.0), spec), optax.sgd(1.0)
 
@@ -94,7 +94,7 @@ def largest_difference(a: Params, b: Params) -> float:
 
 @pytest.mark.parametrize(("name", "family", "micro_batch"), [*((*p, 0) for p in PAIRS), ("2x2x2", "qwen3", 8)])
 def test_a_step_is_that_of_one_device(name: str, family: str, micro_batch: int) -> None:
-    """Loss and gradients, also when they are accumulated; the state stays where it was, and is compiled for once."""
+    """Loss and gradients, with and without accumulation. The state keeps its sharding, and the program is compiled once."""
     expected, metrics = on_one_device(family)
     mesh, arch = mesh_of(name), FAMILIES[family]
     with use_mesh(mesh):
@@ -160,7 +160,7 @@ def test_weights_are_loaded_bit_for_bit(tmp_path: Path, name: str, family: str) 
 
 
 def test_random_parameters_are_drawn_where_they_lie() -> None:
-    """The same bits as on one device, each device only its part."""
+    """The same bits as on one device; each device makes only its part."""
     arch, mesh = FAMILIES["llama"], make_mesh(MeshConfig(1, 8, 1))
     params = init_params(arch, 0, param_shardings(arch, mesh, "train"))
     for array, expected in zip(jax.tree.leaves(params), jax.tree.leaves(init_params(arch, 0)), strict=True):

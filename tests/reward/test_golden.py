@@ -1,4 +1,4 @@
-"""Hand-made pairs of a gold and an answer, with what a careful human says of them: tests/golden/grading.jsonl.
+"""Hand-made pairs of a gold and an answer, with the decision of a careful human: tests/golden/grading.jsonl.
 
 `gold` is a text, or a list of aliases. An `answer` with boxes of its own is the whole answer block.
 """

@@ -1,4 +1,4 @@
-"""What a reward function may return, what it may not, and how the user hears of it."""
+"""Valid and invalid results of reward functions, and the messages about them."""
 
 import dataclasses
 import json

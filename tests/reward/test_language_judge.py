@@ -1,4 +1,4 @@
-"""A language model as the reward: a real endpoint that answers, drips, fails and talks; and functions that hang."""
+"""A language model as the reward: a real endpoint that answers, is slow, fails or is verbose; and functions that hang."""
 
 import sqlite3
 import threading

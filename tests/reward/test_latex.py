@@ -52,7 +52,7 @@ def test_plain(text, expected):
 
 
 def innermost_last_box(text):
-    """The definition, spelled out: from the last `\\boxed{` backwards, the first whose braces close. Quadratic."""
+    """The definition written out: from the last `\\boxed{` backwards, the first whose braces are closed. Quadratic time."""
     for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
         depth, i = 1, match.end()
         while i < len(text):

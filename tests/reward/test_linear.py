@@ -1,4 +1,4 @@
-"""Every function that reads text of the policy or of a tool takes time in proportion to it, whatever the text is.
+"""Every function that reads text of the policy or of a tool takes time linear in its length, for any text.
 
 Each is timed on a text of a kind that is bad for it, and on one four times as long: linear code needs about four times the
 time, quadratic code sixteen times.

@@ -1,4 +1,4 @@
-"""What tests/policy/test_sharding.py runs in a process of its own, which has eight CPU devices."""
+"""tests/policy/test_sharding.py runs this in a separate process with eight CPU devices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from appo_jax.types import Example, Rollout
 
 @pytest.fixture(scope="session")
 def text() -> list[str]:
-    """One character more than conftest.py's: a vocabulary that the tensor axis can split."""
+    """One more character than in conftest.py, for a vocabulary that the tensor axis can split."""
     return ["the quick brown fox jumps over the lazy dog ! . < / > 0 1 2 3 4 5 6 7 8 9"] * 20
 
 

@@ -1,4 +1,4 @@
-"""A tree sampler and the growing of trees over it, as `components.build` and `train` put them together."""
+"""A tree sampler and a tree grower, combined as in `components.build` and `train`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_trees(
 
 
 def log_probs(sampler: TreeSampler, params: Params, rollouts: list[Rollout]) -> list[np.ndarray]:
-    """Of some rollouts, scored together."""
+    """The log-probs of some rollouts, scored together."""
     return scoring.log_probs(sampler, params, [rollouts])[0]
 
 

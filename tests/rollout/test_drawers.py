@@ -1,4 +1,4 @@
-"""What is known of rollouts after score passes."""
+"""The log-probs of rollouts under the policies that drew them, from score passes."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Every id that the model declares to end a turn ends a rollout, and nothing branches after it."""
+"""Every id that the model declares as an end of turn ends a rollout, and no branch begins after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation against the teacher-forced pass, and what a rollout must be."""
+"""Generation against the teacher-forced pass, and invariants of rollouts."""
 
 import dataclasses
 import itertools
@@ -137,7 +137,7 @@ def grow(
 
 
 def test_few_rows_draw_what_many_rows_draw(grow: Grow, rollout_config: RolloutConfig) -> None:
-    """Other shapes round otherwise, and no more than that."""
+    """Other shapes change only the rounding."""
     many, few = (grow(dataclasses.replace(rollout_config, decode_rows=rows)) for rows in (32, 4))
     assert len(many) == len(few) == 27
     for a, b in zip(many, few, strict=True):
@@ -155,7 +155,7 @@ def test_shared_prefixes_agree_with_prefixes_of_their_own(grow: Grow, rollout_co
 
 
 class Unsteady(LocalSearch):
-    """The search tool, taking its time: other rows finish first every time."""
+    """The search tool with random delays, so that rows finish in another order each time."""
 
     def call(self, state: None, argument: str) -> tuple[ToolResult, None]:
         time.sleep(random.SystemRandom().uniform(0, 0.03))
@@ -167,7 +167,7 @@ def test_a_rollout_does_not_depend_on_the_tools_timing(
     arch: Architecture, tokenizer: SentencePieceTokenizer, params: Params, examples: list[Example],
     rollout_config: RolloutConfig,
 ) -> None:  # fmt: skip
-    """The same bits, whichever row draws it, whoever sat there before and beside it: what an exact resume rests on."""
+    """A rollout has the same bits in any row, after and next to any other rollouts. An exact resume relies on this."""
     config = dataclasses.replace(rollout_config, decode_rows=5)
     tool = Unsteady([Document("fox", "the fox is quick"), Document("dog", "the dog is lazy")], top_k=1)
     with ToolExecutor([tool], ToolsConfig(enabled=("search",))) as executor:

@@ -1,4 +1,4 @@
-"""Rows of the embedding that no token has: they are as if they were not there, however large their logits are."""
+"""Embedding rows that no token uses have no effect, even if their logits are large."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def without(plain: Architecture) -> Params:
 
 
 class Moved(NamedTuple):
-    """The same policy with rows more, whose logits are the largest of all at most positions."""
+    """The same policy with additional rows, whose logits are the largest of all at most positions."""
 
     arch: Architecture
     params: Params
@@ -52,7 +52,7 @@ class Moved(NamedTuple):
 
 @pytest.fixture(scope="session", params=["behind", "within", "both"])
 def padded(request: pytest.FixtureRequest, plain: Architecture, without: Params) -> Moved:
-    """Rows more behind those of the tokens, between them, or both."""
+    """Additional rows after those of the tokens, between them, or both."""
     V, total = plain.vocab_size, plain.vocab_size + PADDING
     end = {"behind": V, "within": total, "both": V + PADDING // 2}[request.param]  # of the tokens' rows
     ids = np.sort(np.random.default_rng(0).permutation(end - 1)[: V - 1])

@@ -1,4 +1,4 @@
-"""What `appo-jax plan` says of a step against the programs that a real step runs: which, with which shapes, how often."""
+"""The programs of a step according to `appo-jax plan` against those of a real step: which, with which shapes, how often."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shapes(tree: Any) -> tuple:
 
 
 class Seen:
-    """Calls of the watched programs, by name and shapes; they run as ever."""
+    """Records the calls of programs by name and shapes; the programs run as usual."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: Counter = Counter()

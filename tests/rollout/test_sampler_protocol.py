@@ -1,4 +1,4 @@
-"""A sampler of somebody else's: it echoes canned rollouts, and a step trains on them. None of our jitted sampling runs."""
+"""A foreign sampler: it returns canned rollouts, and a step trains on them. None of our jitted sampling runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ P, N, M = 2, 2, 5
 
 
 class Echo:
-    """Says a canned line for each rollout, keeps a parent's head in a branch, and scores by position."""
+    """Returns a canned text for each rollout, keeps the parent's tokens before a fork, and gives log-probs by position."""
 
     def __init__(self, tokenizer: SentencePieceTokenizer):
         self.tokenizer, self.said, self.sampled = tokenizer, 0, 0
@@ -142,7 +142,7 @@ def test_a_step_trains_on_canned_rollouts(
 
 
 def said_by_evaluation(before: int) -> list[str]:
-    """What the sampler says after `before` rollouts, once for each held-out question."""
+    """The sampler's texts after `before` rollouts, one for each held-out question."""
     return [CANNED[(before + i) % len(CANNED)] for i in range(P)]
 
 

@@ -1,4 +1,4 @@
-"""Who sits where: every fork exactly once, nobody on another's place, rows kept busy."""
+"""Seating: every fork gets a row exactly once, no two rows have the same place, and rows are kept busy."""
 
 import itertools
 from typing import Any

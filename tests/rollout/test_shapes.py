@@ -1,4 +1,4 @@
-"""Shapes against hand-worked cases, and the bounds that rollouts must keep."""
+"""Shapes against cases computed by hand, and the bounds on rollouts."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ N, M, P = 3, 6, 4
 
 
 def even_text(response: Response) -> RewardResult:
-    """A reward that a random policy earns every other time."""
+    """A reward that a random policy gets half of the time."""
     even = sum(len(segment.text) for segment in response.segments if segment.sampled) % 2 == 0
     return RewardResult(float(even), even)
 
@@ -148,7 +148,7 @@ def test_kl_in_the_reward_and_sampler_correction_change_the_batch_and_not_the_re
 def test_penalties_are_the_oracles_under_the_policy_that_drew_the_token(
     sampler: TreeSampler, grower: TreeGrower, params: Params, examples: list[Example], estimator: Any
 ) -> None:
-    """Initial rollouts were drawn by π_old, their branches by the policy as it is now, from the fork on."""
+    """π_old drew the initial rollouts; the current policy drew their branches from the fork on."""
     now, reference = (jax.tree.map(lambda x, by=by: by * x, params) for by in (1.02, 0.9))
     _, old, growth = draw_and_grow(sampler, grower, params, examples, moved=now)
     trees = growth.trees
@@ -167,7 +167,7 @@ def test_penalties_are_the_oracles_under_the_policy_that_drew_the_token(
 
 
 def test_a_step_without_anything_to_learn_makes_no_nan(step) -> None:
-    """Every reward is the same and nothing has moved: no group has a spread, no Ω varies."""
+    """All rewards are equal and the policy has not changed, so no group has a spread and every Ω is constant."""
     with jax.debug_nans(True):
         record, _, _, moved = step(Config(branching=BranchingConfig(num_branch_points=1)), never)
     assert not moved
@@ -186,7 +186,7 @@ def test_branches_drawn_once_per_step_are_trees_of_the_old_policy(step) -> None:
 
 
 def test_branches_of_the_steps_start_are_penalised_under_the_policy_that_drew_them(step, sampler, params) -> None:
-    """The last mini-batch is trained on after the policy has moved, but its branches were drawn before."""
+    """The last mini-batch is trained on after the policy has changed, but its branches were drawn before."""
     loss = LossConfig(kl_weight=0.5, kl_in="reward", kl_estimator="k1")
     branching, plain = BranchingConfig(num_branch_points=1, refresh="step"), AdvantageConfig(future_weight=0.0)
     _, trees, batches, _ = step(Config(branching=branching, loss=loss, advantage=plain))

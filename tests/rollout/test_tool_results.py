@@ -1,4 +1,4 @@
-"""How a tool's text becomes tokens of the rollout: whole where it fits, else cut once, in the middle."""
+"""The tokens of a tool's result in the rollout: complete if it fits, else cut once, in the middle."""
 
 import json
 import random

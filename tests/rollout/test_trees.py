@@ -1,4 +1,4 @@
-"""The shape of rollout trees: any (N, B, L, M), no point branched twice, and what the turn-based baselines draw."""
+"""The shape of rollout trees for any (N, B, L, M); no point is branched twice; the trees of the turn-based baselines."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_trees_have_the_declared_shape_and_keep_the_budget(draw, n: int, b: int,
 
 
 def heads(tree: Tree) -> list[list[tuple]]:
-    """For every rollout and token: what stands before it, each token named by the rollout that drew it."""
+    """For every rollout and token: the tokens before it, each identified by the rollout that drew it."""
     names: list[list[tuple[int, int]]] = []
     for r in tree:
         head = [] if r.parent is None else names[r.parent][: r.fork]

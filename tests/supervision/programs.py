@@ -64,7 +64,7 @@ def train() -> None:
 
 
 def ignore() -> None:
-    """Says that it hears requests to stop, and does not act upon them."""
+    """Reports that it handles requests to stop, but ignores them."""
     heartbeat.stoppable(True)
     signal.signal(signal.SIGTERM, lambda *_: None)
     print("training", flush=True)
@@ -72,7 +72,7 @@ def ignore() -> None:
 
 
 def hosts() -> None:
-    """Steps in which all hosts meet five times. $FAULT says what host $AT_HOST does in step $AT_STEP, or at the "end"."""
+    """Steps with five exchanges between all hosts. $FAULT says what host $AT_HOST does in step $AT_STEP, or at the "end"."""
     distributed.initialize()
     supervisor.connect_supervisors()
     fault, host, step = os.environ.get("FAULT", ""), int(os.environ["AT_HOST"]), int(os.environ["AT_STEP"])

@@ -1,4 +1,4 @@
-"""A supervised process is killed, stopped, hung and interrupted; what its supervisor says, leaves behind and returns."""
+"""A supervised process is killed, stopped, hung and interrupted. Checks its supervisor's messages, files and exit codes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_process_that_is_killed_or_stopped_is_told(start: Start, number: signa
 
 
 def test_a_run_that_was_paused_as_a_whole_goes_on(start: Start) -> None:
-    """Ctrl-Z, and fg after longer than anything may be silent."""
+    """Ctrl-Z, and fg after more than the longest allowed silence."""
     process = start("train", "STOPPED_S=4", "LOCKED_S=6", "PAUSED_S=4")
     assert process.stdout is not None
     while process.stdout.readline() != "step 2\n":

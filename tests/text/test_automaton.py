@@ -22,7 +22,7 @@ def first_completed(text: bytes, stops: list[bytes]) -> tuple[int, int]:
 
 
 def expected_hits(tokens: list[int], token_bytes: list[bytes], stops: list[bytes]) -> list[int]:
-    """What `hit` must say after every token, by string search."""
+    """The expected `hit` after every token, by string search."""
     end, index = first_completed(b"".join(token_bytes[t] for t in tokens), stops)
     ends = np.cumsum([len(token_bytes[t]) for t in tokens])
     return [index if 0 <= end <= e else -1 for e in ends]
@@ -62,7 +62,7 @@ def sentencepiece_tokenizer(rng: random.Random):
 
 
 def piece_tokenizer(rng: random.Random):
-    """Pieces cut at random from joined stop strings: many end in the middle of one, or hold the whole of one."""
+    """Pieces cut at random from joined stop strings: many end in the middle of a stop string, or contain a complete one."""
     text = "".join(rng.choices([*STOPS, "x", "</", ">\n"], k=400)).encode()
     starts = [rng.randrange(len(text)) for _ in range(500)]
     pieces = list({text[s : s + rng.randint(1, 14)] for s in starts} | {bytes([b]) for b in range(256)})

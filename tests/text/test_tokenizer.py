@@ -163,7 +163,7 @@ def test_ids_that_no_token_has_are_known(folder_with_gaps, json_folder):
 
 
 def test_a_missing_id_ends_no_turn(folder_with_gaps):
-    """It would never be drawn: the turn would have one end less than the model declares."""
+    """Such an id would never be drawn, so the turn would have one end less than the model declares."""
     folder, missing, _ = folder_with_gaps
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [missing[0]]}))
     with pytest.raises(DataError, match=rf"eos_token_id = \[{missing[0]}\]: expected ids of the tokenizer"):

@@ -73,12 +73,12 @@ def written(message):
 
 
 def plain(text):
-    """Text whose pieces do not flow into their neighbours when they are encoded together."""
+    """Text whose pieces are not merged with their neighbours when they are encoded together."""
     return re.fullmatch(r"\w.*\w", text, re.DOTALL) and not re.search(r"<|\n|\s\s", text)
 
 
 def test_a_rollout_is_the_same_conversation_token_by_token(template):
-    """Prompt, the policy's turns and the results, each encoded alone, are the whole conversation's ids."""
+    """Prompt, turns and results, each encoded alone and then joined, have the ids of the whole conversation."""
     name, tokenizer = template
     results = ToolResults(tokenizer, FORMAT, 500)
     compared = 0

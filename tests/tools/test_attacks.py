@@ -30,7 +30,7 @@ ANY = {OK, ERROR, LIMIT, LATE}
 
 
 def sandbox_works() -> str:
-    """Why the sandbox cannot be tried here; empty if it can."""
+    """Why the sandbox cannot be tested here; "" if it can."""
     if shutil.which("bwrap") is None:
         return "bubblewrap is not installed"
     tried = subprocess.run(["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, text=True)
@@ -317,7 +317,7 @@ def sandbox(secret):
 
 @pytest.fixture(scope="module")
 def patient(secret):
-    """For code that ends by itself, however busy the machine is."""
+    """A long time limit, for code that ends by itself even on a busy machine."""
     tool, state = start(10 * TIMEOUT)
     yield tool, state
     tool.close()
@@ -335,7 +335,7 @@ def victim(sandbox):
 
 @pytest.fixture(scope="module")
 def server():
-    """A server on the host's loopback that nobody in the sandbox may reach."""
+    """A server on the host's loopback, which policy code must not be able to reach."""
     listening = socket.create_server(("127.0.0.1", 0))
     visits = []
 
@@ -352,7 +352,7 @@ def server():
 
 
 def host() -> tuple:
-    """What an attack may have changed out here."""
+    """The state of the host that an attack may have changed."""
     files = [
         os.stat(path) for path in (os.__file__, system.__file__, "/usr", "/usr/bin/env", "/dev/null", "/dev/urandom")
     ]
@@ -426,7 +426,7 @@ def test_attack(sandbox, patient, server, tmp_path, name):
 
 
 def test_an_output_that_is_kept_holds_nothing(tool):
-    """Else a rollout could fill the machine's memory with the outputs of its calls."""
+    """Otherwise a rollout could fill the machine's memory with the outputs of its calls."""
     _, state = tool.call(tool.start(), "import os\nkept = os.dup(1)\nprint('x' * 1000)")
     assert tool.call(state, "os.fstat(kept).st_size")[0].text == "0"
     result, _ = tool.call(state, "os.write(kept, b'x')")
@@ -435,7 +435,7 @@ def test_an_output_that_is_kept_holds_nothing(tool):
 
 
 def test_code_may_limit_its_own_processor_time(tool):
-    """Honest code does; the calls after it go on."""
+    """Honest code does that, and later calls must continue."""
     _, state = tool.call(tool.start(), "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nx = 20")
     result, state = tool.call(state, "x + 1")
     assert (result.text, result.outcome) == ("21", OK)
@@ -463,7 +463,7 @@ while True:
 
 
 def test_a_state_that_does_not_read_its_requests_holds_up_nobody(tool, victim):
-    """The supervisor once waited in a send to such a state, for good."""
+    """Earlier, the supervisor waited for ever in a send to such a state."""
     pid = tool.pid
     _, state = tool.call(tool.start(), DEAF)
     with ThreadPoolExecutor(8) as pool:
@@ -517,7 +517,7 @@ def test_a_state_that_takes_other_files_than_its_own(tool, victim, name):
 
 
 def test_policy_code_is_nobody_on_the_host(tool):
-    """Not root, though the trainer may be: what it makes and runs belongs to another user out here."""
+    """Even if the trainer is root, policy code is not: its files and processes belong to another user of the host."""
     _, state = tool.call(tool.start(), "import os\nx = os.getuid()")
     assert tool.call(state, "x")[0].text == "1000"
     states = descendants(tool.pid) - {min(descendants(tool.pid))}
@@ -527,7 +527,7 @@ def test_policy_code_is_nobody_on_the_host(tool):
 
 
 def test_only_the_standard_library_and_allowed_modules_are_visible():
-    """With the project's own package in there, the held-out answers of the embedded world could be computed."""
+    """If policy code could import this package, it could compute the held-out answers of the embedded world."""
     tool = PythonTool(PythonToolConfig(preload=("math", "sympy")))
     walk = (
         "import os\nfound = set()\nfor folder, below, files in os.walk('/'):\n"
@@ -586,7 +586,7 @@ CHANNELS = {
 
 @pytest.mark.parametrize("name", CHANNELS)
 def test_two_rollouts_cannot_talk(tool, name):
-    """What the second sees must not depend on whether the first has done its part."""
+    """A second rollout must read the same, whether or not the first one has written."""
     write, read = CHANNELS[name]
     quiet, _ = tool.call(tool.start(), read)
     _, kept = tool.call(tool.start(), write)
@@ -597,7 +597,7 @@ def test_two_rollouts_cannot_talk(tool, name):
 
 
 def test_a_branch_cannot_change_what_another_starts_from(tool):
-    """The next state's process writes to its parent's files before it takes its own, then as honest code does."""
+    """The next state's process writes to its parent's files before it takes its own copy; then it behaves like honest code."""
     _, state = tool.call(
         tool.start(), "open('a', 'w').write('kept')\nf = open('b', 'w'); _ = f.write('kept'); f.flush()"
     )
@@ -626,7 +626,7 @@ inner._take_files = patched
 
 
 def test_a_state_cannot_keep_another_states_files(tool):
-    """Each state of a chain would hold the 16 MB of the one before it, uncounted."""
+    """Otherwise each state of a chain would hold the 16 MB of the state before it, without being counted."""
     _, state = tool.call(tool.start(), "open('f', 'wb').write(bytes(8 << 20))\nf = open('f', 'rb')")
     greedy = "import sys\nsys.modules['sandbox.files'].take = lambda *_: None\nkept = f"
     _, state = tool.call(state, greedy)

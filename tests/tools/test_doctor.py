@@ -1,4 +1,4 @@
-"""The machine's checks say what they found, and agree with what the tool does."""
+"""The checks of the machine report what they found, and agree with the tool's behaviour."""
 
 import re
 from pathlib import Path

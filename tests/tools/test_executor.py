@@ -1,4 +1,4 @@
-"""The executor: every call is answered, in time, and nothing a tool does reaches the caller as an exception."""
+"""The executor: every call is answered in time, and no fault of a tool raises an exception in the caller."""
 
 import threading
 import time
@@ -201,7 +201,7 @@ def test_closing_answers_what_waits_and_closes_the_tools(echo):
 
 
 def test_what_has_ended_is_released_at_once():
-    """Rollouts that are over leave no interpreter behind, though their calls' time limits are seconds away."""
+    """Finished rollouts leave no interpreter behind, although the time limits of their calls end seconds later."""
     config = ToolsConfig(enabled=("python",), python=PythonToolConfig(isolation="process", preload=("math",)))
     with build_executor(config) as executor:
         (tool,) = executor._tools.values()

@@ -1,4 +1,4 @@
-"""A state's files: a fork finds what its parent left, however it is held, or the policy is told why it cannot."""
+"""A state's files: a fork has all files of its parent, including open ones; otherwise the policy gets the reason."""
 
 import pytest
 from test_python import BUBBLEWRAP, ISOLATIONS, run
@@ -107,7 +107,7 @@ KEPT_FILES = {
 
 @pytest.mark.parametrize("name", KEPT_FILES)
 def test_files_are_forked_as_they_are(tool, name):
-    """Twice: the second branch must find what the first one found."""
+    """Two branches: the second must find the same files as the first."""
     before, after, shown = KEPT_FILES[name]
     result, state = run(tool, before)
     assert result.outcome is Outcome.OK, result.text

@@ -1,4 +1,4 @@
-"""Call formats: what is read as a call, what is explained, and that results cannot close their own block."""
+"""Call formats: texts that are read as calls, texts that are explained, and results that cannot close their own block."""
 
 import json
 import time

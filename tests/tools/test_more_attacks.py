@@ -222,7 +222,7 @@ def tool():
 
 @pytest.fixture(scope="module")
 def played(tool):
-    """What each rollout read, how long its longest call took, and whether its victim came through."""
+    """For each rollout: the results it read, the time of its longest call, and whether its victim kept its state."""
     pid = tool.pid
 
     def play(name):

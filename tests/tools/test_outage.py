@@ -1,4 +1,4 @@
-"""A tool that is down: one bad step is waited out, two in a row stop the run, and nothing else does."""
+"""A tool that is down: after one bad step the run waits, after two in a row it stops, and in no other case."""
 
 import dataclasses
 import time

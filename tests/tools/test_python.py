@@ -41,7 +41,7 @@ def tool(request):
 
 
 def run(tool, *cells):
-    """The last result of cells run one after the other, and the state after them."""
+    """The last result of cells that are run one after another, and the state after them."""
     state = tool.start()
     for cell in cells:
         result, state = tool.call(state, cell)
@@ -378,7 +378,7 @@ def test_a_preload_that_cannot_be_imported_is_an_error():
 
 
 def test_process_isolation_limits_files_and_leaves_nothing():
-    """Many files of 8 MB, and a process that has left its group: the first are too many, the second ends with the tool."""
+    """Many files of 8 MB exceed the limit; a process that has left its group ends with the tool."""
     tool = PythonTool(PythonToolConfig(isolation="process", preload=("math",), timeout=5.0))
     pid = tool.pid
     try:

@@ -1,4 +1,4 @@
-"""The Python tool over HTTP: a real server on loopback that runs programs as SandboxFusion does, and forgets them."""
+"""The Python tool over HTTP: a real server on loopback that runs programs like SandboxFusion, and keeps nothing."""
 
 import json
 import random
@@ -87,7 +87,7 @@ def test_it_answers_as_the_local_tool_does(config, cells):
 
 
 def test_branches_equal_a_replay(config):
-    """Random programs, forked at random calls, beside the local tool."""
+    """Random programs, forked at random calls, give the same results as with the local tool."""
     remote = RemotePythonTool(config)
     local = PythonTool(PythonToolConfig(isolation="process", preload=("math", "random", "copy", "string")))
     rng = random.Random(0)

@@ -1,4 +1,4 @@
-"""Search: ranking against BM25 worked out from its definition, corpus files, and the stored index."""
+"""Search: ranking against BM25 computed from its definition, corpus files, and the stored index."""
 
 import json
 import math
@@ -95,7 +95,7 @@ def test_a_query_of_stop_words_alone_looks_for_them(query, first):
 
 @pytest.mark.parametrize("query", ["The Who of Bern", "capital", "who was born in the capital", "a band"])
 def test_stop_words_change_nothing_beside_other_words(query):
-    """Documents that differ in stop words alone rank by the others, as if there were none."""
+    """The ranking by other words is the same with and without stop words."""
     plain = [
         Document(d.title, " ".join(w for w in d.text.split() if w.lower() not in {"the", "is", "of"})) for d in BANDS
     ]
@@ -219,7 +219,7 @@ def test_the_index_is_stored_once_and_by_content(tmp_path):
 
 @pytest.mark.skipif("APPO_JAX_DATA" not in os.environ, reason="APPO_JAX_DATA does not name the data folder")
 def test_recall_on_hotpotqa():
-    """The answer stands in the ten best pages for at least 84% of the questions that have one to look for."""
+    """The answer is in the ten best pages for at least 84% of the questions that have an answer to search for."""
     data = Path(os.environ["APPO_JAX_DATA"])
     questions = [json.loads(line) for line in (data / "hotpotqa/dev_first300.jsonl").read_text().splitlines()]
     pages = load_corpus(data / "2wiki/corpus.json")

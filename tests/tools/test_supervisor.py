@@ -91,7 +91,7 @@ def test_from_running_to_dead(code, outcome):
 
 @needs_bubblewrap
 def test_from_frozen_to_dead(tool):
-    """A snapshot that something kills outside: its later calls say so, and others go on."""
+    """A snapshot is killed from outside: later calls from it report that, and other states work."""
     _, state = tool.call(tool.start(), "x = 1")
     _, other = tool.call(tool.start(), "x = 2")
     (first, _) = sorted(descendants(tool.pid))[2:4]
@@ -103,7 +103,7 @@ def test_from_frozen_to_dead(tool):
 
 @needs_bubblewrap
 def test_from_asked_to_dead():
-    """Requests that wait for a state which does not fork end with it, each with an answer."""
+    """Requests that wait for a state that does not fork are all answered when it ends."""
     tool = make(timeout=0.4)
     try:
         _, state = tool.call(tool.start(), "import os, time\nos.fork = lambda: time.sleep(60)")
@@ -117,7 +117,7 @@ def test_from_asked_to_dead():
 
 @needs_bubblewrap
 def test_a_call_that_is_forgotten_before_it_ends_leaves_nothing(tool):
-    """Once, a state freed while it was being forked lived for ever."""
+    """Earlier, a state that was freed while it was being forked lived for ever."""
     sandbox, before = tool._sandbox, len(descendants(tool.pid))
     for i in range(1000, 1050):
         sandbox._send({"run": i, "from": 0, "code": "while True: pass", "timeout": 30})
@@ -135,7 +135,7 @@ def test_a_call_that_is_forgotten_before_it_ends_leaves_nothing(tool):
 
 @needs_bubblewrap
 def test_state_zero_is_not_killed_for_a_slow_fork():
-    """Stopped, as on a stalled machine: calls time out, nothing is lost, and it goes on when the machine does."""
+    """State 0 is stopped, as on a stalled machine: calls time out, nothing is lost, and calls work again afterwards."""
     tool = make(timeout=0.3)
     try:
         _, state = tool.call(tool.start(), "x = 1")
@@ -151,7 +151,7 @@ def test_state_zero_is_not_killed_for_a_slow_fork():
 
 
 def test_a_call_that_crashes_before_it_is_looked_at_has_run_once(tmp_path):
-    """With process isolation, on a machine so busy that the supervisor sees a call's greeting when its process is dead."""
+    """With process isolation, on a busy machine: the process of a call is already dead when the supervisor reads its greeting."""
     tool = make(isolation="process", timeout=5.0)
     over = threading.Event()
 
@@ -192,7 +192,7 @@ def test_a_dead_state_zero_is_made_anew_and_all_states_live_on(tool):
 
 @needs_bubblewrap
 def test_a_stuck_sandbox_does_not_keep_another_from_starting():
-    """Descriptors in messages that nobody reads count for all processes of a user."""
+    """Descriptors in unread messages count for all processes of a user."""
     first = make(timeout=0.5)
     try:
         deaf = "import os\nos.write(60, b'd')\nwhile True:\n    try: os.fork()\n    except OSError: pass"
@@ -252,7 +252,7 @@ def test_a_budget_is_empty_when_all_are_gone():
 
 @needs_bubblewrap
 def test_the_budget_holds_against_forgetting(monkeypatch):
-    """Allocate, call again, forget the older state: the memory is still there, and is still counted."""
+    """Allocate, call again, free the older state: the memory is still in use and still counted."""
     monkeypatch.setattr("appo_jax.tools.bubblewrap.EXTRA_OPTIONS", {"memory_total": 400 << 20})
     tool = make(memory_mb=512)
     try:
@@ -401,7 +401,7 @@ def fuzz(seconds: float, seed: int) -> tuple[int, list[str], int]:
 @needs_bubblewrap
 @pytest.mark.timeout(FUZZ_SECONDS + 120)
 def test_fuzzing_loses_no_honest_call():
-    """Some seconds here; APPO_FUZZ_SECONDS=600 for the ten minutes of a release."""
+    """It runs for some seconds; with APPO_FUZZ_SECONDS=600 for ten minutes, before a release."""
     honest, lost, hostile = fuzz(FUZZ_SECONDS, seed=1)
     print(f"{honest} honest calls, {len(lost)} lost, {hostile} hostile rollouts")
     assert lost == []
@@ -410,7 +410,7 @@ def test_fuzzing_loses_no_honest_call():
 
 
 def test_a_trainer_that_does_not_read_holds_up_nothing():
-    """The supervisor keeps answers for it; deadlines go on."""
+    """The supervisor buffers answers for a trainer that does not read, and still enforces deadlines."""
     ours, theirs = socket.socketpair()
     trainer = Trainer(theirs)
     for i in range(3000):

@@ -150,7 +150,7 @@ def test_public_addresses_are_public(address):
 
 
 def test_an_ipv6_literal_is_an_address():
-    """Its last group was once taken for a port."""
+    """Earlier, the last group of such an address was taken for a port."""
     tool = WebSearch(SearchToolConfig(url="http://[::1]/x", allow_private=True, timeout=0.5, max_retries=0))
     result, _ = tool.call(None, "q")
     assert result.outcome is Outcome.UNAVAILABLE
@@ -165,7 +165,7 @@ def test_an_overlong_title_is_cut(server):
 
 
 def test_lone_surrogates_are_no_failure_of_the_tool(server, tmp_path):
-    """In a query, as JSON can spell them, and in an answer; with the cache, which stores UTF-8."""
+    """Lone surrogates in a query, as JSON can contain them, and in an answer; with the cache, which stores UTF-8."""
     search = config(server, cache=str(tmp_path / "c.sqlite"))
     with build_executor(ToolsConfig(enabled=("search",), search=search, call_format="json")) as executor:
         for query in ("\\ud800 who", "surrogate"):

@@ -1,4 +1,4 @@
-"""What a person sees of a run. Pictures are judged by the numbers that go into them and by being there."""
+"""The displays of a run. Plots are checked by the numbers that are drawn and by the existence of the files."""
 
 import io
 import json
@@ -68,7 +68,7 @@ def test_a_tree_shows_where_it_branched(tmp_path):
 
 
 def test_nothing_in_a_record_steers_the_terminal():
-    """Neither what the policy wrote nor the data set's ids, questions and answers."""
+    """Neither the policy's texts nor the data set's ids, questions and answers can control the terminal."""
     evil = "\x1b[2J\x1b]0;title\x07\u202e\x9b31m"
     node = {"node": 0, "parent": None, "fork": None, "correct": True, "reward": 1.0, "tokens": 3, "stop_reason": "stop",
             "calls": [{"name": evil, "outcome": "ok"}], "segments": [{"start": 0, "text": evil, "sampled": True}]}  # fmt: skip
