@@ -57,7 +57,7 @@ def _of_tree(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> Iterab
 
 
 def root_and_shared(tree: Tree, rollout: Rollout) -> tuple[int, int]:
-    """The initial rollout that `rollout` grew from, and how many of its first tokens the two share."""
+    """The initial rollout from which `rollout` descends, and the number of first tokens that the two share."""
     shared = rollout.length
     while rollout.parent is not None and rollout.fork is not None:
         shared, rollout = min(shared, rollout.fork), tree[rollout.parent]
@@ -119,7 +119,7 @@ def turn_groups(tree: Tree, rewards: np.ndarray, std: Std) -> list[np.ndarray]:
 def global_returns(
     trees: Sequence[Tree], penalties: Sequence[Sequence[np.ndarray]] | None, std: Std
 ) -> list[list[np.ndarray]]:
-    """REINFORCE++ (arXiv 2501.03262): reward minus the penalties from here on, normalised over the mini-batch's tokens."""
+    """REINFORCE++ (arXiv 2501.03262): reward minus the penalties from a token on, normalised over the mini-batch's tokens."""
     returns: list[list[np.ndarray]] = []
     for p, tree in enumerate(trees):
         to_go = [np.zeros(r.length) if penalties is None else penalties[p][n] for n, r in enumerate(tree)]

@@ -1,5 +1,5 @@
 """Advantages of rollouts from groups of rewards (eq. 6). On the host, in float64: a few numbers per prompt. A reward of
-NaN means that the reward function failed: no group counts that rollout, and its advantage is 0.
+NaN means that the reward function failed: groups leave that rollout out, and its advantage is 0.
 """
 
 from __future__ import annotations

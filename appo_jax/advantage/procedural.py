@@ -30,7 +30,7 @@ def scaled_by_entropy(
 ) -> Float[np.ndarray, "R T"]:
     """A · (1 + α · Z(H)), `[R, T]` (AEPO, arXiv 2510.14545), with α = `weight` and Z over the tokens of `mask`.
 
-    Without a spread of H Z is 0. The official code takes Z over a micro-batch; this is over what is given.
+    If H has no spread, Z is 0. The official code computes Z over a micro-batch; here it is over all tokens of `mask`.
     """
     known = entropies[mask].astype(np.float64)
     std = known.std() if known.size else 0.0

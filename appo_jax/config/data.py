@@ -12,7 +12,7 @@ from appo_jax.config.bounds import Seed
 
 @dataclasses.dataclass(frozen=True)
 class ColumnsConfig:
-    """Which key of a record holds what, for the sources `files` and `tfds`. A dot leads into an object:
+    """The keys of a record's fields, for the sources `files` and `tfds`. A dot names a field of an object:
     `reward_model.ground_truth`."""
 
     question: str = "question"

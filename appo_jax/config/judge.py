@@ -9,7 +9,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig:
-    """Where the judge is and how patient we are."""
+    """The judge's address and the limits of its requests."""
 
     url: str
     """Base URL of an OpenAI-compatible endpoint; `/chat/completions` is appended."""

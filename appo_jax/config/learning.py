@@ -14,7 +14,7 @@ Remat = Literal["none", "matmuls", "layers"]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW of the RL updates, and how a mini-batch is taken apart. max_grad_norm, b1, b2, remat hold for the cold start too."""
+    """AdamW of the RL updates, and the size of micro-batches. max_grad_norm, b1, b2 and remat apply to the cold start too."""
 
     learning_rate: PositiveFloat = 1e-6
     """Rate after the warm-up; constant from then on. Official code: 1e-6."""
@@ -32,8 +32,8 @@ class OptimizerConfig:
     """Rows per forward-backward pass, each as long as the longest rollout and filled with several; gradients are accumulated.
     0: as many as hold about 500 tokens on each device."""
     remat: Remat = "none"
-    """What the backward pass computes again instead of keeping it. none: nothing; matmuls: all but each layer's matrix
-    products; layers: all but each layer's input. From left to right less memory and more time."""
+    """What the backward pass computes again instead of keeping it. none: nothing; matmuls: all except each layer's matrix
+    products; layers: all except each layer's input. Each choice needs less memory and more time than the one before."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,12 +100,12 @@ class LoRAConfig:
     rank: PositiveInt = 16
     """r: columns of A and rows of B."""
     alpha: PositiveFloat = 32.0
-    """The adapter's part counts alpha / rank."""
+    """The adapter's output is multiplied by alpha / rank."""
     targets: Annotated[tuple[Adaptable, ...], MinLen(1)] = get_args(Adaptable)
     """The matrices of each layer that have an adapter: queries, keys, values and output of attention; gate, up and down of the
     MLP."""
     base_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """In which the weights are held, which stay as the cold start left them (norm scales: always float32)."""
+    """The dtype of the frozen weights, which are those of the cold start (norm scales: always float32)."""
 
 
 @dataclasses.dataclass(frozen=True)

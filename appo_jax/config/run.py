@@ -26,8 +26,8 @@ class RewardConfig:
     judge: JudgeConfig | None = None
     """For `function = "judge"`, and for sets of `eval.sets` that a judge decides: the language model."""
     terms: tuple[str, ...] = ()
-    """Functions `package.module:function` from a Response to a number; each is added to the reward, and stands by its name among
-    the parts of a rollout's reward."""
+    """Functions `package.module:function` from a Response to a number. Each number is added to the reward, and recorded under the
+    function's name among the parts of a rollout's reward."""
     timeout: PositiveFloat = 300.0
     """Seconds for one rollout's reward. A rollout that takes longer has none."""
     tool_bonus: NonNegativeFloat = 0.1
@@ -46,11 +46,11 @@ class EvalSetConfig:
     data: str
     """Its file."""
     limit: NonNegativeInt = 0
-    """The first so many questions. 0: all."""
+    """Number of questions, from the beginning of the set. 0: all."""
     samples: PositiveInt = 1
     """Rollouts of every question."""
     temperature: NonNegativeFloat = 0.0
-    """Of these rollouts. 0: greedy."""
+    """Sampling temperature of these rollouts. 0: greedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Config:
     init_from: str | None = None
     """Run directory whose cold-started policy this run begins with, instead of a cold start."""
     algorithm: str = "appo"
-    """A name of the table in appo_jax/algorithms.py, which says which of the fields below the algorithm sets."""
+    """A name in the table of appo_jax/algorithms.py. The table says which of the fields below the algorithm sets."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the prompts and the sampling."""
     steps: PositiveInt = 100

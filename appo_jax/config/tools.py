@@ -70,8 +70,8 @@ class ToolsConfig:
     """Tools a rollout may call: python, search, or your tool as `package.module:factory`."""
     call_format: Literal["tags", "json", "chat"] = "tags"
     """How calls are written (tools/format.py). tags: in tags of the tool's name, as in the paper. json: a JSON object with
-    name and arguments, as Qwen and Hermes models write it. chat: the same calls, with the tools in the system prompt and results in
-    turns of their own, as the model's chat template has them."""
+    name and arguments, as Qwen and Hermes models write it. chat: the same calls; the model's chat template writes the tools into
+    the system prompt and results into separate turns."""
     max_concurrency: PositiveInt = 8
     """Calls of one tool that run at the same time, on one host."""
     max_unavailable: Fraction = 0.5

@@ -24,8 +24,8 @@ __all__ = ["Judge", "Judgement", "Response", "make_reward"]
 def make_reward(config: RewardConfig, call_format: CallFormat, folder: Path) -> Judge:
     """The reward of a run, its terms included. call_format: that of the tools on offer. folder: for the judge's verdicts.
 
-    A function of your own receives a Response and returns a RewardResult, a term returns a number. Raises ConfigError for
-    one that cannot be imported or called; what it returns is checked at every call (see Judge).
+    Your own function gets a Response and returns a RewardResult; a term returns a number. Raises ConfigError for a function
+    that cannot be imported or called. Its results are checked at every call (see Judge).
     """
     name, language = config.function, None
     function: Callable[[Response], Any]

@@ -65,10 +65,10 @@ class Judge:
         return _checked(result)
 
     def each(self, responses: Sequence[Response]) -> list[Judgement]:
-        """The judgements of many rollouts, in order. One that takes longer than `timeout` costs its own rollout alone.
+        """The judgements of many rollouts, in order. If a call takes longer than `timeout`, only its rollout has no reward.
 
-        A function of one's own is called once at a time, the language model by as many threads as its endpoint takes. Raises
-        TrainingError once MAX_HANGING calls hang."""
+        A user's function is called once at a time, the language model by as many threads as its endpoint allows. Raises
+        TrainingError if MAX_HANGING calls hang."""
         if self.timeout is None:
             return [self(response) for response in responses]
         workers = self.language.config.concurrency if self.language else 1

@@ -1,6 +1,6 @@
 """A language model as judge, behind any OpenAI-compatible endpoint: concurrent, retried, cached on disk, counted.
 
-A question that the judge did not decide has no verdict: it is listed in the report and never dropped in silence.
+A question that the judge did not decide has no verdict. It is listed in the report and never silently left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _VERDICT = re.compile(r"correct:\s*\W*(yes|no)\b", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What the judge said of one answer."""
+    """The judge's decision on one answer."""
 
     correct: bool | None  # None: no verdict
     reason: str  # its words, or what went wrong
@@ -45,7 +45,7 @@ class Decision:
 
 @dataclasses.dataclass
 class Counts:
-    """What judging cost."""
+    """The cost of judging."""
 
     requests: int = 0
     cached: int = 0
@@ -84,7 +84,7 @@ class LanguageJudge:
         return Grade(float(decision.correct), decision.correct)
 
     def take_counts(self) -> Counts:
-        """What judging cost since the last time this was asked."""
+        """The cost of judging since the last call of this method."""
         with self._lock:
             counts, self.counts = self.counts, Counts()
         return counts
@@ -93,7 +93,7 @@ class LanguageJudge:
         self._cache.close()
 
     def verdict(self, question: str, golds: Sequence[str], answer: str) -> Decision:
-        """The decision of one answer, from the cache where it has been decided before."""
+        """The decision on one answer, from the cache if it was decided before."""
         prompt = PROMPT.format(question=question, gold=" / ".join(golds), answer=answer)
         key = hashlib.sha256(json.dumps([self.config.model, prompt]).encode()).hexdigest()
         with self._lock:

@@ -2,9 +2,9 @@
 
 Differences from their `normalize_answer`, which treats some different answers as equal and loses others: a number keeps
 its sign and its decimal point ("5" is not "-5", "25" is not "2.5") and drops its thousands separators; an answer made
-of nothing but articles keeps them ("A" can be right); LaTeX text markup is read through; one letter has one spelling,
-whatever Unicode offers, and Latin letters lose their accents; "&" between words is "and"; and where only spaces differ,
-but none between two digits, the answers are the same ("J. K." and "J.K.", "well-known" and "well known").
+that has only articles keeps them ("A" can be right); LaTeX text markup is removed; Unicode letters are normalised, and Latin
+letters lose their accents; "&" between words is "and"; and answers are equal if they differ only in spaces, except spaces
+between two digits ("J. K." and "J.K.", "well-known" and "well known").
 """
 
 from __future__ import annotations

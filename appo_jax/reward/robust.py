@@ -18,7 +18,7 @@ def robust_reward(
 ) -> RewardResult:
     """−1 for a broken format, else the grade's score in [0, 1], plus `bonus` when it earned something with every tool.
 
-    `call_format` knows the tools on offer; with none there is no bonus. `correct` is the grade's, whatever the format.
+    `call_format` has the run's tools; without tools there is no bonus. `correct` is that of the grade, for any format.
     """
     result = grade(response)
     detail = {"score": result.score, "format": 1.0, "bonus": 0.0, "verify_timeout": float(result.timed_out)}

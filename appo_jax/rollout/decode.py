@@ -76,7 +76,7 @@ def _feed(
 ) -> tuple[jax.Array, list[LayerCache]]:  # fmt: skip
     """Run tokens `[W, Q]` through the policy, at the suffix slots of `span`.
 
-    `spec`: the architecture, the dtype, and `scan` as of `hidden_states`; `table`: the rotations of all positions. Returns
+    `spec`: the architecture, the dtype, and `scan` (see LayerPass); `table`: the rotations of all positions. Returns
     hidden states `[W, Q, D]` and the cache with the tokens' keys and values written.
     """
     (arch, dtype, scan), (slot, count, start) = spec, span
@@ -112,7 +112,7 @@ def _feed(
 def _rotation_table(arch: Architecture, prefixes: Prefixes, suffix_length: int) -> Rotations:
     """`rotations` of every position that a row can reach.
 
-    A step looks them up: the compiler would compute them again for every head of every layer.
+    Decode steps look them up, because the compiler would compute them again for every head of every layer.
     """
     positions = attention.slot_length(prefixes.slots[0]) + suffix_length
     return jax.lax.optimization_barrier(rotations(jnp.arange(positions), arch))
@@ -143,7 +143,8 @@ def decode_segment(
         # fed later.
         span = _Span(last, jnp.ones_like(last), s.start)
         hidden, cache = _feed(params, (spec.arch, spec.dtype, False), prefixes, s.cache, token, span, table)
-        # Each device makes logits of its part of the vocabulary for the rows of all fsdp places, and then has more of fewer rows.
+        # Each device computes the logits of its part of the vocabulary for the rows of all devices along fsdp. Then the logits are
+        # redistributed, so that it has a larger part of the vocabulary for fewer rows.
         logits = unembed(constrain(hidden[:, 0], "data"), weights, spec.arch, columns=True)
         logits = constrain(constrain(logits, widest(len(weights)), "data"), "tensor", ROWS)
         uniforms = None
@@ -205,14 +206,14 @@ def append_tokens(
     one_row_each = Places(jnp.stack([i, jnp.zeros_like(i)], axis=1), i[:, None])
     taken = Prefixes(take(prefixes.slots, prefixes.places.of_row[in_bounds, 0]), one_row_each)
     suffixes = take(state.cache, on_device)
-    # On accelerators the layers are a loop: its copies, of the weights and of a few rows, cost less than to compile every layer.
+    # On accelerators the layers run as a loop: copying the weights and a few rows into it costs less than compiling every layer.
     spec = (arch, dtype, platform() != "cpu")
     table = _rotation_table(arch, prefixes, S)
     _, suffixes = _feed(params, spec, taken, suffixes, inputs, _Span(length - 1, count, start), table)
     cache = put(state.cache, on_device, suffixes)
     offsets = jnp.arange(Q)
     target = jnp.where(offsets < count[:, None], length[:, None] + offsets, S)
-    # Not a scatter: the v6e compiler would give such a small one to the sparse core, and runs out of stack.
+    # This is not a scatter, because the v6e compiler would give such a small scatter to the sparse core, which runs out of stack.
     receives = jnp.arange(W)[:, None] == rows  # [W, A]
     return laid_out(
         dataclasses.replace(

@@ -3,8 +3,8 @@
 Token ids go in and out; a rollout's history is never tokenised again. A row that calls a tool leaves the decode loop;
 the call runs in the executor while other rows decode; then its result is appended.
 
-With several hosts, all of them run this loop in step: what it does follows from the device's arrays and from `News`, which
-the hosts exchange once a round. A row's tools run on one host alone, the one its prompt belongs to.
+With several hosts, all run this loop together: their decisions depend only on the device's arrays and on `News`, which
+the hosts exchange once per round. A row's tools run only on the host to which its prompt belongs.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ class TreeGrower:
     ) -> Growth:
         """Branch `trees` until each holds M rollouts.
 
-        `trees`: initial rollouts; `old_log_probs`: theirs under π_old, by tree. `draw_id`: as of `Sampler.initial`. L loops,
-        and further ones when M is above N·(B+1)^L. A loop that finds all trees full is left out.
+        `trees`: initial rollouts; `old_log_probs`: theirs under π_old, by tree. `draw_id`: see `Sampler.initial`. There are L
+        loops, and further ones if M is above N·(B+1)^L. Loops end when all trees are full.
         """
         growth = Growth([list(tree) for tree in trees], [[] for _ in trees])
         old = [list(known) for known in old_log_probs]
@@ -164,7 +164,7 @@ class TreeGrower:
         return [[next(by_node) for _ in tree] for tree in trees]
 
     def _choose(self, growth: Growth, prompt: int, loop: int, draw_id: Sequence[int]) -> list[view.Cut]:
-        """Where the branches of one prompt begin in this loop."""
+        """The cuts of one prompt in this loop."""
         tree = growth.trees[prompt]
         budget = self.budget - len(tree)
         rng = np.random.default_rng([self.seed, *draw_id, loop, prompt])

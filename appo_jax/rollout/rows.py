@@ -63,7 +63,7 @@ def fork_of(parent: Rollout, branch: Branch, start: Callable[[int], Mapping[str,
 
 
 class EndedCall(NamedTuple):
-    """A finished tool call as hosts send it to each other: the fields of CallRecord except `states`."""
+    """A finished tool call in the form that hosts exchange: the fields of CallRecord except `states`."""
 
     row: int
     name: str

@@ -1,4 +1,4 @@
-"""What policies say of finished rollouts: log-probabilities tree by tree, and the future value Ω."""
+"""Scores finished rollouts under policies: log-probabilities tree by tree, and the future value Ω."""
 
 from __future__ import annotations
 

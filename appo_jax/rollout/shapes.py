@@ -14,8 +14,8 @@ from appo_jax.config import BranchingConfig, Config, RolloutConfig
 # Tool results are appended for this many rows at a time (for more on a mesh that cannot split this many). The number is
 # fixed because a row's arithmetic must not depend, even in the last bit, on how many tools finish at the same moment.
 APPEND_ROWS = 8
-# A pass over packed rows has as many as hold this many tokens on each device, or one. More of them leave more of a mini-batch's
-# last pass empty, and on a CPU more tokens took no less time each.
+# A pass over packed rows has as many rows as hold this many tokens on each device, at least one. With more rows, more of a
+# mini-batch's last pass is empty, and on a CPU the time per token is not shorter.
 AT_ONCE = 512
 
 

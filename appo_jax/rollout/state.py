@@ -9,12 +9,12 @@ Its text is the first `start + 1` tokens of that prefix followed by its suffix:
     suffix              p3 s1 s2 s3 __ __        slot 0 repeats the last prefix token, so that its logits draw s1
                         ^^^^^^^^ cached  ^ slots 0 … length−2 have keys and values; the last token is still to be fed
 
-So a fork is a number, not a copy, and initial rollouts (N rows on one prompt) and branches (B rows on one parent) are the
-same program. Everything but attention over the prefix runs on the W rows; `Places` says who sits where.
+So a fork is a number, not a copy, and the same program draws initial rollouts (N rows on one prompt) and branches (B rows on
+one parent). Everything except attention over the prefix runs on the W rows; `Places` holds the places of the rows.
 
-On a mesh, rows and prefix slots are split over (data, fsdp) and heads over tensor, caches with them. A row sits on a prefix
-of its own device, so each device reads and writes its own caches and attends by itself. The small per-row arrays are whole
-on every device: the host reads them at every look.
+On a mesh, rows, prefix slots and their caches are split over (data, fsdp), and heads over tensor. A row continues a prefix of
+its own device, so each device reads and writes only its own caches. The small per-row arrays are replicated on every device,
+because the host reads them after every segment.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def load_prefix(
     """Copy a prefix out of a prefill's or score pass's cache into prefix slot `slot`: its tokens stand in row `row` at
     `tokens [T]`.
 
-    The row is taken out by a gather: on a mesh only this row travels then. For a dynamic slice, every device would fetch all
-    rows.
+    The row is taken out by a gather, because on a mesh only this row is then sent. For a dynamic slice, every device would
+    fetch all rows.
     """
     heads = prefixes[0][0][1].shape[1]  # more than the source's where the generating layout repeats them
 

@@ -33,7 +33,7 @@ class ToolResults:
         return [*self._head, *self._fitting(shield(text)), *self._tail]
 
     def encode_rendered(self, rendered: str) -> list[int]:
-        """As `encode`, of what `render_result` gave: how a demonstration holds a result."""
+        """`encode` for a result that `render_result` has rendered, as demonstrations hold it."""
         return self.encode(bare_result(self._format, rendered))
 
     def _fitting(self, text: str) -> list[int]:

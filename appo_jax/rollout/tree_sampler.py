@@ -25,7 +25,7 @@ from appo_jax.types import Example, Rollout, Tree
 
 @dataclasses.dataclass(frozen=True)
 class ScoredPrefixes:
-    """The scored rollouts as prefixes, and the bound that the shapes of branching from them follow from."""
+    """The scored rollouts as prefixes, and the bound on which the shapes of branching from them depend."""
 
     prefixes: list[Prefix]
     max_rollouts: int
@@ -60,7 +60,7 @@ class TreeSampler:
     def score(
         self, params: Params, rollouts: Sequence[Rollout], max_rollouts: int | None = None, to_branch: bool = False
     ) -> ScorePass:
-        """As `Sampler.score`, in packed rows: as many passes of one shape as they take."""
+        """See `Sampler.score`. The rollouts are packed into rows, which are scored in passes of one shape."""
         max_rollouts, length = max_rollouts or len(rollouts), self.shapes.rollout_length
         scored = ScorePass(rollouts, [], [], ScoredPrefixes([], max_rollouts) if to_branch else None)
         if not rollouts:
@@ -88,7 +88,7 @@ class TreeSampler:
     def branches(
         self, params: Params, scored: ScorePass, branches: Sequence[Sequence[Branch]], draw_id: Sequence[int]
     ) -> list[list[Rollout]]:
-        """As `Sampler.branches`."""
+        """See `Sampler.branches`."""
         engine, prefixes = self.engine, scored.prefixes
         assert isinstance(prefixes, ScoredPrefixes), "score the rollouts with to_branch=True first"
         groups = [

@@ -1,6 +1,6 @@
 """Stop strings on token ids: an Aho-Corasick automaton over bytes, lifted to the tokenizer's tokens.
 
-Generation stops where the text completes a call's closing tag, however the tokenizer cuts it. The jitted decode loop cannot
+Generation stops where the text completes a call's closing tag, for any tokenisation of it. The jitted decode loop cannot
 look at text, but it can follow one table: `state = next_state[state, token]`, and `hit[state] >= 0` says which string
 has been completed. The table costs (total length of the stop strings + 1) · V entries of one or two bytes.
 """

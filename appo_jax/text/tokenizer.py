@@ -3,7 +3,7 @@
 Two kinds: sentencepiece `.model` files, and Hugging Face folders with a byte-level BPE `tokenizer.json`. Both obey
 three rules on which rollouts depend:
 
-1. `encode` never yields a control token, whatever the text. Only `render_prompt` writes control tokens.
+1. `encode` never yields a control token, for any text. Only `render_prompt` writes control tokens.
 2. `decode` joins `token_bytes`: what a token adds to the text does not depend on its neighbours.
 3. Encoding segments one by one and concatenating the ids decodes to the concatenated segments.
 
