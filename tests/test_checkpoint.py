@@ -390,7 +390,7 @@ def test_a_step_that_may_not_be_read_is_not_taken_for_broken(folder):
     checkpointer = Checkpointer(folder, 3, read_only=True)
     os.seteuid(65534)
     try:
-        with pytest.raises(CheckpointError, match=r"/12/.*: this user may not read it; give it the right to"):
+        with pytest.raises(CheckpointError, match=r"/12/.*: this user may not read it; grant the permission"):
             checkpointer.restore_latest(abstract(make_state(0)), None)
     finally:
         os.seteuid(0)

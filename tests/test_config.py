@@ -149,7 +149,7 @@ def test_training_from_python_checks_as_the_command_does(thread, tmp_path):
 
 
 def test_a_value_that_is_neither_number_nor_text_is_named():
-    with pytest.raises(ConfigError, match="something else than numbers and text"):
+    with pytest.raises(ConfigError, match="a value that is not a number or text"):
         config_io.check(dataclasses.replace(QUICKSTART, run_dir=object()))
 
 

@@ -1,5 +1,5 @@
-"""A hundred attacks that were written after the sandbox had been mended against those of the other files, and tried once: see
-docs/tools.md for what came of it. test_more_attacks.py runs them: a case is the calls of one rollout."""
+"""A hundred attacks that were written after the sandbox had been repaired against those of the other files, and tried once:
+docs/tools.md has the result. test_more_attacks.py runs them. A case is the calls of one rollout."""
 
 # ruff: noqa: E501 - a line is an attack
 
