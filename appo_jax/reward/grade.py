@@ -22,7 +22,7 @@ class Grade:
 
 
 def final_answer(response: Response) -> str | None:
-    """The policy's answer, whatever the format: only the policy's text counts, never a tool result.
+    """The policy's answer in any format. Only the policy's text counts, never a tool result.
 
     The last `\\boxed{…}` of the last <answer> block (or several that are joined); else the last box anywhere; else the
     last block's text.

@@ -33,7 +33,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             equal = same_value(answer, gold)
-        except Exception:  # whatever it cannot read is not equal
+        except Exception:  # expressions that it cannot read are not equal
             equal = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(equal), flush=True)

@@ -277,7 +277,7 @@ class Sandbox:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _kill(self) -> None:
-        """Kill every process of the sandbox, whatever its state."""
+        """Kill every process of the sandbox, in any state."""
         for pid in (self._process.pid, *system.descendants(self._process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -308,7 +308,7 @@ class Sandbox:
                 future = self._replies.get(reply["id"])
                 if future is not None:
                     future.set_result(reply)
-        if self.alive:  # nobody has closed it
+        if self.alive:  # `close` was not called
             logger.error("the Python sandbox has died; the next call starts another. %s", self._last_words())
         self.alive = False
         for future in list(self._replies.values()):
