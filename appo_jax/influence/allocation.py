@@ -16,8 +16,7 @@ from appo_jax.advantage.groups import dual_group
 from appo_jax.branching.select import select
 from appo_jax.config import BranchingConfig
 from appo_jax.influence.ranking import Interval, Ranked, over_rollouts
-from appo_jax.policy.parameters import Params
-from appo_jax.rollout.sampler import Branch, Sampler
+from appo_jax.rollout.sampler import Branch
 from appo_jax.types import Rollout
 
 Allocation = Literal["per_rollout", "proportional"]
@@ -35,16 +34,16 @@ class Scatter:
 
 
 def advantage_scatter(
-    sampler: Sampler, params: Params, rollouts: Sequence[Rollout], ranked: Sequence[Ranked], config: BranchingConfig,
-    num_initial: int, budget: int, draws: int, give_rewards: Callable[[Sequence[Rollout]], None], draw_id: Sequence[int],
+    rollouts: Sequence[Rollout], ranked: Sequence[Ranked], config: BranchingConfig, num_initial: int, budget: int, draws: int,
+    draw_branches: Callable[[Sequence[Sequence[Branch]], int], Sequence[Sequence[Rollout]]],
 ) -> Scatter:  # fmt: skip
     """The variance of A_base when branches are placed by the Branching Score (`ranked[i].scores["product"]`).
 
     rollouts: finished initial rollouts with rewards, `num_initial` of each prompt in turn. budget: M. draws: how often the
-    branches of a prompt are drawn under each allocation; at least 2.
+    branches of a prompt are drawn under each allocation; at least 2. draw_branches: draws the branches of each rollout and
+    gives them rewards; its number separates the random draws of one call from those of the other.
     """
-    scored = sampler.score(params, rollouts, to_branch=True)
-    variances: dict[str, list[np.ndarray]] = {}
+    variances: dict[str, list[Sequence[float]]] = {}  # by allocation: `[N]` of each prompt
     for number, allocation in enumerate(ALLOCATIONS):
         branches: list[list[Branch]] = [[] for _ in rollouts]
         for first in range(0, len(rollouts), num_initial):
@@ -56,22 +55,23 @@ def advantage_scatter(
             for draw in range(draws):
                 for at, (n, cut) in enumerate(points):
                     branches[first + n].append(Branch(cut, num_initial + draw * len(points) + at, 1))
-        drawn = sampler.branches(params, scored, branches, (*draw_id, number))
-        give_rewards([rollout for of_rollout in drawn for rollout in of_rollout])
+        drawn = draw_branches(branches, number)
         variances[allocation] = [
             _variances(rollouts[first : first + num_initial], drawn[first : first + num_initial], draws)
             for first in range(0, len(rollouts), num_initial)
         ]
-    pairs = [b - a for a, b in zip(*(variances[name] for name in ALLOCATIONS), strict=True)]
+    pairs = [
+        np.subtract(b, a).tolist() for a, b in zip(variances["per_rollout"], variances["proportional"], strict=True)
+    ]
     return Scatter(
         {name: over_rollouts(values, lambda rows: float(np.mean(rows))) for name, values in variances.items()},
         over_rollouts(pairs, lambda rows: float(np.mean(rows))),
     )
 
 
-def _variances(initial: Sequence[Rollout], drawn: Sequence[Sequence[Rollout]], draws: int) -> np.ndarray:
+def _variances(initial: Sequence[Rollout], drawn: Sequence[Sequence[Rollout]], draws: int) -> list[float]:
     """`[N]`: for one prompt's initial rollouts, the variance of A_base over the draws."""
     first = np.array([r.reward for r in initial])
     branches = sorted((r for some in drawn for r in some), key=lambda r: r.node)
     rewards = np.array([r.reward for r in branches]).reshape(draws, -1)
-    return np.var([dual_group(first, first, of_draw, "population") for of_draw in rewards], axis=0, ddof=1)
+    return np.var([dual_group(first, first, of_draw, "population") for of_draw in rewards], axis=0, ddof=1).tolist()

@@ -39,6 +39,7 @@ from appo_jax.influence.ranking import (
 from appo_jax.policy.parameters import Params
 from appo_jax.policy.sharding import param_shardings, place
 from appo_jax.rollout.growth import blank_tokens, valid_positions
+from appo_jax.rollout.sampler import Branch
 from appo_jax.rollout.scoring import by_future, log_probs, padded
 from appo_jax.train import begin
 from appo_jax.train_step import train_step
@@ -95,11 +96,7 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
             components.sampler, trainer.policy(state), rollouts, chosen, asked.continuations,
             lambda some: give_rewards(some, components), (DRAWS, 1),
         )  # fmt: skip
-        scatter = advantage_scatter(
-            components.sampler, trainer.policy(state), rollouts, ranked, config.branching, asked.rollouts,
-            asked.rollouts * (config.branching.num_branch_points + 1), asked.draws,
-            lambda some: give_rewards(some, components), (DRAWS, 2),
-        )  # fmt: skip
+        scatter = _scatter(components, trainer.policy(state), rollouts, ranked, asked)
     figures = summarize(ranked, measured, random)
     figures |= {
         "policy": where, "rollouts": len(rollouts), "positions": len(measured), "continuations": asked.continuations,
@@ -113,6 +110,22 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
     (out / "influence.md").write_text(text + "\n", encoding="utf-8")
     draw(figures, out / "influence.png")
     return text
+
+
+def _scatter(
+    components: Components, params: Params, rollouts: Sequence[Rollout], ranked: Sequence[Ranked], asked: Asked
+) -> Scatter:
+    """Theorem 1: the scatter of A_base over branches that `params` draws again and again."""
+    branching = components.config.branching
+    scored = components.sampler.score(params, rollouts, to_branch=True)
+
+    def draw_branches(branches: Sequence[Sequence[Branch]], number: int) -> Sequence[Sequence[Rollout]]:
+        drawn = components.sampler.branches(params, scored, branches, (DRAWS, 2 + number))
+        give_rewards([rollout for of_rollout in drawn for rollout in of_rollout], components)
+        return drawn
+
+    budget = asked.rollouts * (branching.num_branch_points + 1)
+    return advantage_scatter(rollouts, ranked, branching, asked.rollouts, budget, asked.draws, draw_branches)
 
 
 def rank(

@@ -23,10 +23,16 @@ def play(score, draws=4000):
     rollouts = [rollout([0, 1, 1, 0, 1, 0], node=0), rollout([1, 0, 0, 0, 1, 0], node=1)]
     give = rewarded(lambda tokens: tokens[0])
     give(rollouts)
-    config = BranchingConfig(num_branch_points=2)
-    return advantage_scatter(
-        Coins(), None, rollouts, [ranked(r, score) for r in rollouts], config, 2, 6, draws, give, (0,)
-    )
+    coins = Coins()
+    scored = coins.score(None, rollouts)
+
+    def draw_branches(branches, number):
+        drawn = coins.branches(None, scored, branches, (number,))
+        give([r for some in drawn for r in some])
+        return drawn
+
+    scored_by = [ranked(r, score) for r in rollouts]
+    return advantage_scatter(rollouts, scored_by, BranchingConfig(num_branch_points=2), 2, 6, draws, draw_branches)
 
 
 def test_branches_that_change_nothing_scatter_nothing():
