@@ -22,7 +22,7 @@ config = dataclasses.replace(
     data=DataConfig(source="decisions"),
     rollout=dataclasses.replace(quickstart.rollout, max_prompt_tokens=40, max_response_tokens=352, max_tool_calls=10),
     branching=BranchingConfig(num_branch_points=3),
-    optimizer=OptimizerConfig(learning_rate=2e-4, b2=0.98),
+    optimizer=OptimizerConfig(learning_rate=1e-4, b2=0.98),
     sft=dataclasses.replace(quickstart.sft, max_tokens=384, steps=200),
     eval=EvalConfig(num_prompts=300, every=2),
 )

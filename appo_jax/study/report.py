@@ -28,12 +28,18 @@ class Outcome:
     seconds: np.ndarray  # [evaluations] of the run, without its cold start
     accuracy: np.ndarray  # [evaluations]
 
-    @property
-    def on_the_way(self) -> float:
-        """Accuracy averaged over the run's sampled tokens: the area under its curve, by which early learning counts."""
-        return float(np.trapezoid(self.accuracy, self.tokens) / self.tokens[-1])
+    def at_tokens(self, tokens: float) -> float:
+        """Accuracy after so many sampled tokens, between two evaluations on the line through them."""
+        return float(np.interp(tokens, self.tokens, self.accuracy))
 
-    def at(self, seconds: float) -> float:
+    def on_the_way(self, tokens: float) -> float:
+        """Accuracy averaged over the first `tokens` sampled tokens: the area under the curve, by which early learning
+        counts."""
+        before = self.tokens < tokens
+        x = [*self.tokens[before], tokens]
+        return float(np.trapezoid([*self.accuracy[before], self.at_tokens(tokens)], x) / tokens)
+
+    def at_time(self, seconds: float) -> float:
         """Accuracy after so many seconds, between two evaluations on the line through them."""
         return float(np.interp(seconds, self.seconds, self.accuracy))
 
@@ -69,14 +75,14 @@ def write_report(study: Study) -> str:
     if not any(outcomes.values()):
         raise DataError(f"{study.out}: no run of the study is finished; see the logs in {Path(study.out) / 'runs'}")
     folder = Path(study.out)
-    seconds = shortest(outcomes)
-    markdown = f"{table(outcomes, seconds)}\n\n{differences(outcomes, study.baseline, seconds)}"
+    judged = measures(study.max_sampled_tokens, shortest(outcomes))
+    markdown = f"{table(outcomes, judged)}\n\n{differences(outcomes, study.baseline, judged)}"
     (folder / "study.md").write_text(markdown + "\n")
     figures = {
         arm: {
             seed: {
-                "sft": o.sft, "final": o.final, "on_the_way": o.on_the_way, "at_equal_time": o.at(seconds),
-                "tokens": o.tokens[-1], "seconds": o.seconds[-1],
+                "sft": o.sft, "final": o.final, "tokens": o.tokens[-1], "seconds": o.seconds[-1],
+                **{name: measure(o) for name, measure in judged.items()},
             }
             for seed, o in runs.items()
         }
@@ -92,18 +98,21 @@ def shortest(outcomes: Mapping[str, Mapping[int, Outcome]]) -> float:
     return float(min(o.seconds[-1] for runs in outcomes.values() for o in runs.values()))
 
 
-def measures(seconds: float) -> dict[str, Callable[[Outcome], float]]:
-    """What a run is judged by: its accuracy in points."""
+Measures = Mapping[str, Callable[[Outcome], float]]
+
+
+def measures(tokens: int, seconds: float) -> Measures:
+    """What a run is judged by, in points of accuracy. A run's last step goes beyond the budget of `tokens`, further for some
+    arms than for others, so that accuracies at the budget are compared."""
     return {
-        "at the end": lambda o: 100 * o.final,
-        "on the way": lambda o: 100 * o.on_the_way,
-        f"after {seconds:.0f} s": lambda o: 100 * o.at(seconds),
+        f"at {tokens:,} tokens": lambda o: 100 * o.at_tokens(tokens),
+        "on the way": lambda o: 100 * o.on_the_way(tokens),
+        f"after {seconds:.0f} s": lambda o: 100 * o.at_time(seconds),
     }
 
 
-def table(outcomes: Mapping[str, Mapping[int, Outcome]], seconds: float) -> str:
+def table(outcomes: Mapping[str, Mapping[int, Outcome]], judged: Measures) -> str:
     """Held-out accuracy in points by arm, with 95 % bootstrap intervals over the seeds."""
-    judged = measures(seconds)
     lines = [
         f"| arm | seeds | after SFT | {' | '.join(judged)} | tokens | minutes |",
         "|" + "---|" * (len(judged) + 5),
@@ -122,7 +131,7 @@ def table(outcomes: Mapping[str, Mapping[int, Outcome]], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, seconds: float) -> str:
+def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, judged: Measures) -> str:
     """Each arm against the baseline, paired by seed, and how large a difference the study could have seen."""
     others = {
         arm: runs for arm, runs in outcomes.items() if arm != baseline and runs.keys() & outcomes[baseline].keys()
@@ -137,7 +146,7 @@ def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, se
         "| arm | measure | seeds | difference | p (t) | p (signs) | detectable |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, measure in measures(seconds).items():
+    for name, measure in judged.items():
         pairs = {
             arm: [
                 (measure(runs[seed]), measure(outcomes[baseline][seed])) for seed in runs if seed in outcomes[baseline]

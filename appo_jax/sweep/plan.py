@@ -44,7 +44,7 @@ class Sweep:
     trials: int = 0
     """Number of trials; a grid has as many as it has points."""
     objective: str = "on_the_way"
-    """on_the_way: accuracy averaged over the sampled tokens. final: accuracy at the end. Or the name of a metric of
+    """on_the_way: accuracy averaged over the tokens of the budget. final: accuracy at the end. Or the name of a metric of
     metrics.jsonl, whose last value is taken."""
     maximize: bool = True
     prune: bool = True

@@ -175,8 +175,10 @@ def _renewed(store: Store, task: str) -> Iterator[threading.Event]:
 
 def objective(sweep: Sweep, run: Path) -> float:
     """The objective of a finished run. Raises TrainingError when its metrics lack it."""
-    if sweep.objective in ("on_the_way", "final"):
-        return float(getattr(load_outcome(run), sweep.objective))
+    if sweep.objective == "on_the_way":
+        return load_outcome(run).on_the_way(sweep.max_sampled_tokens)
+    if sweep.objective == "final":
+        return load_outcome(run).final
     found = [r[sweep.objective] for r in read_metrics(run / "metrics.jsonl") if r.get(sweep.objective) is not None]
     if not found:
         summary = json.loads((run / "summary.json").read_text())

@@ -204,18 +204,21 @@ study = Study(out={str(tmp_path / "out")!r}, arms=arms, seeds=(0, 1, 2), max_sam
 def test_the_table_by_hand(base, tmp_path):
     s = study(base, tmp_path, grpo=dataclasses.replace(base, algorithm="grpo"), dapo=base)
     for seed, (appo, grpo) in enumerate([(0.8, 0.6), (0.9, 0.9)]):
-        write_run(s.run_dir("appo", seed), appo)
-        write_run(s.run_dir("grpo", seed), grpo)
+        write_run(s.run_dir("appo", seed), appo, tokens=125)
+        write_run(s.run_dir("grpo", seed), grpo, tokens=125)
     lines = report.write_report(s).splitlines()
+    # at the budget of 100 of 125 tokens: 0.4 + 4/5 · 0.4, and so on; on the way the mean of the ends of the line to there
     assert lines[2:5] == [
-        "| appo | 2 | 40.0 | 85.0 [80.0, 90.0] | 62.5 [60.0, 65.0] | 85.0 [80.0, 90.0] | 120 | 1.0 |",
-        "| grpo | 2 | 40.0 | 75.0 [60.0, 90.0] | 57.5 [50.0, 65.0] | 75.0 [60.0, 90.0] | 120 | 1.0 |",
+        "| appo | 2 | 40.0 | 76.0 [72.0, 80.0] | 58.0 [56.0, 60.0] | 85.0 [80.0, 90.0] | 125 | 1.0 |",
+        "| grpo | 2 | 40.0 | 68.0 [56.0, 80.0] | 54.0 [48.0, 60.0] | 75.0 [60.0, 90.0] | 125 | 1.0 |",
         "| dapo | 0 | | | | | | |",
     ]
     # differences −20 and 0: t = −1 with one degree of freedom, p = 1/2; (12.706 + 6.314) standard errors of 10 points
-    assert lines[10] == "| grpo | at the end | 2 | -10.0 [-20.0, +0.0] | 0.500 | 1.000 | 190.2, 190.2 |"
-    assert lines[11] == "| grpo | on the way | 2 | -5.0 [-10.0, +0.0] | 0.500 | 1.000 | 95.1, 95.1 |"
-    assert len(lines) == 13
+    assert lines[10:] == [
+        "| grpo | at 100 tokens | 2 | -8.0 [-16.0, +0.0] | 0.500 | 1.000 | 152.2, 152.2 |",
+        "| grpo | on the way | 2 | -4.0 [-8.0, +0.0] | 0.500 | 1.000 | 76.1, 76.1 |",
+        "| grpo | after 60 s | 2 | -10.0 [-20.0, +0.0] | 0.500 | 1.000 | 190.2, 190.2 |",
+    ]
     assert image.imread(tmp_path / "study.png")[..., :3].std() > 0.01
     kept = json.loads((tmp_path / "study.json").read_text())
     assert kept["grpo"]["1"]["final"] == 0.9
@@ -228,8 +231,10 @@ def test_curves_begin_at_the_cold_start_and_end_at_the_final_accuracy(base, tmp_
     assert run.tokens.tolist() == [0, 40, 80, 120]
     assert run.seconds.tolist() == [0, 20, 40, 60]
     assert run.accuracy.tolist() == [0.4, 0.5, 0.6, 0.8]
-    assert run.on_the_way == pytest.approx((0.45 + 0.55 + 0.7) / 3)
-    assert run.at(30.0) == pytest.approx(0.55)
+    assert run.on_the_way(120) == pytest.approx((0.45 + 0.55 + 0.7) / 3)
+    assert run.on_the_way(100) == pytest.approx((40 * 0.45 + 40 * 0.55 + 20 * 0.65) / 100)
+    assert run.at_tokens(100) == pytest.approx(0.7)
+    assert run.at_time(30.0) == pytest.approx(0.55)
 
 
 def test_curves_are_averaged_where_all_of_them_are():
@@ -263,7 +268,7 @@ def test_p_values_are_adjusted_for_the_number_of_arms(base, tmp_path):
     for arm, values in gains.items():
         for seed, gain in enumerate(values):
             write_run(s.run_dir(arm, seed), 0.5 + gain)
-    row = next(line for line in report.write_report(s).splitlines() if line.startswith("| a | at the end"))
+    row = next(line for line in report.write_report(s).splitlines() if line.startswith("| a | at 100 tokens"))
     t = np.mean(gains["a"]) / (np.std(gains["a"], ddof=1) / 2)
     assert row.split(" | ")[4] == f"{3 * 2 * stats.t.sf(t, 3):.3f}"
     assert row.split(" | ")[5] == f"{3 * 2 / 16:.3f}"
