@@ -2,7 +2,7 @@
 
 People have a teacher, a friend, a rival and a home; towns have people and coins. The home on a person's page may be hearsay
 ("maybe"), and is then wrong in most cases; the person's ledger has the true home. Questions follow one or two relations to a
-home, to the number of its people, or to a sum over two homes. This takes one to eight tool calls.
+home or to the number of its people, or ask for a sum over two homes. This takes one to seven tool calls.
 
 Every turn of a rollout is `<think> FILLER … WORD …</think>`. The filler is random and changes nothing. The words of DECISIONS
 decide what the rollout does next. So the positions that have influence are known by construction (`decision_spans`). A page
@@ -34,12 +34,18 @@ PEOPLE_RELATIONS = ("teacher", "friend", "rival")
 HEARSAY, FALSE_HEARSAY = 0.5, 0.8  # the share of homes on pages that are hearsay; the share of hearsay that is wrong
 TRACES_PER_QUESTION = 2
 
-# Level -> number of questions. A level is the number of facts that must be found. No more than 200 questions of level 1 and 600
-# of level 2 exist.
-LEVELS = {1: 200, 2: 550, 3: 800, 4: 800, 6: 950}
+# Kinds of questions: the number of people on each chain, whether the number of people in their homes is asked for, and how many
+# questions there are. Of the first two kinds there are 200 and 600 in all.
+KINDS = (
+    ((1,), False, 200),
+    ((2,), False, 550),
+    ((3,), False, 800),
+    ((3,), True, 800),
+    ((1, 1), True, 950),
+)
 
 FILLERS = (" Well,", " So", " Now", " Hm,")
-MOVES = ("Next", "Check", "Done", "Compute", "Guess")
+MOVES = ("Next", "Check", "Done", "Compute", "Stop")
 READINGS = (*PEOPLE_RELATIONS, "home", "people", "coins")
 DECISIONS = re.compile(rf"(?<= )(?:{'|'.join((*READINGS, *MOVES))})\b")
 
@@ -49,7 +55,7 @@ OTHER_RELATION = 0.15  # follow a relation that the question does not ask for
 TRUST_HEARSAY = 0.60  # do not check a home that is hearsay
 OTHER_NUMBER = 0.55  # read the coins of a town instead of its people
 STOP_EARLY = 0.20  # answer with the home instead of the number of its people
-GUESS_SUM = 0.55  # guess a sum instead of computing it
+STOP_AT_FIRST = 0.55  # answer with the first of two numbers instead of computing their sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +111,9 @@ class Question:
         return f"How many people are in {where}?" if self.number else f"What is {where}?"
 
     @property
-    def level(self) -> int:
-        """The number of facts that must be found."""
-        return sum(len(chain) for chain in self.chains) + self.number * len(self.chains)
+    def kind(self) -> str:
+        """What is asked for, and how many people each chain has: home-3, people-1+1."""
+        return f"{'people' if self.number else 'home'}-{'+'.join(str(len(chain)) for chain in self.chains)}"
 
     def gold(self, world: World) -> str:
         homes = []
@@ -148,16 +154,11 @@ def make_questions(world: World, seed: int) -> list[Question]:
     def chain(length: int) -> tuple[str, ...]:
         return (str(rng.choice(names)), *rng.choice(PEOPLE_RELATIONS, length - 1).tolist())
 
-    def draw(level: int) -> Question:
-        if level == 6:
-            return Question((chain(2), chain(2)), number=True)
-        return Question((chain(3),), number=True) if level == 4 else Question((chain(level),), number=False)
-
     found: dict[Any, Question] = {}
-    for level, count in LEVELS.items():
+    for lengths, number, count in KINDS:
         wanted = len(found) + count
         while len(found) < wanted:
-            question = draw(level)
+            question = Question(tuple(map(chain, lengths)), number)
             if len({c[0] for c in question.chains}) == len(question.chains):
                 found.setdefault((frozenset(question.chains), question.number), question)
     questions = list(found.values())
@@ -183,9 +184,9 @@ class Script:
         results = [self._follow(list(chain)) for chain in self.question.chains]
         if len(results) == 1:
             answer = results[0]
-        elif self._wrong(GUESS_SUM):
-            self.text += " Guess.</think>"
-            answer = str(sum(map(int, results)) + int(self.rng.integers(1, 20)))
+        elif self._wrong(STOP_AT_FIRST):
+            self.text += " Stop.</think>"
+            answer = results[0]
         else:
             self.text += " Compute.</think>"
             answer = self._call(self.compute, "+".join(results))
@@ -258,7 +259,7 @@ def load(config: DataConfig) -> Dataset:
 
     def examples(some: Sequence[Question], split: str) -> tuple[Example, ...]:
         return tuple(
-            Example(f"decisions-{q.level}-{split}-{i}", q.text, (q.gold(world),), "math" if q.number else "qa", system)
+            Example(f"decisions-{q.kind}-{split}-{i}", q.text, (q.gold(world),), "math" if q.number else "qa", system)
             for i, q in enumerate(some)
         )
 
