@@ -17,6 +17,7 @@ config = dataclasses.replace(
     quickstart,
     run_dir="runs/decisions",
     steps=8,
+    checkpoint_every=2,
     prompts_per_minibatch=2,
     policy=PolicyConfig(architecture=quickstart.policy.architecture, tokenizer="artifacts/decisions/tokenizer.model"),
     data=DataConfig(source="decisions"),

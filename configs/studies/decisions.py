@@ -31,6 +31,6 @@ study = Study(
         "appo_all": arm(algorithm="appo_all"),  # branches are trained on as well: ours
     },
     seeds=tuple(range(10)),
-    max_sampled_tokens=60_000,
+    max_sampled_tokens=50_000,
     cold_starts=("runs/cold/decisions-0", "runs/cold/decisions-1"),
 )

@@ -28,6 +28,6 @@ study = Study(
         for rate, value in RATES.items()
     },
     seeds=(100, 101),  # not those of the study
-    max_sampled_tokens=60_000,
+    max_sampled_tokens=50_000,
     cold_starts=("runs/cold/decisions-0", "runs/cold/decisions-1"),
 )

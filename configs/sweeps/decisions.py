@@ -20,6 +20,6 @@ sweep = Sweep(
         "branching.num_branch_points": (1, 3),  # 1: two loops, until M = 16 is used
     },
     seeds=(0, 1),
-    max_sampled_tokens=60_000,
+    max_sampled_tokens=50_000,
     cold_starts=("runs/cold/decisions-0", "runs/cold/decisions-1"),
 )
