@@ -91,9 +91,14 @@ def levels_of(values: Sequence[Any]) -> list[str]:
 def _level_means(
     labels: Sequence[str], centred: np.ndarray
 ) -> tuple[tuple[str, ...], tuple[float, ...], tuple[int, ...]]:
-    levels = tuple(dict.fromkeys(sorted(labels, key=_numeric)))
+    levels = tuple(in_order(labels))
     picked = [centred[[label == level for label in labels]] for level in levels]
     return levels, tuple(float(x.mean()) for x in picked), tuple(len(x) for x in picked)
+
+
+def in_order(labels: Sequence[str]) -> list[str]:
+    """The different levels, numbers and thirds of numbers from small to large, other values after them by name."""
+    return sorted(set(labels), key=_numeric)
 
 
 def _numeric(label: str) -> tuple[float, str]:

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from appo_jax.config_io import save_config
 from appo_jax.errors import DataError
 from appo_jax.study.statistics import detectable, mean_interval, paired
-from appo_jax.sweep.effects import Effect, Runs, field_effects, levels_of, noise
+from appo_jax.sweep.effects import Effect, Runs, field_effects, in_order, levels_of, noise
 from appo_jax.sweep.plan import Sweep
 from appo_jax.sweep.store import Store
 from appo_jax.view.plots import STYLE
@@ -193,7 +193,7 @@ def _slice(ax: Axes, found: Sequence[Result], effect: Effect, objective: str) ->
 def _heat_map(ax: Axes, found: Sequence[Result], pair: tuple[str, str]) -> None:
     """Mean objective of the trials at each pair of levels."""
     x, y = (levels_of([r.params[name] for r in found]) for name in pair)
-    xs, ys = (list(dict.fromkeys(sorted(labels, key=lambda s: (len(s), s)))) for labels in (x, y))
+    xs, ys = in_order(x), in_order(y)
     cells = np.full((len(ys), len(xs)), np.nan)
     for i, j in itertools.product(range(len(ys)), range(len(xs))):
         values = [r.mean for r, a, b in zip(found, x, y, strict=True) if (a, b) == (xs[j], ys[i])]

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from appo_jax.study.statistics import holm
-from appo_jax.sweep.effects import Runs, field_effects, levels_of, noise
+from appo_jax.sweep.effects import Runs, field_effects, in_order, levels_of, noise
 
 
 def grid(fields, seeds, truth, rng, deviation=0.01):
@@ -69,3 +69,17 @@ def test_many_numbers_become_thirds():
 
 def test_holm_on_a_hand_worked_example():
     assert holm([0.01, 0.04, 0.03, float("nan")]) == pytest.approx([0.03, 0.06, 0.06, float("nan")], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "order"),
+    [
+        ([2.0, 1.2, 2.0], ["1.2", "2"]),
+        ([1e-4, 2e-05, 1.0], ["2e-05", "0.0001", "1"]),
+        ([128.0, 8.0, 32.0], ["8", "32", "128"]),
+        (["product", "entropy", "product"], ["entropy", "product"]),
+        ([float(x) for x in range(12)], ["0 to 3", "4 to 7", "8 to 11"]),
+    ],
+)
+def test_levels_are_shown_from_small_to_large(values, order):
+    assert in_order(levels_of(values)) == order
