@@ -15,6 +15,8 @@ def breach_if(value):
 """
 
 SECRET = "b7e2-victim-secret-91aa"
+# The secret's text with each byte changed: an attack that searches memory must not find its own code there.
+HIDDEN = bytes(x ^ 1 for x in SECRET.encode())
 GREP = INNER + "import gc\nneedle = 'b7e2-victim-' + 'secret-91aa'\n"
 
 FRESH = {
@@ -49,7 +51,7 @@ FRESH = {
     "options_hold_paths": [INNER + "f = sys._getframe()\nwhile f:\n    o = f.f_locals.get('options', {}); breach_if(isinstance(o, dict) and (o.get('folder') or [k for k in o if 'key' in k.lower()])); f = f.f_back", "1"],
     "environment_of_start": [INNER + "e = ctypes.POINTER(ctypes.c_char_p).in_dll(libc, 'environ')\ni = 0\nwhile e[i]:\n    breach_if(b'APPO' in e[i] or b'KEY' in e[i] or b'TOKEN' in e[i]); i += 1", "1"],
     "command_line": [INNER + "breach_if([a for a in sys.orig_argv if '/work' in a or 'api' in a.lower()])", "1"],
-    "stack_leftovers": [INNER + "b = ctypes.create_string_buffer(1 << 16)\nbreach_if(b'victim-secret' in ctypes.string_at(ctypes.addressof(b) - (1 << 14), 1 << 14))", "1"],
+    "stack_leftovers": [INNER + f"HIDDEN = {HIDDEN}\nb = ctypes.create_string_buffer(1 << 16)\nbreach_if(HIDDEN in bytes(x ^ 1 for x in ctypes.string_at(ctypes.addressof(b) - (1 << 14), 1 << 14)))", "1"],
     "fresh_memory": [INNER + "import mmap\nbreach_if(any(mmap.mmap(-1, 1 << 20)[:]) if False else any(mmap.mmap(-1, 1 << 20, flags=34)[:]))", "1"],
     "fresh_tmp": [INNER + "breach_if(os.listdir('/tmp'))", "1"],
     "pid_reuse": [INNER + "breach_if(os.getppid() > os.getpid() + 10**6)", "1"],
