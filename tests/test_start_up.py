@@ -16,6 +16,11 @@ from appo_jax.config_io import save_config
 MOMENTS = 20
 
 
+def heed_interrupts() -> None:
+    """A shell's background jobs ignore SIGINT, and so would a process that they start until it installs its handlers."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes a minute and a half: set APPO_JAX_LONG=1")
 @pytest.mark.timeout(900)
 def test_one_request_ends_a_run_at_any_moment_of_its_start(
@@ -29,7 +34,7 @@ def test_one_request_ends_a_run_at_any_moment_of_its_start(
         command = [sys.executable, "-m", "appo_jax", "train", "--config", str(file)]
         return subprocess.Popen(
             command, env=os.environ | compiled, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=heed_interrupts,
         )  # fmt: skip
 
     def first_step(name: str) -> float:

@@ -86,6 +86,13 @@ def test_decisions_are_readings_and_moves_in_thoughts_alone():
     assert found == ["teacher", "Next", "home", "Done"]
 
 
+def test_a_run_knows_the_decisions():
+    """`appo-jax influence` asks the data source for them."""
+    known = decisions.load(DataConfig(source="decisions")).decisions
+    text = "<think> Well, rival Sansam. Check.</think>"
+    assert [text[a:b] for a, b in known(text)] == ["rival", "Check"]
+
+
 def test_every_turn_decides_and_most_tokens_do_not(world, questions, kit):
     """In the policy's text, fillers, names and tags are not decisions."""
     segments = write(questions[0], world, kit, 0, errors=False)

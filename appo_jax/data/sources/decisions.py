@@ -277,4 +277,5 @@ def load(config: DataConfig) -> Dataset:
         world.documents(),
         demonstration,
         TRACES_PER_QUESTION * len(train),
+        decision_spans,
     )
