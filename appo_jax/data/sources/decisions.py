@@ -277,5 +277,5 @@ def load(config: DataConfig) -> Dataset:
         world.documents(),
         demonstration,
         TRACES_PER_QUESTION * len(train),
-        decision_spans,
+        decisions=decision_spans,
     )
