@@ -195,9 +195,8 @@ class Checkpointer:
     def _read_back(self, step: int, abstract_state: PyTree, written: dict[str, Any]) -> None:
         """Compare a step on disk with what was given to `save`. Raises CheckpointError if they differ."""
         try:
-            if (
-                self._record(step)["arrays"] != written
-            ):  # the first host's record, whose `meta` may differ from this host's
+            # The record is the first host's, whose `meta` may differ from this host's.
+            if self._record(step)["arrays"] != written:
                 raise ValueError("its metadata is not what was written")
             leaves, structure = jax.tree.flatten(abstract_state)
             for part in _parts(leaves):

@@ -4,6 +4,7 @@
 
 import dataclasses
 import os
+import signal
 import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,6 +36,10 @@ from appo_jax.prepare import prepare_world
 # The first example of a jitted function pays for its compilation: no deadline per example.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+# A shell's background jobs ignore SIGINT, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 

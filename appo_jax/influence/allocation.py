@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -19,8 +19,7 @@ from appo_jax.influence.ranking import Interval, Ranked, over_rollouts
 from appo_jax.rollout.sampler import Branch
 from appo_jax.types import Rollout
 
-Allocation = Literal["per_rollout", "proportional"]
-ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+ALLOCATIONS: tuple[Literal["per_rollout", "proportional"], ...] = ("per_rollout", "proportional")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,8 +76,8 @@ def shared_cold_start(first: Config, folders: tuple[str, ...], out: str, seed: i
     return begun
 
 
-def check_cold_starts(folders: tuple[str, ...], config: Config) -> None:
-    """Raise ConfigError where it is not clear which cold start a run begins with."""
+def check_cold_starts(folders: tuple[str, ...], config: Config, out: str) -> None:
+    """Raise ConfigError where it is not clear which cold start a run begins with, or where a folder holds another one."""
     if config.init_from is not None:
         raise ConfigError(
             f"init_from = {config.init_from!r}: the runs begin with cold starts of their own; to begin with that one, write "
@@ -85,6 +85,8 @@ def check_cold_starts(folders: tuple[str, ...], config: Config) -> None:
         )
     if len({Path(folder).name for folder in folders}) < len(folders):
         raise ConfigError(f"cold_starts = {folders}: two folders have one name")
+    for seed in range(len(folders)):
+        shared_cold_start(config, folders, out, seed)
 
 
 def load_study(path: str | Path) -> Study:
@@ -121,4 +123,4 @@ def check_study(study: Study) -> None:
                 f"arm {name!r} differs from {study.baseline!r} in {', '.join(different)}: all arms begin with the same "
                 "cold start and are judged alike"
             )
-    check_cold_starts(study.cold_starts, study.arms[study.baseline])
+    check_cold_starts(study.cold_starts, study.arms[study.baseline], study.out)

@@ -133,9 +133,8 @@ def table(outcomes: Mapping[str, Mapping[int, Outcome]], judged: Measures) -> st
 
 def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, judged: Measures) -> str:
     """Each arm against the baseline, paired by seed, and how large a difference the study could have seen."""
-    others = {
-        arm: runs for arm, runs in outcomes.items() if arm != baseline and runs.keys() & outcomes[baseline].keys()
-    }
+    first = outcomes[baseline]
+    others = {arm: runs for arm, runs in outcomes.items() if arm != baseline and runs.keys() & first.keys()}
     if not others:
         return f"No other arm has a seed in common with {baseline} yet."
     lines = [
@@ -147,17 +146,15 @@ def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, ju
         "|---|---|---|---|---|---|---|",
     ]
     for name, measure in judged.items():
-        pairs = {
-            arm: [
-                (measure(runs[seed]), measure(outcomes[baseline][seed])) for seed in runs if seed in outcomes[baseline]
-            ]
+        gains = {
+            arm: np.array([measure(runs[seed]) - measure(first[seed]) for seed in runs if seed in first])
             for arm, runs in others.items()
         }
-        tests = {arm: paired(*np.transpose(values)) for arm, values in pairs.items()}
+        tests = {arm: paired(gain, np.zeros(len(gain))) for arm, gain in gains.items()}
         p_t, p_signs = holm([test.p_t for test in tests.values()]), holm([t.p_permutation for t in tests.values()])
         for (arm, test), t, signs in zip(tests.items(), p_t, p_signs, strict=True):
-            n = len(pairs[arm])
-            error = float(np.std(-np.diff(pairs[arm]), ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+            n = len(gains[arm])
+            error = float(np.std(gains[arm], ddof=1)) / math.sqrt(n) if n > 1 else math.nan
             seen = (detectable(error, n - 1, level) for level in (0.05, 0.05 / len(others)))
             cells = [arm, name, str(n), _cell(test.difference, sign=True), _number(t), _number(signs)]
             lines.append(f"| {' | '.join([*cells, ', '.join(f'{x:.1f}' for x in seen)])} |")

@@ -64,17 +64,14 @@ def plan_jobs(study: Study) -> list[Job]:
     if lacks_tokenizer(first):
         world = Job("data world", dataclasses.replace(first, run_dir=str(Path(study.out) / "runs" / "world")))
     left: list[Job] = []
-    cold_starts: dict[str, Job] = {}
+    cold_starts: dict[str, Job] = {}  # by run directory
     for seed in study.seeds:
         config = study.cold_start(seed)
-        cold = cold_starts.get(config.run_dir, Job("sft", config, after=world))
-        arms = [
-            Job("train", study.config(arm, seed), after=cold) for arm in study.arms if not finished(study, arm, seed)
-        ]
-        if arms and config.run_dir not in cold_starts:
-            cold_starts[config.run_dir] = cold
-            left.append(cold)
-        left += arms
+        unfinished = [arm for arm in study.arms if not finished(study, arm, seed)]
+        if unfinished and config.run_dir not in cold_starts:
+            cold_starts[config.run_dir] = Job("sft", config, after=world)
+            left.append(cold_starts[config.run_dir])
+        left += [Job("train", study.config(arm, seed), after=cold_starts[config.run_dir]) for arm in unfinished]
     return [world, *left] if world and left else left
 
 

@@ -153,5 +153,5 @@ def check_sweep(sweep: Sweep) -> None:
             for value in values:
                 with_fields(sweep.base, {name: value})  # raises for a value of the wrong type
     check(sweep.base)
-    check_cold_starts(sweep.cold_starts, sweep.base)
+    check_cold_starts(sweep.cold_starts, sweep.base, sweep.out)
     sweep.planned_points()

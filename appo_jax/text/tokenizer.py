@@ -268,9 +268,8 @@ def load_tokenizer(path: str | Path, model: str | Path | None = None) -> Tokeniz
     if path.is_file() and path.suffix == ".model":
         tokenizer = SentencePieceTokenizer(path)
     elif (path / "tokenizer.model").is_file() and not is_byte_level(read_json_if_any(path / "tokenizer.json")):
-        tokenizer = SentencePieceTokenizer(
-            path / "tokenizer.model"
-        )  # if there is also a tokenizer.json, it was made from this file
+        # If there is also a tokenizer.json, it was made from this file.
+        tokenizer = SentencePieceTokenizer(path / "tokenizer.model")
     elif (path / "tokenizer.json").is_file():
         tokenizer = JsonTokenizer(path)
     else:

@@ -1,5 +1,5 @@
-"""The step size of each algorithm on the world with decisions, tuned with the same budget. configs/studies/decisions.py takes the
-best of each.
+"""The step size of each algorithm on the world with decisions, tuned with the same budget, for
+configs/studies/decisions.py.
 
 Hardware: 2 CPU cores, 8 GB. Command:
     appo-jax study --config configs/studies/decisions_rates.py --jobs 2

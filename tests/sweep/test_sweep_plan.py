@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from appo_jax.config_io import load_config
+from appo_jax.config_io import load_config, save_config
 from appo_jax.errors import ConfigError
 from appo_jax.sweep.plan import Sweep, check_sweep, load_sweep
 
@@ -98,6 +98,12 @@ def test_a_cold_start_that_is_not_clear_is_named(base):
         check_sweep(sweep(dataclasses.replace(base, init_from="runs/other"), space))
     with pytest.raises(ConfigError, match="two folders have one name"):
         check_sweep(sweep(base, space, cold_starts=("runs/a/cold", "runs/b/cold")))
+
+
+def test_a_cold_start_of_another_kind_is_named_before_any_worker_begins(base, tmp_path):
+    save_config(dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=7)), tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"differs in sft.steps; give another folder"):
+        check_sweep(sweep(base, {"branching.tau": (8.0,)}, cold_starts=(str(tmp_path),)))
 
 
 def test_a_file_without_a_sweep_is_named(tmp_path):
