@@ -8,15 +8,16 @@ restored.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -30,11 +31,13 @@ from appo_jax.errors import CheckpointError
 from appo_jax.storage import folder_size, usable_path
 
 PyTree = Any
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
 # A step is read back in parts of at most this size, because the state in training leaves little memory free.
 MAX_BYTES_READ_BACK = 1 << 28
+MAX_LISTINGS = 20  # in a row that may fail because a step was removed meanwhile
 REMOVED = "removed in the meantime"  # the reason for a step that vanished while it was read
 
 
@@ -60,7 +63,9 @@ class Checkpointer:
                 preservation_policy=_kept(keep, keep_best), best_fn=_accuracy, cleanup_tmp_directories=True
             )
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=items(self._directory))
+        self._manager = _despite_removals(
+            lambda: ocp.CheckpointManager(self._directory, options=options, item_handlers=items(self._directory))
+        )
         self._unread: tuple[int, PyTree, dict[str, Any]] | None = (
             None  # (step, abstract state, arrays) of a step that was not read back yet
         )
@@ -155,7 +160,7 @@ class Checkpointer:
 
     def _newest_except(self, refused: Mapping[int, str]) -> int | None:
         """The newest step on disk that has not been refused."""
-        self._manager.reload()
+        _despite_removals(self._manager.reload)
         return max((step for step in self._manager.all_steps() if step not in refused), default=None)
 
     def _log_leftovers(self) -> None:
@@ -295,14 +300,31 @@ def verify(step_folder: Path) -> str:
     return f"{len(wrong)} arrays are not what was written, among them {wrong[0]}" if wrong else "sound"
 
 
+def _despite_removals(list_steps: Callable[[], T]) -> T:
+    """Call a function of orbax that lists the steps. It raises if another process removes one between listing and reading."""
+    for _ in range(MAX_LISTINGS - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return list_steps()
+    return list_steps()
+
+
 def _unreadable(folder: Path) -> Path | None:
-    """A file or folder in `folder` that this user may not read; orbax would take it for missing. None: there is none."""
-    if not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
+    """A file or folder in `folder` that this user may not read; orbax would take it for missing. None: there is none.
+
+    Another process may be removing `folder`: what vanishes meanwhile does not count.
+    """
+    if not _readable(folder, os.R_OK | os.X_OK):
         return folder
-    for path in sorted(folder.rglob("*")):
-        if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0), effective_ids=True):
-            return path
+    for place, folders, files in os.walk(folder):
+        for names, rights in (folders, os.R_OK | os.X_OK), (files, os.R_OK):
+            for name in sorted(names):
+                if not _readable(path := Path(place, name), rights):
+                    return path
     return None
+
+
+def _readable(path: Path, rights: int) -> bool:
+    return os.access(path, rights, effective_ids=True) or not os.path.lexists(path)
 
 
 def _accuracy(metrics: Mapping[str, float]) -> float:

@@ -32,7 +32,8 @@ FIRST_FILE = 3
 MAX_FILES = 64  # the limit of open file descriptors
 SPARE_FILES = 8  # descriptors that must be free at the end of a call, because the next fork needs some
 MAX_FILE_BYTES = 16 << 20  # of one file, and of a cell's output
-MAX_REQUEST = 150_000
+MAX_REQUEST = 1000  # bytes of a request to fork
+MAX_CALL = 150_000  # bytes of a call: its head and its code
 PRIVATE = "/tmp"  # where a state's own files are mounted in a sandbox
 
 NO_FORK, HELLO, REFUSED = b"n", b"h", b"r"  # reports in addition to those of `cell`
@@ -120,7 +121,11 @@ def _prepare_modules(preload: list[str]) -> None:
 
 
 def serve(max_output: int) -> None:
-    """Serve requests as a snapshot, for ever. A request is one message: a JSON line, the code, and file descriptors."""
+    """Serve requests as a snapshot, for ever. A request is one message: a JSON line, and file descriptors for the child.
+
+    The child receives its code itself, from its own channel. So this process never holds the code of a call that is forked
+    from it, and later children do not inherit it: state 0 is forked for all rollouts.
+    """
     channel = socket.socket(fileno=CHANNEL)
     number = 0
     while True:
@@ -128,7 +133,7 @@ def serve(max_output: int) -> None:
         if not message:
             os._exit(0)
         child = -1
-        if len(fds) == json.loads(message.partition(b"\n")[0])["descriptors"]:
+        if len(fds) == json.loads(message)["descriptors"]:
             with contextlib.suppress(OSError):
                 child = os.fork()
         if child == -1 and fds:
@@ -139,20 +144,20 @@ def serve(max_output: int) -> None:
             continue
         number += 1
         try:
-            _cell(message, fds, f"<call {number}>", max_output)
+            _cell(channel, fds, f"<call {number}>", max_output)
         except BaseException:
             os._exit(1)
 
 
-def _cell(message: bytes, fds: list[int], filename: str, max_output: int) -> None:
-    """Run one request in the process that was forked for it, and report. Then the process is a snapshot."""
-    head, _, code = message.partition(b"\n")
+def _cell(channel: socket.socket, fds: list[int], filename: str, max_output: int) -> None:
+    """Receive and run one call in the process that was forked for it, and report. Then the process is a snapshot."""
     report_to, output, *mount = fds
-    os.dup2(report_to, CHANNEL)
+    os.dup2(report_to, CHANNEL)  # from here on, `channel` is this process's own
     if not mount:  # process isolation: tell the supervisor, and lead a group that it can kill with all descendants
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
         os.write(CHANNEL, HELLO)
+    head, _, code = channel.recv(MAX_CALL).partition(b"\n")
     for fd in (1, 2):
         os.dup2(output, fd)
     for fd in fds:

@@ -340,8 +340,7 @@ class Supervisor:
         with contextlib.ExitStack() as given:
             try:
                 fds = self._equip(node, given)
-                head = json.dumps({"folder": self._folder(node), "descriptors": len(fds)}).encode()
-                socket.send_fds(parent.channel, [head + b"\n" + node.code], fds)
+                socket.send_fds(parent.channel, [json.dumps({"descriptors": len(fds)}).encode()], fds)
             except (BlockingIOError, ConnectionError):  # the parent does not read, or is dying
                 if parent.id == 0 and node.tries < MAX_TRIES:
                     parent.queue.appendleft(self._ask_again(node))
@@ -360,10 +359,12 @@ class Supervisor:
         self._thaw(parent)
 
     def _equip(self, node: Node, given: contextlib.ExitStack) -> list[int]:
-        """Make the descriptors that a call gets: its end of a channel, its output, its /tmp. Raises OSError."""
+        """Make the descriptors that a call gets: its end of a channel, where its code waits, its output, its /tmp. Raises
+        OSError."""
         node.channel, theirs = _channel()
-        node.channel.setblocking(False)
         given.enter_context(theirs)
+        node.channel.setblocking(False)
+        node.channel.send(json.dumps({"folder": self._folder(node)}).encode() + b"\n" + node.code)
         node.output = system.new_output()
         if not self.sandboxed:
             os.mkdir(self._folder(node), 0o700)
