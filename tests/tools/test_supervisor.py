@@ -429,3 +429,50 @@ def test_a_trainer_that_does_not_read_holds_up_nothing():
     with pytest.raises(TrainerGone):
         trainer.tell({"id": 0})
     theirs.close()
+
+
+# A secret whose bytes do not stand in the code that searches for it.
+SECRET = "the secret of another rollout"
+SEARCH = f"""
+import ctypes, os
+write = ctypes.CDLL(None).write
+write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+hidden, changed = {bytes(x ^ 1 for x in SECRET.encode())!r}, bytes(x ^ 1 for x in range(256))
+page, around, found, read = 4096, 32 << 20, 0, 0
+copy = os.open("copy", os.O_RDWR | os.O_CREAT)
+for middle in id(object()) & -page, ctypes.addressof(ctypes.create_string_buffer(1 << 20)) & -page:
+    for start in range(middle - around, middle + around, page):
+        os.lseek(copy, 0, 0)
+        if write(copy, start, page) == page:  # the kernel refuses addresses where nothing is mapped
+            found += hidden in os.pread(copy, page, 0).translate(changed)
+            read += 1
+print(found, read > 1000)
+"""
+
+
+@pytest.fixture(params=[pytest.param("bubblewrap", marks=needs_bubblewrap), "process"])
+def either(request):
+    tool = make(isolation=request.param, timeout=30.0)
+    yield tool
+    tool.close()
+
+
+def test_a_rollout_does_not_find_the_code_of_another_in_its_memory(either):
+    for i in range(12):  # in memory of several sizes
+        _, other = either.call(either.start(), f"secret = {SECRET!r}" + 97 * i * i * "\n")
+    assert either.call(either.start(), SEARCH)[0].text == "0 True"
+    found, _ = either.call(other, SEARCH)[0].text.split()
+    assert int(found) > 0  # the search finds what is there
+
+
+def test_nor_that_of_one_which_waited_when_state_zero_died(either):
+    zero = min(descendants(either.pid) - {either.pid}, key=lambda pid: (bool(descendants(pid) - {pid}), pid))
+    os.kill(zero, signal.SIGSTOP)
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(either.call, either.start(), f"secret = {SECRET!r}\nlen(secret)")
+        time.sleep(0.2)
+        search = pool.submit(either.call, either.start(), SEARCH)
+        time.sleep(0.2)
+        os.kill(zero, signal.SIGKILL)
+        assert other.result()[0].text == str(len(SECRET))
+        assert search.result()[0].text == "0 True"

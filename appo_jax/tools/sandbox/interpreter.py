@@ -44,12 +44,19 @@ _mask: set[int] = set()  # the signals that the code has blocked; a snapshot blo
 __all__ = ["DONE", "FAILED", "HELLO", "NO_FORK", "OUT_OF_MEMORY", "REFUSED", "main"]
 
 
-def main(channel: socket.socket, options: dict[str, Any]) -> None:
-    """Become state 0: give up privileges, import modules, install the filter, report that it is ready, serve."""
-    os.dup2(channel.fileno(), CHANNEL)
-    channel.close()
-    os.closerange(3, CHANNEL)  # close all other inherited descriptors
+def main(options: dict[str, Any]) -> None:
+    """Become state 0, in a new program whose only descriptor above 2 is its channel; it holds nothing of any call."""
     channel = socket.socket(fileno=CHANNEL)
+    try:
+        _become_state_0(channel, options)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            channel.send(f"{type(error).__name__}: {error}".encode()[:4000])
+    os._exit(1)
+
+
+def _become_state_0(channel: socket.socket, options: dict[str, Any]) -> None:
+    """Give up privileges, import modules, install the filter, report that it is ready, serve."""
     sandboxed = options["isolation"] == "bubblewrap"
     maps = open("/proc/self/maps")  # noqa: SIM115 - opened before /proc is hidden, read below
     if sandboxed:

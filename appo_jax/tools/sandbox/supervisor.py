@@ -162,17 +162,20 @@ class Supervisor:
     # State 0
 
     def _start_root(self, queue: list[Node]) -> None:
-        """Fork state 0. `queue`: the requests that wait for it."""
+        """Start state 0. `queue`: the requests that wait for it.
+
+        It is a new program: a fork of this process would hand the texts of calls that are in its memory to every rollout.
+        """
         ours, theirs = _channel()
         pid = os.fork()
         if pid == 0:
             try:
-                ours.close()
-                os.close(self.trainer.line.fileno())
-                interpreter.main(theirs, self.options)
-            except BaseException as error:
-                with contextlib.suppress(OSError):
-                    socket.socket(fileno=interpreter.CHANNEL).send(f"{type(error).__name__}: {error}".encode()[:4000])
+                os.dup2(theirs.fileno(), interpreter.CHANNEL)
+                os.closerange(3, interpreter.CHANNEL)
+                os.closerange(interpreter.CHANNEL + 1, os.sysconf("SC_OPEN_MAX"))
+                if self.sandboxed:
+                    system.pass_on_sys_admin()
+                os.execv(sys.executable, state_0(self.options))
             finally:
                 os._exit(1)
         theirs.close()
@@ -654,6 +657,16 @@ class Supervisor:
 
     def _folder(self, node: Node) -> str:
         return os.path.join(self.options["folder"], str(node.id))
+
+
+def state_0(options: dict[str, Any]) -> list[str]:
+    """The command line of state 0."""
+    programs = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    start = (
+        f"import sys; sys.path[:] = {[*sys.path, programs]!r}; "
+        f"from sandbox import interpreter; sys.path.pop(); interpreter.main({options!r})"
+    )
+    return [sys.executable, "-s", "-S", "-P", "-B", "-c", start]
 
 
 def _channel() -> tuple[socket.socket, socket.socket]:

@@ -21,6 +21,7 @@ DEVICES = ("null", "zero", "random", "urandom")  # the devices in /dev that poli
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
 _FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT, _PIDFD_GETFD = 430, 431, 432, 429, 438  # the same on x86_64 and aarch64
 _CAP_SYS_ADMIN = 21
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 47, 2
 
 
 def _check(result: int, what: str) -> int:
@@ -156,10 +157,19 @@ def take_output(fd: int, max_head: int, tail: int) -> bytes:
 
 def keep_only_sys_admin() -> None:
     """Give up every capability except CAP_SYS_ADMIN in this process's user namespace."""
+    _set_capabilities(1 << _CAP_SYS_ADMIN, inheritable=0)
+
+
+def pass_on_sys_admin() -> None:
+    """Give up every capability except CAP_SYS_ADMIN, which the next program of this process keeps."""
+    _set_capabilities(1 << _CAP_SYS_ADMIN, inheritable=1 << _CAP_SYS_ADMIN)
+    _check(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _CAP_SYS_ADMIN, 0, 0), "prctl")
+
+
+def _set_capabilities(kept: int, inheritable: int) -> None:
     number = {"x86_64": 126, "aarch64": 91}[os.uname().machine]
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    bit = 1 << _CAP_SYS_ADMIN
-    sets = (ctypes.c_uint32 * 6)(bit, bit, 0, 0, 0, 0)  # effective, permitted, inheritable; low and high words
+    sets = (ctypes.c_uint32 * 6)(kept, kept, inheritable, 0, 0, 0)  # effective, permitted; low and high words
     _check(_libc.syscall(number, header, sets), "capset")
 
 
