@@ -26,7 +26,9 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Shapes that these modules declare are checked whenever a test calls or traces a function. Nothing checks them elsewhere.
-install_import_hook(["appo_jax.branching.select", "appo_jax.policy.logprobs"], "beartype.beartype")
+install_import_hook(
+    ["appo_jax.advantage", "appo_jax.branching", "appo_jax.ops", "appo_jax.policy.logprobs"], "beartype.beartype"
+)
 
 from appo_jax import heartbeat
 from appo_jax.config import Config

@@ -41,12 +41,12 @@ def test_zscore_is_the_oracles_whatever_stands_outside_the_mask(x, mask):
 def test_equal_numbers_have_no_zscore_however_their_mean_rounds(x, mask):
     x = np.full(T, x, np.float32)
     assert (np.asarray(zscore(x, np.array(mask))) == 0).all()
-    assert bool(ops.is_constant(x, np.array(mask)))
+    assert bool(ops.is_constant(jnp.array(x), jnp.array(mask)))
 
 
 def test_rows_do_not_see_each_other():
-    x = np.array([[1, 3, 9], [5, 5, 5], [0, 0, 2]], np.float32)
-    mask = np.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]], bool)
+    x = jnp.array([[1, 3, 9], [5, 5, 5], [0, 0, 2]], jnp.float32)
+    mask = jnp.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]], bool)
     np.testing.assert_allclose(ops.masked_zscore(x, mask), [[-1, 1, 0], [0, 0, 0], [0, 0, 0]])
     np.testing.assert_array_equal(ops.is_constant(x, mask), [False, True, True])
 

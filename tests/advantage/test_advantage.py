@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -119,14 +120,14 @@ def test_zscores_of_a_group_without_spread_or_members():
 )  # fmt: skip
 def test_procedural_advantage_is_the_oracles(base, future, sampled, b):
     config = AdvantageConfig(future_weight=b)
-    got = procedural_advantage(np.array([[base]], np.float32), np.array([future], np.float32), config)[0]
+    got = procedural_advantage(jnp.array([[base]]), jnp.array([future]), config)[0]
     expected = oracle.advantages(base, future, sampled, b)
     np.testing.assert_allclose(np.where(sampled, got, 0), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_procedural_advantage_by_hand():
     # b = 0.5, Ω clipped to [1, 1.2]: factors 1.5, 1.55, 1.6
-    got = procedural_advantage(np.array([[2.0], [-1.0]]), np.array([[0.3, 1.1, 7.0]] * 2), AdvantageConfig())
+    got = procedural_advantage(jnp.array([[2.0], [-1.0]]), jnp.array([[0.3, 1.1, 7.0]] * 2), AdvantageConfig())
     np.testing.assert_allclose(got, [[3, 3.1, 3.2], [-1.5, -1.55, -1.6]], rtol=1e-6)
 
 
@@ -143,9 +144,8 @@ def test_no_degenerate_case_makes_a_nan():
         for initial, branches in (([1.0], []), ([1.0, 1.0], [1.0]), ([1.0, 0.0], [0.5, 0.5])):
             for mode in ("paper", "joint", "init_only"):
                 base = base_advantage(np.array(initial), np.array(branches), AdvantageConfig(base=mode))
-                a = procedural_advantage(
-                    base.astype(np.float32)[:, None], np.full((len(initial), 2), np.inf), AdvantageConfig()
-                )
+                future = jnp.full((len(initial), 2), jnp.inf)
+                a = procedural_advantage(jnp.array(base, jnp.float32)[:, None], future, AdvantageConfig())
                 assert np.isfinite(a).all()
 
 
@@ -270,7 +270,7 @@ def test_joint_gives_branches_their_own(tree):
 
 
 def test_plain_scaling_and_two_sided_clip_by_hand():
-    base, future = np.array([[2.0]]), np.array([[0.3, 1.1, 7.0]])
+    base, future = jnp.array([[2.0]]), jnp.array([[0.3, 1.1, 7.0]])
     plain = AdvantageConfig(scaling="plain")
     np.testing.assert_allclose(procedural_advantage(base, future, plain), [[2, 2.2, 2.4]], rtol=1e-6)
     both = AdvantageConfig(scaling="plain", clip_low=0.8)

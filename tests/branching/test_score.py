@@ -62,12 +62,12 @@ def test_future_value_is_the_oracles(new, old, masks, tau):
 
 def test_large_ratios_leave_the_sum_and_keep_their_place():
     """Ratios 1, 2, 4 with a half-life of one token: 4 is left out of the sum, and distances do not change."""
-    zeros, sampled = np.zeros((1, 3), np.float32), np.ones((1, 3), bool)
-    new = np.log(np.array([[1.0, 4.0, 2.0]], np.float32))
+    zeros, sampled = jnp.zeros((1, 3), jnp.float32), jnp.ones((1, 3), bool)
+    new = jnp.log(jnp.array([[1.0, 4.0, 2.0]]))
     plain, official = omega(new, zeros, sampled, tau=1.0), future_value(new, zeros, sampled, 1.0, max_ratio=3.0)
     np.testing.assert_allclose(np.log2(plain), [[1.25, 2.5, 1]], rtol=1e-5)
     np.testing.assert_allclose(np.log2(official), [[0.25, 0.5, 1]], rtol=1e-5)
-    clamped = future_value(np.array([[0.0, -30.0, 25.0]], np.float32), zeros, sampled, 1.0, max_log_ratio=20.0)
+    clamped = future_value(jnp.array([[0.0, -30.0, 25.0]]), zeros, sampled, 1.0, max_log_ratio=20.0)
     np.testing.assert_allclose(np.log(clamped), [[-20 / 2 + 20 / 4, -20 + 20 / 2, 20]], rtol=1e-5)
 
 
