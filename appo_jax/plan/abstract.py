@@ -1,4 +1,4 @@
-"""Shapes, dtypes and shardings of a run's arrays, as the run would place them on a mesh."""
+"""Shapes, dtypes and shardings of a run's arrays on a mesh, as `jax.ShapeDtypeStruct`: nothing is allocated."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from appo_jax.rollout.state import DecodeState, Prefixes, empty_prefixes, empty_
 
 
 class Arrays:
-    """The arrays of a run of `config` on `mesh`."""
+    """The arrays of a run of `config` on `mesh`. Letters for axes are those of types.py."""
 
     def __init__(self, config: Config, arch: Architecture, mesh: Mesh):
         self.arch, self.generating_arch, self.mesh = arch, sharding.generating_architecture(arch, mesh), mesh
         self.dtype = jnp.dtype("bfloat16" if config.policy.compute_dtype == "auto" else config.policy.compute_dtype)
         self.optimizer = rl_optimizer(config.optimizer)
-        self._whole = NamedSharding(mesh, PartitionSpec())
+        self._replicated = NamedSharding(mesh, PartitionSpec())
 
     def of(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """An array that is replicated on every device."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._whole)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
     def rows(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array `[…, R, T]` whose rows are split over the devices, as rollouts are."""
+        """An array `[…, R, T]` whose rows R are split over the devices, like rollouts."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh, len(shape)))
 
     def packed(self, *shape: int) -> Rows:
-        """Packed rows `[…, R, T]`."""
+        """Packed rows of texts `[…, R, T]`, int32."""
         return Rows(*(self.rows(shape, jnp.int32) for _ in Rows._fields))
 
     def state(self) -> TrainState:
-        """What is trained and optimizer state, in the training layout."""
+        """Trained parameters (the adapters, if the policy has them) and optimizer state, in the training layout."""
         trained = abstract_adapters(self.arch) or abstract_params(self.arch)
         state = jax.eval_shape(lambda p: TrainState(p, self.optimizer.init(p)), trained)
         return sharding.annotate(state, sharding.state_shardings(state, self.arch, self.mesh), self.mesh)
 
     def base(self) -> Params | None:
-        """The weights beside adapters, where these are what is trained."""
+        """The frozen weights of a policy with adapters, in the training layout. None: all weights are trained."""
         if not isinstance(self.arch, Adapted):
             return None
         base = jax.eval_shape(lambda p: frozen(p, self.arch), abstract_params(self.arch))
         return sharding.annotate(base, sharding.param_shardings(self.arch, self.mesh, "train"), self.mesh)
 
     def policy(self) -> Params:
-        """The parameters of the policy, in the training layout."""
+        """All parameters of the policy, trained and frozen, in the training layout."""
         return with_adapters(self.base(), self.state().params)
 
     def generating(self) -> Any:
@@ -68,17 +68,17 @@ class Arrays:
         return sharding.annotate(copy, layout, self.mesh)
 
     def caches(self, rows: int, length: int) -> Any:
-        """Keys and values of `rows` prefixes of `length` tokens, for every layer."""
+        """KV caches of `rows` prefixes of `length` tokens, for every layer."""
         return self._placed(jax.eval_shape(lambda: empty_prefixes(self.generating_arch, rows, length, self.dtype)))
 
     def generation(self, shapes: GenerationShapes) -> tuple[Prefixes, DecodeState]:
-        """Prefixes and rows as the engine holds them."""
+        """The prefixes and the decoding rows of one generation, as the engine holds them."""
         rows = jax.eval_shape(lambda: empty_state(self.generating_arch, shapes.rows, shapes.suffix_length, self.dtype))
         places = Places(self.of((shapes.rows, 2), jnp.int32), self.of((shapes.slots, shapes.columns), jnp.int32))
         return Prefixes(self.caches(shapes.slots, shapes.prefix_length), places), self._placed(rows)
 
     def batch(self, parts: int, rows: int, length: int, algorithm: Algorithm) -> TrainBatch:
-        """The mini-batch of an update, in micro-batches of `rows` rows."""
+        """The mini-batch of an update: `parts` micro-batches of `rows` packed rows of `length` slots."""
         floats = self.rows((parts, 2, rows, length), jnp.float32)
         loss, ref = algorithm.loss, floats if algorithm.scores_reference else None
         terms = Terms(
@@ -90,26 +90,27 @@ class Arrays:
         return TrainBatch(self.packed(parts, rows, length), terms, self.of((), jnp.int32))
 
     def _placed(self, tree: Any) -> Any:
-        """Caches and rows of a generation: first axis over data and fsdp, key/value heads over tensor."""
+        """Place the arrays of a generation: of arrays with four axes, which are KV caches, the first axis is split over data and
+        fsdp and the key/value heads over tensor. Other arrays are replicated."""
         caches = sharding.cache_sharding(self.mesh)
 
-        def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=caches if x.ndim == 4 else self._whole)
+        def sharded(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=caches if x.ndim == 4 else self._replicated)
 
-        return jax.tree.map(one, tree)
+        return jax.tree.map(sharded, tree)
 
 
 def on_chip(tree: Any) -> int:
-    """Bytes per chip of a tree of sharded `ShapeDtypeStruct`."""
+    """Bytes per device of a tree of sharded `ShapeDtypeStruct`."""
 
     def size(x: jax.ShapeDtypeStruct) -> int:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        # PRNG keys are two words.
+        # A PRNG key has two words of 4 bytes.
         return int(np.prod(shape)) * (8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize)
 
     return sum(size(x) for x in jax.tree.leaves(tree))
 
 
 def in_all(tree: Any) -> int:
-    """Bytes of a tree's arrays, each counted once."""
+    """Bytes of a tree's arrays. Each array is counted once, on however many devices it lies."""
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

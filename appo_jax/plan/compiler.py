@@ -1,4 +1,4 @@
-"""Compiles programs ahead of time for a TPU slice that need not exist, and reads what they need."""
+"""Compiles programs ahead of time for a TPU slice, and reads their memory and work. No TPU is needed."""
 
 from __future__ import annotations
 
@@ -30,25 +30,30 @@ from appo_jax.policy.sharding import make_mesh, use_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
-    """Compiles the programs of configs for one topology, ahead of time. A program that two configs share is compiled once."""
+    """Compiles the programs of configs for one topology. A program that two configs share is compiled once."""
 
     described: Slice
     devices: Sequence[Any]
     lengths: Path | None = None
-    """Run from whose rollouts the lengths are taken."""
+    """Directory of a run, from whose rollouts the lengths are taken. None: every rollout has the maximum length."""
     on_program: Callable[[str], None] = lambda name: None
     """Called with the name of each program before it is compiled."""
     compiled: dict[tuple[Any, ...], Need] = dataclasses.field(default_factory=dict)
+    """What was compiled so far, by program and the values of the fields on which it depends."""
 
     def plan(self, config: Config) -> Plan:
-        """Compile every program of `config`. Raises ConfigError when the chips are not those of the mesh."""
+        """Compile every program of `config`.
+
+        Raises ConfigError if the mesh has another number of devices than the topology, or if the architecture has fewer
+        positions than a rollout; DataError if `lengths` has no rollouts.
+        """
         stated = config.policy.architecture
         arch = architecture_of(config.policy) if stated is None else adapted(stated, config.policy.lora)
         check_positions(arch, config)
         mesh = make_mesh(config.mesh, self.devices)
         lengths = None if self.lengths is None else RolloutLengths.of_run(self.lengths, config.rollout)
 
-        def one(program: Program) -> Need:
+        def need_of(program: Program) -> Need:
             key = (program.name, *(flatten(config)[field] for field in _DEPENDS_ON[program.name.split(",")[0]]))
             if key not in self.compiled:
                 self.on_program(program.name)
@@ -60,16 +65,16 @@ class Compiler:
         with use_mesh(mesh):
             all_programs = list(programs(config, arch, mesh, lengths))
             checkpoint = in_all(Arrays(config, arch, mesh).state())
-        # A compilation keeps one core busy.
+        # One thread per core, because a compilation keeps one core busy.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            needs = tuple(pool.map(one, all_programs))
+            needs = tuple(pool.map(need_of, all_programs))
         chips = self.described.num_chips * config.mesh.slices
         hosts = len({device.process_index for device in self.devices})
         return Plan(self.described.topology, chips, self.described.chip, needs, hosts, checkpoint)
 
 
 _MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices")
-# The fields that a search changes and on which a program or the other arrays in memory depend.
+# For each program, the fields that `search` changes and on which the program or its `beside` depends.
 _DEPENDS_ON = (
     dict.fromkeys(("reshard",), _MESH)
     | dict.fromkeys(("prefill", "decode", "append", "score"), (*_MESH, "rollout.decode_rows"))
@@ -78,35 +83,44 @@ _DEPENDS_ON = (
 
 
 def compiler_for(topology: str, slices: int = 1, **options: Any) -> Compiler:
-    """The compiler for `slices` slices of a topology, by its name. `options`: further fields of Compiler.
+    """The compiler for `slices` slices of the topology with this name. `options`: other fields of Compiler.
 
-    Raises ConfigError for an unknown topology, PlanError without the TPU compiler.
+    Raises ConfigError for an unknown topology, and PlanError if the TPU compiler is not installed.
     """
     described = parse_slice(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise PlanError("libtpu, the TPU compiler, is not installed (no TPU is needed): pip install 'jax[tpu]'")
-    # Where there is no TPU: no metadata server is asked, and libtpu does not wonder who its neighbours are.
+        raise PlanError(
+            "libtpu, the TPU compiler, is not installed; install it (no TPU is needed): pip install 'jax[tpu]'"
+        )
+    # Without these two, libtpu on a machine without TPUs asks the metadata server for its TPU and for the other hosts.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # It takes a lock, as if it were to use a TPU; another plan, or a training, may hold it.
+    # libtpu takes a lock as if it used a TPU, which another `appo-jax plan` or a training may hold. This permits both.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     bounds: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if described.num_chips == 1:  # a host has four by default
+    if described.num_chips == 1:  # the default is a host with four chips
         bounds["chips_per_host_bounds"] = (1, 1, 1)
-    if described.topology.startswith("v4:"):  # as JAX uses a v4: both cores are one device
+    if described.topology.startswith("v4:"):  # JAX treats both cores of a chip as one device
         bounds["chip_config_name"] = "megacore"
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=described.topology, **bounds).devices
-    except Exception as error:  # libtpu raises different errors for an unknown shape
-        raise ConfigError(f"--topology {topology}: the TPU compiler does not know it: {error}") from error
+    except Exception as error:  # the type of error differs from shape to shape
+        raise ConfigError(
+            f"--topology {topology}: the TPU compiler does not know this shape ({error}); give the shape of an existing slice, "
+            "e.g. v5p:4x4x4"
+        ) from error
     return Compiler(described, devices, **options)
 
 
 def measure(program: Program, chips: int) -> Need:
-    """Compile a program and read what it needs."""
+    """Compile a program for `chips` devices and read what it needs on each.
+
+    If the compiler refuses it for lack of memory, the result has `refused` and the compiler's figure for its memory. Other
+    errors of the compiler are raised.
+    """
     began = time.perf_counter()
     traced = program.trace()
     try:
@@ -124,18 +138,20 @@ def measure(program: Program, chips: int) -> Need:
     moved = hlo.read(compiled.as_text(), program.steps, program.seen)
     jaxpr = traced.jaxpr.jaxpr
     flops = hlo.matmul_flops(jaxpr)
-    # XLA counts what each chip does, but bodies of loops only once.
-    counted = cost.get("flops", 0.0) * flops / max(1.0, hlo.matmul_flops(jaxpr, loops=False))
+    # XLA counts the FLOPs of one chip, but the body of a loop only once. The ratio of matrix products corrects for this.
+    xla_flops = cost.get("flops", 0.0) * flops / max(1.0, hlo.matmul_flops(jaxpr, loops=False))
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    own = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes
+    program_bytes = (
+        memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes
+    )
     return Need(
         name=program.name,
-        peak=own + program.beside,
+        peak=program_bytes + program.beside,
         beside=program.beside,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         output=output,
-        flops=max(counted, flops / chips),
+        flops=max(xla_flops, flops / chips),
         traffic=moved.hbm,
         collectives=moved.collectives,
         hops=moved.hops,
@@ -149,7 +165,7 @@ def measure(program: Program, chips: int) -> Need:
 
 
 def hbm_of_refusal(message: str) -> float | None:
-    """Bytes of HBM a program would have needed, from the compiler's message when it ran out; None for other messages."""
+    """Bytes of HBM that a refused program needs, from the compiler's message. None: the message is not about lack of memory."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|HLO temporaries \(([\d.]+)([KMGT])\)", message)
     if found is None:
         return None

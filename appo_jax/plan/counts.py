@@ -1,7 +1,7 @@
-"""How often a training step runs each program, and with which shapes, computed without running it.
+"""How often a training step runs each program, and with which shapes. No program is run for this.
 
-Every mini-batch is assumed to use every branching loop, and rollouts to be as long as `RolloutLengths` says: by default
-as long as allowed, with all allowed calls. The counts are then those of the longest step.
+It is assumed that every mini-batch uses every branching loop, and that rollouts have the lengths of `RolloutLengths`. By
+default every rollout has the maximum length and makes all its tool calls; the counts are then those of the longest step.
 `tests/rollout/test_planned_steps.py` compares them with real steps.
 """
 
@@ -26,24 +26,23 @@ class Generation:
     """Generations of one kind and shape."""
 
     name: str
-    """What is drawn: initial or branches."""
+    """What is drawn: "initial" (initial rollouts) or "branches"."""
     shapes: GenerationShapes
     times: int
-    """Generations a step."""
+    """Number of these generations in a step."""
     drawn: int
-    """Maximal number of rollouts of one generation."""
-
+    """Maximum number of rollouts of one generation."""
     lengths: Lengths
-    """Of its rollouts."""
+    """The lengths of its rollouts."""
 
     @property
     def decode_steps(self) -> int:
-        """Decode steps of one generation."""
+        """Decode steps of one generation: each draws one token of every row."""
         return self.lengths.decode_steps(self.drawn, self.shapes.rows)
 
     @property
     def appends(self) -> int:
-        """Appends of tool results in all generations."""
+        """Appends of tool results in all these generations of a step; one append takes the results of several rows."""
         return math.ceil(self.times * self.drawn * self.lengths.calls / self.shapes.append_rows)
 
 
@@ -54,92 +53,99 @@ class Scoring:
     rows: int
     """Packed rows of one pass."""
     times: int
-    """Passes a step."""
+    """Passes in a step."""
     kept: int
-    """Passes whose caches are kept at the same time for drawing branches; 0: none."""
+    """Number of passes whose KV caches are held at the same time, because branches are drawn from them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Everything that one training step runs."""
+    """The numbers of everything that one training step runs."""
 
     prefill_rows: int
     """Prompts of one prefill pass."""
     prefills: int
-    """Prefill passes a step."""
+    """Prefill passes in a step."""
     generations: tuple[Generation, ...]
-    """In their order; generations of equal shapes are one entry."""
+    """In the order in which they run; generations of the same kind and shapes are one entry."""
     scorings: tuple[Scoring, ...]
-    """In the order of their rows."""
+    """By rising number of rows."""
     reshards: int
-    """Copies of the parameters into the generating layout, where they must be made: one for each generation."""
+    """Copies of the parameters into the generating layout: one for each generation. None is made if the parameters
+    already have this layout."""
     updates: int
-    """Mini-batches."""
+    """Mini-batches in a step, each with one update."""
     trained: int
-    """Rollouts of one update."""
+    """Rollouts that one update trains on."""
     parts: int
-    """Micro-batches that their packed rows fill."""
+    """Micro-batches of one update, which their packed rows fill."""
 
 
 def count(config: Config, shapes: Shapes, lengths: RolloutLengths | None = None) -> Counts:
-    """What a training step of `config` runs. `shapes`: those of its rollouts, with the branching of its algorithm."""
+    """What a training step of `config` runs.
+
+    `shapes`: of its rollouts, with the branching of its algorithm. `lengths`: of its rollouts; None: the longest allowed.
+    """
     algorithm, lengths = make_algorithm(config), lengths or RolloutLengths.longest(config.rollout)
-    filling = _Filling(config, algorithm, lengths)
-    draws = 1 + algorithm.max_resamples
+    packing = _Packing(config, algorithm, lengths)
+    draws = 1 + algorithm.max_resamples  # each replacement of prompts is another generation
     prompts, rows = config.prompts_per_step, shapes.prefill_rows(config.prompts_per_step)
-    first = shapes.initial(prompts, algorithm.initial)
+    initial_shapes = shapes.initial(prompts, algorithm.initial)
     generations = [
-        Generation("initial", first, draws, prompts * algorithm.initial, lengths.initial),
-        *_branchings(config, algorithm, shapes, lengths.branches),
+        Generation("initial", initial_shapes, draws, prompts * algorithm.initial, lengths.initial),
+        *_branch_generations(config, algorithm, shapes, lengths.branches),
     ]
     minibatches = config.prompts_per_step // config.prompts_per_minibatch
     return Counts(
         prefill_rows=rows,
         prefills=draws * -(-prompts // rows),
         generations=tuple(generations),
-        scorings=_scorings(config, algorithm, shapes, filling),
+        scorings=_scorings(config, algorithm, shapes, packing),
         reshards=sum(generation.times for generation in generations),
         updates=minibatches,
         trained=config.prompts_per_minibatch * algorithm.trained_per_prompt,
-        parts=filling.passes(range(algorithm.trained_per_prompt), shapes.update_rows(config, algorithm)),
+        parts=packing.passes(range(algorithm.trained_per_prompt), shapes.update_rows(config, algorithm)),
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Filling:
-    """How many packed rows the rollouts of a mini-batch fill."""
+class _Packing:
+    """Packs made-up rollouts of a mini-batch into rows, to count the passes over these rows."""
 
     config: Config
     algorithm: Algorithm
     lengths: RolloutLengths
 
-    def passes(self, nodes: Sequence[int], at_once: int) -> int:
-        """Passes of `at_once` rows over these nodes of every prompt's tree.
+    def passes(self, nodes: Sequence[int], rows_per_pass: int) -> int:
+        """Number of passes of `rows_per_pass` packed rows over these nodes of every prompt's tree.
 
-        They have the prompt in common, and of branches nothing more is counted on. Prompts and tool results are the longest.
+        The rollouts of a prompt share the slots of the prompt. The slots that a branch shares with its parent are counted
+        again. Prompts and tool results have their maximum length.
         """
         rollout, rng = self.config.rollout, np.random.default_rng(0)
         texts = []
         for prompt in range(self.config.prompts_per_minibatch):
             for node in nodes:
-                kind = self.lengths.initial if node < self.algorithm.initial else self.lengths.branches
-                results = round(kind.calls * rollout.max_result_tokens)
-                response = min(int(rng.choice(kind.sampled)) + results, rollout.max_response_tokens)
-                own = prompt * self.algorithm.budget + node
-                texts.append(np.repeat([prompt, own], [rollout.max_prompt_tokens, response]))
-        return len(pack(texts, rollout.max_prompt_tokens + rollout.max_response_tokens, at_once).rows.tokens) // at_once
+                lengths = self.lengths.initial if node < self.algorithm.initial else self.lengths.branches
+                results = round(lengths.calls * rollout.max_result_tokens)
+                response = min(int(rng.choice(lengths.sampled)) + results, rollout.max_response_tokens)
+                node_id = prompt * self.algorithm.budget + node
+                # Token ids only say which tokens are equal: those of the prompt are, those of two responses are not.
+                texts.append(np.repeat([prompt, node_id], [rollout.max_prompt_tokens, response]))
+        packing = pack(texts, rollout.max_prompt_tokens + rollout.max_response_tokens, rows_per_pass)
+        return len(packing.rows.tokens) // rows_per_pass
 
 
-def _branchings(config: Config, algorithm: Algorithm, shapes: Shapes, lengths: Lengths) -> list[Generation]:
+def _branch_generations(config: Config, algorithm: Algorithm, shapes: Shapes, lengths: Lengths) -> list[Generation]:
     """The generations that draw branches: one for each mini-batch and loop."""
     if not algorithm.branches:
         return []
     prompts = config.prompts_per_minibatch
-    scored = shapes.max_scored(prompts, algorithm.initial)
-    sizes = [*scored, prompts * algorithm.budget]
+    max_scored = shapes.max_scored(prompts, algorithm.initial)
+    sizes = [*max_scored, prompts * algorithm.budget]  # rollouts before each loop, and after the last
     by_shape: dict[GenerationShapes, list[int]] = {}
     for before, after in itertools.pairwise(sizes):
-        # By turns, the first loop may fill the budget, or leave some of it to a later one.
+        # With a rule by turns, `before` may be the whole budget already. As this is a maximum, the loop may still draw a branch.
         by_shape.setdefault(shapes.branches(before), []).append(max(1, after - before))
     minibatches = config.prompts_per_step // prompts
     return [
@@ -148,33 +154,34 @@ def _branchings(config: Config, algorithm: Algorithm, shapes: Shapes, lengths: L
     ]
 
 
-def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes, filling: _Filling) -> tuple[Scoring, ...]:
-    """Every score pass of a step, by the number of its rows."""
+def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes, packing: _Packing) -> tuple[Scoring, ...]:
+    """All score passes of a step, grouped by their number of rows."""
     prompts = config.prompts_per_minibatch
     minibatches = config.prompts_per_step // prompts
     passes: dict[int, int] = {}
     kept: dict[int, int] = {}
 
-    def score(nodes: range, keep: bool = False) -> None:
-        """Count the passes over a mini-batch that score these nodes of each tree, in every mini-batch."""
+    def add_passes(nodes: range, keep: bool = False) -> None:
+        """Count the passes that score these nodes of each tree, for every mini-batch. `keep`: branches are drawn from their
+        caches."""
         rows = shapes.packed_rows(prompts * len(nodes))
-        times = filling.passes(nodes, rows)
+        times = packing.passes(nodes, rows)
         passes[rows] = passes.get(rows, 0) + minibatches * times
         if keep:
             kept[rows] = max(kept.get(rows, 0), times)
 
-    score(range(algorithm.initial))  # log π_old
+    add_passes(range(algorithm.initial))  # log π_old
     if algorithm.branches:
-        for most in shapes.max_scored(prompts, algorithm.initial):
-            score(range(most // prompts), keep=True)
+        for max_rollouts in shapes.max_scored(prompts, algorithm.initial):
+            add_passes(range(max_rollouts // prompts), keep=True)
     if algorithm.branches_at_start and algorithm.needs_old_of_branches:
-        score(range(algorithm.budget))
+        add_passes(range(algorithm.budget))
     if algorithm.scores_present:
-        score(range(algorithm.trained_per_prompt))
+        add_passes(range(algorithm.trained_per_prompt))
     if algorithm.scores_reference:
-        score(range(algorithm.trained_per_prompt))
-    elif algorithm.keeps_reference:  # under π_ref, and branches under the policy that drew them
-        score(range(algorithm.budget))
+        add_passes(range(algorithm.trained_per_prompt))
+    elif algorithm.keeps_reference:  # all under π_ref, and later branches under the policy that drew them
+        add_passes(range(algorithm.budget))
         if algorithm.branches and not algorithm.branches_at_start:
-            score(range(algorithm.initial, algorithm.budget))
+            add_passes(range(algorithm.initial, algorithm.budget))
     return tuple(Scoring(rows, times, kept.get(rows, 0)) for rows, times in sorted(passes.items()))

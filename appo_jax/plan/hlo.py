@@ -1,6 +1,7 @@
 """The memory traffic of a compiled program, read from its HLO text: bytes to and from HBM, and collectives by kind.
+
 XLA's cost analysis is not used, because it counts the body of a loop once, and counts a weight three times if it is
-prefetched into the TPU's on-chip memory. The text says how often a loop runs if that is known (a scan).
+prefetched into the TPU's on-chip memory. The text gives the number of iterations of a loop if that is known (a scan).
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
     "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16,
 }  # fmt: skip
-_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{[^}]*S\((\d+)\)[^}]*\})?")  # S(n): on-chip memory
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{[^}]*S\((\d+)\)[^}]*\})?")  # S(n), n > 0: on-chip memory
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLEES = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 # Instructions that move no data themselves.
-_FREE = {
+_NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "async-start",
 }  # fmt: skip
 
@@ -38,8 +39,8 @@ class _Instruction:
     shape: str  # of its result
     operands: tuple[str, ...]
     callees: tuple[str, ...]
-    trips: int | None  # how often the called computations run; None: a loop of unknown length
-    group: int  # devices in one group of a collective
+    trips: int | None  # number of runs of the called computations; None: a loop of unknown length
+    group_size: int  # devices in one group of a collective
 
     @property
     def size(self) -> float:
@@ -54,43 +55,43 @@ class _Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """The traffic of a program on one chip, in bytes. The body of a loop of known length is counted as often as it
-    runs."""
+    """The traffic of a program on one device. The body of a loop of known length is counted in every iteration."""
 
-    collectives: dict[str, float]  # by kind: sizes of the results
-    hbm: float  # to and from HBM
-    hops: float  # hops of the collectives on rings that must follow each other
+    collectives: dict[str, float]  # by kind: bytes of the results
+    hbm: float  # bytes read from HBM and written to it
+    hops: float  # hops between neighbours in rings, which the collectives make one after the other
 
 
 def read(text: str, steps: int = 1, seen: Mapping[str, float] = MappingProxyType({})) -> Moved:
     """Read the text of a compiled (partitioned) program, `Compiled.as_text()`.
 
-    A loop of unknown length, such as decoding, is taken to run `steps` times; the numbers are those of one step. `seen`: by
-    the name of a kernel's calls, what part it reads of their two largest operands, keys and values.
+    A loop of unknown length, such as decoding, is assumed to run `steps` times, and the result is divided by `steps`. `seen`:
+    name of a kernel's calls -> the share that it reads of their two largest operands (keys and values), 0 to 1.
     """
     computations, entry = _parse(text)
     times = defaultdict(float, {entry: 1 / steps})
     hbm = 0.0
     collectives: dict[str, float] = {}
     hops = 0.0
-    fused = _fused(computations)
+    fused = _fused_computations(computations)
     for name in _callers_first(computations, entry):
         by_name = {instruction.name: instruction for instruction in computations[name]}
         for instruction in computations[name]:
             for callee in instruction.callees:
                 times[callee] += times[name] * (steps if instruction.trips is None else instruction.trips)
             kind = instruction.op.removesuffix("-done")
-            if kind in COLLECTIVES:  # of an asynchronous pair, the end has the shape of the result
+            if kind in COLLECTIVES:  # in an asynchronous pair, only the -done has the shape of the result
                 collectives[kind] = collectives.get(kind, 0.0) + times[name] * instruction.size
             hops += times[name] * _hops(instruction)
             if name not in fused:
                 hbm += times[name] * (
-                    _traffic(instruction, by_name, computations) - _unseen(instruction, by_name, seen)
+                    _traffic(instruction, by_name, computations) - _unread_bytes(instruction, by_name, seen)
                 )
     return Moved(collectives, hbm, hops)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """The instructions of each computation, by its name, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     entry, body = "", list[_Instruction]()
     for line in text.splitlines():
@@ -101,18 +102,19 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             name, shape, op, rest = found.groups()
             operands = tuple(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
             names = [n for pair in _CALLEES.findall(rest) for n in re.findall(r"[\w.\-]+", " ".join(pair))]
-            known = _TRIPS.search(rest)
-            trips = (int(known[1]) if known else None) if op == "while" else 1
+            trip_count = _TRIPS.search(rest)
+            trips = (int(trip_count[1]) if trip_count else None) if op == "while" else 1
+            # The -start of an asynchronous pair names the same callees, and they run only once.
             called = () if op.endswith(("-done", "-update")) else tuple(names)
-            body.append(_Instruction(name, op, shape, operands, called, trips, _group(rest)))
+            body.append(_Instruction(name, op, shape, operands, called, trips, _group_size(rest)))
     return computations, entry
 
 
-def _group(rest: str) -> int:
-    """Devices in one group of a collective, from any of the ways in which XLA writes its groups.
+def _group_size(rest: str) -> int:
+    """Devices in one group of a collective. 1: the instruction has no groups.
 
-    `{{0,1},{2,3}}`; `[2,4]<=[8]`, 2 groups of 4; `mesh['a'=2,'b'=4] {'b'}`, the axes that a group lies along, or
-    `{'b':(1)2}` for a part of an axis.
+    XLA writes groups in four ways: `{{0,1},{2,3}}`; `[2,4]<=[8]`, which is 2 groups of 4; `mesh['a'=2,'b'=4] {'b'}`, with the
+    axes along which a group lies; and `{'b':(1)2}` for a part of an axis.
     """
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(found[1].split(","))
@@ -126,20 +128,21 @@ def _group(rest: str) -> int:
 
 
 def _hops(instruction: _Instruction) -> float:
-    """Hops that follow each other in a collective on a ring that is driven both ways: half of it, there and back to reduce.
+    """Hops that a collective makes one after the other.
 
+    The group is taken as a ring that is used in both directions: n/2 hops for n devices, n for an all-reduce, 1 for a permute.
     A group that lies on several axes of a torus takes fewer.
     """
-    kind = instruction.op.removesuffix("-start")  # an asynchronous pair is counted at its start, which names the group
+    kind = instruction.op.removesuffix("-start")  # an asynchronous pair is counted at its -start, which names the group
     if kind not in COLLECTIVES:
         return 0.0
     if kind == "collective-permute":
         return 1.0
-    return instruction.group * (1.0 if kind == "all-reduce" else 0.5) if instruction.group > 1 else 0.0
+    return instruction.group_size * (1.0 if kind == "all-reduce" else 0.5) if instruction.group_size > 1 else 0.0
 
 
 def shape_bytes(shape: str, hbm: bool = False) -> float:
-    """Bytes of an HLO shape or tuple of shapes, layouts and all. `hbm`: only of those that lie in HBM."""
+    """Bytes of an HLO shape or of a tuple of shapes, with or without layouts. `hbm`: count only the shapes that lie in HBM."""
     return sum(
         _BYTES.get(dtype, 1 if dtype.startswith("f8") else 0) * math.prod(int(n) for n in dims.split(",") if n)
         for dtype, dims, space in _SHAPE.findall(shape)
@@ -148,29 +151,30 @@ def shape_bytes(shape: str, hbm: bool = False) -> float:
 
 
 def _callers_first(computations: dict[str, list[_Instruction]], entry: str) -> list[str]:
-    order: list[str] = []
-    seen: set[str] = set()
+    """The names of the computations that `entry` reaches, each after all its callers."""
+    callees_first: list[str] = []
+    visited: set[str] = set()
 
     def visit(name: str) -> None:
-        if name in seen or name not in computations:
+        if name in visited or name not in computations:
             return
-        seen.add(name)
+        visited.add(name)
         for instruction in computations[name]:
             for callee in instruction.callees:
                 visit(callee)
-        order.append(name)
+        callees_first.append(name)
 
     visit(entry)
-    return order[::-1]
+    return callees_first[::-1]
 
 
-def _fused(computations: dict[str, list[_Instruction]]) -> set[str]:
-    """Computations whose instructions never touch memory: insides of fusions, and functions of reductions."""
-    outer = ("while", "conditional", "call", "async-start")
-    return {c for body in computations.values() for i in body if i.op not in outer for c in i.callees}
+def _fused_computations(computations: dict[str, list[_Instruction]]) -> set[str]:
+    """Computations whose instructions do not access memory: the bodies of fusions, and the functions of reductions."""
+    with_traffic = ("while", "conditional", "call", "async-start")
+    return {c for body in computations.values() for i in body if i.op not in with_traffic for c in i.callees}
 
 
-# Where an instruction takes its slices from, or puts its update in place, and the operand that is the update.
+# Instructions that read slices of their first operand, and those that update it in place -> the operand that is the update.
 _SLICED = {"dynamic-slice", "gather"}
 _UPDATED = {"dynamic-update-slice": 1, "scatter": 2}
 
@@ -178,12 +182,12 @@ _UPDATED = {"dynamic-update-slice": 1, "scatter": 2}
 def _traffic(
     instruction: _Instruction, by_name: dict[str, _Instruction], computations: dict[str, list[_Instruction]]
 ) -> float:
-    """Bytes that an instruction reads from HBM and writes to it. Of what is sliced or updated in place only the slice counts.
+    """Bytes that an instruction reads from HBM and writes to it. For slices and updates in place only the slice counts.
 
-    What the compiler fetches into a chip's own memory ahead of its use is read from HBM once, by the fetch.
+    If the compiler prefetches an array into on-chip memory, the prefetch reads it from HBM, and its users do not.
     """
     op, operands = instruction.op, [by_name[name] for name in instruction.operands if name in by_name]
-    if op in _FREE or op.endswith(("-done", "-update")):
+    if op in _NO_TRAFFIC or op.endswith(("-done", "-update")):
         return 0.0
     if op == "fusion":
         return _traffic_of_fusion(instruction, computations[instruction.callees[0]])
@@ -194,13 +198,13 @@ def _traffic(
         return (shape_bytes(result) if operands[0].hbm else 0.0) + shape_bytes(result, hbm=True)
     if op in _UPDATED:
         return 2 * operands[_UPDATED[op]].size if instruction.hbm else 0.0
-    if op.endswith("-start"):  # of a copy or a collective: the result is a tuple of source and destination
+    if op.endswith("-start"):  # of a copy or a collective: the result is the tuple of source and destination
         return instruction.hbm
     return sum(operand.hbm for operand in operands) + instruction.hbm
 
 
-def _unseen(instruction: _Instruction, by_name: dict[str, _Instruction], seen: Mapping[str, float]) -> float:
-    """Bytes of a kernel's operands that it does not read."""
+def _unread_bytes(instruction: _Instruction, by_name: dict[str, _Instruction], seen: Mapping[str, float]) -> float:
+    """Bytes of its two largest operands that a kernel does not read, according to `seen`."""
     for name, share in seen.items():
         if instruction.op == "custom-call" and instruction.name.startswith(name):
             sizes = sorted(by_name[operand].hbm for operand in instruction.operands if operand in by_name)
@@ -208,26 +212,32 @@ def _unseen(instruction: _Instruction, by_name: dict[str, _Instruction], seen: M
     return 0.0
 
 
-def _traffic_of_fusion(fusion: _Instruction, inside: list[_Instruction]) -> float:
-    by_name = {i.name: i for i in inside}
-    same = {i.operands[0]: i.name for i in inside if i.op == "bitcast"}
+def _traffic_of_fusion(fusion: _Instruction, body: list[_Instruction]) -> float:
+    """`_traffic` of a fusion: its result and its parameters. Of those that it slices or updates in place, only the slice or the
+    update counts."""
+    by_name = {i.name: i for i in body}
+    bitcasts = {i.operands[0]: i.name for i in body if i.op == "bitcast"}
     written, total = fusion.hbm, 0.0
-    for part in inside:
-        if part.op in _UPDATED and part.size <= written:
-            written -= part.size - by_name[part.operands[_UPDATED[part.op]]].size
-    for parameter in (i for i in inside if i.op == "parameter" and i.hbm):
-        names = {parameter.name, same.get(parameter.name, "")}
-        users = [i for i in inside if i.op != "bitcast" and names & set(i.operands)]
-        first = all(u.operands[0] in names and not names & set(u.operands[1:]) for u in users)
-        if users and first and all(u.op in _SLICED for u in users):
+    for instruction in body:
+        if instruction.op in _UPDATED and instruction.size <= written:
+            written -= instruction.size - by_name[instruction.operands[_UPDATED[instruction.op]]].size
+    for parameter in (i for i in body if i.op == "parameter" and i.hbm):
+        names = {parameter.name, bitcasts.get(parameter.name, "")}
+        users = [i for i in body if i.op != "bitcast" and names & set(i.operands)]
+        only_first_operand = all(u.operands[0] in names and not names & set(u.operands[1:]) for u in users)
+        if users and only_first_operand and all(u.op in _SLICED for u in users):
             total += min(parameter.hbm, sum(u.size for u in users))
-        elif not (users and first and all(u.op in _UPDATED for u in users)):
+        elif not (users and only_first_operand and all(u.op in _UPDATED for u in users)):
             total += parameter.hbm
     return total + written
 
 
 def matmul_flops(jaxpr: Any, loops: bool = True) -> float:
-    """FLOPs of the matrix products of a program on all chips, scans at their length (`loops=False`: bodies once)."""
+    """FLOPs of all matrix products of a program, on all devices together.
+
+    The body of a scan counts in every iteration (`loops=False`: once), the longest branch of a cond counts alone, and a loop of
+    unknown length counts once.
+    """
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -242,6 +252,6 @@ def matmul_flops(jaxpr: Any, loops: bool = True) -> float:
             times = math.prod(n for n in eqn.params["grid_mapping"].grid if isinstance(n, int))
         elif eqn.primitive.name == "shard_map":
             times = eqn.params["mesh"].size
-        inner = [matmul_flops(sub, loops) for sub in core.jaxprs_in_params(eqn.params)]
-        total += times * (max(inner, default=0.0) if eqn.primitive.name == "cond" else sum(inner))
+        flops_inside = [matmul_flops(sub, loops) for sub in core.jaxprs_in_params(eqn.params)]
+        total += times * (max(flops_inside, default=0.0) if eqn.primitive.name == "cond" else sum(flops_inside))
     return total

@@ -1,4 +1,4 @@
-"""The lengths of rollouts: the longest allowed, or those of a real run."""
+"""The lengths of rollouts from which a plan counts: the maximum lengths, or those of a real run."""
 
 from __future__ import annotations
 
@@ -13,63 +13,65 @@ from appo_jax.config import RolloutConfig
 from appo_jax.dumps import dumped_steps, read_dump
 from appo_jax.errors import DataError
 
-MAX_STEPS = 20  # number of newest steps of a run whose rollouts are read
+MAX_STEPS = 20  # number of a run's newest steps whose rollouts are read
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Lengths and calls of the rollouts of one kind (initial ones, or branches)."""
+    """Lengths and tool calls of the rollouts of one kind (initial rollouts, or branches)."""
 
     sampled: tuple[int, ...]
-    """Tokens that each of them sampled; tool results are appended, not decoded."""
+    """For each rollout, the number of tokens that it sampled. Tool results do not count: they are appended, not decoded."""
     calls: float
-    """Tool calls of one of them, on average."""
+    """Mean number of tool calls of a rollout."""
     prefix: float
-    """Tokens of the prefix that one of them continues, on average over the decode steps."""
+    """Mean number of tokens of the prefix that a rollout continues, over all decode steps."""
     suffix: float
-    """Tokens that it has added itself, tool results included, on average over the decode steps."""
+    """Mean number of tokens, tool results included, that a rollout has added to its prefix, over all decode steps."""
 
     def decode_steps(self, drawn: int, rows: int) -> int:
-        """Decode steps that `drawn` rollouts take on `rows` rows: a row that is free goes on with the next rollout.
+        """Decode steps that `drawn` rollouts take on `rows` rows. A row whose rollout has ended begins the next one.
 
-        Rollouts have these lengths in an order that a fixed seed gives.
+        The lengths of the rollouts are drawn from `sampled` with a fixed seed.
         """
-        order = np.random.default_rng(0).choice(np.array(self.sampled), drawn)
+        drawn_lengths = np.random.default_rng(0).choice(np.array(self.sampled), drawn)
         if len(set(self.sampled)) == 1:
             return -(-drawn // rows) * self.sampled[0]
-        free = [0] * min(rows, drawn)  # when each row is free
-        for length in order.tolist():
-            heapq.heapreplace(free, free[0] + length)
-        return max(free)
+        ends = [0] * min(rows, drawn)  # the step at which each row is free
+        for length in drawn_lengths.tolist():
+            heapq.heapreplace(ends, ends[0] + length)
+        return max(ends)
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutLengths:
-    """Of a run's rollouts."""
+    """The lengths of all rollouts of a run."""
 
     initial: Lengths
     branches: Lengths
 
     @classmethod
     def longest(cls, config: RolloutConfig) -> RolloutLengths:
-        """Every rollout samples all the tokens and makes all the calls that it may."""
+        """The maximum lengths: every rollout samples all tokens and makes all tool calls that `config` permits."""
         response, calls = config.max_response_tokens, config.max_tool_calls
         longest = Lengths((response,), calls, config.max_prompt_tokens, response / 2)
         return cls(longest, dataclasses.replace(longest, prefix=config.max_prompt_tokens + response))
 
     @classmethod
     def of_run(cls, run: Path, config: RolloutConfig) -> RolloutLengths:
-        """Those of the newest rollout trees that a run has dumped, cut where `config` ends a rollout.
+        """The lengths of the rollouts that a run dumped in its newest steps, at most those that `config` permits.
 
-        A run without branches says nothing of them: they are then as long as initial rollouts. Raises DataError for a
-        directory without rollouts.
+        If the run has no branches, the lengths of its initial rollouts are used for branches, too. Raises DataError if the
+        directory has no rollouts.
         """
         steps = dumped_steps(run / "rollouts")
         nodes = [
             node for path in list(steps.values())[-MAX_STEPS:] for tree in read_dump(path) for node in tree["nodes"]
         ]
         if not nodes:
-            raise DataError(f"{run}/rollouts: no rollouts; --lengths takes the directory of a run that has made a step")
+            raise DataError(
+                f"{run}/rollouts: no rollouts found; --lengths takes the directory of a run that has made a step, e.g. runs/NAME"
+            )
         initial = [node for node in nodes if node["fork"] is None]
         branches = [node for node in nodes if node["fork"] is not None]
         return cls(_lengths(initial, config), _lengths(branches or initial, config))
@@ -78,8 +80,8 @@ class RolloutLengths:
 def _lengths(nodes: list[dict[str, Any]], config: RolloutConfig) -> Lengths:
     calls = [sum(call["result_end"] > (node["fork"] or 0) for call in node["calls"]) for node in nodes]
     sampled = tuple(min(node["sampled_tokens"], config.max_response_tokens) for node in nodes)
-    start = [node["prompt_tokens"] if node["fork"] is None else node["fork"] for node in nodes]
-    added = [min(node["tokens"] - first, config.max_response_tokens) for node, first in zip(nodes, start, strict=True)]
-    # A rollout takes a decode step for each token that it samples; half-way it has half of what it adds.
-    prefix, suffix = (float(np.average(x, weights=sampled)) for x in (start, np.array(added) / 2))
+    starts = [node["prompt_tokens"] if node["fork"] is None else node["fork"] for node in nodes]
+    added = [min(node["tokens"] - start, config.max_response_tokens) for node, start in zip(nodes, starts, strict=True)]
+    # A rollout takes one decode step per sampled token. Over these steps, its suffix has on average half of its final length.
+    prefix, suffix = (float(np.average(x, weights=sampled)) for x in (starts, np.array(added) / 2))
     return Lengths(sampled, min(float(np.mean(calls)), config.max_tool_calls), prefix, suffix)

@@ -1,6 +1,6 @@
-"""Every program of a training step, as the run compiles it: the very jitted functions, given shapes instead of arrays.
+"""Every program of a training step, as the run compiles it: the same jitted functions get shapes instead of arrays.
 
-Left out are programs that move next to nothing: a prefix into its slot, the start of rows, scores of positions, advantages.
+Programs with little work are left out: loading a prefix into its slot, starting rows, Branching Scores, advantages.
 """
 
 from __future__ import annotations
@@ -28,37 +28,38 @@ from appo_jax.rollout.decode import AppendBatch, DecodeSpec, StopTables, Until, 
 from appo_jax.rollout.engine import SEGMENT_STEPS
 from appo_jax.rollout.shapes import Shapes
 
-AUTOMATON_STATES = 32  # of the stop strings of two tools, and some more
+AUTOMATON_STATES = 32  # more than the stop strings of two tools need
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program, what a training step does with it, and what lies in memory beside it."""
+    """One program, how often a training step runs it, and what lies in memory at the same time."""
 
     name: str
     trace: Callable[[], Any]  # -> jax.stages.Traced
     times: int  # runs in one training step
-    counted: str  # how `times` is made up
-    beside: int  # bytes per chip that the run keeps meanwhile and that are no argument of the program
-    kept: int  # bytes per chip of weights and optimizer state, in its arguments and beside it: only the mesh makes them less
-    fields: str  # config fields that, lowered, make the rest of it smaller
-    steps: int = 1  # of the loop of unknown length in it: its work is counted by the step
-    # What part of its caches a kernel reads, by the name of its calls.
+    counted: str  # the calculation of `times`, in words
+    beside: int  # bytes per device that the run holds at the same time and that are no argument of the program
+    kept: int  # bytes per device of weights and optimizer state, in `beside` and in the arguments; only the mesh lowers them
+    fields: str  # config fields whose lower values make the program's other memory smaller
+    steps: int = 1  # iterations of the program's loop of unknown length; `times` counts iterations, not calls
+    # Name of a kernel's calls -> the share of its KV caches that it reads.
     seen: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def programs(
     config: Config, arch: Architecture, mesh: Mesh, lengths: RolloutLengths | None = None
 ) -> Iterator[Program]:
-    """The programs of one training step, in their order.
+    """The programs of one training step, in the order in which they run.
 
-    Memory is that of the longest rollouts. `lengths`: of the rollouts that `times` counts; None: the longest too.
+    Shapes, and so memory, are those of the longest rollouts. `lengths`: the lengths from which `times` is computed; None: the
+    maximum lengths, too.
     """
     return _StepPrograms(config, arch, mesh, lengths).all()
 
 
 class _StepPrograms:
-    """The programs of a training step, and what they share."""
+    """Makes the programs of a training step from the arrays that they share."""
 
     def __init__(self, config: Config, arch: Architecture, mesh: Mesh, lengths: RolloutLengths | None):
         self.config, self.arch, self.mesh = config, arch, mesh
@@ -66,18 +67,18 @@ class _StepPrograms:
         self.shapes = Shapes(config.rollout, self.algorithm.branching, row_shards(mesh))
         self.counts: Counts = count(config, self.shapes, lengths)
         self.arrays = Arrays(config, arch, mesh)
-        # ---- what lives as long as the run
-        self.state, self.copy = self.arrays.state(), self.arrays.generating()
+        # ---- arrays that exist during the whole run, and their bytes per device
+        self.state, self.generating_params = self.arrays.state(), self.arrays.generating()
         self.base, self.policy = self.arrays.base(), self.arrays.policy()
-        # Beside adapters, the weights are the reference policy.
+        # With adapters, the frozen weights are the reference policy, and no copy is needed.
         keeps_copy = self.algorithm.keeps_reference and self.base is None
-        self.reference = on_chip(self.state.params) if keeps_copy else 0
-        self.moments = on_chip(self.state.opt_state) + self.reference
+        self.reference_bytes = on_chip(self.state.params) if keeps_copy else 0
+        self.optimizer_and_reference = on_chip(self.state.opt_state) + self.reference_bytes
         self.in_place = sharding.generates_in_place(self.policy, mesh, self.arrays.dtype)
-        # While generation runs, its copy of the parameters is an argument; so are the parameters where they serve themselves.
-        self.resident = self.moments + (0 if self.in_place else on_chip(self.policy))
-        self.generating = self.resident + on_chip(self.copy)
-        self.training = self.moments + on_chip(self.policy)
+        # Programs of a generation take its copy of the parameters as an argument, or, without a copy, the parameters.
+        self.beside_generation = self.optimizer_and_reference + (0 if self.in_place else on_chip(self.policy))
+        self.kept_generating = self.beside_generation + on_chip(self.generating_params)
+        self.kept_training = self.optimizer_and_reference + on_chip(self.policy)
 
     def all(self) -> Iterator[Program]:
         if not self.in_place:
@@ -96,34 +97,36 @@ class _StepPrograms:
         yield self.train()
 
     def reshard(self) -> Program:
-        """The copy of the parameters that a generation reads."""
+        """Makes the copy of the parameters that a generation reads."""
         return Program(
             "reshard",
             lambda: sharding.reshard.trace(self.policy, self.mesh, self.arrays.dtype),
             self.counts.reshards,
             "generations",
-            self.moments,
-            self.training,
+            self.optimizer_and_reference,
+            self.kept_training,
             "",
         )
 
     def prefill(self) -> Program:
-        """The prompts' caches."""
+        """Computes the KV caches of the prompts."""
         rows, length = self.counts.prefill_rows, self.config.rollout.max_prompt_tokens
         tokens = self.arrays.rows((rows, length), jnp.int32)
         return Program(
             "prefill",
-            lambda: prefill.trace(self.copy, tokens, arch=self.arrays.generating_arch, dtype=self.arrays.dtype),
+            lambda: prefill.trace(
+                self.generating_params, tokens, arch=self.arrays.generating_arch, dtype=self.arrays.dtype
+            ),
             self.counts.prefills,
             f"passes of {rows} prompts",
-            self.resident,
-            self.generating,
+            self.beside_generation,
+            self.kept_generating,
             "rollout.max_prompt_tokens, rollout.decode_rows",
         )
 
     def decode(self, generation: Generation) -> Program:
-        """One token of every row."""
-        shapes, rollout, number = generation.shapes, self.config.rollout, self.arrays.of((), jnp.int32)
+        """Draws one token of every row. The program is a segment of SEGMENT_STEPS such steps."""
+        shapes, rollout, scalar = generation.shapes, self.config.rollout, self.arrays.of((), jnp.int32)
 
         def trace() -> Any:
             prefixes, rows = self.arrays.generation(shapes)
@@ -134,45 +137,45 @@ class _StepPrograms:
                 self.arrays.of((AUTOMATON_STATES, self.arch.vocab_size), np.uint8),
                 self.arrays.of((AUTOMATON_STATES,), jnp.int32),
             )
-            return decode_segment.trace(self.copy, prefixes, rows, stops, Until(number, number), spec=spec)
+            return decode_segment.trace(self.generating_params, prefixes, rows, stops, Until(scalar, scalar), spec=spec)
 
         return Program(
-            f"decode, {self._named(generation)}",
+            f"decode, {self._label(generation)}",
             trace,
             generation.times * generation.decode_steps,
             f"{generation.times} generations × {generation.decode_steps} steps of {shapes.rows} rows",
-            self.resident + self._sources(generation),
-            self.generating,
+            self.beside_generation + self._source_bytes(generation),
+            self.kept_generating,
             "rollout.decode_rows, rollout.max_response_tokens",
             SEGMENT_STEPS,
-            self._seen(generation),
+            self._read_shares(generation),
         )
 
     def append(self, generation: Generation) -> Program:
-        """A batch of tool results, of the greatest length, into the caches of their rows."""
+        """Appends a batch of tool results, of the maximum length, to the KV caches of their rows."""
         shapes, rollout = generation.shapes, self.config.rollout
         width, length = shapes.append_rows, rollout.max_result_tokens
 
         def trace() -> Any:
             prefixes, rows = self.arrays.generation(shapes)
-            some = self.arrays.of((width,), jnp.int32)
-            batch = AppendBatch(some, self.arrays.of((width, length), jnp.int32), some)
+            per_result = self.arrays.of((width,), jnp.int32)
+            batch = AppendBatch(per_result, self.arrays.of((width, length), jnp.int32), per_result)
             return append_tokens.trace(
-                self.copy, prefixes, rows, batch, arch=self.arrays.generating_arch, dtype=self.arrays.dtype
+                self.generating_params, prefixes, rows, batch, arch=self.arrays.generating_arch, dtype=self.arrays.dtype
             )
 
         return Program(
-            f"append, {self._named(generation)}",
+            f"append, {self._label(generation)}",
             trace,
             generation.appends,
             f"{generation.times * generation.drawn} rollouts × {generation.lengths.calls:g} calls / {width}",
-            self.resident + self._sources(generation),
-            self.generating,
+            self.beside_generation + self._source_bytes(generation),
+            self.kept_generating,
             "rollout.max_result_tokens, rollout.decode_rows",
         )
 
     def score(self, scoring: Scoring) -> Program:
-        """A teacher-forced pass over finished rollouts."""
+        """Computes log-probs, entropies and KV caches of finished rollouts in one pass."""
         rows = self.arrays.packed(scoring.rows, self.shapes.rollout_length)
         cache = on_chip(self.arrays.caches(scoring.rows, self.shapes.rollout_length))
         return Program(
@@ -186,13 +189,13 @@ class _StepPrograms:
             ),
             scoring.times,
             f"passes of {scoring.rows} packed rows",
-            self.moments + max(0, scoring.kept - 1) * cache,
-            self.training,
+            self.optimizer_and_reference + max(0, scoring.kept - 1) * cache,
+            self.kept_training,
             "rollout.decode_rows, rollout.max_response_tokens",
         )
 
     def train(self) -> Program:
-        """One update."""
+        """Updates the parameters on one mini-batch. `times` counts micro-batches."""
         config, counts, rows = self.config, self.counts, self.shapes.update_rows(self.config, self.algorithm)
         spec = StepSpec(
             self.arch, self.algorithm.loss, config.rollout.temperature, self.arrays.dtype, config.optimizer.remat
@@ -204,32 +207,32 @@ class _StepPrograms:
             lambda: step.trace(self.state, batch, self.base),
             counts.updates * counts.parts,
             f"{counts.updates} mini-batches × {counts.parts} micro-batches of {rows} packed rows",
-            self.reference,
-            self.training,
+            self.reference_bytes,
+            self.kept_training,
             "optimizer.micro_batch",
             counts.parts,
         )
 
-    def _named(self, generation: Generation) -> str:
-        """The kind of a generation, and its rows where there are several of the kind."""
+    def _label(self, generation: Generation) -> str:
+        """The kind of a generation, and its number of rows if there are several generations of this kind."""
         same = [other for other in self.counts.generations if other.name == generation.name]
         return generation.name if len(same) == 1 else f"{generation.name}, {generation.shapes.rows} rows"
 
-    def _seen(self, generation: Generation) -> dict[str, float]:
-        """What part of their caches the kernels of decoding read, which go on to the end of a block of keys."""
+    def _read_shares(self, generation: Generation) -> dict[str, float]:
+        """For each kernel of decoding, the share of its KV cache that it reads: up to the end of the block with the last key."""
         arch, dtype, shapes = self.arrays.generating_arch, self.arrays.dtype, generation.shapes
         heads = -(-arch.num_kv_heads // self.mesh.shape["tensor"])
 
-        def share(tokens: float, room: int) -> float:
-            return min(1.0, (tokens + block_of(heads, room, arch.head_dim, dtype.itemsize) / 2) / room)
+        def share(tokens: float, length: int) -> float:
+            return min(1.0, (tokens + block_of(heads, length, arch.head_dim, dtype.itemsize) / 2) / length)
 
         return {
             SEEN_PREFIX: share(generation.lengths.prefix, shapes.prefix_length),
             SEEN_SUFFIX: share(generation.lengths.suffix, shapes.suffix_length - 1),
         }
 
-    def _sources(self, generation: Generation) -> int:
-        """Bytes per chip of the caches that a generation's prefixes are taken from."""
+    def _source_bytes(self, generation: Generation) -> int:
+        """Bytes per device of the KV caches from which a generation's prefixes are loaded."""
         if generation.name == "initial":
             return on_chip(self.arrays.caches(self.counts.prefill_rows, self.config.rollout.max_prompt_tokens))
         length = self.shapes.rollout_length

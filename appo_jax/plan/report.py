@@ -1,7 +1,7 @@
-"""`appo-jax plan`: does a config fit a pod, and how long would a step take at best? Answered without the pod.
+"""The report of `appo-jax plan`: whether a config fits a pod, and how long a step takes at least. No pod is needed.
 
-Every program is compiled ahead of time for the topology; the compiler says what it needs. The time is a roofline: each
-program as fast as the slowest of its matrix products, its memory traffic and its collectives allows, nothing else.
+Every program is compiled ahead of time for the topology, and the compiler gives its memory. Times are rooflines: the time of a
+program is the longest of three times, those of its matrix products, of its memory traffic and of its collectives.
 """
 
 from __future__ import annotations
@@ -19,107 +19,113 @@ from appo_jax.plan.topology import GIB, Chip
 
 log = logging.getLogger(__name__)
 
-# Latency of a collective, for each device that it passes on its ring: "about 1 µs a hop", by the chapters on TPUs and on sharded
-# matrices of "How to scale your model" (jax-ml.github.io/scaling-book).
+# Seconds that a collective takes for each hop on its ring: "about 1 µs a hop", from the chapters on TPUs and on sharded matrices
+# of "How to scale your model" (jax-ml.github.io/scaling-book).
 HOP_S = 1e-6
-# From the end of a decode segment to the start of the next one: small arrays are read, hosts exchange what has happened, rows are
-# seated. An assumption; `time/decode_s` of a real run against its plan tells the true value.
+# Seconds from the end of a decode segment to the start of the next one, in which the host reads small arrays, exchanges them with
+# other hosts and gives rows to rollouts. An assumption; compare `time/decode_s` of a real run with its plan to correct it.
 HOST_LOOK_S = 2e-3
-# Bytes a second at which a host writes to the run's storage. An assumption; measure yours (`dd`, on all hosts at once).
+# Bytes per second at which a host writes to the run's storage. An assumption; measure yours with `dd` on all hosts at once.
 STORAGE_RATE = 200e6
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What one program needs on one chip. Of a refused program only `peak` is known; the rest is 0."""
+    """What one program needs on one device. Sizes are in bytes. For a refused program only `peak` and `beside` are known; the
+    other measured figures are 0."""
 
     name: str
-    peak: float  # bytes of HBM, with what lies beside it
-    beside: float  # of that: what the run keeps meanwhile
+    peak: float  # HBM, `beside` included
+    beside: float  # HBM of what the run holds at the same time and the program does not take as an argument
     arguments: float
     temporaries: float
-    output: float  # not in the place of an argument
+    output: float  # without output that takes the place of a donated argument
     flops: float
-    traffic: float  # bytes to and from HBM
-    collectives: dict[str, float]  # bytes by kind
-    hops: float  # that its collectives take one after the other
-    looks: float  # of the host, a step: between segments of decoding it sees who has stopped
+    traffic: float  # read from HBM and written to it
+    collectives: dict[str, float]  # by kind: results of collectives
+    hops: float  # hops that its collectives make one after the other
+    looks: float  # how often a step the host reads the state of the rows, between segments of decoding
     compile_s: float
-    times: int  # a step
-    counted: str
-    fields: str  # of the config, whose lower values make it smaller
-    kept: float  # bytes of weights and optimizer state, in `arguments` and `beside`
+    times: int  # runs in one training step
+    counted: str  # the calculation of `times`, in words
+    fields: str  # config fields whose lower values make the program's memory smaller
+    kept: float  # weights and optimizer state, in `arguments` and `beside`
     refused: bool = False  # the compiler ran out of memory
 
     def seconds(self, chip: Chip) -> float:
-        """Roofline time of one run: the slowest of matrix products, memory traffic and collectives."""
-        return max(self._sides(chip).values())
+        """Roofline time of one run: the longest of the times of matrix products, memory traffic and collectives."""
+        return max(self._times(chip).values())
 
     def bound(self, chip: Chip) -> str:
-        """Which of the three the roofline is."""
-        sides = self._sides(chip)
-        return max(sides, key=lambda side: sides[side])
+        """Which of the three times is the longest: compute, memory or network."""
+        times = self._times(chip)
+        return max(times, key=lambda name: times[name])
 
     def step_s(self, chip: Chip) -> float:
-        """Seconds of one training step that its runs take, with the host's looks between them."""
+        """Seconds of one training step for all runs of the program, and for the host between segments of decoding."""
         return self.times * self.seconds(chip) + self.looks * HOST_LOOK_S
 
-    def _sides(self, chip: Chip) -> dict[str, float]:
+    def _times(self, chip: Chip) -> dict[str, float]:
         network = sum(self.collectives.values()) / chip.ici_bandwidth + self.hops * HOP_S
         return {"compute": self.flops / chip.flops, "memory": self.traffic / chip.hbm_bandwidth, "network": network}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
+    """What a training step of a config needs on a topology."""
+
     topology: str
-    chips: int  # not devices: a tpu7x is two
+    chips: int  # a tpu7x chip counts once, though it is two devices
     chip: Chip
     needs: tuple[Need, ...]
     hosts: int = 1
-    checkpoint: int = 0  # bytes: parameters and optimizer state, once
+    checkpoint: int = 0  # bytes of a checkpoint: parameters and optimizer state, each array once
 
     @property
     def tightest(self) -> Need:
+        """The program with the highest peak."""
         return max(self.needs, key=lambda need: need.peak)
 
     @property
     def step_s(self) -> float | None:
-        """Roofline seconds of one training step; None where a program was refused, whose work is not known."""
+        """Roofline seconds of one training step. None: a program was refused, so its work is not known."""
         if any(need.refused for need in self.needs):
             return None
         return sum(need.step_s(self.chip) for need in self.needs)
 
     def dollars(self, chip_hour: float) -> float | None:
-        """What one training step costs at a price of a chip and hour."""
+        """Dollars for one training step at `chip_hour` dollars per chip and hour. None: the time is not known."""
         return None if self.step_s is None else self.step_s / 3600 * self.chips * chip_hour
 
     @property
     def fits(self) -> bool:
+        """Whether every program fits the HBM of a device."""
         return self.tightest.peak <= self.chip.hbm
 
     def verdict(self) -> str:
-        """One line: fits or not, by how much, and what would make it fit."""
+        """One line: whether the config fits, how much memory is left or lacking, and what makes it fit."""
         need, hbm = self.tightest, self.chip.hbm
         figures = f"{need.peak / GIB:.2f} of {hbm / GIB:.2f} GiB per chip ({need.name})"
         if self.fits:
             left = hbm - need.peak
             return f"fits {self.topology}: {figures}; {left / GIB:.2f} GiB left ({left / hbm:.0%})"
-        programs: dict[str, list[str]] = {}  # by what helps them
-        for n in self.needs:
-            if n.peak > hbm:
-                programs.setdefault(_advice(n, hbm), []).append(n.name)
-        advice = "; ".join(f"{' and '.join(names)}: {what}" for what, names in programs.items())
-        return f"does not fit {self.topology}: {figures}, {(need.peak - hbm) / GIB:.2f} GiB too much. {advice}"
+        programs: dict[str, list[str]] = {}  # advice -> the programs that need it
+        for other in self.needs:
+            if other.peak > hbm:
+                programs.setdefault(_advice(other, hbm), []).append(other.name)
+        all_advice = "; ".join(f"{' and '.join(names)}: {advice}" for advice, names in programs.items())
+        return f"does not fit {self.topology}: {figures}, {(need.peak - hbm) / GIB:.2f} GiB too much. {all_advice}"
 
     def storage(self) -> str:
-        """One line: what a checkpoint takes, and how long a host writes its part."""
-        share = self.checkpoint / self.hosts
+        """One line: the size of a checkpoint, and how long a host writes its part of it."""
+        host_bytes = self.checkpoint / self.hosts
         return (
-            f"checkpoint: {self.checkpoint / 1e9:.1f} GB, {share / 1e9:.1f} GB a host ({self.hosts}), "
-            f"{share / STORAGE_RATE:.0f} s at {STORAGE_RATE / 1e6:.0f} MB/s a host"
+            f"checkpoint: {self.checkpoint / 1e9:.1f} GB, {host_bytes / 1e9:.1f} GB a host ({self.hosts}), "
+            f"{host_bytes / STORAGE_RATE:.0f} s at {STORAGE_RATE / 1e6:.0f} MB/s a host"
         )
 
     def to_json(self) -> dict[str, Any]:
+        """All figures, for `--json`."""
         record = dataclasses.asdict(self) | {"fits": self.fits, "verdict": self.verdict(), "step_s": self.step_s}
         for entry, need in zip(record["needs"], self.needs, strict=True):
             known = not need.refused
@@ -131,9 +137,9 @@ class Plan:
 
 
 def _advice(need: Need, hbm: float) -> str:
-    """What makes a program fit: more devices along an axis of the mesh hold less each, lower fields need less.
+    """What makes a program fit: larger axes of the mesh, over which arrays are split, or lower values of its fields.
 
-    Where weights and optimizer state alone are too much, only the mesh helps.
+    If weights and optimizer state alone do not fit, only the mesh helps.
     """
     if need.kept > hbm:
         return f"raise mesh.fsdp or mesh.tensor: weights and optimizer state alone take {need.kept / GIB:.2f} GiB"
@@ -143,7 +149,7 @@ def _advice(need: Need, hbm: float) -> str:
 
 
 def tables(plan: Plan) -> Sequence[Table]:
-    """What the terminal shows: memory, and time."""
+    """The two tables for the terminal: memory in GiB, and work and time."""
     memory = Table(title=f"memory per chip of {plan.topology}, {plan.chips} chips, GiB", title_justify="left")
     for column in ("program", "arguments", "temporaries", "output", "beside", "peak", "left", "compile s"):
         memory.add_column(column, justify="left" if column == "program" else "right")
@@ -170,7 +176,7 @@ def tables(plan: Plan) -> Sequence[Table]:
 
 
 def log_better(config: Config, plan: Plan) -> None:
-    """Tell of a better config on the way."""
+    """Log a better config that the search has found."""
     m, o = config.mesh, config.optimizer
     log.info(
         "better: mesh %d x %d x %d, decode_rows %d, micro_batch %d, remat %s: %s",
@@ -180,12 +186,12 @@ def log_better(config: Config, plan: Plan) -> None:
 
 
 def show(plan: Plan, console: Console, more: Mapping[str, Any]) -> None:
-    """Print the tables, the verdict where the plan fits, and what else is known (of a search, of the price).
+    """Print the tables, the verdict if the plan fits, the size of a checkpoint, and `more`: results of a search, the price.
 
-    A terminal folds what is too wide for it; a file gets whole lines.
+    On a terminal, wide tables are folded. In a file, no line is folded.
     """
     if not console.is_terminal:
-        console.width = 1000  # no table is so wide
+        console.width = 1000  # wider than any table
     for table in tables(plan):
         console.print(table)
     if plan.fits:

@@ -1,4 +1,4 @@
-"""The fastest config that fits a slice: uphill from the given one, over mesh, `decode_rows`, `micro_batch` and `remat`."""
+"""Hill climbing for the fastest config that fits a slice, over mesh, `decode_rows`, `micro_batch` and `remat`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from appo_jax.rollout.shapes import Shapes
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The best config of a search."""
+    """The result of a search."""
 
     config: Config
+    """The best config that was found."""
     plan: Plan
+    """Its plan."""
     tried: int
-    """Configs that were planned."""
+    """Number of configs for which a plan was made."""
     finished: bool
-    """Whether no neighbour is better; False: the time was over before."""
+    """Whether no neighbour of `config` is better. False: the time was over before this was known."""
 
     def changes(self, start: Config) -> str:
-        """What to change in `start`, as options of the command line."""
+        """The changes from `start`, as options of the command line."""
         fields = flatten(self.config)
         options = [f"--{name.replace('_', '-')} {fields[name]}" for name in diff_configs(start, self.config)]
         return " ".join(options) or "nothing: the config is the best of those that were tried"
@@ -36,11 +38,12 @@ class Found:
 def search(
     config: Config, plan_of: Callable[[Config], Plan], seconds: float, on_better: Callable[[Config, Plan], None]
 ) -> Found:
-    """Go from `config` to its best neighbour, as long as there is a better one and time is left.
+    """Move from `config` to a better neighbour, again and again, until no neighbour is better or `seconds` are over.
 
-    A config that fits is better than one that does not, then the shorter step is, then, of those that do not fit, the one that
-    lacks less memory. `plan_of` may raise ConfigError for a config that the devices do not take: it is passed over. `on_better`
-    hears of every step uphill. The result is never worse than `config`.
+    A config that fits is better than one that does not fit. Of two that fit, the one with the shorter step is better; of two
+    that do not fit, the one with the lower peak of memory. If `plan_of` raises ConfigError for a neighbour, because the
+    devices cannot run it, the neighbour is skipped; for `config` itself the error is raised. `on_better` is called with every
+    better config and its plan. The result is never worse than `config`.
     """
     deadline = time.monotonic() + seconds
     best, plan, tried = config, plan_of(config), 1
@@ -54,20 +57,20 @@ def search(
                 return Found(best, plan, tried, finished=False)
             seen.append(other)
             try:
-                its = plan_of(other)
+                other_plan = plan_of(other)
             except ConfigError:
                 continue
             tried += 1
-            if _rank(its) < _rank(plan):
-                best, plan, better = other, its, True
+            if _rank(other_plan) < _rank(plan):
+                best, plan, better = other, other_plan, True
                 on_better(best, plan)
-                break  # the neighbours of the better one come next
+                break  # go on with the neighbours of the better config
         if not better:
             return Found(best, plan, tried, finished=True)
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    """Valid configs that differ from `config` in one choice, those first that are cheap to compile."""
+    """Valid configs that differ from `config` in one choice. Those that need few compilations come first."""
     for other in _candidates(config):
         try:
             yield check(other)
@@ -78,15 +81,15 @@ def neighbours(config: Config) -> Iterator[Config]:
 def _candidates(config: Config) -> Iterator[Config]:
     replace, optimizer, mesh = dataclasses.replace, config.optimizer, config.mesh
     algorithm = make_algorithm(config)
-    rows = config.prompts_per_minibatch * algorithm.trained_per_prompt
-    # Less is computed again, or fewer passes gather the weights: only the train program is compiled.
+    max_rows = config.prompts_per_minibatch * algorithm.trained_per_prompt
+    # `remat` and `micro_batch` come first, because only the train program depends on them.
     remats = get_args(Remat)
-    at = remats.index(optimizer.remat)
-    for remat in (*remats[max(0, at - 1) : at], *remats[at + 1 : at + 2]):
+    index = remats.index(optimizer.remat)
+    for remat in (*remats[max(0, index - 1) : index], *remats[index + 1 : index + 2]):
         yield replace(config, optimizer=replace(optimizer, remat=remat))
-    micro = Shapes(config.rollout, algorithm.branching, mesh.data * mesh.fsdp).update_rows(config, algorithm)
-    for size in (2 * micro, micro // 2):
-        if 0 < size <= rows:
+    micro_batch = Shapes(config.rollout, algorithm.branching, mesh.data * mesh.fsdp).update_rows(config, algorithm)
+    for size in (2 * micro_batch, micro_batch // 2):
+        if 0 < size <= max_rows:
             yield replace(config, optimizer=replace(optimizer, micro_batch=size))
     for decode_rows in (2 * config.rollout.decode_rows, config.rollout.decode_rows // 2):
         if decode_rows:
@@ -100,7 +103,7 @@ def _candidates(config: Config) -> Iterator[Config]:
 
 
 def _rank(plan: Plan) -> tuple[bool, float]:
-    """Smaller is better."""
+    """The order of plans: (does not fit, seconds of a step or bytes of the peak). Smaller is better."""
     if plan.fits and plan.step_s is not None:
         return False, plan.step_s
     return True, plan.tightest.peak
