@@ -2,20 +2,26 @@
 
 # ruff: noqa: E402 - what stands before the imports changes what they do
 
+import atexit
 import dataclasses
 import os
+import shutil
 import signal
 import socket
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far more than they compute. So programs are compiled quickly here and in the processes that tests start:
-# without LLVM's optimizations, by the older and faster of XLA's code generators, and once for all processes.
+# without LLVM's optimizations, by the older and faster of XLA's code generators, and once for all processes of these tests.
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles them as users do; for one test the fixture `optimized` does.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     quick = "--xla_cpu_use_fusion_emitters=false"
     if quick not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process of pytest; its workers inherit the folder
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="appo-tests-xla-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,12 +118,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, short_quickstart: Callable[[P
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables under which processes of this session share what they compile."""
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("xla"))
-    return {
-        "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
+def compiled() -> dict[str, str]:
+    """The variables under which all processes of these tests share what they compile, for those that get no others."""
+    names = "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+    return {name: os.environ[name] for name in names}
 
 
 @pytest.fixture

@@ -113,12 +113,8 @@ def start(config: Config, run_dir: Path, folder: Path, log: Path) -> subprocess.
     run = dataclasses.replace(config, run_dir=str(run_dir))
     file = folder / f"{run_dir.name}.json"
     save_config(run, file)
-    cache = Path(config.run_dir).parent / "xla"
-    env = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu",
-    }  # fmt: skip
     command = [sys.executable, "-m", "appo_jax.cli", "train", "--config", str(file)]
-    return subprocess.Popen(command, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:

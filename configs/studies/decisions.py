@@ -20,12 +20,20 @@ ARMS = {
     "without_a_fut": {"advantage.future_weight": 0.0},
     "without_dual_groups": {"advantage.base": "joint"},
     "appo_all": {"algorithm": "appo_all"},  # branches are trained on as well: ours
+    # the paper's tree shapes at the same M = 16; `appo` has N = 4, B = 3
+    "n8_b1": {"rollout.num_initial": 8, "branching.num_branch_points": 1},
+    "n2_b7": {"rollout.num_initial": 2, "branching.num_branch_points": 7},
+    # other baselines
+    "aepo": {"algorithm": "aepo", "rollout.num_initial": 8},
+    "tree_grpo": {"algorithm": "tree_grpo"},
+    "dapo": {"algorithm": "dapo"},
+    "reinforce_pp": {"algorithm": "reinforce_pp"},
 }
 
 study = Study(
     out="runs/studies/decisions",
     arms={name: with_fields(base, fields) for name, fields in ARMS.items()},
-    seeds=tuple(range(10)),
+    seeds=tuple(range(16)),
     max_sampled_tokens=50_000,
     cold_starts=("runs/cold/decisions-0", "runs/cold/decisions-1"),
 )

@@ -162,11 +162,13 @@ def test_nothing_flows_through_the_advantage():
     rng = np.random.default_rng(0)
     old = -rng.random((R, T)).astype(np.float32)
     new = old + rng.normal(0, 0.05, (R, T)).astype(np.float32)
-    base, sampled = rng.normal(size=R).astype(np.float32), rng.random((R, T)) < 0.7
+    base, sampled = jnp.array(rng.normal(size=R), jnp.float32), rng.random((R, T)) < 0.7
     weights = token_weights(sampled, M, P, "paper")
 
     def advantage(log_probs):
-        return procedural_advantage(base[:, None], future_value(log_probs, old, sampled, 4.0), AdvantageConfig())
+        return procedural_advantage(
+            base[:, None], future_value(log_probs, jnp.array(old), jnp.array(sampled), 4.0), AdvantageConfig()
+        )
 
     def whole(log_probs):
         return policy_loss(log_probs, None, plain_batch(old, advantage(log_probs), weights), LossConfig())[0]
