@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from appo_jax import heartbeat
 from appo_jax.checkpoint_items import items, not_written
 from appo_jax.digests import describe, named_leaves
 from appo_jax.errors import CheckpointError
-from appo_jax.storage import folder_size, usable_path
+from appo_jax.storage import folder_size, unreadable, usable_path
 
 PyTree = Any
 T = TypeVar("T")
@@ -127,7 +126,7 @@ class Checkpointer:
                 if not folder.exists():  # the process that writes here has removed it, because it was old
                     refused[step] = REMOVED
                     continue
-                if (path := _unreadable(folder)) is not None:
+                if (path := unreadable(folder)) is not None:
                     raise CheckpointError(
                         f"{path}: this user may not read it; grant the permission (chown -R, chmod -R u+rX)"
                     ) from error
@@ -306,25 +305,6 @@ def _despite_removals(list_steps: Callable[[], T]) -> T:
         with contextlib.suppress(FileNotFoundError):
             return list_steps()
     return list_steps()
-
-
-def _unreadable(folder: Path) -> Path | None:
-    """A file or folder in `folder` that this user may not read; orbax would take it for missing. None: there is none.
-
-    Another process may be removing `folder`: what vanishes meanwhile does not count.
-    """
-    if not _readable(folder, os.R_OK | os.X_OK):
-        return folder
-    for place, folders, files in os.walk(folder):
-        for names, rights in (folders, os.R_OK | os.X_OK), (files, os.R_OK):
-            for name in sorted(names):
-                if not _readable(path := Path(place, name), rights):
-                    return path
-    return None
-
-
-def _readable(path: Path, rights: int) -> bool:
-    return os.access(path, rights, effective_ids=True) or not os.path.lexists(path)
 
 
 def _accuracy(metrics: Mapping[str, float]) -> float:

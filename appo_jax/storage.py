@@ -48,6 +48,25 @@ def folder_size(folder: Path) -> int:
     return total
 
 
+def unreadable(folder: Path) -> Path | None:
+    """A file or folder in `folder` that this user may not read; orbax would take it for missing. None: there is none.
+
+    Another process may be removing `folder`: what vanishes meanwhile does not count.
+    """
+    if not _readable(folder, os.R_OK | os.X_OK):
+        return folder
+    for place, folders, files in os.walk(folder):
+        for names, rights in (folders, os.R_OK | os.X_OK), (files, os.R_OK):
+            for name in sorted(names):
+                if not _readable(path := Path(place, name), rights):
+                    return path
+    return None
+
+
+def _readable(path: Path, rights: int) -> bool:
+    return os.access(path, rights, effective_ids=True) or not os.path.lexists(path)
+
+
 def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
     """Write a file so that a reader sees the old or the new content, never a partial one. `durable`: also after a power cut."""
     temporary = path.with_name(path.name + ".tmp")

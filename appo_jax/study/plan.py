@@ -1,4 +1,4 @@
-"""A study: arms × seeds at an equal budget of sampled tokens, read from a python file."""
+"""The definition of a study, read from a python file: arms × seeds, each run with the same budget of sampled tokens."""
 
 from __future__ import annotations
 
@@ -11,40 +11,46 @@ from appo_jax.config import Config
 from appo_jax.config_io import check, diff_configs, flatten, load_config, read_variable
 from appo_jax.errors import ConfigError
 
-# More steps than any budget of tokens lasts: the budget is what ends a run.
+# More steps than any run makes, so that the budget of tokens ends a run.
 MAX_STEPS = 100_000
-# Data sources that make their own questions, and whose tokenizer is trained on them.
+# Data sources that generate their questions. The tokenizer is trained on these.
 GENERATED = ("world", "decisions")
-# What a cold start depends on; all arms of a study share it.
+# The beginnings of the names of all fields on which a cold start or an evaluation depends. All arms have the same values there.
 COLD_START = ("policy.", "data.", "sft.", "tools.", "eval.num_prompts", "rollout.max_")
 
 
 def lacks_tokenizer(config: Config) -> bool:
-    """Whether the run's tokenizer must still be trained on its generated world (`appo-jax data world`)."""
+    """Whether the data are generated and the tokenizer is not trained on them yet (`appo-jax data world` does this)."""
     return config.data.source in GENERATED and not Path(str(config.policy.tokenizer)).exists()
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Arms by name; the others are compared with the first one."""
+    """The runs to compare: every arm with every seed."""
 
     out: str
+    """Folder of the study: its runs and its report."""
     arms: Mapping[str, Config]
+    """Configs by name. The first arm is the baseline, with which the others are compared."""
     seeds: tuple[int, ...]
+    """Seeds of every arm. Runs of the same seed begin with the same cold start, so comparisons are paired."""
     max_sampled_tokens: int
+    """Budget of one run. A run ends with the first step that reaches it."""
     cold_starts: tuple[str, ...] = ()
-    """Folders of the cold starts that the seeds begin with, in turn; they are made where they are not there yet. Other
-    studies may share them. (): every seed makes its own."""
+    """Folders of cold starts. Seed s uses the folder at index s modulo their number. A missing cold start is made. Other
+    studies and sweeps may share the folders. (): every seed makes its own cold start in `out`."""
 
     @property
     def baseline(self) -> str:
+        """The name of the first arm."""
         return next(iter(self.arms))
 
     def run_dir(self, arm: str, seed: int) -> Path:
+        """The run directory of one run."""
         return Path(self.out) / "runs" / f"{arm}-{seed}"
 
     def cold_start(self, seed: int) -> Config:
-        """The config of the cold start that every arm of a seed begins with."""
+        """The config of the cold start with which all arms of a seed begin."""
         return shared_cold_start(self.arms[self.baseline], self.cold_starts, self.out, seed)
 
     def config(self, arm: str, seed: int) -> Config:
@@ -56,10 +62,12 @@ class Study:
 
 
 def shared_cold_start(first: Config, folders: tuple[str, ...], out: str, seed: int) -> Config:
-    """The config of the cold start that the runs of a seed begin with: the seed's own one in `out`, or one of `folders`, in
-    turn. That of the k-th folder has seed k; what another study has begun there goes on with its config.
+    """The config of the cold start with which the runs of `seed` begin.
 
-    Raises ConfigError where a folder holds a cold start that differs in what it depends on.
+    Without `folders`, it is a cold start in `out` with this seed. Otherwise it is the cold start in the folder at index
+    `seed` modulo their number, whose seed is this index. If another study has begun a cold start there, its config is used.
+
+    Raises ConfigError if the cold start in the folder differs from the config `first` in a field on which it depends.
     """
     if not folders:
         return dataclasses.replace(first, seed=seed, run_dir=str(Path(out) / "runs" / f"cold-{seed}"))
@@ -68,32 +76,34 @@ def shared_cold_start(first: Config, folders: tuple[str, ...], out: str, seed: i
     file = Path(wanted.run_dir) / "config.json"
     if not file.exists():
         return wanted
-    begun = dataclasses.replace(load_config(file), run_dir=wanted.run_dir)
-    if different := [name for name in diff_configs(begun, wanted) if name.startswith((*COLD_START, "seed"))]:
+    existing = dataclasses.replace(load_config(file), run_dir=wanted.run_dir)
+    if different := [name for name in diff_configs(existing, wanted) if name.startswith((*COLD_START, "seed"))]:
         raise ConfigError(
-            f"cold_starts: the run in {wanted.run_dir} differs in {', '.join(different)}; give another folder, or delete it"
+            f"cold_starts: the run in {wanted.run_dir} differs in {', '.join(different)}; give another folder, or delete the run"
         )
-    return begun
+    return existing
 
 
 def check_cold_starts(folders: tuple[str, ...], config: Config, out: str) -> None:
-    """Raise ConfigError where it is not clear which cold start a run begins with, or where a folder holds another one."""
+    """Raise ConfigError if a run could begin with two cold starts, or if a folder holds a cold start of another kind."""
     if config.init_from is not None:
         raise ConfigError(
-            f"init_from = {config.init_from!r}: the runs begin with cold starts of their own; to begin with that one, write "
-            f"cold_starts=({config.init_from!r},)"
+            f"init_from = {config.init_from!r}: expected None, because `cold_starts` says with which cold starts the runs begin; "
+            f"to begin with this one, write cold_starts=({config.init_from!r},)"
         )
     if len({Path(folder).name for folder in folders}) < len(folders):
-        raise ConfigError(f"cold_starts = {folders}: two folders have one name")
+        raise ConfigError(
+            f"cold_starts = {folders}: the last parts of two paths are equal, but config files and logs are named by them; "
+            "rename one of the folders"
+        )
     for seed in range(len(folders)):
         shared_cold_start(config, folders, out, seed)
 
 
 def load_study(path: str | Path) -> Study:
-    """The module-level `study` of a python file, checked.
+    """The module-level variable `study` of a python file, checked.
 
-    Raises ConfigError: no such file or no study in it, nothing to run, arms of different cold starts (with the fields),
-    or an arm whose config breaks a rule.
+    Raises ConfigError if the file does not exist or has no study, and for the reasons of `check_study`.
     """
     study = read_variable(path, "study", Study)
     check_study(study)
@@ -101,26 +111,36 @@ def load_study(path: str | Path) -> Study:
 
 
 def check_study(study: Study) -> None:
-    """Raise ConfigError for a study that cannot be run or would not be a fair comparison."""
+    """Raise ConfigError if a study cannot be run, or if its arms cannot be compared.
+
+    That is: it has no arm or no seed, no budget, an arm whose name is not permitted or whose config breaks a rule, arms that
+    need different cold starts or are evaluated differently, or cold starts that `check_cold_starts` refuses.
+    """
     if not study.arms or not study.seeds:
-        raise ConfigError("study: give at least one arm and one seed")
+        raise ConfigError(
+            f"study: it has {len(study.arms)} arms and {len(study.seeds)} seeds; give at least one arm and one seed"
+        )
     if study.max_sampled_tokens <= 0:
         raise ConfigError(
             f"max_sampled_tokens = {study.max_sampled_tokens}: the budget of a run must be greater than 0"
         )
-    first = flatten(study.arms[study.baseline])
+    baseline_fields = flatten(study.arms[study.baseline])
     for name, config in study.arms.items():
         if not re.fullmatch(r"\w+", name) or name == "cold":
-            raise ConfigError(f"study: arm {name!r}: a name is made of letters, digits and _, and 'cold' is taken")
+            raise ConfigError(
+                f"study: arm {name!r}: expected a name of letters, digits and _, but not 'cold', the name of the cold starts; "
+                "rename the arm"
+            )
         try:
             check(config)
         except ConfigError as error:
             raise ConfigError(f"arm {name!r}: {error}") from error
         fields = flatten(config)
-        different = [f for f in {**first, **fields} if f.startswith(COLD_START) and first.get(f) != fields.get(f)]
+        names = {**baseline_fields, **fields}
+        different = [f for f in names if f.startswith(COLD_START) and baseline_fields.get(f) != fields.get(f)]
         if different:
             raise ConfigError(
-                f"arm {name!r} differs from {study.baseline!r} in {', '.join(different)}: all arms begin with the same "
-                "cold start and are judged alike"
+                f"arm {name!r} differs from {study.baseline!r} in {', '.join(different)}: all arms of a study "
+                "share the cold start and the evaluation; give these fields the same value in all arms"
             )
     check_cold_starts(study.cold_starts, study.arms[study.baseline], study.out)

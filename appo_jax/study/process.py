@@ -1,4 +1,4 @@
-"""Runs of a study or a sweep as separate processes: `appo-jax COMMAND` on a config, output in a log file."""
+"""Runs of a study or a sweep as separate processes: `appo-jax COMMAND` on a config, with its output in a log file."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from pathlib import Path
 from appo_jax.config import Config
 from appo_jax.config_io import save_config
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def start_run(command: str, config: Config, folder: Path, cores: list[int] | None = None) -> subprocess.Popen[bytes]:
-    """Start `appo-jax COMMAND` on `config`; its config and its log are in `folder`, named like its run directory.
+    """Start `appo-jax COMMAND` on `config`. Its config file and its log are in `folder` and have the name of its run directory.
 
-    The process has its own process group: a Ctrl-C at the terminal reaches only its parent, which passes it on once.
-    When the parent dies, even by SIGKILL, the process gets SIGTERM: it saves its run and ends. `cores`: the cores on
-    which it may run.
+    The process has its own process group, so a Ctrl-C at the terminal reaches only the parent, which stops the process once.
+    If the parent dies, even by SIGKILL, the process gets SIGTERM: it saves its run and ends. `cores`: the cores on which it
+    may run; None: those of the parent.
     """
     name = Path(config.run_dir).name
     file = folder / f"{name}.json"
     save_config(config, file)
-    # Programs are compiled once for all runs.
+    # All runs share the compiled programs.
     environment = {"JAX_COMPILATION_CACHE_DIR": str((folder.parent / "xla").absolute())} | os.environ
-    with log_file(folder, name).open("a") as out:
+    with log_file(folder, name).open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "appo_jax.cli", *command.split(), "--config", str(file)],
-            stdout=out, stderr=subprocess.STDOUT, env=environment, process_group=0, preexec_fn=end_with_parent,
+            stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0, preexec_fn=end_with_parent,
         )  # fmt: skip
     if cores is not None:
         os.sched_setaffinity(process.pid, cores)
@@ -39,9 +39,10 @@ def start_run(command: str, config: Config, folder: Path, cores: list[int] | Non
 
 
 def end_with_parent() -> None:
-    """In a new process: ask the kernel for SIGTERM when the parent ends."""
+    """Called in a new process: ask the kernel to send it SIGTERM when its parent ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def log_file(folder: Path, name: str) -> Path:
+    """The log of the run whose directory has this name."""
     return folder / f"{name}.log"

@@ -1,4 +1,4 @@
-"""Two tables and one figure of a study: study.md, study.json and study.png in its folder."""
+"""The report of a study: two tables (study.md), a figure (study.png) and all numbers (study.json), in its folder."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ from appo_jax.view.plots import STYLE
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One finished run. Curves hold the held-out accuracy: after the cold start, at each evaluation, at the end."""
+    """The held-out accuracy of one finished run, 0 to 1. The three curves have a point after the cold start, at each evaluation
+    and at the end."""
 
-    sft: float
-    final: float
-    tokens: np.ndarray  # [evaluations] sampled so far
-    seconds: np.ndarray  # [evaluations] of the run, without its cold start
+    sft: float  # accuracy after the cold start
+    final: float  # accuracy at the end
+    tokens: np.ndarray  # [evaluations] sampled tokens so far
+    seconds: np.ndarray  # [evaluations] wall time so far, without the cold start
     accuracy: np.ndarray  # [evaluations]
 
     def at_tokens(self, tokens: float) -> float:
-        """Accuracy after so many sampled tokens, between two evaluations on the line through them."""
+        """Accuracy after `tokens` sampled tokens, interpolated linearly between two evaluations."""
         return float(np.interp(tokens, self.tokens, self.accuracy))
 
     def on_the_way(self, tokens: float) -> float:
-        """Accuracy averaged over the first `tokens` sampled tokens: the area under the curve, by which early learning
-        counts."""
+        """Accuracy averaged over the first `tokens` sampled tokens, which is the area under the curve divided by `tokens`. Of
+        two runs with the same final accuracy, the one that learns earlier has the higher average."""
         before = self.tokens < tokens
         x = [*self.tokens[before], tokens]
         return float(np.trapezoid([*self.accuracy[before], self.at_tokens(tokens)], x) / tokens)
 
     def at_time(self, seconds: float) -> float:
-        """Accuracy after so many seconds, between two evaluations on the line through them."""
+        """Accuracy after `seconds` of wall time, interpolated linearly between two evaluations."""
         return float(np.interp(seconds, self.seconds, self.accuracy))
 
 
 def load_outcomes(study: Study) -> dict[str, dict[int, Outcome]]:
-    """Finished runs by arm and seed."""
+    """The outcomes of all finished runs, by arm and seed."""
     out: dict[str, dict[int, Outcome]] = {arm: {} for arm in study.arms}
     for arm in study.arms:
         for seed in study.seeds:
@@ -69,20 +70,21 @@ def load_outcome(folder: Path) -> Outcome:
 
 
 def write_report(study: Study) -> str:
-    """Write the tables and the figure of the finished runs, and return the tables. Raises DataError if no run is
-    finished."""
+    """Write the report of the finished runs and return its tables. Raises DataError if no run is finished."""
     outcomes = load_outcomes(study)
     if not any(outcomes.values()):
-        raise DataError(f"{study.out}: no run of the study is finished; see the logs in {Path(study.out) / 'runs'}")
+        raise DataError(
+            f"{study.out}: no run of the study is finished; start the study, or see why its runs failed in {Path(study.out) / 'runs'}"
+        )
     folder = Path(study.out)
-    judged = measures(study.max_sampled_tokens, shortest(outcomes))
-    markdown = f"{table(outcomes, judged)}\n\n{differences(outcomes, study.baseline, judged)}"
+    run_measures = measures(study.max_sampled_tokens, shortest(outcomes))
+    markdown = f"{table(outcomes, run_measures)}\n\n{differences(outcomes, study.baseline, run_measures)}"
     (folder / "study.md").write_text(markdown + "\n")
     figures = {
         arm: {
             seed: {
                 "sft": o.sft, "final": o.final, "tokens": o.tokens[-1], "seconds": o.seconds[-1],
-                **{name: measure(o) for name, measure in judged.items()},
+                **{name: measure(o) for name, measure in run_measures.items()},
             }
             for seed, o in runs.items()
         }
@@ -94,7 +96,7 @@ def write_report(study: Study) -> str:
 
 
 def shortest(outcomes: Mapping[str, Mapping[int, Outcome]]) -> float:
-    """Seconds of the shortest run: the longest time at which all runs can be compared."""
+    """Wall time of the shortest run in seconds, which is the longest time at which all runs can be compared."""
     return float(min(o.seconds[-1] for runs in outcomes.values() for o in runs.values()))
 
 
@@ -102,8 +104,11 @@ Measures = Mapping[str, Callable[[Outcome], float]]
 
 
 def measures(tokens: int, seconds: float) -> Measures:
-    """What a run is judged by, in points of accuracy. A run's last step goes beyond the budget of `tokens`, further for some
-    arms than for others, so that accuracies at the budget are compared."""
+    """The three measures by which runs are compared, by name. Each gives points of accuracy (0 to 100) of an outcome.
+
+    `tokens`: the budget. Accuracies are compared at the budget and not at the end, because a run's last step goes beyond it, in
+    some arms further than in others. `seconds`: the wall time at which they are compared.
+    """
     return {
         f"at {tokens:,} tokens": lambda o: 100 * o.at_tokens(tokens),
         "on the way": lambda o: 100 * o.on_the_way(tokens),
@@ -111,18 +116,19 @@ def measures(tokens: int, seconds: float) -> Measures:
     }
 
 
-def table(outcomes: Mapping[str, Mapping[int, Outcome]], judged: Measures) -> str:
-    """Held-out accuracy in points by arm, with 95 % bootstrap intervals over the seeds."""
+def table(outcomes: Mapping[str, Mapping[int, Outcome]], run_measures: Measures) -> str:
+    """The table of arms: means over seeds of the held-out accuracy in points, with 95 % bootstrap intervals, of the sampled
+    tokens and of the minutes of a run."""
     lines = [
-        f"| arm | seeds | after SFT | {' | '.join(judged)} | tokens | minutes |",
-        "|" + "---|" * (len(judged) + 5),
+        f"| arm | seeds | after SFT | {' | '.join(run_measures)} | tokens | minutes |",
+        "|" + "---|" * (len(run_measures) + 5),
     ]
     for arm, runs in outcomes.items():
         if not runs:
-            lines.append(f"| {arm} | 0 |" + " |" * (len(judged) + 3))
+            lines.append(f"| {arm} | 0 |" + " |" * (len(run_measures) + 3))
             continue
         sft = 100 * np.mean([o.sft for o in runs.values()])
-        means = [_cell(mean_interval([measure(o) for o in runs.values()])) for measure in judged.values()]
+        means = [_interval(mean_interval([measure(o) for o in runs.values()])) for measure in run_measures.values()]
         tokens = np.mean([o.tokens[-1] for o in runs.values()])
         minutes = np.mean([o.seconds[-1] for o in runs.values()]) / 60
         lines.append(
@@ -131,53 +137,56 @@ def table(outcomes: Mapping[str, Mapping[int, Outcome]], judged: Measures) -> st
     return "\n".join(lines)
 
 
-def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, judged: Measures) -> str:
-    """Each arm against the baseline, paired by seed, and how large a difference the study could have seen."""
-    first = outcomes[baseline]
-    others = {arm: runs for arm, runs in outcomes.items() if arm != baseline and runs.keys() & first.keys()}
+def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, run_measures: Measures) -> str:
+    """The table of differences in points between each arm and the baseline, paired by seed, and the smallest difference that
+    the study can detect."""
+    baseline_runs = outcomes[baseline]
+    others = {arm: runs for arm, runs in outcomes.items() if arm != baseline and runs.keys() & baseline_runs.keys()}
     if not others:
-        return f"No other arm has a seed in common with {baseline} yet."
+        return f"No seed is finished in both {baseline} and another arm yet."
     lines = [
-        f"Differences from {baseline}, paired by seed. p: paired t-test and exact test that flips signs, each adjusted by Holm "
-        f"for {len(others)} arms. detectable: the true difference that the t-test sees with 95 % probability, at 5 % alone "
-        f"and at 5 % / {len(others)}.",
+        f"Differences from {baseline}, paired by seed. p (t): paired t-test; p (signs): exact sign-flip test; both adjusted by "
+        f"Holm's method for {len(others)} arms. detectable: the smallest true difference that the t-test finds significant with "
+        f"95 % probability, at the level of 5 % and at that of 5 % / {len(others)}.",
         "",
         "| arm | measure | seeds | difference | p (t) | p (signs) | detectable |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, measure in judged.items():
+    for name, measure in run_measures.items():
         gains = {
-            arm: np.array([measure(runs[seed]) - measure(first[seed]) for seed in runs if seed in first])
+            arm: np.array(
+                [measure(runs[seed]) - measure(baseline_runs[seed]) for seed in runs if seed in baseline_runs]
+            )
             for arm, runs in others.items()
         }
         tests = {arm: paired(gain, np.zeros(len(gain))) for arm, gain in gains.items()}
         p_t, p_signs = holm([test.p_t for test in tests.values()]), holm([t.p_permutation for t in tests.values()])
         for (arm, test), t, signs in zip(tests.items(), p_t, p_signs, strict=True):
             n = len(gains[arm])
-            error = float(np.std(gains[arm], ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-            seen = (detectable(error, n - 1, level) for level in (0.05, 0.05 / len(others)))
-            cells = [arm, name, str(n), _cell(test.difference, sign=True), _number(t), _number(signs)]
-            lines.append(f"| {' | '.join([*cells, ', '.join(f'{x:.1f}' for x in seen)])} |")
+            standard_error = float(np.std(gains[arm], ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+            smallest = (detectable(standard_error, n - 1, level) for level in (0.05, 0.05 / len(others)))
+            cells = [arm, name, str(n), _interval(test.difference, sign=True), _p_value(t), _p_value(signs)]
+            lines.append(f"| {' | '.join([*cells, ', '.join(f'{x:.1f}' for x in smallest)])} |")
     return "\n".join(lines)
 
 
-def _cell(x: Interval, sign: bool = False) -> str:
-    form = "+.1f" if sign else ".1f"
-    return f"{x.mean:{form}}" + ("" if math.isnan(x.low) else f" [{x.low:{form}}, {x.high:{form}}]")
+def _interval(x: Interval, sign: bool = False) -> str:
+    number = "+.1f" if sign else ".1f"
+    return f"{x.mean:{number}}" + ("" if math.isnan(x.low) else f" [{x.low:{number}}, {x.high:{number}}]")
 
 
-def _number(p: float) -> str:
+def _p_value(p: float) -> str:
     return "" if math.isnan(p) else f"{p:.3f}"
 
 
 def mean_curve(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of interpolated curves, on the range of x that all of them cover."""
+    """(x, mean y) of linearly interpolated curves at 200 points of the range of x that all curves cover."""
     grid = np.linspace(max(a[0] for a in x), min(a[-1] for a in x), 200)
     return grid, np.mean([np.interp(grid, a, b) for a, b in zip(x, y, strict=True)], axis=0)
 
 
 def draw(outcomes: Mapping[str, Mapping[int, Outcome]], path: Path) -> None:
-    """Mean held-out accuracy over sampled tokens and over wall time, with a mark per run at its end."""
+    """Draw the mean held-out accuracy of each arm over sampled tokens and over wall time, with a dot at the end of each run."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
         for number, (arm, runs) in enumerate((arm, list(runs.values())) for arm, runs in outcomes.items() if runs):

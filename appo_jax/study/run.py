@@ -1,5 +1,4 @@
-"""Runs a study unattended: every run is a separate process, finished runs are kept, and a failed run does not stop the
-others."""
+"""Runs a study: every run is a separate process, finished runs are not repeated, and a failed run does not stop the others."""
 
 from __future__ import annotations
 
@@ -23,12 +22,12 @@ from appo_jax.study.report import write_report
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2
+POLL_S = 0.2  # seconds between two looks at the processes
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One `appo-jax COMMAND` of a study. It begins once `after` is done, and never if that failed."""
+    """One `appo-jax COMMAND` of a study. It begins when the job `after` has succeeded; if that fails, it does not run."""
 
     command: Literal["data world", "sft", "train"]
     config: Config
@@ -36,66 +35,72 @@ class Job:
 
     @property
     def name(self) -> str:
+        """The name of its run directory."""
         return Path(self.config.run_dir).name
 
 
 def run_study(study: Study, jobs: int = 1) -> str:
-    """Do every run that is not finished, seed by seed, write the report, and return its table.
+    """Do every run that is not finished, seed by seed, write the report, and return its tables.
 
-    `jobs` runs go on at the same time, each on its share of the cores. An interrupted run continues from its last
-    checkpoint. Raises ConfigError for more jobs than cores; TrainingError, after the report, when runs failed;
-    KeyboardInterrupt when it was asked to stop, after the current runs are saved.
+    `jobs`: number of runs at a time, each on its share of the cores. An interrupted run continues from its last checkpoint.
+    Raises ConfigError for more jobs than cores; TrainingError, after the report is written, if runs failed;
+    KeyboardInterrupt after Ctrl-C or SIGTERM, when the current runs are saved.
     """
     cores = shares(jobs)
-    _folder(study).mkdir(parents=True, exist_ok=True)
+    _runs_folder(study).mkdir(parents=True, exist_ok=True)
     failed = _run(plan_jobs(study), cores, study)
     if not failed:
         return write_report(study)
-    with contextlib.suppress(DataError):  # there may be no run to report
+    with contextlib.suppress(DataError):  # perhaps no run is finished, so that there is no report
         write_report(study)
-    logs = ", ".join(str(log_file(_folder(study), job.name)) for job in failed)
+    logs = ", ".join(str(log_file(_runs_folder(study), job.name)) for job in failed)
     raise TrainingError(f"{len(failed)} runs failed: see {logs}; the same command tries them again")
 
 
 def plan_jobs(study: Study) -> list[Job]:
-    """The jobs that are left, in order: the world's data, then for each seed its cold start and its arms."""
-    first = study.cold_start(study.seeds[0])
+    """The jobs that are not done yet, in order: the generation of the data, then for each seed its cold start and its arms."""
+    first_cold_start = study.cold_start(study.seeds[0])
     world = None
-    if lacks_tokenizer(first):
-        world = Job("data world", dataclasses.replace(first, run_dir=str(Path(study.out) / "runs" / "world")))
-    left: list[Job] = []
+    if lacks_tokenizer(first_cold_start):
+        world = Job(
+            "data world", dataclasses.replace(first_cold_start, run_dir=str(Path(study.out) / "runs" / "world"))
+        )
+    jobs: list[Job] = []
     cold_starts: dict[str, Job] = {}  # by run directory
     for seed in study.seeds:
         config = study.cold_start(seed)
         unfinished = [arm for arm in study.arms if not finished(study, arm, seed)]
         if unfinished and config.run_dir not in cold_starts:
             cold_starts[config.run_dir] = Job("sft", config, after=world)
-            left.append(cold_starts[config.run_dir])
-        left += [Job("train", study.config(arm, seed), after=cold_starts[config.run_dir]) for arm in unfinished]
-    return [world, *left] if world and left else left
+            jobs.append(cold_starts[config.run_dir])
+        jobs += [Job("train", study.config(arm, seed), after=cold_starts[config.run_dir]) for arm in unfinished]
+    return [world, *jobs] if world and jobs else jobs
 
 
 def finished(study: Study, arm: str, seed: int) -> bool:
-    """Whether a run has used up its budget and been evaluated."""
+    """Whether a run has used its budget and has its final evaluation."""
     summary = study.run_dir(arm, seed) / "summary.json"
     return summary.exists() and json.loads(summary.read_text())["sampled_tokens"] >= study.max_sampled_tokens
 
 
 def shares(jobs: int) -> list[list[int]]:
-    """The cores of each job. A process's thread pools are as large as the number of cores it may use, and run on
-    them."""
+    """The cores of each of `jobs` jobs. Each gets its own cores, because a process starts as many threads as it may use cores.
+
+    Raises ConfigError for more jobs than cores.
+    """
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= jobs <= len(cores):
-        raise ConfigError(f"--jobs {jobs}: give 1 to {len(cores)}, a core or more for each")
+        raise ConfigError(f"--jobs {jobs}: give 1 to {len(cores)}, because each job needs at least one core")
     return [cores[i::jobs] for i in range(jobs)]
 
 
 def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list[Job]:
-    """Run the jobs in order, except that a job may have to wait for another; returns the failed ones. Each process has
-    its own process group: a Ctrl-C at the terminal reaches only this process, which passes it on once.
+    """Run the jobs, and return those that failed. The next job is always the first one that need not wait for another.
+
+    Each process has its own process group, so a Ctrl-C at the terminal reaches only this process, which stops the others once.
     """
     waiting, done, failed = list(queue), set[str](), list[Job]()
-    running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}  # by share of the cores
+    running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}  # by index into `cores`
 
     def next_ready() -> Job | None:
         return next((job for job in waiting if job.after is None or job.after.name in done), None)
@@ -110,7 +115,7 @@ def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list
                 for share in range(len(cores)):
                     if share not in running and (job := next_ready()):
                         waiting.remove(job)
-                        process = start_run(job.command, job.config, _folder(study), cores[share])
+                        process = start_run(job.command, job.config, _runs_folder(study), cores[share])
                         running[share] = job, process, time.perf_counter()
                 time.sleep(POLL_S)
                 for share, (job, process, began) in list(running.items()):
@@ -124,10 +129,10 @@ def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list
                     for _, process, _ in running.values():
                         process.wait()
                     raise KeyboardInterrupt
-    finally:  # no process is left running, whatever happened
+    finally:  # after any error, stop all processes
         ask_to_stop()
     return failed
 
 
-def _folder(study: Study) -> Path:
+def _runs_folder(study: Study) -> Path:
     return Path(study.out) / "runs"

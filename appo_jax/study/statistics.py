@@ -1,4 +1,4 @@
-"""Means over seeds, their intervals, and paired tests between arms."""
+"""Means over seeds with intervals, and paired tests between arms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESAMPLES = 10_000
 
 
 class Interval(NamedTuple):
-    """A mean and its 95% interval; NaN limits for a single value."""
+    """A mean and its 95% confidence interval. The limits are NaN for a single value."""
 
     mean: float
     low: float
@@ -20,15 +20,15 @@ class Interval(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Differences of two arms over the seeds they share."""
+    """The mean difference of two arms over the seeds that they share, and its p-values."""
 
     difference: Interval
-    p_permutation: float  # two-sided, exact: every sign of every difference
+    p_permutation: float  # two-sided sign-flip test; exact unless there are more than RESAMPLES ways to flip
     p_t: float  # two-sided, paired t-test
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Mean with its 95% percentile-bootstrap interval (10,000 resamples, always the same ones)."""
+    """The mean with its 95% percentile-bootstrap interval, from RESAMPLES resamples with a fixed seed."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return Interval(float(values.mean()), float("nan"), float("nan"))
@@ -39,7 +39,8 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Paired:
-    """`a − b`, seed by seed. p-values are NaN for fewer than two seeds, and 1 if all differences are 0."""
+    """Tests of `a − b`, paired by position: `a[i]` and `b[i]` belong to the same seed. p-values are NaN for fewer than two
+    seeds, and 1 if all differences are 0."""
     difference = np.asarray(a, float) - np.asarray(b, float)
     interval = mean_interval(difference)
     if len(difference) < 2:
@@ -54,21 +55,24 @@ def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> 
 
 
 def detectable(standard_error: float, freedom: int, level: float = 0.05, power: float = 0.95) -> float:
-    """The smallest true difference that a two-sided t-test at `level` sees with `power`; NaN without degrees of freedom."""
+    """The smallest true difference that a two-sided t-test at `level` finds significant with probability `power`.
+
+    `standard_error`: of the difference. `freedom`: degrees of freedom of the t-test; the result is NaN if they are 0.
+    """
     if freedom <= 0:
         return float("nan")
     return float((stats.t.ppf(1 - level / 2, freedom) + stats.t.ppf(power, freedom)) * standard_error)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for several tests (Holm's step-down method), in their order. NaN stays NaN and does not count
-    as a test."""
+    """p-values adjusted for several tests by Holm's step-down method (Holm 1979), in the order of `p_values`. NaN stays NaN
+    and does not count as a test."""
     p = np.asarray(p_values, float)
     known = np.flatnonzero(~np.isnan(p))
     order = known[np.argsort(p[known])]
-    out = p.copy()
-    largest = 0.0
+    adjusted = p.copy()
+    largest = 0.0  # adjusted p-values never fall in the order of the p-values
     for rank, index in enumerate(order):
         largest = max(largest, min(1.0, float((len(order) - rank) * p[index])))
-        out[index] = largest
-    return out.tolist()
+        adjusted[index] = largest
+    return adjusted.tolist()
