@@ -88,8 +88,8 @@ def check_cold_starts(folders: tuple[str, ...], config: Config, out: str) -> Non
     """Raise ConfigError if a run could begin with two cold starts, or if a folder holds a cold start of another kind."""
     if config.init_from is not None:
         raise ConfigError(
-            f"init_from = {config.init_from!r}: expected None, because `cold_starts` says with which cold starts the runs begin; "
-            f"to begin with this one, write cold_starts=({config.init_from!r},)"
+            f"init_from = {config.init_from!r}: expected None, because each seed begins with a cold start of its own; to begin "
+            f"with this run, write cold_starts=({config.init_from!r},)"
         )
     if len({Path(folder).name for folder in folders}) < len(folders):
         raise ConfigError(

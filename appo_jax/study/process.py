@@ -19,9 +19,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def start_run(command: str, config: Config, folder: Path, cores: list[int] | None = None) -> subprocess.Popen[bytes]:
     """Start `appo-jax COMMAND` on `config`. Its config file and its log are in `folder` and have the name of its run directory.
 
-    The process has its own process group, so a Ctrl-C at the terminal reaches only the parent, which stops the process once.
-    If the parent dies, even by SIGKILL, the process gets SIGTERM: it saves its run and ends. `cores`: the cores on which it
-    may run; None: those of the parent.
+    The process has its own process group. A Ctrl-C at the terminal therefore reaches only the parent, which passes it on as one
+    SIGTERM; a second signal would end the process before it has saved its run. If the parent dies, even by SIGKILL, the
+    process gets SIGTERM, too.
+
+    `cores`: the cores on which it may run; None: those of the parent.
     """
     name = Path(config.run_dir).name
     file = folder / f"{name}.json"

@@ -74,7 +74,7 @@ def write_report(study: Study) -> str:
     outcomes = load_outcomes(study)
     if not any(outcomes.values()):
         raise DataError(
-            f"{study.out}: no run of the study is finished; start the study, or see why its runs failed in {Path(study.out) / 'runs'}"
+            f"{study.out}: no run of the study is finished; run it first, or read its logs in {Path(study.out) / 'runs'}"
         )
     folder = Path(study.out)
     run_measures = measures(study.max_sampled_tokens, shortest(outcomes))

@@ -22,7 +22,7 @@ from appo_jax.study.report import write_report
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2  # seconds between two looks at the processes
+POLL_S = 0.2  # seconds between two checks of the processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def shares(jobs: int) -> list[list[int]]:
 def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list[Job]:
     """Run the jobs, and return those that failed. The next job is always the first one that need not wait for another.
 
-    Each process has its own process group, so a Ctrl-C at the terminal reaches only this process, which stops the others once.
+    A Ctrl-C at the terminal reaches only this process (see `start_run`), which then stops the others.
     """
     waiting, done, failed = list(queue), set[str](), list[Job]()
     running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}  # by index into `cores`

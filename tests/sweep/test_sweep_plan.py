@@ -96,7 +96,7 @@ def test_a_cold_start_that_is_not_clear_is_named(base):
     space = {"branching.tau": (8.0,)}
     with pytest.raises(ConfigError, match=r"write cold_starts=\('runs/other',\)"):
         check_sweep(sweep(dataclasses.replace(base, init_from="runs/other"), space))
-    with pytest.raises(ConfigError, match="two folders have one name"):
+    with pytest.raises(ConfigError, match="the last parts of two paths are equal"):
         check_sweep(sweep(base, space, cold_starts=("runs/a/cold", "runs/b/cold")))
 
 
