@@ -1,4 +1,4 @@
-"""A sweep: a base config, a space of fields to vary, an objective and a budget, read from a python file."""
+"""The definition of a sweep, read from a python file: a base config, a space of fields to vary, an objective and a budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 Point = dict[str, Any]  # a value for every field of the space
 
-# A random sweep is refused if it draws this many points per trial and too few of them keep the rules between fields.
+# A random sweep draws at most this many points per trial. It is refused if too few of them keep the rules between fields.
 MAX_DRAWS = 200
 
 
@@ -32,32 +32,37 @@ class Sweep:
     """Folder of the sweep: its storage, runs and report. Workers on several machines share it."""
     base: Config
     space: Mapping[str, tuple[Any, ...] | BaseDistribution]
-    """Dotted config field -> the values it takes, or an Optuna distribution (not for a grid)."""
+    """Dotted name of a config field -> its values, or an Optuna distribution (not for a grid)."""
     seeds: tuple[int, ...]
-    """Seeds of every trial. All trials share them, and the cold start of each: comparisons are paired."""
+    """Seeds of every trial. Runs of the same seed begin with the same cold start, so comparisons are paired."""
     max_sampled_tokens: int
-    """Budget of one run."""
+    """Budget of one run. A run ends with the first step that reaches it."""
     cold_starts: tuple[str, ...] = ()
-    """Folders of the cold starts that the seeds begin with, in turn; they are made where they are not there yet. Studies
-    and other sweeps may share them. (): every seed makes its own."""
+    """Folders of cold starts. Seed s uses the folder at index s modulo their number. A missing cold start is made. Studies
+    and other sweeps may share the folders. (): every seed makes its own cold start in `out`."""
     search: Literal["grid", "random", "tpe"] = "grid"
+    """grid: every point of the space. random: `trials` points, drawn with a fixed seed. tpe: `trials` points that Optuna's TPE
+    sampler chooses from the results so far."""
     trials: int = 0
-    """Number of trials; a grid has as many as it has points."""
+    """Number of trials. A grid ignores it: it has one trial per point."""
     objective: str = "on_the_way"
-    """on_the_way: accuracy averaged over the tokens of the budget. final: accuracy at the end. Or the name of a metric of
-    metrics.jsonl, whose last value is taken."""
+    """on_the_way: held-out accuracy averaged over the tokens of the budget. final: held-out accuracy at the end. Otherwise the
+    name of a metric in metrics.jsonl, of which the last value counts."""
     maximize: bool = True
+    """Whether higher values of the objective are better."""
     prune: bool = True
-    """Whether a trial skips its last seeds once its interval excludes the best trial (sweep/racing.py)."""
+    """Whether a trial skips its last seeds when it is significantly worse than the best trial (sweep/racing.py)."""
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
+        """The space as Optuna distributions: a tuple of values is a categorical distribution."""
         return {
             name: values if isinstance(values, BaseDistribution) else CategoricalDistribution(values)
             for name, values in self.space.items()
         }
 
     def run_dir(self, trial: int, seed: int) -> Path:
+        """The run directory of one run."""
         return Path(self.out) / "runs" / f"{trial:04d}-{seed}"
 
     def point_config(self, point: Point) -> Config:
@@ -67,14 +72,14 @@ class Sweep:
         return config
 
     def config(self, trial: int, point: Point, seed: int) -> Config:
-        """The config of one run."""
+        """The config of one run. Raises ConfigError if the point breaks a rule between fields."""
         return dataclasses.replace(
             self.point_config(point), seed=seed, run_dir=str(self.run_dir(trial, seed)),
             init_from=self.cold_start(seed).run_dir, steps=MAX_STEPS, max_sampled_tokens=self.max_sampled_tokens,
         )  # fmt: skip
 
     def cold_start(self, seed: int) -> Config:
-        """The config of the cold start that every trial of a seed begins with."""
+        """The config of the cold start with which all trials begin their runs of a seed."""
         return shared_cold_start(self.base, self.cold_starts, self.out, seed)
 
     def possible(self, point: Point) -> bool:
@@ -86,8 +91,11 @@ class Sweep:
         return True
 
     def planned_points(self) -> list[Point]:
-        """The points of a grid or of a random sweep, in their order; impossible ones are left out. Empty for TPE, which
-        chooses points during the sweep. Raises ConfigError when the space holds too few possible points."""
+        """The points of a grid or of a random sweep, in their order. Points that break a rule between fields are left out.
+
+        Empty for TPE, which chooses points during the sweep. Raises ConfigError if too few points keep the rules, or if a grid
+        has a field without a tuple of values.
+        """
         if self.search == "tpe":
             return []
         if self.search == "grid":
@@ -96,35 +104,37 @@ class Sweep:
             points = [point for point in points if self.possible(point)]
             if not points:
                 raise ConfigError(
-                    "space: every point of the grid breaks a rule between fields (appo_jax/config/rules.py)"
+                    "space: every point of the grid breaks a rule between fields (appo_jax/config/rules.py); give other values"
                 )
             return points
-        drawn = (p for p in itertools.islice(self._draws(), MAX_DRAWS * self.trials) if self.possible(p))
+        drawn = (p for p in itertools.islice(self._random_points(), MAX_DRAWS * self.trials) if self.possible(p))
         points = list(itertools.islice(drawn, self.trials))
         if len(points) < self.trials:
             raise ConfigError(
-                f"space: only {len(points)} of {MAX_DRAWS * self.trials} random points keep the rules between fields, "
-                f"{self.trials} are wanted: narrow the space, or lower `trials`"
+                f"space: only {len(points)} of {MAX_DRAWS * self.trials} random points keep the rules between fields, but "
+                f"{self.trials} are needed; narrow the space, or lower `trials`"
             )
         return points
 
     def _categorical(self) -> dict[str, CategoricalDistribution]:
         found = {n: d for n, d in self.distributions.items() if isinstance(d, CategoricalDistribution)}
-        if other := self.space.keys() - found.keys():
-            raise ConfigError(f"space: {', '.join(sorted(other))}: a grid needs a tuple of values for every field")
+        if others := self.space.keys() - found.keys():
+            raise ConfigError(
+                f"space: {', '.join(sorted(others))}: a grid needs a tuple of values for every field; give one, or another `search`"
+            )
         return found
 
-    def _draws(self) -> Iterator[Point]:
+    def _random_points(self) -> Iterator[Point]:
+        """An endless sequence of random points, the same for every call."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         while True:
             yield study.ask(self.distributions).params
 
 
 def load_sweep(path: str | Path) -> Sweep:
-    """The module-level `sweep` of a python file, checked.
+    """The module-level variable `sweep` of a python file, checked.
 
-    Raises ConfigError: no such file or no sweep in it, an unknown field, a field that the shared cold start depends on, a
-    value of the wrong type, a space without a possible point.
+    Raises ConfigError if the file does not exist or has no sweep, and for the reasons of `check_sweep`.
     """
     sweep = read_variable(path, "sweep", Sweep)
     check_sweep(sweep)
@@ -132,22 +142,34 @@ def load_sweep(path: str | Path) -> Sweep:
 
 
 def check_sweep(sweep: Sweep) -> None:
-    """Raise ConfigError for a sweep that cannot be run or whose trials could not be compared."""
+    """Raise ConfigError if a sweep cannot be run, or if its trials cannot be compared.
+
+    That is: it has no field, no seed, the same seed twice, no budget or no number of trials; the space has an unknown field, a
+    field on which the cold start depends, a value of the wrong type or too few points that keep the rules between fields; the
+    base config breaks a rule; or `check_cold_starts` refuses the cold starts.
+    """
     if not sweep.space or not sweep.seeds:
-        raise ConfigError("sweep: give at least one field in `space` and one seed in `seeds`")
+        raise ConfigError(
+            f"sweep: `space` has {len(sweep.space)} fields and `seeds` has {len(sweep.seeds)}; give at least one field and one seed"
+        )
     if len(set(sweep.seeds)) < len(sweep.seeds):
-        raise ConfigError(f"seeds = {sweep.seeds}: a seed stands there twice")
+        raise ConfigError(f"seeds = {sweep.seeds}: a seed is given twice; give every seed once")
     if sweep.max_sampled_tokens <= 0:
-        raise ConfigError(f"max_sampled_tokens = {sweep.max_sampled_tokens}: the budget of a run must be above 0")
+        raise ConfigError(
+            f"max_sampled_tokens = {sweep.max_sampled_tokens}: the budget of a run must be greater than 0"
+        )
     if sweep.search != "grid" and sweep.trials <= 0:
-        raise ConfigError(f"trials = {sweep.trials}: a {sweep.search} sweep needs their number")
+        raise ConfigError(f"trials = {sweep.trials}: search = {sweep.search!r} needs the number of trials, at least 1")
     known = flatten(sweep.base)
     for name, values in sweep.space.items():
         if name not in known:
-            raise ConfigError(f"space: {name!r} is not a field of the config")
+            raise ConfigError(
+                f"space: {name!r} is not a field of the config; give dotted names such as 'branching.tau'"
+            )
         if name.startswith(COLD_START) or name in ("seed", "run_dir", "init_from", "steps", "max_sampled_tokens"):
             raise ConfigError(
-                f"space: {name!r} cannot vary: all trials share their seeds, their budget and the cold start of each seed"
+                f"space: {name!r} cannot vary, because all trials share their seeds, their budget and the cold start of each seed; "
+                "remove it from `space`"
             )
         if isinstance(values, tuple):
             for value in values:

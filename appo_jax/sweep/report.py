@@ -23,8 +23,8 @@ from appo_jax.sweep.plan import Sweep
 from appo_jax.sweep.store import Store
 from appo_jax.view.plots import STYLE
 
-MAX_ROWS = 40  # rows of the table of trials; sweep.json has all
-MAX_PAIRS = 6  # heat maps
+MAX_ROWS = 40  # of the table of trials; sweep.json has all trials
+MAX_PAIRS = 6  # pairs of fields that get a heat map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Result:
 
 
 def results(store: Store) -> list[Result]:
-    """All trials that have results, the best first; trials with all seeds before those that skipped seeds or still
-    run."""
+    """All trials that have results. Complete trials come first, then those that skipped seeds or still run; within both groups
+    the best mean objective comes first."""
     sign = -1 if store.sweep.maximize else 1
-    found = [Result(t.number, t.params, store.values(t), t.state) for t in store.trials() if store.values(t)]
-    return sorted(found, key=lambda r: (r.state != TrialState.COMPLETE, sign * r.mean))
+    unsorted = [Result(t.number, t.params, store.values(t), t.state) for t in store.trials() if store.values(t)]
+    return sorted(unsorted, key=lambda r: (r.state != TrialState.COMPLETE, sign * r.mean))
 
 
 def write_report(sweep: Sweep) -> str:
@@ -59,7 +59,12 @@ def write_report(sweep: Sweep) -> str:
     effects = field_effects(runs, list(sweep.space))
     folder = Path(sweep.out)
     text = "\n\n".join(
-        [_summary(store, found), _fields(effects), _resolution(runs, trials, effects), _trials(sweep, found)]
+        [
+            _summary(store, found),
+            _fields_table(effects),
+            _resolution(runs, trials, effects),
+            _trials_table(sweep, found),
+        ]
     )
     (folder / "sweep.md").write_text(text + "\n")
     record = {
@@ -76,19 +81,20 @@ def write_report(sweep: Sweep) -> str:
 
 
 def _runs(found: Sequence[Result]) -> tuple[Runs, list[int]]:
-    """Every run as an entry, and its trial."""
+    """All runs, and the trial of each."""
     entries = [(r.number, r.params, seed, value) for r in found for seed, value in r.values.items()]
     runs = Runs([e[1] for e in entries], [e[2] for e in entries], np.array([e[3] for e in entries]))
     return runs, [e[0] for e in entries]
 
 
 def _summary(store: Store, found: Sequence[Result]) -> str:
+    """The objective, the number of trials in each state, and the best trial."""
     sweep = store.sweep
     states = [trial.state for trial in store.trials() if "impossible" not in trial.user_attrs]
     counts = ", ".join(
         f"{states.count(state)} {name}"
         for state, name in (
-            (TrialState.COMPLETE, "whole"), (TrialState.PRUNED, "stopped early"), (TrialState.FAIL, "failed"),
+            (TrialState.COMPLETE, "complete"), (TrialState.PRUNED, "stopped early"), (TrialState.FAIL, "failed"),
             (TrialState.RUNNING, "running"), (TrialState.WAITING, "waiting"),
         )
         if state in states
@@ -99,46 +105,48 @@ def _summary(store: Store, found: Sequence[Result]) -> str:
         f"Objective: {sweep.objective}; {sweep.max_sampled_tokens:,} sampled tokens a run; seeds "
         f"{', '.join(map(str, sweep.seeds))}. Trials: {counts}.\n\n"
         f"Best: trial {best.number} ({fields}), {best.mean:.4f}. Train from it: `appo-jax train --config "
-        f"{Path(sweep.out) / 'best.json'}`. It is the best of {len(found)}: its figure is higher than a new run's would be."
+        f"{Path(sweep.out) / 'best.json'}`. The best of {len(found)} noisy results is too good on average: expect less of new runs."
     )
 
 
-def _fields(effects: Sequence[Effect]) -> str:
+def _fields_table(effects: Sequence[Effect]) -> str:
     lines = [
-        "Which fields matter (other fields and seeds averaged out; p by F test, adjusted by Holm):",
+        "Which fields matter (means over other fields and seeds; p: F test, adjusted by Holm's method):",
         "",
-        "| field | explains | p | objective at each value |",
+        "| field | explained variance | p | mean objective at each value |",
         "|---|---|---|---|",
     ]
     for e in effects:
         levels = ", ".join(f"{level}: {mean:.4f}" for level, mean in zip(e.levels, e.means, strict=True))
         share = "" if math.isnan(e.share) else f"{100 * e.share:.0f} %"
-        lines.append(f"| {e.name} | {share} | {_p(e.p)} | {levels} |")
+        lines.append(f"| {e.name} | {share} | {_p_value(e.p)} | {levels} |")
     return "\n".join(lines)
 
 
 def _resolution(runs: Runs, trials: Sequence[int], effects: Sequence[Effect]) -> str:
-    """How large a difference the runs can show."""
+    """The noise between runs, and the smallest differences that the runs can detect."""
     deviation, freedom = noise(runs, trials)
     if freedom <= 0:
-        return "What the data can resolve: nothing yet, each trial has too few seeds to tell the noise between runs."
+        return "Detectable differences: not known yet, because the trials have too few seeds to measure the noise between runs."
     seeds = len(set(runs.seeds))
     smallest = detectable(deviation * math.sqrt(2 / seeds), freedom)
     lines = [
-        f"What the data can resolve: a run lies {deviation:.4f} (one standard deviation, {freedom} degrees of freedom) about "
-        f"its trial's mean. Two trials of {seeds} seeds that truly differ by {smallest:.4f} would "
-        "be told apart (5 %, two-sided) with 95 % probability. Two values of a field:"
+        f"Detectable differences: the noise between runs of a trial has a standard deviation of {deviation:.4f} ({freedom} "
+        f"degrees of freedom). A true difference of {smallest:.4f} between two trials of {seeds} seeds would be significant (5 %, "
+        "two-sided) with 95 % probability. Between two values of a field, this difference is:"
     ]
     for e in effects:
         n = min(e.counts)
-        lines.append(f"- {e.name}: {detectable(deviation * math.sqrt(2 / n), freedom):.4f} ({n} runs each or more)")
+        lines.append(
+            f"- {e.name}: {detectable(deviation * math.sqrt(2 / n), freedom):.4f} (at least {n} runs per value)"
+        )
     return "\n".join(lines)
 
 
-def _trials(sweep: Sweep, found: Sequence[Result]) -> str:
+def _trials_table(sweep: Sweep, found: Sequence[Result]) -> str:
     names = list(sweep.space)
     lines = [
-        "| trial | " + " | ".join(names) + " | seeds | objective | against the best, by seed | p (t) |",
+        "| trial | " + " | ".join(names) + " | seeds | objective | difference from the best, paired by seed | p (t) |",
         "|" + "---|" * (len(names) + 5),
     ]
     best = found[0]
@@ -150,17 +158,17 @@ def _trials(sweep: Sweep, found: Sequence[Result]) -> str:
         if r is not best and len(shared) > 1:
             test = paired([r.values[s] for s in shared], [best.values[s] for s in shared])
             d = test.difference
-            against, p = f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]", _p(test.p_t)
+            against, p = f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]", _p_value(test.p_t)
         seeds = f"{len(r.values)}" + ("" if r.state == TrialState.COMPLETE else f" ({r.state.name.lower()})")
         cells = [str(r.number), *(_value(r.params[n]) for n in names), seeds, f"{x.mean:.4f}{interval}", against, p]
         lines.append("| " + " | ".join(cells) + " |")
     if len(found) > MAX_ROWS:
-        lines.append(f"\n{len(found) - MAX_ROWS} more are in sweep.json.")
+        lines.append(f"\nThe other {len(found) - MAX_ROWS} trials are in sweep.json.")
     return "\n".join(lines)
 
 
 def draw(sweep: Sweep, found: Sequence[Result], effects: Sequence[Effect], path: Path) -> None:
-    """A slice for each field, the fields that matter most first, and heat maps of their pairs."""
+    """Draw the objective over each field, the fields that explain most first, and heat maps of pairs of these fields."""
     pairs = list(itertools.combinations([e.name for e in effects], 2))[:MAX_PAIRS]
     columns = max(2, min(4, len(effects)))
     rows = -(-len(effects) // columns) + -(-len(pairs) // columns)
@@ -183,15 +191,16 @@ def draw(sweep: Sweep, found: Sequence[Result], effects: Sequence[Effect], path:
 
 
 def _slice(ax: Axes, found: Sequence[Result], effect: Effect, objective: str) -> None:
+    """Draw the objective over the levels of a field: a dot per trial, and the mean at each level."""
     labels = levels_of([r.params[effect.name] for r in found])
-    where = {level: i for i, level in enumerate(effect.levels)}
-    ax.plot([where[label] for label in labels], [r.mean for r in found], ".", alpha=0.5, color="C0")
+    x_of = {level: i for i, level in enumerate(effect.levels)}
+    ax.plot([x_of[label] for label in labels], [r.mean for r in found], ".", alpha=0.5, color="C0")
     ax.plot(range(len(effect.levels)), effect.means, "o-", color="C1")
     ax.set(xticks=range(len(effect.levels)), xticklabels=effect.levels, xlabel=effect.name, ylabel=objective)
 
 
 def _heat_map(ax: Axes, found: Sequence[Result], pair: tuple[str, str]) -> None:
-    """Mean objective of the trials at each pair of levels."""
+    """Draw the mean objective of the trials at each pair of levels of two fields."""
     x, y = (levels_of([r.params[name] for r in found]) for name in pair)
     xs, ys = in_order(x), in_order(y)
     cells = np.full((len(ys), len(xs)), np.nan)
@@ -209,5 +218,5 @@ def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _p(p: float) -> str:
+def _p_value(p: float) -> str:
     return "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"

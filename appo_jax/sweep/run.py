@@ -1,4 +1,4 @@
-"""`appo-jax sweep`: workers on this machine's cores, live progress, and the report at the end."""
+"""Runs a sweep on this machine: starts workers on its cores, shows their progress, and writes the report."""
 
 from __future__ import annotations
 
@@ -27,23 +27,25 @@ from appo_jax.sweep.store import Store
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 2.0
+REFRESH_S = 2.0  # seconds between two updates of the live table
 
 
 def run_sweep(sweep: Sweep, file: Path, jobs: int) -> str:
-    """Run all unfinished trials with `jobs` workers, write the report, and return its text. Trials that failed in an
-    earlier start are tried again. Raises ConfigError for more jobs than cores, TrainingError if trials or workers
-    failed, KeyboardInterrupt when asked to stop, after the current runs are saved.
+    """Run all unfinished trials with `jobs` workers, write the report, and return its text. Trials that failed earlier are tried
+    again.
+
+    `file`: the python file of the sweep, which the workers read. Raises ConfigError for more jobs than cores; TrainingError if
+    trials or workers failed; KeyboardInterrupt after Ctrl-C or SIGTERM, when the current runs are saved.
     """
     cores = shares(jobs)
     store = Store(sweep)
     if retried := store.retry_failed():
-        log.info("%d trials failed before and are tried again", retried)
+        log.info("%d trials failed earlier and are tried again", retried)
     with stop_requests() as stop:
         workers = [_start_worker(file, share) for share in cores]
         try:
             with _progress(store):
-                codes = _wait(workers, store, stop)
+                codes = _wait(workers, stop)
         finally:
             for worker in workers:
                 worker.terminate()
@@ -53,21 +55,21 @@ def run_sweep(sweep: Sweep, file: Path, jobs: int) -> str:
             raise KeyboardInterrupt
     text = write_report(sweep)
     failed = [t.number for t in store.trials() if t.state == TrialState.FAIL and "error" in t.user_attrs]
-    retried_ones = {t.user_attrs.get("retry_of") for t in store.trials()}
-    if left := [number for number in failed if number not in retried_ones]:
+    retried_numbers = {t.user_attrs.get("retry_of") for t in store.trials()}
+    if still_failed := [number for number in failed if number not in retried_numbers]:
         print(text)
         raise TrainingError(
-            f"trials {', '.join(map(str, left))} failed: see {sweep.out}/runs; the same command tries again"
+            f"trials {', '.join(map(str, still_failed))} failed: see the logs in {sweep.out}/runs; the same command repeats them"
         )
     if not store.all_done():
         raise TrainingError(
-            f"the workers ended with exit codes {codes} before all trials were done; see their messages"
+            f"the workers ended with exit codes {codes} before all trials were done; see their messages above"
         )
     return text
 
 
 def _start_worker(file: Path, cores: list[int]) -> subprocess.Popen[bytes]:
-    """A worker on its share of the cores, in its own process group; it ends when this process ends."""
+    """Start a worker on `cores`, in its own process group. It gets SIGTERM when this process ends."""
     worker = subprocess.Popen(
         [sys.executable, "-m", "appo_jax.cli", "sweep", "--config", str(file), "--worker"],
         process_group=0, preexec_fn=end_with_parent,
@@ -76,8 +78,8 @@ def _start_worker(file: Path, cores: list[int]) -> subprocess.Popen[bytes]:
     return worker
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]], store: Store, stop: Stop) -> list[int]:
-    """Wait until all workers have ended or a stop is requested."""
+def _wait(workers: Sequence[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
+    """Wait until all workers have ended or a stop is requested. Returns the exit codes of those that have ended."""
     while any(worker.poll() is None for worker in workers) and not stop.requested:
         time.sleep(0.2)
     return [worker.returncode for worker in workers if worker.returncode is not None]
@@ -85,16 +87,16 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], store: Store, stop: Stop) 
 
 @contextlib.contextmanager
 def _progress(store: Store) -> Iterator[None]:
-    """A live table on a terminal. Elsewhere the workers' own messages are the progress."""
+    """A context in which a terminal shows a live table. If there is no terminal, only the workers' messages are printed."""
     if not rich.get_console().is_terminal:
         yield
         return
-    with Live(get_renderable=lambda: _table(store), refresh_per_second=1 / LOOK_S):
+    with Live(get_renderable=lambda: _progress_table(store), refresh_per_second=1 / REFRESH_S):
         yield
 
 
-def _table(store: Store) -> Table:
-    """The state of the trials: running ones with their seed and step, then the best so far."""
+def _progress_table(store: Store) -> Table:
+    """The state of the trials: running trials with their seed and step, then the best trials so far."""
     trials = store.trials()
     ended = sum(t.state.is_finished() and "impossible" not in t.user_attrs for t in trials)
     total = store.sweep.trials if store.sweep.search == "tpe" else len(trials)
@@ -104,10 +106,10 @@ def _table(store: Store) -> Table:
     running = [t for t in trials if t.state == TrialState.RUNNING]
     for t in running:
         values = store.values(t)
-        at = next((seed for seed in store.sweep.seeds if seed not in values), None)
-        step = "" if at is None else _step(store.sweep.run_dir(t.number, at))
-        shown = f"{sum(values.values()) / len(values):.4f}" if values else ""
-        table.add_row(str(t.number), *(str(t.params.get(n, "")) for n in store.sweep.space), f"seed {at}{step}", shown)
+        seed = next((seed for seed in store.sweep.seeds if seed not in values), None)
+        step = "" if seed is None else _step(store.sweep.run_dir(t.number, seed))
+        mean = f"{sum(values.values()) / len(values):.4f}" if values else ""
+        table.add_row(str(t.number), *(str(t.params.get(n, "")) for n in store.sweep.space), f"seed {seed}{step}", mean)
     for r in results(store)[:5]:
         if r.state != TrialState.RUNNING:
             fields = (str(r.params[n]) for n in store.sweep.space)
@@ -116,7 +118,7 @@ def _table(store: Store) -> Table:
 
 
 def _step(run: Path) -> str:
-    """Where a run is, by the last line of its metrics."""
+    """The step and the sampled tokens of a run, from the last line of its metrics, as text."""
     records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     return (
         f", step {records[-1]['step']}, {records[-1].get('rollout/sampled_tokens_total', 0):,} tokens"

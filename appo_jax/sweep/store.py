@@ -1,8 +1,9 @@
-"""The sweep's state on a shared disk: Optuna's journal of trials, and leases that say which worker has which task.
+"""The state of a sweep on a shared disk: Optuna's journal of trials, and leases that say which worker has which task.
 
-A task (a trial, or the cold start of a seed) belongs to the worker that holds its lease. The worker renews the lease while
-it works. A lease that was not renewed in time, or whose process is gone, is free: another worker continues the task in
-the same run directory, from its last checkpoint. Leases are taken under a lock, so no task has two workers.
+A task is a trial, or work that trials share: a cold start, the generation of the data. It belongs to the worker that holds its
+lease, and the worker renews the lease while it works. If a lease was not renewed in time, or if its process has ended, the
+lease is free: another worker continues the task in the same run directory, from its last checkpoint. Leases are taken under a
+lock, so two workers never take the same task.
 """
 
 from __future__ import annotations
@@ -25,20 +26,21 @@ from appo_jax.config_io import flatten
 from appo_jax.errors import ConfigError
 from appo_jax.sweep.plan import Point, Sweep
 
-LEASE_S = 60.0  # a lease that was not renewed for this long is free
-RENEW_S = 5.0
-MAX_ASKS = 100  # impossible points that TPE may propose in a row
+LEASE_S = 60.0  # seconds without renewal after which a lease is free
+RENEW_S = 5.0  # seconds between two renewals
+MAX_ASKS = 100  # points in a row that break a rule between fields, after which a sampler is not asked again
 
 
 class Store:
-    """One process's view of a sweep's storage."""
+    """Access of one process to the storage of a sweep. The first process creates the storage."""
 
     def __init__(self, sweep: Sweep):
+        """Raises ConfigError if the folder of the sweep holds another sweep."""
         self.sweep = sweep
         self.folder = Path(sweep.out)
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
         (self.folder / "leases").mkdir(exist_ok=True)
-        self.me = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid()}
         self._lock_file = str(self.folder / "claims")
         with self.lock():
             self._check_same_sweep()
@@ -54,8 +56,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """A lock that is held for milliseconds and works over NFS. If its holder died, it is taken over after 30
-        seconds."""
+        """The lock of all leases. It works over NFS and is held for milliseconds. If its holder dies, it is free after 30 s."""
         lock = JournalFileOpenLock(self._lock_file)
         lock.acquire()
         try:
@@ -65,112 +66,122 @@ class Store:
 
     # ---- trials
     def trials(self) -> list[FrozenTrial]:
+        """All trials, in the order of their numbers."""
         return self.study.get_trials(deepcopy=False)
 
     def values(self, trial: FrozenTrial) -> dict[int, float]:
-        """Objective by seed, of the seeds that a trial has run."""
+        """The objective of a trial by seed, for the seeds that it has run."""
         return {int(name[5:]): value for name, value in trial.user_attrs.items() if name.startswith("seed-")}
 
     def claim_trial(self) -> Trial | None:
-        """A trial whose worker is gone, else a new one. None if all are done or other workers have the rest."""
+        """Take a trial whose lease is free, or, if there is none, a new trial.
+
+        None: all trials are done, or other workers have the rest. Raises ConfigError if TPE proposes no possible point.
+        """
         with self.lock():
             trials = self.trials()
             for trial in trials:
                 if trial.state == TrialState.RUNNING and self._take(f"trial-{trial.number}"):
                     return Trial(self.study, trial._trial_id)
-            if not self._more_wanted(trials):
+            if not self._needs_new_trial(trials):
                 return None
-            new = self._ask()
+            new = self._new_trial()
             self._take(f"trial-{new.number}")
             return new
 
     def retry_failed(self) -> int:
-        """Queue the point of every failed trial again, once for each failure. Returns the number of points."""
+        """Queue the point of every failed trial again, once for each failure. Returns the number of queued points."""
         with self.lock():
             trials = self.trials()
             retried = {t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs}
             failed = [t for t in trials if t.state == TrialState.FAIL and "impossible" not in t.user_attrs]
-            left = [t for t in failed if t.number not in retried]
-            for trial in left:
+            not_retried = [t for t in failed if t.number not in retried]
+            for trial in not_retried:
                 self.study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
-            return len(left)
+            return len(not_retried)
 
     def all_done(self) -> bool:
         """Whether every trial has ended."""
         trials = self.trials()
-        return not self._more_wanted(trials) and all(trial.state.is_finished() for trial in trials)
+        return not self._needs_new_trial(trials) and all(trial.state.is_finished() for trial in trials)
 
-    def _more_wanted(self, trials: list[FrozenTrial]) -> bool:
-        """Whether a new trial is needed: one waits in the queue, or TPE has not chosen all its points yet."""
+    def _needs_new_trial(self, trials: list[FrozenTrial]) -> bool:
+        """Whether a new trial must begin: one waits in the queue, or TPE has not chosen all its points yet."""
         if any(trial.state == TrialState.WAITING for trial in trials):
             return True
         retried = {t.user_attrs.get("retry_of") for t in trials}
         begun = [t for t in trials if "impossible" not in t.user_attrs and t.number not in retried]
         return self.sweep.search == "tpe" and len(begun) < self.sweep.trials
 
-    def _ask(self) -> Trial:
+    def _new_trial(self) -> Trial:
+        """The next trial of the queue, or one with a point that the sampler chooses. Points that break a rule are recorded as
+        failed and impossible."""
         for _ in range(MAX_ASKS):
             trial = self.study.ask(self.sweep.distributions)
             if self.sweep.possible(trial.params):
                 return trial
             trial.set_user_attr("impossible", True)
             self.study.tell(trial, state=TrialState.FAIL)
-        raise ConfigError(f"space: {MAX_ASKS} points in a row break a rule between fields; narrow the space")
+        raise ConfigError(
+            f"space: {MAX_ASKS} points that {self.sweep.search} chose in a row break a rule between fields; narrow the space"
+        )
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         if self.sweep.search == "tpe":
-            # Workers choose at the same time. Running trials count as bad ones, so that workers choose different
-            # points.
+            # With `constant_liar`, running trials count as bad results, so that several workers choose different points.
             return optuna.samplers.TPESampler(constant_liar=True, multivariate=True)
-        return optuna.samplers.RandomSampler(seed=0)  # never asked: every point waits in the queue
+        return optuna.samplers.RandomSampler(seed=0)  # chooses no point, because all points wait in the queue
 
     def _check_same_sweep(self) -> None:
-        """Raise ConfigError if the folder holds another sweep, whose trials would mean something else."""
+        """Write the definition of the sweep into the folder. Raises ConfigError if it holds that of another sweep."""
         file = self.folder / "definition.json"
-        mine = _description(self.sweep)
+        definition = _description(self.sweep)
         if not file.exists():
-            _write(file, mine)
+            _write(file, definition)
             return
-        theirs = json.loads(file.read_text())
-        if different := [key for key in mine if mine[key] != theirs.get(key)]:
+        stored = json.loads(file.read_text())
+        if different := [key for key in definition if definition[key] != stored.get(key)]:
             raise ConfigError(f"{self.folder} holds another sweep: {', '.join(different)} differ; give another `out`")
 
     # ---- leases
     def _take(self, task: str) -> bool:
-        """Take a task's lease if it is free. Called under the lock."""
+        """`take`, for callers that hold the lock."""
         file = self.folder / "leases" / f"{task}.json"
         with contextlib.suppress(FileNotFoundError, ValueError):
             if self._held_by_another(json.loads(file.read_text())):
                 return False
-        _write(file, self.me | {"time": time.time()})
+        _write(file, self._owner | {"time": time.time()})
         return True
 
     def take(self, task: str) -> bool:
-        """Take a task's lease where it is free."""
+        """Take the lease of a task if it is free or this process has it already. Returns whether this process has it now."""
         with self.lock():
             return self._take(task)
 
     def renew(self, task: str) -> bool:
-        """Renew this worker's lease. False: another worker has taken it, and the work must stop."""
+        """Renew the lease of a task. False: another worker has taken it, so this worker must stop the task."""
         with self.lock():
             file = self.folder / "leases" / f"{task}.json"
             lease = json.loads(file.read_text()) if file.exists() else {}
-            if {key: lease.get(key) for key in self.me} != self.me:
+            if {key: lease.get(key) for key in self._owner} != self._owner:
                 return False
-            _write(file, self.me | {"time": time.time()})
+            _write(file, self._owner | {"time": time.time()})
             return True
 
     def release(self, task: str) -> None:
+        """Give the lease of a task back. Does nothing if another worker has it."""
         if self.renew(task):
             (self.folder / "leases" / f"{task}.json").unlink(missing_ok=True)
 
     def _held_by_another(self, lease: dict[str, Any]) -> bool:
+        """Whether another process holds the lease: it was renewed in time, and its process, if it is on this host, lives."""
         if time.time() - lease["time"] > LEASE_S:
             return False
-        return lease["host"] != self.me["host"] or (lease["pid"] != self.me["pid"] and _alive(lease["pid"]))
+        return lease["host"] != self._owner["host"] or (lease["pid"] != self._owner["pid"] and _alive(lease["pid"]))
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process of this host lives."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -181,7 +192,7 @@ def _alive(pid: int) -> bool:
 
 
 def _description(sweep: Sweep) -> dict[str, Any]:
-    """Everything that a sweep's trials depend on, as JSON."""
+    """Everything on which the trials of a sweep depend, as JSON."""
     fields = {name: repr(value) for name, value in flatten(sweep.base).items()}
     space: Point = {name: repr(distribution) for name, distribution in sweep.distributions.items()}
     return {

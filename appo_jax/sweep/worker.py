@@ -1,7 +1,7 @@
 """A worker of a sweep: it takes trials from the shared storage until all are done. Workers may run on several machines.
 
-A trial runs its point of the space with every seed in turn, each run in a process. If the worker dies, nothing is lost:
-finished runs stay, a run in progress continues from its checkpoint, and the next worker takes the trial's lease.
+A trial runs its point of the space with one seed after the other, each run in a process of its own. If the worker dies, another
+worker takes the lease of the trial. Finished runs are kept, and a run in progress continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from appo_jax.sweep.store import RENEW_S, Store
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2
-IDLE_S = 2.0  # between two attempts to find work while other workers have all remaining tasks
-ATTEMPTS = 2  # of a run that fails
+POLL_S = 0.2  # seconds between two checks of a process
+IDLE_S = 2.0  # seconds between two attempts to get a task while other workers have all of them
+ATTEMPTS = 2  # to do a run that fails
 
 
 class LeaseLost(Exception):
-    """Another worker has taken the task, because this one did not renew its lease in time."""
+    """Another worker has taken the task, because this worker did not renew its lease in time."""
 
 
 def work(sweep: Sweep) -> None:
-    """Take trials until none is left. Raises KeyboardInterrupt when asked to stop, after the current run is saved."""
+    """Do trials until all are done. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when the current run is saved."""
     store = Store(sweep)
     with stop_requests() as stop:
         while not store.all_done():
@@ -55,18 +55,20 @@ def work(sweep: Sweep) -> None:
 
 
 def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:
-    """Run a trial's seeds, from the first without a result, and record the outcome in the storage."""
+    """Do the runs of a trial that have no result yet, and record the outcome in the storage. Raises LeaseLost."""
     sweep, task = store.sweep, f"trial-{trial.number}"
     values = store.values(store.study.trials[trial.number])
     state, reason = TrialState.COMPLETE, None
-    with _renewed(store, task) as lost:
+    with _renewing(store, task) as lost:
         try:
             for seed in sweep.seeds:
                 if seed in values:
                     continue
                 values[seed] = _run_seed(store, trial, seed, stop, lost)
                 trial.set_user_attr(f"seed-{seed}", values[seed])
-                if sweep.prune and excluded(_signed(sweep, values), _others(store, trial.number), len(sweep.seeds)):
+                if sweep.prune and excluded(
+                    _higher_is_better(sweep, values), _values_of_others(store, trial.number), len(sweep.seeds)
+                ):
                     state = TrialState.PRUNED
                     break
         except TrainingError as error:
@@ -79,13 +81,14 @@ def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:
             trial.set_user_attr("error", reason)
         mean = sum(values.values()) / len(values) if values else None
         if state == TrialState.PRUNED:
-            trial.report(mean or 0.0, len(values))  # a pruned trial's value is the last one that it reported
+            trial.report(mean or 0.0, len(values))  # Optuna takes the last reported value as that of a pruned trial
         store.study.tell(trial, mean if state == TrialState.COMPLETE else None, state=state)
     store.release(task)
 
 
 def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: threading.Event) -> float:
-    """Do or finish a run and return its objective. Raises TrainingError if it fails repeatedly."""
+    """Do a run, or the rest of it, and return its objective. Raises TrainingError if it fails ATTEMPTS times or lacks the
+    objective."""
     sweep = store.sweep
     _cold_start(store, seed, stop, lost)
     config = sweep.config(trial.number, trial.params, seed)
@@ -96,29 +99,30 @@ def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: threading
 
 
 def _cold_start(store: Store, seed: int, stop: Stop, lost: threading.Event) -> None:
-    """Do the cold start that a seed begins with; if the embedded world is missing, generate it first."""
+    """Do the cold start with which a seed begins. If the data must still be generated, do this first."""
     config = store.sweep.cold_start(seed)
     if lacks_tokenizer(config):
         world = dataclasses.replace(config, run_dir=str(store.folder / "runs" / "world"))
-        _once(store, "world", "data world", world, stop, lost)
-    _once(store, Path(config.run_dir).name, "sft", config, stop, lost)
+        _run_shared(store, "world", "data world", world, stop, lost)
+    _run_shared(store, Path(config.run_dir).name, "sft", config, stop, lost)
 
 
-def _once(store: Store, task: str, command: str, config: Config, stop: Stop, lost: threading.Event) -> None:
-    """Run a task that all trials share, or wait for the worker that runs it."""
+def _run_shared(store: Store, task: str, command: str, config: Config, stop: Stop, lost: threading.Event) -> None:
+    """Do a task that all trials share. If another worker has it, wait until it is done."""
     done = store.folder / "runs" / f"{task}.done"
     while not done.exists():
         if not store.take(task):
             _wait(IDLE_S, stop, lost)
             continue
-        with _renewed(store, task):
+        with _renewing(store, task):
             _run(store, command, config, stop, lost)
             done.touch()
         store.release(task)
 
 
 def _run(store: Store, command: str, config: Config, stop: Stop, lost: threading.Event) -> None:
-    """Run a process to its end. Raises TrainingError when it fails, KeyboardInterrupt when asked to stop, LeaseLost."""
+    """Run `appo-jax COMMAND` in a process until it ends. Raises TrainingError if it fails ATTEMPTS times; KeyboardInterrupt after
+    Ctrl-C or SIGTERM; LeaseLost."""
     folder = store.folder / "runs"
     for attempt in range(ATTEMPTS):
         process = start_run(command, config, folder)
@@ -126,21 +130,24 @@ def _run(store: Store, command: str, config: Config, stop: Stop, lost: threading
             while (code := process.poll()) is None:
                 _wait(POLL_S, stop, lost)
         finally:
-            _end(process)
+            _stop_process(process)
         if code == 0:
             return
-        log.warning("%s ended with exit code %d (attempt %d)", Path(config.run_dir).name, code, attempt + 1)
+        log.warning(
+            "%s ended with exit code %d (attempt %d of %d)", Path(config.run_dir).name, code, attempt + 1, ATTEMPTS
+        )
     raise TrainingError(f"exit code {code}, see {log_file(folder, Path(config.run_dir).name)}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process to save its run, and wait until it ends."""
+def _stop_process(process: subprocess.Popen[bytes]) -> None:
+    """If a process still runs, ask it to save its run, and wait until it has ended."""
     if process.poll() is None:
         process.terminate()
         process.wait()
 
 
 def _wait(seconds: float, stop: Stop, lost: threading.Event) -> None:
+    """Sleep. Raises KeyboardInterrupt if a stop was requested, LeaseLost if the lease was lost."""
     time.sleep(seconds)
     if stop.requested:
         raise KeyboardInterrupt
@@ -149,8 +156,11 @@ def _wait(seconds: float, stop: Stop, lost: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def _renewed(store: Store, task: str) -> Iterator[threading.Event]:
-    """A context in which a lease is renewed; the event is set if the lease is lost."""
+def _renewing(store: Store, task: str) -> Iterator[threading.Event]:
+    """A context in which a thread renews a lease. The event that it gives is set if the lease is lost.
+
+    After a KeyboardInterrupt the lease is released: the run is saved, and another worker can continue it at once.
+    """
     lost, ended = threading.Event(), threading.Event()
 
     def renew() -> None:
@@ -166,7 +176,7 @@ def _renewed(store: Store, task: str) -> Iterator[threading.Event]:
     except KeyboardInterrupt:
         ended.set()
         thread.join()
-        store.release(task)  # saved and free for the next worker at once
+        store.release(task)
         raise
     finally:
         ended.set()
@@ -174,7 +184,7 @@ def _renewed(store: Store, task: str) -> Iterator[threading.Event]:
 
 
 def objective(sweep: Sweep, run: Path) -> float:
-    """The objective of a finished run. Raises TrainingError when its metrics lack it."""
+    """The objective of a finished run, from the files in its directory `run`. Raises TrainingError if its metrics lack it."""
     if sweep.objective == "on_the_way":
         return load_outcome(run).on_the_way(sweep.max_sampled_tokens)
     if sweep.objective == "final":
@@ -182,15 +192,19 @@ def objective(sweep: Sweep, run: Path) -> float:
     found = [r[sweep.objective] for r in read_metrics(run / "metrics.jsonl") if r.get(sweep.objective) is not None]
     if not found:
         summary = json.loads((run / "summary.json").read_text())
-        raise TrainingError(f"objective = {sweep.objective!r}: not a metric of {run} (steps: {summary.get('steps')})")
+        raise TrainingError(
+            f"objective = {sweep.objective!r}: no such metric in {run}/metrics.jsonl after {summary.get('steps')} steps; give "
+            "'on_the_way', 'final' or the name of a metric"
+        )
     return float(found[-1])
 
 
-def _others(store: Store, number: int) -> list[dict[int, float]]:
+def _values_of_others(store: Store, number: int) -> list[dict[int, float]]:
+    """For each trial with results except this one, its values by seed; higher is better."""
     trials = [trial for trial in store.trials() if trial.number != number]
-    return [_signed(store.sweep, values) for trial in trials if (values := store.values(trial))]
+    return [_higher_is_better(store.sweep, values) for trial in trials if (values := store.values(trial))]
 
 
-def _signed(sweep: Sweep, values: dict[int, float]) -> dict[int, float]:
-    """Values of which higher ones are better."""
+def _higher_is_better(sweep: Sweep, values: dict[int, float]) -> dict[int, float]:
+    """The values, negated if lower values of the objective are better."""
     return values if sweep.maximize else {seed: -value for seed, value in values.items()}
