@@ -1,8 +1,9 @@
-"""How far bfloat16 takes a policy with adapters from itself, factored and merged: `python benchmarks/adapters.py`.
+"""The error of bfloat16 for a policy with adapters, factored and merged: `python benchmarks/adapters.py`.
 
-A random policy of the quickstart's shape with its weights in bfloat16, and adapters whose B has moved as Adam moves it: every entry
-by about the rate, 1e-5, at each update. "Moved" is what that does to the log-probabilities of random tokens in float32, rms.
-The other columns are how far the movement in bfloat16 is from it, rms: with adapters beside the weights, and merged into them.
+The policy is random, has the quickstart's shape and bfloat16 weights. The B matrices of its adapters are changed as Adam changes
+them: every entry by about the learning rate, 1e-5, in each update. "Moved" is the change that this makes to the log-probs of random
+tokens in float32. The other columns are the error of this change in bfloat16, with adapters as factors and merged into the weights.
+All figures are root mean squares in nats.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from appo_jax.policy.score import score
 
 PLAIN = Architecture(1152, 256, 3, 4, 2, 64, 768, family="qwen3")
 ARCH = adapted(PLAIN, LoRAConfig())
-RATE = 1e-5
+RATE = 1e-5  # learning rate
 
 
 def main() -> None:
     rng = np.random.default_rng(0)
     rows = pack(list(rng.integers(0, PLAIN.vocab_size, (16, 129))), 128, 16).rows
-    base, start = frozen(init_params(PLAIN, 0), ARCH), init_adapters(ARCH, 0)
+    base, initial = frozen(init_params(PLAIN, 0), ARCH), init_adapters(ARCH, 0)
     exact_base = jax.tree.map(lambda x: x.astype(jnp.float32), base)
 
     def log_probs(params: Params, dtype: Any) -> np.ndarray:
@@ -44,12 +45,12 @@ def main() -> None:
                 return x
             return jnp.asarray(rng.choice([-1, 1], x.shape) * rng.uniform(0.5, 1, x.shape) * RATE * updates, x.dtype)  # noqa: B023
 
-        own = jax.tree_util.tree_map_with_path(moved_b, start)
-        moved = log_probs(with_adapters(exact_base, own), "float32") - log_probs(exact_base, "float32")
-        still = log_probs(base, "bfloat16")
+        changed = jax.tree_util.tree_map_with_path(moved_b, initial)
+        moved = log_probs(with_adapters(exact_base, changed), "float32") - log_probs(exact_base, "float32")
+        unchanged = log_probs(base, "bfloat16")
         errors = [
-            rms(log_probs(policy, "bfloat16") - still - moved)
-            for policy in (with_adapters(base, own), frozen(merged(base, own, ARCH), ARCH))
+            rms(log_probs(policy, "bfloat16") - unchanged - moved)
+            for policy in (with_adapters(base, changed), frozen(merged(base, changed, ARCH), ARCH))
         ]
         print(f"| {updates} | {rms(moved):.1e} | {errors[0]:.1e} | {errors[1]:.1e} |")
 

@@ -1,12 +1,12 @@
-"""Our verdicts beside those of others on 500 predictions a set: how often they agree, and every way in which they do not.
+"""Compares our grading with that of other libraries on 500 predictions per set: how often they agree, and where they differ.
 
     python benchmarks/agreement.py --data DATA --official APPO --peers PEERS
 
-DATA: a folder with eval/*.jsonl and gsm8k/test.jsonl. APPO: a checkout of github.com/AMAP-ML/APPO. PEERS: a folder into which
-these are unpacked or installed (`pip install --no-deps --target PEERS …`): inspect-evals (GAIA's scorer), lm-eval (GSM8K,
-MATH), transformers 4 (SQuAD's metrics). None of them is imported whole: the functions alone are read from their files.
+DATA: a folder with eval/*.jsonl and gsm8k/test.jsonl. APPO: a checkout of github.com/AMAP-ML/APPO. PEERS: a folder in which these
+are installed (`pip install --no-deps --target PEERS …`): inspect-evals (GAIA's scorer), lm-eval (GSM8K, MATH), transformers 4
+(SQuAD's metrics). The packages are not imported; only the files with the grading functions are run.
 
-The predictions are made of the golds: as they are, of another question, in other spellings, with words around them, in part.
+The predictions are made from the golds: unchanged, of another question, in another spelling, with words around them, or a part.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from appo_jax.benchmark.scoring import score
 from appo_jax.benchmark.sets import BENCHMARKS, Item, load_items
 from appo_jax.reward import verify
 
-PAIRS = 500
-Judge = Callable[[str, Item], bool]
+PAIRS = 500  # predictions per set
+Judge = Callable[[str, Item], bool]  # (prediction, question) -> correct; for F1: a number
 
 SPELLINGS: dict[str, dict[str, Callable[[str], str]]] = {
     "math": {
@@ -60,7 +60,7 @@ SPELLINGS: dict[str, dict[str, Callable[[str], str]]] = {
 
 
 def predictions(items: list[Item], kind: str) -> Iterator[tuple[str, str, Item]]:
-    """(how it was made, prediction, question), PAIRS of them; a fifth are other questions' golds."""
+    """PAIRS triples (how it was made, prediction, question). Every fifth prediction is the gold of a random question."""
     rng = random.Random(0)
     ways = SPELLINGS["math" if kind == "math" else "qa"]
     for i in range(PAIRS):
@@ -73,7 +73,8 @@ def predictions(items: list[Item], kind: str) -> Iterator[tuple[str, str, Item]]
 
 
 def functions_of(path: Path, stubs: Mapping[str, Mapping[str, Any]] = {}, drop: str = "") -> types.ModuleType:
-    """A module made of one source file alone; `stubs` stand in for what it imports, lines with `drop` are left out."""
+    """A module that is made from one source file. `stubs`: module name -> attributes, in place of the modules that it imports.
+    `drop`: lines that contain this text are left out."""
     for name, attributes in stubs.items():
         stub = types.ModuleType(name)
         stub.__dict__.update(attributes)
@@ -88,23 +89,23 @@ def functions_of(path: Path, stubs: Mapping[str, Mapping[str, Any]] = {}, drop: 
 
 
 class Peers:
-    """What others say of a prediction."""
+    """The grading functions of the other libraries."""
 
     def __init__(self, official: Path, peers: Path):
         source = official / "evaluation" / "src"
         self.equal = functions_of(source / "math_equivalence.py").is_equiv
         self.official = functions_of(source / "metrics.py", drop="from .math_equivalence")
         self.official.is_equiv = self.equal
-        anything = {name: (lambda *a, **k: lambda f: f) for name in ("scorer",)}
-        nothing = dict.fromkeys(("CORRECT", "INCORRECT", "Score", "Scorer", "Target", "TaskState"))
-        scorers = anything | nothing | {"accuracy": lambda: None, "stderr": lambda: None}
-        stubs = {"inspect_ai": {}, "inspect_ai.scorer": scorers, "inspect_ai.solver": nothing}
+        decorators = {name: (lambda *a, **k: lambda f: f) for name in ("scorer",)}
+        unused = dict.fromkeys(("CORRECT", "INCORRECT", "Score", "Scorer", "Target", "TaskState"))
+        scorers = decorators | unused | {"accuracy": lambda: None, "stderr": lambda: None}
+        stubs = {"inspect_ai": {}, "inspect_ai.scorer": scorers, "inspect_ai.solver": unused}
         self.gaia = functions_of(peers / "inspect_evals/gaia/scorer.py", stubs)
         self.math = functions_of(peers / "lm_eval/tasks/hendrycks_math/utils.py", {"datasets": {"Dataset": object}})
         self.squad = functions_of(peers / "transformers/data/metrics/squad_metrics.py", drop="from ...")
 
     def of(self, name: str) -> dict[str, tuple[Judge, str]]:
-        """Judges of a set, each with what it is compared with: our verdict, or our token F1."""
+        """Title -> (judge, field) for the set `name`. `field`: what of our result is compared, "correct" or "f1"."""
         if BENCHMARKS[name].scorer == "math":
             found: dict[str, tuple[Judge, str]] = {
                 "official math_equal": (
@@ -129,7 +130,7 @@ class Peers:
 
 
 def _lm_eval_gsm8k(text: str, item: Item) -> bool:
-    """gsm8k.yaml: the last number of the answer (flexible-extract), compared without the patterns that it ignores."""
+    """The rule of lm-eval's gsm8k.yaml: the last number of the answer (flexible-extract), compared without ignored patterns."""
     numbers = [a or b for a, b in re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)]
 
     def plain(value: str) -> str:
@@ -141,7 +142,7 @@ def _lm_eval_gsm8k(text: str, item: Item) -> bool:
 
 
 def load(name: str, data: Path, official: Path) -> list[Item] | None:
-    """The set's questions, from DATA or the official repository; None where neither has them."""
+    """The questions of a set, from DATA or from the official repository. None: neither has them."""
     places = (
         data / name / "test.jsonl",
         data / "eval" / f"{name}.jsonl",
@@ -171,17 +172,17 @@ def main() -> None:
             ways: Counter[tuple[str, float, float]] = Counter()
             example: dict[tuple[str, float, float], tuple[str, str]] = {}
             for (way, text, item), verdict in zip(pairs, ours, strict=True):
-                mine, theirs = float(getattr(verdict, field)), float(judge(text, item))
-                if abs(mine - theirs) > 1e-9:
-                    key = (way, round(mine, 2), round(theirs, 2)) if field == "correct" else (way, 0.0, 0.0)
+                our_value, their_value = float(getattr(verdict, field)), float(judge(text, item))
+                if abs(our_value - their_value) > 1e-9:
+                    key = (way, round(our_value, 2), round(their_value, 2)) if field == "correct" else (way, 0.0, 0.0)
                     ways[key] += 1
                     example.setdefault(key, (text, item.golds[0]))
-            told = "; ".join(
+            differences = "; ".join(
                 f"{way} ({count}): {json.dumps(example[way, a, b], ensure_ascii=False)}"
                 + (f", {a:g}, {b:g}" if field == "correct" else "")
                 for (way, a, b), count in ways.most_common()
             )
-            print(f"| {name} | {title} | {PAIRS - ways.total()} | {told} |", flush=True)
+            print(f"| {name} | {title} | {PAIRS - ways.total()} | {differences} |", flush=True)
 
 
 if __name__ == "__main__":

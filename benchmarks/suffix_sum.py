@@ -1,6 +1,6 @@
-"""The discounted suffix sum, ours in linear time against the quadratic matmul form, in one run.
+"""The time of the discounted suffix sum: our linear scan against products with a quadratic matrix.
 
-python benchmarks/suffix_sum.py            # prints, and writes benchmarks/results/suffix_sum.json
+python benchmarks/suffix_sum.py            # prints the figures and writes them to benchmarks/results/suffix_sum.json
 """
 
 from __future__ import annotations
@@ -25,25 +25,27 @@ ROWS, LENGTHS, GAMMA = 64, (4096, 8192), 2.0 ** (-1 / 32)
 
 @functools.partial(jax.jit, static_argnums=2)
 def quadratic(x: jax.Array, mask: jax.Array, gamma: float) -> jax.Array:
-    """The same sums as products with the matrix γ^d(i, j), row by row: each mask has a matrix of its own, made here too."""
+    """The same sums as products with the matrix γ^d(i, j), row by row. Each row has its own mask and so its own matrix; the time
+    includes making the matrix. x `[R, T]` float32, mask `[R, T]` bool; returns `[R, T]`."""
 
-    def one_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def sums_of_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         values, count = jnp.where(row[1], row[0], 0.0), jnp.cumsum(row[1])
         distance = (count[None, :] - count[:, None]).astype(jnp.float32)
         later = jnp.arange(len(count))[None, :] >= jnp.arange(len(count))[:, None]
         return jnp.where(later, jnp.exp2(distance * math.log2(gamma)), 0.0) @ values
 
-    return jax.lax.map(one_row, (x, mask))
+    return jax.lax.map(sums_of_row, (x, mask))
 
 
 @jax.jit
 def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """One matrix for all rows, made beforehand and not timed, as if no rollout had a tool result: other sums, the least cost."""
+    """The product with one matrix for all rows, as if no rollout had a tool result. The matrix is made before and not timed, so
+    this is the lowest possible time of the quadratic form; its sums are different. x `[R, T]`, matrix `[T, T]`."""
     return x @ matrix.T
 
 
 def timed(function: jax.stages.Wrapped, *args: object, repeats: int) -> tuple[float, jax.Array]:
-    """Median milliseconds of a call, compiled beforehand, and its result."""
+    """The median time of a call in milliseconds, without compilation, and its result."""
     program = function.lower(*args).compile()
     arrays = [x for x in args if isinstance(x, jax.Array)]
     times = []

@@ -1,9 +1,14 @@
-"""Figures of the tools on this machine: `python benchmarks/tools.py [--data DIR] [--soak N] [--beside CHECKOUT]`.
+"""Measures the tools on this machine: `python benchmarks/tools.py [--data DIR] [--soak N] [--beside CHECKOUT]`.
 
-Writes benchmarks/results/tools.json: python calls per second (set-up of each rollout and one fork in six calls
-included), latency at half that load, memory of 300 live rollouts, search speed and recall, and a soak (tools_soak.py) of
-N calls through the executor, 5% of its rollouts hostile, with what is lost and what is left over. With --beside, the
-Python tool of another checkout (after its `make setup`) is measured in turns with this one's.
+Writes benchmarks/results/tools.json:
+
+- calls of the Python tool per second; this includes the set-up of each rollout, and one call in six begins from an earlier state;
+- their latency at half of this rate, and the memory of 300 live rollouts;
+- speed and recall of the search tool (with --data);
+- a soak test (tools_soak.py) of N calls through the executor, in which 5 % of the rollouts are hostile: how many honest calls are
+  lost, and which processes, descriptors and files are left over.
+
+With --beside, the Python tool of another checkout (after its `make setup`) and this one are measured in turns.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ CELLS = (
 
 
 def rollout(tool: PythonTool, n: int) -> list[float]:
-    """Five calls in a row and one from an earlier state; returns their latencies in seconds."""
+    """Make five calls in a row and one from an earlier state. Returns their latencies in seconds."""
     seconds, states = [], [tool.start()]
     for i in range(6):
         began = time.perf_counter()
@@ -54,6 +59,7 @@ def rollout(tool: PythonTool, n: int) -> list[float]:
 
 
 def calls_per_second(tool: PythonTool, rollouts: int = 300, workers: int = 4) -> float:
+    """Calls per second of `rollouts` rollouts of six calls, of which `workers` run at a time."""
     began = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda n: rollout(tool, n), range(rollouts)))
@@ -61,7 +67,10 @@ def calls_per_second(tool: PythonTool, rollouts: int = 300, workers: int = 4) ->
 
 
 def latency_at(tool: PythonTool, rate: float, seconds: float = 6.0) -> dict[str, float]:
-    """Latencies when rollouts arrive at random times (a Poisson process) that make `rate` calls a second."""
+    """Latencies in ms if rollouts begin at random times (a Poisson process), so that there are `rate` calls per second on average.
+
+    `seconds`: duration of the measurement.
+    """
     rng, latencies = random.Random(0), []
     with ThreadPoolExecutor(64) as pool:
         futures, next_start, end = [], time.perf_counter(), time.perf_counter() + seconds
@@ -76,7 +85,7 @@ def latency_at(tool: PythonTool, rate: float, seconds: float = 6.0) -> dict[str,
 
 
 def live_memory(tool: PythonTool, rollouts: int = 300) -> float:
-    """Proportional memory (MB) of the sandbox with that many rollouts alive, each with state."""
+    """Memory of the sandbox in MiB (proportional set size) while `rollouts` rollouts live, each with a state."""
     states = [tool.call(tool.start(), f"import math\nx = list(range({i} + 1000))")[1] for i in range(rollouts)]
     total = sum(pss(pid) for pid in descendants(tool.pid))
     assert len(states) == rollouts
@@ -84,33 +93,34 @@ def live_memory(tool: PythonTool, rollouts: int = 300) -> float:
 
 
 def search_figures(data: Path) -> dict[str, float]:
+    """Speed of the search tool, and the share of HotpotQA questions with an answer among the first 10 results."""
     questions = [json.loads(line) for line in (data / "hotpotqa/dev_first300.jsonl").read_text().splitlines()]
     pages = load_corpus(data / "2wiki/corpus.json")
     pages = list(dict.fromkeys(pages + [Document(c["title"], c["text"]) for q in questions for c in q["context"]]))
     began = time.perf_counter()
     search = LocalSearch(pages, top_k=10)
     index_s = time.perf_counter() - began
-    asked = [q for q in questions if not {answer.lower() for answer in q["answers"]} & {"yes", "no"}]
-    queries = [q["question"] for q in asked]
+    open_questions = [q for q in questions if not {answer.lower() for answer in q["answers"]} & {"yes", "no"}]
+    queries = [q["question"] for q in open_questions]
     began = time.perf_counter()
     for _ in range(10):
         found = search.search(queries)
     rate = 10 * len(queries) / (time.perf_counter() - began)
     hits = sum(
         any(answer.lower() in " ".join(f"{p.title} {p.text}" for p in pages).lower() for answer in q["answers"])
-        for q, pages in zip(asked, found, strict=True)
+        for q, pages in zip(open_questions, found, strict=True)
     )
     return {
         "search_documents": len(pages),
         "search_index_s": index_s,
         "search_queries_per_s": rate,
-        "hotpot_questions": len(asked),
-        "hotpot_recall10": hits / len(asked),
+        "hotpot_questions": len(open_questions),
+        "hotpot_recall10": hits / len(open_questions),
     }
 
 
 def beside(other: Path, turns: int = 7) -> dict[str, Any]:
-    """The Python tool's figures in the other checkout and in this one, measured in turns; medians."""
+    """Medians of the Python tool's figures in the checkout `other` and in this one, measured in turns, `turns` times each."""
     here = Path(__file__).parents[1]
     runs: dict[Path, list[dict[str, Any]]] = {other: [], here: []}
     with tempfile.TemporaryDirectory() as folder:
@@ -139,12 +149,16 @@ def beside(other: Path, turns: int = 7) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with hotpotqa and 2wiki")
-    parser.add_argument("--soak", type=int, default=20_000, help="calls of the soak; 0: none")
     parser.add_argument(
-        "--beside", type=Path, help="another checkout, whose Python tool is measured in turns with this one's"
+        "--data", type=Path, help="folder with hotpotqa/ and 2wiki/; without it, the search tool is not measured"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tools.json")
+    parser.add_argument("--soak", type=int, default=20_000, help="number of calls of the soak test; 0: no soak test")
+    parser.add_argument(
+        "--beside", type=Path, help="another checkout, whose Python tool is measured in turns with this one"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "tools.json", help="file of the figures"
+    )
     arguments = parser.parse_args()
     figures: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {sys.version.split()[0]}"

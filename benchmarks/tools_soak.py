@@ -1,8 +1,8 @@
-"""A soak of the Python tool through the executor, as a run uses it: `soak(calls)`; `python benchmarks/tools_soak.py KIND`.
+"""A soak test of the Python tool through the executor, as a run uses it: `soak(calls)`; `python benchmarks/tools_soak.py KIND`.
 
-Rollouts of ten calls, some from earlier states, beside hostile ones of every kind below. Counted are the honest calls that
-were lost (no right answer), the rate beside that of the same calls without hostile ones, and, by minute, processes,
-descriptors and memory.
+Honest rollouts make ten calls, some of them from earlier states. At the same time, hostile rollouts of all kinds below run. The
+test counts the honest calls that were lost (without the right answer), their rate compared with that without hostile rollouts,
+and, for each minute, processes, descriptors and memory.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from appo_jax.types import Outcome
 
 HOSTILE_SHARE = 0.05  # of the rollouts
 LENGTH = 10  # calls of an honest rollout
-AT_ONCE = 16  # rollouts
+CONCURRENT_ROLLOUTS = 16
 
 _INNER = "import sys, os\ninner, system = sys.modules['sandbox.interpreter'], sys.modules['sandbox.system']\n"
-# What a hostile rollout calls, one after the other.
+# Kind of a hostile rollout -> the code of its calls, in their order.
 KINDS: dict[str, Sequence[str]] = {
     "endless_loop": ("while True: pass",),
     "sleep": ("import time\ntime.sleep(100)",),
@@ -75,7 +75,7 @@ KINDS: dict[str, Sequence[str]] = {
 
 
 class Soak:
-    """One run of rollouts, counted."""
+    """Runs rollouts on one executor and counts their results. `kinds`: of hostile rollouts; `share`: of hostile ones, 0 to 1."""
 
     def __init__(self, kinds: Sequence[str], share: float):
         config = PythonToolConfig(timeout=1.0, memory_mb=256)
@@ -90,7 +90,7 @@ class Soak:
         self.minutes: list[dict[str, float]] = []
 
     def run(self, calls: int, seed: int = 0) -> float:
-        """Make rollouts until so many honest calls have been made. Returns the seconds it took."""
+        """Run rollouts until `calls` honest calls have been made. Returns the time in seconds."""
         stop = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(stop,))
         watcher.start()
@@ -103,8 +103,8 @@ class Soak:
                     number = next(numbers)
                 self._rollout(number, random.Random(seed * 10**9 + number))
 
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(work, range(AT_ONCE)))
+        with ThreadPoolExecutor(CONCURRENT_ROLLOUTS) as pool:
+            list(pool.map(work, range(CONCURRENT_ROLLOUTS)))
         seconds = time.perf_counter() - began
         stop.set()
         watcher.join()
@@ -114,28 +114,29 @@ class Soak:
         return self.executor.submit(states, f"<python>{code}</python>", bound=600.0).result()
 
     def _rollout(self, number: int, rng: random.Random) -> None:
+        """Run rollout `number`, which is hostile or honest according to its number."""
         with self._lock:
             self.rollouts += 1
-        earlier = math.ceil(number * self._share)  # hostile rollouts before this one
-        if math.ceil((number + 1) * self._share) > earlier:
+        hostile_before = math.ceil(number * self._share)
+        if math.ceil((number + 1) * self._share) > hostile_before:
             with self._lock:
                 self.hostile_rollouts += 1
             states = self.executor.start()
-            for code in KINDS[self._kinds[earlier % len(self._kinds)]]:
+            for code in KINDS[self._kinds[hostile_before % len(self._kinds)]]:
                 states = self._call(states, code).states
                 with self._lock:
                     self.hostile += 1
             return
-        known = [(self.executor.start(), 0)]
+        states_and_values = [(self.executor.start(), 0)]  # states of the tools, and the value of x in each
         for i in range(LENGTH):
-            states, value = rng.choice(known[-3:])
+            states, value = rng.choice(states_and_values[-3:])
             step = rng.randrange(100)
             code = f"x = globals().get('x', 0) + {step}\nx"
             if i % 4 == 3:
                 code = f"open('x', 'w').write(str(x))\n{code}"
             elif i == 0:
                 code = f"import math\n{code}"
-            if i % 4 == 3 and states is known[0][0]:
+            if i % 4 == 3 and states is states_and_values[0][0]:
                 code = f"x = 0\n{code}"
             record = self._call(states, code)
             right = record.outcome is Outcome.OK and record.result.split()[-1:] == [str(value + step)]
@@ -144,34 +145,35 @@ class Soak:
                 if not right:
                     self.lost.append(f"{record.outcome}: {record.result[-300:]}")
             if right:
-                known.append((record.states, value + step))
+                states_and_values.append((record.states, value + step))
 
     def _watch(self, stop: threading.Event) -> None:
-        """Note the largest counts of every minute."""
+        """Record the maximum of each count in every minute, until `stop` is set."""
         minute: list[dict[str, float]] = []
         began = time.monotonic()
         while True:
-            over = stop.wait(5.0)
+            stopped = stop.wait(5.0)
             minute.append(self.counts())
-            if over or time.monotonic() - began >= 60.0:
+            if stopped or time.monotonic() - began >= 60.0:
                 self.minutes.append({key: max(counts[key] for counts in minute) for key in minute[0]})
                 minute, began = [], time.monotonic()
-            if over:
+            if stopped:
                 return
 
     def counts(self) -> dict[str, float]:
-        """Processes, descriptors and memory now."""
-        below = descendants(self.tool.pid)
+        """The current numbers of processes, descriptors and threads, and the memory of the sandbox in MiB."""
+        sandbox_pids = descendants(self.tool.pid)
         return {
-            "processes": len(below),
-            "sandbox_descriptors": len(os.listdir(f"/proc/{min(below)}/fd")) if below else 0,
+            "processes": len(sandbox_pids),
+            "sandbox_descriptors": len(os.listdir(f"/proc/{min(sandbox_pids)}/fd")) if sandbox_pids else 0,
             "descriptors": len(os.listdir("/proc/self/fd")),
             "threads": threading.active_count(),
-            "memory_mb": round(sum(map(pss, below)) / 2**20, 1),
+            "memory_mb": round(sum(map(pss, sandbox_pids)) / 2**20, 1),
         }
 
     def settled(self, limit: float = 10.0) -> dict[str, float]:
-        """The counts once no rollout lives: two processes, the supervisor and state 0."""
+        """The counts when no rollout lives: then only two processes are left, the supervisor and state 0. Waits at most `limit`
+        seconds for this."""
         gc.collect()
         end = time.monotonic() + limit
         while (counts := self.counts())["processes"] > 2 and time.monotonic() < end:
@@ -180,10 +182,10 @@ class Soak:
 
 
 def soak(calls: int, kinds: Sequence[str] = tuple(KINDS), share: float = HOSTILE_SHARE) -> dict[str, Any]:
-    """The figures of benchmarks/results/tools.json."""
+    """Run the test with `calls` honest calls. Returns its figures for benchmarks/results/tools.json."""
     before = {"threads": threading.active_count(), "fds": len(os.listdir("/proc/self/fd")), "temp": _temporary()}
     plain = Soak(kinds, 0.0)
-    plain.run(max(500, calls // 20), seed=1)  # warm
+    plain.run(max(500, calls // 20), seed=1)  # warm-up
     plain.honest = 0
     plain_rate = calls // 4 / plain.run(calls // 4, seed=2)
     plain.executor.close()
@@ -223,7 +225,7 @@ def soak(calls: int, kinds: Sequence[str] = tuple(KINDS), share: float = HOSTILE
 
 
 def pss(pid: int) -> int:
-    """Proportional memory of a process, bytes."""
+    """The proportional set size of a process in bytes; 0 if it has ended."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -234,14 +236,15 @@ def pss(pid: int) -> int:
 
 
 def _temporary() -> int:
+    """The number of our files and folders in the folder of temporary files."""
     return len([name for name in os.listdir(tempfile.gettempdir()) if name.startswith("appo-")])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], help="kinds of hostile rollouts; none: all")
-    parser.add_argument("--calls", type=int, default=2000)
-    parser.add_argument("--share", type=float, default=HOSTILE_SHARE)
+    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], help="kinds of hostile rollouts; by default all")
+    parser.add_argument("--calls", type=int, default=2000, help="number of honest calls")
+    parser.add_argument("--share", type=float, default=HOSTILE_SHARE, help="share of hostile rollouts, 0 to 1")
     arguments = parser.parse_args()
     print(json.dumps(soak(arguments.calls, arguments.kinds or tuple(KINDS), arguments.share), indent=2))
 
