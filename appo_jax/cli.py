@@ -144,7 +144,7 @@ def _study(args: Sequence[str]) -> None:
             use one job per core.
             report: Start no runs; only write the table and the figure of the finished ones.
         """
-        from appo_jax.study.plan import load_study
+        from appo_jax.study.definition import load_study
 
         chosen = load_study(config)
         if unknown := [arm for arm in arms if arm not in chosen.arms]:
@@ -173,7 +173,7 @@ def _sweep(args: Sequence[str]) -> None:
                 all are done. Writes no report.
             report: Run nothing; only write the report of the finished trials.
         """
-        from appo_jax.sweep.plan import load_sweep
+        from appo_jax.sweep.definition import load_sweep
 
         chosen = load_sweep(config)
         if worker:

@@ -297,7 +297,7 @@ def test_a_sweep_does_not_join_slices(launch):
 SWEEP = """
 import dataclasses
 from appo_jax.config_io import load_config
-from appo_jax.sweep.plan import Sweep
+from appo_jax.sweep.definition import Sweep
 
 base = load_config({base!r})
 sweep = Sweep(

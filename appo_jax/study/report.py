@@ -13,8 +13,8 @@ import numpy as np
 
 from appo_jax.errors import DataError
 from appo_jax.metrics import read_metrics
-from appo_jax.study.plan import Study
-from appo_jax.study.statistics import Interval, detectable, holm, mean_interval, paired
+from appo_jax.study.definition import Study
+from appo_jax.study.statistics import Interval, detectable, format_p, holm, mean_interval, paired
 from appo_jax.view.plots import STYLE
 
 
@@ -50,9 +50,8 @@ def load_outcomes(study: Study) -> dict[str, dict[int, Outcome]]:
     out: dict[str, dict[int, Outcome]] = {arm: {} for arm in study.arms}
     for arm in study.arms:
         for seed in study.seeds:
-            folder = study.run_dir(arm, seed)
-            if (folder / "summary.json").exists():
-                out[arm][seed] = load_outcome(folder)
+            if study.finished(arm, seed):
+                out[arm][seed] = load_outcome(study.run_dir(arm, seed))
     return out
 
 
@@ -165,7 +164,7 @@ def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, ru
             n = len(gains[arm])
             standard_error = float(np.std(gains[arm], ddof=1)) / math.sqrt(n) if n > 1 else math.nan
             smallest = (detectable(standard_error, n - 1, level) for level in (0.05, 0.05 / len(others)))
-            cells = [arm, name, str(n), _interval(test.difference, sign=True), _p_value(t), _p_value(signs)]
+            cells = [arm, name, str(n), _interval(test.difference, sign=True), format_p(t), format_p(signs)]
             lines.append(f"| {' | '.join([*cells, ', '.join(f'{x:.1f}' for x in smallest)])} |")
     return "\n".join(lines)
 
@@ -173,10 +172,6 @@ def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, ru
 def _interval(x: Interval, sign: bool = False) -> str:
     number = "+.1f" if sign else ".1f"
     return f"{x.mean:{number}}" + ("" if math.isnan(x.low) else f" [{x.low:{number}}, {x.high:{number}}]")
-
-
-def _p_value(p: float) -> str:
-    return "" if math.isnan(p) else f"{p:.3f}"
 
 
 def mean_curve(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import subprocess
@@ -16,7 +15,7 @@ from typing import Literal
 from appo_jax.config import Config
 from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.interrupt import stop_requests
-from appo_jax.study.plan import Study, lacks_tokenizer
+from appo_jax.study.definition import Study, lacks_tokenizer
 from appo_jax.study.process import log_file, start_run
 from appo_jax.study.report import write_report
 
@@ -48,7 +47,7 @@ def run_study(study: Study, jobs: int = 1) -> str:
     """
     cores = shares(jobs)
     _runs_folder(study).mkdir(parents=True, exist_ok=True)
-    failed = _run(plan_jobs(study), cores, study)
+    failed = _run(jobs_left(study), cores, study)
     if not failed:
         return write_report(study)
     with contextlib.suppress(DataError):  # perhaps no run is finished, so that there is no report
@@ -57,7 +56,7 @@ def run_study(study: Study, jobs: int = 1) -> str:
     raise TrainingError(f"{len(failed)} runs failed: see {logs}; the same command tries them again")
 
 
-def plan_jobs(study: Study) -> list[Job]:
+def jobs_left(study: Study) -> list[Job]:
     """The jobs that are not done yet, in order: the generation of the data, then for each seed its cold start and its arms."""
     first_cold_start = study.cold_start(study.seeds[0])
     world = None
@@ -69,18 +68,12 @@ def plan_jobs(study: Study) -> list[Job]:
     cold_starts: dict[str, Job] = {}  # by run directory
     for seed in study.seeds:
         config = study.cold_start(seed)
-        unfinished = [arm for arm in study.arms if not finished(study, arm, seed)]
+        unfinished = [arm for arm in study.arms if not study.finished(arm, seed)]
         if unfinished and config.run_dir not in cold_starts:
             cold_starts[config.run_dir] = Job("sft", config, after=world)
             jobs.append(cold_starts[config.run_dir])
         jobs += [Job("train", study.config(arm, seed), after=cold_starts[config.run_dir]) for arm in unfinished]
     return [world, *jobs] if world and jobs else jobs
-
-
-def finished(study: Study, arm: str, seed: int) -> bool:
-    """Whether a run has used its budget and has its final evaluation."""
-    summary = study.run_dir(arm, seed) / "summary.json"
-    return summary.exists() and json.loads(summary.read_text())["sampled_tokens"] >= study.max_sampled_tokens
 
 
 def shares(jobs: int) -> list[list[int]]:

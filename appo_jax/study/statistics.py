@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,3 +77,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, float((len(order) - rank) * p[index])))
         adjusted[index] = largest
     return adjusted.tolist()
+
+
+def format_p(p: float) -> str:
+    """A p-value for a table. Empty for NaN."""
+    return "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"

@@ -17,9 +17,9 @@ from optuna.trial import TrialState
 
 from appo_jax.config_io import save_config
 from appo_jax.errors import DataError
-from appo_jax.study.statistics import detectable, mean_interval, paired
+from appo_jax.study.statistics import detectable, format_p, mean_interval, paired
+from appo_jax.sweep.definition import Sweep
 from appo_jax.sweep.effects import Effect, Runs, field_effects, in_order, levels_of, noise
-from appo_jax.sweep.plan import Sweep
 from appo_jax.sweep.store import Store
 from appo_jax.view.plots import STYLE
 
@@ -119,7 +119,7 @@ def _fields_table(effects: Sequence[Effect]) -> str:
     for e in effects:
         levels = ", ".join(f"{level}: {mean:.4f}" for level, mean in zip(e.levels, e.means, strict=True))
         share = "" if math.isnan(e.share) else f"{100 * e.share:.0f} %"
-        lines.append(f"| {e.name} | {share} | {_p_value(e.p)} | {levels} |")
+        lines.append(f"| {e.name} | {share} | {format_p(e.p)} | {levels} |")
     return "\n".join(lines)
 
 
@@ -158,7 +158,7 @@ def _trials_table(sweep: Sweep, found: Sequence[Result]) -> str:
         if r is not best and len(shared) > 1:
             test = paired([r.values[s] for s in shared], [best.values[s] for s in shared])
             d = test.difference
-            against, p = f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]", _p_value(test.p_t)
+            against, p = f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]", format_p(test.p_t)
         seeds = f"{len(r.values)}" + ("" if r.state == TrialState.COMPLETE else f" ({r.state.name.lower()})")
         cells = [str(r.number), *(_value(r.params[n]) for n in names), seeds, f"{x.mean:.4f}{interval}", against, p]
         lines.append("| " + " | ".join(cells) + " |")
@@ -216,7 +216,3 @@ def _heat_map(ax: Axes, found: Sequence[Result], pair: tuple[str, str]) -> None:
 
 def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _p_value(p: float) -> str:
-    return "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"

@@ -21,7 +21,7 @@ from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.metrics import read_metrics
 from appo_jax.study.process import end_with_parent
 from appo_jax.study.run import shares
-from appo_jax.sweep.plan import Sweep
+from appo_jax.sweep.definition import Sweep
 from appo_jax.sweep.report import results, write_report
 from appo_jax.sweep.store import Store
 

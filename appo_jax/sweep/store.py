@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from appo_jax.config_io import flatten
 from appo_jax.errors import ConfigError
-from appo_jax.sweep.plan import Point, Sweep
+from appo_jax.sweep.definition import Point, Sweep
 
 LEASE_S = 60.0  # seconds without renewal after which a lease is free
 RENEW_S = 5.0  # seconds between two renewals
@@ -51,7 +51,7 @@ class Store:
                 load_if_exists=True, sampler=self._sampler(),
             )  # fmt: skip
             if not self.study.trials:
-                for point in sweep.planned_points():
+                for point in sweep.queued_points():
                     self.study.enqueue_trial(point)
 
     @contextlib.contextmanager

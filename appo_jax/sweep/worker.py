@@ -13,7 +13,7 @@ import logging
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from optuna.trial import Trial, TrialState
@@ -22,10 +22,10 @@ from appo_jax.config import Config
 from appo_jax.errors import TrainingError
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.metrics import read_metrics
-from appo_jax.study.plan import lacks_tokenizer
+from appo_jax.study.definition import lacks_tokenizer
 from appo_jax.study.process import log_file, start_run
 from appo_jax.study.report import load_outcome
-from appo_jax.sweep.plan import Sweep
+from appo_jax.sweep.definition import Sweep
 from appo_jax.sweep.racing import excluded
 from appo_jax.sweep.store import RENEW_S, Store
 
@@ -59,12 +59,12 @@ def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:
     sweep, task = store.sweep, f"trial-{trial.number}"
     values = store.values(store.study.trials[trial.number])
     state, reason = TrialState.COMPLETE, None
-    with _renewing(store, task) as lost:
+    with holding(store, task) as lost:
         try:
             for seed in sweep.seeds:
                 if seed in values:
                     continue
-                values[seed] = _run_seed(store, trial, seed, stop, lost)
+                values[seed] = _run_seed(store, trial, seed, stop, [lost])
                 trial.set_user_attr(f"seed-{seed}", values[seed])
                 if sweep.prune and excluded(
                     _higher_is_better(sweep, values), _values_of_others(store, trial.number), len(sweep.seeds)
@@ -73,9 +73,8 @@ def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:
                     break
         except TrainingError as error:
             state, reason = TrialState.FAIL, str(error)
-        finally:
-            if lost.is_set():
-                raise LeaseLost
+        if lost.is_set():
+            raise LeaseLost
         if reason is not None:
             log.error("trial %d failed: %s", trial.number, reason)
             trial.set_user_attr("error", reason)
@@ -83,10 +82,9 @@ def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:
         if state == TrialState.PRUNED:
             trial.report(mean or 0.0, len(values))  # Optuna takes the last reported value as that of a pruned trial
         store.study.tell(trial, mean if state == TrialState.COMPLETE else None, state=state)
-    store.release(task)
 
 
-def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: threading.Event) -> float:
+def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: Sequence[threading.Event]) -> float:
     """Do a run, or the rest of it, and return its objective. Raises TrainingError if it fails ATTEMPTS times or lacks the
     objective."""
     sweep = store.sweep
@@ -98,29 +96,30 @@ def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: threading
     return objective(sweep, Path(config.run_dir))
 
 
-def _cold_start(store: Store, seed: int, stop: Stop, lost: threading.Event) -> None:
+def _cold_start(store: Store, seed: int, stop: Stop, lost: Sequence[threading.Event]) -> None:
     """Do the cold start with which a seed begins. If the data must still be generated, do this first."""
     config = store.sweep.cold_start(seed)
     if lacks_tokenizer(config):
         world = dataclasses.replace(config, run_dir=str(store.folder / "runs" / "world"))
-        _run_shared(store, "world", "data world", world, stop, lost)
-    _run_shared(store, Path(config.run_dir).name, "sft", config, stop, lost)
+        run_shared(store, "world", "data world", world, stop, lost)
+    run_shared(store, Path(config.run_dir).name, "sft", config, stop, lost)
 
 
-def _run_shared(store: Store, task: str, command: str, config: Config, stop: Stop, lost: threading.Event) -> None:
+def run_shared(
+    store: Store, task: str, command: str, config: Config, stop: Stop, lost: Sequence[threading.Event]
+) -> None:
     """Do a task that all trials share. If another worker has it, wait until it is done."""
     done = store.folder / "runs" / f"{task}.done"
     while not done.exists():
         if not store.take(task):
             _wait(IDLE_S, stop, lost)
             continue
-        with _renewing(store, task):
-            _run(store, command, config, stop, lost)
+        with holding(store, task) as task_lost:
+            _run(store, command, config, stop, [*lost, task_lost])
             done.touch()
-        store.release(task)
 
 
-def _run(store: Store, command: str, config: Config, stop: Stop, lost: threading.Event) -> None:
+def _run(store: Store, command: str, config: Config, stop: Stop, lost: Sequence[threading.Event]) -> None:
     """Run `appo-jax COMMAND` in a process until it ends. Raises TrainingError if it fails ATTEMPTS times; KeyboardInterrupt after
     Ctrl-C or SIGTERM; LeaseLost."""
     folder = store.folder / "runs"
@@ -146,20 +145,20 @@ def _stop_process(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _wait(seconds: float, stop: Stop, lost: threading.Event) -> None:
-    """Sleep. Raises KeyboardInterrupt if a stop was requested, LeaseLost if the lease was lost."""
+def _wait(seconds: float, stop: Stop, lost: Sequence[threading.Event]) -> None:
+    """Sleep. Raises KeyboardInterrupt if a stop was requested, LeaseLost if one of the leases was lost."""
     time.sleep(seconds)
     if stop.requested:
         raise KeyboardInterrupt
-    if lost.is_set():
+    if any(event.is_set() for event in lost):
         raise LeaseLost
 
 
 @contextlib.contextmanager
-def _renewing(store: Store, task: str) -> Iterator[threading.Event]:
-    """A context in which a thread renews a lease. The event that it gives is set if the lease is lost.
+def holding(store: Store, task: str) -> Iterator[threading.Event]:
+    """A context in which a thread renews the lease of a task. The event that it gives is set if the lease is lost.
 
-    After a KeyboardInterrupt the lease is released: the run is saved, and another worker can continue it at once.
+    At its end, also after an error, the lease is released, so that another worker need not wait until it runs out.
     """
     lost, ended = threading.Event(), threading.Event()
 
@@ -173,14 +172,10 @@ def _renewing(store: Store, task: str) -> Iterator[threading.Event]:
     thread.start()
     try:
         yield lost
-    except KeyboardInterrupt:
-        ended.set()
-        thread.join()
-        store.release(task)
-        raise
     finally:
         ended.set()
         thread.join()
+        store.release(task)
 
 
 def objective(sweep: Sweep, run: Path) -> float:

@@ -9,7 +9,7 @@ Interrupted, the same command goes on. It ends in runs/studies/decisions/study.m
 from pathlib import Path
 
 from appo_jax.config_io import load_config, with_fields
-from appo_jax.study.plan import Study
+from appo_jax.study.definition import Study
 
 base = load_config(Path(__file__).parents[1] / "decisions.py")
 ARMS = {

@@ -8,7 +8,7 @@ Hardware: 2 CPU cores, 8 GB. Command:
 from pathlib import Path
 
 from appo_jax.config_io import load_config, with_fields
-from appo_jax.study.plan import Study
+from appo_jax.study.definition import Study
 
 base = load_config(Path(__file__).parents[1] / "decisions.py")
 # ARPO draws half of its budget at once, as in its paper.

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from appo_jax.config_io import load_config
-from appo_jax.study.plan import Study
+from appo_jax.study.definition import Study
 
 base = load_config(Path(__file__).parents[1] / "shared" / "study.py")
 

@@ -8,7 +8,7 @@ Interrupted or killed, the same command goes on. It ends in runs/sweeps/decision
 from pathlib import Path
 
 from appo_jax.config_io import load_config
-from appo_jax.sweep.plan import Sweep
+from appo_jax.sweep.definition import Sweep
 
 sweep = Sweep(
     out="runs/sweeps/decisions",

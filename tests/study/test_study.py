@@ -19,8 +19,8 @@ from appo_jax.config_io import check, load_config, save_config
 from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.metrics import read_metrics
 from appo_jax.study import report
-from appo_jax.study.plan import Study, check_study, load_study
-from appo_jax.study.run import finished, plan_jobs, run_study
+from appo_jax.study.definition import Study, check_study, load_study
+from appo_jax.study.run import jobs_left, run_study
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "studies"
 
@@ -94,42 +94,44 @@ def test_what_cannot_be_a_study_is_named(base, tmp_path):
         check_study(dataclasses.replace(study(base, tmp_path), seeds=()))
     with pytest.raises(ConfigError, match="'a/b'"):
         check_study(study(base, tmp_path, **{"a/b": base}))
+    with pytest.raises(ConfigError, match="'appo-3' is the name of a run here"):
+        check_study(dataclasses.replace(study(base, tmp_path), cold_starts=("elsewhere/appo-3",)))
 
 
 def test_a_run_is_kept_once_its_budget_is_used(base, tmp_path):
     s = study(base, tmp_path)
-    assert not finished(s, "appo", 0)
+    assert not s.finished("appo", 0)
     write_run(s.run_dir("appo", 0), 0.5, tokens=120)
-    assert finished(s, "appo", 0)
-    assert not finished(dataclasses.replace(s, max_sampled_tokens=200), "appo", 0)
+    assert s.finished("appo", 0)
+    assert not dataclasses.replace(s, max_sampled_tokens=200).finished("appo", 0)
 
 
 def test_a_seed_is_made_in_order_and_what_is_finished_is_left_out(base, tmp_path):
     s = study(base, tmp_path, grpo=dataclasses.replace(base, algorithm="grpo"))
     s = dataclasses.replace(s, arms={name: without_world(config, tmp_path) for name, config in s.arms.items()})
     write_run(s.run_dir("appo", 0), 0.5)
-    jobs = plan_jobs(s)
+    jobs = jobs_left(s)
     assert [job.name for job in jobs] == ["cold-0", "grpo-0", "cold-1", "appo-1", "grpo-1"]
     assert [job.after and job.after.name for job in jobs] == [None, "cold-0", None, "cold-1", "cold-1"]
     write_run(s.run_dir("grpo", 0), 0.5)
-    assert [job.name for job in plan_jobs(s)] == ["cold-1", "appo-1", "grpo-1"]
+    assert [job.name for job in jobs_left(s)] == ["cold-1", "appo-1", "grpo-1"]
 
 
 def test_a_world_that_is_not_there_is_made_first(base, tmp_path):
     policy = dataclasses.replace(base.policy, tokenizer=str(tmp_path / "world.model"))
     s = Study(str(tmp_path), {"appo": dataclasses.replace(base, policy=policy)}, seeds=(0,), max_sampled_tokens=100)
-    world, cold, arm = plan_jobs(s)
+    world, cold, arm = jobs_left(s)
     assert (world.command, cold.command, arm.command) == ("data world", "sft", "train")
     assert (cold.after, arm.after) == (world, cold)
     write_run(s.run_dir("appo", 0), 0.5)
-    assert plan_jobs(s) == []
+    assert jobs_left(s) == []
 
 
 def test_two_cold_starts_are_made_once_for_all_seeds(base, tmp_path):
     folders = (str(tmp_path / "first"), str(tmp_path / "second"))
     s = dataclasses.replace(study(base, tmp_path / "out"), seeds=(3, 0, 4), cold_starts=folders)
     check_study(s)
-    jobs = [job for job in plan_jobs(s) if job.command != "data world"]
+    jobs = [job for job in jobs_left(s) if job.command != "data world"]
     assert [job.name for job in jobs] == ["second", "appo-3", "first", "appo-0", "appo-4"]
     assert [job.config.seed for job in jobs] == [1, 3, 0, 0, 4]
     assert [job.config.init_from for job in jobs if job.command == "train"] == [folders[1], folders[0], folders[0]]
@@ -173,7 +175,7 @@ def test_an_interrupted_study_stops_all_its_runs_and_each_saves(base, tmp_path):
     save_config(arm, tmp_path / "arm.json")
     (tmp_path / "s.py").write_text(f"""
 from appo_jax.config_io import load_config
-from appo_jax.study.plan import Study
+from appo_jax.study.definition import Study
 arms = {{"appo": load_config({str(tmp_path / "arm.json")!r})}}
 study = Study(out={str(tmp_path / "out")!r}, arms=arms, seeds=(0, 1, 2), max_sampled_tokens=100)
 """)

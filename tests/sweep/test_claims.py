@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 from optuna.trial import TrialState
 
 from appo_jax.config_io import load_config
-from appo_jax.errors import ConfigError
-from appo_jax.sweep.plan import Sweep
+from appo_jax.errors import ConfigError, TrainingError
+from appo_jax.interrupt import stop_requests
+from appo_jax.sweep import worker
+from appo_jax.sweep.definition import Sweep
 from appo_jax.sweep.report import write_report
 from appo_jax.sweep.store import LEASE_S, Store
 
@@ -99,6 +102,32 @@ def test_a_worker_that_lost_its_lease_is_told(store, tmp_path):
     assert not store.take("cold-0")
     store.release("cold-0")  # another's lease stays
     assert not store.take("cold-0")
+
+
+def test_the_lease_of_a_task_that_failed_is_free_at_once(store, tmp_path):
+    assert store.take("cold-0")
+    with pytest.raises(TrainingError), worker.holding(store, "cold-0"):
+        raise TrainingError("exit code 1")
+    assert not (tmp_path / "leases" / "cold-0.json").exists()
+
+
+def test_a_shared_task_stops_when_its_own_lease_is_lost(store, tmp_path, monkeypatch):
+    """Its trial's lease is still held: once, only that one was watched, and two workers made one cold start."""
+    monkeypatch.setattr(worker, "RENEW_S", 0.05)
+    assert store.take("trial-0")
+    lease = tmp_path / "leases" / "cold-0.json"
+    other = json.dumps({"host": "another", "pid": 1, "time": time.time()})
+    config = dataclasses.replace(load_config(QUICKSTART), run_dir=str(tmp_path / "runs" / "cold-0"))
+
+    def steal():
+        with store.lock():
+            lease.write_text(other)
+
+    threading.Timer(0.5, steal).start()  # while the process of the cold start begins
+    with stop_requests() as stop, worker.holding(store, "trial-0") as lost, pytest.raises(worker.LeaseLost):
+        worker.run_shared(store, "cold-0", "sft", config, stop, [lost])
+    assert not (tmp_path / "runs" / "cold-0.done").exists()
+    assert lease.read_text() == other
 
 
 def test_failed_trials_are_tried_again_once_for_each_failure(store):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 SWEEP = """
 import dataclasses
 from appo_jax.config_io import load_config
-from appo_jax.sweep.plan import Sweep
+from appo_jax.sweep.definition import Sweep
 
 base = load_config({base!r})
 sweep = Sweep(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,11 @@ class Study:
         """The run directory of one run."""
         return Path(self.out) / "runs" / f"{arm}-{seed}"
 
+    def finished(self, arm: str, seed: int) -> bool:
+        """Whether a run has used its budget and has its final evaluation."""
+        summary = self.run_dir(arm, seed) / "summary.json"
+        return summary.exists() and json.loads(summary.read_text())["sampled_tokens"] >= self.max_sampled_tokens
+
     def cold_start(self, seed: int) -> Config:
         """The config of the cold start with which all arms of a seed begin."""
         return shared_cold_start(self.arms[self.baseline], self.cold_starts, self.out, seed)
@@ -84,17 +90,24 @@ def shared_cold_start(first: Config, folders: tuple[str, ...], out: str, seed: i
     return existing
 
 
-def check_cold_starts(folders: tuple[str, ...], config: Config, out: str) -> None:
-    """Raise ConfigError if a run could begin with two cold starts, or if a folder holds a cold start of another kind."""
+def check_cold_starts(folders: tuple[str, ...], config: Config, out: str, run_names: str) -> None:
+    """Raise ConfigError if a run could begin with two cold starts, if a folder holds a cold start of another kind, or if two
+    folders, or a folder and a run, have one name. `run_names`: regular expression of the names of runs."""
     if config.init_from is not None:
         raise ConfigError(
             f"init_from = {config.init_from!r}: expected None, because each seed begins with a cold start of its own; to begin "
             f"with this run, write cold_starts=({config.init_from!r},)"
         )
-    if len({Path(folder).name for folder in folders}) < len(folders):
+    names = [Path(folder).name for folder in folders]
+    if len(set(names)) < len(names):
         raise ConfigError(
             f"cold_starts = {folders}: the last parts of two paths are equal, but config files and logs are named by them; "
             "rename one of the folders"
+        )
+    if taken := [name for name in names if re.fullmatch(f"world|{run_names}", name)]:
+        raise ConfigError(
+            f"cold_starts = {folders}: {taken[0]!r} is the name of a run here, and config files and logs are named by it; "
+            "rename the folder"
         )
     for seed in range(len(folders)):
         shared_cold_start(config, folders, out, seed)
@@ -143,4 +156,5 @@ def check_study(study: Study) -> None:
                 f"arm {name!r} differs from {study.baseline!r} in {', '.join(different)}: all arms of a study "
                 "share the cold start and the evaluation; give these fields the same value in all arms"
             )
-    check_cold_starts(study.cold_starts, study.arms[study.baseline], study.out)
+    run_names = rf"({'|'.join(study.arms)})-\d+"
+    check_cold_starts(study.cold_starts, study.arms[study.baseline], study.out, run_names)

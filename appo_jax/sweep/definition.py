@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -14,10 +14,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from appo_jax.config import Config
 from appo_jax.config_io import check, flatten, read_variable, with_fields
 from appo_jax.errors import ConfigError
-from appo_jax.study.plan import COLD_START, MAX_STEPS, check_cold_starts, shared_cold_start
+from appo_jax.study.definition import COLD_START, MAX_STEPS, check_cold_starts, shared_cold_start
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
+Search = Literal["grid", "random", "tpe"]
 Point = dict[str, Any]  # a value for every field of the space
 
 # A random sweep draws at most this many points per trial. It is refused if too few of them keep the rules between fields.
@@ -40,7 +41,7 @@ class Sweep:
     cold_starts: tuple[str, ...] = ()
     """Folders of cold starts. Seed s uses the folder at index s modulo their number. A missing cold start is made. Studies
     and other sweeps may share the folders. (): every seed makes its own cold start in `out`."""
-    search: Literal["grid", "random", "tpe"] = "grid"
+    search: Search = "grid"
     """grid: every point of the space. random: `trials` points, drawn with a fixed seed. tpe: `trials` points that Optuna's TPE
     sampler chooses from the results so far."""
     trials: int = 0
@@ -90,7 +91,7 @@ class Sweep:
             return False
         return True
 
-    def planned_points(self) -> list[Point]:
+    def queued_points(self) -> list[Point]:
         """The points of a grid or of a random sweep, in their order. Points that break a rule between fields are left out.
 
         Empty for TPE, which chooses points during the sweep. Raises ConfigError if too few points keep the rules, or if a grid
@@ -158,6 +159,8 @@ def check_sweep(sweep: Sweep) -> None:
         raise ConfigError(
             f"max_sampled_tokens = {sweep.max_sampled_tokens}: the budget of a run must be greater than 0"
         )
+    if sweep.search not in get_args(Search):
+        raise ConfigError(f"search = {sweep.search!r}: expected {', '.join(get_args(Search))}")
     if sweep.search != "grid" and sweep.trials <= 0:
         raise ConfigError(f"trials = {sweep.trials}: search = {sweep.search!r} needs the number of trials, at least 1")
     known = flatten(sweep.base)
@@ -175,5 +178,5 @@ def check_sweep(sweep: Sweep) -> None:
             for value in values:
                 with_fields(sweep.base, {name: value})  # raises for a value of the wrong type
     check(sweep.base)
-    check_cold_starts(sweep.cold_starts, sweep.base, sweep.out)
-    sweep.planned_points()
+    check_cold_starts(sweep.cold_starts, sweep.base, sweep.out, r"trial-\d+|\d{4,}-\d+")
+    sweep.queued_points()

@@ -8,7 +8,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 
 from appo_jax.config_io import load_config, save_config
 from appo_jax.errors import ConfigError
-from appo_jax.sweep.plan import Sweep, check_sweep, load_sweep
+from appo_jax.sweep.definition import Sweep, check_sweep, load_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -25,13 +25,13 @@ def sweep(base, space, **others):
 @pytest.mark.parametrize("file", sorted((CONFIGS / "sweeps").glob("*.py")), ids=lambda file: file.stem)
 def test_the_sweeps_of_configs_hold_together(file):
     found = load_sweep(file)
-    for point in found.planned_points():
+    for point in found.queued_points():
         found.point_config(point)
 
 
 def test_a_grid_has_every_possible_point_once(base):
     s = sweep(base, {"branching.num_branch_points": (3, 4), "rollout.num_initial": (4, 16)})
-    points = s.planned_points()
+    points = s.queued_points()
     # 16 initial rollouts leave no branch in a budget of 16
     assert points == [{"branching.num_branch_points": b, "rollout.num_initial": 4} for b in (3, 4)]
 
@@ -42,8 +42,8 @@ def test_random_points_are_possible_and_the_same_each_time(base):
         "rollout.num_initial": (4, 8, 16), "advantage.future_weight": FloatDistribution(0.0, 1.0, step=0.25),
     }  # fmt: skip
     s = sweep(base, space, search="random", trials=30)
-    points = s.planned_points()
-    assert points == s.planned_points()
+    points = s.queued_points()
+    assert points == s.queued_points()
     assert len(points) == 30
     assert all(p["rollout.num_initial"] < 16 and 4 <= p["branching.tau"] <= 256 for p in points)
     assert {p["advantage.future_weight"] for p in points} <= {0.0, 0.25, 0.5, 0.75, 1.0}
@@ -98,12 +98,20 @@ def test_a_cold_start_that_is_not_clear_is_named(base):
         check_sweep(sweep(dataclasses.replace(base, init_from="runs/other"), space))
     with pytest.raises(ConfigError, match="the last parts of two paths are equal"):
         check_sweep(sweep(base, space, cold_starts=("runs/a/cold", "runs/b/cold")))
+    for name in ("trial-3", "0002-1", "world"):
+        with pytest.raises(ConfigError, match=f"'{name}' is the name of a run here.*rename the folder"):
+            check_sweep(sweep(base, space, cold_starts=(f"elsewhere/{name}",)))
 
 
 def test_a_cold_start_of_another_kind_is_named_before_any_worker_begins(base, tmp_path):
     save_config(dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=7)), tmp_path / "config.json")
     with pytest.raises(ConfigError, match=r"differs in sft.steps; give another folder"):
         check_sweep(sweep(base, {"branching.tau": (8.0,)}, cold_starts=(str(tmp_path),)))
+
+
+def test_an_unknown_search_is_named(base):
+    with pytest.raises(ConfigError, match="search = 'bayes': expected grid, random, tpe"):
+        check_sweep(sweep(base, {"branching.tau": (8.0,)}, search="bayes", trials=3))
 
 
 def test_a_file_without_a_sweep_is_named(tmp_path):
