@@ -161,6 +161,28 @@ def test_what_a_tpu_fetches_ahead_is_read_from_hbm_once():
     assert hlo.read(TPU_TEXT).hbm == weight + flags + new + new + rows
 
 
+TWO_VIEWS = """HloModule jit_step, is_scheduled=true
+
+%two_slices (p: f32[64,128]) -> f32[2,128] {
+  %p = f32[64,128]{1,0} parameter(0)
+  %b = f32[8192]{0} bitcast(%p)
+  %b.1 = f32[1,64,128]{2,1,0} bitcast(%p)
+  %s = f32[128]{0} slice(%b), slice={[0:128]}
+  %s.1 = f32[1,1,128]{2,1,0} slice(%b.1), slice={[0:1], [1:2], [0:128]}
+  ROOT %sum = f32[2,128]{1,0} custom-call(%s, %s.1)
+}
+
+ENTRY %main (x: f32[64,128]) -> f32[2,128] {
+  %x = f32[64,128]{1,0} parameter(0)
+  ROOT %out = f32[2,128]{1,0} fusion(%x), kind=kLoop, calls=%two_slices
+}
+"""
+
+
+def test_slices_of_two_views_of_one_array_are_all_that_is_read():
+    assert hlo.read(TWO_VIEWS).hbm == 2 * 4 * 128 + 4 * 2 * 128
+
+
 KERNEL = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main (q: bf16[4,2,16,128], k: bf16[4,2,128,1024], v: bf16[4,2,1024,128]) -> f32[4,2,16,128] {

@@ -76,8 +76,8 @@ class Compiler:
 _MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices")
 # For each program, the fields that `search` changes and on which the program or its `beside` depends.
 _DEPENDS_ON = (
-    dict.fromkeys(("reshard",), _MESH)
-    | dict.fromkeys(("prefill", "decode", "append", "score"), (*_MESH, "rollout.decode_rows"))
+    dict.fromkeys(("reshard", "score"), _MESH)
+    | dict.fromkeys(("prefill", "decode", "append"), (*_MESH, "rollout.decode_rows"))
     | {"train": (*_MESH, "optimizer.micro_batch", "optimizer.remat")}
 )
 

@@ -216,13 +216,15 @@ def _traffic_of_fusion(fusion: _Instruction, body: list[_Instruction]) -> float:
     """`_traffic` of a fusion: its result and its parameters. Of those that it slices or updates in place, only the slice or the
     update counts."""
     by_name = {i.name: i for i in body}
-    bitcasts = {i.operands[0]: i.name for i in body if i.op == "bitcast"}
     written, total = fusion.hbm, 0.0
     for instruction in body:
         if instruction.op in _UPDATED and instruction.size <= written:
             written -= instruction.size - by_name[instruction.operands[_UPDATED[instruction.op]]].size
     for parameter in (i for i in body if i.op == "parameter" and i.hbm):
-        names = {parameter.name, bitcasts.get(parameter.name, "")}
+        names = {parameter.name}
+        for instruction in body:  # operands stand before their users
+            if instruction.op == "bitcast" and instruction.operands[0] in names:
+                names.add(instruction.name)
         users = [i for i in body if i.op != "bitcast" and names & set(i.operands)]
         only_first_operand = all(u.operands[0] in names and not names & set(u.operands[1:]) for u in users)
         if users and only_first_operand and all(u.op in _SLICED for u in users):

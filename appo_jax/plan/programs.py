@@ -191,7 +191,7 @@ class _StepPrograms:
             f"passes of {scoring.rows} packed rows",
             self.optimizer_and_reference + max(0, scoring.kept - 1) * cache,
             self.kept_training,
-            "rollout.decode_rows, rollout.max_response_tokens",
+            "prompts_per_minibatch, rollout.max_response_tokens",
         )
 
     def train(self) -> Program:
