@@ -163,18 +163,20 @@ def test_what_a_tpu_fetches_ahead_is_read_from_hbm_once():
 
 TWO_VIEWS = """HloModule jit_step, is_scheduled=true
 
-%two_slices (p: f32[64,128]) -> f32[2,128] {
+%two_slices (p: f32[64,128], i: s32[]) -> f32[2,128] {
   %p = f32[64,128]{1,0} parameter(0)
+  %i = s32[]{S(2)} parameter(1)
   %b = f32[8192]{0} bitcast(%p)
   %b.1 = f32[1,64,128]{2,1,0} bitcast(%p)
-  %s = f32[128]{0} slice(%b), slice={[0:128]}
-  %s.1 = f32[1,1,128]{2,1,0} slice(%b.1), slice={[0:1], [1:2], [0:128]}
+  %s = f32[128]{0} dynamic-slice(%b, %i), dynamic_slice_sizes={128}
+  %s.1 = f32[1,1,128]{2,1,0} dynamic-slice(%b.1, %i, %i, %i), dynamic_slice_sizes={1,1,128}
   ROOT %sum = f32[2,128]{1,0} custom-call(%s, %s.1)
 }
 
-ENTRY %main (x: f32[64,128]) -> f32[2,128] {
+ENTRY %main (x: f32[64,128], i: s32[]) -> f32[2,128] {
   %x = f32[64,128]{1,0} parameter(0)
-  ROOT %out = f32[2,128]{1,0} fusion(%x), kind=kLoop, calls=%two_slices
+  %i = s32[]{S(2)} parameter(1)
+  ROOT %out = f32[2,128]{1,0} fusion(%x, %i), kind=kLoop, calls=%two_slices
 }
 """
 
