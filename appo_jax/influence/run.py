@@ -256,6 +256,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             ax.barh(names, [x.value for x in found], xerr=np.maximum(errors, 0), color="C0", ecolor="0.3", capsize=2)
             ax.axvline(reference, color="C3", linewidth=1)
             ax.set_title(title)
+            ax.locator_params(axis="x", nbins=5)
         axes[0].invert_yaxis()
         figure.savefig(path)
         plt.close(figure)
