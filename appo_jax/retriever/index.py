@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 _VERSION = "appo_jax tantivy 1"  # change it whenever the index of the same text changes
 _MARK = "\N{MIDDLE DOT}"  # replaces the space that marks stop words, because tantivy splits terms at spaces
-HEAP = 512 << 20  # bytes that the writer holds before it writes a segment
+HEAP = 512 << 20  # bytes that the writer's threads hold together before they write segments
+MAX_THREADS = 8  # of the writer; tantivy refuses less than 15 MB of HEAP per thread
 
 
 def _schema() -> tantivy.Schema:
@@ -59,7 +60,7 @@ def build(corpus: Path, folder: Path) -> None:
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         index = tantivy.Index(_schema(), path=str(scratch))
-        writer = index.writer(HEAP, num_threads=os.cpu_count() or 1)
+        writer = index.writer(HEAP, num_threads=min(os.cpu_count() or 1, MAX_THREADS))
         try:
             for page in read_pages(corpus):
                 writer.add_document(_document(page))

@@ -77,6 +77,13 @@ def test_scores_are_those_of_bm25(tmp_path):
         np.testing.assert_allclose([score for _, score in found], [scores[page.title] for page, _ in found], rtol=1e-4)
 
 
+def test_a_machine_with_many_cores_builds_an_index(tmp_path, monkeypatch):
+    """TPU hosts have 96 and more; tantivy refuses to divide its memory among as many threads."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 240)
+    build(write(tmp_path / "corpus.jsonl", PAGES), tmp_path / "built")
+    assert Index(tmp_path / "built").search("rock bands of London", 1)[0][0] == PAGES[0]
+
+
 def test_an_index_belongs_to_one_state_of_a_file(tmp_path):
     corpus = write(tmp_path / "corpus.jsonl", PAGES)
     first = folder_of(corpus, tmp_path)
