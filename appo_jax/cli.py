@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import io
 import json
 import logging
 import os
@@ -70,10 +71,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Output(io.FileIO):
+    """Standard output that ends the process when its reader (head, a pager) is gone, as SIGPIPE would.
+
+    The signal itself stays ignored, because it would also end a command whose client or worker closes a connection."""
+
+    def write(self, data: Any, /) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os._exit(128 + signal.SIGPIPE)
+
+
 def end_when_output_closes() -> None:
-    """Make a command that only prints end without an error when the reader of its output (head, a pager) closes the pipe."""
+    """Make a command that only prints end without an error when the reader of its output closes the pipe."""
     if not LONG & set(sys.argv[1:2]) or {"-h", "--help"} & set(sys.argv):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        out = sys.stdout
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(_Output(out.fileno(), "w", closefd=False)), out.encoding, out.errors,
+            line_buffering=out.isatty(),
+        )  # fmt: skip
 
 
 def _set_up_logging() -> None:

@@ -183,3 +183,17 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
         assert reader.stdout.readline() == b"step 1 \xc2\xb7 x\n"
         reader.stdout.close()
         assert reader.stderr.read() == b""
+
+
+@pytest.mark.parametrize("args", [["train", "--help"], ["data", "describe", "--config", "{config}"]])
+def test_a_reader_that_left_before_the_output_came_is_no_error(tmp_path, args):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "1+1?", "answer": 2}')
+    (tmp_path / "c.py").write_text(
+        f"from appo_jax.config import *\nconfig = Config(policy=PolicyConfig(path='none'), data=DataConfig('files', {str(tmp_path)!r}))"
+    )
+    command = [sys.executable, "-m", "appo_jax", *(arg.format(config=tmp_path / "c.py") for arg in args)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -173,6 +173,18 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(server, body, status
     assert requests.get(f"{server.url}/nothing", timeout=5).status_code == 404
 
 
+def test_clients_that_hang_up_do_not_end_it(tmp_path):
+    write(tmp_path / "corpus.jsonl", PAGES)
+    server = Running(tmp_path)
+    request = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    for _ in range(50):
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(request * 200)
+    answer = server.ask({"queries": ["who"]})
+    assert answer.status_code == 200
+    server.stop()
+
+
 def test_processes_share_the_port_and_keep_answers(server):
     seen = {}
 
