@@ -116,7 +116,7 @@ def measures(tokens: int, seconds: float) -> Measures:
 
 
 def table(outcomes: Mapping[str, Mapping[int, Outcome]], run_measures: Measures) -> str:
-    """The table of arms: means over seeds of the held-out accuracy in points, with 95 % bootstrap intervals, of the sampled
+    """The table of arms: means over seeds of the held-out accuracy in points, with 95 % intervals (Student's t), of the sampled
     tokens and of the minutes of a run."""
     lines = [
         f"| arm | seeds | after SFT | {' | '.join(run_measures)} | tokens | minutes |",

@@ -1,8 +1,11 @@
 """The effects of a sweep's fields on the objective, by analysis of variance.
 
-The linear model: objective of a run = effect of its seed + effect of the level of each field + noise. A field with few values
-has one level per value; a field with many numbers has three levels, the thirds of its values by rank. The F test compares the
-residuals of the model with and without a field. Its p-values are adjusted by Holm's method over the fields.
+First each trial gets one value: its effect in the linear model: objective of a run = effect of its trial + effect of its seed +
+noise. So a trial that skipped seeds is not compared with others on easier or harder seeds. Then: value of a trial = sum of the
+effects of the levels of its fields + rest. The F test compares the rests of the model with and without a field. The runs of a
+trial are not separate observations there: they share what the model of the fields leaves out. A field with few values has one
+level per value; a field with many numbers has three levels, the thirds of its values by rank. The p-values are adjusted by
+Holm's method over the fields.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ class Effect:
     """The effect of one field."""
 
     name: str
-    share: float  # partial η², 0 to 1: the field's share of the variance that seeds and other fields do not explain
+    share: (
+        float  # partial η², 0 to 1: the field's share of the variance between trials that other fields do not explain
+    )
     p: float  # of the F test, adjusted by Holm's method
     levels: tuple[str, ...]
-    means: tuple[float, ...]  # mean objective at each level, without the differences between seeds
-    counts: tuple[int, ...]  # number of runs at each level
+    means: tuple[float, ...]  # mean objective of the trials at each level, without the differences between seeds
+    counts: tuple[int, ...]  # number of trials at each level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,52 +41,59 @@ class Runs:
     """All runs of a sweep that have a result. Entry i of each field belongs to run i."""
 
     points: Sequence[Mapping[str, Any]]  # value of each field of the space
+    trials: Sequence[int]
     seeds: Sequence[int]
     values: np.ndarray  # [runs] objective
 
 
-def field_effects(runs: Runs, names: Sequence[str]) -> list[Effect]:
-    """The effects of the fields `names`, the largest share first. Share and p are NaN if there are too few runs."""
-    labels = {name: levels_of([point[name] for point in runs.points]) for name in names}
-    seeds = _dummies([str(seed) for seed in runs.seeds])
+@dataclasses.dataclass(frozen=True)
+class Effects:
+    """The effects of all fields, the largest share first, and the rest of the model: what it leaves out of a trial's value."""
+
+    fields: list[Effect]
+    deviation: float  # standard deviation of the rest; NaN without degrees of freedom
+    freedom: int  # degrees of freedom of the rest
+
+
+def field_effects(runs: Runs, names: Sequence[str]) -> Effects:
+    """The effects of the fields `names`. Share and p are NaN if there are too few trials."""
+    points, values = _trial_values(runs)
+    labels = {name: levels_of([point[name] for point in points]) for name in names}
     columns = {name: _dummies(labels[name]) for name in names}
-    full_residual, full_rank = _residual(np.hstack([seeds, *columns.values()]), runs.values)
-    residual_freedom = len(runs.values) - full_rank
+    constant = np.ones((len(values), 1))
+    # The fit leaves rounding errors of about this size; what is smaller counts as 0.
+    rounding = 1e-20 * float(np.square(values).sum())
+    full_residual, full_rank = _residual(np.hstack([constant, *columns.values()]), values)
+    freedom = len(values) - full_rank
     tests = []
     for name in names:
-        other_columns = [columns[other] for other in names if other != name]
-        reduced_residual, reduced_rank = _residual(np.hstack([seeds, *other_columns]), runs.values)
+        others = [columns[other] for other in names if other != name]
+        reduced_residual, reduced_rank = _residual(np.hstack([constant, *others]), values)
         p = share = float("nan")
-        if residual_freedom > 0 and full_rank > reduced_rank:
+        if freedom > 0 and full_rank > reduced_rank:
             explained = reduced_residual - full_residual
-            share = explained / reduced_residual if reduced_residual > 0 else 0.0
-            noise_variance = full_residual / residual_freedom
-            field_freedom = full_rank - reduced_rank
-            p = (
-                float(stats.f.sf(explained / field_freedom / noise_variance, field_freedom, residual_freedom))
-                if noise_variance > 0
-                else 0.0
-            )
+            share, p = 0.0, 1.0
+            if explained > rounding:
+                share = explained / reduced_residual
+                ratio = explained / (full_rank - reduced_rank) / max(full_residual / freedom, rounding)
+                p = float(stats.f.sf(ratio, full_rank - reduced_rank, freedom))
         tests.append((name, share, p))
     adjusted = holm([p for *_, p in tests])
-    without_seeds = _without_seed_effects(runs)
-    return sorted(
-        (
-            Effect(name, share, p, *_level_means(labels[name], without_seeds))
-            for (name, share, _), p in zip(tests, adjusted, strict=True)
-        ),
-        key=lambda effect: -np.nan_to_num(effect.share, nan=-1.0),
-    )
+    fields = [
+        Effect(name, share, p, *_level_means(labels[name], values))
+        for (name, share, _), p in zip(tests, adjusted, strict=True)
+    ]
+    deviation = float(np.sqrt(full_residual / freedom)) if freedom > 0 else float("nan")
+    return Effects(sorted(fields, key=lambda e: -np.nan_to_num(e.share, nan=-1.0)), deviation, freedom)
 
 
-def noise(runs: Runs, trials: Sequence[int]) -> tuple[float, int]:
-    """The standard deviation of the noise between runs, and its degrees of freedom.
+def noise(runs: Runs) -> tuple[float, int]:
+    """The standard deviation of the noise between runs of a trial, and its degrees of freedom.
 
-    The noise is the residual of the linear model: effect of the trial + effect of the seed. `trials`: the trial of each run. The
-    standard deviation is NaN without degrees of freedom.
+    The noise is the residual of the linear model: effect of the trial + effect of the seed. The standard deviation is NaN
+    without degrees of freedom.
     """
-    design = np.hstack([_dummies([str(t) for t in trials]), _dummies([str(s) for s in runs.seeds])])
-    residual, rank = _residual(design, runs.values)
+    residual, rank = _residual(_design(runs), runs.values)
     freedom = len(runs.values) - rank
     return (float(np.sqrt(residual / freedom)) if freedom > 0 else float("nan")), freedom
 
@@ -118,17 +130,23 @@ def _sort_key(label: str) -> tuple[float, str]:
         return float("inf"), label
 
 
-def _without_seed_effects(runs: Runs) -> np.ndarray:
-    """`[runs]`: the values, shifted so that all seeds have the same mean."""
-    seeds = np.array(runs.seeds)
-    shifted = runs.values.astype(float).copy()
-    for seed in set(runs.seeds):
-        shifted[seeds == seed] += runs.values.mean() - runs.values[seeds == seed].mean()
-    return shifted
+def _trial_values(runs: Runs) -> tuple[list[Mapping[str, Any]], np.ndarray]:
+    """The point of each trial, and its objective as if it had run all seeds, `[trials]`."""
+    trials = sorted(set(runs.trials))
+    design = _design(runs)
+    coefficients, *_ = np.linalg.lstsq(design, runs.values, rcond=None)
+    of_trials, of_seeds = coefficients[: len(trials)], coefficients[len(trials) :]
+    points = dict(zip(runs.trials, runs.points, strict=True))
+    return [points[trial] for trial in trials], of_trials + of_seeds.mean()
 
 
-def _dummies(labels: Sequence[str]) -> np.ndarray:
-    """Indicator variables `[runs, levels]`: 1 at the level of the run, otherwise 0."""
+def _design(runs: Runs) -> np.ndarray:
+    """Indicator variables `[runs, trials + seeds]`, in rising order of trials and of seeds."""
+    return np.hstack([_dummies(runs.trials), _dummies(runs.seeds)])
+
+
+def _dummies(labels: Sequence[Any]) -> np.ndarray:
+    """Indicator variables `[labels, levels]`, in rising order of the levels: 1 at the level of the label, otherwise 0."""
     levels = sorted(set(labels))
     return np.array([[float(label == level) for level in levels] for label in labels])
 

@@ -34,12 +34,20 @@ def excluded(trial: Values, others: Sequence[Values], num_seeds: int) -> bool:
     best = max(rivals, key=lambda other: sum(other[seed] for seed in trial))
     differences = np.array([value - best[seed] for seed, value in trial.items()])
     comparisons = num_seeds - MIN_SEEDS
-    return upper_bound(differences, LEVEL / (comparisons * len(rivals))) < 0
+    # Accuracies on n questions are multiples of 1/n: a few differences may be equal by chance, without being exact.
+    rounding = smallest_step([value for other in (trial, *rivals) for value in other.values()]) / 2
+    return upper_bound(differences, LEVEL / (comparisons * len(rivals)), rounding) < 0
 
 
-def upper_bound(differences: np.ndarray, level: float) -> float:
+def smallest_step(values: Sequence[float]) -> float:
+    """The smallest difference between two different values; 0 if all are equal."""
+    steps = np.diff(np.unique(np.round(values, 9)))
+    return float(steps.min()) if len(steps) else 0.0
+
+
+def upper_bound(differences: np.ndarray, level: float, min_deviation: float = 0.0) -> float:
     """The upper end of the one-sided confidence interval of the mean at confidence 1 − `level` (Student's t). `differences`: at
-    least two."""
+    least two. `min_deviation`: a smaller standard deviation counts as this."""
     n = len(differences)
-    standard_error = float(np.std(differences, ddof=1)) / np.sqrt(n)
+    standard_error = max(float(np.std(differences, ddof=1)), min_deviation) / np.sqrt(n)
     return float(differences.mean() + stats.t.ppf(1 - level, n - 1) * standard_error)

@@ -19,7 +19,7 @@ from appo_jax.config_io import save_config
 from appo_jax.errors import DataError
 from appo_jax.study.statistics import detectable, format_p, mean_interval, paired
 from appo_jax.sweep.definition import Sweep
-from appo_jax.sweep.effects import Effect, Runs, field_effects, in_order, levels_of, noise
+from appo_jax.sweep.effects import Effect, Effects, Runs, field_effects, in_order, levels_of, noise
 from appo_jax.sweep.store import Store
 from appo_jax.view.plots import STYLE
 
@@ -55,14 +55,14 @@ def write_report(sweep: Sweep) -> str:
     found = results(store)
     if not found:
         raise DataError(f"{sweep.out}: no trial has a result; see the logs in {Path(sweep.out) / 'runs'}")
-    runs, trials = _runs(found)
+    runs = _runs(found)
     effects = field_effects(runs, list(sweep.space))
     folder = Path(sweep.out)
     text = "\n\n".join(
         [
             _summary(store, found),
-            _fields_table(effects),
-            _resolution(runs, trials, effects),
+            _fields_table(effects.fields),
+            _resolution(runs, effects),
             _trials_table(sweep, found),
         ]
     )
@@ -72,19 +72,19 @@ def write_report(sweep: Sweep) -> str:
         "trials": [
             {"trial": r.number, "state": r.state.name, "fields": r.params, "values": r.values} for r in found
         ],
-        "fields": [dataclasses.asdict(effect) for effect in effects],
+        "fields": [dataclasses.asdict(effect) for effect in effects.fields],
     }  # fmt: skip
     (folder / "sweep.json").write_text(json.dumps(record, indent=2) + "\n")
     save_config(dataclasses.replace(sweep.point_config(found[0].params), run_dir="runs/best"), folder / "best.json")
-    draw(sweep, found, effects, folder / "sweep.png")
+    draw(sweep, found, effects.fields, folder / "sweep.png")
     return text
 
 
-def _runs(found: Sequence[Result]) -> tuple[Runs, list[int]]:
-    """All runs, and the trial of each."""
-    entries = [(r.number, r.params, seed, value) for r in found for seed, value in r.values.items()]
-    runs = Runs([e[1] for e in entries], [e[2] for e in entries], np.array([e[3] for e in entries]))
-    return runs, [e[0] for e in entries]
+def _runs(found: Sequence[Result]) -> Runs:
+    """All runs of the trials."""
+    entries = [(r.params, r.number, seed, value) for r in found for seed, value in r.values.items()]
+    points, trials, seeds, values = zip(*entries, strict=True)
+    return Runs(points, trials, seeds, np.array(values))
 
 
 def _summary(store: Store, found: Sequence[Result]) -> str:
@@ -123,23 +123,30 @@ def _fields_table(effects: Sequence[Effect]) -> str:
     return "\n".join(lines)
 
 
-def _resolution(runs: Runs, trials: Sequence[int], effects: Sequence[Effect]) -> str:
+def _resolution(runs: Runs, effects: Effects) -> str:
     """The noise between runs, and the smallest differences that the runs can detect."""
-    deviation, freedom = noise(runs, trials)
-    if freedom <= 0:
-        return "Detectable differences: not known yet, because the trials have too few seeds to measure the noise between runs."
+    deviation, freedom = noise(runs)
     seeds = len(set(runs.seeds))
-    smallest = detectable(deviation * math.sqrt(2 / seeds), freedom)
     lines = [
-        f"Detectable differences: the noise between runs of a trial has a standard deviation of {deviation:.4f} ({freedom} "
-        f"degrees of freedom). A true difference of {smallest:.4f} between two trials of {seeds} seeds would be significant (5 %, "
-        "two-sided) with 95 % probability. Between two values of a field, this difference is:"
+        "Detectable differences between two trials: not known yet, because the trials have too few seeds to measure the noise "
+        "between runs."
     ]
-    for e in effects:
-        n = min(e.counts)
-        lines.append(
-            f"- {e.name}: {detectable(deviation * math.sqrt(2 / n), freedom):.4f} (at least {n} runs per value)"
+    if freedom > 0:
+        smallest = detectable(deviation * math.sqrt(2 / seeds), freedom)
+        lines = [
+            f"Detectable differences: the noise between runs of a trial has a standard deviation of {deviation:.4f} ({freedom} "
+            f"degrees of freedom). A true difference of {smallest:.4f} between two trials of {seeds} seeds would be significant "
+            "(5 %, two-sided) with 95 % probability."
+        ]
+    if effects.freedom > 0:
+        lines[0] += (
+            f" What the fields leave out of a trial's mean has a standard deviation of {effects.deviation:.4f} "
+            f"({effects.freedom} degrees of freedom). So the detectable difference between two values of a field is:"
         )
+        for e in effects.fields:
+            n = min(e.counts)
+            smallest = detectable(effects.deviation * math.sqrt(2 / n), effects.freedom)
+            lines.append(f"- {e.name}: {smallest:.4f} (at least {n} trials per value)")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """Effects of fields: against scipy's analysis of variance, and on data whose truth is known."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -19,14 +20,15 @@ def grid(fields, seeds, truth, rng, deviation=0.01):
             which.append(seed)
             trials.append(trial)
             values.append(truth(point) + 0.05 * seed + rng.normal(0, deviation))
-    return Runs(points, which, np.array(values)), trials
+    return Runs(points, trials, which, np.array(values))
 
 
 def test_one_field_without_seeds_is_the_classic_analysis_of_variance():
     rng = np.random.default_rng(0)
     groups = [rng.normal(mean, 1.0, 6) for mean in (0.0, 0.5, 1.5)]
-    runs = Runs([{"x": i} for i, group in enumerate(groups) for _ in group], [0] * 18, np.concatenate(groups))
-    [effect] = field_effects(runs, ["x"])
+    points = [{"x": i} for i, group in enumerate(groups) for _ in group]
+    runs = Runs(points, range(18), [0] * 18, np.concatenate(groups))
+    [effect] = field_effects(runs, ["x"]).fields
     expected = stats.f_oneway(*groups)
     assert effect.p == pytest.approx(expected.pvalue)
     between = sum(len(g) * (g.mean() - runs.values.mean()) ** 2 for g in groups)
@@ -36,8 +38,8 @@ def test_one_field_without_seeds_is_the_classic_analysis_of_variance():
 def test_the_field_that_matters_is_first_and_the_one_that_does_not_stays_open():
     rng = np.random.default_rng(1)
     fields = {"useless": (1, 2, 3), "tau": (8.0, 32.0), "gate": ("a", "b")}
-    runs, _ = grid(fields, 3, lambda p: 0.03 * (p["tau"] == 32.0) + 0.1 * (p["gate"] == "b"), rng)
-    effects = field_effects(runs, list(fields))
+    runs = grid(fields, 3, lambda p: 0.03 * (p["tau"] == 32.0) + 0.1 * (p["gate"] == "b"), rng)
+    effects = field_effects(runs, list(fields)).fields
     assert [e.name for e in effects[:2]] == ["gate", "tau"]
     assert effects[0].p < 0.001
     assert effects[1].p < 0.001
@@ -49,16 +51,54 @@ def test_the_field_that_matters_is_first_and_the_one_that_does_not_stays_open():
 def test_noise_is_what_is_left_of_trials_and_seeds():
     rng = np.random.default_rng(2)
     truth = rng.normal(size=40)
-    runs, trials = grid({"x": tuple(range(40))}, 10, lambda point: truth[point["x"]], rng, deviation=0.02)
-    deviation, freedom = noise(runs, trials)
+    runs = grid({"x": tuple(range(40))}, 10, lambda point: truth[point["x"]], rng, deviation=0.02)
+    deviation, freedom = noise(runs)
     assert freedom == 400 - 40 - 10 + 1
     assert deviation == pytest.approx(0.02, rel=0.1)
 
 
 def test_too_few_runs_say_nothing_instead_of_something_wrong():
-    [effect] = field_effects(Runs([{"x": 1}, {"x": 2}], [0, 0], np.array([0.1, 0.2])), ["x"])
-    assert np.isnan(effect.p)
-    assert np.isnan(noise(Runs([{"x": 1}], [0], np.array([0.1])), [0])[0])
+    effects = field_effects(Runs([{"x": 1}, {"x": 2}], [0, 1], [0, 0], np.array([0.1, 0.2])), ["x"])
+    assert np.isnan(effects.fields[0].p)
+    assert np.isnan(effects.deviation)
+    assert np.isnan(noise(Runs([{"x": 1}], [0], [0], np.array([0.1])))[0])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.3])
+def test_where_all_runs_are_equal_no_field_matters(value):
+    runs = grid({"x": (1, 2, 3), "y": (1, 2)}, 2, lambda point: 0.0, np.random.default_rng(0))
+    runs = dataclasses.replace(runs, values=np.full(12, value))
+    assert [(e.share, e.p) for e in field_effects(runs, ["x", "y"]).fields] == [(0.0, 1.0)] * 2
+
+
+@pytest.mark.parametrize("truth", [lambda p: p["x"], lambda p: (p["x"] - 0.5) ** 2, lambda p: p["x"] * p["z"]])
+def test_seeds_of_a_trial_do_not_make_a_useless_field_matter(truth):
+    """The thirds of `x` leave a part of its effect in the trial, and each seed repeats that part."""
+    rng = np.random.default_rng(4)
+    found = 0
+    for _ in range(200):
+        points = [dict(zip("xyz", rng.random(3), strict=True)) for _ in range(16)]
+        runs = Runs(
+            [point for point in points for _ in range(5)], np.repeat(np.arange(16), 5), np.tile(np.arange(5), 16),
+            np.array([truth(point) + rng.normal(0, 0.02) for point in points for _ in range(5)]),
+        )  # fmt: skip
+        effects = {e.name: e.p for e in field_effects(runs, ["x", "y", "z"]).fields}
+        found += effects["y"] < 0.05
+    assert found <= 0.08 * 200
+
+
+def test_a_trial_that_skipped_seeds_is_compared_as_if_it_had_run_them():
+    """`bad` skipped the two seeds that are hard."""
+    hard = {3: -0.2, 4: -0.2}
+    entries = [(x, seed) for x, seeds in (("good", range(5)), ("bad", range(3))) for seed in seeds]
+    values = [{"good": 0.9, "bad": 0.1}[x] + hard.get(seed, 0.0) for x, seed in entries]
+    runs = Runs(
+        [{"x": x} for x, _ in entries], [x == "good" for x, _ in entries], [s for _, s in entries], np.array(values)
+    )
+    [effect] = field_effects(runs, ["x"]).fields
+    assert effect.levels == ("bad", "good")
+    assert effect.means[1] - effect.means[0] == pytest.approx(0.8)
+    assert np.mean(effect.means) == pytest.approx(0.5 - 0.08)  # the mean over all five seeds
 
 
 def test_many_numbers_become_thirds():

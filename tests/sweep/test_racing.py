@@ -1,6 +1,7 @@
 """The rule that stops trials: against the textbook's interval, and on simulated sweeps."""
 
 import numpy as np
+import pytest
 from scipy import stats
 
 from appo_jax.sweep.racing import LEVEL, excluded, upper_bound
@@ -31,10 +32,14 @@ def test_noise_that_the_seeds_share_does_not_hide_a_difference():
     assert excluded(values(seeds - 0.1 + noise), [values(seeds)], num_seeds=5)
 
 
-def simulate(rng, means, num_seeds):
-    """Run trials one after the other under the rule. Returns which were stopped, and the runs that were made."""
+def simulate(rng, means, num_seeds, questions=0):
+    """Run trials one after the other under the rule. Returns which were stopped, and the runs that were made.
+
+    `questions`: the objective is an accuracy on so many questions."""
     shared = rng.normal(0, 0.05, num_seeds)
     table = means[:, None] + shared + rng.normal(0, 0.02, (len(means), num_seeds))
+    if questions:
+        table = np.round(table * questions) / questions
     done, stopped, runs = [], np.zeros(len(means), bool), 0
     for trial, row in enumerate(table):
         mine = {}
@@ -57,6 +62,13 @@ def test_the_best_trial_is_stopped_in_at_most_five_percent_of_simulated_sweeps()
         means[best] += 0.01
         lost += simulate(rng, means, 5)[0][best]
     assert lost / 400 <= LEVEL
+
+
+@pytest.mark.parametrize("questions", [10, 20, 50])
+def test_accuracies_on_few_questions_are_not_exact_because_they_are_equal(questions):
+    rng = np.random.default_rng(2)
+    lost = sum(simulate(rng, np.full(20, 0.5), 5, questions)[0][-1] for _ in range(300))
+    assert lost / 300 <= LEVEL
 
 
 def test_hopeless_trials_cost_fewer_runs():
