@@ -93,7 +93,8 @@ class ToolExecutor:
         def done(result: ToolResult, state: Any) -> None:
             after = states
             if result.outcome in (Outcome.OK, Outcome.ERROR):
-                if state is None:  # a stateless tool: its state is the answers that it has given in this rollout
+                if state is None and (known is None or isinstance(known, _Answered)):
+                    # A stateless tool: its state is the answers that it has given in this rollout.
                     state = (known or _Answered()).adding(call.argument, result.text)
                 after = {**states, call.name: state}
             self._finish(answer, began, call, result, after)

@@ -33,6 +33,7 @@ class _Job:
     state: Any
     argument: str
     done: Done
+    opening: int = 0  # how often the circuit had been opened when the call was submitted
     abandoned: bool = False
     finished: bool = False
 
@@ -46,12 +47,12 @@ class Lane:
         self._limit = float(getattr(tool, "timeout", DEFAULT_TIMEOUT)) + GRACE
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._running: set[int] = set()
         self._workers = workers
         self._started = 0
         self._abandoned = 0
         self._failures = 0
-        self._opened = 0  # times in a row that the circuit was opened
+        self._openings = 0  # how often the circuit was opened
+        self._opened = 0  # the same since the last success
         self._open_until = 0.0
         self._closed = False
 
@@ -61,11 +62,12 @@ class Lane:
             refused = self._closed or time.monotonic() < self._open_until
             if not refused and self._started < self._workers:
                 self._start_worker()
+            job = _Job(state, argument, done, self._openings)
         if refused:
-            done(self._unavailable("it has failed repeatedly"), None)
+            self._answer(job, self._unavailable("it has failed repeatedly"), None)
             return 0
         waiting = self._jobs.qsize()
-        self._jobs.put(_Job(state, argument, done))
+        self._jobs.put(job)
         return waiting
 
     def close(self) -> None:
@@ -79,13 +81,13 @@ class Lane:
             except queue.Empty:
                 break
             if job is not None:
-                job.done(self._unavailable("the run is closing"), None)
+                self._answer(job, self._unavailable("the run is closing"), None)
         for _ in range(self._started):
             self._jobs.put(None)
 
     def _start_worker(self) -> None:
-        self._started += 1
         threading.Thread(target=self._work, name=f"tool-{self._tool.name}", daemon=True).start()
+        self._started += 1
 
     def _work(self) -> None:
         while self._work_once():
@@ -98,22 +100,40 @@ class Lane:
         if job is None:
             return False
         alarm = self._clock.at(time.monotonic() + self._limit, lambda: self._abandon(job))
-        try:
-            result, state = self._tool.call(job.state, job.argument)
-        except Exception as error:
-            logger.exception("the tool %s raised", self._tool.name)
-            result, state = self._unavailable(f"{type(error).__name__}: {error}"[:200]), None
+        result, state = self._call(job)
         alarm.cancel()
         with self._lock:
             job.finished = True
             if job.abandoned:
                 self._abandoned -= 1
                 return False  # another thread has replaced this one
-            # The backend causes the timeout of a stateless tool; the policy's code causes that of an interpreter.
-            slow = result.outcome is Outcome.TIMEOUT and job.state is None
-            self._judge(Outcome.UNAVAILABLE if slow else result.outcome)
-        job.done(result, state)
+            self._judge(job, result.outcome)
+        self._answer(job, result, state)
         return True
+
+    def _call(self, job: _Job) -> tuple[ToolResult, Any]:
+        """Call the tool. A tool that raises anything, SystemExit included, or returns something else than a ToolResult and a state
+        is unavailable: it must not end the worker's thread."""
+        try:
+            result, state = self._tool.call(job.state, job.argument)
+            valid = (
+                isinstance(result, ToolResult) and isinstance(result.text, str) and isinstance(result.outcome, Outcome)
+            )
+            if not valid:
+                raise TypeError(f"call returned {result!r}; expected (ToolResult(text, Outcome…), state)")
+        except BaseException as error:
+            logger.exception("the tool %s raised", self._tool.name)
+            return self._unavailable(f"{type(error).__name__}: {error}"[:200]), None
+        # The backend causes the timeout of a stateless tool; the policy's code causes that of an interpreter.
+        if result.outcome is Outcome.TIMEOUT and job.state is None:
+            result = ToolResult(result.text, Outcome.UNAVAILABLE)
+        return result, state
+
+    def _answer(self, job: _Job, result: ToolResult, state: Any) -> None:
+        try:
+            job.done(result, state)
+        except Exception:
+            logger.exception("the answer of the tool %s could not be handed on", self._tool.name)
 
     def _abandon(self, job: _Job) -> None:
         with self._lock:
@@ -121,25 +141,32 @@ class Lane:
                 return
             job.abandoned = True
             self._abandoned += 1
-            self._judge(Outcome.UNAVAILABLE)
+            self._judge(job, Outcome.UNAVAILABLE)
             if self._abandoned > MAX_ABANDONED:
                 self._open_until = time.monotonic() + COOL_DOWN[1]
             self._start_worker()
         logger.warning(
             "the tool %s has not answered within %.1f s; the call is abandoned", self._tool.name, self._limit
         )
-        job.done(ToolResult(f"The tool did not answer within {self._limit:.0f} seconds.", Outcome.TIMEOUT), None)
+        late = ToolResult(f"The tool did not answer within {self._limit:.0f} seconds.", Outcome.UNAVAILABLE)
+        self._answer(job, late, None)
 
-    def _judge(self, outcome: Outcome) -> None:
-        if outcome is not Outcome.UNAVAILABLE:
+    def _judge(self, job: _Job, outcome: Outcome) -> None:
+        """Open or close the circuit after a call."""
+        if outcome != Outcome.UNAVAILABLE:
             self._failures = self._opened = 0
+            if self._abandoned <= MAX_ABANDONED:
+                self._open_until = 0.0
             return
+        if job.opening != self._openings:
+            return  # it was submitted before the circuit was opened, and says nothing about the tool since then
         self._failures += 1
         # After a cool-down a single failure opens the circuit again, for twice as long.
         if self._failures >= (1 if self._opened else TRIP_AFTER):
             seconds = min(COOL_DOWN[0] * 2**self._opened, COOL_DOWN[1])
             self._open_until = time.monotonic() + seconds
             self._opened += 1
+            self._openings += 1
             self._failures = 0
             logger.warning("the tool %s keeps failing; it is not called for %.0f s", self._tool.name, seconds)
 
@@ -209,5 +236,8 @@ class Clock:
             if self._closed:
                 return False
             _, _, alarm = heapq.heappop(self._heap)
-        alarm.ring()
+        try:
+            alarm.ring()
+        except Exception:  # the other alarms must ring all the same
+            logger.exception("an alarm of the tools' clock failed")
         return True

@@ -62,6 +62,6 @@ def test_a_step_over_a_broken_server_completes(
     calls = [call for rollout in rollouts for call in rollout.calls]
     assert len(calls) > 3 * len(FAULTS)
     assert all(call.result for call in calls)  # each failure became text
-    assert {call.outcome for call in calls} >= {Outcome.OK, Outcome.UNAVAILABLE, Outcome.TIMEOUT}
+    assert {call.outcome for call in calls} >= {Outcome.OK, Outcome.UNAVAILABLE}
     for kind in ("timeout", "status_429", "status_500", "garbage", "too_large", "cut_off"):
         assert record[f"tools/search/fault_{kind}"] > 0, record

@@ -39,12 +39,12 @@ class Echo:
         try:
             if argument.startswith("raise"):
                 raise RuntimeError("broken")
-            if argument.startswith("down"):
+            if argument.startswith("slow"):
+                time.sleep(0.05)
+            if "down" in argument:
                 return ToolResult("down", Outcome.UNAVAILABLE), None
             if argument.startswith("hang"):
                 self.release.wait(20)
-            if argument.startswith("slow"):
-                time.sleep(0.05)
             return ToolResult(f"echo {argument}", Outcome.OK), None
         finally:
             with self.lock:
@@ -150,7 +150,7 @@ def test_a_hanging_call_is_answered_and_its_place_is_taken(executor, echo):
     began = time.monotonic()
     futures = [executor.submit(executor.start(), f"<echo>hang {i}</echo>") for i in range(3)]
     records = [future.result(5) for future in futures]
-    assert {record.outcome for record in records} == {Outcome.TIMEOUT}
+    assert {record.outcome for record in records} == {Outcome.UNAVAILABLE}
     assert time.monotonic() - began < 2
     assert ask(executor, "<echo>hi</echo>").outcome is Outcome.OK
 
@@ -174,6 +174,69 @@ def test_a_tool_that_is_down_is_left_alone_for_a_while(executor, echo, monkeypat
     assert ask(executor, "<counter>1</counter>").outcome is Outcome.OK  # other tools go on
     time.sleep(0.35)
     assert ask(executor, "<echo>hi</echo>").outcome is Outcome.OK
+
+
+class Wrong:
+    """A tool with a mistake: `behave` is called in place of a correct `call`."""
+
+    name = "wrong"
+
+    def __init__(self, behave):
+        self.behave = behave
+
+    def start(self):
+        return 1
+
+    def call(self, state, argument):
+        return (ToolResult("right", Outcome.OK), state) if argument == "right" else self.behave()
+
+    def close(self):
+        pass
+
+
+def leave():
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [
+        lambda: ("text", None), lambda: (ToolResult(42, Outcome.OK), None), lambda: (ToolResult("x", "fine"), None),
+        lambda: None, lambda: ToolResult("x", Outcome.OK), lambda: (ToolResult("no state", Outcome.OK), None), leave,
+    ],
+)  # fmt: skip
+def test_a_tool_with_a_mistake_keeps_its_workers(behave, monkeypatch):
+    monkeypatch.setattr(lanes, "TRIP_AFTER", 100)
+    with ToolExecutor([Wrong(behave)], ToolsConfig(max_concurrency=1)) as executor:
+        for i in range(3):
+            record = ask(executor, f"<wrong>{i}</wrong>")
+            assert record.outcome is (Outcome.OK if record.result == "no state" else Outcome.UNAVAILABLE)
+        assert ask(executor, "<wrong>right</wrong>").result == "right"
+        assert executor._lanes["wrong"]._started == 1
+
+
+def test_calls_that_fail_together_open_the_circuit_once(echo, monkeypatch):
+    """A server that was gone for a moment is asked again after the first cool-down, however many calls were under way."""
+    monkeypatch.setattr(lanes, "COOL_DOWN", (0.3, 60.0))
+    with ToolExecutor([echo], ToolsConfig(max_concurrency=2 * lanes.TRIP_AFTER)) as executor:
+        calls = [executor.submit(executor.start(), f"<echo>slow down {i}</echo>") for i in range(8 * lanes.TRIP_AFTER)]
+        assert {call.result(5).outcome for call in calls} == {Outcome.UNAVAILABLE}
+        assert len(echo.asked) > 2 * lanes.TRIP_AFTER
+        time.sleep(0.35)
+        assert ask(executor, "<echo>hi</echo>").outcome is Outcome.OK
+
+
+def test_a_success_closes_the_circuit(echo, monkeypatch):
+    monkeypatch.setattr(lanes, "COOL_DOWN", (60.0, 60.0))
+    echo.timeout = 5.0
+    with ToolExecutor([echo], ToolsConfig(max_concurrency=2)) as executor:
+        under_way = executor.submit(executor.start(), "<echo>hang</echo>")
+        for i in range(lanes.TRIP_AFTER):
+            ask(executor, f"<echo>down {i}</echo>")
+        assert ask(executor, "<echo>hi</echo>").outcome is Outcome.UNAVAILABLE
+        echo.release.set()
+        assert under_way.result(5).outcome is Outcome.OK
+        assert ask(executor, "<echo>hi</echo>").outcome is Outcome.OK
 
 
 def test_metrics_count_by_tool_and_outcome_and_start_anew(executor):
