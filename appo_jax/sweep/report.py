@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from optuna.trial import TrialState
+from scipy import stats
 
 from appo_jax.config_io import save_config
 from appo_jax.errors import DataError
-from appo_jax.study.statistics import detectable, format_p, mean_interval, paired
+from appo_jax.storage import to_json
+from appo_jax.study.statistics import detectable, format_p
 from appo_jax.sweep.definition import Sweep
 from appo_jax.sweep.effects import Effect, Effects, Runs, field_effects, in_order, levels_of, noise
 from appo_jax.sweep.store import Store
@@ -63,7 +64,7 @@ def write_report(sweep: Sweep) -> str:
             _summary(store, found),
             _fields_table(effects.fields),
             _resolution(runs, effects),
-            _trials_table(sweep, found),
+            _trials_table(sweep, found, runs),
         ]
     )
     (folder / "sweep.md").write_text(text + "\n")
@@ -74,7 +75,7 @@ def write_report(sweep: Sweep) -> str:
         ],
         "fields": [dataclasses.asdict(effect) for effect in effects.fields],
     }  # fmt: skip
-    (folder / "sweep.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "sweep.json").write_text(to_json(record, indent=2))
     save_config(dataclasses.replace(sweep.point_config(found[0].params), run_dir="runs/best"), folder / "best.json")
     draw(sweep, found, effects.fields, folder / "sweep.png")
     return text
@@ -150,24 +151,30 @@ def _resolution(runs: Runs, effects: Effects) -> str:
     return "\n".join(lines)
 
 
-def _trials_table(sweep: Sweep, found: Sequence[Result]) -> str:
+def _trials_table(sweep: Sweep, found: Sequence[Result], runs: Runs) -> str:
+    """The trials, the best first. A trial has few seeds, so intervals and tests use the noise between runs of all trials."""
     names = list(sweep.space)
+    deviation, freedom = noise(runs)
     lines = [
-        "| trial | " + " | ".join(names) + " | seeds | objective | difference from the best, paired by seed | p (t) |",
+        "Intervals (95 %) and p (t-test) are from the noise between runs that all trials share.",
+        "",
+        "| trial | " + " | ".join(names) + " | seeds | objective | difference from the best, paired by seed | p |",
         "|" + "---|" * (len(names) + 5),
     ]
     best = found[0]
     for r in found[:MAX_ROWS]:
-        x = mean_interval(list(r.values.values()))
-        interval = "" if math.isnan(x.low) else f" [{x.low:.4f}, {x.high:.4f}]"
+        half = stats.t.ppf(0.975, freedom) * deviation / math.sqrt(len(r.values)) if freedom > 0 else math.nan
+        objective = f"{r.mean:.4f}" + ("" if math.isnan(half) else f" [{r.mean - half:.4f}, {r.mean + half:.4f}]")
         shared = [seed for seed in r.values if seed in best.values]
         against, p = "", ""
-        if r is not best and len(shared) > 1:
-            test = paired([r.values[s] for s in shared], [best.values[s] for s in shared])
-            d = test.difference
-            against, p = f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]", format_p(test.p_t)
+        if r is not best and shared and freedom > 0 and deviation > 0:
+            mean = float(np.mean([r.values[seed] - best.values[seed] for seed in shared]))
+            error = deviation * math.sqrt(2 / len(shared))
+            half = stats.t.ppf(0.975, freedom) * error
+            against = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+            p = format_p(2 * stats.t.sf(abs(mean) / error, freedom))
         seeds = f"{len(r.values)}" + ("" if r.state == TrialState.COMPLETE else f" ({r.state.name.lower()})")
-        cells = [str(r.number), *(_value(r.params[n]) for n in names), seeds, f"{x.mean:.4f}{interval}", against, p]
+        cells = [str(r.number), *(_value(r.params[n]) for n in names), seeds, objective, against, p]
         lines.append("| " + " | ".join(cells) + " |")
     if len(found) > MAX_ROWS:
         lines.append(f"\nThe other {len(found) - MAX_ROWS} trials are in sweep.json.")
