@@ -22,7 +22,8 @@ class PythonToolConfig:
     allow_private: bool = False
     """Whether `url` may be a private, link-local or loopback address."""
     timeout: PositiveFloat = 5.0
-    """Seconds of wall time per call."""
+    """Seconds of wall time per call. With isolation remote, a call and the earlier ones, which run again, have twice as long
+    in all."""
     memory_mb: PositiveInt = 512
     """MiB that a rollout's code may take beyond what the preloaded interpreter has."""
     max_output_chars: PositiveInt = 4096

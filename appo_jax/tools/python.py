@@ -31,7 +31,7 @@ from appo_jax.errors import ToolError
 from appo_jax.tools.bubblewrap import advice, command_line
 from appo_jax.tools.cgroup import ControlGroup
 from appo_jax.tools.protocol import Tool, ToolResult
-from appo_jax.tools.remote import RemotePythonTool
+from appo_jax.tools.remote import KEPT, RemotePythonTool
 from appo_jax.tools.sandbox import system
 from appo_jax.tools.sandbox.enter import UNPRIVILEGED
 from appo_jax.types import Outcome
@@ -43,7 +43,6 @@ REPLY_GRACE = 20.0  # seconds after its deadline at which a silent sandbox count
 CLOSE_TIMEOUT = 5.0  # seconds for a sandbox to end by itself
 FREE_EVERY = 0.2  # seconds between checks for states to free while no messages are exchanged
 MAX_CODE_BYTES = 100_000
-KEPT = "Variables are as they were before this call."
 
 
 def make_tool(config: ToolsConfig, documents: object) -> Tool:

@@ -1,8 +1,8 @@
 """The Python tool on another machine: `tools.python.isolation = remote`, over SandboxFusion's protocol (`POST /run_code`).
 
 The server runs a program and keeps nothing. So a state is the list of earlier calls. Each call first runs them again without
-output, and then runs its own code. A fork costs nothing, because a branch runs the calls before it again. Code that depends on
-the time or on data kept by a server may then behave differently.
+output, and then runs its own code; all of them together may take twice `tools.python.timeout`. A fork costs nothing, because a
+branch runs the calls before it again. Code that depends on the time or on data kept by a server may then behave differently.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from appo_jax.types import Outcome
 MAX_CODE_BYTES = 100_000  # of a call
 MAX_HISTORY_BYTES = 1 << 20  # of all calls of a rollout
 ROUND_TRIP = 10.0  # seconds for the server to start a program and to answer, in addition to the run time of the code
+
+KEPT = "Variables are as they were before this call."
 
 State = tuple[str, ...]  # the calls so far
 
@@ -73,7 +75,8 @@ class RemotePythonTool:
                 addresses(str(parts.hostname), parts.port or 80, False, time.monotonic() + 5.0, "tools.python")
         self._config = config
         self._url = config.url.rstrip("/") + "/run_code"
-        self.timeout = 2 * config.timeout + ROUND_TRIP  # calls before this one run again
+        self._run_timeout = 2 * config.timeout  # of a call and of those before it, which run again
+        self.timeout = self._run_timeout + ROUND_TRIP
 
     def start(self) -> State:
         return ()
@@ -91,15 +94,17 @@ class RemotePythonTool:
             answer = self._run(self._program(calls, mark))
             output, status = str(answer["run_result"]["stdout"] or ""), answer["run_result"]["status"]
         except Fault as fault:
-            outcome = Outcome.TIMEOUT if fault.kind == "timeout" else Outcome.UNAVAILABLE
-            return ToolResult(f"The Python interpreter is not available ({fault}).", outcome), state
+            if fault.kind == "too_large":  # the code's output, which must not count as a failure of the server
+                return ToolResult(f"The code prints too much. {KEPT}", Outcome.LIMIT), state
+            # A time limit of the code is an answer of the server; a request that times out is the server's failure.
+            return ToolResult(f"The Python interpreter is not available ({fault}).", Outcome.UNAVAILABLE), state
         except (KeyError, TypeError):
             return ToolResult(
                 "The Python interpreter is not available (an unknown answer).", Outcome.UNAVAILABLE
             ), state
         text, found, report = writable(output).rpartition(f"\n{mark}")
         if not found:
-            return self._unfinished(output, status), state
+            return self._unfinished(output, status, bool(state)), state
         text = text.rstrip("\n") or "(no output)"
         outcomes = {"d": Outcome.OK, "f": Outcome.ERROR, "m": Outcome.LIMIT}
         return ToolResult(text, outcomes.get(report.strip()[:1], Outcome.ERROR)), calls
@@ -107,13 +112,13 @@ class RemotePythonTool:
     def close(self) -> None:
         pass
 
-    def _unfinished(self, output: str, status: object) -> ToolResult:
-        kept = "Variables are as they were before this call."
+    def _unfinished(self, output: str, status: object, earlier: bool) -> ToolResult:
         text = writable(output)[: self._config.max_output_chars].strip("\n")
         if status == "TimeLimitExceeded":
-            why = f"The code did not finish within {self._config.timeout:g} s."
-            return ToolResult(f"{text}\n{why} {kept}".lstrip(), Outcome.TIMEOUT)
-        return ToolResult(f"{text}\nThe interpreter ended (a crash or os._exit). {kept}".lstrip(), Outcome.ERROR)
+            code = "The code and the earlier calls, which were run again," if earlier else "The code"
+            why = f"{code} did not finish within {self._run_timeout:g} s."
+            return ToolResult(f"{text}\n{why} {KEPT}".lstrip(), Outcome.TIMEOUT)
+        return ToolResult(f"{text}\nThe interpreter ended (a crash or os._exit). {KEPT}".lstrip(), Outcome.ERROR)
 
     def _program(self, calls: State, mark: str) -> str:
         values: dict[str, Any] = {
@@ -123,10 +128,9 @@ class RemotePythonTool:
         return "\n".join(f"{name} = {value!r}" for name, value in values.items()) + _PROGRAM
 
     def _run(self, program: str) -> Any:
-        limit = 2 * self._config.timeout
-        body = {"code": writable(program), "language": "python", "run_timeout": limit}
+        body = {"code": writable(program), "language": "python", "run_timeout": self._run_timeout}
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        deadline = time.monotonic() + limit + ROUND_TRIP
+        deadline = time.monotonic() + self.timeout
         data = post(self._url, json.dumps(body).encode(), headers, deadline, self._config.allow_private, "tools.python")
         try:
             answer = json.loads(data)

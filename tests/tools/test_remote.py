@@ -1,5 +1,7 @@
 """The Python tool over HTTP: a real server on loopback that runs programs like SandboxFusion, and keeps nothing."""
 
+import contextlib
+import dataclasses
 import json
 import random
 import subprocess
@@ -16,6 +18,7 @@ from test_python import SETUP, SHOW, STEPS
 from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.errors import ConfigError
 from appo_jax.tools.build import build_executor
+from appo_jax.tools.lanes import TRIP_AFTER
 from appo_jax.tools.python import PythonTool
 from appo_jax.tools.remote import RemotePythonTool
 from appo_jax.types import Outcome
@@ -28,12 +31,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert (self.path, asked["language"]) == ("/run_code", "python")
+        if self.server.hang.is_set():
+            self.server.over.wait(20)
+            return
         answer = self.server.fault or self.run(asked)
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):  # the tool hangs up on an answer that is too large
+            self.wfile.write(data)
 
     def run(self, asked):
         with tempfile.TemporaryDirectory() as folder:
@@ -53,9 +60,10 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.fault, server.limit = None, 3.0
+    server.fault, server.limit, server.hang, server.over = None, 3.0, threading.Event(), threading.Event()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     yield server
+    server.over.set()
     server.shutdown()
     server.server_close()
 
@@ -115,6 +123,35 @@ def test_a_lost_call_leaves_the_state_before_it(config, server):
         assert result.outcome is outcome
         assert "as they were before this call" in result.text
         assert tool.call(after, "x")[0].text == "1"
+
+
+def test_replayed_calls_share_one_time_limit(config):
+    tool = RemotePythonTool(dataclasses.replace(config, timeout=1.0))
+    slow = "import time\ntime.sleep(1.1)"
+    _, state = tool.call(tool.start(), slow)
+    result, after = tool.call(state, slow)
+    assert result.outcome is Outcome.TIMEOUT
+    assert "The code and the earlier calls, which were run again, did not finish within 2 s." in result.text
+    assert after == state
+
+
+def test_a_server_that_hangs_is_down(config, server, monkeypatch):
+    """Then the circuit opens, and the run waits for the server. The time limit of the code is an answer of the server."""
+    monkeypatch.setattr("appo_jax.tools.remote.ROUND_TRIP", 0.1)
+    server.hang.set()
+    config = dataclasses.replace(config, timeout=0.1)
+    with build_executor(ToolsConfig(enabled=("python",), python=config)) as executor:
+        calls = [executor.submit(executor.start(), "<python>1</python>") for _ in range(TRIP_AFTER)]
+        assert {call.result(5).outcome for call in calls} == {Outcome.UNAVAILABLE}
+        assert "failed repeatedly" in executor.submit(executor.start(), "<python>1</python>").result(5).result
+
+
+def test_code_that_prints_too_much_is_no_failure_of_the_server(config):
+    with build_executor(ToolsConfig(enabled=("python",), python=config)) as executor:
+        flood = "<python>import os\nfor _ in range(50): os.write(1, b'x' * 100_000)</python>"
+        for _ in range(TRIP_AFTER + 1):
+            assert executor.submit(executor.start(), flood).result(20).outcome is Outcome.LIMIT
+        assert executor.submit(executor.start(), "<python>1 + 1</python>").result(20).result == "2"
 
 
 @pytest.mark.parametrize("fault", [b"", b"<html>", b"[]", b"{}", b'{"run_result": 3}', b'{"status": "SandboxError"}'])
