@@ -20,6 +20,10 @@ ARMS = {
     "without_a_fut": {"advantage.future_weight": 0.0},
     "without_dual_groups": {"advantage.base": "joint"},
     "appo_all": {"algorithm": "appo_all"},  # branches are trained on as well: ours
+    # What the branches are worth: the four rollouts that APPO trains on, without the twelve branches. It makes more steps.
+    "grpo_m4": {"algorithm": "grpo", "rollout.num_initial": 4, "rollout.budget": 4},
+    # the step size that was best for GRPO with two seeds, by decisions_rates.py
+    "grpo_2e4": {"algorithm": "grpo", "optimizer.learning_rate": 2e-4},
     # the paper's tree shapes at the same M = 16; `appo` has N = 4, B = 3
     "n8_b1": {"rollout.num_initial": 8, "branching.num_branch_points": 1},
     "n2_b7": {"rollout.num_initial": 2, "branching.num_branch_points": 7},
