@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -78,6 +78,33 @@ def test_masked_truncated_rollouts_have_no_weight() -> None:
     old = [np.zeros(4, np.float32)] * 2
     batch, _ = make_terms([tree], Measured([old]), make_algorithm(config), length=4)
     assert batch.weights.sum(-1).tolist() == [0.25, 0.0]
+
+
+@pytest.mark.parametrize("aggregation", ["paper", "token_mean", "seq_mean", "constant"])
+@pytest.mark.parametrize("base", get_args(get_type_hints(AdvantageConfig)["base"]))
+def test_a_rollout_without_a_reward_is_not_trained_on_under_any_base(base: Any, aggregation: Any) -> None:
+    """A root and a branch have no reward. The failed root has a branch that has one, and every loss term is on."""
+    loss = LossConfig(aggregation=aggregation, kl_weight=0.1, entropy_weight=0.1)
+    algorithm = make_algorithm(dataclasses.replace(CONFIG, loss=loss, rollout=RolloutConfig(num_initial=3, budget=6)))
+    advantage = dataclasses.replace(algorithm.advantage, base=base)
+    with_branches = base not in ("paper", "shared_prefix", "init_only")
+    algorithm = dataclasses.replace(algorithm, advantage=advantage, train_branches=with_branches)
+    nan = math.nan
+    tree = [rollout(0, nan), rollout(1, 1.0), rollout(2, 0.0)]
+    tree += [rollout(3, 1.0, parent=0), rollout(4, nan, parent=1), rollout(5, 0.0, parent=2)]
+    old = [[np.full(4, -1.0, np.float32)] * 6]
+    batch, found = make_terms([tree], Measured(old, old, old), algorithm, length=4)
+    failed = [n for n, r in enumerate(algorithm.trained(tree)) if math.isnan(r.reward)]
+    learn = [n for n in range(algorithm.trained_per_prompt) if n not in failed]
+    assert not any(found[n].any() for n in failed)
+    # Two sampled tokens each: the failed rollouts count in no mean, but in 1/M and in R·T, which the config alone decides.
+    expected = {
+        "paper": 1 / 6 / 2, "token_mean": 1 / (2 * len(learn)), "seq_mean": 1 / len(learn) / 2,
+        "constant": 1 / (algorithm.trained_per_prompt * 4),
+    }  # fmt: skip
+    for weights, each in ((batch.weights, expected[aggregation]), (batch.kl_weights, expected["seq_mean"])):
+        np.testing.assert_allclose(weights[learn][:, [1, 3]], each, rtol=1e-6)
+        assert not weights[failed].any()
 
 
 def test_the_samplers_rounding_is_corrected_by_truncated_weights() -> None:

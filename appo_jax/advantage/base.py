@@ -79,6 +79,8 @@ def shared_prefix(tree: Tree, rewards: np.ndarray, std: Std) -> list[np.ndarray]
         root, shared = root_and_shared(tree, rollout)
         total[root][:shared] += branch_advantage
         count[root][:shared] += 1
+    for root in np.flatnonzero(np.isnan(rewards[first])):
+        total[root][:] = 0  # without a reward of its own a rollout learns nothing, whatever its branches got
     values = [a + t / np.maximum(c, 1) for a, t, c in zip(initial, total, count, strict=True)]
     return [*values, *(np.zeros(r.length) for r in tree[len(initial) :])]
 

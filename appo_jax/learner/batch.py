@@ -45,7 +45,7 @@ def make_terms(
     """The terms of the loss, `[R, T]` with T = `length`, and A_base at the sampled tokens of each of the R trained rollouts.
 
     `trees`: the rollouts of P prompts with their rewards; initial rollouts come first. Weights follow the normalisation of
-    eq. 8. With `loss.mask_truncated` the weights of truncated rollouts are 0.
+    eq. 8. The weights of rollouts without a reward are 0, and with `loss.mask_truncated` those of truncated rollouts.
     """
     loss = algorithm.loss
     rollouts = [rollout for tree in trees for rollout in algorithm.trained(tree)]
@@ -63,8 +63,7 @@ def make_terms(
         max_log_ratio=loss.max_log_ratio,
     )  # fmt: skip
     loss_mask = every_sampled.copy()
-    if loss.mask_truncated:
-        loss_mask[[rollout.truncated for rollout in rollouts]] = False
+    loss_mask[[np.isnan(r.reward) or (loss.mask_truncated and r.truncated) for r in rollouts]] = False
     correction = np.ones_like(old)
     if loss.sampler_cap:
         drawn = padded([[rollout.log_probs for rollout in tree] for tree in trees])

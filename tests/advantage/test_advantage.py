@@ -296,3 +296,13 @@ def test_a_rollout_without_a_reward_counts_in_no_group_and_learns_nothing(initia
     assert not found[n].any()
     assert not found[-1].any()
     np.testing.assert_allclose([*found[:n], *found[n + 1 : -1]], without, atol=1e-12)
+
+
+def test_a_root_without_a_reward_learns_nothing_from_its_branches():
+    """Official code's rule: the branches' rewards 1 and 0 are ±1 of their own group, on the prefix that they share."""
+    tree = tree_of([np.nan, 1, 0], [1, 0])
+    tree[4].parent = 1
+    for r in tree[3:]:
+        r.fork = 2
+    (found,) = base_advantages([tree], None, AdvantageConfig(base="shared_prefix"))
+    np.testing.assert_allclose(found[:3], [[0, 0, 0], [0, 0, 1], [0, -1, -1]])
