@@ -112,6 +112,9 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, b'{"result": [[{"document": {"title": "\\ud800", "text": "\\udfff x"}}]]}')
         elif fault == "redirect":
             self.reply(302, b"", [("Location", "http://169.254.169.254/")])
+        elif fault == "slow":
+            self.server.release.wait(0.3)
+            self.reply(200, json.dumps({"result": [[{"document": {"title": "T", "text": query}}]]}).encode())
         elif "q" in body:
             self.reply(200, json.dumps({"organic": [{"title": "T", "snippet": "S"}]}).encode())
         else:

@@ -48,7 +48,7 @@ class SearchToolConfig:
     provider: Literal["search_r1", "serper"] = "search_r1"
     """What `url` speaks: Search-R1's retriever protocol, or Serper's web search (key in SERPER_API_KEY)."""
     max_per_second: NonNegativeFloat = 0.0
-    """Requests to `url` per second. 0: no limit."""
+    """Requests to `url` per second, by all hosts of the run together: each has an equal share. 0: no limit."""
     cache: str | None = None
     """SQLite file of answered queries, shared between processes. Without corpus and url, only its answers are found."""
     cache_fill: str | None = None
@@ -56,7 +56,8 @@ class SearchToolConfig:
     top_k: PositiveInt = 3
     """Documents in one answer. Paper: 10."""
     timeout: PositiveFloat = 10.0
-    """Seconds of wall time per request to `url`."""
+    """Seconds of wall time per request to `url`, retries included. With max_per_second, a call may wait as long for its
+    turn."""
     max_retries: NonNegativeInt = 3
     """Retries of a request to `url` after a failure that may be temporary."""
     allow_private: bool = False

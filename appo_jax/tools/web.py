@@ -18,6 +18,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from appo_jax import distributed
 from appo_jax.config import SearchToolConfig
 from appo_jax.errors import ConfigError
 from appo_jax.tools.cache import QueryCache
@@ -42,10 +43,14 @@ class WebSearch:
 
     def __init__(self, config: SearchToolConfig):
         self._config = config
+        self._between = 0.0  # seconds from the start of one request to that of the next
         self.timeout = config.timeout
+        if config.max_per_second > 0:
+            self._between = distributed.num_hosts() / config.max_per_second  # each host has its share
+            self.timeout += config.timeout  # a call waits as long for its turn as for its answer
         self._faults: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
-        self._next_slot = 0.0
+        self._next_turn = 0.0
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if config.url is not None:
             parts = split_url("tools.search.url", config.url)
@@ -74,8 +79,11 @@ class WebSearch:
         try:
             text = writable(format_pages(self._pages(query)))
         except Fault as fault:
-            outcome = Outcome.TIMEOUT if fault.kind == "timeout" else Outcome.UNAVAILABLE
-            return ToolResult(f"The search failed: {fault}.", outcome), None
+            outcomes = {
+                "timeout": Outcome.TIMEOUT,
+                "rate_limit": Outcome.LIMIT,
+            }  # our own limit is no failure of the server
+            return ToolResult(f"The search failed: {fault}.", outcomes.get(fault.kind, Outcome.UNAVAILABLE)), None
         if self._cache:
             self._cache.put(query, text)
         return ToolResult(text, Outcome.OK), None
@@ -91,16 +99,18 @@ class WebSearch:
             self._cache.close()
 
     def _pages(self, query: str) -> list[Document]:
-        """Ask the server, with retries after failures that may be temporary, within `timeout` seconds in total."""
+        """Wait for this query's turn, then ask the server, with retries after failures that may be temporary: each within
+        `timeout` seconds in total."""
+        if not self._wait_for_turn(time.monotonic() + self._config.timeout):
+            self._count("rate_limit")
+            raise Fault("rate_limit", "too many queries are waiting", retry=False)
         deadline = time.monotonic() + self._config.timeout
         attempt = 0
         while True:
-            self._wait_for_slot(deadline)
             try:
                 return self._ask(query, deadline)
             except Fault as fault:
-                with self._lock:
-                    self._faults[fault.kind] += 1
+                self._count(fault.kind)
                 # Exponential back-off with jitter, or what the server asks for.
                 pause = max(fault.wait, 0.1 * 2**attempt * random.uniform(0.5, 1.5))
                 attempt += 1
@@ -108,17 +118,24 @@ class WebSearch:
                 if not fault.retry or attempt > self._config.max_retries or too_late:
                     raise
                 time.sleep(pause)
+                if not self._wait_for_turn(deadline):
+                    raise
 
-    def _wait_for_slot(self, deadline: float) -> None:
-        if self._config.max_per_second <= 0:
-            return
+    def _wait_for_turn(self, deadline: float) -> bool:
+        """Wait until the rate limit allows a request. Returns False if that is not before the deadline."""
+        if not self._between:
+            return True
         with self._lock:
-            slot = max(self._next_slot, time.monotonic())
-            if slot >= deadline:
-                self._faults["rate_limit"] += 1
-                raise Fault("rate_limit", "too many queries are waiting", retry=False)
-            self._next_slot = slot + 1.0 / self._config.max_per_second
-        time.sleep(max(0.0, slot - time.monotonic()))
+            turn = max(self._next_turn, time.monotonic())
+            if turn >= deadline:
+                return False
+            self._next_turn = turn + self._between
+        time.sleep(max(0.0, turn - time.monotonic()))
+        return True
+
+    def _count(self, fault: str) -> None:
+        with self._lock:
+            self._faults[fault] += 1
 
     def _ask(self, query: str, deadline: float) -> list[Document]:
         config = self._config

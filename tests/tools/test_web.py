@@ -6,6 +6,7 @@ import sqlite3
 import threading
 import time
 
+import jax
 import pytest
 from faulty_server import Server
 
@@ -218,6 +219,30 @@ def test_the_rate_limit_holds(server):
         thread.join()
     assert time.monotonic() - began >= 0.4
     assert len(server.asked) == 9
+
+
+def test_waiting_for_ones_turn_is_no_failure_of_the_server(server):
+    """Queries that wait too long are refused, the others have their whole time, and the circuit stays closed."""
+    search = config(server, max_per_second=2.5, timeout=0.6)
+    with build_executor(ToolsConfig(enabled=("search",), max_concurrency=16, search=search)) as executor:
+        calls = [executor.submit(executor.start(), f"<search>slow {i}</search>") for i in range(12)]
+        outcomes = [call.result(5).outcome for call in calls]
+        refused = outcomes.count(Outcome.LIMIT)
+        assert refused >= 6  # two turns come soon enough, and more only if the machine is slow to ask
+        assert outcomes.count(Outcome.OK) == len(server.asked) == 12 - refused >= 2
+        assert executor.metrics()["tools/search/fault_rate_limit"] == refused
+        time.sleep(0.5)
+        assert executor.submit(executor.start(), "<search>Ada</search>").result(5).outcome is Outcome.OK
+
+
+def test_hosts_share_the_rate_limit(server, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    tool = WebSearch(config(server, max_per_second=20.0))
+    began = time.monotonic()
+    for i in range(3):
+        assert tool.call(None, f"q {i}")[0].outcome is Outcome.OK
+    assert time.monotonic() - began >= 0.4
 
 
 def test_answers_are_cached_and_failures_are_not(server, tmp_path):
