@@ -24,7 +24,7 @@ ASK = 6  # the first number of every draw_id, which is the purpose of the draws
 def ask(run: Path, question: str | None, temperature: float) -> None:
     """Answer `question`. None: read questions from the terminal, one per line, until an empty line."""
     with build(load_config(run / "config.json")) as components:
-        params = policy_params(components, run)
+        _, params = policy_params(components, run)
         console = Console()
         for number, text in enumerate([question] if question is not None else _typed(console)):
             answer(components, params, text, (temperature, number), console)

@@ -19,6 +19,7 @@ from appo_jax.data.demonstrations import LeftOut
 from appo_jax.errors import DataError
 from appo_jax.export import policy_params
 from appo_jax.reward.format import format_error
+from appo_jax.storage import read_resumable
 from appo_jax.types import Outcome, Rollout
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def collect(config: Config, asked: Collecting) -> str:
     done = _answered(asked.out)
     left_out, kept = LeftOut(), 0
     with build(config) as components:
-        params = policy_params(components, asked.run)
+        _, params = policy_params(components, asked.run)
         examples = [example for example in components.train[: asked.questions or None] if example.id not in done]
         # The system prompts of the data source still hold `{tools}`, so that a trace can be used with other tools.
         systems = {example.id: example.system for example in components.dataset.train}
@@ -105,14 +106,8 @@ def to_record(rollout: Rollout, turns: Sequence[str]) -> dict[str, Any]:
 
 
 def _answered(file: Path) -> set[str]:
-    """The ids of the questions in a file of traces. An incomplete last line, which a killed process left, is removed."""
-    if not file.exists():
-        return set()
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        file.write_text("".join(lines[:-1]), encoding="utf-8")
-        lines.pop()
+    """The ids of the questions in a file of traces."""
     try:
-        return {json.loads(line)["id"] for line in lines}
+        return {record["id"] for record in read_resumable(file)}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: it is not a file of collected traces ({error}); give another file") from error

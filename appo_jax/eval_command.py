@@ -5,22 +5,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import pydantic_core
+
+from appo_jax.archive import entries
 from appo_jax.benchmark.predictions import Predictions, Sample, check_samples, read_predictions
 from appo_jax.benchmark.report import score_all, summarize, write_report
 from appo_jax.benchmark.sets import Item, benchmark, load_items
 from appo_jax.components import build
 from appo_jax.config import Config, JudgeConfig
+from appo_jax.config_io import flatten
 from appo_jax.errors import ConfigError
 from appo_jax.evaluate import Draws, draw_samples
 from appo_jax.export import policy_params
 from appo_jax.reward.language_judge import LanguageJudge
+from appo_jax.storage import read_resumable, write_atomically
 
 log = logging.getLogger(__name__)
 
 ROUNDS_PER_SAVE = 4  # rollouts are saved after this many times decode_rows were drawn
+# Beginnings of the names of the config's fields that a policy's samples depend on.
+DRAWN_BY = ("policy.", "data.", "tools.", "rollout.", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +80,12 @@ def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Pat
         raise ConfigError("--samples above 1 needs --temperature above 0: greedy samples are all the same")
     file = asked.out / "generations.jsonl"
     asked.out.mkdir(parents=True, exist_ok=True)
-    setting = {"set": asked.set, "samples": asked.samples, "temperature": asked.temperature, "run": str(weights)}
-    samples = _kept(file, items, setting)
-    left = [item for item in items if len(samples[item.id]) < asked.samples]
+    samples = _kept(file, items, _setting(asked, config, weights))
+    left = [item for item in items if not samples[item.id]]
     if left:
         log.info("%d of %d questions are to be answered", len(left), len(items))
         with build(config) as components, file.open("a", encoding="utf-8") as out:
-            params = policy_params(components, weights)
+            _, params = policy_params(components, weights)
             size = max(1, ROUNDS_PER_SAVE * config.rollout.decode_rows // asked.samples)
             for first in range(0, len(left), size):
                 some = left[first : first + size]
@@ -86,30 +94,52 @@ def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Pat
                 for item, found in zip(some, drawn, strict=True):
                     samples[item.id] = found
                     for sample in found:
-                        out.write(json.dumps({"id": item.id, "prediction": sample.text} | sample.rollout) + "\n")
+                        record = {"id": item.id, "question": item.question, "prediction": sample.text} | sample.rollout
+                        out.write(json.dumps(record) + "\n")
                 out.flush()
                 log.info("%d of %d questions are answered", len(items) - len(left) + first + len(some), len(items))
     return check_samples(samples, [])
 
 
-def _kept(file: Path, items: Sequence[Item], setting: dict[str, object]) -> dict[str, list[Sample]]:
-    """The samples that an earlier start of the same command drew. Raises ConfigError if the settings were different."""
-    samples: dict[str, list[Sample]] = {item.id: [] for item in items}
-    head = json.dumps(setting)
-    if not file.exists():
-        file.write_text(head + "\n", encoding="utf-8")
-        return samples
-    lines = file.read_text(encoding="utf-8").splitlines()
-    if not lines or lines[0] != head:
-        raise ConfigError(
-            f"{file} holds samples of another setting ({lines[0] if lines else 'none'}); give another --out"
-        )
-    for line in lines[1:]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # an incomplete line, which a killed process left
-        if record["id"] in samples:
-            rest = {key: value for key, value in record.items() if key not in ("id", "prediction")}
-            samples[record["id"]].append(Sample(record["prediction"], rest))
-    return {id: found if len(found) == setting["samples"] else [] for id, found in samples.items()}
+def _setting(asked: Evaluation, config: Config, weights: Path | None) -> dict[str, Any]:
+    """Everything that the samples of a question depend on, by name: samples of two settings must not be mixed."""
+    steps = [] if weights is None else [entry for entry in entries(weights) if entry.kind == "checkpoint"]
+    newest = [f"{entry.path.parent.name}/{entry.path.name} of {time.ctime(entry.written)}" for entry in steps[-1:]]
+    setting = {
+        "set": asked.set, "samples": asked.samples, "temperature": asked.temperature, "run": str(weights),
+        "checkpoint": "".join(newest),
+    } | {name: value for name, value in flatten(config).items() if name.startswith(DRAWN_BY)}  # fmt: skip
+    return json.loads(pydantic_core.to_json(setting))
+
+
+def _kept(file: Path, items: Sequence[Item], setting: Mapping[str, Any]) -> dict[str, list[Sample]]:
+    """The samples of every question that an earlier start of the same command answered; none for the other questions.
+
+    The file is written again with only these questions, so that what is appended is not mixed with the samples of a
+    question that was interrupted. Raises ConfigError if the file holds samples of another setting or of other questions.
+    """
+    try:
+        head, *records = read_resumable(file) or [setting]
+        names = [name for name in {**head, **setting} if head.get(name) != setting.get(name)]
+        of_id: dict[str, list[dict[str, Any]]] = {}
+        for record in () if names else records:
+            of_id.setdefault(record["id"], []).append(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file}: it is not a file of samples ({error}); give another --out") from error
+    if names:
+        others = ", ".join(f"{name} = {head.get(name)!r} (now {setting.get(name)!r})" for name in names)
+        raise ConfigError(f"{file} holds samples of another setting: {others}; give another --out")
+    whole = {id: found for id, found in of_id.items() if len(found) == setting["samples"]}
+    samples: dict[str, list[Sample]] = {}
+    for item in items:
+        found = whole.get(item.id, [])
+        if any(record["question"] != item.question for record in found):
+            raise ConfigError(f"{file} holds samples of another question with the id {item.id!r}; give another --out")
+        own = ("id", "question", "prediction")
+        samples[item.id] = [
+            Sample(record["prediction"], {key: value for key, value in record.items() if key not in own})
+            for record in found
+        ]
+    lines = [head, *(record for found in whole.values() for record in found)]
+    write_atomically(file, "".join(json.dumps(line) + "\n" for line in lines))
+    return samples

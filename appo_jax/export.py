@@ -18,7 +18,7 @@ from appo_jax.policy import weights
 from appo_jax.policy.adapters import abstract_adapters, frozen, merged, save_adapters
 from appo_jax.policy.architecture import architecture_of
 from appo_jax.policy.parameters import Params, abstract_params, init_params
-from appo_jax.policy.sharding import param_shardings, place
+from appo_jax.policy.sharding import param_shardings
 from appo_jax.text.export import tokenizer_files
 from appo_jax.text.tokenizer import policy_tokenizer
 
@@ -72,12 +72,14 @@ def newest_params(run: Path) -> tuple[str, Params]:
     raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl or checkpoints/sft; it has no policy yet")
 
 
-def policy_params(components: Components, run: Path | None) -> Params:
-    """The policy of a run's newest checkpoint (None: the config's initial policy), placed on the components' mesh."""
+def policy_params(components: Components, run: Path | None) -> tuple[str, Params]:
+    """The policy of a run's newest checkpoint (None: the config's initial policy) on the devices of the components' mesh,
+    and a text that names it."""
     if run is None:
-        return initial_params(components.config, components.arch, components.mesh)
-    _, found = newest_params(run)
-    return place(found, param_shardings(components.arch, components.mesh, "train"), components.mesh)
+        return "the initial policy", initial_params(components.config, components.arch, components.mesh)
+    where, found = newest_params(run)
+    # Not `place`: on a mesh of one device it would leave the arrays in host memory, where no program of the mesh can use them.
+    return where, jax.device_put(found, param_shardings(components.arch, components.mesh, "train"))
 
 
 def _base(run: Path, config: Config, base_id: str) -> Params:
@@ -119,5 +121,5 @@ def _newest(run: Path, phase: str, params: Params) -> tuple[str, Params, dict[st
 
 
 def _on_host(tree: Params) -> Params:
-    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     return jax.tree.map(lambda _: host, tree)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from appo_jax.cli import main
 from appo_jax.collect import right
 from appo_jax.components import build
 from appo_jax.config import Config, EvalSetConfig, JudgeConfig
+from appo_jax.config_io import load_config, save_config
 from appo_jax.data.demonstrations import LeftOut
 from appo_jax.data.trace_files import read_traces
 from appo_jax.errors import ConfigError
@@ -83,10 +87,81 @@ def test_a_person_asks_a_policy(run: Path, capsys: pytest.CaptureFixture[str], m
     assert "more than rollout.max_prompt_tokens" in capsys.readouterr().err
 
 
+# A machine with an accelerator: here a second CPU device, on which jax computes, while checkpoints are read on the first.
+ON_AN_ACCELERATOR = """
+import sys
+import jax
+
+jax.config.update("jax_num_cpu_devices", 2)
+_, second = jax.devices()
+every = jax.devices
+jax.devices = lambda backend=None: [second] if backend is None else every(backend)
+jax.config.update("jax_default_device", second)
+
+from appo_jax.cli import main
+
+run, out = sys.argv[1:]
+few = ["--questions", "1", "--rollouts", "1", "--positions", "1", "--continuations", "1"]
+sys.exit(main(["ask", run, "Where?"]) or main(["influence", run, "--out", out, *few]))
+"""
+
+
+def test_commands_on_a_policy_where_the_host_is_not_the_device_that_computes(run: Path, tmp_path: Path) -> None:
+    config = load_config(run / "config.json")
+    in_bfloat16 = dataclasses.replace(config.policy, compute_dtype="bfloat16")  # as `auto` is on accelerators
+    (tmp_path / "run").mkdir()
+    save_config(dataclasses.replace(config, policy=in_bfloat16), tmp_path / "run" / "config.json")
+    (tmp_path / "run" / "checkpoints").symlink_to(run / "checkpoints")
+    done = subprocess.run(
+        [sys.executable, "-c", ON_AN_ACCELERATOR, tmp_path / "run", tmp_path / "out"],
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def iter_lines(*lines: str):
     import io
 
     return io.StringIO("".join(lines))
+
+
+def test_samples_of_two_policies_or_sets_are_never_mixed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    data, out = tmp_path / "s.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps({"question": f"{i}+1?", "answer": i + 1}) + "\n" for i in range(3)))
+    command = ["eval", "--set", "math500", "--out", str(out), "--samples", "2", "--temperature", "1"]
+    command += ["--run", str(own), "--data", str(data)]
+
+    def refused(*more: str) -> str:
+        assert main([*command, *more]) == 2
+        return capsys.readouterr().err
+
+    assert main([*command, "--limit", "2"]) == 0
+    head, *lines = (out / "generations.jsonl").read_text().splitlines(keepends=True)
+    (out / "generations.jsonl").write_text(
+        "".join([head, *lines[:3]]) + lines[3][:30]
+    )  # a kill in the middle of a line
+    assert main(command) == 0
+    found = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()[1:]]
+    assert [record["id"] for record in found] == ["0", "0", "1", "1", "2", "2"]
+    assert "".join(lines[:2]) in (out / "generations.jsonl").read_text()  # those of question 0 are kept
+    items = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    assert [len(item["samples"]) for item in items] == [2, 2, 2]
+
+    other = json.loads((own / "config.json").read_text())
+    other["rollout"]["max_response_tokens"] += 1
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert "rollout.max_response_tokens = 32 (now 33); give another --out" in refused(
+        "--config", str(tmp_path / "other.json")
+    )
+    data.write_text(data.read_text().replace("0+1?", "5-4?"))
+    assert "samples of another question with the id '0'" in refused()
+    shutil.copytree(own / "checkpoints" / "rl" / "2", own / "checkpoints" / "rl" / "3")
+    assert "checkpoint = 'rl/2 of " in (told := refused())
+    assert "(now 'rl/3 of " in told
 
 
 def test_collecting_goes_on_where_it_stopped(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

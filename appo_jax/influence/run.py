@@ -23,7 +23,7 @@ from appo_jax.branching.score import branching_scores
 from appo_jax.components import Components, build, give_rewards
 from appo_jax.config_io import load_config
 from appo_jax.data.pipeline import prompt_batches
-from appo_jax.export import newest_params
+from appo_jax.export import policy_params
 from appo_jax.influence.allocation import Scatter, advantage_scatter
 from appo_jax.influence.measure import Measured, measure
 from appo_jax.influence.ranking import (
@@ -37,7 +37,6 @@ from appo_jax.influence.ranking import (
     top_words,
 )
 from appo_jax.policy.parameters import Params
-from appo_jax.policy.sharding import param_shardings, place
 from appo_jax.rollout.growth import blank_tokens, valid_positions
 from appo_jax.rollout.sampler import Branch
 from appo_jax.rollout.scoring import by_future, log_probs, padded
@@ -70,10 +69,9 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
     """Measure, write influence.md, influence.json and influence.png into `out`, and return the text of influence.md."""
     config = load_config(run / "config.json")
     with build(config) as components:
-        where, found = newest_params(run)
-        trainer, state = begin(
-            components, place(found, param_shardings(components.arch, components.mesh, "train"), components.mesh)
-        )
+        where, params = policy_params(components, run)
+        trainer, state = begin(components, params)
+        del params
         batches = prompt_batches(components.train, config.prompts_per_step, config.seed)
         others = next(batches)
         examples = list(itertools.islice(itertools.chain.from_iterable(batches), asked.questions))
