@@ -47,7 +47,7 @@ class Lane:
         self._limit = float(getattr(tool, "timeout", DEFAULT_TIMEOUT)) + GRACE
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._workers = workers
+        self._workers = min(workers, getattr(tool, "max_concurrency", workers))
         self._started = 0
         self._abandoned = 0
         self._failures = 0

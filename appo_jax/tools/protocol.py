@@ -28,6 +28,7 @@ class Tool(Protocol):
     A tool may also have the attributes below. They describe and demonstrate the tool to a policy.
 
         timeout: float                    seconds that a call may take
+        max_concurrency: int              calls that may run at the same time, if fewer than tools.max_concurrency
         description: str                  one sentence on what the tool does, for the system prompt
         argument_name: str                name of its only argument, for calls written as JSON ("code", "query")
         parameters: Mapping               JSON schema of its arguments, for a tool that reads a JSON object

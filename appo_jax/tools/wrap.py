@@ -88,6 +88,8 @@ class McpTool:
     """A tool of a Model Context Protocol server, which runs as a child process and talks over stdio (JSON-RPC 2.0, one
     message per line). Calls are sent one at a time. If the server dies, the next call starts it again."""
 
+    max_concurrency = 1
+
     def __init__(self, command: Sequence[str], tool: str, name: str | None = None, timeout: float = 30.0):
         self.name = name or tool
         self.timeout = timeout

@@ -5,7 +5,10 @@ import time
 
 import pytest
 
+from appo_jax.config import ToolsConfig
 from appo_jax.errors import ToolError
+from appo_jax.tools import lanes
+from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.protocol import ToolResult
 from appo_jax.tools.wrap import FunctionTool, McpTool, read_arguments
 from appo_jax.types import Outcome
@@ -27,6 +30,7 @@ for line in sys.stdin:
         if a["a"] == "bad":
             print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "error": {"code": -1, "message": "no such number"}}), flush=True)
             continue
+        if a["a"] == "slow": time.sleep(0.6); a["a"] = 0
         r = {"content": [{"type": "text", "text": str(a["a"] + a["b"])}]}
     else:
         r = {}
@@ -81,6 +85,16 @@ def test_an_mcp_server_that_hangs_is_left(mcp):
     assert time.monotonic() - began < 3
     mcp.timeout = 5.0
     assert mcp.call(None, '{"a": 2, "b": 3}')[0].text == "5"
+
+
+def test_calls_of_an_mcp_tool_wait_for_each_other_outside_their_time_limit(mcp, monkeypatch):
+    monkeypatch.setattr(lanes, "GRACE", 0.1)
+    mcp.timeout = 1.5
+    with ToolExecutor([mcp], ToolsConfig(max_concurrency=8)) as executor:
+        calls = [
+            executor.submit(executor.start(), f'<add>{{"a": "slow", "b": {i}}}</add>') for i in range(lanes.TRIP_AFTER)
+        ]
+        assert [call.result(10).result for call in calls] == [str(i) for i in range(lanes.TRIP_AFTER)]
 
 
 def test_an_mcp_server_that_cannot_be_used_is_an_error():
