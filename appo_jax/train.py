@@ -85,6 +85,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
                 record |= _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
             record |= {"rollout/sampled_tokens_total": reached.sampled_tokens} | clock.metrics()
             metrics.dump_trees(reached.step, trees, components.tokenizer.decode)
+            del trees  # otherwise they would live through the next step
             metrics.log(reached.step, record)
             progress.step(reached.step, record)
             stopping = stop.agreed()

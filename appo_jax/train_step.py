@@ -33,7 +33,7 @@ from appo_jax.rollout.scoring import log_probs, of_drawers, scores
 from appo_jax.rollout.shapes import Shapes
 from appo_jax.rollout.stats import rollout_metrics, update_metrics
 from appo_jax.timing import Timer
-from appo_jax.types import Example, Rollout, Tree
+from appo_jax.types import Example, Rollout, Tree, release_states
 
 # The first number of every draw_id: the purpose of the rollouts. (2 is evaluation, which is greedy.)
 INITIAL, BRANCH, RESAMPLE = 0, 1, 3
@@ -146,6 +146,7 @@ class Step:
             draw_id = (BRANCH, self.index, minibatch.index)
             minibatch.growth = self.grower.grow(params, minibatch.trees, minibatch.old_log_probs, draw_id)
             minibatch.trees = minibatch.growth.trees
+            release_states(rollout for tree in minibatch.trees for rollout in tree)
         self._reward([r for tree in minibatch.trees for r in tree if not r.is_initial])
 
     def measure(self, params: Params, minibatch: Minibatch) -> Measured:
@@ -213,6 +214,8 @@ class Step:
                 (purpose, self.index),
                 max_examples=self.components.config.prompts_per_step,
             )
+        if not self.algorithm.branches:
+            release_states(rollout for tree in trees for rollout in tree)
         self._reward([rollout for tree in trees for rollout in tree])
         return trees
 

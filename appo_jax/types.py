@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -135,6 +135,12 @@ class Rollout:
     def truncated(self) -> bool:
         """It did not end of its own will."""
         return self.stop_reason is not StopReason.ANSWERED
+
+
+def release_states(rollouts: Iterable[Rollout]) -> None:
+    """Drop the tool states of rollouts from which no branch will begin any more: a state may be a live process."""
+    for rollout in rollouts:
+        rollout.calls = tuple(dataclasses.replace(call, states={}) for call in rollout.calls)
 
 
 Tree = list[Rollout]  # one prompt's rollouts; a rollout's `node` is its index, initial rollouts come first

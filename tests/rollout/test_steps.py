@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,6 +27,7 @@ from appo_jax.config import (
     OptimizerConfig,
     PolicyConfig,
     RolloutConfig,
+    ToolsConfig,
 )
 from appo_jax.learner.batch import make_terms
 from appo_jax.learner.optimizer import rl_optimizer
@@ -35,8 +38,10 @@ from appo_jax.rollout.growth import TreeGrower
 from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.protocol import ToolResult
+from appo_jax.tools.search import LocalSearch
 from appo_jax.train_step import Trainer, _kl_penalties, train_step
-from appo_jax.types import Example, RewardResult
+from appo_jax.types import Document, Example, RewardResult
 
 N, M, P = 3, 6, 4
 
@@ -58,7 +63,9 @@ def step(
 ):  # fmt: skip
     """A function that makes one step of a config: its record, its trees, the terms of its losses, whether params moved."""
 
-    def step(config: Config, reward: Any = even_text, more: Any = None) -> tuple[dict, list, list, bool]:
+    def step(
+        config: Config, reward: Any = even_text, more: Any = None, executor: ToolExecutor = executor
+    ) -> tuple[dict, list, list, bool]:
         rollout = dataclasses.replace(rollout_config, num_initial=N, budget=M)
         config = dataclasses.replace(
             config, rollout=rollout, prompts_per_step=P, prompts_per_minibatch=2,
@@ -115,6 +122,50 @@ def test_every_algorithm_keeps_the_budget_and_trains_on_its_own_tokens(step, nam
         assert not a[: rollout.length][~rollout.sampled].any()
     if name == "fipo":  # the second mini-batch is trained after the policy has moved
         assert len(np.unique(np.abs(advantages[-M:][rows[-M:]]).round(5))) > 2
+
+
+class Session:
+    """A tool's state, as live as an interpreter: `open` holds those that something still refers to."""
+
+    open: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.open.add(self)
+
+
+class Sessions(LocalSearch):
+    """The search tool with a new state after every call."""
+
+    def start(self) -> Any:
+        return Session()
+
+    def call(self, state: Any, argument: str) -> tuple[ToolResult, Any]:
+        return super().call(None, argument)[0], Session()
+
+
+@pytest.mark.parametrize("name", ["appo", "grpo"])
+def test_tool_states_live_only_while_a_branch_may_begin_from_them(step, name: str) -> None:
+    living: list[int] = []
+
+    def reward(response: Response) -> RewardResult:
+        gc.collect()
+        living.append(len(Session.open))
+        return even_text(response)
+
+    with ToolExecutor([Sessions([Document("fox", "the fox")], 1)], ToolsConfig(enabled=("search",))) as executor:
+        config = Config(algorithm=name, branching=BranchingConfig(num_branch_points=1))
+        _, trees, _, _ = step(config, reward, executor=executor)
+        calls = [len([call for r in tree for call in r.calls if r.fork is None]) for tree in trees]
+        gc.collect()
+        assert not Session.open
+    assert calls[2] > 0
+    if name == "grpo":
+        assert not any(living)
+        return
+    initial, first = P * N, 2 * (M - N)  # rewards of the initial rollouts, and of the first mini-batch's branches
+    assert min(living[:initial]) >= sum(calls)
+    assert max(living[initial : initial + first]) < min(living[:initial]), "the second mini-batch's are left"
+    assert not any(living[-first:])
 
 
 def test_dynamic_sampling_replaces_prompts_without_spread_and_is_bounded(step) -> None:
