@@ -84,6 +84,21 @@ def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> 
             os.close(folder)
 
 
+def read_resumable(path: Path) -> list[Any]:
+    """The values in a file of JSON lines that a process appends to; [] if there is no file.
+
+    An incomplete last line, which a killed process left, is removed from the file. Raises ValueError for any other line that is
+    not JSON in UTF-8."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    values = [json.loads(line) for line in whole.split(b"\n") if line.strip()]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return values
+
+
 def set_aside(path: Path, copy: bool = False) -> Path:
     """Rename (or copy) a damaged file to a new name such as step_3.damaged-1.jsonl. Returns the new path."""
     stem, dot, ending = path.name.partition(".")

@@ -189,9 +189,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
 def test_a_reader_that_left_before_the_output_came_is_no_error(tmp_path, args):
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text('{"question": "1+1?", "answer": 2}')
-    (tmp_path / "c.py").write_text(
-        f"from appo_jax.config import *\nconfig = Config(policy=PolicyConfig(path='none'), data=DataConfig('files', {str(tmp_path)!r}))"
-    )
+    parts = f"policy=PolicyConfig(path='none'), data=DataConfig('files', {str(tmp_path)!r})"
+    (tmp_path / "c.py").write_text(f"from appo_jax.config import *\nconfig = Config({parts})")
     command = [sys.executable, "-m", "appo_jax", *(arg.format(config=tmp_path / "c.py") for arg in args)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()

@@ -168,12 +168,14 @@ def test_collecting_goes_on_where_it_stopped(run: Path, tmp_path: Path, capsys: 
     out = tmp_path / "traces.jsonl"
     command = ["sft", "--collect", str(out), "--run", str(run), "--samples", "2", "--config", str(run / "config.json")]
     assert main([*command, "--questions", "2"]) == 0
-    first = out.read_text()
-    assert len(first.splitlines()) == 2
-    out.write_text(first + first[:20])  # a kill in the middle of a line
+    first = out.read_bytes()
+    assert first.count(b"\n") == 2
+    # A separator that is no end of a line in JSON, and a kill in the middle of a line, in the middle of a character.
+    first += '{"id": "mine", "left_out": "a\u2028b"}\n'.encode()
+    out.write_bytes(first + '{"id": "ä'.encode()[:-1])
     assert main([*command, "--questions", "3"]) == 0
-    assert out.read_text().startswith(first)
-    assert len({json.loads(line)["id"] for line in out.read_text().splitlines()}) == 3
+    assert out.read_bytes().startswith(first)
+    assert len({json.loads(line)["id"] for line in out.read_bytes().split(b"\n")[:-1]}) == 4
     assert "of 1 questions" in capsys.readouterr().out
 
 
