@@ -178,6 +178,20 @@ def _seconds(text: str) -> float:
     return min(float(text), MAX_WAIT) if re.fullmatch(r"[0-9]{1,9}", text.strip()) else 0.0
 
 
+def _connected(places: Sequence[tuple[str, int]], deadline: float) -> socket.socket:
+    """A connection to the first address that accepts one; each has an equal share of the time that is left. Raises OSError."""
+    for waiting in range(len(places), 0, -1):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        try:
+            return socket.create_connection(places[-waiting], left / waiting)
+        except OSError:
+            if waiting == 1:
+                raise
+    raise TimeoutError
+
+
 class _TooLarge(Exception):
     """The answer is larger than allowed."""
 
@@ -226,10 +240,7 @@ def _connection(
             allowed = addresses(*address, allow_private, deadline, section)
         except ConfigError as error:
             raise Fault("refused", str(error), retry=False) from None
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        plain = socket.create_connection(allowed[0], left)
+        plain = _connected(allowed, deadline)
         bounded = _BoundedSocket(plain.family, plain.type, plain.proto, plain.detach())
         bounded.deadline = deadline
         bounded.settimeout(max(0.01, deadline - time.monotonic()))

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import socket
 import sqlite3
 import threading
 import time
@@ -156,6 +157,25 @@ def test_an_ipv6_literal_is_an_address():
     result, _ = tool.call(None, "q")
     assert result.outcome is Outcome.UNAVAILABLE
     assert set(tool.faults()) == {"connection"}
+
+
+def test_every_address_of_a_name_is_tried(server, monkeypatch):
+    """As for localhost, whose first address may be ::1 while the server listens on 127.0.0.1; and one that never answers."""
+    with socket.socket() as free, socket.socket() as full, socket.socket() as waits, socket.socket() as lost:
+        free.bind(("127.0.0.1", 0))
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for client in (waits, lost):  # the queue has room for one; further attempts get no reply
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        places = [free.getsockname(), full.getsockname(), server.server_address]
+        found, resolve = [(2, 1, 6, "", place) for place in places], socket.getaddrinfo
+        monkeypatch.setattr(
+            "socket.getaddrinfo", lambda host, *a, **b: found if host == "three.example" else resolve(host, *a, **b)
+        )
+        tool = WebSearch(SearchToolConfig(url="http://three.example:80/", allow_private=True, timeout=2.0))
+        assert tool.call(None, "Ada")[0].outcome is Outcome.OK
+    assert server.asked == ["Ada"]
 
 
 def test_an_overlong_title_is_cut(server):
