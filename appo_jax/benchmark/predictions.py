@@ -11,7 +11,8 @@ from appo_jax.benchmark.sets import Item
 from appo_jax.data.records import read_records
 from appo_jax.errors import DataError
 
-TEXT = ("prediction", "response", "output", "text", "answer")
+# The fields that may hold a prediction. `answer` is none of them: in most files of results it is the gold.
+TEXT = ("prediction", "response", "output", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +53,14 @@ def read_predictions(path: Path, items: Sequence[Item]) -> Predictions:
 
 
 def _prediction(number: int, record: Any) -> tuple[str, Sample]:
-    """(id, sample) of one record. Raises ValueError."""
+    """(id, sample) of one record. A prediction that is null is a sample without an answer. Raises ValueError."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
-    text = next((record[name] for name in TEXT if record.get(name) is not None), None)
-    if record.get("id") is None or text is None:
+    name = next((name for name in TEXT if name in record), None)
+    if record.get("id") is None or name is None:
         raise ValueError(f"expected fields id and prediction, found {', '.join(record)}")
-    return str(record["id"]), Sample(str(text), {k: v for k, v in record.items() if k not in ("id", *TEXT)})
+    text = "" if record[name] is None else str(record[name])
+    return str(record["id"]), Sample(text, {k: v for k, v in record.items() if k not in ("id", *TEXT)})
 
 
 def check_samples(samples: dict[str, list[Sample]], unknown: list[str]) -> Predictions:

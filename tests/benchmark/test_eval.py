@@ -63,6 +63,18 @@ def test_what_is_missing_counts_as_wrong_and_is_listed(data, tmp_path):
     assert "without prediction: 1 (4)" in text
 
 
+def test_a_gold_in_a_file_of_predictions_is_no_prediction(data, tmp_path):
+    """Null is a sample without an answer, whatever else the line holds."""
+    lines = [{"id": 1, "prediction": None, "answer": "1"}, {"id": 2, "output": None, "response": "2", "answer": "7"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = report_of(Evaluation("math500", data, tmp_path / "out", tmp_path / "p.jsonl"))
+    assert record["accuracy"][0] == pytest.approx(1 / 4)
+    assert record["problems"]["without_answer"] == ["1"]
+    assert record["problems"]["without_prediction"] == ["3", "4"]
+    with pytest.raises(DataError, match="line 1: expected fields id and prediction, found id, question, answer"):
+        evaluate_set(Evaluation("math500", data, tmp_path / "out", data))
+
+
 def test_files_of_predictions_that_cannot_be_scored_are_named(data, tmp_path):
     for lines, message in [
         ("", "the file is empty; expected one JSON object a line"),
