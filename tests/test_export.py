@@ -15,14 +15,16 @@ from safetensors.numpy import save_file
 
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.cli import main
-from appo_jax.config import Config, OptimizerConfig, PolicyConfig
+from appo_jax.config import Config, LoRAConfig, OptimizerConfig, PolicyConfig
 from appo_jax.config_io import save_config
+from appo_jax.digests import identity
 from appo_jax.errors import CheckpointError
-from appo_jax.export import export_run
+from appo_jax.export import export_adapters, export_run
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import TrainState
 from appo_jax.policy import weights
-from appo_jax.policy.architecture import read_architecture
+from appo_jax.policy.adapters import frozen, init_adapters
+from appo_jax.policy.architecture import architecture_of, read_architecture
 from appo_jax.policy.parameters import Params
 from appo_jax.text.tokenizer import load_tokenizer
 
@@ -81,6 +83,49 @@ def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
         assert json.loads((out / name).read_text())["eos_token_id"] == ends
     assert (out / "tokenizer_config.json").read_bytes() == (policy / "tokenizer_config.json").read_bytes()
     assert (out / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
+
+
+def test_adapters_of_a_policy_from_a_folder_name_it(tmp_path: Path) -> None:
+    """And only if its weights are those under which the adapters were trained."""
+    policy, run = tmp_path / "policy", tmp_path / "run"
+    write_policy(policy)
+    config = Config(policy=PolicyConfig(path=str(policy), lora=LoRAConfig(rank=2)))
+    run.mkdir()
+    save_config(config, run / "config.json")
+    arch = architecture_of(config.policy)
+    own = init_adapters(arch, 0)
+    checkpointer = Checkpointer(run / "checkpoints" / "rl", keep=1)
+    base_id = identity(frozen(weights.load(policy), arch))
+    checkpointer.save(1, TrainState(own, rl_optimizer(OptimizerConfig()).init(own)), {"base": base_id}, None)
+    checkpointer.close()
+    export_adapters(run, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(policy)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+
+    changed = weights.load(policy)
+    changed["embed"] += 1
+    shutil.rmtree(policy)
+    weights.save(policy, changed, arch)
+    with pytest.raises(CheckpointError, match="frozen weights of its adapters are gone"):
+        export_adapters(run, tmp_path / "other")
+
+
+def test_an_empty_folder_is_filled_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a mount point, or the working directory."""
+    policy, run, out = tmp_path / "policy", tmp_path / "run", tmp_path / "out"
+    write_policy(policy)
+    write_run(run, policy)
+    params = weights.load(policy)
+    save_checkpoints(run / "checkpoints" / "sft", params, 1)
+    out.mkdir()
+    inode = out.stat().st_ino
+    monkeypatch.chdir(out)
+    assert main(["convert", str(run), "--out", "."]) == 0
+    assert out.stat().st_ino == inode
+    jax.tree.map(np.testing.assert_array_equal, weights.load(out), params)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_what_cannot_be_exported_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

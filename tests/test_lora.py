@@ -19,6 +19,7 @@ from appo_jax.config import Config, LoRAConfig
 from appo_jax.config_io import load_config, save_config
 from appo_jax.errors import CheckpointError
 from appo_jax.export import newest_params
+from appo_jax.policy import weights
 from appo_jax.policy.adapters import abstract_adapters, merged, with_adapters
 from appo_jax.rollout.scoring import log_probs
 from appo_jax.train import train
@@ -51,6 +52,7 @@ def test_a_run_is_resumed_and_exported(tiny: Config, tmp_path: Path, capsys: pyt
     assert main(["convert", str(whole), "--out", str(tmp_path / "adapter"), "--adapter"]) == 0
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 6
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     scale = settings["lora_alpha"] / settings["r"]
     name = "base_model.model.model.layers.0.self_attn.v_proj.lora_{}.weight"
@@ -60,6 +62,17 @@ def test_a_run_is_resumed_and_exported(tiny: Config, tmp_path: Path, capsys: pyt
         np.asarray(params["layers"][0]["v"]).reshape(len(added.T), -1) for params in (base, expected)
     )
     np.testing.assert_allclose(merged_weight, weight.astype(jnp.bfloat16).astype(np.float32) + added.T, atol=1e-6)
+    # The adapters belong to the weights of the cold start, which stand beside them.
+    assert settings["base_model_name_or_path"] == str(tmp_path / "adapter" / "base")
+    beside = weights.load(tmp_path / "adapter" / "base", dtype=jnp.float32)
+    norms = ("attn_norm", "mlp_norm", "q_norm", "k_norm", "norm")
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: np.testing.assert_array_equal(
+            a, b if path[-1].key in norms else b.astype(jnp.bfloat16).astype(np.float32)
+        ),
+        beside,
+        base,
+    )
 
     shutil.rmtree(parts / "checkpoints" / "sft")
     config = load_config(parts / "config.json")

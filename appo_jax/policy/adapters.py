@@ -6,7 +6,6 @@ Adapters are rows of the table in parameters.py. Their tree has the form of the 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from appo_jax.config import Architecture
-from appo_jax.errors import WeightsError
 from appo_jax.policy import weights
 from appo_jax.policy.parameters import LAYER, Adapted, KeyPath, Parameter, Params, adapters, build, row_of
 
@@ -81,8 +79,7 @@ def save_adapters(folder: Path, trained: Params, arch: Architecture, base: str |
     must name it. Raises WeightsError if the folder exists and is not empty.
     """
     assert isinstance(arch, Adapted)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightsError(f"{folder}: exists and is not empty; export to a new folder")
+    folder = weights.new_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights.save_adapters(folder / "adapter_model.safetensors", trained, arch)
     config = {
@@ -90,4 +87,4 @@ def save_adapters(folder: Path, trained: Params, arch: Architecture, base: str |
         "lora_alpha": arch.lora.alpha, "lora_dropout": 0.0, "bias": "none",
         "target_modules": [LAYER[name].hf.split(".")[-1] for name in arch.lora.targets],
     }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights.write_json(folder / "adapter_config.json", config)

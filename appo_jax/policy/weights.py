@@ -99,6 +99,13 @@ def _load_one(tensor: _Tensor, file: Path, sharding: jax.sharding.Sharding, dtyp
     return jax.make_array_from_callback(tensor.shape, sharding, part).block_until_ready()
 
 
+def new_folder(folder: str | Path) -> Path:
+    """The absolute path of a folder to export to. Raises WeightsError if it exists and is not an empty folder."""
+    if (folder := Path(folder).resolve()).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WeightsError(f"{folder}: exists and is not empty; export to a new folder")
+    return folder
+
+
 def save(
     folder: str | Path,
     params: Params,
@@ -116,15 +123,14 @@ def save(
         files: further files (the tokenizer's), from name to content.
         max_shard_bytes: the largest size of a weights file; the host holds one file's weights at a time.
 
-    The folder appears when it is complete. With several hosts, all must call this, and the first one writes. Raises WeightsError
-    if the folder exists and is not empty.
+    A new folder appears when it is complete; in an empty one that exists (it may be a mount point, which cannot be replaced),
+    config.json is written last. With several hosts, all must call this, and the first one writes. Raises WeightsError if the
+    folder exists and is not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightsError(f"{folder}: exists and is not empty; export to a new folder")
+    folder = new_folder(folder)
     writes = jax.process_index() == 0
-    partial = folder.with_name(folder.name + ".partial")
-    if writes:
+    partial = folder if folder.exists() else folder.with_name(folder.name + ".partial")
+    if writes and partial != folder:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
@@ -144,20 +150,18 @@ def save(
         weight_map |= {tensor.name: name for tensor in shard}
         stored = {tensor.name: tensor.to_stored(_to_host(_get(params, tensor.path))) for tensor in shard}
         if writes:
-            save_file(stored, partial / name, metadata={"format": "pt"})
-            (partial / name).chmod(0o644)  # safetensors makes files that only their owner can read
+            write_tensors(partial / name, stored)
     if not writes:
         return
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(partial / "model.safetensors.index.json", index)
+        write_json(partial / "model.safetensors.index.json", index)
     config = to_hf(arch) | {"dtype": str(params["embed"].dtype), "torch_dtype": str(params["embed"].dtype)}
     for name, content in (files or {}).items():
         (partial / name).write_bytes(content)
     _write_configs(partial, config, Path(source) if source is not None else None, eos_ids)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    if partial != folder:
+        partial.rename(folder)
 
 
 def _write_configs(folder: Path, config: dict[str, Any], source: Path | None, eos_ids: Sequence[int]) -> None:
@@ -169,8 +173,8 @@ def _write_configs(folder: Path, config: dict[str, Any], source: Path | None, eo
     generation = {key: config[key] for key in inherited if key in config} | generation
     if eos_ids:
         config["eos_token_id"] = generation["eos_token_id"] = list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "config.json", config)
 
 
 def save_adapters(file: Path, params: Params, arch: Architecture) -> None:
@@ -179,7 +183,18 @@ def save_adapters(file: Path, params: Params, arch: Architecture) -> None:
     stored = {
         f"base_model.model.{tensor.name}": tensor.to_stored(_to_host(_get(params, tensor.path))) for tensor in tensors
     }
-    save_file(stored, file, metadata={"format": "pt"})
+    write_tensors(file, stored)
+
+
+def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file that all users can read."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file of a Hugging Face folder."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _tensors(arch: Architecture, rows: Iterable[tuple[KeyPath, Parameter]] | None = None) -> list[_Tensor]:
@@ -247,7 +262,3 @@ def _read_json_if_any(file: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise WeightsError(f"{file}: not valid JSON: {error}") from error
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
