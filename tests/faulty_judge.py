@@ -6,6 +6,15 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+_YES = b'"choices": [{"message": {"content": "correct: yes'
+WRONG = {  # replies by the answer to be judged: JSON that is no chat completion, or an unusual one
+    "list": b"[1]", "text": b'"correct: yes"', "null": b"null", "empty": b"{}", "no choice": b'{"choices": []}',
+    "deep": b"[" * 100_000, "no usage": b"{" + _YES + b'"}}]}',
+    "null usage": b'{"usage": {"prompt_tokens": null}, ' + _YES + b'"}}]}', "odd usage": b'{"usage": [1], ' + _YES + b'"}}]}',
+    "surrogate": b"{" + _YES + b' \\ud800"}}]}',
+}  # fmt: skip
+
+
 class FaultyJudge(ThreadingHTTPServer):
     """An OpenAI-compatible endpoint whose behaviour is given by the answer to be judged."""
 
@@ -45,10 +54,20 @@ class Handler(BaseHTTPRequestHandler):
         if answer == "drip":
             self.send_response(200)
             self.end_headers()
-            for _ in range(20):
-                self.wfile.write(b" ")
-                self.wfile.flush()
-                time.sleep(0.1)
+            self.drip()
+            return
+        if answer == "long drip":  # of a body whose length is known
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.drip()
+            return
+        if answer == "header drip":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            self.drip()
+            return
+        if answer in WRONG:
+            self.reply(WRONG[answer])
             return
         if answer == "down" or (answer == "limited" and answer not in self.server.limited):
             self.server.limited.add(answer)
@@ -58,7 +77,15 @@ class Handler(BaseHTTPRequestHandler):
             "I think it could be either." if answer == "prose" else "correct: yes" if answer != "bad" else "Correct: No"
         )
         content = {"choices": [{"message": {"content": reply}}], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}
-        data = b"{" if answer == "garbage" else json.dumps(content).encode()
+        self.reply(b"{" if answer == "garbage" else json.dumps(content).encode())
+
+    def drip(self):
+        for _ in range(40):
+            self.wfile.write(b" ")
+            self.wfile.flush()
+            time.sleep(0.1)
+
+    def reply(self, data):
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

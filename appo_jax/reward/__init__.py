@@ -34,7 +34,7 @@ def make_reward(config: RewardConfig, call_format: CallFormat, folder: Path) -> 
     elif name == "official":
         function = functools.partial(official_reward, bonus=config.tool_bonus)
     elif name == "judge":
-        from appo_jax.reward.language_judge import LanguageJudge  # it loads an HTTP client
+        from appo_jax.reward.language_judge import LanguageJudge
 
         assert config.judge is not None  # config.rules
         cache = config.judge.cache or folder / f"verdicts-{distributed.host()}.sqlite"

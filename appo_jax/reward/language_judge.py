@@ -11,17 +11,19 @@ import hashlib
 import json
 import os
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import requests
-
 from appo_jax.config import JudgeConfig
+from appo_jax.errors import DataError
 from appo_jax.reward.grade import Grade, final_answer
 from appo_jax.reward.response import Response
 from appo_jax.tools.cache import open_shared
+from appo_jax.tools.exchange import Fault, post, split_url
+from appo_jax.tools.protocol import writable
 
 PROMPT = """Decide whether an answer to a question is right. Compare it with the reference answer alone; do not solve the question.
 Wording may differ, the meaning may not. A number may differ in form, not in value.
@@ -62,11 +64,21 @@ class LanguageJudge:
     """Decides answers; safe to use from several threads, and its cache by several processes."""
 
     def __init__(self, config: JudgeConfig, cache: Path):
+        """Raises ConfigError for an invalid URL, DataError for a file that cannot be opened."""
         self.config, self.counts = config, Counts()
+        self._url = config.url.rstrip("/") + "/chat/completions"
+        split_url("reward.judge.url", config.url)
         self._lock = threading.Lock()
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        self._cache = open_shared(cache)
-        self._cache.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, correct INTEGER, reason TEXT)")
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            self._cache = open_shared(cache)
+            self._cache.execute(
+                "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, correct INTEGER, reason TEXT)"
+            )
+        except (sqlite3.Error, OSError) as error:
+            raise DataError(
+                f"reward.judge.cache = {cache}: cannot be opened as an SQLite file ({error}); give another file"
+            ) from error
 
     def decide(self, questions: Sequence[tuple[str, Sequence[str], str]]) -> list[Decision]:
         """The decision of each (question, golds, answer), in order."""
@@ -118,8 +130,8 @@ class LanguageJudge:
                 time.sleep(min(2.0**attempt / 4, 8.0))
             try:
                 reply = self._request(prompt)
-            except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
-                problem = f"{type(error).__name__}: {error}"[:300]
+            except Fault as fault:
+                problem = str(fault)[:300]
                 continue
             if found := _VERDICT.findall(reply):
                 return Decision(found[-1].lower() == "yes", reply.strip()[:300])
@@ -127,26 +139,23 @@ class LanguageJudge:
         return Decision(None, problem)
 
     def _request(self, prompt: str) -> str:
-        """The text of one reply. The whole exchange is held to the timeout: a body that drips is cut off."""
+        """The text of one reply. The timeout and a size limit hold for the whole exchange. Raises Fault."""
         key = os.environ.get(self.config.key_variable)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        body = {"model": self.config.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
         self._count(requests=1)
         deadline = time.monotonic() + self.config.timeout
-        with requests.post(
-            self.config.url.rstrip("/") + "/chat/completions",
-            json={"model": self.config.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]},
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=self.config.timeout, stream=True, allow_redirects=False,
-        ) as response:  # fmt: skip
-            body = bytearray()
-            for chunk in response.iter_content(1 << 14):
-                body += chunk
-                if time.monotonic() > deadline or len(body) > 1 << 20:
-                    raise ValueError(f"the reply took more than {self.config.timeout:g} s or 1 MiB")
-            response.raise_for_status()
-        content = json.loads(body)
-        usage = content.get("usage") or {}
-        self._count(prompt_tokens=usage.get("prompt_tokens", 0), completion_tokens=usage.get("completion_tokens", 0))
-        return str(content["choices"][0]["message"]["content"])
+        data = post(self._url, json.dumps(body).encode(), headers, deadline, allow_private=True, section="reward.judge")
+        try:
+            reply = json.loads(data)
+            text = writable(str(reply["choices"][0]["message"]["content"]))
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError) as error:
+            raise Fault("garbage", f"its reply is no chat completion ({type(error).__name__}: {error})", True) from None
+        usage = reply.get("usage")
+        if isinstance(usage, dict):
+            counted = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+            self._count(**{name: number for name, number in counted.items() if isinstance(number, int)})
+        return text
 
     def _count(self, **amounts: int) -> None:
         with self._lock:

@@ -2,15 +2,16 @@
 
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from faulty_judge import FaultyJudge
+from faulty_judge import WRONG, FaultyJudge
 
 from appo_jax.config import JudgeConfig, RewardConfig
-from appo_jax.errors import AppoError, ConfigError
+from appo_jax.errors import AppoError, ConfigError, DataError
 from appo_jax.reward import Judge, Response, make_reward
-from appo_jax.reward.language_judge import LanguageJudge
+from appo_jax.reward.language_judge import Counts, Decision, LanguageJudge
 from appo_jax.tools.format import TagFormat
 from appo_jax.tools.protocol import ToolSpec
 from appo_jax.types import Example, RewardResult, Segment, StopReason
@@ -106,6 +107,38 @@ def test_what_is_no_fault_of_the_function_ends_the_run():
 def test_results_keep_the_order_of_the_rollouts():
     judge = Judge("mine:f", lambda response: RewardResult(float(response.golds[0]), False), timeout=5.0)
     assert [j.reward for j in judge.each([answering("a", str(i)) for i in range(50)])] == list(range(50))
+
+
+@pytest.mark.parametrize("answer", WRONG)
+def test_replies_of_any_form_are_read_or_named(endpoint, tmp_path, answer):
+    judge = LanguageJudge(JudgeConfig(endpoint.url, "m", attempts=1), tmp_path / "v.sqlite")
+    (decision,) = judge.decide([("What?", ("x",), answer)])
+    if answer in ("no usage", "null usage", "odd usage", "surrogate"):
+        assert decision.correct
+        assert judge.decide([("What?", ("x",), answer)]) == [decision]
+        assert judge.take_counts() == Counts(requests=1, cached=1)
+    else:
+        assert decision.correct is None
+        assert "its reply is no chat completion" in decision.reason
+    judge.close()
+
+
+@pytest.mark.parametrize("answer", ["drip", "long drip", "header drip"])
+def test_a_reply_that_drips_is_cut_off(endpoint, tmp_path, answer):
+    judge = LanguageJudge(JudgeConfig(endpoint.url, "m", attempts=1, timeout=0.4), tmp_path / "v.sqlite")
+    began = time.monotonic()
+    assert judge.decide([("What?", ("x",), answer)])[0] == Decision(None, "the server did not answer in time")
+    assert time.monotonic() - began < 1.5
+    judge.close()
+
+
+def test_a_file_or_an_address_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "text").write_text("not a database" * 100)
+    for path in (tmp_path / "text", tmp_path, tmp_path / "text" / "v.sqlite"):
+        with pytest.raises(DataError, match=r"reward\.judge\.cache = .*; give another file"):
+            LanguageJudge(JudgeConfig(url="http://127.0.0.1:9", model="m"), path)
+    with pytest.raises(ConfigError, match=r"reward\.judge\.url = 'localhost:9': expected http://"):
+        LanguageJudge(JudgeConfig(url="localhost:9", model="m"), tmp_path / "v.sqlite")
 
 
 def test_a_new_cache_waits_for_the_process_that_is_making_the_file(tmp_path):
