@@ -26,7 +26,7 @@ class RolloutConfig:
     max_tool_calls: NonNegativeInt = 6
     """Tool calls of one rollout; a further call ends the rollout."""
     max_seconds: PositiveFloat = 600.0
-    """Wall time of one rollout in seconds, tools included."""
+    """Wall time of one rollout in seconds, with its tools and without the compilation of programs."""
     temperature: PositiveFloat = 1.0
     """Logits are divided by this, in sampling and in every log-probability. Evaluation is greedy."""
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0

@@ -118,7 +118,7 @@ class Engine:
         self.stop_tables = place(tables, NamedSharding(self.mesh, PartitionSpec()), self.mesh)
         self.results = ToolResults(tokenizer, executor.call_format, config.max_result_tokens)
         self.stats = GenerationStats()
-        self._compiled: set[GenerationShapes] = set()  # whose appends are
+        self._compiled: set[tuple[GenerationShapes, DecodeSpec]] = set()  # whose programs are compiled
         self._append_s = 0.0  # how long the last append took
 
     def start(self, host: int) -> Mapping[str, Any]:
@@ -152,7 +152,7 @@ class Engine:
         """
         g = self._start(policy, groups, source, shapes, draw)
         while self._seat(g):
-            self._compile_appends(g)
+            self._compile(g)
             if g.num_decoding:
                 self._decode(g)
             else:
@@ -297,16 +297,22 @@ class Engine:
             g.policy.params, g.prefixes, g.state, batch, arch=self.generating_arch, dtype=self.dtype
         )
 
-    def _compile_appends(self, g: Generation) -> None:
-        """Compile the append of every padded length in the first round of a generation, with empty batches. Otherwise
-        it would compile when the first result of a length arrives, in the middle of a run.
+    def _compile(self, g: Generation) -> None:
+        """Compile the append of every padded length and the decode loop in the first round of a generation, by running
+        them on nothing. Otherwise an append would compile when the first result of a length arrives, in the middle of a
+        run. The rows' time begins afterwards: compiling can take minutes, in which no rollout gets on.
         """
-        if g.shapes in self._compiled:
+        if (g.shapes, g.spec) in self._compiled:
             return
-        self._compiled.add(g.shapes)
+        self._compiled.add((g.shapes, g.spec))
         for length in g.shapes.result_lengths:
             self._append(g, AppendBatch.empty(g.shapes.append_rows, length, g.shapes.rows))
         g.state = halt_rows(g.state, np.zeros(g.shapes.rows, bool))
+        g.state, steps = decode_segment(g.policy.step, g.prefixes, g.state, self.stop_tables, Until(0, 0), spec=g.spec)
+        steps.block_until_ready()
+        deadline = time.monotonic() + self.config.max_seconds
+        for row in g.rows.values():
+            row.deadline = deadline
 
     def _expire(self, g: Generation, late: Sequence[int]) -> None:
         """End the rows that are past their time, including those that wait for a tool."""

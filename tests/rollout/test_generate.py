@@ -13,7 +13,7 @@ from growing import draw_and_grow, log_probs, make_trees
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
 from appo_jax.errors import ConfigError
-from appo_jax.policy.parameters import Params
+from appo_jax.policy.parameters import Params, init_params
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.growth import TreeGrower
 from appo_jax.rollout.tree_sampler import TreeSampler
@@ -209,6 +209,28 @@ def test_a_rollout_out_of_time_is_the_beginning_of_what_it_would_have_been(
                 calls = [dataclasses.replace(call, seconds=0, states={}) for call in short.calls]
                 assert calls == long_calls[: len(calls)]
     assert StopReason.TIME in reasons
+
+
+def test_the_time_of_a_rollout_is_not_spent_on_compiling(
+    arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor, examples: list[Example],
+    rollout_config: RolloutConfig,
+) -> None:  # fmt: skip
+    """A policy of many layers, which no other test has: its programs take longer to compile than its rollouts may last."""
+    deep = dataclasses.replace(arch, num_layers=8)
+    params = init_params(deep, seed=1)
+
+    def drawn(seconds: float) -> list[Rollout]:
+        config = dataclasses.replace(rollout_config, max_seconds=seconds)
+        sampler, _ = make_trees(deep, tokenizer, executor, config, BranchingConfig())
+        return list(itertools.chain(*sampler.initial(params, examples, 2, (0, 0))))
+
+    began = time.monotonic()
+    first = drawn(limit := 1.0)
+    assert time.monotonic() - began > limit, "the case must compile for longer than a rollout may last"
+    assert StopReason.TIME not in {rollout.stop_reason for rollout in first}
+    for a, b in zip(first, drawn(120), strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert (a.log_probs == b.log_probs).all()
 
 
 def test_a_result_that_has_no_room_is_refused_by_name(
