@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params
 from appo_jax.config import Config
 from appo_jax.config_io import diff_configs, load_config
-from appo_jax.data.demonstrations import LeftOut, demonstrate
+from appo_jax.data.demonstrations import LeftOut, demonstrations
 from appo_jax.data.pipeline import TraceBatch, trace_batches
 from appo_jax.data.trace_files import read_traces
 from appo_jax.errors import CheckpointError, ConfigError
@@ -35,6 +37,7 @@ from appo_jax.policy.sharding import annotate, batch_shardings, place, state_sha
 from appo_jax.rollout.tool_results import ToolResults
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.storage import to_json, write_atomically
+from appo_jax.types import Example, Segment, Trace
 from appo_jax.view.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ log = logging.getLogger(__name__)
 ColdStart = tuple[Params, dict[str, float]]
 # At most this many traces are made per row of the cold start's batches, because each trace costs tool calls.
 TRACES_PER_ROW = 8
+# Demonstrations are sent to the other hosts in messages of this many, so that these make progress too.
+TRACES_PER_MESSAGE = 64
 # Beginnings of the names of fields that a held-out accuracy depends on.
 MEASURED_BY = (
     "data.",
@@ -138,7 +143,7 @@ def _trace_batches(components: Components, run: RunDir) -> grain.DatasetIterator
         )
     else:  # demonstrations with the real results of the tools
         limit = config.sft.steps * config.sft.batch_size * TRACES_PER_ROW
-        traces = demonstrate(components.dataset, components.executor, limit, left_out)
+        traces = shared_demonstrations(components, limit, left_out)
     results = ToolResults(components.tokenizer, call_format, config.rollout.max_result_tokens)
     batches = trace_batches(
         traces,
@@ -153,6 +158,29 @@ def _trace_batches(components: Components, run: RunDir) -> grain.DatasetIterator
         record = {"read": len(traces), "left_out": left_out.to_json()}
         write_atomically(run.path / "traces.json", to_json(record, indent=2))
     return batches
+
+
+@heartbeat.phase("demonstrations")  # its own, because waits of this phase say nothing about those of training
+def shared_demonstrations(components: Components, limit: int, left_out: LeftOut) -> list[Trace]:
+    """Demonstrations, the same on all hosts: the first host makes them and sends them to the others, because a call of a tool
+    may end differently on each host. Only the first host counts in `left_out`."""
+    first = distributed.host() == 0
+    made = demonstrations(components.dataset, components.executor, limit, left_out) if first else iter(())
+    traces: list[Trace] = []
+    while part := distributed.exchange([_to_json(trace) for trace in itertools.islice(made, TRACES_PER_MESSAGE)])[0]:
+        traces += map(_from_json, part)
+    return traces
+
+
+def _to_json(trace: Trace) -> dict[str, Any]:
+    """What the cold start reads of a trace. `Example.extra` may hold what JSON cannot."""
+    return dataclasses.asdict(dataclasses.replace(trace, example=dataclasses.replace(trace.example, extra={})))
+
+
+def _from_json(record: dict[str, Any]) -> Trace:
+    example = record["example"]
+    segments = (Segment(**segment) for segment in record["segments"])
+    return Trace(Example(**example | {"golds": tuple(example["golds"])}), tuple(segments))
 
 
 @heartbeat.phase("cold start")

@@ -72,6 +72,65 @@ print(json.dumps([judged(nan), judged(lambda response: 1.0)]))
 """
 )
 
+CHECKPOINTS = (
+    JOIN
+    + """
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from appo_jax.checkpoint import Checkpointer
+
+sharding = NamedSharding(jax.make_mesh((2,), ("x",)), PartitionSpec("x"))
+def state(step):
+    values = np.random.default_rng(step).normal(size=(64, 32)).astype(np.float32)
+    return {"w": jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])}
+
+checkpointer = Checkpointer(sys.argv[1], 3)
+if (found := checkpointer.restore_latest(state(0), None)) is None:
+    for step in (1, 2):
+        checkpointer.save(step, state(step), {}, None)
+else:
+    step, restored, _ = found
+    part, expected = (tree["w"].addressable_data(0) for tree in (restored, state(step)))
+    print("restored", step, bool((part == expected).all()))
+    checkpointer.save(2, state(2), {}, None)
+checkpointer.close()
+"""
+)
+
+DEMONSTRATIONS = (
+    JOIN
+    + """
+import dataclasses, json
+from appo_jax.components import Components
+from appo_jax.config import ToolsConfig
+from appo_jax.data.demonstrations import LeftOut
+from appo_jax.data.source import Dataset
+from appo_jax.distributed import exchange, host
+from appo_jax.sft import shared_demonstrations
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.wrap import FunctionTool
+from appo_jax.types import Example, Segment, Trace
+
+def add(code: str) -> str:
+    if host() == 1 and code.startswith("3"):
+        raise OSError("this host cannot reach the tool")
+    return f"{eval(code)} by host {host()}"
+
+def demonstration(i, kit):
+    result = kit.run("add", f"{i}+1")
+    example = Example(f"q{i}", f"{i}+1?", ("1", "2"), "math", "S", "set", {"what JSON cannot hold": {1}})
+    return Trace(example, (Segment(kit.write_call("add", f"{i}+1"), True), Segment(result, False)))
+
+parts = dict.fromkeys(field.name for field in dataclasses.fields(Components))
+with ToolExecutor([FunctionTool(add, "add")], ToolsConfig()) as executor:
+    dataset = Dataset([], [], None, demonstration, 200)
+    traces = shared_demonstrations(Components(**parts | {"dataset": dataset, "executor": executor}), 150, LeftOut())
+assert traces[0].example == Example("q0", "0+1?", ("1", "2"), "math", "S", "set")
+exchange(None)
+print(json.dumps([[trace.example.id, trace.segments[1].text] for trace in traces]))
+"""
+)
+
 
 def together(program: str, hosts: int, arguments: list[str], devices: int, cache: Path) -> list[str]:
     """Run `program` on `hosts` processes of `devices` CPU devices each; what each printed."""
@@ -110,6 +169,11 @@ def test_hosts_hear_each_other(tmp_path: Path) -> None:
     assert lengths[0] == lengths[1] == [[0, 0], [0, 1], [0, 2038], [0, 2040], [0, 100_000]]
 
 
+def test_hosts_have_the_first_hosts_demonstrations_though_their_tools_differ(tmp_path: Path) -> None:
+    first, second = (json.loads(text.splitlines()[-1]) for text in together(DEMONSTRATIONS, 2, [], 1, tmp_path))
+    assert first == second == [[f"q{i}", f"{i + 1} by host 0"] for i in range(150)]
+
+
 def test_rewards_mean_the_same_on_one_host_and_on_two(tmp_path: Path) -> None:
     """Array scalars are exchanged; a host knows of the other's failure; a failure on both hosts ends both."""
     sentences = ["x xx xxx xxxx xxxxx ?"] * 9
@@ -131,6 +195,16 @@ def test_rewards_mean_the_same_on_one_host_and_on_two(tmp_path: Path) -> None:
             "none of 6 rollouts has a reward: reward.function = 'mine:f' returned 1.0, a float (6 times, first for 'q0'); "
             "correct the function"
         )
+
+
+def test_a_file_that_one_host_cannot_read_sends_all_to_the_step_before(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    together(CHECKPOINTS, 2, [str(folder)], 1, tmp_path / "xla")
+    for path in (folder / "2/state/ocdbt.process_1/d").iterdir():
+        path.write_bytes(b"")
+    for text in together(CHECKPOINTS, 2, [str(folder)], 1, tmp_path / "xla"):
+        assert "restored 1 True" in text
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "refused_2"]
 
 
 @pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes four minutes: set APPO_JAX_LONG=1")

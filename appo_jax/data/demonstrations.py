@@ -121,6 +121,13 @@ def demonstrate(
     """The tools' examples, then the source's demonstrations; at most `limit` of them.
 
     Demonstrations that cannot be made are counted in `left_out`. Raises DataError, with the reasons, if none can be made."""
+    return list(demonstrations(dataset, executor, limit, left_out))
+
+
+def demonstrations(
+    dataset: Demonstrated, executor: ToolExecutor, limit: int | None = None, left_out: LeftOut | None = None
+) -> Iterator[Trace]:
+    """Like `demonstrate`, but each is made only when it is asked for."""
     kit = ToolKit(executor)
     system = next((example.system for example in dataset.train), "")
     makers = list(kit.tool_examples(system))
@@ -128,22 +135,24 @@ def demonstrate(
         makers += [functools.partial(dataset.demonstration, i, kit) for i in range(dataset.num_demonstrations)]
     if not makers:
         raise DataError("data.source has no demonstrations: set sft.steps to 0 and start from a policy that uses tools")
-    traces: list[Trace] = []
+    made = 0
     left_out = LeftOut() if left_out is None else left_out
+    instructions = executor.call_format.instructions()
     for number, make in enumerate(makers):
-        if len(traces) == limit:
+        if made == limit:
             break
         try:
-            traces.append(make())
+            trace = make()
         except CannotDemonstrate as error:
             left_out.add(str(error), f"demonstration-{number}")
+            continue
+        made += 1
+        yield dataclasses.replace(trace, example=introduce(trace.example, instructions))
     if left_out.total:
-        message = f"{left_out.total} of {left_out.total + len(traces)} demonstrations are left out ({left_out})"
-        if not traces:
+        message = f"{left_out.total} of {left_out.total + made} demonstrations are left out ({left_out})"
+        if not made:
             raise DataError(f"{message}; change tools.enabled, or set sft.steps to 0")
         logger.warning("%s", message)
-    instructions = executor.call_format.instructions()
-    return [dataclasses.replace(trace, example=introduce(trace.example, instructions)) for trace in traces]
 
 
 def introduce(example: Example, instructions: str) -> Example:

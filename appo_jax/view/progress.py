@@ -39,6 +39,7 @@ SHOWN = {
 # Phase of the run (heartbeat.phase) -> its label.
 PHASES = {
     "start": "reading data, starting tools",
+    "demonstrations": "making demonstrations",
     "cold start": "cold start",
     "evaluate": "evaluating",
     "rollout": "sampling",
