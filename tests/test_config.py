@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from appo_jax import cli, config_io
-from appo_jax.config import Config, RopeScaling, YarnScaling, rules
+from appo_jax.config import Architecture, Config, PolicyConfig, RopeScaling, YarnScaling, rules
 from appo_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +101,15 @@ FAULTS = {
     "tools.python.memory_mb": 0, "tools.search.top_k": 0, "tools.search.max_per_second": -1.0,
     "policy.architecture.num_layers": 0, "reward.overlong_buffer": -1, "reward.tool_bonus": -0.5,
 }  # fmt: skip
+
+
+def test_a_shape_that_cannot_be_computed_is_refused():
+    arch = Architecture(100, 33, 1, num_heads=3, num_kv_heads=2, head_dim=33, mlp_width=8)
+    config = Config(policy=PolicyConfig(architecture=arch, tokenizer="t"))
+    with pytest.raises(ConfigError) as error:
+        config_io.check(config)
+    assert "policy.architecture.num_heads = 3" in str(error.value)
+    assert "policy.architecture.head_dim = 33: must be even" in str(error.value)
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import get_args
 
 from appo_jax.config.method import TurnRule
+from appo_jax.config.policy import Architecture
 from appo_jax.config.run import Config
 
 
@@ -17,12 +18,25 @@ def broken(config: Config) -> list[str]:
     return [problem for rules in _RULES for problem in rules(config)]
 
 
+def impossible(arch: Architecture) -> Iterator[str]:
+    """A sentence for everything that no decoder of this shape can compute. The names of config.json stand in brackets."""
+    if arch.num_heads % arch.num_kv_heads:
+        yield (
+            f"num_heads = {arch.num_heads} (num_attention_heads): must be a multiple of num_kv_heads = {arch.num_kv_heads} "
+            "(num_key_value_heads)"
+        )
+    if arch.head_dim % 2:
+        yield f"head_dim = {arch.head_dim}: must be even, because pairs of channels are rotated"
+
+
 def _start(config: Config) -> Iterator[str]:
     policy = config.policy
     if policy.path is None and policy.architecture is None:
         yield "policy.path, policy.architecture: give one (a folder of weights, or the shape of a random start)"
     if policy.path is None and policy.tokenizer is None:
         yield "policy.tokenizer: needed when policy.path is not given"
+    if policy.architecture is not None:
+        yield from (f"policy.architecture.{problem}" for problem in impossible(policy.architecture))
 
 
 def _checkpoints(config: Config) -> Iterator[str]:

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from appo_jax.config import Architecture, Config, PolicyConfig, RopeScaling, YarnScaling
+from appo_jax.config.rules import impossible
 from appo_jax.errors import ConfigError, WeightsError
 from appo_jax.policy.parameters import FAMILIES, adapted, check_family
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
     """Architecture of a config.json. Raises WeightsError that lists every unsupported or missing field."""
+    if not isinstance(config, Mapping):
+        raise WeightsError(f"config.json: expected an object with the model's settings, got {config!r:.100}")
     names = config.get("architectures") or [None]
     family = next((name for name, known in FAMILIES.items() if known.hf == names[0]), None)
     if family is None:
@@ -28,17 +31,16 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
         raise WeightsError(f"config.json: architectures = {names}: expected one of {expected}")
 
     problems = _unsupported(config, family)
-    required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    problems += [f"{key}: missing" for key in required if not isinstance(config.get(key), int)]
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    problems += _numbers(config)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     scaling, rope_problems = _rope_scaling(rope, config.get("max_position_embeddings"))
     problems += rope_problems
     if problems:
-        raise WeightsError("config.json: cannot be loaded as it is:\n" + "\n".join(f"- {p}" for p in problems))
+        raise _unloadable(problems)
 
     num_heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or FAMILIES[family].head_dim or config["hidden_size"] // num_heads
-    return Architecture(
+    arch = Architecture(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
@@ -49,10 +51,17 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
         rope_scaling=scaling,
         max_positions=config.get("max_position_embeddings"),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(config.get("rms_norm_eps") or 1e-6),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         family=family,
     )
+    if problems := list(impossible(arch)):
+        raise _unloadable(problems)
+    return arch
+
+
+def _unloadable(problems: Sequence[str]) -> WeightsError:
+    return WeightsError("config.json: cannot be loaded as it is:\n" + "\n".join(f"- {p}" for p in problems))
 
 
 def to_hf(arch: Architecture) -> dict[str, Any]:
@@ -103,7 +112,13 @@ def read_architecture(folder: str | Path) -> Architecture:
     file = Path(folder) / "config.json"
     try:
         return from_hf(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as error:  # a field of another type than expected
         raise WeightsError(f"{file}: expected the config.json of a Hugging Face model: {error}") from error
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error}") from error
@@ -177,6 +192,19 @@ def for_tokenizer(arch: Architecture, num_tokens: int, missing_ids: Sequence[int
     return dataclasses.replace(arch, num_tokens=beyond, missing_ids=tuple(missing_ids))
 
 
+def _numbers(config: Mapping[str, Any]) -> list[str]:
+    """One message for each size that is missing, and for each number that is none or is not above 0."""
+    required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    whole = (*required, "num_key_value_heads", "head_dim", "max_position_embeddings")
+    types = dict.fromkeys(whole, int) | dict.fromkeys(("rms_norm_eps", "rope_theta"), (int, float))
+    problems = [f"{key}: missing" for key in required if config.get(key) is None]
+    for key, kind in types.items():
+        value = config.get(key)
+        if value is not None and not (isinstance(value, kind) and value is not True and value > 0):
+            problems.append(f"{key} = {value!r}: expected a {'whole ' if kind is int else ''}number above 0")
+    return problems
+
+
 def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:
     """One message for each field with an unsupported value, which would change what the model computes."""
     supported: dict[str, tuple[Any, ...]] = {
@@ -199,6 +227,8 @@ def _rope_scaling(
     rope: Mapping[str, Any], max_positions: int | None
 ) -> tuple[RopeScaling | YarnScaling | None, list[str]]:
     """The scaling (None: plain rope), and a message for each missing or unsupported field."""
+    if not isinstance(rope, Mapping):
+        return None, [f'rope_scaling = {rope!r}: expected an object such as {{"rope_type": "yarn", "factor": 4.0}}']
     kind = rope.get("rope_type", rope.get("type", "default"))
     only = {"partial_rotary_factor": 1.0, "mscale": None, "mscale_all_dim": None, "truncate": True}
     problems = [

@@ -308,6 +308,12 @@ def test_fields_of_real_configs():
         ("smollm2", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: missing"),
         ("smollm2", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
         ("smollm2", {"intermediate_size": None}, "intermediate_size: missing"),
+        ("smollm2", {"num_attention_heads": 0}, "num_attention_heads = 0: expected a whole number above 0"),
+        ("smollm2", {"num_hidden_layers": True}, "num_hidden_layers = True: expected a whole number above 0"),
+        ("smollm2", {"rms_norm_eps": "small"}, "rms_norm_eps = 'small': expected a number above 0"),
+        ("smollm2", {"rope_scaling": 3}, "rope_scaling = 3: expected an object"),
+        ("smollm2", {"num_attention_heads": 3, "num_key_value_heads": 2}, "must be a multiple of num_kv_heads = 2"),
+        ("qwen3", {"head_dim": 33}, "head_dim = 33: must be even"),
     ],
 )
 def test_what_would_change_the_result_is_refused_by_name(family, change, words):
@@ -315,6 +321,19 @@ def test_what_would_change_the_result_is_refused_by_name(family, change, words):
     from_hf(config)
     with pytest.raises(WeightsError, match=words):
         from_hf(config | change)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"architectures": {"a": 1}}', "{"])
+def test_a_file_that_is_no_models_config_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(WeightsError, match=f"{tmp_path}.*expected"):
+        read_architecture(tmp_path)
+
+
+def test_a_number_that_is_null_is_as_if_it_were_missing():
+    config = make["tiny_config"]("qwen3", 0)
+    without = {key: value for key, value in config.items() if key != "rms_norm_eps"}
+    assert from_hf(config | {"rms_norm_eps": None}) == from_hf(without)
 
 
 def test_an_unknown_family_is_refused_by_name():
