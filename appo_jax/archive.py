@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from appo_jax.checkpoint import TEMPORARY, verify
+from appo_jax.checkpoint import TEMPORARY
+from appo_jax.checkpoint_read import verify
 from appo_jax.errors import CheckpointError
 from appo_jax.storage import usable_path
 

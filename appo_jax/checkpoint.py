@@ -9,12 +9,10 @@ restored.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
-import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,21 +21,19 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from appo_jax import heartbeat
+from appo_jax import distributed, heartbeat
 from appo_jax.checkpoint_items import items, not_written
+from appo_jax.checkpoint_read import REMOVED, Broken, check_arrays, read_arrays, read_record, sha256
 from appo_jax.digests import describe, named_leaves
 from appo_jax.errors import CheckpointError
-from appo_jax.storage import folder_size, unreadable, usable_path
+from appo_jax.storage import folder_size, usable_path
 
 PyTree = Any
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
-# A step is read back in parts of at most this size, because the state in training leaves little memory free.
-MAX_BYTES_READ_BACK = 1 << 28
 MAX_LISTINGS = 20  # in a row that may fail because a step was removed meanwhile
-REMOVED = "removed in the meantime"  # the reason for a step that vanished while it was read
 
 
 class Checkpointer:
@@ -87,7 +83,7 @@ class Checkpointer:
             record["position"] = _position(iterator)
         items: dict[str, Any] = {
             "state": ocp.args.PyTreeSave(state),
-            "meta": ocp.args.JsonSave({"record": record, "sha256": _sha256(record)}),
+            "meta": ocp.args.JsonSave({"record": record, "sha256": sha256(record)}),
         }
         self._warn_of_full_disk(step)
         try:
@@ -114,30 +110,20 @@ class Checkpointer:
         holds other arrays than `abstract_state`, or if every step is broken: the run must not silently start from nothing.
         """
         self.wait()
-        start = None if iterator is None else iterator.get_state()
         refused: dict[int, str] = {}
         while (step := self._newest_except(refused)) is not None:
             try:
-                state, meta = self._restore(step, abstract_state, iterator, partial)
-            except CheckpointError:
-                raise
-            except Exception as error:
-                folder = self._directory / str(step)
-                if not folder.exists():  # the process that writes here has removed it, because it was old
-                    refused[step] = REMOVED
-                    continue
-                if (path := unreadable(folder)) is not None:
-                    raise CheckpointError(
-                        f"{path}: this user may not read it; grant the permission (chown -R, chmod -R u+rX)"
-                    ) from error
-                refused[step] = f"{type(error).__name__}: {error}".splitlines()[0]
-                _log.warning("%s: checkpoint of step %d is refused: %s", self._directory, step, refused[step])
-                if iterator is not None:
-                    iterator.set_state(start)
+                state, record = self._restore(step, abstract_state, partial)
+            except Broken as error:
+                refused[step] = str(error)
+                if refused[step] != REMOVED:
+                    _log.warning("%s: checkpoint of step %d is refused: %s", self._directory, step, error)
                 continue
+            if iterator is not None:
+                iterator.set_state(record["position"])
             if not self._read_only:
                 self._set_aside([refused_step for refused_step, why in refused.items() if why != REMOVED])
-            return step, state, meta
+            return step, state, record["meta"]
         if refused:
             reasons = "\n".join(f"  step {step}: {reason}" for step, reason in refused.items())
             raise CheckpointError(
@@ -158,9 +144,10 @@ class Checkpointer:
             )  # fmt: skip
 
     def _newest_except(self, refused: Mapping[int, str]) -> int | None:
-        """The newest step on disk that has not been refused."""
+        """The newest step that host 0 finds on disk and that has not been refused."""
         _despite_removals(self._manager.reload)
-        return max((step for step in self._manager.all_steps() if step not in refused), default=None)
+        newest = max((step for step in self._manager.all_steps() if step not in refused), default=None)
+        return distributed.exchange(newest)[0]
 
     def _log_leftovers(self) -> None:
         """Log what the folder holds besides checkpoints."""
@@ -198,54 +185,28 @@ class Checkpointer:
 
     def _read_back(self, step: int, abstract_state: PyTree, written: dict[str, Any]) -> None:
         """Compare a step on disk with what was given to `save`. Raises CheckpointError if they differ."""
+        folder = self._directory / str(step)
         try:
             # The record is the first host's, whose `meta` may differ from this host's.
-            if self._record(step)["arrays"] != written:
-                raise ValueError("its metadata is not what was written")
-            leaves, structure = jax.tree.flatten(abstract_state)
-            for part in _parts(leaves):
-                chosen = [leaf if i in part else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
-                self._load(step, jax.tree.unflatten(structure, chosen), written)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if read_record(folder)["arrays"] != written:
+                raise Broken("its metadata is not what was written")
+            check_arrays(folder, abstract_state, written)
+        except Broken as error:
             raise CheckpointError(
-                f"{self._directory}: step {step} was written, but cannot be read back ({reason}); the storage under "
+                f"{self._directory}: step {step} was written, but cannot be read back ({error}); the storage under "
                 "this folder loses data: move the run to another disk and start again; it goes on from its last good step"
             ) from error
 
-    def _restore(
-        self, step: int, abstract_state: PyTree, iterator: grain.DatasetIterator | None, partial: bool
-    ) -> tuple[PyTree, dict[str, Any]]:
-        """(state, meta) of a step. Raises CheckpointError if `abstract_state` does not fit; any other exception means that the
-        step is broken."""
-        record = self._record(step)
+    def _restore(self, step: int, abstract_state: PyTree, partial: bool) -> tuple[PyTree, dict[str, Any]]:
+        """(state, record) of a step. Raises Broken, or CheckpointError if `abstract_state` does not fit."""
+        folder = self._directory / str(step)
+        record = read_record(folder)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
         written = record["arrays"]
         if partial:
             written = {name: written[name] for name, _ in named_leaves(abstract) if name in written}
         self._check_fit(step, written, abstract)
-        state = self._load(step, abstract, written)
-        if iterator is not None:
-            iterator.set_state(record["position"])
-        return state, record["meta"]
-
-    def _record(self, step: int) -> dict[str, Any]:
-        """The metadata of a step. Raises ValueError if it is not what was written."""
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if _sha256(meta["record"]) != meta["sha256"] or meta["record"]["step"] != step:
-            raise ValueError("its metadata is not what was written")
-        return meta["record"]
-
-    def _load(self, step: int, abstract_state: PyTree, written: Mapping[str, Any]) -> PyTree:
-        """The arrays of a step that `abstract_state` names. Raises ValueError if one is not what was written."""
-        where = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        args = ocp.args.PyTreeRestore(abstract_state, restore_args=where, partial_restore=True)
-        state = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-        arrays = jax.tree.map(lambda leaf: None if leaf is ocp.PLACEHOLDER else leaf, state)
-        damaged = [name for name, found in describe(arrays).items() if found != written[name]]
-        if damaged:
-            raise ValueError(f"{len(damaged)} arrays are not what was written, among them {damaged[0]}")
-        return state
+        return read_arrays(folder, abstract, written), record
 
     def _check_fit(self, step: int, written: Mapping[str, Any], abstract_state: PyTree) -> None:
         expected = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(abstract_state)}
@@ -277,28 +238,6 @@ class Checkpointer:
         self._manager.reload()
 
 
-def verify(step_folder: Path) -> str:
-    """Read a whole checkpoint of any policy. Returns "sound", or what is wrong with it."""
-    step_folder = usable_path(step_folder)  # orbax reads no metadata under a relative path
-    try:
-        checkpointer = Checkpointer(step_folder.parent, keep=1, read_only=True)
-        try:
-            record = checkpointer._record(int(step_folder.name))
-        finally:
-            checkpointer.close()
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        with ocp.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(step_folder / "state").item_metadata.tree
-            where = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=host), tree)
-            arrays = reader.restore(step_folder / "state", ocp.args.PyTreeRestore(restore_args=where))
-        found = describe(arrays)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    written = record["arrays"]
-    wrong = [name for name in {**written, **found} if written.get(name) != found.get(name)]
-    return f"{len(wrong)} arrays are not what was written, among them {wrong[0]}" if wrong else "sound"
-
-
 def _despite_removals(list_steps: Callable[[], T]) -> T:
     """Call a function of orbax that lists the steps. It raises if another process removes one between listing and reading."""
     for _ in range(MAX_LISTINGS - 1):
@@ -320,24 +259,6 @@ def _kept(newest: int, best: int) -> Any:
     )
 
 
-def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[set[int]]:
-    """Indices of the leaves, in parts of at most MAX_BYTES_READ_BACK on all devices together (or a single leaf)."""
-    parts: list[set[int]] = []
-    bytes_left = 0
-    for i, leaf in enumerate(leaves):
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize
-        if not parts or size > bytes_left:
-            parts.append(set())
-            bytes_left = MAX_BYTES_READ_BACK
-        parts[-1].add(i)
-        bytes_left -= size
-    return parts
-
-
 def _position(iterator: grain.DatasetIterator) -> Any:
     """The iterator's state after a round trip through JSON."""
     return json.loads(json.dumps(iterator.get_state()))
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -26,10 +26,12 @@ def items(directory: Path) -> dict[str, Any]:
 
 def not_written(directory: Path, error: BaseException) -> CheckpointError:
     """The error for a checkpoint that could not be written."""
-    return CheckpointError(
+    wrong = CheckpointError(
         f"{directory}: a checkpoint could not be written ({type(error).__name__}: {error}); "
         "check the disk's free space and permissions, then start again: the run goes on from its last good step"
     )
+    wrong.__cause__ = error  # `failures` looks there for the loss of another host
+    return wrong
 
 
 def _watched(async_save: Callable[..., Awaitable[Any]], directory: Path) -> Callable[..., Awaitable[Any]]:

@@ -21,7 +21,8 @@ FAILED, BAD_CONFIG, START_AGAIN, INTERRUPTED = 1, 2, 75, 130
 
 # Parts of JAX's messages when another host disappeared while this one waited for it, and when memory ran out.
 _OTHER_HOST = re.compile(
-    r"gloo|coordination (service|agent)|connection (reset|closed|refused)|^(UNAVAILABLE|CANCELLED|ABORTED):", re.I
+    r"gloo|coordination (service|agent)|barrier timed out|connection (reset|closed|refused)|^(UNAVAILABLE|CANCELLED|ABORTED):",
+    re.I,
 )
 _MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|failed to allocate|bad_alloc", re.I)
 _SIZE = re.compile(r"[\d.,]+ ?(?:[KMGT]i?B|bytes)|allocat\w* (?:of )?\d+", re.I)
@@ -53,10 +54,26 @@ def _has_no_backend(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | AssertionError) and bool(frames) and "xla_bridge" in frames[-1].filename
 
 
+def causes(error: BaseException) -> list[BaseException]:
+    """The error, the one that it was raised from, and so on."""
+    found = [error]
+    while (cause := found[-1].__cause__) is not None and cause not in found:
+        found.append(cause)
+    return found
+
+
 def may_follow_from_another_host(error: BaseException) -> bool:
-    """Whether the error may be the consequence of another host's failure: JAX reports a broken connection or
-    barrier."""
-    return isinstance(error, RuntimeError | ValueError) and bool(_OTHER_HOST.search(str(error)))
+    """Whether the error, or one that it was raised from, may be the consequence of another host's failure: JAX reports a broken
+    connection or barrier."""
+    return any(isinstance(e, RuntimeError | ValueError) and _OTHER_HOST.search(str(e)) for e in causes(error))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of a device or of the host ran out."""
+    return any(
+        isinstance(e, MemoryError) or (isinstance(e, RuntimeError | ValueError) and bool(_MEMORY.search(str(e))))
+        for e in causes(error)
+    )
 
 
 def explain(error: BaseException) -> str:

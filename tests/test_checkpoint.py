@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from appo_jax import checkpoint_read
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.digests import digest
 from appo_jax.errors import CheckpointError
@@ -398,6 +401,32 @@ def test_a_step_that_may_not_be_read_is_not_taken_for_broken(folder):
     assert (folder / "12").exists()
 
 
+def test_an_error_that_says_nothing_about_the_files_is_raised_and_no_step_is_refused(folder):
+    checkpointer = Checkpointer(folder, 3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            checkpointer.restore_latest(abstract(make_state(0)), None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert checkpointer.restore_latest(abstract(make_state(0)), None)[0] == 12
+    checkpointer.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["12", "4", "8"]
+
+
+def test_tensorstores_and_devices_errors_are_told_from_damage(folder, tmp_path):
+    (tmp_path / ".zarray").symlink_to(".zarray")
+    with pytest.raises(ValueError, match="Too many levels of symbolic links") as system:
+        tensorstore.open({"driver": "zarr", "kvstore": {"driver": "file", "path": f"{tmp_path}/"}}).result()
+    with pytest.raises(OSError, match=r"Too many levels of symbolic links: .*checkpoints/12"):
+        checkpoint_read._damage(folder / "12", system.value)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED") as memory:
+        jnp.zeros((1 << 45,), jnp.float32).block_until_ready()
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        checkpoint_read._damage(folder / "12", memory.value)
+
+
 ODD = {"[": "a[b]c", "*": "a*b", "**": "**", "?": "a?b", "backslash": "a\\b"}
 
 
@@ -419,7 +448,7 @@ def test_any_other_path_holds_checkpoints(tmp_path, name):
 @pytest.mark.parametrize("max_bytes", [1000, 1 << 28])
 def test_a_step_that_does_not_read_back_is_told_at_once(tmp_path, monkeypatch, max_bytes):
     """The disk changes what was written: a bit of every file of arrays is flipped before the step is read back."""
-    monkeypatch.setattr("appo_jax.checkpoint.MAX_BYTES_READ_BACK", max_bytes)
+    monkeypatch.setattr("appo_jax.checkpoint_read.MAX_BYTES_AT_ONCE", max_bytes)
     checkpointer = Checkpointer(tmp_path / "c", 3)
     checkpointer.save(1, make_state(1), {}, None)
     checkpointer.wait()  # a good disk: nothing is raised

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from appo_jax import failures, heartbeat
+from appo_jax.checkpoint_items import not_written
 from appo_jax.errors import ConfigError, DataError
 
 
@@ -101,6 +102,8 @@ os._exit(0)
         (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), 75),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), 1),
         (ValueError("the barrier of language, said the heartbeat"), 1),
+        (not_written(Path("c"), RuntimeError("UNAVAILABLE: connection to the coordinator")), 75),
+        (not_written(Path("c"), OSError(28, "No space left on device")), 1),
     ],
 )  # fmt: skip
 def test_exit_codes(error: BaseException, code: int) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from appo_jax.checkpoint import verify
+from appo_jax.checkpoint_read import verify
 from appo_jax.config import Config, DataConfig
 from appo_jax.config_io import load_config
 from appo_jax.data.source import Dataset

@@ -1,0 +1,162 @@
+"""Reads one step of a checkpoint folder and verifies it, on all hosts together.
+
+Every host reads the parts of the arrays that its own devices hold, so a file may be damaged for one host only. Orbax's
+`CheckpointManager.restore` ends with a barrier, at which the others would wait for that host for ever. Here steps are read by
+orbax's handler, which waits for nobody, and then the hosts tell each other whether they could read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from appo_jax import distributed, failures
+from appo_jax.digests import describe
+from appo_jax.errors import CheckpointError
+from appo_jax.storage import unreadable, usable_path
+
+PyTree = Any
+T = TypeVar("T")
+
+# A step is verified in parts of at most this size, because the state in training leaves little memory free.
+MAX_BYTES_AT_ONCE = 1 << 28
+REMOVED = "removed in the meantime"  # the reason for a step that vanished while it was read
+
+# What orbax, tensorstore and json raise for damaged files. Tensorstore's text may hold an error of the system.
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
+
+class Broken(Exception):
+    """A step is not what was written, for at least one host. All hosts raise it with the same text; REMOVED: it is gone."""
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The metadata of the step in `folder`. Raises Broken if it is not what was written."""
+
+    def read() -> dict[str, Any]:
+        meta = json.loads((folder / "meta" / "metadata").read_text())
+        if sha256(meta["record"]) != meta["sha256"] or str(meta["record"]["step"]) != folder.name:
+            raise ValueError("its metadata is not what was written")
+        return meta["record"]
+
+    return _on_all_hosts(folder, read)
+
+
+def read_arrays(folder: Path, abstract_state: PyTree, written: Mapping[str, Any]) -> PyTree:
+    """The arrays of a step that `abstract_state` names. Raises Broken if one is not what was `written` (`describe`)."""
+    where = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+    args = ocp.args.PyTreeRestore(abstract_state, restore_args=where, partial_restore=True)
+
+    def read() -> PyTree:
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            return handler.restore(folder / "state", args=args)
+
+    state = _on_all_hosts(folder, read)
+    arrays = jax.tree.map(lambda leaf: None if leaf is ocp.PLACEHOLDER else leaf, state)
+    found = describe(arrays)  # on the devices of all hosts together
+
+    def compare() -> None:  # a host may have another copy of an array than the others
+        if damaged := [name for name in found if found[name] != written.get(name)]:
+            raise ValueError(f"{len(damaged)} arrays are not what was written, among them {damaged[0]}")
+
+    _on_all_hosts(folder, compare)
+    return state
+
+
+def check_arrays(folder: Path, abstract_state: PyTree, written: Mapping[str, Any]) -> None:
+    """Read all arrays of a step, a part at a time. Raises Broken if one is not what was `written`."""
+    leaves, structure = jax.tree.flatten(abstract_state)
+    for part in _parts(leaves):
+        chosen = [leaf if i in part else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
+        read_arrays(folder, jax.tree.unflatten(structure, chosen), written)
+
+
+def verify(folder: Path) -> str:
+    """Read a whole step of any policy into the host's memory. Returns "sound", or what is wrong with it."""
+    folder = usable_path(folder)  # orbax reads no metadata under a relative path
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+
+    def abstract_state() -> PyTree:
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            tree = handler.metadata(folder / "state").tree
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host), tree)
+
+    try:
+        written = read_record(folder)["arrays"]
+        abstract = _on_all_hosts(folder, abstract_state)
+        check_arrays(folder, abstract, written)
+    except Broken as error:
+        return str(error)
+    return "sound"
+
+
+def sha256(value: Any) -> str:
+    """The checksum of plain JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _on_all_hosts(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` returns, if it returns on every host. It must not wait for other hosts.
+
+    Raises Broken on all hosts if it finds damage on one of them. Any other error is raised only where it happens; the
+    supervisors end the other hosts.
+    """
+    found, wrong = None, None
+    try:
+        found = read()
+    except Exception as error:
+        wrong = _damage(folder, error)
+    told = distributed.exchange(wrong)
+    if any(told):
+        host, reason = next((host, text) for host, text in enumerate(told) if text)
+        if REMOVED in told:
+            raise Broken(REMOVED)
+        raise Broken(reason if len(told) == 1 else f"host {host}: {reason}")
+    return found  # type: ignore[return-value]
+
+
+def _damage(folder: Path, error: Exception) -> str:
+    """The damage of a step for which reading it raised `error`. Raises `error` again if it says nothing about the files."""
+    if not folder.exists():  # the process that writes here has removed it, because it was old
+        return REMOVED
+    if (path := unreadable(folder)) is not None:
+        raise CheckpointError(
+            f"{path}: this user may not read it; grant the permission (chown -R, chmod -R u+rX)"
+        ) from error
+    first = failures.causes(error)[-1]  # orbax raises plain Exceptions from it
+    if (told := _SYSTEM_ERROR.search(str(first))) and (number := int(told[1])) not in _MISSING:
+        raise OSError(number, os.strerror(number), str(folder)) from error
+    if (
+        not isinstance(first, _DAMAGE)
+        or failures.is_out_of_memory(error)
+        or failures.may_follow_from_another_host(error)
+    ):
+        raise error
+    return f"{type(first).__name__}: {first}".splitlines()[0]
+
+
+def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[set[int]]:
+    """Indices of the leaves, in parts of at most MAX_BYTES_AT_ONCE on all devices together (or a single leaf)."""
+    parts: list[set[int]] = []
+    bytes_left = 0
+    for i, leaf in enumerate(leaves):
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if not parts or size > bytes_left:
+            parts.append(set())
+            bytes_left = MAX_BYTES_AT_ONCE
+        parts[-1].add(i)
+        bytes_left -= size
+    return parts
