@@ -5,7 +5,6 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-
 _YES = b'"choices": [{"message": {"content": "correct: yes'
 WRONG = {  # replies by the answer to be judged: JSON that is no chat completion, or an unusual one
     "list": b"[1]", "text": b'"correct: yes"', "null": b"null", "empty": b"{}", "no choice": b'{"choices": []}',

@@ -115,6 +115,20 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "slow":
             self.server.release.wait(0.3)
             self.reply(200, json.dumps({"result": [[{"document": {"title": "T", "text": query}}]]}).encode())
+        elif fault == "mixed":
+            hits = [
+                3,
+                {"title": "no text"},
+                {},
+                {"title": None, "snippet": "a"},
+                {"title": 4, "snippet": "x", "text": "x"},
+            ]
+            passages = [{"document": hit} for hit in [*hits, {"title": "T", "text": "b"}, {"contents": "c"}]]
+            self.reply(200, json.dumps({"organic": hits, "result": [passages]}).encode())
+        elif fault == "unread":
+            self.reply(200, b'{"organic": [{"link": "x"}], "result": [[{"document": {"pages": 3}}]]}')
+        elif fault == "none":
+            self.reply(200, b'{"organic": [], "result": [[]]}')
         elif "q" in body:
             self.reply(200, json.dumps({"organic": [{"title": "T", "snippet": "S"}]}).encode())
         else:

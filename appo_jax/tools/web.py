@@ -15,7 +15,7 @@ import random
 import threading
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from appo_jax import distributed
@@ -142,9 +142,9 @@ class WebSearch:
         assert config.url is not None
         if config.provider == "serper":
             answer = self._post({"q": query, "num": config.top_k}, deadline)
-            return _read(lambda: [Document(hit["title"], hit["snippet"]) for hit in answer["organic"][: config.top_k]])
+            return _documents(lambda: answer["organic"], _web_page)[: config.top_k]
         answer = self._post({"queries": [query], "topk": config.top_k, "return_scores": True}, deadline)
-        return _read(lambda: [_retrieved(hit) for hit in answer["result"][0][: config.top_k]])
+        return _documents(lambda: answer["result"][0], _passage)[: config.top_k]
 
     def _post(self, body: dict[str, Any], deadline: float) -> Any:
         assert self._config.url is not None
@@ -155,20 +155,33 @@ class WebSearch:
             raise Fault("garbage", "the server's answer is not JSON", retry=True) from None
 
 
-def _retrieved(hit: Any) -> Document:
-    document = hit.get("document", hit)
-    return (
-        split_contents(document["contents"])
-        if "contents" in document
-        else Document(document["title"], document["text"])
-    )
-
-
-def _read(pages: Any) -> list[Document]:
+def _documents(hits: Callable[[], Any], read: Callable[[dict[str, Any]], Document | None]) -> list[Document]:
+    """The hits of an answer that can be read. Raises Fault if it has no list of hits, or none of them can be read."""
     try:
-        found = pages()
-        for page in found:
-            page.title + page.text  # both are strings
-        return found
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise Fault("garbage", "the server's answer has another form than expected", retry=True) from None
+        listed = hits()
+    except (KeyError, IndexError, TypeError):
+        listed = None
+    if isinstance(listed, list):
+        pages = [page for hit in listed if isinstance(hit, dict) and (page := read(hit)) is not None]
+        if pages or not listed:
+            return pages
+    raise Fault("garbage", "the server's answer has another form than expected", retry=True)
+
+
+def _web_page(hit: dict[str, Any]) -> Document | None:
+    return _document(hit.get("title"), hit.get("snippet"))
+
+
+def _passage(hit: dict[str, Any]) -> Document | None:
+    document = hit.get("document", hit)
+    if not isinstance(document, dict):
+        return None
+    if isinstance(document.get("contents"), str):
+        return split_contents(document["contents"])
+    return _document(document.get("title"), document.get("text"))
+
+
+def _document(title: Any, text: Any) -> Document | None:
+    """A page of which either may be missing; None if both are, or if one is no text."""
+    title, text = title or "", text or ""
+    return Document(title, text) if isinstance(title, str) and isinstance(text, str) and (title or text) else None

@@ -16,6 +16,8 @@ from appo_jax.errors import ConfigError, DataError
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.cache import QueryCache
 from appo_jax.tools.exchange import is_public
+from appo_jax.tools.protocol import ToolResult
+from appo_jax.tools.search import format_pages
 from appo_jax.tools.web import WebSearch
 from appo_jax.types import Outcome
 
@@ -227,6 +229,21 @@ def test_serper_takes_its_key_from_the_environment(server, monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", "k1")
     assert WebSearch(config(server, provider="serper")).call(None, "q")[0].text == "Page 1: T. S"
     assert server.headers[0]["X-API-KEY"] == "k1"
+
+
+@pytest.mark.parametrize(
+    ("provider", "found"),
+    [("serper", "Page 1: no text. \nPage 2: a"), ("search_r1", "Page 1: no text. \nPage 2: T. b\nPage 3: c")],
+)
+def test_hits_that_cannot_be_read_are_left_out(server, monkeypatch, provider, found):
+    """A web page may have no description; an answer of which nothing can be read is a fault."""
+    monkeypatch.setenv("SERPER_API_KEY", "k1")
+    tool = WebSearch(config(server, provider=provider))
+    assert tool.call(None, "mixed")[0] == ToolResult(found, Outcome.OK)
+    assert tool.call(None, "none")[0] == ToolResult(format_pages([]), Outcome.OK)
+    assert tool.faults() == {}
+    assert tool.call(None, "unread")[0].outcome is Outcome.UNAVAILABLE
+    assert tool.faults() == {"garbage": 3}
 
 
 def test_the_rate_limit_holds(server):
