@@ -110,6 +110,9 @@ def test_a_shape_that_cannot_be_computed_is_refused():
         config_io.check(config)
     assert "policy.architecture.num_heads = 3" in str(error.value)
     assert "policy.architecture.head_dim = 33: must be even" in str(error.value)
+    square = dataclasses.replace(arch, width=8, num_heads=8, head_dim=8)
+    with pytest.raises(ConfigError, match=r"policy\.architecture\.num_heads = 8: must not equal width"):
+        config_io.check(Config(policy=PolicyConfig(architecture=square, tokenizer="t")))
 
 
 @pytest.mark.parametrize("name", FAULTS)

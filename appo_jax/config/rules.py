@@ -25,6 +25,8 @@ def impossible(arch: Architecture) -> Iterator[str]:
             f"num_heads = {arch.num_heads} (num_attention_heads): must be a multiple of num_kv_heads = {arch.num_kv_heads} "
             "(num_key_value_heads)"
         )
+    if arch.num_heads == arch.width:
+        yield f"num_heads = {arch.num_heads}: must not equal width, because a transposed matrix is known by its first axis"
     if arch.head_dim % 2:
         yield f"head_dim = {arch.head_dim}: must be even, because pairs of channels are rotated"
 

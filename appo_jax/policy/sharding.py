@@ -59,10 +59,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     if config.slices == 1:
         return _mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
-    if config.data % config.slices:
-        raise ConfigError(
-            f"mesh.slices = {config.slices} does not divide mesh.data = {config.data}: the data axis is split over the slices"
-        )
     # On backends without slices (GPU, CPU), the devices of a process count as a slice: they share the fast network.
     by_process = len({getattr(device, "slice_index", 0) for device in devices}) == 1
     found = len({device.process_index if by_process else device.slice_index for device in devices})
@@ -131,9 +127,10 @@ def partition_spec(name: str, axes: str, shape: Sequence[int], rules: Rules, mes
                 )
             taken[target] = letter
             if size % mesh.shape[target]:
+                or_more = " or a multiple" if letter == "K" else ""
                 raise ConfigError(
                     f"{array}: axis {letter} = {size} cannot be split over mesh.{target} = {mesh.shape[target]}; "
-                    f"set mesh.{target} to a divisor of {size}"
+                    f"set mesh.{target} to a divisor{or_more} of {size}"
                 )
         # Mesh axes of one device are left out, as jax leaves them out of the specs that it returns.
         spec.append(tuple(target for target in targets if mesh.shape[target] > 1))

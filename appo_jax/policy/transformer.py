@@ -115,7 +115,9 @@ class Layer(nnx.Module):
         """
         a, stored = self.arch, {name: w[...] for name, w in self.params.items()}
         p = {name: w if LAYER[name].kind == "norm" else w.astype(x.dtype) for name, w in stored.items()}
-        transposed = p["q"].shape[0] != a.width  # no policy has as many heads as channels, so the first axis tells
+        transposed = (
+            p["q"].shape[0] != a.width
+        )  # a policy with as many heads as channels is refused, so the first axis tells
 
         h = rms_norm(x, p["attn_norm"], a.norm_eps)
         q, k, v = (self._with_adapter(_project(h, p[name], transposed), name, h, p) for name in ("q", "k", "v"))
