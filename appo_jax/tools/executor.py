@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import operator
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -44,14 +45,30 @@ class CallRecord:
     states: Mapping[str, Any]  # tool states after the call; if it failed, those before it
 
 
+# A name is a tag in the policy's text. These have another meaning there, in any case, or in the metrics.
+_RESERVED = ("answer", "think", "result", "tool_call", "tool_response", "malformed")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+
+
+def _checked_names(tools: Sequence[Tool]) -> list[str]:
+    names = [tool.name for tool in tools]
+    for name in names:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+            raise ConfigError(
+                f"tools.enabled: a tool is named {name!r}; expected up to 64 letters, digits, _, . and -, beginning with a "
+                f"letter or _, and none of {', '.join(_RESERVED)}. Give it another `name`"
+            )
+    if len(set(names)) != len(names):
+        raise ConfigError(f"tools.enabled: two tools are named alike ({', '.join(names)}); each needs its own name")
+    return names
+
+
 class ToolExecutor:
     """The tools of a run. A context manager: leaving it closes every tool."""
 
     def __init__(self, tools: Sequence[Tool], config: ToolsConfig, call_format: CallFormat | None = None):
-        """call_format: used instead of `config.call_format`."""
-        names = [tool.name for tool in tools]
-        if len(set(names)) != len(names):
-            raise ConfigError(f"tools.enabled: two tools are named alike ({', '.join(names)}); each needs its own name")
+        """call_format: used instead of `config.call_format`. Raises ConfigError for a tool's name."""
+        names = _checked_names(tools)
         self.call_format = call_format or make_format(config.call_format, tools)
         self.names = tuple(names)
         self._tools = {tool.name: tool for tool in tools}

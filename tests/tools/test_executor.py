@@ -298,6 +298,23 @@ def test_two_tools_of_one_name_are_refused(echo):
         ToolExecutor([echo, Echo()], ToolsConfig())
 
 
+@pytest.mark.parametrize(
+    "name", ["<lambda>", "my tool", "files/search", "answer", "Result", "malformed", "", "a" * 65, "1st", "näme", None]
+)
+def test_a_name_that_cannot_be_a_tag_is_refused(echo, name):
+    echo.name = name
+    with pytest.raises(ConfigError, match=r"tools\.enabled: a tool is named .*Give it another `name`"):
+        ToolExecutor([echo], ToolsConfig())
+
+
+@pytest.mark.parametrize("name", ["files.search-2", "_x", "a" * 64])
+@pytest.mark.parametrize("call_format", ["tags", "json", "chat"])
+def test_a_name_that_is_allowed_can_be_called(echo, name, call_format):
+    echo.name = name
+    with ToolExecutor([echo], ToolsConfig(call_format=call_format)) as executor:
+        assert executor.run(name, "hi").result == "echo hi"
+
+
 def make_echo():
     return Echo()
 
