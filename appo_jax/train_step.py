@@ -79,13 +79,13 @@ def train_step(
     # log π_old is computed here once, by the program that computes log π_θ later. So their difference is caused only by the
     # policy's updates, and not by the rounding of two different programs.
     for minibatch in minibatches:
-        minibatch.old_log_probs = step.score(trainer.policy(state), minibatch.trees)
+        minibatch.old_log_probs = step.score(trainer.policy(state), minibatch.trees, algorithm.initial)
     if algorithm.branches_at_start:
         for minibatch in minibatches:
             step.branch(trainer.policy(state), minibatch)
     if algorithm.branches_at_start and algorithm.needs_old_of_branches:
         for minibatch in minibatches:
-            minibatch.old_log_probs = step.score(trainer.policy(state), minibatch.trees)
+            minibatch.old_log_probs = step.score(trainer.policy(state), minibatch.trees, algorithm.budget)
     for minibatch in minibatches:
         if algorithm.branches and not algorithm.branches_at_start:
             step.branch(trainer.policy(state), minibatch)
@@ -135,10 +135,10 @@ class Step:
             self.resampled += len(drawn)
         return trees
 
-    def score(self, params: Params, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
-        """The log-probabilities `[T]` of every rollout's tokens under a policy, for each tree."""
+    def score(self, params: Params, trees: Sequence[Tree], per_tree: int) -> list[list[np.ndarray]]:
+        """The log-probabilities `[T]` of every rollout's tokens under a policy, for each tree. `per_tree`: see `scores`."""
         with self.timer("score"):
-            return log_probs(self.sampler, params, trees)
+            return log_probs(self.sampler, params, trees, per_tree)
 
     def branch(self, params: Params, minibatch: Minibatch) -> None:
         """Fill the budget of every prompt with branches, and give them their rewards."""
@@ -157,7 +157,7 @@ class Step:
         old: Sequence[Sequence[np.ndarray]] = minibatch.old_log_probs
         with self.timer("score"):
             if algorithm.scores_present:
-                present, entropies = scores(self.sampler, params, trained)
+                present, entropies = scores(self.sampler, params, trained, algorithm.trained_per_prompt)
             elif algorithm.needs_present and growth is not None:  # branching has scored them under the current policy
                 present = [[node.log_probs for node in tree] for tree in growth.scores]
                 entropies = [[node.entropies for node in tree] for tree in growth.scores]
@@ -167,17 +167,11 @@ class Step:
                 first = [values[: len(known)] for values, known in zip(present, old, strict=True)]
                 old, present = of_drawers(trained, old, later), of_drawers(trained, first, later)
             if reference is not None and algorithm.scores_reference:
-                ref = log_probs(self.sampler, reference, trained)
+                ref = log_probs(self.sampler, reference, trained, algorithm.trained_per_prompt)
             elif reference is not None:
                 penalties = _kl_penalties(
-                    self.sampler,
-                    params,
-                    reference,
-                    minibatch.trees,
-                    minibatch.old_log_probs,
-                    algorithm.loss,
-                    self.shapes.rollout_length,
-                )
+                    self.sampler, params, reference, minibatch.trees, minibatch.old_log_probs, algorithm.loss, self.shapes
+                )  # fmt: skip
         return Measured(old, present, ref, penalties, entropies)
 
     def learn(self, state: TrainState, minibatch: Minibatch, measured: Measured) -> TrainState:
@@ -226,19 +220,21 @@ class Step:
 
 def _kl_penalties(
     sampler: Sampler, params: Params, reference: Params, trees: Sequence[Tree], old: Sequence[Sequence[np.ndarray]],
-    loss: LossConfig, length: int,
+    loss: LossConfig, shapes: Shapes,
 ) -> list[list[np.ndarray]]:  # fmt: skip
     """β·KL(π‖π_ref) at each sampled token `[T]` of every rollout, where π is the policy that drew the token.
 
     `old`: the log-probs under π_old of each tree's first rollouts. `params` drew the other rollouts, which are branches, from
     their forks on; the tokens before a fork were drawn by the policy that drew the parent.
     """
-    branches = log_probs(sampler, params, [tree[len(known) :] for tree, known in zip(trees, old, strict=True)])
+    budget = shapes.rollout.budget
+    later = [tree[len(known) :] for tree, known in zip(trees, old, strict=True)]
+    branches = log_probs(sampler, params, later, budget - min(map(len, old)))
     by_drawer = of_drawers(trees, old, branches)
-    by_reference = log_probs(sampler, reference, trees)
+    by_reference = log_probs(sampler, reference, trees, budget)
 
     def penalty(rollout: Rollout, drawn: np.ndarray, ref: np.ndarray) -> np.ndarray:
-        padding = (0, length - rollout.length)  # so that all rollouts have one shape and use one program
+        padding = (0, shapes.rollout_length - rollout.length)  # so that all rollouts have one shape and use one program
         drawn, ref = (np.pad(x, padding) for x in (drawn, ref))
         kl = kl_estimate(jnp.asarray(drawn), jnp.asarray(ref), loss.kl_estimator, loss.max_k3)
         return np.where(rollout.sampled, loss.kl_weight * np.asarray(kl)[: rollout.length], 0.0)

@@ -21,7 +21,7 @@ from appo_jax.config import (
     PolicyConfig,
     RolloutConfig,
 )
-from appo_jax.learner.batch import Measured, make_terms
+from appo_jax.learner.batch import Measured, make_batch, make_terms
 from appo_jax.learner.loss import policy_loss
 from appo_jax.types import Example, Outcome, Rollout, StopReason, ToolCall
 
@@ -78,6 +78,22 @@ def test_masked_truncated_rollouts_have_no_weight() -> None:
     old = [np.zeros(4, np.float32)] * 2
     batch, _ = make_terms([tree], Measured([old]), make_algorithm(config), length=4)
     assert batch.weights.sum(-1).tolist() == [0.25, 0.0]
+
+
+def test_missing_branches_change_no_shape() -> None:
+    config = dataclasses.replace(CONFIG, algorithm="appo_all", rollout=RolloutConfig(num_initial=2, budget=6))
+    algorithm = make_algorithm(config)
+    full = [rollout(n, float(n % 2), parent=None if n < 2 else n % 2) for n in range(6)]
+    batches = []
+    for tree in (full, full[:3]):
+        old = [[np.zeros(4, np.float32)] * len(tree)]
+        terms, base = make_terms([tree], Measured(old, old), algorithm, length=4)
+        assert len(base) == len(tree)
+        assert (terms.weights.any(-1) == (np.arange(6) < len(tree))).all()
+        batches.append(make_batch([r.tokens for r in tree], terms, 4, at_once=1))
+    assert jax.tree.map(np.shape, batches[0]) == jax.tree.map(np.shape, batches[1])
+    # 1/M · 1/|H_n| of each of the three, whatever is missing
+    assert batches[1].terms.weights.sum() == pytest.approx(3 / 6)
 
 
 @pytest.mark.parametrize("aggregation", ["paper", "token_mean", "seq_mean", "constant"])

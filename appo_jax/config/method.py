@@ -103,7 +103,7 @@ class LossConfig:
     aggregation: Literal["paper", "token_mean", "seq_mean", "constant"] = "paper"
     """How tokens are averaged. paper: eq. 8, 1/M of the sum over rollouts of their token means. token_mean: over all tokens
     of the mini-batch (DAPO). seq_mean: the mean over trained rollouts of their token means (GRPO). constant: the sum over
-    the number of rollouts times their padded length (as Dr. GRPO)."""
+    the number of rollouts (those that branching could not add included) times their padded length (as Dr. GRPO)."""
     kl_weight: NonNegativeFloat = 0.0
     """β: weight of KL(π_θ‖π_ref). With 0 no reference policy is kept. Paper: 0; official code: 0.001."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"

@@ -42,18 +42,22 @@ class Measured:
 def make_terms(
     trees: Sequence[Sequence[Rollout]], measured: Measured, algorithm: Algorithm, length: int
 ) -> tuple[Terms, list[np.ndarray]]:
-    """The terms of the loss, `[R, T]` with T = `length`, and A_base at the sampled tokens of each of the R trained rollouts.
+    """The terms of the loss, `[R, T]` with T = `length`, and A_base at the sampled tokens of each trained rollout.
+
+    R is the number of rollouts that the algorithm trains on if no branch is missing, so that missing ones change no shape. The
+    rows that are left have the weight 0.
 
     `trees`: the rollouts of P prompts with their rewards; initial rollouts come first. Weights follow the normalisation of
     eq. 8. The weights of rollouts without a reward are 0, and with `loss.mask_truncated` those of truncated rollouts.
     """
     loss = algorithm.loss
     rollouts = [rollout for tree in trees for rollout in algorithm.trained(tree)]
-    every_sampled = scoring.padded([rollout.sampled for rollout in rollouts], len(rollouts), length)
+    rows = len(trees) * algorithm.trained_per_prompt
+    every_sampled = scoring.padded([rollout.sampled for rollout in rollouts], rows, length)
 
     def padded(by_tree: ByTree) -> np.ndarray:
         values = [np.asarray(x, np.float32) for xs in by_tree for x in algorithm.trained(xs)]
-        return scoring.padded(values, len(rollouts), length)
+        return scoring.padded(values, rows, length)
 
     base = padded(base_advantages(trees, measured.penalties, algorithm.advantage))
     old = padded(measured.old_log_probs)
@@ -63,7 +67,8 @@ def make_terms(
         max_log_ratio=loss.max_log_ratio,
     )  # fmt: skip
     loss_mask = every_sampled.copy()
-    loss_mask[[np.isnan(r.reward) or (loss.mask_truncated and r.truncated) for r in rollouts]] = False
+    left_out = [i for i, r in enumerate(rollouts) if np.isnan(r.reward) or (loss.mask_truncated and r.truncated)]
+    loss_mask[left_out] = False
     correction = np.ones_like(old)
     if loss.sampler_cap:
         drawn = padded([[rollout.log_probs for rollout in tree] for tree in trees])
@@ -89,17 +94,17 @@ def make_terms(
         surrogate_weights=weights(kept, loss.aggregation) if drops_dual_clipped else None,
         kl_weights=weights(loss_mask, "seq_mean") if kl_outside else None,
     )
-    return terms, [row[sampled] for row, sampled in zip(base, every_sampled, strict=True)]
+    return terms, [base[i][every_sampled[i]] for i in range(len(rollouts))]
 
 
 def make_batch(tokens: Sequence[np.ndarray], terms: Terms, length: int, at_once: int) -> TrainBatch:
     """Pack rollouts (`tokens`: `[t]` each) and their `terms [R, T]` into rows of `length` slots.
 
-    A micro-batch has `at_once` rows. The batch's shape depends on the number of rollouts only; how many micro-batches are
-    used depends on the rollouts' lengths and on what they share.
+    A micro-batch has `at_once` rows. The batch's shape depends on R only, the maximal number of rollouts; how many
+    micro-batches are used depends on the rollouts, on their lengths and on what they share.
     """
     packing = pack(tokens, length, at_once)
-    parts = -(-len(tokens) // at_once)
+    parts = -(-len(terms.weights) // at_once)
     rows, packed = (cut(x, at_once, parts) for x in (packing.rows, _packed(terms, packing)))
     return TrainBatch(rows, packed, np.int32(len(packing.rows.tokens) // at_once))
 

@@ -15,16 +15,22 @@ from appo_jax.types import Rollout, Tree
 by_future = jax.jit(future_value, static_argnames=("tau", "max_ratio", "max_log_ratio"))
 
 
-def log_probs(sampler: Sampler, params: Params, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
-    """Log-probabilities `[T]` of every rollout's tokens under a policy, by tree."""
-    return scores(sampler, params, trees)[0]
+def log_probs(
+    sampler: Sampler, params: Params, trees: Sequence[Tree], per_tree: int | None = None
+) -> list[list[np.ndarray]]:
+    """Log-probabilities `[T]` of every rollout's tokens under a policy, by tree. `per_tree`: see `scores`."""
+    return scores(sampler, params, trees, per_tree)[0]
 
 
 def scores(
-    sampler: Sampler, params: Params, trees: Sequence[Tree]
+    sampler: Sampler, params: Params, trees: Sequence[Tree], per_tree: int | None = None
 ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
-    """Log-probabilities and entropies `[T]` of every rollout's tokens under a policy, by tree."""
-    scored = sampler.score(params, [rollout for tree in trees for rollout in tree])
+    """Log-probabilities and entropies `[T]` of every rollout's tokens under a policy, by tree.
+
+    `per_tree`: the number of a tree's rollouts if none is missing, so that missing branches change no shape; None: none is.
+    """
+    rollouts = [rollout for tree in trees for rollout in tree]
+    scored = sampler.score(params, rollouts, None if per_tree is None else len(trees) * per_tree)
     log_probs, entropies = iter(scored.log_probs), iter(scored.entropies)
     return [[next(log_probs) for _ in tree] for tree in trees], [[next(entropies) for _ in tree] for tree in trees]
 

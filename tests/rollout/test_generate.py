@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from appo_jax.errors import ConfigError
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.growth import TreeGrower
+from appo_jax.rollout.scoring import scores
 from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
@@ -46,6 +48,25 @@ def test_sampler_agrees_with_teacher_forcing_after_tools_and_in_branches(
     assert sum(len(r.calls) for r in flat) > 0, "the case must contain tool results"
     assert any(r.calls and r.calls[-1].result_end > r.fork for r in everything if r.fork is not None)
     assert teacher_forced_error(sampler, params, everything) < 1e-4
+
+
+def test_scores_of_trees_that_lack_branches_compile_nothing(
+    sampler: TreeSampler, params: Params, examples: list[Example]
+) -> None:
+    trees = sampler.initial(params, examples[:1], 4, (0, 0))
+    compiled: list[str] = []
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **more: compiled.append(event))
+    try:
+        whole = scores(sampler, params, trees, per_tree=4)
+        assert compiled
+        compiled.clear()
+        fewer = scores(sampler, params, [trees[0][:2]], per_tree=4)
+        assert not [event for event in compiled if event.startswith("/jax/core/compile")]
+    finally:
+        jax.monitoring.clear_event_listeners()
+    for some, all_of_them in zip(fewer, whole, strict=True):
+        np.testing.assert_allclose(np.concatenate(some[0]), np.concatenate(all_of_them[0][:2]), atol=1e-5)
 
 
 def test_rollouts_are_well_formed(sampler: TreeSampler, params: Params, examples: list[Example]) -> None:

@@ -204,8 +204,7 @@ def test_penalties_are_the_oracles_under_the_policy_that_drew_the_token(
     _, old, growth = draw_and_grow(sampler, grower, params, examples, moved=now)
     trees = growth.trees
     loss = LossConfig(kl_weight=0.3, kl_estimator=estimator, kl_in="reward")
-    length = grower.shapes.rollout_length
-    got = _kl_penalties(sampler, now, reference, trees, old, loss, length)
+    got = _kl_penalties(sampler, now, reference, trees, old, loss, grower.shapes)
     for tree, penalties in zip(trees, got, strict=True):
         drawn = [
             oracle.inherited(log_probs(sampler, params, [r])[0], log_probs(sampler, now, [r])[0], r.fork or r.length)
