@@ -76,7 +76,7 @@ class _Output(io.FileIO):
 
     The signal itself stays ignored, because it would also end a command whose client or worker closes a connection."""
 
-    def write(self, data: Any, /) -> int | None:
+    def write(self, data: Any, /) -> int:  # type: ignore[override]
         try:
             return super().write(data)
         except BrokenPipeError:

@@ -28,6 +28,7 @@ _ROLES = {
     "observation": "tool", "tool": "tool", "function_call": "call", "function": "call",
 }  # fmt: skip
 _RESULT = re.compile(r"[ \t]*\n?[ \t]*<(result|tool_response)>\n?(.*?)\n?</\1>\n?", re.DOTALL)
+_CLOSING = re.compile(r"</([\w.-]+)>\s*\Z")
 
 
 def read_traces(
@@ -67,6 +68,8 @@ class _Writer:
     def trace(self, record: Any, name: str) -> Trace:
         """The trace of a record. Raises CannotDemonstrate, KeyError, TypeError or ValueError."""
         system, question, turns = _conversation(record)
+        if not question.strip():
+            raise CannotDemonstrate("the question is blank")
         if self.system_prompt is not None:
             system = self.system_prompt
         example = Example(
@@ -78,26 +81,35 @@ class _Writer:
 
     def segments(self, turns: Sequence[Mapping[str, Any]]) -> Iterator[Segment]:
         """The policy's texts and the tool results, in order. Every call must have a result, and the last text is the policy's."""
-        written, called = "", False
-        for said, call, result in _steps(turns):
+        written, call = "", None
+        for said, requested, result in _steps(turns):
             if result is not None:
-                if not called:
-                    written, last_call = self.last_call(written)
-                    written += self.write(last_call)
-                yield Segment(written, sampled=True)
+                if call is None:
+                    written, call = self.last_call(written)
+                yield Segment(self.with_call(self.without_call(written), call), sampled=True)
                 yield Segment(render_result(self.format, result), sampled=False)
-                written, called = "", False
+                written, call = "", None
                 continue
-            if called:
+            if call is not None:
                 raise CannotDemonstrate("a call has no result")
             written += said
-            if call is not None:
-                written, called = written + self.write(self.read(call)), True
-        if called or self.ends_in_call(written):
+            call = None if requested is None else self.read(requested)
+        if call is not None:
             raise CannotDemonstrate("a call has no result")
         if not written.strip():
             raise CannotDemonstrate("the policy writes nothing at its end")
+        closing = _CLOSING.search(self.without_call(written))
+        if closing is not None and closing[1] not in ("think", "answer"):
+            raise CannotDemonstrate(
+                f"it ends in </{closing[1][:40]}>, as if it called a tool that the run does not have"
+            )
         yield Segment(written, sampled=True)
+
+    def without_call(self, text: str) -> str:
+        """`text`. Raises CannotDemonstrate if a call ends in it, because sampling would pause there for a result."""
+        if any(stop in text for stop in (*self.tags.stop_strings, *self.json.stop_strings)):
+            raise CannotDemonstrate("a call has no result")
+        return text
 
     def last_call(self, text: str) -> tuple[str, Call]:
         """The call at the end of a text, and the text before it."""
@@ -106,18 +118,15 @@ class _Writer:
         if isinstance(found, Call):
             if found.name not in self.known:
                 raise CannotDemonstrate(f"it calls {found.name[:40]!r}, which is no tool of the run")
-            openings = (mark.start() for mark in re.finditer(f"<(?:tool_call|{re.escape(found.name)})>", text))
-            start = next(at for at in openings if notation.parse(text[at:]) == found)
+            openings = [mark.start() for mark in re.finditer(f"<(?:tool_call|{re.escape(found.name)})>", text)]
+            start = next(at for at in reversed(openings) if notation.parse(text[at:]) == found)
             return text[:start], found
-        closing = re.search(r"</([\w.-]+)>\s*\Z", text)
+        closing = _CLOSING.search(text)
         if closing is None:
             raise CannotDemonstrate("a result follows no call")
         if closing[1] not in (*self.known, "tool_call"):
             raise CannotDemonstrate(f"it calls {closing[1][:40]!r}, which is no tool of the run")
         raise CannotDemonstrate("a call is malformed")
-
-    def ends_in_call(self, text: str) -> bool:
-        return text.rstrip().endswith((*self.tags.stop_strings, *self.json.stop_strings))
 
     def read(self, call: Mapping[str, Any]) -> Call:
         """A call from a call in OpenAI's notation."""
@@ -129,11 +138,15 @@ class _Writer:
             raise CannotDemonstrate(f"a call's {argument}")
         return Call(name, argument)
 
-    def write(self, call: Call) -> str:
+    def with_call(self, text: str, call: Call) -> str:
+        """A turn of the policy in the run's call format: `text` and the call at its end."""
         try:
-            return self.format.render_call(call.name, call.argument)
+            turn = text + self.format.render_call(call.name, call.argument)
         except ValueError as error:
             raise CannotDemonstrate("a call cannot be written in the run's call format") from error
+        if self.format.parse(turn) != call:
+            raise CannotDemonstrate("the text before a call makes it malformed in the run's call format")
+        return turn
 
 
 def _conversation(record: Any) -> tuple[str | None, str, list[Mapping[str, Any]]]:

@@ -202,6 +202,11 @@ def conversation(text, **more):
         (conversation("<py>1</py><result>1</result>"), "the policy writes nothing at its end"),
         (conversation("<py>1</py><result>1</result><result>2</result>A"), "a result follows no call"),
         (conversation(""), "the policy writes nothing at its end"),
+        (conversation("<py>1</py>U<py>2</py><result>2</result>A"), "a call has no result"),
+        (conversation("<py>1</py><result>1</result>U<py>2</py>A"), "a call has no result"),
+        (conversation("U</tool_call>A"), "a call has no result"),
+        (conversation("T<rm>1</rm>"), "it ends in </rm>, as if it called a tool that the run does not have"),
+        (conversation("A") | {"conversations": [{"from": "human", "value": " "}, ANSWERED]}, "the question is blank"),
         ({"conversations": []}, "expected one question, at the beginning; it has 0"),
         ({"conversations": [{"from": "gpt", "value": "A"}, {"from": "human", "value": "Q"}]}, "expected one question"),
         ({"messages": [{"role": "judge", "content": "x"}]}, "the role 'judge' is unknown"),
@@ -218,6 +223,18 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path, record, reaso
     ((found, told),) = left_out.to_json().items()
     assert reason in found
     assert told == {"count": 1, "first": ["traces-1"]}
+
+
+@pytest.mark.parametrize("said", ["I write <tool_call> and then ", "Is <py> better? "])
+def test_a_tag_before_a_call_belongs_to_the_text(tmp_path, call_format, said):
+    """In tags, two opening tags make the call malformed."""
+    name, notation = call_format
+    called = '<tool_call>{"name": "py", "arguments": {"code": "1+1"}}</tool_call>'
+    traces, left_out = read(tmp_path, notation, conversation(f"{said}{called}<result>2</result>A"), conversation("B"))
+    if name == "tags" and "<py>" in said:
+        assert "the text before a call makes it malformed" in str(left_out)
+    else:
+        assert traces[0].segments[0].text == said + notation.render_call("py", "1+1")
 
 
 def test_repeated_traces_system_prompts_and_golds(tmp_path):
