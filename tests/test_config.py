@@ -172,6 +172,15 @@ def test_all_broken_rules_are_listed_at_once():
     assert [line.split(" ")[1] for line in str(error.value).splitlines()] == ["loss.dual_clip", "rollout.budget"]
 
 
+def test_answers_need_a_cache():
+    config = replaced(QUICKSTART, "tools.search.cache_fill", "answers.json")
+    with pytest.raises(
+        ConfigError, match=r"tools\.search\.cache_fill = 'answers\.json': .* tools\.search\.cache, which"
+    ):
+        config_io.check(config)
+    config_io.check(replaced(config, "tools.search.cache", "answers.sqlite"))
+
+
 @pytest.mark.parametrize(("every", "fits"), [(0, False), (15, False), (20, True)])
 def test_the_best_checkpoints_are_those_that_are_judged_and_saved(every, fits):
     config = replaced(replaced(QUICKSTART, "keep_best_checkpoints", 2), "eval.every", every)

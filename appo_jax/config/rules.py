@@ -73,6 +73,15 @@ def _reward(config: Config) -> Iterator[str]:
         yield f"reward.terms: two functions are named alike ({', '.join(names)}); each needs its own name"
 
 
+def _tools(config: Config) -> Iterator[str]:
+    search = config.tools.search
+    if search.cache_fill is not None and search.cache is None:
+        yield (
+            f"tools.search.cache_fill = {search.cache_fill!r}: its answers are put into tools.search.cache, which is not given; "
+            "name a file for it"
+        )
+
+
 def _branching(config: Config) -> Iterator[str]:
     b = config.branching
     if b.clip_low >= b.clip_high:
@@ -133,6 +142,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _checkpoints,
     _rollouts,
     _reward,
+    _tools,
     _branching,
     _objective,
     _batches,

@@ -30,18 +30,16 @@ if TYPE_CHECKING:  # importing it runs a JAX operation, which is not allowed bef
 
 
 def make_tool(config: ToolsConfig, documents: Sequence[Document] | None) -> Tool:
-    """Search over `search.corpus`, else at `search.url`, else over the data source's documents, else in `search.cache`."""
+    """Search over `search.corpus`, else at `search.url`, else in `search.cache`, else over the data source's documents."""
     from appo_jax.tools.web import WebSearch  # it uses this module
 
     search = config.search
     if search.corpus is not None:
         return LocalSearch.from_file(search.corpus, search.top_k)
-    if search.url is not None:
+    if search.url is not None or search.cache is not None:
         return WebSearch(search)
     if documents is not None:
         return LocalSearch(documents, search.top_k)
-    if search.cache is not None:
-        return WebSearch(search)
     raise ConfigError(
         "tools.search.corpus: the search tool needs a corpus (or tools.search.url, tools.search.cache, or a data "
         "source that brings documents); a run that needs none leaves search out of tools.enabled"

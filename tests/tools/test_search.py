@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appo_jax.config import ToolsConfig
+from appo_jax.config import SearchToolConfig, ToolsConfig
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.tools.search import LocalSearch, format_pages, load_corpus, make_tool, split_contents, terms, words
 from appo_jax.types import Document, Outcome
@@ -201,6 +201,14 @@ def test_a_search_with_nothing_to_search_says_what_to_do():
         ConfigError, match=r"needs a corpus .* documents\); a run that needs none leaves search out of tools"
     ):
         make_tool(ToolsConfig(), None)
+
+
+def test_a_file_of_answers_comes_before_the_documents_of_the_data_source(tmp_path):
+    (tmp_path / "answers.json").write_text(json.dumps({"capital": "Page 1: a stored answer"}))
+    stored = SearchToolConfig(cache=str(tmp_path / "c.sqlite"), cache_fill=str(tmp_path / "answers.json"))
+    tool = make_tool(ToolsConfig(search=stored), DOCUMENTS)
+    assert tool.call(None, "capital")[0].text == "Page 1: a stored answer"
+    tool.close()
 
 
 def test_the_index_is_stored_once_and_by_content(tmp_path):
