@@ -98,10 +98,10 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         if not reached.end(config):
             log.warning("stopped after step %d, which is saved; the same command goes on from there", reached.step)
             raise KeyboardInterrupt
-        heartbeat.stoppable(False)  # the last step is saved
+        checkpointer.wait()
+        heartbeat.stoppable(False)  # the last step is on disk
         final = _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
         summary = _summary(accuracies, final, config, reached) | {"wall_s": clock.wall_s()}
-        checkpointer.wait()  # the summary must not exist before the checkpoint of its policy
         metrics.write_summary(summary)
         if distributed.host() == 0:
             try_to_draw_plots(run.path)

@@ -8,8 +8,10 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +188,26 @@ def test_a_run_that_goes_on_says_at_which_step(tiny: Config, tmp_path: Path, mon
     monkeypatch.setattr(heartbeat, "_life", heartbeat._Life())
     train(config)
     assert heartbeat.now()[1] == config.steps
+
+
+def test_a_run_may_be_ended_at_once_only_when_its_last_step_is_on_disk(tiny: Config, tmp_path: Path) -> None:
+    """What a supervisor hears: the first heartbeat after the last step by which it may kill the process."""
+    supervisor, channel = socket.socketpair()
+    heartbeat.connect(channel)
+    on_disk: list[bool] = []
+
+    def listen() -> None:
+        for line in supervisor.makefile():
+            beat = json.loads(line)
+            if beat.get("step") == tiny.steps and not beat["stoppable"]:
+                on_disk.append((tmp_path / f"run/checkpoints/rl/{tiny.steps}").exists())
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    train(dataclasses.replace(tiny, run_dir=str(tmp_path / "run")))
+    channel.shutdown(socket.SHUT_RDWR)
+    listener.join()
+    assert on_disk[0]
 
 
 FULL_DISK = """
