@@ -134,6 +134,7 @@ class TreeGrower:
             growth.scores = self._scores(growth.trees, old, new, scored, max_scored)
             cuts = [self._choose(growth, p, loop, draw_id) for p in range(len(trees))]
             self._branch(params, growth, scored, cuts, loop, [*draw_id, loop])
+            del scored  # its caches, before the next loop's passes make theirs
         growth.missing_branches = sum(self.budget - len(tree) for tree in growth.trees)
         return growth
 

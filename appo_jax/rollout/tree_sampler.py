@@ -76,6 +76,7 @@ class TreeSampler:
             passes.append(
                 (np.asarray(result.log_probs), np.asarray(result.entropies), result.cache if to_branch else [])
             )
+            del result  # its cache, unless it is kept, before the next pass makes another
         for at, slots in zip(packing.row, packing.slots, strict=True):
             log_probs, entropies, cache = passes[at // at_once]
             row = int(at) % at_once

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from growing import draw_and_grow, make_trees
 from appo_jax.branching.tree import already_branched
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig
 from appo_jax.policy.parameters import Params
+from appo_jax.rollout import shapes, tree_sampler
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.scoring import log_probs
 from appo_jax.text.tokenizer import SentencePieceTokenizer
@@ -93,6 +96,33 @@ def test_a_later_loop_knows_every_point_that_has_a_branch(draw, include_token: b
         for r in tree[1:]:
             earlier = [other for other in tree[1:] if other.loop < r.loop]
             assert before[r.parent][r.fork] not in {before[other.parent][other.fork] for other in earlier}
+
+
+def test_caches_are_gone_before_the_next_score_passes(
+    arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor, params: Params,
+    examples: list[Example], rollout_config: RolloutConfig, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Those of a loop when the next loop begins to score, and those of a pass from which no branches are drawn when it ends."""
+    config = dataclasses.replace(rollout_config, num_initial=1, budget=4)
+    sampler, grower = make_trees(arch, tokenizer, executor, config, BranchingConfig(num_branch_points=1, num_loops=2))
+    monkeypatch.setattr(shapes, "AT_ONCE", 1)  # a row a pass
+    real, alive = tree_sampler.score, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(x.ndim == 4 for x in jax.live_arrays()) // (2 * arch.num_layers))  # keys and values
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(tree_sampler, "score", watched)
+    trees = sampler.initial(params, examples, 1, (0, 0))
+    gc.collect()
+    old = log_probs(sampler, params, trees)
+    assert len(alive) > 1
+    assert not any(alive)
+    alive.clear()
+    growth = grower.grow(params, trees, old, (1, 0))
+    assert [len(tree) for tree in growth.trees] == [4] * len(examples)
+    second = alive.index(0, 1)  # the first pass of the second loop
+    assert alive == [*range(second), *range(len(alive) - second)]
 
 
 def test_every_branch_point_is_the_oracles(
