@@ -76,7 +76,7 @@ class _Output(io.FileIO):
 
     The signal itself stays ignored, because it would also end a command whose client or worker closes a connection."""
 
-    def write(self, data: Any, /) -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:

@@ -67,7 +67,8 @@ class DataConfig:
     mixture: tuple[DataPart, ...] = ()
     """For `source = "mixture"`: the sources and their weights."""
     drop: tuple[Literal["duplicates", "near_duplicates", "overlaps"], ...] = ()
-    """Training questions to leave out. duplicates: equal to an earlier one, apart from case, spaces and punctuation.
+    """Training questions to leave out. duplicates: equal to an earlier one, apart from case, spaces and punctuation
+    outside numbers.
     near_duplicates: most of their words occur in the same order in an earlier one. overlaps: by either rule the same as
     a question for evaluation. `appo-jax data describe` counts each."""
     evaluation: tuple[str, ...] = ()

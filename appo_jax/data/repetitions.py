@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 SIMILARITY = 0.8  # the smallest Jaccard similarity of the word triples of near duplicates
 NUM_PERMUTATIONS = 128
+_EXPONENT = re.compile("[⁰¹²³⁴-⁹]+")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _EMPTY = datasketch.MinHash(num_perm=NUM_PERMUTATIONS)
 
 
@@ -23,7 +25,8 @@ _EMPTY = datasketch.MinHash(num_perm=NUM_PERMUTATIONS)
 class Repetitions:
     """Pairs (index of a training question, id of the question that it repeats)."""
 
-    duplicates: list[tuple[int, str]]  # equal to an earlier training question except for case, spaces and punctuation
+    # Equal to an earlier training question except for case, spaces and punctuation outside numbers.
+    duplicates: list[tuple[int, str]]
     near_duplicates: list[tuple[int, str]]  # similar to an earlier training question, and not a duplicate
     overlaps: list[tuple[int, str]]  # equal or similar to an evaluation question
 
@@ -72,15 +75,18 @@ class _Question:
 
     @classmethod
     def of(cls, text: str) -> _Question:
-        folded = unicodedata.normalize("NFKC", text).casefold()
-        words = re.findall(r"\w+|[-+*/^=<>]", folded)
-        # The key keeps symbols, because 2+3 is not 2-3. It leaves out full stops, quotation marks and the like.
-        key = re.sub(r"[\s.,;:!?'\"“”‘’`]+", "", folded)
+        text = _EXPONENT.sub(lambda digits: "^" + digits[0], text)  # NFKC would write 2² as 22
+        folded = _THOUSANDS.sub("", unicodedata.normalize("NFKC", text).casefold())
+        words = re.findall(r"\w+|[-+*/^=<>!]", folded)
+        numbers = tuple(re.findall(r"\d+", folded))
+        # The key keeps symbols, because 2+3 is not 2-3, nor 5! + 2 what 5 + 2 is. It leaves out full stops, quotation marks and
+        # the like. It keeps where numbers end, because 1.5 and 1:5 are not 15.
+        key = " ".join([re.sub(r"[\s.,;:?'\"“”‘’`]+", "", folded), *numbers])
         triples = (" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
         shingles = frozenset(triples)
         sketch = _EMPTY.copy()
         sketch.update_batch([shingle.encode() for shingle in sorted(shingles)])
-        return cls(key, shingles, tuple(re.findall(r"\d+", folded)), sketch)
+        return cls(key, shingles, numbers, sketch)
 
 
 class _Index:

@@ -16,7 +16,7 @@ from typing import Any
 
 from appo_jax.config import DataConfig
 from appo_jax.data import sources
-from appo_jax.data.demonstrations import ToolKit
+from appo_jax.data.demonstrations import CannotDemonstrate, ToolKit
 from appo_jax.data.records import read_records, text_field
 from appo_jax.data.repetitions import drop_repetitions
 from appo_jax.errors import AppoError, ConfigError, DataError
@@ -69,7 +69,24 @@ def load_dataset(config: DataConfig) -> Dataset:
     if not config.drop:
         return dataset
     evaluation = [*dataset.held_out, *read_evaluation(config)]
-    return dataclasses.replace(dataset, train=drop_repetitions(dataset.train, evaluation, config.drop))
+    return _only(dataset, drop_repetitions(dataset.train, evaluation, config.drop))
+
+
+def _only(dataset: Dataset, train: Sequence[Example]) -> Dataset:
+    """The dataset with a part of its training questions, which alone are demonstrated."""
+    make = dataset.demonstration
+    if make is None:
+        return dataclasses.replace(dataset, train=train)
+    ids = {example.id for example in dataset.train} - {example.id for example in train}
+    questions = {example.question for example in dataset.train} - {example.question for example in train}
+
+    def demonstration(index: int, kit: ToolKit) -> Trace:
+        trace = make(index, kit)
+        if trace.example.id in ids or trace.example.question in questions:
+            raise CannotDemonstrate("data.drop leaves its question out")
+        return trace
+
+    return dataclasses.replace(dataset, train=train, demonstration=demonstration)
 
 
 def read_evaluation(config: DataConfig) -> list[Example]:

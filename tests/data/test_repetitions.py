@@ -42,6 +42,25 @@ def test_by_hand():
     assert found.indices(("duplicates", "overlaps")) == {1, 9, 10, 3, 4, 11}
 
 
+def test_punctuation_in_numbers_and_factorials_is_kept():
+    others = [
+        "1.5 times 4?",
+        "15 times 4?",
+        "5! + 2",
+        "5 + 2",
+        "Is it 1:2?",
+        "Is it 12?",
+        "2² + 1",
+        "22 + 1",
+        "2^3",
+        "23",
+    ]
+    same = [("1,000 + 1?", "1000 + 1"), ("2²", "2^2"), ("Is it 1.5, or 2?", "is it “1.5” or 2")]
+    found = find_repetitions(asked(*others, *(text for pair in same for text in pair)), [])
+    assert found.duplicates == [(11, "t10"), (13, "t12"), (15, "t14")]
+    assert found.near_duplicates == []
+
+
 def test_near_duplicates_are_those_of_a_comparison_of_all_pairs():
     draw = random.Random(0)
     words = [f"w{chr(97 + i)}" for i in range(26)]

@@ -1,5 +1,6 @@
 """GSM8K and the official prompts: small files written here, and the real files in the folder APPO_JAX_DATA."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -79,6 +80,16 @@ def test_gsm8k_wrong_or_missing_notes_make_no_trace(tmp_path, caplog, executor):
         assert len(demonstrate(load_dataset(config), executor)) == 2
     assert "4 of 6 demonstrations are left out" in caplog.text
     assert len(demonstrate(load_dataset(config), executor, limit=1)) == 1
+
+
+def test_what_data_drop_leaves_out_is_not_demonstrated(tmp_path, caplog, executor):
+    rows = [CLIPS | {"question": text} for text in ("Another?", "A third?", "A fourth?", "a third")]
+    config = write_gsm8k(tmp_path, [json.dumps(row) for row in rows])
+    dataset = load_dataset(dataclasses.replace(config, drop=("duplicates", "overlaps")))
+    expected = ["A third?", "A fourth?"]
+    assert [example.question for example in dataset.train] == expected
+    assert [trace.example.question for trace in demonstrate(dataset, executor)] == expected
+    assert "2: data.drop leaves its question out" in caplog.text
 
 
 @pytest.mark.parametrize(
