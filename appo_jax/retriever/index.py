@@ -43,8 +43,11 @@ def _schema() -> tantivy.Schema:
 
 
 def folder_of(corpus: Path, folder: Path | None = None) -> Path:
-    """The folder of the index of a corpus file. It depends on the file's path, size and time of change."""
-    stat = corpus.stat()
+    """The folder of the index of a corpus file. It depends on the file's path, size and time of change. Raises DataError."""
+    try:
+        stat = corpus.stat()
+    except OSError as error:
+        raise DataError(f"search corpus {corpus}: {error.strerror}; expected a jsonl, json or parquet file") from error
     identity = f"{_VERSION} {corpus.absolute()} {stat.st_size} {stat.st_mtime_ns}"
     return cache_folder(folder) / f"tantivy-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
 

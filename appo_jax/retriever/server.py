@@ -18,6 +18,7 @@ from typing import Any
 
 import uvicorn
 
+from appo_jax.errors import ConfigError
 from appo_jax.retriever.index import Index, build, folder_of
 from appo_jax.tools.search import join_contents
 
@@ -45,7 +46,10 @@ class Serving:
 
 
 def serve(serving: Serving) -> None:
-    """Build the index if it is missing, and serve until the process is asked to stop."""
+    """Build the index if it is missing, and serve until the process is asked to stop. Raises ConfigError, DataError."""
+    for name, least in {"port": 1, "workers": 1, "max_per_second": 0, "cached": 0}.items():
+        if getattr(serving, name) < least:
+            raise ConfigError(f"{name} = {getattr(serving, name)}: expected at least {least}")
     folder = folder_of(serving.corpus, serving.index)
     build(serving.corpus, folder)
     pages = Index(folder).pages  # an error is raised here, before any process is started

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from appo_jax.errors import DataError
+from appo_jax.tools.protocol import writable
 
 LOCK_TIMEOUT_S = 30.0
 
@@ -52,17 +53,17 @@ class QueryCache:
         return row[0] if row else None
 
     def put(self, query: str, text: str) -> None:
-        self._store([(_key(query), self.backend, text)])
+        self._store([(_key(query), self.backend, writable(text))])
 
     def fill(self, path: str | Path) -> int:
         """Store the answers of a `{query: text}` JSON file. Returns their number. Raises DataError."""
         try:
             answers = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"search answers {path}: cannot be read as JSON ({error})") from error
         if not isinstance(answers, dict) or not all(isinstance(text, str) for text in answers.values()):
             raise DataError(f"search answers {path}: expected an object of the form {{query: text}}")
-        self._store((_key(query), "", text) for query, text in answers.items())
+        self._store((_key(query), "", writable(text)) for query, text in answers.items())
         return len(answers)
 
     def close(self) -> None:
@@ -102,4 +103,4 @@ def open_shared(path: str | Path) -> sqlite3.Connection:
 
 
 def _key(query: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", query).casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", writable(query)).casefold().split())

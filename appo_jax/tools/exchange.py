@@ -52,10 +52,14 @@ class Fault(Exception):
 
 def split_url(field: str, url: str) -> SplitResult:
     """The parts of an HTTP address in a field of the config. Raises ConfigError."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{field} = {url!r}: expected http://host:port/path or https://…")
-    return parts
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:  # the port is read here
+            return parts
+        problem = ""
+    except ValueError as error:
+        problem = f" ({error})"
+    raise ConfigError(f"{field} = {url!r}: expected http://host:port/path or https://…{problem}")
 
 
 def post(

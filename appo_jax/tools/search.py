@@ -22,7 +22,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError, DataError
-from appo_jax.tools.protocol import Tool, ToolResult
+from appo_jax.tools.protocol import Tool, ToolResult, writable
 from appo_jax.types import Document, Outcome
 
 if TYPE_CHECKING:  # importing it runs a JAX operation, which is not allowed before the hosts have joined
@@ -122,7 +122,7 @@ def words(text: str) -> list[str]:
     """The words of a text in normalised spelling; everything except letters and digits separates words."""
     if text.isascii():  # the same result, computed faster
         return _WORD.findall(text.lower())
-    return [word for word, _ in _SPLITTER.pre_tokenize_str(_NORMALIZER.normalize_str(text))]
+    return [word for word, _ in _SPLITTER.pre_tokenize_str(_NORMALIZER.normalize_str(writable(text)))]
 
 
 def terms(found: Sequence[str]) -> list[str]:
@@ -248,17 +248,17 @@ def _records(path: Path) -> Iterable[tuple[str, Any]]:
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"search corpus {path}: cannot be read as parquet ({error})") from error
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
                         yield f"line {number}", json.loads(line)
-                    except json.JSONDecodeError as error:
+                    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
                         raise DataError(f"search corpus {path}, line {number}: not valid JSON ({error})") from error
     elif path.suffix == ".json":
         try:
-            records = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            records = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
             raise DataError(f"search corpus {path}: not valid JSON ({error})") from error
         if not isinstance(records, list):
             raise DataError(f"search corpus {path}: expected a list of documents, got {type(records).__name__}")

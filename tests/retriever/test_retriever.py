@@ -231,5 +231,29 @@ def test_too_many_queries_are_told_to_wait_and_the_tool_does(tmp_path):
     assert code in (0, 130)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--corpus", "none.jsonl"], "search corpus none.jsonl: No such file or directory; expected a jsonl"),
+        (["--corpus", "corpus.jsonl", "--workers", "0"], "workers = 0: expected at least 1"),
+        (["--corpus", "corpus.jsonl", "--max-per-second", "-1"], "max_per_second = -1.0: expected at least 0"),
+    ],
+)
+def test_what_cannot_be_served_is_explained(tmp_path, options, reason):
+    write(tmp_path / "corpus.jsonl", PAGES)
+    command = [sys.executable, "-m", "appo_jax", "retriever", "--index", str(tmp_path), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "checkpoint" not in done.stderr
+
+
+def test_lone_surrogates_in_a_corpus_are_indexed(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"title": "x \\ud800", "text": "\\udfff rivers"}\n')
+    build(tmp_path / "corpus.jsonl", tmp_path / "built")
+    assert Index(tmp_path / "built").search("river", 1)[0][0] == Document("x ?", "? rivers")
+
+
 def test_the_index_equals_the_corpus_that_the_tool_would_load(tmp_path, index):
     assert index.pages == len(load_corpus(write(tmp_path / "corpus.jsonl", PAGES)))

@@ -168,7 +168,7 @@ def test_it_is_chosen_by_the_config(config):
         assert executor.submit(first.states, "<python>x + 1</python>").result(20).result == "21"
 
 
-@pytest.mark.parametrize("url", [None, "nonsense", "http://127.0.0.1:1", "http://169.254.169.254"])
+@pytest.mark.parametrize("url", [None, "nonsense", "http://127.0.0.1:1", "http://169.254.169.254", "http://h:port"])
 def test_an_address_that_is_missing_or_private_is_refused(url):
     with pytest.raises(ConfigError, match=r"tools\.python"):
         RemotePythonTool(PythonToolConfig(isolation="remote", url=url))

@@ -196,6 +196,23 @@ def test_a_missing_corpus_is_named(tmp_path):
         load_corpus(tmp_path / "none.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", b'{"title": "a", "text": "b"}\n{"title": "caf\xe9", "text": "b"}\n'), ("a.json", b'[{"text": "caf\xe9"}]'),
+     ("b.jsonl", b'{"text": "a"}\n' + b"[" * 100_000), ("b.json", b"[" * 100_000)],
+)  # fmt: skip
+def test_a_corpus_that_cannot_be_read_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}(, line 2)?: not valid JSON"):
+        load_corpus(tmp_path / name)
+
+
+def test_lone_surrogates_in_documents_can_be_searched(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"title": "x \\ud800", "text": "\\udfff rivers"}\n')
+    search = LocalSearch.from_file(tmp_path / "c.jsonl", 1, tmp_path)
+    assert len(search.search(["river \ud800"])[0]) == 1
+
+
 def test_a_search_with_nothing_to_search_says_what_to_do():
     with pytest.raises(
         ConfigError, match=r"needs a corpus .* documents\); a run that needs none leaves search out of tools"

@@ -216,7 +216,11 @@ def test_an_address_is_checked_when_it_is_used(server, monkeypatch):
     assert server.asked == []
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://a/b", "http://", "nonsense"])
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/passwd", "ftp://a/b", "http://", "nonsense", "http://host:port/x", "http://h:99999/x", "http://[::1/x",
+     "http://h:0/"],
+)  # fmt: skip
 def test_bad_urls_are_refused(url):
     with pytest.raises(ConfigError, match=r"tools\.search\.url"):
         WebSearch(SearchToolConfig(url=url))
@@ -306,7 +310,15 @@ def test_a_cache_filled_from_json_answers_alone(tmp_path):
     assert "No page" in tool.call(None, "unknown")[0].text
 
 
-@pytest.mark.parametrize("content", ["[1]", '{"a": 1}', "{", None])
+def test_answers_with_lone_surrogates_are_stored(tmp_path):
+    (tmp_path / "answers.json").write_text('{"who \\ud800": "Page 1: \\udfff"}')
+    cache = QueryCache(tmp_path / "c.sqlite")
+    assert cache.fill(tmp_path / "answers.json") == 1
+    assert cache.get("who \ud800") == "Page 1: ?"
+    cache.close()
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"a": 1}', "{", "[" * 100_000, None])
 def test_bad_answer_files_are_named(tmp_path, content):
     path = tmp_path / "answers.json"
     if content is not None:
