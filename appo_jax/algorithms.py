@@ -82,7 +82,8 @@ class Algorithm:
 
     @property
     def scores_present(self) -> bool:
-        """Whether that needs an extra score pass. It does unless all of them were already scored under π_θ for branching."""
+        """Whether that needs an extra score pass: over all of them, or over branches that π_θ has drawn if it scored the others
+        for branching."""
         return self.needs_present and (not self.branches or self.branches_at_start or self.train_branches)
 
     @property

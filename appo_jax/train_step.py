@@ -85,7 +85,11 @@ def train_step(
             step.branch(trainer.policy(state), minibatch)
     if algorithm.branches_at_start and algorithm.needs_old_of_branches:
         for minibatch in minibatches:
-            minibatch.old_log_probs = step.score(trainer.policy(state), minibatch.trees, algorithm.budget)
+            scored = step.score(trainer.policy(state), minibatch.trees, algorithm.budget)
+            if not algorithm.train_branches:  # `measure` packs the initial rollouts alone: their old numbers stay
+                later = [values[algorithm.initial :] for values in scored]
+                scored = of_drawers(minibatch.trees, minibatch.old_log_probs, later)
+            minibatch.old_log_probs = scored
     for minibatch in minibatches:
         if algorithm.branches and not algorithm.branches_at_start:
             step.branch(trainer.policy(state), minibatch)
@@ -156,16 +160,21 @@ class Step:
         present = ref = penalties = entropies = None
         old: Sequence[Sequence[np.ndarray]] = minibatch.old_log_probs
         with self.timer("score"):
-            if algorithm.scores_present:
+            if algorithm.trains_later_branches:
+                assert growth is not None
+                # Branching has scored the initial rollouts, packed as for log π_old: in other company their last bits differ.
+                first = [tree[: algorithm.initial] for tree in growth.scores]
+                branches = [tree[algorithm.initial :] for tree in minibatch.trees]
+                later, of_branches = scores(self.sampler, params, branches, algorithm.budget - algorithm.initial)
+                old = of_drawers(trained, old, later)
+                present = of_drawers(trained, [[node.log_probs for node in tree] for tree in first], later)
+                known = [[node.entropies for node in tree] for tree in first]
+                entropies = [[*a, *b] for a, b in zip(known, of_branches, strict=True)]
+            elif algorithm.scores_present:
                 present, entropies = scores(self.sampler, params, trained, algorithm.trained_per_prompt)
             elif algorithm.needs_present and growth is not None:  # branching has scored them under the current policy
                 present = [[node.log_probs for node in tree] for tree in growth.scores]
                 entropies = [[node.entropies for node in tree] for tree in growth.scores]
-            if algorithm.trains_later_branches:
-                assert present is not None
-                later = [values[len(known) :] for values, known in zip(present, old, strict=True)]
-                first = [values[: len(known)] for values, known in zip(present, old, strict=True)]
-                old, present = of_drawers(trained, old, later), of_drawers(trained, first, later)
             if reference is not None and algorithm.scores_reference:
                 ref = log_probs(self.sampler, reference, trained, algorithm.trained_per_prompt)
             elif reference is not None:

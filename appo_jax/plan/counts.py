@@ -177,7 +177,7 @@ def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes, packing: _Pa
     if algorithm.branches_at_start and algorithm.needs_old_of_branches:
         add_passes(range(algorithm.budget))
     if algorithm.scores_present:
-        add_passes(range(algorithm.trained_per_prompt))
+        add_passes(range(algorithm.initial if algorithm.trains_later_branches else 0, algorithm.trained_per_prompt))
     if algorithm.scores_reference:
         add_passes(range(algorithm.trained_per_prompt))
     elif algorithm.keeps_reference:  # all under π_ref, and later branches under the policy that drew them

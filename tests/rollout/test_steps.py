@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import weakref
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from appo_jax.config import (
     RolloutConfig,
     ToolsConfig,
 )
-from appo_jax.learner.batch import make_terms
+from appo_jax.learner.batch import Measured, make_terms
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.policy.parameters import Params
@@ -127,7 +127,7 @@ def test_every_algorithm_keeps_the_budget_and_trains_on_its_own_tokens(step, nam
 class Session:
     """A tool's state, as live as an interpreter: `open` holds those that something still refers to."""
 
-    open: weakref.WeakSet[Session] = weakref.WeakSet()
+    open: ClassVar[weakref.WeakSet[Session]] = weakref.WeakSet()
 
     def __init__(self) -> None:
         self.open.add(self)
@@ -214,6 +214,35 @@ def test_penalties_are_the_oracles_under_the_policy_that_drew_the_token(
             every = zip(by, ref, r.sampled, strict=True)
             expected = [0.3 * oracle.kl(a, b, estimator) if own else 0.0 for a, b, own in every]
             np.testing.assert_allclose(penalty, expected, rtol=1e-4, atol=1e-5)
+
+
+FUTURES = {
+    "appo_all": Config(algorithm="appo_all", branching=BranchingConfig(num_branch_points=1)),
+    "appo, once a step, kl in the reward": Config(
+        branching=BranchingConfig(num_branch_points=1, refresh="step"), loss=LossConfig(kl_weight=0.1, kl_in="reward")
+    ),
+}
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("case", FUTURES)
+def test_the_future_is_exactly_one_while_the_policy_has_not_moved(
+    step, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """In the first mini-batch log π_old and log π_θ have the same bits at every token of the initial rollouts."""
+    given: list[tuple[list, Measured]] = []
+    real = make_terms
+
+    def seen(trees: Any, measured: Measured, *others: Any) -> Any:
+        given.append((trees, measured))
+        return real(trees, measured, *others)
+
+    monkeypatch.setitem(globals(), "make_terms", seen)
+    step(FUTURES[case])
+    trees, measured = given[0]
+    for tree, old, new in zip(trees, measured.old_log_probs, measured.log_probs, strict=True):
+        for r, before, now in zip(tree, old[:N], new[:N], strict=False):
+            np.testing.assert_array_equal(before[r.sampled], now[r.sampled])
 
 
 def test_a_step_without_anything_to_learn_makes_no_nan(step) -> None:
