@@ -118,12 +118,20 @@ def split_files(config: DataConfig, train: Sequence[str], held_out: Sequence[str
 
     The training file is `data.path`, or the first of the names in `train` that exists in that folder. The held-out file is
     `data.held_out`, or the first of the names in `held_out` that exists in the training file's folder. `what`: the data set
-    and where to get it, for messages. Raises ConfigError or DataError that says what is missing."""
+    and where to get it, for messages. Raises ConfigError if both are the same file, and ConfigError or DataError that says what
+    is missing."""
     path = data_path(config)
     file = path if path.is_file() else _first(path, train, what)
     if config.held_out is not None:
-        return file, Path(config.held_out)
-    return file, _first(file.parent, held_out, f"{what} (or set data.held_out)")
+        other = Path(config.held_out)
+    else:
+        other = _first(file.parent, held_out, f"{what} (or set data.held_out)")
+    if other.resolve() == file.resolve():
+        raise ConfigError(
+            f"{other} is the training file and the held-out file too: accuracy on its questions would be that of training; give "
+            "another data.path, or another data.held_out"
+        )
+    return file, other
 
 
 def _first(folder: Path, names: Sequence[str], what: str) -> Path:

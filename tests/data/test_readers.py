@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import shutil
 
 import numpy as np
 import pyarrow
@@ -86,6 +87,26 @@ def test_plain_files_of_every_kind(tmp_path, suffix):
     assert len(dataset.held_out) == 1
 
 
+def twin(file):
+    """A second file with the same content, because a training file cannot be held out."""
+    return str(shutil.copy(file, file.with_name(f"twin_of_{file.name}")))
+
+
+def test_a_training_file_is_not_held_out(tmp_path):
+    file = write(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "link.jsonl").symlink_to(file)
+    for path, held_out in (
+        (tmp_path, file),
+        (file, tmp_path / "link.jsonl"),
+        (tmp_path, tmp_path / "x" / ".." / file.name),
+    ):
+        with pytest.raises(ConfigError, match=r"(train|link)\.jsonl is the training file and"):
+            load_dataset(DataConfig("files", str(path), held_out=str(held_out)))
+    write(tmp_path / "test.jsonl", ROWS)
+    with pytest.raises(ConfigError, match=r"test\.jsonl is the training file"):
+        load_dataset(DataConfig("files", str(tmp_path / "test.jsonl")))
+
+
 def test_columns_are_named_by_the_config(tmp_path):
     row = {
         "task": {"text": "1 + 1?"}, "solution": [2], "uid": 17, "how": "math", "set": "sums", "prompt": "Think.", "level": 3,
@@ -93,11 +114,11 @@ def test_columns_are_named_by_the_config(tmp_path):
     }  # fmt: skip
     file = write(tmp_path / "sums.jsonl", [row])
     columns = ColumnsConfig("task.text", "solution", "uid", "how", "set", "prompt", ("level", "noise", "absent"))
-    config = DataConfig("files", str(file), held_out=str(file), columns=columns)
+    config = DataConfig("files", str(file), held_out=twin(file), columns=columns)
     (example,) = load_dataset(config).train
     assert (example.id, example.question, example.golds, example.kind) == ("17", "1 + 1?", ("2",), "math")
     assert (example.source, example.system, example.extra) == ("sums", "Think.", {"level": 3})
-    config = DataConfig("files", str(file), held_out=str(file), columns=columns, system_prompt="Be brief.")
+    config = DataConfig("files", str(file), held_out=twin(file), columns=columns, system_prompt="Be brief.")
     assert load_dataset(config).train[0].system == "Be brief."
 
 
@@ -128,8 +149,8 @@ def test_columns_are_named_by_the_config(tmp_path):
 def test_a_malformed_record_is_named_and_fatal_or_skipped(tmp_path, caplog, row, complaint):
     file = write(tmp_path / "train.jsonl", [ROWS[0], row, ROWS[1]])
     with pytest.raises(DataError, match=rf"train\.jsonl, line 3: .*{complaint}.*data\.malformed"):
-        load_dataset(DataConfig("files", str(file), held_out=str(file)))
-    dataset = load_dataset(DataConfig("files", str(file), held_out=str(file), malformed="skip"))
+        load_dataset(DataConfig("files", str(file), held_out=twin(file)))
+    dataset = load_dataset(DataConfig("files", str(file), held_out=twin(file), malformed="skip"))
     assert [e.id for e in dataset.train] == ["train-1", "train-5"]
     assert "skipped 1 malformed of 3" in caplog.text
 
@@ -140,7 +161,7 @@ def test_records_without_an_answer_are_left_out_by_name(tmp_path, caplog):
         [{"question": "?", "answer": answer} for answer in (None, "", [], {"target": []}, "a")],
     )
     with caplog.at_level(logging.WARNING):
-        assert len(load_dataset(DataConfig("files", str(file), held_out=str(file))).train) == 1
+        assert len(load_dataset(DataConfig("files", str(file), held_out=twin(file))).train) == 1
     assert caplog.text.count("no accepted answer; left out") == 8
 
 
@@ -159,7 +180,7 @@ def test_records_without_an_answer_are_left_out_by_name(tmp_path, caplog):
 def test_unreadable_files(tmp_path, name, content, complaint):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=complaint):
-        load_dataset(DataConfig("files", str(tmp_path / name), held_out=str(tmp_path / name)))
+        load_dataset(DataConfig("files", str(tmp_path / name), held_out=twin(tmp_path / name)))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +262,7 @@ def test_hotpotqa_and_2wiki(tmp_path):
         "context": [{"title": "Bern", "text": "A town."}],
     }
     file = write(tmp_path / "some.jsonl", [spelled])
-    dataset = load_dataset(DataConfig("hotpotqa", str(file), held_out=str(file)))
+    dataset = load_dataset(DataConfig("hotpotqa", str(file), held_out=twin(file)))
     assert (dataset.train[0].id, dataset.train[0].golds) == ("0", ("Aare", "the Aare"))
     assert dataset.documents == (Document("Bern", "A town."),)
 
@@ -276,7 +297,7 @@ def test_math_as_folders_and_as_files(tmp_path):
     ]  # fmt: skip
     assert dataset.held_out[0].extra == {"level": "Level 1", "type": "Algebra"}
     file = write(tmp_path / "math500.jsonl", [{"question": "1 + 1?", "answer": "2"}])
-    assert load_dataset(DataConfig("math", str(file), held_out=str(file))).train[0].golds == ("2",)
+    assert load_dataset(DataConfig("math", str(file), held_out=twin(file))).train[0].golds == ("2",)
     (tmp_path / "test" / "algebra" / "5.json").write_text("{")
     with pytest.raises(DataError, match=r"5\.json.*data\.malformed"):
         load_dataset(DataConfig("math", str(tmp_path)))
@@ -292,6 +313,8 @@ def test_tfds_builders_without_tensorflow(tmp_path):
     assert len(dataset.held_out) == len(world.held_out)
     with pytest.raises(DataError, match=r"no split 'other'; it has .*train"):
         load_dataset(DataConfig("tfds", str(folder), held_out="other", columns=columns))
+    with pytest.raises(ConfigError, match="'train' is the split for training"):
+        load_dataset(DataConfig("tfds", str(folder), held_out="train", columns=columns))
     with pytest.raises(DataError, match=r"split train, record 1: missing field 'question'"):
         load_dataset(DataConfig("tfds", str(folder)))
 
@@ -300,9 +323,9 @@ def test_a_mixture_keeps_each_parts_own(tmp_path):
     sums = write(tmp_path / "sums.jsonl", [{"question": f"{i} + 1?", "answer": i + 1} for i in range(5)])
     hotpot = write(tmp_path / "hotpot.json", [HOTPOT])
     parts = (
-        DataPart("files", str(sums), str(sums), kind="math", weight=3.0),
-        DataPart("hotpotqa", str(hotpot), str(hotpot)),
-        DataPart("files", str(sums), str(sums), kind="math", weight=2.0),
+        DataPart("files", str(sums), twin(sums), kind="math", weight=3.0),
+        DataPart("hotpotqa", str(hotpot), twin(hotpot)),
+        DataPart("files", str(sums), twin(sums), kind="math", weight=2.0),
     )
     dataset = load_dataset(DataConfig("mixture", mixture=parts))
     assert dataset.weights == {"files": 3.0, "hotpotqa": 1.0, "files-2": 2.0}

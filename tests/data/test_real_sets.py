@@ -1,6 +1,7 @@
 """The real sets, if APPO_JAX_DATA names their folder: counts, answers, overlaps. And the example of docs/data.md."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,10 @@ def test_the_example_of_the_docs_works(tmp_path, monkeypatch):
         assert "calculator" in traces[7].example.system
 
 
-def eval_set(shared_data, name, **options):
-    file = str(shared_data / "eval" / f"{name}.jsonl")
-    return load_dataset(DataConfig("files", file, held_out=file, **options)).train
+def load_with_twin(source, file, folder, **options):
+    """A data set whose held-out file has the content of its training file."""
+    twin = shutil.copy(file, folder)
+    return load_dataset(DataConfig(source, str(file), held_out=str(twin), **options))
 
 
 @pytest.mark.parametrize(
@@ -50,8 +52,9 @@ def eval_set(shared_data, name, **options):
         ("webwalker", 680, "qa", "question"),
     ],
 )
-def test_evaluation_sets(shared_data, name, count, kind, question):
-    examples = eval_set(shared_data, name, kind=kind, columns=ColumnsConfig(question))
+def test_evaluation_sets(shared_data, tmp_path, name, count, kind, question):
+    file = shared_data / "eval" / f"{name}.jsonl"
+    examples = load_with_twin("files", file, tmp_path, kind=kind, columns=ColumnsConfig(question)).train
     assert len(examples) == count
     assert all(example.golds and example.kind == kind for example in examples)
     if name.startswith("aime"):  # answers are whole numbers from 0 to 999
@@ -60,9 +63,8 @@ def test_evaluation_sets(shared_data, name, count, kind, question):
         assert sum(len(example.golds) for example in examples) > 600
 
 
-def test_hotpotqa_paragraphs_are_a_corpus(shared_data):
-    file = str(shared_data / "hotpotqa" / "dev_first300.jsonl")
-    dataset = load_dataset(DataConfig("hotpotqa", file, held_out=file))
+def test_hotpotqa_paragraphs_are_a_corpus(shared_data, tmp_path):
+    dataset = load_with_twin("hotpotqa", shared_data / "hotpotqa" / "dev_first300.jsonl", tmp_path)
     assert len(dataset.train) == 300
     assert len(dataset.documents) == 2972  # 2979 paragraphs, those that several questions share once
     assert sum(example.golds[0] in ("yes", "no") for example in dataset.train) == 21

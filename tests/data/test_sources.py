@@ -276,8 +276,9 @@ def test_hotpotqa_is_demonstrated_where_the_tool_finds_the_answer(caplog, tmp_pa
         {"id": 4, "question": "Are Ed Wood and Tim Burton films?", "answers": ["no"], "context": pages},
         {"id": 5, "question": "Is Ed Wood a film?", "answers": ["yes"], "context": pages},
     ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = load_dataset(DataConfig("hotpotqa", str(tmp_path), held_out=str(tmp_path / "train.jsonl")))
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_dataset(DataConfig("hotpotqa", str(tmp_path)))
     texts = {page["title"]: page["text"] for page in pages[:2]}
     search = FunctionTool(lambda query: texts.get(query, "No page."), "search")
     search.skills = ("look_up",)

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from appo_jax.config import DataConfig
 from appo_jax.data.examples import Reader, data_path
 from appo_jax.data.source import Dataset
-from appo_jax.errors import DataError
+from appo_jax.errors import ConfigError, DataError
 from appo_jax.types import Example
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def load(config: DataConfig) -> Dataset:
     """`data.path`: the folder that holds dataset_info.json (…/name/version).
 
     The held-out split is the one that `data.held_out` names, or test, validation, valid, dev or held_out. `data.columns` names
-    the columns. Raises DataError."""
+    the columns. Raises ConfigError or DataError."""
     folder = data_path(config)
     try:
         builder = tfds.builder_from_directory(str(folder))
@@ -36,6 +36,8 @@ def load(config: DataConfig) -> Dataset:
     missing = [name for name in ("train", held_out) if name not in splits]
     if missing:
         raise DataError(f"{folder}: no split {missing[0]!r}; it has {', '.join(splits)}; name one with data.held_out")
+    if held_out == "train":
+        raise ConfigError("data.held_out = 'train' is the split for training; name another one")
     reader = Reader(config, config.columns, config.kind)
     return Dataset(_read(builder, "train", reader, folder), _read(builder, str(held_out), reader, folder))
 
