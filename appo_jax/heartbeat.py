@@ -128,14 +128,14 @@ def phase(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def exchanging() -> Iterator[None]:
     """A context in which this host exchanges data with the others and waits for all of them. Completing it counts as
-    progress."""
+    progress, but not as a pause of the phase: it lasts as long as the slowest host needs."""
     _life.exchanges += 1
     _life.waiting = True
     try:
         yield
     finally:
         _life.waiting = False
-        progress()
+        _life.progressed = time.monotonic()
 
 
 def stoppable(heard: bool) -> None:

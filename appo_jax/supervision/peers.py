@@ -13,6 +13,7 @@ import secrets
 import selectors
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
 # A supervisor that sends nothing for this time counts as lost.
@@ -121,15 +122,10 @@ class Peers:
         name = f"host {host}{f' ({machine})' if machine else ''}"
         return Cause(host, f"{name} {what}: the host or its network is lost", 75)
 
-    def behind(self) -> str:
-        """A text that names the hosts for which the others wait, from the heartbeats at the hub; "" if no host waits."""
-        working = sorted(host for host, beat in self.beats.items() if not beat.get("waiting"))
-        if not working or len(working) == len(self.beats):
-            return ""
-        names = [
-            f"{host} ({self.beats[host].get('machine', '?')}, {self.beats[host].get('phase')})" for host in working
-        ]
-        return "the others wait for host " + " and host ".join(names)
+    def all_wait(self, own: Mapping[str, Any], limit_s: float) -> bool:
+        """At the hub: whether all hosts have waited for each other for longer than `limit_s`. `own`: the hub's heartbeat."""
+        others = [beat for host, beat in self.beats.items() if host not in self.left]
+        return self.host == 0 and all(beat.get("waiting") and beat["silent_s"] > limit_s for beat in (own, *others))
 
     def may_leave(self) -> bool:
         """Whether all other hosts have ended without failure. The hub knows that, and tells the others by leaving."""

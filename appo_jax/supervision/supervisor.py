@@ -164,13 +164,13 @@ class Supervisor:
         if late > LOCKED_S:
             what = f"{self._name()} has run no Python for {late:.0f} s in phase {phase!r}: something holds the interpreter's lock"
             return Cause(host, f"{what} (the stacks above say what)", 75)
-        if silent > limit:
-            behind = self._peers.behind()
+        waits = self._peers.hosts > 1 and self._beat.get("waiting")  # for a host that is late, and may make progress
+        if silent > limit and (not waits or self._peers.all_wait(self._beat | {"silent_s": silent}, limit)):
             return Cause(
                 host,
                 f"{self._name()} has made no progress for {silent:.0f} s in phase {phase!r}, step {self._beat['step'] + 1}; "
                 f"its limit is {limit:.0f} s: {heartbeat.PATIENCE} times the longest pause before, at least max_silent_seconds"
-                f"{'; ' + behind if behind else ''} (stacks above)",
+                f"{'; all hosts wait for each other' if waits else ''} (stacks above)",
                 75,
             )
         return None

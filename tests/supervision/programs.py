@@ -80,6 +80,8 @@ def hosts() -> None:
     with interrupt.stop_requests() as stop:
         for i in range(int(os.environ["STEPS"])):
             stop.agreed()
+            if i == 1:  # the first step has compiled what all need
+                heartbeat.expect_progress_within(float(os.environ.get("LIMIT_S", "600")))
             for phase in ("rollout", "reward", "score", "branch", "update"):
                 with heartbeat.phase(phase):
                     if (i, phase, distributed.host()) == (step, at_phase, host):
@@ -91,6 +93,17 @@ def hosts() -> None:
     if at_phase == "end" and distributed.host() == host:
         time.sleep(3)  # the others have ended by then
         FAULTS[fault]()
+
+
+def be_late() -> None:
+    for _ in range(80):
+        time.sleep(0.1)
+        heartbeat.progress()
+
+
+def wait_alone() -> None:
+    with heartbeat.exchanging():
+        time.sleep(1000)
 
 
 def raise_error() -> None:
@@ -106,6 +119,8 @@ FAULTS = {
     "exception": raise_error,
     "error of ours": fail,
     "slow": lambda: time.sleep(25),
+    "late": be_late,
+    "waits": wait_alone,
     "partition": lambda: subprocess.run(
         os.environ["CUT"].split(), check=True
     ),  # then go on, until the others do not come

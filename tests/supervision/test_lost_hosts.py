@@ -82,6 +82,26 @@ def test_one_host_ends_all_of_them(
     assert status.error in cause or cause.removeprefix(f"host {host} failed first: ") in status.error
 
 
+@pytest.mark.parametrize(
+    ("fault", "host", "code", "cause"),
+    [
+        ("late", 0, 0, ""),
+        ("late", 1, 0, ""),
+        ("hang", 1, 75, "host 1 failed first: the process of host 1 has made no progress"),
+        ("waits", 1, 75, "all hosts wait for each other"),
+    ],
+)
+def test_a_host_may_be_late_while_it_makes_progress(
+    tmp_path: Path, one_of: Variables, fault: str, host: int, code: int, cause: str
+) -> None:
+    """The others wait for it for longer than the limit of silence."""
+    processes = together(tmp_path / "run", 2, one_of, fault, AT_HOST=str(host), LIMIT_S="3")
+    codes, logs, _ = outcome(tmp_path / "run", processes)
+    assert codes == [code, code], logs
+    for log in logs:
+        assert code == 0 or cause in last_line(log), log
+
+
 def test_a_host_that_fails_again_and_again_is_named(tmp_path: Path) -> None:
     said = [note_failure(tmp_path, host, f"worker-{host}", 5, "ended by SIGKILL") for host in (1, 3, 3, 3, 2)]
     assert said[:3] == ["", "", ""]
