@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from appo_jax.config import PythonToolConfig
+from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.errors import ToolError
+from appo_jax.tools.build import build_executor
 from appo_jax.tools.python import PythonTool
 from appo_jax.tools.sandbox import system
 from appo_jax.tools.sandbox.cell import clean
@@ -396,3 +397,18 @@ def test_process_isolation_limits_files_and_leaves_nothing():
     finally:
         tool.close()
     until(lambda: not any(alive(process) for process in processes))
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_a_state_that_delays_its_forks_does_not_take_the_tool_down(isolation, monkeypatch):
+    """Two branches of such a state: the second waits for the first one's fork, then for its own, and then runs to its limit."""
+    monkeypatch.setattr("appo_jax.tools.lanes.GRACE", 1.0)
+    config = ToolsConfig(enabled=("python",), python=PythonToolConfig(isolation=isolation, preload=("math",)))
+    with build_executor(config) as executor:
+        slow = "import os, time\nos.register_at_fork(before=lambda: time.sleep(4))"
+        states = executor.submit(executor.start(), f"<python>{slow}</python>").result(20).states
+        began = time.monotonic()
+        calls = [executor.submit(states, "<python>import time\nwhile True: time.sleep(0.1)</python>") for _ in range(2)]
+        assert {call.result(20).outcome for call in calls} == {Outcome.TIMEOUT}
+        assert time.monotonic() - began < config.python.timeout + 3.0
+        assert executor.submit(executor.start(), "<python>1 + 1</python>").result(20).result == "2"

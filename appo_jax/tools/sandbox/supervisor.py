@@ -40,7 +40,7 @@ MAX_FILES_BYTES, MAX_FILES_NUMBER = 16 << 20, 4096  # of a state
 TAIL = 4096  # bytes that are kept of the end of an overlong output, where the traceback is
 MEMORY_SHARE = 0.5  # the share of the memory available at start that all snapshots together may use
 WEIGH_EVERY = 0.1  # seconds between checks of the memory of running calls
-PATIENCE = 1.0  # seconds that a request may wait in a queue or for its fork, in addition to its time limit
+PATIENCE = 1.0  # seconds that a request may wait in a queue, and again for its fork, in addition to its time limit
 ROOT_PATIENCE = 10.0  # seconds that a fork of state 0, which runs no policy code, may take on a stalled machine
 START_TIMEOUT = 60.0  # seconds for state 0 to import its modules
 MAX_TRIES = 3  # of a fork of state 0 whose process dies before it runs any code
@@ -339,7 +339,8 @@ class Supervisor:
         """Ask a state to fork. It gets no other request until the child is known or has failed."""
         assert parent.channel is not None
         node.become(Phase.FORKING)
-        node.deadline = time.monotonic() + node.timeout
+        # Policy code can delay forks of its own states; the trainer waits for every call only a little longer than its limit.
+        node.deadline = min(time.monotonic() + node.timeout, node.deadline + PATIENCE)
         with contextlib.ExitStack() as given:
             try:
                 fds = self._equip(node, given)
