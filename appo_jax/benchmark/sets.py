@@ -7,8 +7,10 @@ APPO repository. Columns may have any of the names that these files use.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,9 @@ from typing import Any, Literal
 from appo_jax.data.golds import accepted_answers
 from appo_jax.data.records import read_records
 from appo_jax.errors import ConfigError, DataError
+from appo_jax.reward.latex import last_boxed
+
+log = logging.getLogger(__name__)
 
 Scorer = Literal["math", "qa", "gaia", "judge"]
 
@@ -34,7 +39,7 @@ class Benchmark:
     where: str
     """Where to get it."""
     count: int
-    """The number of questions in the version that the paper uses."""
+    """The number of questions in the version that the paper uses; a file of another size gives a warning."""
     levels: tuple[str, ...] = ()
     """The levels of the set; a question of another level is an error. Empty: any level."""
 
@@ -74,7 +79,7 @@ class Item:
 
 
 QUESTION = ("question", "problem", "Question", "prompt")
-ANSWER = ("answer", "golden_answers", "Final answer", "gold", "target", "answers", "solution")
+ANSWER = ("answer", "golden_answers", "Final answer", "gold", "target", "answers")  # or a solution
 ALIASES = ("answer_aliases", "aliases")
 ID = ("id", "_id", "task_id", "unique_id", "question_id")
 LEVEL, TYPE = ("level", "Level", "difficulty"), ("type", "subject", "category", "Type")
@@ -105,13 +110,32 @@ def load_items(name: str, path: Path) -> list[Item]:
         position = next(positions)
         if name == "gaia" and isinstance(record, dict) and record.get("file_name"):
             return None  # the set has only the questions without a file
+        if name == "xbench" and isinstance(record, dict) and record.get("canary"):
+            record = _decrypted(record)
         item = _item(name, found, record, position)
         if item.id in seen:
             raise ValueError(f"id {item.id!r} is given twice (first in record {seen[item.id]})")
         seen[item.id] = number
         return item
 
-    return read_records(path, parse, None)
+    items = read_records(path, parse, None)
+    if len(items) != found.count:
+        log.warning("%s: it has %d questions, %s as the paper uses it %d", path, len(items), found.title, found.count)
+    return items
+
+
+def _decrypted(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record of xbench's own file, whose question and answer are encrypted: XOR with `canary`, then base64."""
+    try:
+        parts = {name: base64.b64decode(record[name], validate=True) for name in ("prompt", "answer")}
+    except (KeyError, TypeError, ValueError):  # text: it was decrypted before
+        return record
+    key = str(record["canary"]).encode()
+    return {**record, **{name: _xor(part, key).decode() for name, part in parts.items()}}
+
+
+def _xor(text: bytes, key: bytes) -> bytes:
+    return bytes(byte ^ own for byte, own in zip(text, itertools.cycle(key), strict=False))
 
 
 def _item(name: str, found: Benchmark, record: Any, position: int) -> Item:
@@ -121,7 +145,10 @@ def _item(name: str, found: Benchmark, record: Any, position: int) -> Item:
     question = _first(record, QUESTION)
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"no question; expected a text under one of {', '.join(QUESTION)}")
-    golds = accepted_answers([_first(record, ANSWER), _first(record, ALIASES)])
+    answer = _first(record, ANSWER)
+    if answer is None:
+        answer = _boxed(record.get("solution")) if found.scorer == "math" else record.get("solution")
+    golds = accepted_answers([answer, _first(record, ALIASES)])
     if name == "gsm8k":
         golds = tuple(gold.rpartition("####")[2].strip() for gold in golds)
     if not golds:
@@ -131,6 +158,15 @@ def _item(name: str, found: Benchmark, record: Any, position: int) -> Item:
         raise ValueError(f"level {level!r} is unknown; {found.title} has {', '.join(found.levels)}")
     id = _first(record, ID)
     return Item(str(position if id is None else id), question, golds, level, str(_first(record, TYPE) or ""))
+
+
+def _boxed(solution: Any) -> Any:
+    """The answer in a solution: its last box if it is text. Raises ValueError if that has none."""
+    if not isinstance(solution, str):
+        return solution
+    if (answer := last_boxed(solution)) is None:
+        raise ValueError(f"no answer, and no \\boxed{{…}} in the solution; expected either ({', '.join(ANSWER)})")
+    return answer
 
 
 def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:

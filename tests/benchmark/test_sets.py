@@ -49,6 +49,25 @@ def test_gsm8ks_answer_is_what_follows_the_mark(tmp_path):
     assert load_items("gsm8k", file)[0].golds == ("72",)
 
 
+def test_the_answer_of_a_solution_is_in_its_last_box(tmp_path):
+    rows = [{"problem": "?", "solution": r"Not \boxed{1}, but \boxed{\frac{1}{2}}."}, {"problem": "?", "solution": 7}]
+    items = load_items("math", write(tmp_path / "m.jsonl", *rows))
+    assert [item.golds for item in items] == [(r"\frac{1}{2}",), ("7",)]
+    file = write(tmp_path / "m.jsonl", {"problem": "?", "solution": "It is 1."})
+    with pytest.raises(DataError, match=r"line 1: no answer, and no .boxed"):
+        load_items("math", file)
+
+
+def test_xbenchs_own_file_is_decrypted(tmp_path, caplog):
+    """Encrypted by hand: "Wer?" is 57 65 72 3f; XOR with the key "ab", 61 62 61 62, it is 36 07 13 5d."""
+    (tmp_path / "x.csv").write_text(
+        "\ufeffid,prompt,answer,canary\n1,NgcTXQ==,MgE=,ab\n2,Wo?,da,ab\n", encoding="utf-8"
+    )
+    items = load_items("xbench", tmp_path / "x.csv")
+    assert [(item.question, item.golds) for item in items] == [("Wer?", ("Sc",)), ("Wo?", ("da",))]
+    assert "it has 2 questions, xbench-DeepSearch as the paper uses it 100" in caplog.text
+
+
 def test_gaia_leaves_out_questions_with_a_file(tmp_path):
     rows = [{"Question": "a", "Final answer": "1", "Level": 1, "file_name": name} for name in ("", "x.png", "")]
     assert len(load_items("gaia", write(tmp_path / "g.jsonl", *rows))) == 2
