@@ -30,7 +30,9 @@ EXTRA_OPTIONS: dict[
 
 
 def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[list[str], dict[str, str]]:
-    """The command and the environment of the sandbox's first process. `control` is its socket to the trainer."""
+    """The command and the environment of the sandbox's first process. `control` is its socket to the trainer.
+
+    Raises ToolError for a module that is not installed, FileNotFoundError without bubblewrap."""
     isolated = config.isolation == "bubblewrap"
     home = "/tmp" if isolated else folder
     environment = {
@@ -54,7 +56,7 @@ def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[l
         return python, environment
     bwrap = shutil.which("bwrap")
     if bwrap is None:
-        raise ToolError("bwrap is not installed")
+        raise FileNotFoundError("bwrap is not installed")
     root = os.geteuid() == 0
     command = [bwrap, *_namespaces(root), *_mounts(modules)]
     for name, value in environment.items():
@@ -128,11 +130,10 @@ def locate(names: Iterable[str]) -> dict[str, Path]:
 
     Modules of the standard library are skipped. Raises ToolError for a module that is not installed."""
     found: dict[str, Path] = {}
-    owners = importlib.metadata.packages_distributions()
+    owners = {top: {*map(_normal, names)} for top, names in importlib.metadata.packages_distributions().items()}
     seen: set[str] = set()
 
     def add_distribution(name: str) -> None:
-        name = re.sub(r"[-_.]+", "-", name).lower()
         if name in seen:
             return
         seen.add(name)
@@ -142,30 +143,49 @@ def locate(names: Iterable[str]) -> dict[str, Path]:
             return  # an optional requirement, or one for another platform
         for file in distribution.files or ():
             top = file.parts[0]
-            if top not in found and top not in ("..", "__pycache__") and not top.endswith((".dist-info", ".pth")):
+            if top not in found and not top.startswith(("..", "__")) and not top.endswith((".dist-info", ".pth")):
                 found[top] = Path(str(distribution.locate_file(top))).resolve()
+        for top in [top for top, names in owners.items() if name in names and top.isidentifier()]:
+            if not any(
+                file.partition(".")[0] == top for file in found
+            ):  # installed in editable mode: its files are elsewhere
+                found.update(_imported_from(top))
         for requirement in distribution.requires or ():
             if "extra ==" not in requirement:
                 match = re.match(r"[A-Za-z0-9._-]+", requirement)
                 if match:
-                    add_distribution(match[0])
+                    add_distribution(_normal(match[0]))
 
     for name in names:
         top = name.partition(".")[0]
         if top in sys.stdlib_module_names:
             continue
-        if top in owners:
-            for distribution in owners[top]:
-                add_distribution(distribution)
-            continue
-        spec = importlib.util.find_spec(top)
-        if spec is None or spec.origin is None:
-            raise ToolError(f"the module {top!r} is not installed")
-        origin = Path(spec.origin).resolve()
-        found[top if spec.submodule_search_locations else origin.name] = (
-            origin.parent if spec.submodule_search_locations else origin
-        )
+        for distribution in owners.get(top, ()):
+            add_distribution(distribution)
+        if top not in owners:
+            files = _imported_from(top)
+            if not files:
+                raise ToolError(
+                    f"tools.python.preload, tools.python.modules: the module {top!r} is not installed here; install it, or "
+                    "leave it out"
+                )
+            found.update(files)
     return {name: path for name, path in found.items() if path.exists()}
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _imported_from(top: str) -> dict[str, Path]:
+    """The folder or file from which Python imports a module, by its name in the folder of packages; empty if there is none."""
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        return {}
+    if spec.submodule_search_locations:
+        return {top: Path(next(iter(spec.submodule_search_locations))).resolve()}
+    origin = Path(spec.origin or "").resolve()
+    return {origin.name: origin} if spec.has_location else {}
 
 
 def advice(config: PythonToolConfig, reason: str) -> str:

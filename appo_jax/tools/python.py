@@ -216,7 +216,7 @@ class Sandbox:
                     command, env=environment, pass_fds=[theirs.fileno()], cwd="/", start_new_session=True,
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors,
                 )  # fmt: skip
-            except (OSError, ToolError) as error:
+            except OSError as error:
                 raise ToolError(advice(config, str(error))) from error
         self._socket.settimeout(START_TIMEOUT)
         try:

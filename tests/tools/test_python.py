@@ -18,6 +18,7 @@ import pytest
 
 from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.errors import ToolError
+from appo_jax.tools.bubblewrap import locate
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.python import PythonTool
 from appo_jax.tools.sandbox import system
@@ -376,6 +377,30 @@ def test_missing_isolation_is_refused(monkeypatch, tmp_path):
 def test_a_preload_that_cannot_be_imported_is_an_error():
     with pytest.raises(ToolError, match="no_such_module"):
         PythonTool(PythonToolConfig(isolation="process", preload=("no_such_module",)))
+
+
+def test_a_module_that_is_not_installed_is_named_without_advice_on_bubblewrap():
+    with pytest.raises(ToolError, match="'no_such_module' is not installed here") as caught:
+        PythonTool(PythonToolConfig(modules=("no_such_module.part",)))
+    assert "apt-get" not in str(caught.value)
+
+
+def test_modules_in_editable_mode_are_found_where_they_are(tmp_path, monkeypatch):
+    """As pip install -e leaves them: the folder of packages has only a finder, for the module and for what it requires."""
+    site, checkout = tmp_path / "site", tmp_path / "checkout"
+    for name, requires in (("mine", "Requires-Dist: Its-Need\n"), ("its_need", "")):
+        information = site / f"{name}-1.0.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{requires}")
+        (information / "top_level.txt").write_text(f"{name}\n")
+        (information / "RECORD").write_text(f"__editable___{name}_finder.py,,\n{name}-1.0.dist-info/METADATA,,\n")
+        (site / f"__editable___{name}_finder.py").write_text("")
+    (checkout / "mine").mkdir(parents=True)
+    (checkout / "mine" / "__init__.py").write_text("import its_need\n")
+    (checkout / "its_need.py").write_text("VALUE = 7\n")
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.syspath_prepend(checkout)
+    assert locate(["mine"]) == {"mine": checkout / "mine", "its_need.py": checkout / "its_need.py"}
 
 
 def test_process_isolation_limits_files_and_leaves_nothing():
