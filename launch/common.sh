@@ -19,6 +19,7 @@ require TPU_PROJECT TPU_ZONE TPU_NAME
 slices=${TPU_SLICES:-1}
 where=(--project "$TPU_PROJECT" --zone "$TPU_ZONE")
 home=appo_jax # the repository, in the home directory of every worker
+boot=/proc/sys/kernel/random/boot_id # run.sh copies it to ~/appo_jax.started: resume.sh sees whether a worker was given the command
 
 # The names of the pod's TPU nodes: a single one, or one per slice.
 nodes() {
@@ -42,6 +43,38 @@ on_all() {
   return "$failed"
 }
 
+# The state of the pod's request, or MISSING. Asks again while gcloud fails, because a connection may be gone for some minutes.
 pod_state() {
-  gcloud compute tpus queued-resources describe "$TPU_NAME" "${where[@]}" --format 'value(state.state)'
+  local errors state attempt
+  errors=$(mktemp)
+  for ((attempt = 0; attempt < 20; attempt++)); do
+    if state=$(gcloud compute tpus queued-resources describe "$TPU_NAME" "${where[@]}" --format 'value(state.state)' 2>"$errors"); then
+      break
+    elif grep -q NOT_FOUND "$errors"; then
+      state=MISSING
+      break
+    fi
+    cat "$errors" >&2
+    state=''
+    sleep "${TPU_POLL:-30}"
+  done
+  rm -f "$errors"
+  [[ -n $state ]] && echo "$state"
+}
+
+# Wait until the requested pod is there. Fails if the request does.
+wait_until_active() {
+  local state
+  while true; do
+    state=$(pod_state) || return 1
+    echo "$TPU_NAME: $state"
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDED | SUSPENDING | DELETING | MISSING)
+        echo "$(basename "$0"): the request failed; 'launch/stop.sh delete' removes it" >&2
+        return 1
+        ;;
+    esac
+    sleep "${TPU_POLL:-30}"
+  done
 }

@@ -17,15 +17,4 @@ fi
 [[ "${TPU_SPOT:-0}" != 1 ]] || request+=(--spot)
 gcloud compute tpus queued-resources create "$TPU_NAME" "${where[@]}" "${request[@]}"
 
-while true; do
-  state=$(pod_state)
-  echo "$TPU_NAME: $state"
-  case $state in
-    ACTIVE) break ;;
-    FAILED | SUSPENDED | SUSPENDING | DELETING)
-      echo "create.sh: the request failed; 'launch/stop.sh delete' removes it" >&2
-      exit 1
-      ;;
-  esac
-  sleep "${TPU_POLL:-30}"
-done
+wait_until_active

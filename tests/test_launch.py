@@ -26,8 +26,9 @@ POD = {"TPU_PROJECT": "p", "TPU_ZONE": "z", "TPU_NAME": "pod"}
 KIND = {"TPU_TYPE": "v5p-128", "TPU_RUNTIME": "v2-alpha-tpuv5"}
 WHERE = "--project p --zone z"
 
-# Writes each call on a line, spaces between arguments; `describe` answers the lines of $STATES, one a call (MISSING: fails).
-# With $BY_NODE every node has lines, and a worker, of its own.
+# Writes each call on a line, spaces between arguments; `describe` answers the lines of $STATES, one a call (MISSING: there is no
+# such request; OFFLINE: it fails). With $BY_NODE every node has lines, and a worker, of its own. $STARTED: a node whose workers have
+# the command.
 GCLOUD = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 if [[ $* == *" describe "* ]]; then
@@ -37,10 +38,15 @@ if [[ $* == *" describe "* ]]; then
   else
     state=$(head -1 "$STATES"); sed -i 1d "$STATES"
   fi
-  [[ $state != MISSING ]] || exit 1
+  [[ $state != MISSING ]] || { echo "ERROR: NOT_FOUND: Resource was not found" >&2; exit 1; }
+  [[ $state != OFFLINE ]] || { echo "ERROR: Unable to connect" >&2; exit 1; }
   echo "$state"
 fi
-if [[ $* == *" scp "* ]]; then tar -tzf "$5" > "$CALLS.files"; fi
+if [[ $* == *" scp "* && $6 == *.tar.gz ]]; then tar -tzf "$5" > "$CALLS.files"; fi
+if [[ $* == *" scp "* && $6 == *.env && -n "${WORKERS:-}" ]]; then
+  for i in 0 1; do cp "$5" "$WORKERS/$i/${6#*:}"; done
+fi
+if [[ $* == *not-started* && -z "${WORKERS:-}" && "$5" != "${STARTED:-}" ]]; then echo not-started; fi
 if [[ $* == *" ssh "* && -n "${WORKERS:-}" && ( -z ${NO_SETUP:-} || $* != *tpu_setup.sh* ) ]]; then
   [[ -z ${BY_NODE:-} ]] || ONLY=${5##*-}  # node pod-1 is worker 1
   for i in ${ONLY:-0 1}; do HOME=$WORKERS/$i OMPI_COMM_WORLD_RANK=$i bash -c "${@: -1}" & workers+=($!); done
@@ -49,14 +55,18 @@ fi
 """
 
 # systemd as far as run.sh uses it: a clean environment, and restarts by the unit's properties. One exit code a line in ~/exits.
-SYSTEMD_RUN = """#!/usr/bin/env python3
-import os, signal, subprocess, sys
+SYSTEMD_RUN = r"""#!/usr/bin/env python3
+import os, re, signal, subprocess, sys
 arguments, options = sys.argv[1:], []
 while arguments[0].startswith("--"):
     options.append((arguments.pop(0), arguments.pop(0)))
 properties = dict(value.split("=", 1) for name, value in options if name == "--property")
 cluster = {k: v for k, v in os.environ.items() if k.startswith(("OMPI_", "JAX_", "XLA_"))}  # Cloud TPU asks its metadata
 environment = {"PATH": os.environ["PATH"]} | cluster | dict(v.split("=", 1) for n, v in options if n == "--setenv")
+file = properties["EnvironmentFile"].removeprefix("-")
+lines = open(file).read().splitlines() if os.path.exists(file) else ()
+for name, quoted in (line.split("=", 1) for line in lines):
+    environment[name] = re.sub(r"\\(.)", r"\1", quoted[1:-1])
 (folder,) = (value for name, value in options if name == "--working-directory")
 assert properties["Restart"] == "on-failure"
 for _ in range(int(properties["StartLimitBurst"])):
@@ -144,7 +154,8 @@ def test_run_starts_the_same_command_on_all_workers_under_a_supervisor(launch):
     assert "appo-jax train --config configs/a\\ b.py --steps 3" in call  # quoted for the shell over there
     assert "APPO_DISTRIBUTED=1" in call
     assert "Restart=on-failure" in call
-    assert "StartLimitBurst=7" in call
+    assert "StartLimitBurst=8" in call  # the first start, and 7 restarts
+    assert "TimeoutStopSec=infinity" in call  # a step takes longer than any limit
     assert "$HOME/appo_jax" in call  # the worker's home, not ours
 
 
@@ -196,6 +207,29 @@ def test_a_run_that_cannot_go_on_is_not_started_again(launch, workers, tiny: Con
         assert "Traceback" not in journal
 
 
+def test_variables_reach_the_command_but_no_command_line(launch, workers):
+    folder, variables = workers
+    secret = """a "b" $HOME `c` \\d 'e' =f"""
+    printing = f"#!{sys.executable}\nimport os\nprint([os.environ.get(n) for n in ('KEY', 'XLA_FLAGS')])\n"
+    for i in range(2):
+        program = folder / str(i) / "appo_jax/.venv/bin/appo-jax"
+        program.unlink()
+        program.write_text(printing)
+        program.chmod(0o755)
+    extra = {"TPU_ENV": "KEY XLA_FLAGS", "KEY": secret, "XLA_FLAGS": "--xla_a=1 --xla_b"}
+    done, calls = launch("run.sh", "--config", "c.py", **(variables | extra))
+    assert done.returncode == 0, done.stderr
+    assert "xla_b" not in "".join(calls) + done.stdout
+    for i in range(2):
+        assert told(folder, i)[1] == f"{[secret, '--xla_a=1 --xla_b']}\n"
+        assert (folder / str(i) / "appo_jax.env").stat().st_mode & 0o777 == 0o600
+    launch("run.sh", "--config", "c.py", **variables)
+    assert not (folder / "0/appo_jax.env").exists()
+    done, calls = launch("run.sh", "--config", "c.py", TPU_ENV="KEY", **POD)
+    assert (done.returncode, calls) == (2, [])
+    assert "set KEY" in done.stderr
+
+
 def test_run_needs_a_command(launch):
     done, calls = launch("run.sh", **POD)
     assert (done.returncode, calls) == (2, [])
@@ -231,26 +265,76 @@ def test_logs_show_the_status_of_a_run(launch, workers, tmp_path):
     assert done.returncode == 2
 
 
+STARTED = [f"tpu-vm {what}" for what in ("ssh", "ssh", "scp", "ssh", "ssh")]  # asked, stopped, set up, started
+
+
+def verbs(calls: list[str]) -> list[str]:
+    return [" ".join(call.split()[2:4]).removeprefix("queued-resources ") for call in calls]
+
+
+def resume(launch, states: str, **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    return launch(
+        "resume.sh", "--config", "c.py", states_told=states.replace(" ", "\n"), TPU_POLL="0", **POD, **KIND, **env
+    )
+
+
 def test_resume_leaves_a_living_pod_alone(launch):
-    done, calls = launch("resume.sh", "--config", "c.py", states_told="ACTIVE\n", **POD, **KIND)
+    done, calls = resume(launch, "ACTIVE ", STARTED="pod")
     assert done.returncode == 0
-    assert len(calls) == 1
+    assert verbs(calls) == ["describe", "tpu-vm ssh"]
+    assert "nothing to do" in done.stdout
+
+
+def test_resume_starts_what_was_not_started_yet(launch):
+    """An earlier call ended while the pod was being set up."""
+    done, calls = resume(launch, "ACTIVE ")
+    assert done.returncode == 0, done.stderr
+    assert verbs(calls) == ["describe", *STARTED]
+    assert "train --config c.py" in calls[-1]
+
+
+def test_a_worker_is_given_the_command_once_a_boot(launch, workers):
+    folder, variables = workers
+    states = {"states_told": "ACTIVE\n", "NO_SETUP": "1", "TPU_POLL": "0"} | KIND | variables
+    for _ in range(2):
+        done, calls = launch("resume.sh", "--config", "gone.json", **states)
+        assert done.returncode == 0, done.stderr
+    assert verbs(calls) == ["describe", "tpu-vm ssh"]
+    assert [told(folder, i)[0] for i in range(2)] == [["2"], ["2"]]
+    (folder / "1/appo_jax.started").write_text("another boot\n")
+    _, calls = launch("resume.sh", "--config", "gone.json", **states)
+    assert verbs(calls) == ["describe", *STARTED]
+
+
+@pytest.mark.parametrize("state", ["WAITING_FOR_RESOURCES", "ACCEPTED", "CREATING", "PROVISIONING"])
+def test_resume_keeps_the_place_of_a_request(launch, state):
+    done, calls = resume(launch, f"{state} OFFLINE OFFLINE {state} ACTIVE ")
+    assert done.returncode == 0, done.stderr
+    assert verbs(calls) == ["describe"] * 5 + STARTED
+    assert "Unable to connect" in done.stderr
+
+
+def test_a_request_that_is_being_deleted_is_waited_for(launch):
+    done, calls = resume(launch, "DELETING DELETING MISSING ACTIVE ")
+    assert done.returncode == 0, done.stderr
+    assert verbs(calls) == ["describe"] * 3 + ["create", "describe", *STARTED]
+
+
+def test_a_cloud_that_never_answers_is_told(launch):
+    done, calls = resume(launch, "OFFLINE " * 30)
+    assert done.returncode == 1
+    assert verbs(calls) == ["describe"] * 20
 
 
 def test_resume_replaces_a_pod_that_was_taken_away(launch):
-    states = "SUSPENDED\nACTIVE\n"
-    done, calls = launch("resume.sh", "--config", "c.py", states_told=states, TPU_SPOT="1", **POD, **KIND)
+    done, calls = resume(launch, "SUSPENDED ACTIVE ", TPU_SPOT="1")
     assert done.returncode == 0, done.stderr
-    verbs = [" ".join(call.split()[2:4]) for call in calls]
-    assert verbs == [
-        "queued-resources describe", "queued-resources delete", "queued-resources create", "queued-resources describe",
-        "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh",
-    ]  # fmt: skip
+    assert verbs(calls) == ["describe", "delete", "create", "describe", *STARTED]
     assert "train --config c.py" in calls[-1]
 
 
 def test_resume_makes_the_pod_that_is_not_there(launch):
-    done, calls = launch("resume.sh", "--config", "c.py", states_told="MISSING\nACTIVE\n", **POD, **KIND)
+    done, calls = resume(launch, "MISSING ACTIVE ")
     assert done.returncode == 0, done.stderr
     assert " create " in calls[1]
 
@@ -260,14 +344,21 @@ def test_a_sweep_has_a_worker_on_every_slice(launch):
     names = {"pod-0": "ACTIVE", "pod-1": "SUSPENDED", "pod-2": "MISSING"}
     states = "".join(f"{name} {state}\n{name} ACTIVE\n" for name, state in names.items())
     done, calls = launch(
-        "sweep.sh", "--config", "a b.py", states_told=states, TPU_WORKERS="3", BY_NODE="1", **POD, **KIND
+        "sweep.sh",
+        "--config",
+        "a b.py",
+        states_told=states,
+        TPU_WORKERS="3",
+        BY_NODE="1",
+        STARTED="pod-0",
+        **POD,
+        **KIND,
     )
     assert done.returncode == 0, done.stderr
-    asked = {name: [" ".join(call.split()[2:4]) for call in calls if f" {name}" in call] for name in names}
-    made = ["queued-resources create", "queued-resources describe", "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh"]
-    assert asked["pod-0"] == ["queued-resources describe"]
-    assert asked["pod-1"] == ["queued-resources describe", "queued-resources delete", *made]
-    assert asked["pod-2"] == ["queued-resources describe", *made]
+    asked = {name: verbs([call for call in calls if f" {name}" in call]) for name in names}
+    assert asked["pod-0"] == ["describe", "tpu-vm ssh"]
+    assert asked["pod-1"] == ["describe", "delete", "create", "describe", *STARTED]
+    assert asked["pod-2"] == ["describe", "create", "describe", *STARTED]
     started = [call for call in calls if "systemd-run" in call]
     assert len(started) == 2
     assert all("appo-jax sweep --worker --config a\\ b.py" in call for call in started)
