@@ -8,12 +8,10 @@ import numpy as np
 
 from appo_jax.advantage.groups import EQUAL, Std, dual_group, own_zscores, spread
 from appo_jax.config import AdvantageConfig
-from appo_jax.types import Rollout, turn_starts
+from appo_jax.types import Rollout, Tree, turn_starts
 
 # GiGPO (arXiv 2505.10978): discount of the reward from turn to turn, and weight of the turns' advantage.
 TURN_DISCOUNT, TURN_WEIGHT = 0.95, 1.0
-
-Tree = Sequence[Rollout]
 
 
 def base_advantages(
@@ -79,9 +77,9 @@ def shared_prefix(tree: Tree, rewards: np.ndarray, std: Std) -> list[np.ndarray]
         root, shared = root_and_shared(tree, rollout)
         total[root][:shared] += branch_advantage
         count[root][:shared] += 1
-    for root in np.flatnonzero(np.isnan(rewards[first])):
-        total[root][:] = 0  # without a reward of its own a rollout learns nothing, whatever its branches got
     values = [a + t / np.maximum(c, 1) for a, t, c in zip(initial, total, count, strict=True)]
+    # Without a reward of its own a rollout learns nothing, whatever its branches got.
+    values = [np.zeros_like(v) if np.isnan(r) else v for v, r in zip(values, rewards[first], strict=True)]
     return [*values, *(np.zeros(r.length) for r in tree[len(initial) :])]
 
 

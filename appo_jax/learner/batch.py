@@ -17,7 +17,7 @@ from appo_jax.learner.loss import Terms, sampler_correction, token_weights, with
 from appo_jax.learner.step import TrainBatch
 from appo_jax.policy.packing import Packing, pack
 from appo_jax.rollout import scoring
-from appo_jax.types import Rollout
+from appo_jax.types import Tree
 
 ByTree: TypeAlias = Sequence[Sequence[np.ndarray]]
 """For each tree, for each of its rollouts: one value per token, `[T]` with T the rollout's length."""
@@ -40,7 +40,7 @@ class Measured:
 
 
 def make_terms(
-    trees: Sequence[Sequence[Rollout]], measured: Measured, algorithm: Algorithm, length: int
+    trees: Sequence[Tree], measured: Measured, algorithm: Algorithm, length: int
 ) -> tuple[Terms, list[np.ndarray]]:
     """The terms of the loss, `[R, T]` with T = `length`, and A_base at the sampled tokens of each trained rollout.
 
