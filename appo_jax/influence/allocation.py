@@ -42,7 +42,7 @@ def advantage_scatter(
     branches of a prompt are drawn under each allocation; at least 2. draw_branches: draws the branches of each rollout and
     gives them rewards; its number separates the random draws of one call from those of the other.
     """
-    variances: dict[str, list[Sequence[float]]] = {}  # by allocation: `[N]` of each prompt
+    variances: dict[str, list[Sequence[float]]] = {}  # by allocation: those of each prompt's initial rollouts
     for number, allocation in enumerate(ALLOCATIONS):
         branches: list[list[Branch]] = [[] for _ in rollouts]
         for first in range(0, len(rollouts), num_initial):
@@ -52,7 +52,8 @@ def advantage_scatter(
                 [r.sampled for r in some], budget - num_initial, dataclasses.replace(config, allocation=allocation),
             )  # fmt: skip
             for draw in range(draws):
-                for at, (n, cut) in enumerate(points):
+                for at, (n, position) in enumerate(points):
+                    cut = position + config.include_token
                     branches[first + n].append(Branch(cut, num_initial + draw * len(points) + at, 1))
         drawn = draw_branches(branches, number)
         variances[allocation] = [
@@ -69,8 +70,8 @@ def advantage_scatter(
 
 
 def _variances(initial: Sequence[Rollout], drawn: Sequence[Sequence[Rollout]], draws: int) -> list[float]:
-    """`[N]`: for one prompt's initial rollouts, the variance of A_base over the draws."""
-    first = np.array([r.reward for r in initial])
+    """For one prompt's initial rollouts that have a reward, the variance of A_base over the draws."""
+    first = np.array([r.reward for r in initial if not np.isnan(r.reward)])
     branches = sorted((r for some in drawn for r in some), key=lambda r: r.node)
     rewards = np.array([r.reward for r in branches]).reshape(draws, -1)
     return np.var([dual_group(first, first, of_draw, "population") for of_draw in rewards], axis=0, ddof=1).tolist()

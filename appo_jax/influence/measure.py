@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from appo_jax.policy.parameters import Params
-from appo_jax.rollout.sampler import Branch, Sampler
+from appo_jax.rollout.sampler import Branch, Sampler, ScorePass
 from appo_jax.types import Rollout
 
 
@@ -31,14 +31,16 @@ class Measured:
 
 
 def measure(
-    sampler: Sampler, params: Params, rollouts: Sequence[Rollout], positions: Mapping[int, Sequence[int]],
-    continuations: int, give_rewards: Callable[[Sequence[Rollout]], None], draw_id: Sequence[int],
+    sampler: Sampler, params: Params, scored: ScorePass, positions: Mapping[int, Sequence[int]], continuations: int,
+    give_rewards: Callable[[Sequence[Rollout]], None], draw_id: Sequence[int],
 ) -> list[Measured]:  # fmt: skip
-    """The influence of `positions` (keys: indices into `rollouts`), with K = `continuations` draws at each cut.
+    """The influence of `positions` (keys: indices into `scored.rollouts`), with K = `continuations` draws at each cut, at least 2.
 
-    `rollouts` have their rewards. A cut that several positions share is drawn once. The value at the end of a rollout is the
-    rollout's own reward.
+    `scored`: rollouts with their rewards, scored under `params` with `to_branch`. A cut that several positions share is drawn
+    once. The value at the end of a rollout is the rollout's own reward. Continuations without a reward (NaN) are left out, and
+    so are positions for which fewer than two are left at a cut: one value has no variance to subtract.
     """
+    rollouts = scored.rollouts
     cuts = [
         sorted({cut for t in positions.get(i, ()) for cut in (t, after(r, t))} - {r.length})
         for i, r in enumerate(rollouts)
@@ -47,20 +49,21 @@ def measure(
         [Branch(cut, 1 + at * continuations + k, 1) for at, cut in enumerate(of_rollout) for k in range(continuations)]
         for of_rollout in cuts
     ]
-    scored = sampler.score(params, rollouts, to_branch=True)
     drawn = sampler.branches(params, scored, branches, draw_id)
     give_rewards([rollout for of_rollout in drawn for rollout in of_rollout])
     values: dict[tuple[int, int], np.ndarray] = {}
     for i, (wanted, found) in enumerate(zip(branches, drawn, strict=True)):
         rewards = {rollout.node: rollout.reward for rollout in found}
         for cut in cuts[i]:
-            values[i, cut] = np.array([rewards[branch.node] for branch in wanted if branch.cut == cut])
-        values[i, rollouts[i].length] = np.array([rollouts[i].reward])
+            of_cut = np.array([rewards[branch.node] for branch in wanted if branch.cut == cut])
+            values[i, cut] = of_cut[~np.isnan(of_cut)]
+        values[i, rollouts[i].length] = np.full(2, rollouts[i].reward)  # two equal values: it is known without error
     out = []
     for i, chosen in positions.items():
         for t in chosen:
             before, later = values[i, t], values[i, after(rollouts[i], t)]
-            out.append(Measured(i, t, float(before.mean()), float(later.mean()), squared_difference(before, later)))
+            if min(len(before), len(later)) >= 2 and not np.isnan(later).any():
+                out.append(Measured(i, t, float(before.mean()), float(later.mean()), squared_difference(before, later)))
     return out
 
 
@@ -71,6 +74,6 @@ def after(rollout: Rollout, position: int) -> int:
 
 
 def squared_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased estimate of (E[b] − E[a])² from independent draws. A single value counts as exact."""
-    spread = sum(float(x.var(ddof=1)) / len(x) for x in (a, b) if len(x) > 1)
+    """Unbiased estimate of (E[b] − E[a])² from independent draws, at least two of each."""
+    spread = sum(float(x.var(ddof=1)) / len(x) for x in (a, b))
     return float((b.mean() - a.mean()) ** 2) - spread

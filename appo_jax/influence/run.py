@@ -13,16 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
 from appo_jax.branching.rule import ByScore
 from appo_jax.branching.rules import RULES
-from appo_jax.branching.score import branching_scores
 from appo_jax.components import Components, build, give_rewards
 from appo_jax.config_io import load_config
 from appo_jax.data.pipeline import prompt_batches
+from appo_jax.errors import ConfigError
 from appo_jax.export import policy_params
 from appo_jax.influence.allocation import Scatter, advantage_scatter
 from appo_jax.influence.measure import Measured, measure
@@ -37,9 +36,10 @@ from appo_jax.influence.ranking import (
     top_words,
 )
 from appo_jax.policy.parameters import Params
-from appo_jax.rollout.growth import blank_tokens, valid_positions
-from appo_jax.rollout.sampler import Branch
-from appo_jax.rollout.scoring import by_future, log_probs, padded
+from appo_jax.rollout.growth import blank_tokens, score_positions, valid_positions
+from appo_jax.rollout.sampler import Branch, ScorePass
+from appo_jax.rollout.scoring import log_probs
+from appo_jax.storage import to_json
 from appo_jax.train import begin
 from appo_jax.train_step import train_step
 from appo_jax.types import Rollout, turn_starts
@@ -64,6 +64,13 @@ class Asked:
     draws: int = 16
     """How often the branches of a prompt are drawn under each allocation, for Theorem 1."""
 
+    def __post_init__(self) -> None:
+        least = {"questions": 1, "rollouts": 1, "positions": 0, "continuations": 2, "draws": 2}
+        for name, bound in least.items():
+            if (given := getattr(self, name)) < bound:
+                why = ", because one draw has no variance" if bound == 2 else ""
+                raise ConfigError(f"{name} = {given}: expected {bound} or more{why}; give --{name} {bound}")
+
 
 def study_influence(run: Path, out: Path, asked: Asked) -> str:
     """Measure, write influence.md, influence.json and influence.png into `out`, and return the text of influence.md."""
@@ -72,7 +79,8 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
         where, params = policy_params(components, run)
         trainer, state = begin(components, params)
         del params
-        batches = prompt_batches(components.train, config.prompts_per_step, config.seed)
+        weights = components.dataset.weights
+        batches = prompt_batches(components.train, config.prompts_per_step, config.seed, weights=weights)
         others = next(batches)
         examples = list(itertools.islice(itertools.chain.from_iterable(batches), asked.questions))
         trees = components.sampler.initial(trainer.policy(state), examples, asked.rollouts, (DRAWS, 0))
@@ -80,7 +88,9 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
         give_rewards(rollouts, components)
         old = [values for tree in log_probs(components.sampler, trainer.policy(state), trees) for values in tree]
         state, record, _ = train_step(trainer, 0, state, others, iter(()))
-        ranked = rank(components, trainer.policy(state), rollouts, old)
+        policy = trainer.policy(state)
+        scored = components.sampler.score(policy, rollouts, to_branch=True)
+        ranked = rank(components, scored, old)
         rng = np.random.default_rng(config.seed)
         random = {
             i: sorted(rng.choice(p, min(asked.positions, len(p)), replace=False).tolist())
@@ -91,19 +101,20 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
             i: sorted({*random[i], *(t for name in ranked[i].scores for t in ranked[i].top(name, 3))}) for i in random
         }
         measured = measure(
-            components.sampler, trainer.policy(state), rollouts, chosen, asked.continuations,
-            lambda some: give_rewards(some, components), (DRAWS, 1),
+            components.sampler, policy, scored, chosen, asked.continuations, lambda some: give_rewards(some, components),
+            (DRAWS, 1),
         )  # fmt: skip
-        scatter = _scatter(components, trainer.policy(state), rollouts, ranked, asked)
+        scatter = _scatter(components, policy, scored, ranked, asked)
     figures = summarize(ranked, measured, random)
     figures |= {
         "policy": where, "rollouts": len(rollouts), "positions": len(measured), "continuations": asked.continuations,
+        "positions_without_value": sum(map(len, chosen.values())) - len(measured),
         "future_std": float(np.std(np.concatenate([r.scores["future"][r.valid] for r in ranked]))),
         "scatter": scatter,
         "step": {name: value for name, value in record.items() if name.startswith(("branching/", "update/"))},
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    (out / "influence.json").write_text(json.dumps(figures, indent=2, default=dataclasses.asdict) + "\n")
+    (out / "influence.json").write_text(to_json(json.loads(json.dumps(figures, default=dataclasses.asdict)), indent=2))
     text = to_markdown(figures)
     (out / "influence.md").write_text(text + "\n", encoding="utf-8")
     draw(figures, out / "influence.png")
@@ -111,11 +122,10 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
 
 
 def _scatter(
-    components: Components, params: Params, rollouts: Sequence[Rollout], ranked: Sequence[Ranked], asked: Asked
+    components: Components, params: Params, scored: ScorePass, ranked: Sequence[Ranked], asked: Asked
 ) -> Scatter:
     """Theorem 1: the scatter of A_base over branches that `params` draws again and again."""
     branching = components.config.branching
-    scored = components.sampler.score(params, rollouts, to_branch=True)
 
     def draw_branches(branches: Sequence[Sequence[Branch]], number: int) -> Sequence[Sequence[Rollout]]:
         drawn = components.sampler.branches(params, scored, branches, (DRAWS, 2 + number))
@@ -123,24 +133,19 @@ def _scatter(
         return drawn
 
     budget = asked.rollouts * (branching.num_branch_points + 1)
-    return advantage_scatter(rollouts, ranked, branching, asked.rollouts, budget, asked.draws, draw_branches)
+    return advantage_scatter(scored.rollouts, ranked, branching, asked.rollouts, budget, asked.draws, draw_branches)
 
 
-def rank(
-    components: Components, params: Params, rollouts: Sequence[Rollout], old: Sequence[np.ndarray]
-) -> list[Ranked]:
-    """The scores of every rollout's positions under `params`. `old`: log-probs `[T]` under the policy that drew the rollouts."""
-    config, tokenizer = components.config, components.tokenizer
-    scored = components.sampler.score(params, rollouts)
-    length = max(rollout.length for rollout in rollouts)
+def rank(components: Components, scored: ScorePass, old: Sequence[np.ndarray]) -> list[Ranked]:
+    """The scores of every rollout's positions under the policy that scored them. `old`: log-probs `[T]` under the policy that
+    drew the rollouts."""
+    config, tokenizer, rollouts = components.config, components.tokenizer, scored.rollouts
+    shape = len(rollouts), max(rollout.length for rollout in rollouts)
     blank = blank_tokens(tokenizer)
     replaced: Any = dataclasses.replace  # the registry's names are the field's choices
     valid = [valid_positions(r, blank, config.branching, tokenizer.eos_ids) for r in rollouts]
-    arrays = [jnp.asarray(padded(x, len(rollouts), length)) for x in (scored.log_probs, old, scored.entropies, valid)]
-    sampled = padded([r.sampled for r in rollouts], len(rollouts), length)
-    future = by_future(arrays[0], arrays[1], sampled, tau=config.branching.tau)
     results = {
-        name: branching_scores(future, arrays[2], arrays[3], replaced(config.branching, score=name))
+        name: score_positions(scored, scored.log_probs, old, valid, replaced(config.branching, score=name), shape)
         for name, rule in RULES.items()
         if isinstance(rule, ByScore)
     }
@@ -151,8 +156,8 @@ def rank(
         t = r.length
         after_tool = np.zeros(t, bool)
         after_tool[turn_starts(r.sampled)[1:]] = True
-        scores = {name: np.asarray(result.score[i, :t]) for name, result in results.items()}
-        preferred = {name: np.asarray(result.preferred[i, :t]) for name, result in results.items()}
+        scores = {name: nodes[i].score for name, nodes in results.items()}
+        preferred = {name: nodes[i].preferred for name, nodes in results.items()}
         scores |= {RANDOM: rng.random(t), TURN_START: after_tool + 1e-3 * rng.random(t)}
         preferred |= {RANDOM: valid[i], TURN_START: valid[i]}
         words = [pieces[token] if token < len(pieces) else b"" for token in r.tokens]
@@ -179,11 +184,12 @@ def decision_tokens(rollout: Rollout, words: Sequence[bytes], known: Any) -> np.
 
 
 def summarize(ranked: Sequence[Ranked], measured: Sequence[Measured], random: dict[int, list[int]]) -> dict[str, Any]:
-    """The statistics of all scores."""
+    """The statistics of all scores. Positions without a measured influence are left out."""
     influence = {(m.rollout, m.position): m.influence for m in measured}
+    random = {i: [t for t in chosen if (i, t) in influence] for i, chosen in random.items()}
 
     def mean_of_top(name: str) -> Interval:
-        rows = [[influence[i, t] for t in ranked[i].top(name, 3)] for i in random]
+        rows = [[influence[i, t] for t in ranked[i].top(name, 3) if (i, t) in influence] for i in random]
         return over_rollouts(rows, lambda values: float(np.mean(values)))
 
     known = any(r.decisions is not None for r in ranked)
@@ -220,6 +226,8 @@ def to_markdown(figures: dict[str, Any]) -> str:
             name, _shown(f["correlation"], 2), _shown(f["influence_of_top_3"], 4), *hits, f"{100 * f['after_tools']:.0f} %", words,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    if lost := figures["positions_without_value"]:
+        lines += ["", f"{lost} more positions have no value, because rewards of their continuations failed."]
     lines += ["", f"Mean influence of a random position: {_shown(figures['influence_of_random'], 4)}."]
     if figures["chance"] is not None:
         lines.append(f"Share of positions that are decisions by construction: {_shown(figures['chance'], 2)}.")
@@ -234,6 +242,8 @@ def to_markdown(figures: dict[str, Any]) -> str:
 
 
 def _shown(x: Interval, digits: int) -> str:
+    if np.isnan(x.value):
+        return "–"  # nothing was measured
     return f"{x.value:.{digits}f} [{x.low:.{digits}f}, {x.high:.{digits}f}]"
 
 

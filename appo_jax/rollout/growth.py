@@ -90,6 +90,29 @@ def _add(rollout: Rollout, by_node: list[np.ndarray], scored: np.ndarray) -> Non
 _branching_scores = jax.jit(branching_scores, static_argnames="config")
 
 
+def score_positions(
+    scored: ScorePass, now: Sequence[np.ndarray], then: Sequence[np.ndarray], valid: Sequence[np.ndarray],
+    config: BranchingConfig, shape: tuple[int, int],
+) -> list[NodeScores]:  # fmt: skip
+    """The scores of every rollout's positions by the rule `config.score`, in the order of `scored.rollouts`.
+
+    `now` and `then`: log-probs `[T]` of each rollout under the current policy and under those that drew its tokens. `valid`:
+    `[T]` bool, positions where a branch may begin. `shape`: (R, T) of the padded arrays that are computed.
+    """
+    rollouts = scored.rollouts
+    sampled, ends = padded([r.sampled for r in rollouts], *shape), [r.length for r in rollouts]
+    future = by_future(padded(now, *shape), padded(then, *shape), sampled, tau=config.tau)
+    entropies = padded(scored.entropies, *shape)
+    result = jax.device_get(_branching_scores(future, entropies, padded(valid, *shape), config=config))
+    return [
+        NodeScores(
+            now[i], scored.entropies[i], result.future_value[i, :end], result.score[i, :end],
+            result.preferred[i, :end], valid[i], bool(result.constant_future[i]),
+        )
+        for i, end in enumerate(ends)
+    ]  # fmt: skip
+
+
 class TreeGrower:
     """Grows the trees of a mini-batch under the current policy, with any sampler. `vocab_size`: V of the policy.
     `seed`: for the rules that draw at random.
@@ -144,24 +167,10 @@ class TreeGrower:
     ) -> list[list[NodeScores]]:  # fmt: skip
         """The Branching Scores, by tree. `old` and `new`: log-probs by tree and node."""
 
-        def array(values: Sequence[np.ndarray]) -> np.ndarray:
-            return padded(values, max_scored, self.shapes.rollout_length)
-
-        rollouts = scored.rollouts
-        valid = array([valid_positions(r, self.blank, self.branching, self.eos_ids) for r in rollouts])
+        valid = [valid_positions(r, self.blank, self.branching, self.eos_ids) for r in scored.rollouts]
         then, now = ([values for tree in by_tree for values in tree] for by_tree in (old, new))
-        sampled = array([rollout.sampled for rollout in rollouts])
-        future = by_future(array(now), array(then), sampled, tau=self.branching.tau)
-        result = jax.device_get(_branching_scores(future, array(scored.entropies), valid, config=self.branching))
-        by_node = iter(
-            [
-                NodeScores(
-                    now[i], scored.entropies[i], result.future_value[i, : r.length], result.score[i, : r.length],
-                    result.preferred[i, : r.length], valid[i, : r.length], bool(result.constant_future[i]),
-                )
-                for i, r in enumerate(rollouts)
-            ]
-        )  # fmt: skip
+        shape = max_scored, self.shapes.rollout_length
+        by_node = iter(score_positions(scored, now, then, valid, self.branching, shape))
         return [[next(by_node) for _ in tree] for tree in trees]
 
     def _choose(self, growth: Growth, prompt: int, loop: int, draw_id: Sequence[int]) -> list[view.Cut]:

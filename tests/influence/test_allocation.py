@@ -18,11 +18,12 @@ def ranked(r, score):
     )
 
 
-def play(score, draws=4000):
+def play(score, draws=4000, failed=0.0, **branching):
     """Two rollouts of one prompt; the reward is the first sampled token, which only a branch at position 2 draws again."""
     rollouts = [rollout([0, 1, 1, 0, 1, 0], node=0), rollout([1, 0, 0, 0, 1, 0], node=1)]
-    give = rewarded(lambda tokens: tokens[0])
-    give(rollouts)
+    rng = np.random.default_rng(2)
+    give = rewarded(lambda tokens: np.nan if rng.random() < failed else tokens[0])
+    rewarded(lambda tokens: tokens[0])(rollouts)
     coins = Coins()
     scored = coins.score(None, rollouts)
 
@@ -32,19 +33,22 @@ def play(score, draws=4000):
         return drawn
 
     scored_by = [ranked(r, score) for r in rollouts]
-    return advantage_scatter(rollouts, scored_by, BranchingConfig(num_branch_points=2), 2, 6, draws, draw_branches)
+    if failed:
+        rollouts[1].reward = np.nan
+    config = BranchingConfig(num_branch_points=2, **branching)
+    return advantage_scatter(rollouts, scored_by, config, 2, 6, draws, draw_branches), coins.cuts
 
 
 def test_branches_that_change_nothing_scatter_nothing():
     """All points lie after the token that decides: every draw has the rewards 0, 0, 1, 1."""
-    found = play([0, 0, 0, 1, 1, 0, 0, 0], draws=50)
+    found, _ = play([0, 0, 0, 1, 1, 0, 0, 0], draws=50)
     assert found.variance["per_rollout"].value == found.variance["proportional"].value == 0.0
 
 
 def test_the_variance_is_that_of_the_rewards_by_enumeration():
     """per_rollout draws one branch of each rollout at position 2 (a fair coin) and one at 3 (the parent's reward); in proportion
     to scores of 1 and 0, both branches of a rollout begin at position 2."""
-    found = play([0, 0, 1, 0, 0, 0, 0, 0])
+    found, _ = play([0, 0, 1, 0, 0, 0, 0, 0])
     first = np.array([0.0, 1.0])
 
     def variance(outcomes):
@@ -55,3 +59,15 @@ def test_the_variance_is_that_of_the_rewards_by_enumeration():
     assert found.variance["per_rollout"].value == pytest.approx(variance(one_coin), rel=0.1)
     assert found.variance["proportional"].value == pytest.approx(variance(two_coins), rel=0.1)
     assert found.difference.value == pytest.approx(variance(two_coins) - variance(one_coin), rel=0.1)
+
+
+def test_with_include_token_a_branch_keeps_the_scored_token():
+    _, cuts = play([0, 0, 3, 0, 1, 0, 0, 0], draws=3, include_token=True)
+    assert set(cuts) == {3, 5}
+
+
+def test_rollouts_without_a_reward_have_no_variance():
+    """A fifth of the branches fail. If the second initial rollout fails too, the variance is that of the first one."""
+    without, _ = play([0, 0, 1, 0, 0, 0, 0, 0], draws=2000, failed=0.2)
+    assert all(x.value > 0.05 for x in without.variance.values()), "0 for the failed rollout would halve it"
+    assert np.isfinite(without.difference.value)

@@ -2,11 +2,23 @@
 
 import json
 
+import pytest
 from matplotlib import image
 
 from appo_jax.cli import main
 from appo_jax.config import Config
+from appo_jax.errors import ConfigError
+from appo_jax.influence.run import Asked
 from appo_jax.train import train
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "least"),
+    [("questions", 0, 1), ("rollouts", 0, 1), ("positions", -1, 0), ("continuations", 1, 2), ("draws", 1, 2)],
+)
+def test_a_size_that_measures_nothing_is_refused(name: str, given: int, least: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} = {given}: expected {least} or more"):
+        Asked(**{name: given})
 
 
 def test_the_report_of_a_run(tiny: Config, tmp_path) -> None:
@@ -16,6 +28,7 @@ def test_the_report_of_a_run(tiny: Config, tmp_path) -> None:
     assert main(["influence", tiny.run_dir, "--out", str(out), *sizes]) == 0
     figures = json.loads((out / "influence.json").read_text())
     assert figures["rollouts"] == 4
+    assert figures["positions_without_value"] == 0
     assert set(figures["scores"]) == {"product", "entropy", "future", "additive", "random", "turn start"}
     assert set(figures["scatter"]["variance"]) == {"per_rollout", "proportional"}
     text = (out / "influence.md").read_text()

@@ -50,13 +50,17 @@ def rewarded(rule):
     return give
 
 
+def measured(coins, rollouts, positions, continuations, give):
+    return measure(coins, None, coins.score(None, rollouts), positions, continuations, give, (0,))
+
+
 def test_only_the_token_that_decides_has_influence():
     """The reward is the token at position 4: it moves the value from 1/2 to 0 or 1, so its influence is 1/4."""
     give = rewarded(lambda tokens: tokens[2])
     rollouts = [rollout([0, 1, 1, 0, 1, 0])]
     give(rollouts)
     positions = {0: range(PROMPT, LENGTH)}
-    found = {m.position: m for m in measure(Coins(), None, rollouts, positions, 2000, give, (0,))}
+    found = {m.position: m for m in measured(Coins(), rollouts, positions, 2000, give)}
     assert found[4].influence == pytest.approx(0.25, abs=0.03)
     assert found[4].after == 1.0
     assert all(abs(found[t].influence) < 0.01 for t in (2, 3, 5, 6, 7))
@@ -67,7 +71,7 @@ def test_the_estimate_is_without_bias_at_few_draws():
     give = rewarded(lambda tokens: tokens[2])
     rollouts = [rollout([0, 1, 1, 0, 1, 0]) for _ in range(1500)]
     give(rollouts)
-    found = measure(Coins(), None, rollouts, {i: [2] for i in range(1500)}, 4, give, (0,))
+    found = measured(Coins(), rollouts, {i: [2] for i in range(1500)}, 4, give)
     assert np.mean([m.influence for m in found]) == pytest.approx(0.0, abs=0.01)
     assert np.mean([(m.after - m.before) ** 2 for m in found]) > 0.1
 
@@ -76,7 +80,7 @@ def test_cuts_are_drawn_once_and_the_end_is_the_rollouts_own_reward():
     give, coins = rewarded(lambda tokens: tokens[-1]), Coins()
     rollouts = [rollout([0, 0, 0, 0, 0, 1])]
     give(rollouts)
-    found = measure(coins, None, rollouts, {0: [6, 7]}, 10, give, (0,))
+    found = measured(coins, rollouts, {0: [6, 7]}, 10, give)
     assert sorted(set(coins.cuts)) == [6, 7]
     assert len(coins.cuts) == 20
     assert found[1].after == 1.0
@@ -88,5 +92,22 @@ def test_after_the_end_of_a_call_comes_its_result():
     assert [after(r, t) for t in (2, 3, 6)] == [3, 6, 7]
 
 
-def test_a_single_value_counts_as_exact():
-    assert squared_difference(np.array([0.0, 1.0]), np.array([1.0])) == pytest.approx(0.25 - 0.25)
+def test_continuations_without_a_reward_are_left_out():
+    """The reward is the token at position 4. It fails for a third of the draws, and always where position 3 is a 0."""
+    rng = np.random.default_rng(1)
+    give = rewarded(lambda tokens: np.nan if rng.random() < 1 / 3 or tokens[1] == 0 else tokens[2])
+    rollouts = [rollout([0, 1, 1, 0, 1, 0]), rollout([0, 0, 1, 0, 1, 0])]
+    give(rollouts)
+    rollouts[0].reward, rollouts[1].reward = 1.0, np.nan
+    found = measured(Coins(), rollouts, {0: range(PROMPT, LENGTH), 1: range(PROMPT, LENGTH)}, 2000, give)
+    by_position = {m.position: m for m in found if m.rollout == 0}
+    assert by_position[4].influence == pytest.approx(0.25, abs=0.03)
+    assert all(abs(by_position[t].influence) < 0.01 for t in (2, 3, 5, 6, 7))
+    # From position 4 on, no continuation of the second rollout has a reward; after position 3 none.
+    assert [m.position for m in found if m.rollout == 1] == [2]
+    few = measured(Coins(), rollouts[:1], {0: [2, 4]}, 2, lambda some: [setattr(r, "reward", np.nan) for r in some[1:]])
+    assert few == [], "one value has no variance"
+
+
+def test_a_value_that_does_not_vary_adds_no_spread():
+    assert squared_difference(np.array([0.0, 1.0]), np.array([1.0, 1.0])) == pytest.approx(0.25 - 0.25)
