@@ -16,7 +16,7 @@ from appo_jax.benchmark.predictions import Sample, check_samples
 from appo_jax.benchmark.report import score_all, summarize, write_report
 from appo_jax.benchmark.sets import Item, Scorer, benchmark, load_items
 from appo_jax.components import Components, give_rewards, response_of
-from appo_jax.config import Config, EvalSetConfig
+from appo_jax.config import EvalSetConfig
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.policy.parameters import Params
 from appo_jax.reward.language_judge import LanguageJudge
@@ -79,6 +79,14 @@ def draw_samples(
     """Rollouts of every question of a set, under the system prompt of the held-out questions.
 
     Raises DataError for a question that is longer than `rollout.max_prompt_tokens`."""
+    examples = _examples(components, items, scorer)
+    draw_id = (SETS, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)  # different for each part of a set
+    trees = components.sampler.initial(params, examples, draws.samples, draw_id, draws.temperature, draws.max_items)
+    return [[_sample(rollout, components.tokenizer) for rollout in tree] for tree in trees]
+
+
+def _examples(components: Components, items: Sequence[Item], scorer: Scorer) -> list[Example]:
+    """The questions of a set as the policy sees them. Raises DataError for one that is too long."""
     kind: Kind = "math" if scorer == "math" else "qa"
     system = components.held_out[0].system if len(components.held_out) else ""
     examples = [Example(item.id, item.question, item.golds, kind, system) for item in items]
@@ -90,9 +98,7 @@ def draw_samples(
                 f"question {example.id!r} has {length} tokens: raise rollout.max_prompt_tokens = {limit} "
                 "(`appo-jax eval` takes limits from the config that --config names)"
             )
-    draw_id = (SETS, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)  # different for each part of a set
-    trees = components.sampler.initial(params, examples, draws.samples, draw_id, draws.temperature, draws.max_items)
-    return [[_sample(rollout, components.tokenizer) for rollout in tree] for tree in trees]
+    return examples
 
 
 def _sample(rollout: Rollout, tokenizer: Tokenizer) -> Sample:
@@ -108,14 +114,20 @@ def _sample(rollout: Rollout, tokenizer: Tokenizer) -> Sample:
 Sets = Sequence[tuple[EvalSetConfig, list[Item]]]
 
 
-def load_sets(config: Config) -> Sets:
-    """The questions of `eval.sets`. Raises ConfigError or DataError for a set that cannot be read or judged."""
+def load_sets(components: Components) -> Sets:
+    """The questions of `eval.sets`. Raises ConfigError or DataError for a set that cannot be read, asked or judged."""
+    config = components.config
+    sets: list[tuple[EvalSetConfig, list[Item]]] = []
     for chosen in config.eval.sets:
-        if benchmark(chosen.set).scorer == "judge" and config.reward.judge is None:
+        scorer = benchmark(chosen.set).scorer
+        if scorer == "judge" and config.reward.judge is None:
             raise ConfigError(
                 f"eval.sets: {chosen.set} is decided by a judge; give --reward.judge.url and --reward.judge.model"
             )
-    return [(chosen, load_items(chosen.set, Path(chosen.data))[: chosen.limit or None]) for chosen in config.eval.sets]
+        items = load_items(chosen.set, Path(chosen.data))[: chosen.limit or None]
+        _examples(components, items, scorer)
+        sets.append((chosen, items))
+    return sets
 
 
 @heartbeat.phase("evaluate")

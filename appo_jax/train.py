@@ -53,7 +53,7 @@ def train(config: Config) -> None:
 
 
 def _train(config: Config, run: RunDir, components: Components, progress: Progress, stop: Stop) -> None:
-    clock, sets = Clock(), load_sets(config)
+    clock, sets = Clock(), load_sets(components)
     params, accuracies = cold_start(components, run, progress.sft_step, stop)
     trainer, state = begin(components, params)
     del params

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from appo_jax import cli, config_io
-from appo_jax.config import Architecture, Config, PolicyConfig, RopeScaling, YarnScaling, rules
+from appo_jax.config import Architecture, Config, EvalSetConfig, PolicyConfig, RopeScaling, YarnScaling, rules
 from appo_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -187,3 +187,12 @@ def test_the_best_checkpoints_are_those_that_are_judged_and_saved(every, fits):
     found = [text for text in rules.broken(config) if "keep_best_checkpoints" in text]
     assert len(found) == (not fits)
     assert all(f"needs eval.every (given: {every}) to be a multiple of checkpoint_every = 10" in text for text in found)
+
+
+def test_sets_whose_figures_mean_nothing_are_refused():
+    sets = (EvalSetConfig("aime24", "a"), EvalSetConfig("aime24", "b"), EvalSetConfig("gsm8k", "c", samples=4))
+    found = [text for text in rules.broken(replaced(QUICKSTART, "eval.sets", sets)) if text.startswith("eval.sets")]
+    assert "a set is given twice (aime24, aime24, gsm8k)" in found[0]
+    assert "gsm8k has samples = 4 at temperature = 0, where all samples are the same" in found[1]
+    good = (EvalSetConfig("aime24", "a", samples=4, temperature=0.6), EvalSetConfig("gsm8k", "c"))
+    config_io.check(replaced(QUICKSTART, "eval.sets", good))

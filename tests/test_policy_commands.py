@@ -18,8 +18,8 @@ from appo_jax.config import Config, EvalSetConfig, JudgeConfig
 from appo_jax.config_io import load_config, save_config
 from appo_jax.data.demonstrations import LeftOut
 from appo_jax.data.trace_files import read_traces
-from appo_jax.errors import ConfigError
-from appo_jax.evaluate import load_sets
+from appo_jax.errors import ConfigError, DataError
+from appo_jax.evaluate import Sets, load_sets
 from appo_jax.metrics import read_metrics
 from appo_jax.tools.format import render_result
 from appo_jax.train import train
@@ -60,18 +60,28 @@ def test_sets_are_measured_during_training(run: Path) -> None:
 
 
 def test_sets_that_cannot_be_scored_are_refused_before_the_run(tiny: Config, tmp_path: Path) -> None:
-    def config(name: str, **reward: object) -> Config:
-        sets = (EvalSetConfig(name, write_set(tmp_path / "s.jsonl", 1)),)
-        return dataclasses.replace(
-            tiny, eval=dataclasses.replace(tiny.eval, sets=sets), reward=dataclasses.replace(tiny.reward, **reward)
-        )
+    with build(tiny) as components:
 
-    with pytest.raises(ConfigError, match=r"eval\.sets: webwalker is decided by a judge; give --reward\.judge\.url"):
-        load_sets(config("webwalker"))
-    with pytest.raises(ConfigError, match="expected one of aime24"):
-        load_sets(config("mmlu"))
-    ((_, items),) = load_sets(config("webwalker", judge=JudgeConfig("http://127.0.0.1:1/v1", "m")))
-    assert [item.golds for item in items] == [("2",)]
+        def loaded(name: str, **fields: object) -> Sets:
+            file = str(tmp_path / "s.jsonl") if (tmp_path / "s.jsonl").exists() else write_set(tmp_path / "s.jsonl", 1)
+            config = dataclasses.replace(
+                tiny,
+                eval=dataclasses.replace(tiny.eval, sets=(EvalSetConfig(name, file),)),
+                reward=dataclasses.replace(tiny.reward, **fields),
+            )
+            return load_sets(dataclasses.replace(components, config=config))
+
+        with pytest.raises(
+            ConfigError, match=r"eval\.sets: webwalker is decided by a judge; give --reward\.judge\.url"
+        ):
+            loaded("webwalker")
+        with pytest.raises(ConfigError, match="expected one of aime24"):
+            loaded("mmlu")
+        ((_, items),) = loaded("webwalker", judge=JudgeConfig("http://127.0.0.1:1/v1", "m"))
+        assert [item.golds for item in items] == [("2",)]
+        (tmp_path / "s.jsonl").write_text(json.dumps({"id": "long", "question": "why? " * 500, "answer": 2}))
+        with pytest.raises(DataError, match=r"question 'long' has \d+ tokens: raise rollout\.max_prompt_tokens"):
+            loaded("math500")
 
 
 def test_a_person_asks_a_policy(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from appo_jax import heartbeat
 from appo_jax.benchmark.predictions import Predictions, Sample
 from appo_jax.benchmark.scoring import Verdict, score, votes
 from appo_jax.benchmark.sets import Item, benchmark
@@ -39,7 +40,10 @@ def score_all(name: str, items: Sequence[Item], predictions: Predictions, judge:
     """The verdicts of every question. If a judged set has no judge, its samples have token F1 but no verdict."""
     scorer = benchmark(name).scorer
     pairs = [(item, sample) for item in items for sample in predictions.samples[item.id]]
-    verdicts = [score(item, sample.text, scorer) for item, sample in pairs]
+    verdicts = []
+    for item, sample in pairs:
+        verdicts.append(score(item, sample.text, scorer))
+        heartbeat.progress()
     if scorer == "judge":
         verdicts = _judged(pairs, verdicts, judge)
     found = iter(zip(pairs, verdicts, strict=True))

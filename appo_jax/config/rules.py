@@ -82,6 +82,19 @@ def _tools(config: Config) -> Iterator[str]:
         )
 
 
+def _evaluation(config: Config) -> Iterator[str]:
+    sets = config.eval.sets
+    names = [chosen.set for chosen in sets]
+    if len(set(names)) < len(names):
+        yield f"eval.sets: a set is given twice ({', '.join(names)}), and its figures would overwrite each other; give it once"
+    for chosen in sets:
+        if chosen.samples > 1 and chosen.temperature == 0:
+            yield (
+                f"eval.sets: {chosen.set} has samples = {chosen.samples} at temperature = 0, where all samples are the same; "
+                "set a temperature above 0, or samples = 1"
+            )
+
+
 def _branching(config: Config) -> Iterator[str]:
     b = config.branching
     if b.clip_low >= b.clip_high:
@@ -142,6 +155,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _checkpoints,
     _rollouts,
     _reward,
+    _evaluation,
     _tools,
     _branching,
     _objective,

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from appo_jax import heartbeat
 from appo_jax.config import JudgeConfig
 from appo_jax.errors import DataError
 from appo_jax.reward.grade import Grade, final_answer
@@ -82,8 +83,12 @@ class LanguageJudge:
 
     def decide(self, questions: Sequence[tuple[str, Sequence[str], str]]) -> list[Decision]:
         """The decision of each (question, golds, answer), in order."""
+        decisions = []
         with concurrent.futures.ThreadPoolExecutor(self.config.concurrency) as pool:
-            return list(pool.map(lambda q: self.verdict(*q), questions))
+            for decision in pool.map(lambda q: self.verdict(*q), questions):
+                heartbeat.progress()
+                decisions.append(decision)
+        return decisions
 
     def grade(self, response: Response) -> Grade:
         """Whether the final answer of a rollout is right. Raises NoVerdict."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from faulty_judge import WRONG, FaultyJudge
 
+from appo_jax import heartbeat
 from appo_jax.config import JudgeConfig, RewardConfig
 from appo_jax.errors import AppoError, ConfigError, DataError
 from appo_jax.reward import Judge, Response, make_reward
@@ -55,6 +56,18 @@ def test_each_rollout_has_its_own_fate(endpoint, tmp_path):
     assert [j.reward for j in again.each([answering("good"), answering("bad")])] == [1, 0]
     assert again.metrics()["judge/requests"] == 0
     again.close()
+
+
+def test_every_verdict_is_progress(endpoint, tmp_path):
+    """A set of many questions takes longer than a run may be silent; none of its verdicts does."""
+    judge = LanguageJudge(JudgeConfig(endpoint.url, "m", timeout=0.5, attempts=1, concurrency=1), tmp_path / "v.sqlite")
+    heartbeat.progress()
+    began = time.monotonic()
+    judge.decide([(f"{i}?", ("x",), "slow") for i in range(3)])
+    took = time.monotonic() - began
+    assert took > 1.4
+    assert heartbeat._life.longest["start"] < took / 2
+    judge.close()
 
 
 def test_what_needs_no_judge_asks_none(endpoint, tmp_path):
