@@ -77,7 +77,7 @@ def test_a_tool_that_cannot_be_had_is_named(path: str, folder: Path, monkeypatch
     monkeypatch.syspath_prepend(folder)
     for name in ("mine", "raises", "syntax"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(AppoError, match=f"tools.enabled: {path!r} (raised|cannot be imported)"):
+    with pytest.raises(AppoError, match=f"tools.enabled = {path!r} (raised|cannot be imported)"):
         import_tool(path)
 
 

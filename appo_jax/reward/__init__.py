@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from appo_jax.reward.official import official_reward
 from appo_jax.reward.response import Response
 from appo_jax.reward.robust import robust_reward
 from appo_jax.tools.format import CallFormat
+from appo_jax.tools.user_code import imported
 from appo_jax.types import RewardResult
 
 __all__ = ["Judge", "Judgement", "Response", "make_reward"]
@@ -43,9 +43,9 @@ def make_reward(config: RewardConfig, call_format: CallFormat, folder: Path) -> 
             robust_reward, bonus=config.tool_bonus, call_format=call_format, grade=language.grade
         )
     else:
-        function = _imported("reward.function", name, "robust, official, judge or package.module:function")
+        function = _function("reward.function", name, "robust, official, judge or package.module:function")
     terms = {
-        path.partition(":")[2]: _imported("reward.terms", path, "package.module:function") for path in config.terms
+        path.partition(":")[2]: _function("reward.terms", path, "package.module:function") for path in config.terms
     }
     if terms:
         function = functools.partial(_with_terms, function, terms)
@@ -64,17 +64,8 @@ def _with_terms(
     return RewardResult(result.reward + sum(parts.values()), result.correct, {**result.detail, **parts})
 
 
-def _imported(field: str, path: str, expected: str) -> Callable[[Response], Any]:
-    expected = f"expected {expected}"
-    module_name, _, function_name = path.partition(":")
-    if not module_name or not function_name:
-        raise ConfigError(f"{field} = {path!r}: {expected}")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise ConfigError(f"{field} = {path!r}: cannot import {module_name!r} ({error}); {expected}") from error
-    except AttributeError as error:
-        raise ConfigError(f"{field} = {path!r}: {module_name!r} has no {function_name!r}; {expected}") from error
+def _function(field: str, path: str, expected: str) -> Callable[[Response], Any]:
+    function = imported(field, path, expected)
     if not callable(function):
-        raise ConfigError(f"{field} = {path!r} is a {type(function).__name__}, not a function; {expected}")
+        raise ConfigError(f"{field} = {path!r} is a {type(function).__name__}, not a function; expected {expected}")
     return function

@@ -16,6 +16,7 @@ from appo_jax.config import ToolsConfig
 from appo_jax.errors import AppoError, ConfigError, ToolError
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.protocol import Tool
+from appo_jax.tools.user_code import imported
 from appo_jax.types import Document
 
 
@@ -53,23 +54,18 @@ def tool_names() -> list[str]:
 
 def import_tool(path: str) -> Tool:
     """The tool that `package.module:factory` returns when called without arguments."""
-    module, _, attribute = path.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing the user's module may raise anything
-        raise ConfigError(
-            f"tools.enabled: {path!r} cannot be imported ({type(error).__name__}: {error}); expected `package.module:factory`, "
-            "of a package or of a file in the working directory"
-        ) from error
+    factory = imported("tools.enabled", path, "package.module:factory")
     try:
         tool = factory()
     except AppoError:
         raise
-    except Exception as error:
-        raise ToolError(f"tools.enabled: {path!r} raised {type(error).__name__} when it was called: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ToolError(
+            f"tools.enabled = {path!r} raised {type(error).__name__} when it was called: {error}"
+        ) from error
     missing = [need for need in ("name", "start", "call", "close") if not hasattr(tool, need)]
     if missing:
         raise ConfigError(
-            f"tools.enabled: {path!r} gave a {type(tool).__name__} without {', '.join(missing)} (tools/protocol.py)"
+            f"tools.enabled = {path!r} gave a {type(tool).__name__} without {', '.join(missing)} (tools/protocol.py)"
         )
     return tool

@@ -30,6 +30,9 @@ def user_module(tmp_path, monkeypatch):
         CONSTANT = 3
     """
     (tmp_path / "my_rewards.py").write_text("\n".join(line.strip() for line in source.splitlines()))
+    (tmp_path / "my_broken.py").write_text("def f(response):\n    return\nNone.missing\n")
+    (tmp_path / "my_syntax.py").write_text("def f(response:\n")
+    (tmp_path / "my_script.py").write_text("raise SystemExit(2)\n")
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -64,8 +67,11 @@ def test_user_function():
         ("robst", "expected robust, official, judge or package.module:function"),
         ("my_rewards:", "expected robust"),
         (":length", "expected robust"),
-        ("no_such_module:length", "cannot import 'no_such_module'"),
-        ("my_rewards:no_such_function", "'my_rewards' has no 'no_such_function'"),
+        ("no_such_module:length", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("my_rewards:no_such_function", "module 'my_rewards' has no attribute 'no_such_function'"),
+        ("my_broken:f", "'NoneType' object has no attribute 'missing'"),
+        ("my_syntax:f", "SyntaxError: .*my_syntax.py, line 1"),
+        ("my_script:f", "SystemExit: 2"),
         ("my_rewards:CONSTANT", "is a int, not a function"),
     ],
 )
@@ -81,5 +87,5 @@ def test_terms_are_added_and_stand_among_the_parts():
     assert judgement.reward == judgement.detail["tenth"] == len(TEXT) / 10
     assert judgement.detail["format"] == 1
     assert "raised TypeError" in make_reward("robust", 0.1, FORMAT, "my_rewards:nonsense")(RESPONSE).error
-    with pytest.raises(ConfigError, match=r"reward\.terms = 'my_rewards:none': 'my_rewards' has no 'none'"):
+    with pytest.raises(ConfigError, match=r"reward\.terms = 'my_rewards:none' .* has no attribute 'none'"):
         make_reward("robust", 0.1, FORMAT, "my_rewards:none")
