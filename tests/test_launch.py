@@ -27,7 +27,7 @@ KIND = {"TPU_TYPE": "v5p-128", "TPU_RUNTIME": "v2-alpha-tpuv5"}
 WHERE = "--project p --zone z"
 
 # Writes each call on a line, spaces between arguments; `describe` answers the lines of $STATES, one a call (MISSING: there is no
-# such request; OFFLINE: it fails). With $BY_NODE every node has lines, and a worker, of its own. $STARTED: a node whose workers have
+# such request; OFFLINE: it fails). With $BY_NODE every node has lines, and a worker, of its own. The workers of node $STARTED have
 # the command.
 GCLOUD = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"

@@ -13,13 +13,15 @@ import secrets
 import selectors
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # A supervisor that sends nothing for this time counts as lost.
 SILENCE_S = 12.0
 # The time in which all supervisors must connect to the hub.
 CONNECT_S = 60.0
+# Any program may connect to the hub. It is dropped if its first message takes longer or is larger than this, in seconds and bytes.
+HELLO_S, HELLO_BYTES = 5.0, 4096
 # At the end, the hub waits this long for the others to close their connections.
 GOODBYE_S = 2.0
 
@@ -39,7 +41,8 @@ class Line:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
-        self.connection, self._begun, self.heard = connection, b"", time.monotonic()
+        self.connection, self._begun = connection, b""
+        self.opened = self.heard = time.monotonic()
 
     def receive(self) -> list[dict[str, Any]] | None:
         """The messages that have arrived; None if the other end has closed the connection."""
@@ -55,6 +58,10 @@ class Line:
         *lines, self._begun = (self._begun + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
+    def unfinished(self) -> int:
+        """The bytes of the next message that have arrived."""
+        return len(self._begun)
+
     def send(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # `receive` notices a broken connection
             self.connection.send(json.dumps(message).encode() + b"\n")
@@ -69,6 +76,7 @@ class Peers:
         self.left: set[int] = set()  # hosts that ended without failure
         self._selector = selector
         self._lines: dict[int, Line] = {}  # by host: at the hub all others, at the others the hub
+        self._unknown: list[Line] = []  # at the hub: connections without a first message
         self._listener: socket.socket | None = None
         self._token, self._began = "", time.monotonic()
 
@@ -107,6 +115,8 @@ class Peers:
     def lost(self) -> Cause | None:
         """The cause for a host that has been silent for too long or has not connected in time; None if there is none."""
         now = time.monotonic()
+        for line in [line for line in self._unknown if now - line.opened > HELLO_S]:
+            self._forget(line, close=True)
         for host, line in self._lines.items():
             if host not in self.left and (silent := now - line.heard) > SILENCE_S:
                 return self.gone(host, f"has given no sign of life for {silent:.0f} s")
@@ -142,25 +152,41 @@ class Peers:
         self.close()
 
     def close(self) -> None:
-        for line in self._lines.values():
+        for line in (*self._lines.values(), *self._unknown):
             line.connection.close()
         if self._listener is not None:
             self._listener.close()
 
-    def _accept(self) -> Cause | None:
+    def _accept(self) -> None:
         assert self._listener is not None
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, TypeError, AttributeError
-        ):  # any program may connect and send anything
-            connection, _ = self._listener.accept()
-            connection.settimeout(2.0)
-            hello = json.loads(connection.makefile("rb").readline(4096) or b"{}")
-            if secrets.compare_digest(str(hello.get("token")), self._token) and hello["host"] not in self._lines:
-                self.beats[hello["host"]] = {"machine": hello["machine"], "phase": "start", "step": 0}
-                self._add(hello["host"], Line(connection))
-            else:
-                connection.close()
-        return None
+        with contextlib.suppress(OSError):
+            line = Line(self._listener.accept()[0])
+            self._unknown.append(line)
+            self._selector.register(line.connection, selectors.EVENT_READ, lambda: self._greet(line))
+
+    def _greet(self, line: Line) -> Cause | None:
+        """Read the first message of a connection: it must hold the token and a host. Others may have come with it."""
+        try:
+            messages = line.receive()
+            if messages == [] and line.unfinished() <= HELLO_BYTES:
+                return None
+            hello, *more = messages or [{}]
+            known = secrets.compare_digest(str(hello.get("token")), self._token) and hello["host"] not in self._lines
+            beat = {"machine": hello["machine"], "phase": "start", "step": 0} if known else {}
+        except (ValueError, KeyError, TypeError, AttributeError):  # any program may send anything
+            known = False
+        self._forget(line, close=not known)
+        if not known:
+            return None
+        self.beats[hello["host"]] = beat
+        self._add(hello["host"], line)
+        return self._handle(hello["host"], more)
+
+    def _forget(self, line: Line, close: bool) -> None:
+        self._unknown.remove(line)
+        self._selector.unregister(line.connection)
+        if close:
+            line.connection.close()
 
     def _add(self, host: int, line: Line) -> None:
         self._lines[host] = line
@@ -174,6 +200,9 @@ class Peers:
             line.connection.close()
             del self._lines[host]
             return None if host in self.left else self.gone(host, "has closed its connection")
+        return self._handle(host, messages)
+
+    def _handle(self, host: int, messages: Sequence[dict[str, Any]]) -> Cause | None:
         for message in messages:
             if "failed" in message:
                 return Cause(**message["failed"])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import selectors
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from appo_jax.supervision import peers
 from appo_jax.supervision.status import note_failure, read_status
 
 PROGRAMS = str(Path(__file__).parent / "programs.py")
@@ -100,6 +105,40 @@ def test_a_host_may_be_late_while_it_makes_progress(
     assert codes == [code, code], logs
     for log in logs:
         assert code == 0 or cause in last_line(log), log
+
+
+def test_any_program_may_connect_to_the_hub_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "HELLO_S", 1.0)
+    selector = selectors.DefaultSelector()
+    hub = peers.Peers(selector)
+    port, token = hub.listen(2)
+
+    def rounds(seconds: float) -> list[peers.Cause]:
+        """What the hub finds out in this time, if it never waits for anybody."""
+        causes, end = [], time.monotonic() + seconds
+        while (began := time.monotonic()) < end:
+            causes += [cause for key, _ in selector.select(0.05) if (cause := key.data())]
+            causes += [cause for cause in [hub.lost()] if cause]
+            assert time.monotonic() - began < 0.5
+        return causes
+
+    slow, large, wrong, right = (socket.create_connection(("127.0.0.1", port)) for _ in range(4))
+    large.sendall(b"x" * 10_000)
+    wrong.sendall(b'{"token": "guessed", "host": 1, "machine": "m"}\n')
+    for _ in range(3):
+        slow.send(b"{")
+        assert rounds(0.1) == []
+    hello = {"token": token, "host": 1, "machine": "worker-1"}
+    failed = {"failed": {"host": 1, "text": "line 7 is not JSON", "code": 1}}
+    right.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in (hello, failed)))  # in one packet
+    assert rounds(0.2) == [peers.Cause(1, "line 7 is not JSON", 1)]
+    assert hub.beats[1]["machine"] == "worker-1"
+    rounds(1.0)
+    for dropped in (slow, large, wrong):
+        dropped.settimeout(1.0)
+        with contextlib.suppress(ConnectionResetError):
+            assert dropped.recv(1) == b""
+    hub.close()
 
 
 def test_a_host_that_fails_again_and_again_is_named(tmp_path: Path) -> None:
