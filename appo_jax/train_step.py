@@ -127,13 +127,17 @@ class Step:
         """The initial rollouts of every prompt, with rewards.
 
         Dynamic sampling: a prompt whose rewards are all equal gives no gradient. It is replaced by another prompt, at most
-        `max_resamples` times.
+        `max_resamples` times. Batches of `more` are taken as they are needed. A step begins with a new batch: what is left of
+        them at its end is not used, because a checkpoint holds the position of `more` only.
         """
         trees = self._draw(params, examples, INITIAL)
+        unused: list[Example] = []
         for attempt in range(self.algorithm.max_resamples):
             flat = [i for i, tree in enumerate(trees) if without_spread(np.array([r.reward for r in tree]))]
-            others = next(more, ()) if flat else ()
-            drawn = self._draw(params, others[: len(flat)], RESAMPLE + attempt) if others else []
+            if len(unused) < len(flat):
+                unused += next(more, ())
+            others, unused = unused[: len(flat)], unused[len(flat) :]
+            drawn = self._draw(params, others, RESAMPLE + attempt) if others else []
             for i, tree in zip(flat, drawn, strict=False):
                 trees[i] = tree
             self.resampled += len(drawn)

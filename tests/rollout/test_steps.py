@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -180,6 +181,23 @@ def test_dynamic_sampling_replaces_prompts_without_spread_and_is_bounded(step) -
     replaced = record["rollout/resampled_prompts"]
     assert sum(tree[0].example.id.startswith("new") for tree in trees) == replaced
     assert len(list(one)) == (replaced == 0), "no prompts are taken when none are needed"
+
+
+def test_dynamic_sampling_uses_a_batch_before_it_takes_another(step) -> None:
+    """One prompt of the step is replaced three times, by the first three questions of one further batch."""
+    asked: Counter[str] = Counter()
+
+    def reward(response: Response) -> RewardResult:
+        asked[response.question] += 1
+        spread = response.question not in ("the fox", "a", "b")
+        return RewardResult(float(spread and asked[response.question] % 2), False)
+
+    batch = [Example(f"new {text}", text, ("x",), "qa", "") for text in "abcd"]
+    more = iter([batch, batch])
+    record, trees, _, _ = step(Config(algorithm="grpo", max_resamples=4), reward, more)
+    assert record["rollout/resampled_prompts"] == 3
+    assert [tree[0].example.id for tree in trees] == ["new c", "q1", "q2", "q3"]
+    assert len(list(more)) == 1
 
 
 def test_kl_in_the_reward_and_sampler_correction_change_the_batch_and_not_the_rewards(step) -> None:
