@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from appo_jax.checkpoint import TEMPORARY
-from appo_jax.checkpoint_read import verify
+from appo_jax.checkpoint_read import REMOVED, verify
 from appo_jax.errors import CheckpointError
-from appo_jax.storage import usable_path
+from appo_jax.storage import folder_size, usable_path, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +37,15 @@ def entries(run: Path) -> list[Entry]:
     folders = [folder for phase in ("sft", "rl") if (folder := run / "checkpoints" / phase).is_dir()]
     if not folders:
         raise CheckpointError(f"{run}: no checkpoints; give the directory of a run that has begun to train")
-    return [_entry(path) for folder in folders for path in sorted(folder.iterdir(), key=_order)]
+    paths = [path for folder in folders for path in sorted(folder.iterdir(), key=_order)]
+    return [entry for path in paths if (entry := _entry(path)) is not None]
 
 
 def verified(run: Path) -> Iterator[tuple[Entry, str]]:
     """Read every checkpoint completely. Each comes with "sound", or with what is wrong with it."""
     for entry in entries(run):
-        if entry.kind == "checkpoint":
-            yield entry, verify(entry.path)
+        if entry.kind == "checkpoint" and (word := verify(entry.path)) != REMOVED:  # by the run, which goes on
+            yield entry, word
 
 
 def prune(run: Path) -> list[Entry]:
@@ -56,35 +58,56 @@ def prune(run: Path) -> list[Entry]:
 
 
 def copy(run: Path, out: Path) -> Path:
-    """Copy the newest sound RL checkpoint and the run's config to `out`, a run directory that can be continued or exported.
+    """Copy a run with its newest sound RL checkpoint to `out`, which can then be continued or exported. Returns the copied step.
 
-    Raises CheckpointError if no checkpoint is sound, or if `out` exists and is not empty.
+    Copied are the newest sound checkpoint of the cold start, too, the records of steps, and the config with `run_dir = out`.
+    Raises CheckpointError if no RL checkpoint is sound, or if `out` exists and is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out}: exists and is not empty; give a new folder")
-    for entry in reversed(entries(run)):
-        if entry.kind != "checkpoint" or entry.path.parent.name != "rl" or verify(entry.path) != "sound":
-            continue
-        target = usable_path(out) / "checkpoints" / "rl" / entry.path.name
-        shutil.copytree(entry.path, target)
-        shutil.copy(run / "config.json", out)
+    out = usable_path(out)
+    copied = {phase: step for phase in ("rl", "sft") if (step := _newest_sound(run, phase)) is not None}
+    if "rl" not in copied:
+        raise CheckpointError(f"{run}: no sound checkpoint under checkpoints/rl; nothing can be copied")
+    for phase, step in copied.items():
+        target = out / "checkpoints" / phase / step.name
+        try:
+            shutil.copytree(step, target)
+        except (OSError, shutil.Error) as error:
+            if step.exists():
+                raise
+            raise CheckpointError(f"{step}: the run has removed it meanwhile; delete {out} and try again") from error
         if (word := verify(target)) != "sound":
             raise CheckpointError(
                 f"{target}: the copy differs from the original ({word}); the disk under {out} loses data"
             )
-        return target
-    raise CheckpointError(f"{run}: no sound checkpoint under checkpoints/rl; nothing can be copied")
+    for records in ("metrics.jsonl", "sft.jsonl"):
+        if (run / records).exists():
+            shutil.copy(run / records, out)
+    config = json.loads((run / "config.json").read_text())
+    write_atomically(out / "config.json", json.dumps(config | {"run_dir": str(out)}, indent=2) + "\n")
+    return out / "checkpoints" / "rl" / copied["rl"].name
 
 
-def _entry(path: Path) -> Entry:
-    files = [file for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file()]
+def _newest_sound(run: Path, phase: str) -> Path | None:
+    for entry in reversed(entries(run)):
+        if entry.kind == "checkpoint" and entry.path.parent.name == phase and verify(entry.path) == "sound":
+            return entry.path
+    return None
+
+
+def _entry(path: Path) -> Entry | None:
     kind = (
         "half-written" if TEMPORARY in path.name
         else "refused" if path.name.startswith("refused_")
         else "checkpoint" if path.name.isdigit() and path.is_dir()
         else "stray"
     )  # fmt: skip
-    return Entry(path, kind, sum(file.stat().st_size for file in files), path.stat().st_mtime)
+    try:
+        stat = path.stat()
+    except FileNotFoundError:  # the run has removed it
+        return None
+    return Entry(path, kind, folder_size(path) if path.is_dir() else stat.st_size, stat.st_mtime)
 
 
 def _order(path: Path) -> tuple[bool, int, str]:

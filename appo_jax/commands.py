@@ -116,10 +116,13 @@ def checkpoints_command(args: Sequence[str]) -> None:
             run: The run's directory.
             verify: Read each completely, and compare it with the checksums written when it was saved.
             prune: Remove broken and half-written ones that were set aside. Good checkpoints are kept.
-            copy_to: A new folder, for the newest sound checkpoint and the config: a run that can be continued or exported.
+            copy_to: A new folder, for the newest sound checkpoints, records and config: a run that can be continued or exported.
         """
+        import jax
+
         from appo_jax import archive
 
+        jax.config.update("jax_platforms", "cpu")  # another process may hold the accelerator
         if copy_to is not None:
             print(archive.copy(run, copy_to))
         for entry in archive.prune(run) if prune else ():

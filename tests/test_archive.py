@@ -1,7 +1,11 @@
 """`appo-jax checkpoints`: lists, verifies and copies checkpoints, and removes broken ones."""
 
 import fcntl
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -28,7 +32,11 @@ def pristine(tmp_path_factory):
     for step in (2, 4, 10):
         checkpointer.save(step, state(step), {}, None)
     checkpointer.close()
-    (run / "config.json").write_text("{}")
+    checkpointer = Checkpointer(run / "checkpoints/sft", keep=1)
+    checkpointer.save(7, state(7), {}, None)
+    checkpointer.close()
+    (run / "config.json").write_text('{"run_dir": "runs/first", "seed": 3}')
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
     return run
 
 
@@ -44,10 +52,11 @@ def run(pristine, tmp_path):
 
 def test_everything_is_listed_by_its_kind(run):
     assert [(entry.path.name, entry.kind) for entry in entries(run)] == [
-        ("2", "checkpoint"), ("4", "checkpoint"), ("10", "checkpoint"), ("12.orbax-checkpoint-tmp-3", "half-written"),
+        ("7", "checkpoint"), ("2", "checkpoint"), ("4", "checkpoint"), ("10", "checkpoint"),
+        ("12.orbax-checkpoint-tmp-3", "half-written"),
         ("notes.txt", "stray"), ("refused_6", "refused"),
     ]  # fmt: skip
-    assert "rl/10" in entries(run)[2].line()
+    assert "rl/10" in entries(run)[3].line()
 
 
 def test_what_is_broken_is_found_by_reading(run):
@@ -60,6 +69,16 @@ def test_what_is_broken_is_found_by_reading(run):
     assert words["4"] != "sound"
 
 
+def test_checkpoints_are_verified_where_no_accelerator_is_free(run):
+    """There is none here; and no memory for a whole checkpoint at once is needed."""
+    command = [sys.executable, "-m", "appo_jax", "checkpoints", str(run), "--verify"]
+    done = subprocess.run(
+        command, env=os.environ | {"JAX_PLATFORMS": "tpu,cpu"}, text=True, capture_output=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sound") == 4
+
+
 def test_a_run_may_be_named_from_where_one_stands(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert {word for _, word in verified(Path("run"))} == {"sound"}
@@ -68,7 +87,7 @@ def test_a_run_may_be_named_from_where_one_stands(run, tmp_path, monkeypatch):
 
 def test_pruning_keeps_what_is_good_and_what_is_not_ours(run):
     assert [entry.path.name for entry in prune(run)] == ["12.orbax-checkpoint-tmp-3", "refused_6"]
-    assert [entry.path.name for entry in entries(run)] == ["2", "4", "10", "notes.txt"]
+    assert [entry.path.name for entry in entries(run)] == ["7", "2", "4", "10", "notes.txt"]
 
 
 def test_a_run_that_is_being_written_is_not_pruned(run):
@@ -76,13 +95,16 @@ def test_a_run_that_is_being_written_is_not_pruned(run):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match="a process is writing this run"):
             prune(run)
-    assert len(entries(run)) == 6
+    assert len(entries(run)) == 7
 
 
 def test_the_newest_sound_checkpoint_is_copied(run, tmp_path):
     shutil.rmtree(run / "checkpoints/rl/10/state")
     assert copy(run, tmp_path / "out").name == "4"
-    assert (tmp_path / "out/config.json").exists()
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"run_dir": str(tmp_path / "out"), "seed": 3}
+    assert (tmp_path / "out/metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert {word for _, word in verified(tmp_path / "out")} == {"sound"}
+    assert [entry.path.name for entry in entries(tmp_path / "out")] == ["7", "4"]
     checkpointer = Checkpointer(tmp_path / "out/checkpoints/rl", keep=3)
     step, back, _ = checkpointer.restore_latest(state(1), None)
     checkpointer.close()
