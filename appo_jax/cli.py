@@ -311,13 +311,11 @@ def _plan(args: Sequence[str]) -> None:
         lengths=known.lengths,
         on_program=lambda name: log.info("compiling: %s", name),
     )
-    more: dict[str, Any] = {}
     if known.search is None:
-        plan = compiler.plan(config)
+        plan, more = compiler.plan(config), dict[str, Any]()
     else:
         found = search(config, compiler.plan, 60 * known.search, report.log_better)
-        plan = found.plan
-        more = {"change": found.changes(config), "tried": found.tried, "finished": found.finished}
+        plan, more = found.plan, found.report(config)
     if known.price is not None:
         more["dollars_a_step"] = plan.dollars(known.price)
     if known.json:

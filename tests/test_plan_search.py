@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from appo_jax.config import MeshConfig, OptimizerConfig, RolloutConfig
 from appo_jax.config_io import load_config
 from appo_jax.dumps import write_dump
-from appo_jax.errors import ConfigError, DataError
+from appo_jax.errors import ConfigError, DataError, PlanError
 from appo_jax.plan import report
 from appo_jax.plan.lengths import Lengths, RolloutLengths
 from appo_jax.plan.search import neighbours, search
@@ -125,6 +125,26 @@ def test_what_the_devices_do_not_take_is_passed_over():
         return landscape(config)
 
     assert search(CONFIG, only_tensor_four, 60, lambda *_: None).config.mesh.tensor == 4
+
+
+def test_what_the_compiler_fails_on_is_passed_over_and_named():
+    def fails_on_more_rows(config):
+        if config.rollout.decode_rows > CONFIG.rollout.decode_rows:
+            raise PlanError("decode: the compiler failed with JaxRuntimeError: INTERNAL")
+        return landscape(config)
+
+    found = search(CONFIG, fails_on_more_rows, 60, lambda *_: None)
+    assert found.finished
+    assert found.plan.step_s < landscape(CONFIG).step_s
+    assert found.failed
+    assert all("--rollout.decode-rows 384" in options and "INTERNAL" in e for options, e in found.failed.items())
+    assert any(name.startswith("not compiled, --") for name in found.report(CONFIG))
+    with pytest.raises(PlanError):
+        search(CONFIG, lambda config: fails_on_more_rows(wider(config)), 60, lambda *_: None)
+
+
+def wider(config):
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, decode_rows=4096))
 
 
 def test_neighbours_are_valid_and_keep_the_devices():

@@ -78,7 +78,7 @@ _MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices")
 _DEPENDS_ON = (
     dict.fromkeys(("reshard", "score"), _MESH)
     | dict.fromkeys(("prefill", "decode", "append"), (*_MESH, "rollout.decode_rows"))
-    | {"train": (*_MESH, "optimizer.micro_batch", "optimizer.remat")}
+    | {"train": (*_MESH, "optimizer.micro_batch", "optimizer.remat"), "cold start": (*_MESH, "optimizer.remat")}
 )
 
 
@@ -118,17 +118,20 @@ def compiler_for(topology: str, slices: int = 1, **options: Any) -> Compiler:
 def measure(program: Program, chips: int) -> Need:
     """Compile a program for `chips` devices and read what it needs on each.
 
-    If the compiler refuses it for lack of memory, the result has `refused` and the compiler's figure for its memory. Other
-    errors of the compiler are raised.
+    If the compiler refuses it for lack of memory, the result has `refused` and the compiler's figure for its memory. Raises
+    PlanError for another error of the compiler.
     """
     began = time.perf_counter()
     traced = program.trace()
     try:
         compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:  # kernels that cannot be compiled have errors of other types than XLA's
         used = hbm_of_refusal(str(error))
         if used is None:
-            raise
+            raise PlanError(
+                f"{program.name}: the compiler failed with {type(error).__name__}: {error}; another mesh, or other values of "
+                f"{program.fields or 'the architecture'}, may be compiled"
+            ) from error
         return Need(
             program.name, used + program.beside, program.beside, 0, 0, 0, 0, 0, {}, 0, 0, time.perf_counter() - began,
             program.times, program.counted, program.fields, program.kept, refused=True,

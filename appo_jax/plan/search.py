@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import get_args
+from typing import Any, get_args
 
 from appo_jax.algorithms import make_algorithm
 from appo_jax.config import Config, Remat
 from appo_jax.config_io import check, diff_configs, flatten
-from appo_jax.errors import ConfigError
+from appo_jax.errors import ConfigError, PlanError
 from appo_jax.plan.report import Plan
 from appo_jax.rollout.shapes import Shapes
 
@@ -27,12 +27,17 @@ class Found:
     """Number of configs for which a plan was made."""
     finished: bool
     """Whether no neighbour of `config` is better. False: the time was over before this was known."""
+    failed: dict[str, str]
+    """Neighbours for which the compiler failed, as options of the command line, and its errors."""
 
     def changes(self, start: Config) -> str:
         """The changes from `start`, as options of the command line."""
-        fields = flatten(self.config)
-        options = [f"--{name.replace('_', '-')} {fields[name]}" for name in diff_configs(start, self.config)]
-        return " ".join(options) or "nothing: the config is the best of those that were tried"
+        return _options(start, self.config) or "nothing: the config is the best of those that were tried"
+
+    def report(self, start: Config) -> dict[str, Any]:
+        """What is printed of the search, from names to values."""
+        report = {"change": self.changes(start), "tried": self.tried, "finished": self.finished}
+        return report | {f"not compiled, {options}": error for options, error in self.failed.items()}
 
 
 def search(
@@ -42,23 +47,27 @@ def search(
 
     A config that fits is better than one that does not fit. Of two that fit, the one with the shorter step is better; of two
     that do not fit, the one with the lower peak of memory. If `plan_of` raises ConfigError for a neighbour, because the
-    devices cannot run it, the neighbour is skipped; for `config` itself the error is raised. `on_better` is called with every
-    better config and its plan. The result is never worse than `config`.
+    devices cannot run it, the neighbour is skipped; if it raises PlanError, because the compiler fails, the neighbour is skipped
+    and named in the result. For `config` itself the error is raised. `on_better` is called with every better config and its
+    plan. The result is never worse than `config`.
     """
     deadline = time.monotonic() + seconds
     best, plan, tried = config, plan_of(config), 1
-    seen = [config]
+    seen, failed = [config], dict[str, str]()
     while True:
         better = False
         for other in neighbours(best):
             if other in seen:
                 continue
             if time.monotonic() > deadline:
-                return Found(best, plan, tried, finished=False)
+                return Found(best, plan, tried, finished=False, failed=failed)
             seen.append(other)
             try:
                 other_plan = plan_of(other)
             except ConfigError:
+                continue
+            except PlanError as error:
+                failed[_options(config, other)] = str(error)
                 continue
             tried += 1
             if _rank(other_plan) < _rank(plan):
@@ -66,7 +75,7 @@ def search(
                 on_better(best, plan)
                 break  # go on with the neighbours of the better config
         if not better:
-            return Found(best, plan, tried, finished=True)
+            return Found(best, plan, tried, finished=True, failed=failed)
 
 
 def neighbours(config: Config) -> Iterator[Config]:
@@ -100,6 +109,12 @@ def _candidates(config: Config) -> Iterator[Config]:
     for data, fsdp in ((2 * mesh.data, mesh.fsdp // 2), (mesh.data // 2, 2 * mesh.fsdp)):
         if data * fsdp == mesh.data * mesh.fsdp:
             yield replace(config, mesh=replace(mesh, data=data, fsdp=fsdp))
+
+
+def _options(start: Config, other: Config) -> str:
+    """The changes from `start` to `other`, as options of the command line."""
+    fields = flatten(other)
+    return " ".join(f"--{name.replace('_', '-')} {fields[name]}" for name in diff_configs(start, other))
 
 
 def _rank(plan: Plan) -> tuple[bool, float]:
