@@ -15,17 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from rich.console import Console
 
 from appo_jax.cli import main
-from appo_jax.config import MeshConfig, OptimizerConfig
+from appo_jax.config import LoRAConfig, MeshConfig, OptimizerConfig
 from appo_jax.config_io import load_config
+from appo_jax.data.pipeline import TraceBatch
 from appo_jax.errors import ConfigError, PlanError
 from appo_jax.plan import compiler, hlo, programs, report
 from appo_jax.plan.abstract import Arrays, in_all
 from appo_jax.plan.topology import CHIPS, GIB, Chip, parse_slice
+from appo_jax.policy.architecture import architecture_of
 from appo_jax.policy.parameters import abstract_params
 from appo_jax.policy.sharding import make_mesh, use_mesh
+from appo_jax.sft import to_train_batch
 
 ROOT = Path(__file__).parents[1]
 PAPER = ("qwen2_5_7b_reasoning", "llama3_1_8b_reasoning", "qwen3_8b_deepsearch", "qwen3_14b_deepsearch")
@@ -441,7 +445,7 @@ def test_programs_of_a_small_config_compile_and_are_counted():
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     found = {p.name: p for p in programs.programs(config, arch, mesh)}
     assert list(found) == [
-        "reshard", "prefill", "decode, initial", "score", "decode, branches", "append, initial", "append, branches",
+        "cold start", "reshard", "prefill", "decode, initial", "score", "decode, branches", "append, initial", "append, branches",
         "train",
     ]  # fmt: skip
     # 16 prompts, 8 a mini-batch, N = 4, M = 16, B = 3, 112 tokens, 64 rows: 64 initial rollouts at once; 96 branches of
@@ -459,8 +463,61 @@ def test_programs_of_a_small_config_compile_and_are_counted():
         assert measured.flops > 0 or program.name == "reshard"
     params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: abstract_params(arch))))
     # Beside the float32 weights and two moments, what generates has its copy in bfloat16.
-    kept = {name: program.kept / params for name, program in found.items()}
-    assert kept == pytest.approx(
-        {name: 12 if name in ("reshard", "score", "train") else 14 for name in found}, rel=2e-3
-    )
-    assert found["prefill"].beside == pytest.approx(12 * params, abs=64)  # float32 weights and two moments
+    kept = {name: program.kept / params for name, program in found.items() if name != "cold start"}
+    assert kept == pytest.approx({name: 12 if name in ("reshard", "score", "train") else 14 for name in kept}, rel=2e-3)
+    # Float32 weights and two moments. The caches of the generation exist before the first prompt is prefilled: keys and values
+    # of 16 prompts and of 64 rows that add a token to their prompt's last one and what they sample, in bfloat16.
+    tokens = 16 * config.rollout.max_prompt_tokens + 64 * (config.rollout.max_response_tokens + 1)
+    caches = 2 * 2 * tokens * arch.num_kv_heads * arch.head_dim
+    assert found["prefill"].beside == pytest.approx(12 * params + caches, abs=64 * 1024 * 2)
+    assert caches > 2**20
+
+
+def test_an_error_of_the_compiler_names_the_program():
+    """A program that calls a kernel which this machine's compiler does not have."""
+
+    def trace():
+        return jax.jit(lambda x: pl.pallas_call(lambda i, o: None, jax.ShapeDtypeStruct((8,), "float32"))(x)).trace(
+            jax.ShapeDtypeStruct((8,), "float32")
+        )
+
+    program = programs.Program("decode, initial", trace, 1, "once", 0, 0, "rollout.decode_rows")
+    with pytest.raises(
+        PlanError, match=r"decode, initial: the compiler failed with ValueError: .*rollout\.decode_rows"
+    ):
+        compiler.measure(program, 1)
+
+
+def test_the_cold_start_is_planned_and_trains_all_parameters(tmp_path):
+    """Also if RL trains adapters. Its program is the one of `appo-jax sft`; a policy that comes from another run has none."""
+    config = load_config(ROOT / "configs/quickstart.py")
+    policy = dataclasses.replace(config.policy, lora=LoRAConfig(rank=2))
+    sft = dataclasses.replace(config.sft, optimizer="adamw", batch_size=4, micro_batch=2, max_tokens=6)
+    config = dataclasses.replace(config, policy=policy, sft=sft, mesh=MeshConfig())
+    arch, mesh = architecture_of(policy), make_mesh(config.mesh, jax.devices()[:1])
+    found = {p.name: p for p in programs.programs(config, arch, mesh)}
+    params = sum(x.size for x in jax.tree.leaves(abstract_params(arch)))
+    assert found["cold start"].kept == pytest.approx(12 * params, abs=64)
+    assert found["train"].kept < 3 * params
+    assert found["cold start"].times == 0
+    (_, batch), _ = found["cold start"].trace().args_info
+    row = np.zeros((4, 6), np.int32)
+    real = to_train_batch(TraceBatch(row, row, row, row), at_once=2)
+    assert [x.shape for x in jax.tree.leaves(batch)] == [np.shape(x) for x in jax.tree.leaves(real)]
+    other = dataclasses.replace(config, init_from=str(tmp_path))
+    assert "cold start" not in {p.name for p in programs.programs(other, arch, mesh)}
+
+
+def test_generations_that_differ_have_names_that_differ():
+    """Two loops of branching fill the same rows, but hold different numbers of prefixes."""
+    config = load_config(ROOT / "configs/quickstart.py")
+    config = dataclasses.replace(
+        config,
+        prompts_per_step=16, prompts_per_minibatch=16, mesh=MeshConfig(),
+        rollout=dataclasses.replace(config.rollout, num_initial=4, budget=64, decode_rows=192),
+        branching=dataclasses.replace(config.branching, num_branch_points=3, num_loops=2),
+    )  # fmt: skip
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    names = [p.name for p in programs.programs(config, config.policy.architecture, mesh)]
+    assert len(set(names)) == len(names)
+    assert {"decode, branches, 192 rows, 64 slots", "decode, branches, 192 rows, 128 slots"} <= set(names)

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from appo_jax.algorithms import Algorithm
 from appo_jax.config import Architecture, Config
 from appo_jax.learner.loss import Terms
-from appo_jax.learner.optimizer import rl_optimizer
+from appo_jax.learner.optimizer import rl_optimizer, sft_optimizer
 from appo_jax.learner.step import TrainBatch, TrainState
 from appo_jax.policy import sharding
 from appo_jax.policy.adapters import abstract_adapters, frozen, with_adapters
@@ -30,6 +31,7 @@ class Arrays:
         self.arch, self.generating_arch, self.mesh = arch, sharding.generating_architecture(arch, mesh), mesh
         self.dtype = jnp.dtype("bfloat16" if config.policy.compute_dtype == "auto" else config.policy.compute_dtype)
         self.optimizer = rl_optimizer(config.optimizer)
+        self.sft_optimizer = sft_optimizer(config.sft, config.optimizer)
         self._replicated = NamedSharding(mesh, PartitionSpec())
 
     def of(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -46,9 +48,11 @@ class Arrays:
 
     def state(self) -> TrainState:
         """Trained parameters (the adapters, if the policy has them) and optimizer state, in the training layout."""
-        trained = abstract_adapters(self.arch) or abstract_params(self.arch)
-        state = jax.eval_shape(lambda p: TrainState(p, self.optimizer.init(p)), trained)
-        return sharding.annotate(state, sharding.state_shardings(state, self.arch, self.mesh), self.mesh)
+        return self._state(abstract_adapters(self.arch) or abstract_params(self.arch), self.optimizer)
+
+    def cold_start_state(self) -> TrainState:
+        """All parameters and the optimizer state of the cold start, in the training layout."""
+        return self._state(abstract_params(self.arch), self.sft_optimizer)
 
     def base(self) -> Params | None:
         """The frozen weights of a policy with adapters, in the training layout. None: all weights are trained."""
@@ -88,6 +92,15 @@ class Arrays:
             counts=floats,
         )  # fmt: skip
         return TrainBatch(self.packed(parts, rows, length), terms, self.of((), jnp.int32))
+
+    def demonstrations(self, parts: int, rows: int, length: int) -> TrainBatch:
+        """The batch of an update of the cold start: `parts` micro-batches of `rows` packed rows of `length` slots."""
+        floats = self.rows((parts, 1, rows, length), jnp.float32)
+        return TrainBatch(self.packed(parts, rows, length), Terms(floats, floats, floats), self.of((), jnp.int32))
+
+    def _state(self, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        state = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p)), params)
+        return sharding.annotate(state, sharding.state_shardings(state, self.arch, self.mesh), self.mesh)
 
     def _placed(self, tree: Any) -> Any:
         """Place the arrays of a generation: of arrays with four axes, which are KV caches, the first axis is split over data and

@@ -50,7 +50,7 @@ class Program:
 def programs(
     config: Config, arch: Architecture, mesh: Mesh, lengths: RolloutLengths | None = None
 ) -> Iterator[Program]:
-    """The programs of one training step, in the order in which they run.
+    """The programs of the cold start and of one training step, in the order in which they run.
 
     Shapes, and so memory, are those of the longest rollouts. `lengths`: the lengths from which `times` is computed; None: the
     maximum lengths, too.
@@ -81,6 +81,8 @@ class _StepPrograms:
         self.kept_training = self.optimizer_and_reference + on_chip(self.policy)
 
     def all(self) -> Iterator[Program]:
+        if self.config.sft.steps and self.config.init_from is None:
+            yield self.cold_start()
         if not self.in_place:
             yield self.reshard()
         yield self.prefill()
@@ -96,21 +98,47 @@ class _StepPrograms:
             yield self.append(generation)
         yield self.train()
 
+    def cold_start(self) -> Program:
+        """Updates all parameters on demonstrations, before the first step: it is no part of a step."""
+        config, sft, state = self.config, self.config.sft, self.arrays.cold_start_state()
+        rows = sft.micro_batch or sft.batch_size
+        parts = sft.batch_size // rows
+        step: Any = make_train_step(
+            self.arrays.sft_optimizer, StepSpec(self.arch, None, 1.0, self.arrays.dtype, config.optimizer.remat)
+        )
+        batch = self.arrays.demonstrations(parts, rows, sft.max_tokens)
+        return Program(
+            "cold start",
+            lambda: step.trace(state, batch),
+            0,
+            f"before the first step: {sft.steps} updates × {parts} micro-batches of {rows} rows",
+            0,
+            on_chip(state),
+            "sft.micro_batch, sft.max_tokens"
+            if sft.micro_batch
+            else "sft.micro_batch (0: all rows at once), sft.max_tokens",
+            parts,
+        )
+
     def reshard(self) -> Program:
-        """Makes the copy of the parameters that a generation reads."""
+        """Makes the copy of the parameters that a generation reads. For branches, the caches that they continue exist already."""
+        sources = [self._source_bytes(g) for g in self.counts.generations if g.name != "initial"]
         return Program(
             "reshard",
             lambda: sharding.reshard.trace(self.policy, self.mesh, self.arrays.dtype),
             self.counts.reshards,
             "generations",
-            self.optimizer_and_reference,
+            self.optimizer_and_reference + max(sources, default=0),
             self.kept_training,
             "",
         )
 
     def prefill(self) -> Program:
-        """Computes the KV caches of the prompts."""
+        """Computes the KV caches of the prompts. The caches of the generation exist already, and those of the pass before, if there
+        was one, still do."""
         rows, length = self.counts.prefill_rows, self.config.rollout.max_prompt_tokens
+        initial = next(g for g in self.counts.generations if g.name == "initial")
+        before = self._source_bytes(initial) if self.config.prompts_per_step > rows else 0
         tokens = self.arrays.rows((rows, length), jnp.int32)
         return Program(
             "prefill",
@@ -119,7 +147,7 @@ class _StepPrograms:
             ),
             self.counts.prefills,
             f"passes of {rows} prompts",
-            self.beside_generation,
+            self.beside_generation + on_chip(self.arrays.generation(initial.shapes)) + before,
             self.kept_generating,
             "rollout.max_prompt_tokens, rollout.decode_rows",
         )
@@ -214,9 +242,13 @@ class _StepPrograms:
         )
 
     def _label(self, generation: Generation) -> str:
-        """The kind of a generation, and its number of rows if there are several generations of this kind."""
-        same = [other for other in self.counts.generations if other.name == generation.name]
-        return generation.name if len(same) == 1 else f"{generation.name}, {generation.shapes.rows} rows"
+        """The kind of a generation, and what tells its shapes from those of other generations of this kind: rows, or also slots."""
+        shapes = generation.shapes
+        others = [g.shapes for g in self.counts.generations if g.name == generation.name and g is not generation]
+        if not others:
+            return generation.name
+        slots = f", {shapes.slots} slots" if any(other.rows == shapes.rows for other in others) else ""
+        return f"{generation.name}, {shapes.rows} rows{slots}"
 
     def _read_shares(self, generation: Generation) -> dict[str, float]:
         """For each kernel of decoding, the share of its KV cache that it reads: up to the end of the block with the last key."""
