@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 from appo_jax import distributed, failures, heartbeat
@@ -29,11 +28,11 @@ from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.learner.batch import cut
 from appo_jax.learner.loss import Terms
 from appo_jax.learner.optimizer import sft_optimizer
-from appo_jax.learner.step import StepSpec, TrainBatch, TrainState, init_state, make_train_step, require_finite
+from appo_jax.learner.step import StepSpec, TrainBatch, init_state, make_train_step, require_finite
 from appo_jax.metrics import MetricsLogger
 from appo_jax.policy.parameters import Params, abstract_params
 from appo_jax.policy.score import Rows
-from appo_jax.policy.sharding import annotate, batch_shardings, place, state_shardings
+from appo_jax.policy.sharding import annotate, batch_shardings, param_shardings, place
 from appo_jax.rollout.tool_results import ToolResults
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.storage import to_json, write_atomically
@@ -90,9 +89,9 @@ def _cold_start(components: Components, run: RunDir, on_step: OnStep, stop: Stop
 def _finished(components: Components, run: RunDir) -> ColdStart | None:
     """The run's finished cold start, or that of `init_from`; None if there is neither."""
     config = components.config
-    restored = _restore(run.checkpoints / "sft", config, components)
+    restored = _restore(run.checkpoints / "sft", components)
     if restored is not None and restored[0] == config.sft.steps:
-        return restored[1].params, restored[2]["accuracies"]
+        return restored[1], restored[2]["accuracies"]
     if config.init_from is not None:
         return _take_over(Path(config.init_from), components)
     return None
@@ -216,8 +215,10 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             require_finite(record, "sft", step, "sft.learning_rate")
             metrics.log(step, record)
             on_step(step, record)
+            if step == config.sft.steps:
+                break  # it is saved below, with its accuracy; a request to stop waits for that
             stopping = stop.agreed()
-            if (step % config.sft.checkpoint_every == 0 or stopping) and step < config.sft.steps:
+            if step % config.sft.checkpoint_every == 0 or stopping:
                 checkpointer.save(step, state, {"accuracies": {"accuracy_base": base}}, batches)
             if stopping:
                 raise KeyboardInterrupt
@@ -233,23 +234,18 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
     return state.params, accuracies
 
 
-def _restore(folder: Path, config: Config, components: Components) -> tuple[int, TrainState, dict[str, Any]] | None:
-    """(step, state, meta) of the newest cold-start checkpoint in a folder, or None."""
+def _restore(folder: Path, components: Components) -> tuple[int, Params, dict[str, Any]] | None:
+    """(step, parameters, meta) of the newest cold-start checkpoint in a folder, or None. The optimizer's state is not read."""
     if not folder.exists():
         return None
+    arch, mesh = components.arch, components.mesh
+    abstract = annotate(abstract_params(arch), param_shardings(arch, mesh, "train"), mesh)
     checkpointer = Checkpointer(folder, keep=1, read_only=True)
     try:
-        return checkpointer.restore_latest(abstract_state(config, components), None)
+        found = checkpointer.restore_latest({"params": abstract}, None, partial=True)
     finally:
         checkpointer.close()
-
-
-def abstract_state(config: Config, components: Components) -> Any:
-    """Shapes, dtypes and shardings of the cold start's state."""
-    optimizer = sft_optimizer(config.sft, config.optimizer)
-    arch, mesh = components.arch, components.mesh
-    state = jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), abstract_params(arch))
-    return annotate(state, state_shardings(state, arch, mesh), mesh)
+    return None if found is None else (found[0], found[1]["params"], found[2])
 
 
 def _take_over(other: Path, components: Components) -> ColdStart:
@@ -258,13 +254,13 @@ def _take_over(other: Path, components: Components) -> ColdStart:
     Otherwise the policy's accuracy is measured again on this run's questions, and accuracy_base is left out.
     """
     config = components.config
-    found = _restore(other / "checkpoints" / "sft", config, components)
+    found = _restore(other / "checkpoints" / "sft", components)
     if found is None or "accuracy_sft" not in found[2]["accuracies"]:
         raise CheckpointError(
             f"init_from = {str(other)!r}: no finished cold start there (expected a checkpoint under "
             f"{other / 'checkpoints' / 'sft'}); run `appo-jax sft` with --run-dir {other} first"
         )
-    params, accuracies = found[1].params, found[2]["accuracies"]
+    params, accuracies = found[1], found[2]["accuracies"]
     if not _measures_alike(other, config):
         accuracies = {"accuracy_sft": evaluate(params, components).accuracy}
         log.info("held-out accuracy of the policy of init_from: %.3f", accuracies["accuracy_sft"])

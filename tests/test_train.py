@@ -29,12 +29,14 @@ from appo_jax.config import Config, EvalConfig, JudgeConfig
 from appo_jax.config_io import check, save_config
 from appo_jax.errors import CheckpointError, ConfigError, TrainingError
 from appo_jax.evaluate import evaluate
+from appo_jax.interrupt import Stop
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.metrics import read_metrics
 from appo_jax.prepare import prepare_world
 from appo_jax.reward import Judge, Response
 from appo_jax.rollout.growth import TreeGrower
+from appo_jax.run_dir import open_run
 from appo_jax.train import train
 from appo_jax.train_step import Trainer, train_step
 from appo_jax.types import RewardResult
@@ -181,6 +183,26 @@ def test_an_interrupted_run_saves_and_leaves(config: Config, tmp_path: Path) -> 
     assert not (run / "summary.json").exists()
 
 
+@pytest.mark.parametrize("asked", [1, 2])
+def test_a_request_to_stop_loses_no_step_of_the_cold_start(tiny: Config, tmp_path: Path, asked: int) -> None:
+    """Neither in the middle nor in the last step, which no checkpoint but the final one holds."""
+    config = dataclasses.replace(tiny, run_dir=str(tmp_path / "run"), sft=dataclasses.replace(tiny.sft, steps=2))
+    stop, steps = Stop(), []
+
+    def on_step(step: int, record: dict[str, object]) -> None:
+        steps.append(step)
+        stop.requested = step == asked
+
+    with build(config) as components, open_run(config) as run:
+        if asked == 1:
+            with pytest.raises(KeyboardInterrupt):
+                sft.cold_start(components, run, on_step, stop)
+        _, accuracies = sft.cold_start(components, run, on_step, stop)
+        assert set(accuracies) == {"accuracy_base", "accuracy_sft"}
+        assert sft.cold_start(components, run, on_step, stop)[1] == accuracies
+    assert steps == [1, 2]
+
+
 def test_a_run_that_goes_on_says_at_which_step(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`appo-jax status` shows that for a finished run, too."""
     config = dataclasses.replace(tiny, run_dir=str(tmp_path / "run"))
@@ -286,6 +308,9 @@ def test_a_policy_taken_over_is_judged_on_this_runs_questions(tiny: Config, tmp_
         first, run_dir=str(tmp_path / "alike"), init_from=first.run_dir, algorithm="grpo", seed=7
     )
     assert sft.run(alike) == measured
+    # The policy alone is taken over, whatever optimizer made it or is used next.
+    cold = dataclasses.replace(alike.sft, optimizer="adamw", learning_rate=1e-5)
+    assert sft.run(dataclasses.replace(alike, run_dir=str(tmp_path / "adamw"), sft=cold)) == measured
     folder = tmp_path / "rewards"
     folder.mkdir()
     (folder / "short.py").write_text(
