@@ -40,18 +40,20 @@ class MetricsLogger:
         self._run_dir = Path(run_dir)
         self._file = self._run_dir / f"{name}.jsonl"
         self._name, self._keep_rollouts = name, keep_rollouts
-        records, _ = _read(self._file)
-        self._last_step = records[-1]["step"] if records else -1
+        self._last_step: int | None = None  # not known before `resume` or the first `log`
         self._board: SummaryWriter | None = None
         self._writes = distributed.host() == 0
 
     def log(self, step: int, metrics: Mapping[str, Value]) -> None:
         """Append the metrics of a step. Raises ValueError if the step is not greater than the last one."""
+        if not self._writes:
+            return
+        if self._last_step is None:
+            records, _ = _read(self._file)
+            self._last_step = records[-1]["step"] if records else -1
         if step <= self._last_step:
             raise ValueError(f"step {step} was logged already (the last one is {self._last_step}); call resume first")
         self._last_step = step
-        if not self._writes:
-            return
         with self._file.open("a") as file:
             file.write(_sealed({"step": step} | dict(metrics)))
             file.flush()
@@ -71,6 +73,8 @@ class MetricsLogger:
         another name. `max_unsaved`: a run makes at most this many steps without a checkpoint. If more are on record and `step` is
         0, raises CheckpointError and changes nothing.
         """
+        if not self._writes:
+            return
         records, damage = _read(self._file)
         if step == 0 and max_unsaved is not None and records and records[-1]["step"] > max_unsaved:
             raise CheckpointError(
@@ -82,8 +86,6 @@ class MetricsLogger:
             kept.setdefault(step, {"step": step} | dict(last))
         lost = [s for s in range(1, step + 1) if s not in kept]
         self._last_step = step if kept or lost else -1
-        if not self._writes:
-            return
         only_cut = len(damage) == 1 and "cut short" in damage[0]  # left by a killed process; that step is done again
         if self._file.exists() and ((damage and not only_cut) or lost):
             damage.append(f"the file as it was is kept as {set_aside(self._file, copy=True).name}")

@@ -71,6 +71,9 @@ class RunDir:
 
     path: Path
     continued: bool  # the directory already held results of this run
+    max_unsaved: (
+        int  # steps that may be on record without a checkpoint: the larger checkpoint_every of this start and the last
+    )
     lock: int | None  # the file descriptor that holds the lock, on the first host; None on the others
 
     @property
@@ -137,7 +140,7 @@ def open_run(config: Config) -> RunDir:
     )[0]
     if error is not None or problem is not None:
         raise error or CheckpointError(problem)
-    return run or RunDir(Path(config.run_dir).absolute(), continued=continued, lock=None)
+    return run or RunDir(Path(config.run_dir).absolute(), continued, config.checkpoint_every, lock=None)
 
 
 def _open(config: Config) -> RunDir:
@@ -156,9 +159,10 @@ def _open(config: Config) -> RunDir:
             ) from error
         # A run that failed before its first step (for example, because of a wrong --data) has no results to protect.
         results = [*path.glob("*.jsonl"), *(p for p in (path / "checkpoints").rglob("*") if p.is_file())]
-        run = RunDir(path, continued=bool(results), lock=lock)
+        run = RunDir(path, bool(results), config.checkpoint_every, lock)
         if run.continued:
-            _check_same_run(run, config)
+            kept = _check_same_run(run, config)
+            run = dataclasses.replace(run, max_unsaved=max(config.checkpoint_every, kept.checkpoint_every))
         if run.metrics.exists() and run.metrics.stat().st_size and not (run.checkpoints / "rl").is_dir():
             raise CheckpointError(
                 f"{run.metrics} records training steps, but {run.checkpoints / 'rl'} is gone; put it back, or delete "
@@ -175,7 +179,8 @@ def _open(config: Config) -> RunDir:
     return run
 
 
-def _check_same_run(run: RunDir, config: Config) -> None:
+def _check_same_run(run: RunDir, config: Config) -> Config:
+    """The config with which the run was started last. Raises CheckpointError if it is another run."""
     try:
         kept = load_config(run.config)
     except ConfigError as error:
@@ -201,3 +206,4 @@ def _check_same_run(run: RunDir, config: Config) -> None:
             f"Give another --run-dir, delete {run.path} to start from the beginning, or train from {run.config} to continue "
             "that run."
         )
+    return kept

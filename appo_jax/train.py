@@ -71,7 +71,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             heartbeat.at_step(step)
             log.info("going on from step %d", step)
         progress.accuracies(accuracies)
-        metrics.resume(reached.step, last, config.checkpoint_every)
+        metrics.resume(reached.step, last, run.max_unsaved)
 
         stopping = stop.agreed()
         while not reached.end(config) and not stopping:

@@ -9,6 +9,7 @@ import pytest
 from appo_jax.config import BranchingConfig, Config, JudgeConfig, MeshConfig, PolicyConfig, RewardConfig
 from appo_jax.config_io import flatten, load_config, save_config
 from appo_jax.errors import CheckpointError
+from appo_jax.metrics import MetricsLogger
 from appo_jax.run_dir import HOW_COMPUTED, MAY_CHANGE, open_run
 
 
@@ -40,6 +41,21 @@ def test_the_same_config_continues_with_more_steps_and_from_another_place(config
         assert run.continued
         assert load_config(run.config) == longer
         assert run.metrics.read_text() == '{"step": 1}\n'
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_may_save_more_often(config):
+    """It made 7 steps and would have saved the tenth. Its next start makes the steps again, and saves every second."""
+    with open_run(config) as run:
+        assert run.max_unsaved == config.checkpoint_every == 10
+        metrics = MetricsLogger(run.path)
+        for step in range(1, 8):
+            metrics.log(step, {"a": 1})
+        (run.checkpoints / "rl").mkdir()
+    with open_run(dataclasses.replace(config, checkpoint_every=2)) as run:
+        MetricsLogger(run.path).resume(0, max_unsaved=run.max_unsaved)
+        assert run.metrics.read_text() == ""
+    with open_run(dataclasses.replace(config, checkpoint_every=2)) as run:
+        assert run.max_unsaved == 2
 
 
 def test_another_config_is_refused_with_the_fields_that_differ(config, run_with_results):
