@@ -147,7 +147,8 @@ def write_report(folder: Path, record: Mapping[str, Any], scored: Sequence[Score
     text = to_markdown(record)
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
+    # What UTF-8 cannot hold (half of a surrogate pair) becomes JSON's escape for it.
+    with (folder / "items.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         for s in scored:
             samples = [
                 {"prediction": sample.text} | sample.rollout | dataclasses.asdict(verdict)
@@ -235,5 +236,8 @@ def _read_items(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / "items.jsonl"
     if not file.is_file():
         raise DataError(f"{file}: no such file; --compare takes two folders that `appo-jax eval` wrote")
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {record["id"]: record for record in records}
+    try:
+        records = [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
+        return {record["id"]: record for record in records}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: it is not complete ({error}); let `appo-jax eval` write it again") from error

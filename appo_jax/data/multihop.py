@@ -100,5 +100,14 @@ def titled_paragraphs(record: Any) -> list[Document]:
             title, text = entry["title"], entry["text"] if "text" in entry else entry["sentences"]
         else:
             title, text = entry
-        found.append(Document(title, "".join(text) if isinstance(text, list) else text))
+        found.append(Document(title, _joined(text) if isinstance(text, list) else text))
     return found
+
+
+def _joined(sentences: Sequence[str]) -> str:
+    """The text of a paragraph. HotpotQA's sentences begin with the space before them, 2WikiMultihopQA's do not."""
+    text = ""
+    for sentence in filter(None, sentences):
+        apart = not text or text[-1].isspace() or sentence[0].isspace()
+        text += sentence if apart else " " + sentence
+    return text

@@ -104,6 +104,17 @@ def test_two_reports_are_compared_question_by_question(data, tmp_path):
         compare(tmp_path / "a", tmp_path / "c")
 
 
+def test_a_report_is_read_back_whatever_its_texts_hold(data, tmp_path):
+    """U+2028 ends no line of JSON; half of a surrogate pair, which JSON can write, is no text in UTF-8."""
+    lines = ['{"id": 1, "prediction": "1 \u2028 \x85"}', '{"id": 2, "prediction": "\\ud800"}']
+    (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    evaluate_set(Evaluation("math500", data, tmp_path / "out", tmp_path / "p.jsonl"))
+    assert "4 questions are in both" in compare(tmp_path / "out", tmp_path / "out")
+    (tmp_path / "out" / "items.jsonl").write_bytes('{"id": "ä'.encode()[:-1])
+    with pytest.raises(DataError, match=r"items\.jsonl: it is not complete"):
+        compare(tmp_path / "out", tmp_path / "out")
+
+
 @pytest.fixture
 def judge():
     with FaultyJudge() as server:

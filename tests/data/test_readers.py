@@ -266,11 +266,21 @@ def test_hotpotqa_and_2wiki(tmp_path):
     assert (dataset.train[0].id, dataset.train[0].golds) == ("0", ("Aare", "the Aare"))
     assert dataset.documents == (Document("Bern", "A town."),)
 
+    glued = [["Bern", ["Bern is a town.", "It lies on the Aare. ", "Yes.", ""]]]
     for name in ("train.json", "dev.json"):
-        write(tmp_path / name, [HOTPOT | {"answer_id": "Q1"}, HOTPOT | {"answer_id": None}])
+        write(tmp_path / name, [HOTPOT | {"answer_id": "Q1", "context": glued}, HOTPOT | {"answer_id": None}])
+    whole = load_dataset(DataConfig("wiki2", str(tmp_path))).documents[0].text
+    assert whole == "Bern is a town. It lies on the Aare. Yes."
     assert load_dataset(DataConfig("wiki2", str(tmp_path))).train[0].golds == ("Aare",)
-    (tmp_path / "id_aliases.json").write_text('{"Q_id": "Q1", "aliases": ["Aar", "Aare"], "demonyms": []}\n')
-    assert [e.golds for e in load_dataset(DataConfig("wiki2", str(tmp_path))).train] == [("Aare", "Aar"), ("Aare",)]
+    file = tmp_path / "id_aliases.json"
+    file.write_text('{"Q_id": "Q1", "aliases": ["A\u2028r", "Aare"], "demonyms": []}\n')
+    assert [e.golds for e in load_dataset(DataConfig("wiki2", str(tmp_path))).train] == [
+        ("Aare", "A\u2028r"),
+        ("Aare",),
+    ]
+    file.write_bytes(file.read_bytes() + '{"Q_id": "ä'.encode()[:-1])
+    with pytest.raises(DataError, match=r"id_aliases\.json, line 2: "):
+        load_dataset(DataConfig("wiki2", str(tmp_path)))
 
 
 def test_musique(tmp_path):

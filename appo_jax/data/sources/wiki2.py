@@ -6,6 +6,7 @@ The aliases of answers are in id_aliases.json, one object per line. They are acc
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from appo_jax.data.examples import Reader, data_path
 from appo_jax.data.multihop import load_multihop, titled_paragraphs
 from appo_jax.data.records import text_field
 from appo_jax.data.source import Dataset
+from appo_jax.errors import DataError
 from appo_jax.types import Example
 
 COLUMNS = ColumnsConfig("question", "answer", "_id", "", "", "", ("type", "answer_id"))
@@ -45,11 +47,15 @@ class AliasReader(Reader):
 def _aliases(path: Path) -> dict[str, tuple[str, ...]]:
     if not path.is_file():
         return {}
-    import json
-
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip():
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
             record = json.loads(line)
-            found[text_field(record, "Q_id")] = tuple(record.get("aliases", ())) + tuple(record.get("demonyms", ()))
+            found[text_field(record, "Q_id")] = (*record.get("aliases", ()), *record.get("demonyms", ()))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}, line {number}: {error}; correct it, or remove the file to go without aliases"
+            ) from error
     return found
