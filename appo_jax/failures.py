@@ -26,7 +26,12 @@ _OTHER_HOST = re.compile(
 )
 _MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|failed to allocate|bad_alloc", re.I)
 _SIZE = re.compile(r"[\d.,]+ ?(?:[KMGT]i?B|bytes)|allocat\w* (?:of )?\d+", re.I)
+_TOLD = "_appo_jax_told"  # the attribute of a reported error that holds its explanation
 _THREADS = re.compile(r"can't start new thread|pthread_create|Resource temporarily unavailable", re.I)
+
+
+# Errors of files and disks, which may come without the file's name.
+_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)
 
 
 def exit_code(error: BaseException) -> int:
@@ -43,9 +48,22 @@ def exit_code(error: BaseException) -> int:
 def is_understood(error: BaseException) -> bool:
     """Whether `explain` says everything that a user needs: what went wrong and what to do. For any other error the traceback
     is shown."""
-    if isinstance(error, AppoError | MemoryError | OSError) or _has_no_backend(error):
-        return True
-    return isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error)) or _THREADS.search(str(error)))
+    return (
+        isinstance(error, AppoError)
+        or is_out_of_memory(error)
+        or _is_out_of_threads(error)
+        or (isinstance(error, OSError) and _is_of_a_file(error))
+        or _has_no_backend(error)
+    )
+
+
+def _is_out_of_threads(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError | OSError) and bool(_THREADS.search(str(error)))
+
+
+def _is_of_a_file(error: OSError) -> bool:
+    """Whether an error is about a file or the disk. Connections and time limits raise OSErrors, too."""
+    return error.errno in _FILES or (error.errno is not None and isinstance(error.filename, str))
 
 
 def _has_no_backend(error: BaseException) -> bool:
@@ -71,7 +89,9 @@ def may_follow_from_another_host(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of a device or of the host ran out."""
     return any(
-        isinstance(e, MemoryError) or (isinstance(e, RuntimeError | ValueError) and bool(_MEMORY.search(str(e))))
+        isinstance(e, MemoryError)
+        or (isinstance(e, RuntimeError) and _MEMORY.search(str(e)))
+        or (isinstance(e, ValueError) and str(e).startswith("RESOURCE_EXHAUSTED"))  # tensorstore
         for e in causes(error)
     )
 
@@ -80,17 +100,19 @@ def explain(error: BaseException) -> str:
     """What went wrong, in which phase, and what to do. For this program's own errors, it is the error's message."""
     if isinstance(error, AppoError):
         return str(error)
+    if (told := getattr(error, _TOLD, None)) is not None:
+        return told
     phase, step = heartbeat.now()
     where = f"in step {step + 1}, phase {phase!r}"
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(text)):
+    if is_out_of_memory(error):
         asked = _SIZE.search(text)
         return (
             f"out of memory {where}{f' ({asked.group()} asked for)' if asked else ''}; {_memory()}. Lower what the phase holds "
             "in memory: optimizer.micro_batch and sft.micro_batch (update, score), rollout.decode_rows (rollout, branch), set "
             f"optimizer.remat = 'layers', or take more devices (mesh.fsdp); `appo-jax plan` says what fits. JAX: {text[:300]}"
         )
-    if (isinstance(error, RuntimeError | OSError)) and _THREADS.search(text):
+    if _is_out_of_threads(error):
         return (
             f"no more threads or processes {where}: {text}; this user may have {_limit('RLIMIT_NPROC')} of them, and "
             f"this process has {len(os.listdir('/proc/self/task'))}. Raise the limit (ulimit -u, pids.max of the "
@@ -101,7 +123,7 @@ def explain(error: BaseException) -> str:
         how = f"JAX_PLATFORMS = {wanted!r} asks for it: unset it, or" if wanted else "Unset JAX_PLATFORMS, or"
         install = "install JAX for it: pip install 'jax[tpu]' or 'jax[cuda13]'"
         return f"JAX has no such device on this machine ({text[:300]}). {how} {install}"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and _is_of_a_file(error):
         return _explain_os_error(error, where)
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({os.path.relpath(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
@@ -109,7 +131,9 @@ def explain(error: BaseException) -> str:
 
 
 def report(error: BaseException) -> None:
-    """Report to the supervisor why this process fails; only the first report counts."""
+    """Report to the supervisor why this process fails; only the first report counts. `explain` says the same of `error` later,
+    when the phases of the clean-up have hidden the one in which it was raised."""
+    setattr(error, _TOLD, explain(error))
     heartbeat.send(failed=explain(error), code=exit_code(error), secondary=may_follow_from_another_host(error))
 
 
@@ -129,7 +153,8 @@ def _explain_os_error(error: OSError, where: str) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
             space = f" ({shutil.disk_usage(folder).free / 1e6:.0f} MB are free)"
-    return f"{file or 'a file'}: {error.strerror or error} {where}{space}; {advice}. The run goes on from its last checkpoint"
+    goes_on = ". The run goes on from its last checkpoint" if heartbeat.supervised() else ""
+    return f"{file or 'a file'}: {error.strerror or error} {where}{space}; {advice}{goes_on}"
 
 
 def _memory() -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import resource
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -55,10 +57,36 @@ def test_memory_of_the_host() -> None:
     assert "out of memory" in failures.explain(caught(lambda: bytearray(1 << 55)))
 
 
+def test_a_failure_keeps_the_phase_in_which_it_was_raised() -> None:
+    error = caught(lambda: jnp.zeros((1 << 45,), jnp.float32).block_until_ready())
+    failures.report(error)
+    with heartbeat.phase("checkpoint"):  # the clean-up
+        pass
+    assert "phase 'branch'" in failures.explain(error)
+
+
+def test_an_error_of_a_connection_is_not_one_of_a_file() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = free.getsockname()
+    for action in (
+        lambda: socket.create_connection(closed),
+        lambda: urllib.request.urlopen("http://{}:{}/".format(*closed)),
+        lambda: socket.getaddrinfo("host.invalid", 80),
+    ):
+        error = caught(action)
+        assert not failures.is_understood(error)
+        said = failures.explain(error)
+        assert said.startswith(f"{type(error).__name__} in step 1, phase 'branch': ")
+        assert "disk" not in said
+    assert not failures.is_understood(TimeoutError())
+
+
 def test_a_full_disk() -> None:
     said = failures.explain(caught(fill_a_disk))
     assert "No space left on device in step" in said
     assert "free some space, or give --run-dir on another disk" in said
+    assert "The run goes on" not in said  # nobody starts it again
 
 
 def test_too_many_open_files(tmp_path: Path) -> None:
