@@ -57,7 +57,7 @@ class Reader:
         if system is None:
             raise ValueError("it has no system message; give one with data.system_prompt")
         return Example(
-            f"{path.stem}-{number}" if id is None else str(id),
+            f"{path.stem}-{number}" if id in (None, "") else str(id),
             question,
             golds,
             kind,

@@ -51,7 +51,7 @@ def read_records(
     skipped = 0
     for number, raw in _rows(path):
         try:
-            record = parse(number, json.loads(raw) if isinstance(raw, bytes) else raw)
+            record = parse(number, _value(raw))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             problem = str(error)
             if isinstance(error, KeyError):
@@ -96,9 +96,20 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             with path.open(newline="", encoding="utf-8-sig") as text:
                 rows = csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
                 for row in rows:
-                    yield rows.line_num, row
+                    yield rows.line_num, {name: cell or None for name, cell in row.items()}  # a blank cell has no value
     except (pyarrow.ArrowException, csv.Error, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected a {suffix[1:]} file: {error}") from error
+
+
+def _value(raw: Any) -> Any:
+    """A record from what `_rows` yields. Raises ValueError for broken JSON, and for a row with more cells than the header."""
+    if isinstance(raw, dict) and None in raw:  # csv's key for what has no name
+        names = [name for name in raw if name is not None]
+        raise ValueError(
+            f"it has {len(names) + len(raw[None])} cells, the header {len(names)} ({', '.join(names)}): quote a cell that holds "
+            "the delimiter"
+        )
+    return json.loads(raw) if isinstance(raw, bytes) else raw
 
 
 def _listed(content: Any, path: Path) -> list[Any]:

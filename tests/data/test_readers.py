@@ -155,6 +155,25 @@ def test_a_malformed_record_is_named_and_fatal_or_skipped(tmp_path, caplog, row,
     assert "skipped 1 malformed of 3" in caplog.text
 
 
+def test_cells_of_a_table(tmp_path, caplog):
+    """A comma in a cell that is not quoted makes a cell too many; a blank cell is an absent value."""
+    rows = [
+        b"id,question,answer,kind,system",
+        b"7,a?,1,math,S",
+        b",b?,2,,",
+        b'8,"c, d?","1,001",,',
+        b"9,What is 1,000+1?,1001,,",
+    ]
+    (tmp_path / "train.csv").write_bytes(b"\n".join(rows))
+    write(tmp_path / "test.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"line 5: it has 6 cells, the header 5 \(id, question.*data\.malformed"):
+        load_dataset(DataConfig("files", str(tmp_path)))
+    first, second, third = load_dataset(DataConfig("files", str(tmp_path), malformed="skip")).train
+    assert (first.id, first.kind, first.system) == ("7", "math", "S")
+    assert (second.id, second.kind, second.system, second.golds) == ("train-3", "qa", SYSTEM_PROMPT, ("2",))
+    assert (third.question, third.golds) == ("c, d?", ("1,001",))
+
+
 def test_records_without_an_answer_are_left_out_by_name(tmp_path, caplog):
     file = write(
         tmp_path / "train.jsonl",
