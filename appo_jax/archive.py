@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from appo_jax.checkpoint import TEMPORARY
 from appo_jax.checkpoint_read import REMOVED, verify
 from appo_jax.errors import CheckpointError
-from appo_jax.storage import folder_size, usable_path, write_atomically
+from appo_jax.storage import folder_size, lock, usable_path, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,19 +113,12 @@ def _order(path: Path) -> tuple[bool, int, str]:
     return (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0, path.name)
 
 
-class _locked:
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
     """A context in which no other process writes the run."""
-
-    def __init__(self, run: Path) -> None:
-        self._run = run
-
-    def __enter__(self) -> None:
-        self._lock = os.open(self._run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise CheckpointError(f"{self._run}: a process is writing this run; prune it when it has ended") from error
-
-    def __exit__(self, *exc: Any) -> None:
-        os.close(self._lock)
+    if (held := lock(run / "lock")) is None:
+        raise CheckpointError(f"{run}: a process is writing this run; prune it when it has ended")
+    try:
+        yield
+    finally:
+        os.close(held)

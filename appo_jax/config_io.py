@@ -54,11 +54,16 @@ def check(config: Config) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write `config` as JSON that `load_config` reads back to an equal config. Raises ConfigError if that is impossible."""
+    Path(path).write_bytes(config_json(config, path))
+
+
+def config_json(config: Config, path: str | Path) -> bytes:
+    """What `save_config` writes to `path`. Raises ConfigError if it would not be read back as an equal config."""
     text = _to_json(config)
     if (back := _parse(text, str(path))) != config:
         fields = ", ".join(diff_configs(config, back))
         raise ConfigError(f"{path}: these fields are not the same when they are read back from JSON: {fields}")
-    Path(path).write_bytes(text + b"\n")
+    return text + b"\n"
 
 
 def diff_configs(a: Config, b: Config) -> list[str]:

@@ -12,7 +12,6 @@ plots/  tensorboard/  pictures and event files of the metrics
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import logging
 import os
 from pathlib import Path
@@ -20,9 +19,9 @@ from types import TracebackType
 
 from appo_jax import distributed, heartbeat
 from appo_jax.config import Config
-from appo_jax.config_io import diff_configs, flatten, load_config, save_config
+from appo_jax.config_io import config_json, diff_configs, flatten, load_config
 from appo_jax.errors import CheckpointError, ConfigError
-from appo_jax.storage import usable_path
+from appo_jax.storage import lock, usable_path, write_atomically
 
 # A run may be continued with other values of these fields: they do not change what a step computes.
 MAY_CHANGE = (
@@ -147,19 +146,19 @@ def _open(config: Config) -> RunDir:
     path = usable_path(config.run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        held = lock(path / "lock")
     except OSError as error:
-        raise CheckpointError(f"run_dir = {config.run_dir}: cannot be written: {error}") from error
+        raise CheckpointError(f"run_dir = {config.run_dir}: cannot be written or locked: {error}") from error
+    if held is None:
+        raise CheckpointError(
+            f"{path}: another process is writing this run; wait for it, or give another --run-dir. (`appo-jax status {path}` says "
+            f"on which machine. NFS 3 keeps the lock of a machine that was cut off: if it is gone for good, delete {path / 'lock'})"
+        )
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: another process is writing this run; wait for it, or give another --run-dir"
-            ) from error
         # A run that failed before its first step (for example, because of a wrong --data) has no results to protect.
-        results = [*path.glob("*.jsonl"), *(p for p in (path / "checkpoints").rglob("*") if p.is_file())]
-        run = RunDir(path, bool(results), config.checkpoint_every, lock)
+        records = (path / "metrics.jsonl", path / "sft.jsonl")
+        results = any(file.is_file() for file in (*records, *(path / "checkpoints").rglob("*")))
+        run = RunDir(path, results, config.checkpoint_every, held)
         if run.continued:
             kept = _check_same_run(run, config)
             run = dataclasses.replace(run, max_unsaved=max(config.checkpoint_every, kept.checkpoint_every))
@@ -168,13 +167,11 @@ def _open(config: Config) -> RunDir:
                 f"{run.metrics} records training steps, but {run.checkpoints / 'rl'} is gone; put it back, or delete "
                 f"{path} to start the run from the beginning"
             )
-        written = run.config.with_suffix(".tmp")
-        save_config(config, written)
-        written.replace(run.config)  # after a crash there is the old config or the new one, never a partial one
+        write_atomically(run.config, config_json(config, run.config))
         for folder in (run.checkpoints, run.rollouts, run.plots, run.tensorboard):
             folder.mkdir(exist_ok=True)
     except BaseException:
-        os.close(lock)
+        os.close(held)
         raise
     return run
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import json
 import math
@@ -65,6 +67,22 @@ def unreadable(folder: Path) -> Path | None:
 
 def _readable(path: Path, rights: int) -> bool:
     return os.access(path, rights, effective_ids=True) or not os.path.lexists(path)
+
+
+def lock(path: Path) -> int | None:
+    """Lock a file until the returned descriptor is closed or the process ends. None: another process has locked it.
+
+    Raises OSError if the file cannot be opened, or if its file system cannot lock.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return None
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return descriptor
 
 
 def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:

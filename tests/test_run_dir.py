@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from appo_jax.config_io import flatten, load_config, save_config
 from appo_jax.errors import CheckpointError
 from appo_jax.metrics import MetricsLogger
 from appo_jax.run_dir import HOW_COMPUTED, MAY_CHANGE, open_run
+from appo_jax.supervision.status import note_failure
 
 
 @pytest.fixture
@@ -77,6 +79,13 @@ def test_a_run_that_never_made_a_step_may_be_given_another_config(config):
         assert load_config(run.config) == other
 
 
+def test_failures_of_hosts_are_no_results(config):
+    open_run(config).close()
+    note_failure(Path(config.run_dir), 1, "worker-1", 0, "the process of host 1 was ended by SIGKILL")
+    with open_run(dataclasses.replace(config, seed=7)) as run:
+        assert not run.continued
+
+
 def test_results_without_their_config_are_refused(config, run_with_results):
     run_with_results.config.unlink()
     with pytest.raises(CheckpointError, match=r"no readable config\.json"):
@@ -92,7 +101,7 @@ def test_two_processes_cannot_write_one_run(config, tmp_path):
     command = [sys.executable, "-c", code, tmp_path / "config.json"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "open\n"
-        with pytest.raises(CheckpointError, match="another process is writing"):
+        with pytest.raises(CheckpointError, match=r"another process is writing.*delete .*/run/lock"):
             open_run(config)
         other.kill()
         other.wait()
