@@ -2,7 +2,7 @@
 #   make demo      train the embedded world's policy, from nothing to its held-out accuracy
 #   make test      the tests                make lint     style, types, layers
 #   make test-long the tests that take minutes: two hosts, a sweep that is killed again and again, a
-#                  run's start that is interrupted at 20 moments
+#                  sweep on two slices, a run's start that is interrupted at 20 moments
 #   make docs      the documentation's site, in site/
 #   make bench     speed: the sampler, the tools and, with DATA=DIR_OF_GSM8K, whole steps; make parity: our policies against
 #                  transformers, live
@@ -25,7 +25,7 @@ setup: $(RUN)
 
 $(RUN): requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or newer; name it with PYTHON=..." >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps -e .
 	@touch $@
@@ -36,7 +36,7 @@ $(DEV): requirements-dev.txt $(RUN)
 
 # transformers, tunix and TRL, which only benchmarks compare with, and whose needs must not change what everything else runs on.
 $(PEERS): pyproject.toml $(RUN)
-	test -x $(PEERS)/python || $(PYTHON) -m venv .venv-peers
+	test -x $(PEERS)/pip || $(PYTHON) -m venv .venv-peers
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -e '.[bench,smollm2]'
 	@touch $@
 
@@ -52,7 +52,7 @@ test: $(DEV)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-long: $(DEV)
-	APPO_JAX_LONG=1 $(BIN)/pytest tests/test_hosts.py tests/sweep/test_sweep.py tests/test_start_up.py $(ARGS)
+	APPO_JAX_LONG=1 $(BIN)/pytest tests/test_hosts.py tests/test_launch.py tests/sweep/test_sweep.py tests/test_start_up.py $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

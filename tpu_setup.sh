@@ -23,7 +23,7 @@ if [[ -n "${TPU_SHARED:-}" ]]; then
   mountpoint -q /mnt/shared || sudo mount -t nfs "$TPU_SHARED" /mnt/shared
 fi
 
-[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+[[ -x .venv/bin/pip ]] || "$python" -m venv .venv # pip comes last: without python3-venv there would be only a python
 .venv/bin/python -m pip install --quiet --upgrade pip
 .venv/bin/python -m pip install --quiet '.[tpu]'
 .venv/bin/appo-jax doctor
