@@ -41,8 +41,8 @@ def draw(logits: jax.Array, uniforms: jax.Array | None) -> Drawn:
     """A token per row from `logits [V, W]` (float32) by two uniforms in [0, 1), `[W, 2]`; None: the most probable one.
 
     The first uniform picks a block of the vocabulary by its mass, the second a token within the block. Both search the first
-    place where a cumulative sum exceeds u times its end, so a token of probability 0 is never drawn. Log-probability and
-    entropy are by-products: every logit is exponentiated once.
+    place where a cumulative sum exceeds u times its end. A token of probability 0 is never drawn. Log-probability and entropy
+    are by-products: every logit is exponentiated once.
     """
     V, W = logits.shape
     w = jnp.arange(W)
@@ -54,7 +54,10 @@ def draw(logits: jax.Array, uniforms: jax.Array | None) -> Drawn:
 
     def search(weights: jax.Array, u: jax.Array) -> jax.Array:
         cumulative = jnp.cumsum(weights, axis=0)
-        return (cumulative <= u * cumulative[-1]).sum(0)
+        found = (cumulative <= u * cumulative[-1]).sum(0)
+        # The rounding of a parallel sum may rise at a weight of 0: then the nearest other one is meant.
+        places = jnp.arange(len(weights))[:, None]
+        return jnp.where(weights > 0, jnp.abs(places - found), len(weights)).argmin(0)
 
     if uniforms is None:
         token = logits.argmax(0)

@@ -52,6 +52,23 @@ def test_a_token_without_probability_is_never_drawn() -> None:
             assert np.isfinite(logits[int(drawn.token[0])])
 
 
+def test_a_block_without_probability_is_never_drawn_where_a_parallel_sum_rises_at_it() -> None:
+    """Of 1200 blocks most have no mass. Uniforms are aimed at those where the rounded cumulative sum rises or falls."""
+    blocks, rng = 1200, np.random.default_rng(0)
+    logits = np.full((blocks, BLOCK), -np.inf, np.float32)
+    with_mass = rng.random(blocks) < 0.3
+    logits[with_mass] = rng.normal(size=(with_mass.sum(), BLOCK)) * 3
+    mass = jnp.exp(logits - logits.max()).sum(1)
+    c = np.asarray(jnp.cumsum(jnp.stack([mass] * 2, 1), axis=0))[:, 0]
+    odd = np.flatnonzero(~with_mass[1:] & (np.diff(c) > 0))
+    assert odd.size, "the case must contain a sum that rises at a block without mass"
+    aims = (c[odd, None] / c[-1] + np.float32(2**-24) * np.arange(-4, 5, dtype=np.float32)).ravel()
+    uniforms = jnp.stack([jnp.asarray(aims), jnp.full(len(aims), 0.5)], 1)
+    column = jnp.asarray(logits.ravel())[:, None]
+    tokens = jax.jit(draw)(jnp.broadcast_to(column, (logits.size, len(aims))), uniforms).token
+    assert np.isfinite(logits.ravel()[np.asarray(tokens)]).all()
+
+
 @pytest.mark.parametrize("vocab", [5, BLOCK, 1000])
 @pytest.mark.parametrize("scale", [0.0, 3.0, 200.0])  # uniform, usual, all but certain
 @pytest.mark.parametrize("greedy", [False, True])
