@@ -38,10 +38,11 @@ class ToolResults:
 
     def _fitting(self, text: str) -> list[int]:
         max_chars = MAX_TOKEN_CHARS * self._max_body
-        if len(text) <= 2 * max_chars:
-            ids = self._tokenizer.encode(text)
-            if len(ids) <= self._max_body:
-                return ids
+        for complete in (text, text.rstrip()):  # white space at its end is the first to go
+            if len(complete) <= 2 * max_chars:
+                ids = self._tokenizer.encode(complete)
+                if len(ids) <= self._max_body:
+                    return ids
         kept, text = self._max_body - len(self._cut), text.rstrip()
         # The last line is kept: in a traceback it names the error, and otherwise it is often what the program computed.
         last_line = text.rpartition("\n")[2]

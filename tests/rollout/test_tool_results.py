@@ -56,6 +56,14 @@ def test_a_short_result_is_left_alone(tokenizer, call_format):
     assert read(tokenizer, call_format, "4\nthe answer", 60)[0] == "4\nthe answer"
 
 
+def test_white_space_at_the_end_is_left_out_before_anything_is_cut(tokenizer, call_format):
+    for text in ("42", "4\nthe answer"):
+        shown, length = read(tokenizer, call_format, text + "\n \t" * 200, 60)
+        assert shown == text
+        assert length <= 60
+    assert read(tokenizer, call_format, "\n" * 500, 60)[0] == ""
+
+
 LINES = [f"line {i} of many" for i in range(900)]
 TRACE = "Traceback (most recent call last):\n" + "".join(
     f'  File "<call {i}>", line {i}, in step\n    step({i})\n' for i in range(200)
