@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from appo_jax.components import Components, build, response_of
+from appo_jax.config.bounds import require_at_least
 from appo_jax.config_io import load_config
 from appo_jax.errors import DataError
 from appo_jax.export import policy_params
@@ -23,6 +24,7 @@ ASK = 6  # the first number of every draw_id, which is the purpose of the draws
 
 def ask(run: Path, question: str | None, temperature: float) -> None:
     """Answer `question`. None: read questions from the terminal, one per line, until an empty line."""
+    require_at_least({"--temperature": (temperature, 0)})
     with build(load_config(run / "config.json")) as components:
         _, params = policy_params(components, run)
         console = Console()

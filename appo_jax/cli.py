@@ -245,7 +245,7 @@ def _eval(args: Sequence[str]) -> None:
         judge = JudgeConfig(judge_url, judge_model) if judge_url else None
         asked = Evaluation(set, data, out, predictions, limit, samples, temperature, judge)
         file = config or (run / "config.json" if run else None)
-        print(evaluate_set(asked, load_config(file) if file else None, run))
+        print(evaluate_set(asked, check(load_config(file)) if file else None, run))
 
     tyro.cli(evaluate, prog="appo-jax eval", args=list(args))
 
@@ -255,14 +255,20 @@ def _sft(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="appo-jax sft", add_help=False, allow_abbrev=False)
     parser.add_argument("--collect", type=Path)
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--questions", type=int, default=0)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--questions", type=int)
     known, rest = parser.parse_known_args(args)
     config = config_from("sft [--collect FILE [--run RUN] [--samples 4] [--questions N]]", rest)
+    given = {name: value for name, value in vars(known).items() if value is not None}
+    if given and known.collect is None:
+        raise ConfigError(
+            f"--{next(iter(given))}: goes with --collect FILE; the cold start itself takes fields of the config"
+        )
     if known.collect is not None:
         from appo_jax.collect import Collecting, collect
 
-        print(collect(config, Collecting(known.collect, known.run, known.samples, known.questions)))
+        given["out"] = given.pop("collect")
+        print(collect(config, Collecting(**given)))
         return
 
     def run() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from appo_jax.components import Components, build, give_rewards, response_of
 from appo_jax.config import Config
+from appo_jax.config.bounds import require_at_least
 from appo_jax.data.demonstrations import LeftOut
 from appo_jax.errors import DataError
 from appo_jax.export import policy_params
@@ -35,6 +36,9 @@ class Collecting:
     run: Path | None = None  # the run whose newest policy is sampled; None: the config's `policy.path`
     samples: int = 4  # rollouts of every question
     questions: int = 0  # the number of questions, from the beginning of the training split; 0: all
+
+    def __post_init__(self) -> None:
+        require_at_least({"--samples": (self.samples, 1), "--questions": (self.questions, 0)})
 
 
 def collect(config: Config, asked: Collecting) -> str:

@@ -75,6 +75,12 @@ def build(config: Config) -> Components:
             "`appo-jax data world --config FILE` (the config and overrides of this run)"
         )
     dataset = load_dataset(config.data)
+    for name, examples in (("training", dataset.train), ("held-out", dataset.held_out)):
+        if not examples:
+            raise DataError(
+                f"data.source = {config.data.source!r} has no {name} question (data.path = {config.data.path!r}, data.held_out = "
+                f"{config.data.held_out!r}, data.drop = {list(config.data.drop)}); correct these"
+            )
     tokenizer = policy_tokenizer(config.policy)
     arch = for_tokenizer(architecture_of(config.policy), tokenizer.vocab_size, tokenizer.missing_ids)
     check_positions(arch, config)

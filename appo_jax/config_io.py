@@ -35,7 +35,9 @@ def load_config(path: str | Path) -> Config:
     path = Path(path)
     if path.suffix not in (".py", ".json"):
         raise ConfigError(f"{path}: a config file ends in .py or .json, not in {path.suffix!r}")
-    if path.suffix == ".json" and path.is_file():
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; give the directory of a run, which holds its config.json")
         return _parse(path.read_bytes(), str(path))
     return _parse(_to_json(read_variable(path, "config", Config)), str(path))
 

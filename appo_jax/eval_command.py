@@ -18,6 +18,7 @@ from appo_jax.benchmark.report import score_all, summarize, write_report
 from appo_jax.benchmark.sets import Item, benchmark, load_items
 from appo_jax.components import build
 from appo_jax.config import Config, JudgeConfig
+from appo_jax.config.bounds import require_at_least
 from appo_jax.config_io import flatten
 from appo_jax.errors import ConfigError
 from appo_jax.evaluate import Draws, draw_samples
@@ -44,6 +45,11 @@ class Evaluation:
     samples: int = 1
     temperature: float = 0.0  # of the policy's draws; 0: greedy
     judge: JudgeConfig | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            {"--limit": (self.limit, 1), "--samples": (self.samples, 1), "--temperature": (self.temperature, 0)}
+        )
 
 
 def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path | None = None) -> str:

@@ -66,6 +66,8 @@ def test_a_bad_override_is_named_before_any_device_is_touched(args, expected):
         (["train", "--config", "configs/quikstart.py"], "configs/quikstart.py: no such file"),
         (["data", "word", "--config", QUICKSTART], "expected `appo-jax data world"),
         (["convert", "gpt", "--out", "x"], "smollm2"),
+        (["sft", "--config", QUICKSTART, "--samples", "2"], "--samples: goes with --collect FILE"),
+        (["sft", "--config", QUICKSTART, "--run", "runs/a", "--questions", "2"], "--run: goes with --collect FILE"),
     ],
 )
 def test_a_bad_command_line_is_named(args, expected):

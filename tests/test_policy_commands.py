@@ -93,6 +93,8 @@ def test_a_person_asks_a_policy(run: Path, capsys: pytest.CaptureFixture[str], m
         patch.setattr("sys.stdin", iter_lines("Where?\n", "Who?\n", "\n"))
         assert main(["ask", str(run)]) == 0
     assert capsys.readouterr().out.count("1. the policy") == 2
+    assert main(["ask", str(run), "Where?", "--temperature", "-1"]) == 2
+    assert "--temperature -1.0: expected 0 or more" in capsys.readouterr().err
     assert main(["ask", str(run), "why " * 500]) == 1
     assert "more than rollout.max_prompt_tokens" in capsys.readouterr().err
 
@@ -177,6 +179,8 @@ def test_samples_of_two_policies_or_sets_are_never_mixed(
 def test_collecting_goes_on_where_it_stopped(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "traces.jsonl"
     command = ["sft", "--collect", str(out), "--run", str(run), "--samples", "2", "--config", str(run / "config.json")]
+    assert main([*command, "--questions", "-5"]) == 2
+    assert "--questions -5: expected 0 or more" in capsys.readouterr().err
     assert main([*command, "--questions", "2"]) == 0
     first = out.read_bytes()
     assert first.count(b"\n") == 2

@@ -83,12 +83,10 @@ def summarize(name: str, scored: Sequence[Scored], predictions: Predictions, ks:
         return figure(lambda v: float(v.correct is True), some)
 
     no_verdict = [s.item.id for s in scored if any(v.correct is None for v in s.verdicts)]
-    open_samples = sum(v.correct is None for s in scored for v in s.verdicts)
-    total = sum(max(1, len(s.verdicts)) for s in scored)
     record: dict[str, Any] = {
         "set": name, "title": benchmark(name).title, "questions": len(scored), "samples": samples,
         "accuracy": accuracy(scored), "f1": figure(lambda v: v.f1, scored),
-        "accuracy_if_open_are_right": float(accuracy(scored).value + open_samples / total),
+        "accuracy_if_open_are_right": figure(lambda v: float(v.correct is not False), scored).value,
         "pass_at_k": {
             k: over_questions([pass_at_k(len(s.verdicts), s.right, k) if s.verdicts else 0.0 for s in scored])
             for k in ks

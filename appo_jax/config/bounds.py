@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from annotated_types import Interval
+
+from appo_jax.errors import ConfigError
 
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 """From 0 to 1, both included."""
@@ -12,3 +15,12 @@ BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 """From 0, included, to 1, excluded."""
 Seed = Annotated[int, Interval(ge=0, lt=2**31)]
 """What every random generator of the program takes as its seed."""
+
+
+def require_at_least(bounds: Mapping[str, tuple[float | None, float]]) -> None:
+    """Raises ConfigError for an argument of a command that is below its bound.
+
+    bounds: option -> (given, least); given None: the option was left out."""
+    for option, (given, least) in bounds.items():
+        if given is not None and not given >= least:  # NaN too
+            raise ConfigError(f"{option} {given}: expected {least} or more")

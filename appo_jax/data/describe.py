@@ -23,9 +23,9 @@ def describe(dataset: Dataset, config: DataConfig, tokenizer: Tokenizer | None, 
     Raises ConfigError or DataError."""
     lines = [f"{config.source}{'' if config.path is None else f' at {config.path}'}"]
     for name, examples in (("train", dataset.train), ("held out", dataset.held_out)):
-        lines += ["", f"{name}: {len(examples)} questions", *_counts(examples)]
-        lines.append(_lengths(examples, tokenizer, max_prompt_tokens))
-        lines += _identities(examples)
+        lines += ["", f"{name}: {len(examples)} questions"]
+        if examples:
+            lines += [*_counts(examples), _lengths(examples, tokenizer, max_prompt_tokens), *_identities(examples)]
     lines += ["", f"documents for the search tool: {len(dataset.documents or ())}"]
     lines.append(f"demonstrations for the cold start: at most {dataset.num_demonstrations}")
     lines += ["", *_repetitions(dataset.train, [*dataset.held_out, *read_evaluation(config)], config)]

@@ -156,3 +156,29 @@ def test_the_command(data, tmp_path, capsys):
     assert main(["eval", "--compare", str(out), str(out)]) == 0
     assert "0 questions changed" in capsys.readouterr().out
     assert main(["eval", "--set", "mmlu", "--data", str(data), "--out", str(out)]) == 2
+
+
+@pytest.mark.parametrize("wrong", ["--limit 0", "--limit -1", "--samples 0", "--temperature -1", "--temperature nan"])
+def test_numbers_that_mean_nothing_are_refused(data, tmp_path, capsys, wrong):
+    predictions = write_predictions(tmp_path / "p.jsonl", (1, "1"))
+    command = ["eval", "--set", "math500", "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main([*command, "--predictions", str(predictions), *wrong.split()]) == 2
+    assert f"{wrong.replace('-1', '-1.0') if 'temp' in wrong else wrong}: expected" in capsys.readouterr().err
+
+
+def test_the_config_of_an_evaluation_is_checked(data, tmp_path, capsys):
+    (tmp_path / "c.py").write_text("from appo_jax.config import *\nconfig = Config()")
+    command = ["eval", "--set", "math500", "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main([*command, "--config", str(tmp_path / "c.py")]) == 2
+    assert "policy.path, policy.architecture: give one" in capsys.readouterr().err
+    assert main([*command, "--run", str(tmp_path / "typo")]) == 2
+    assert "typo/config.json: no such file; give the directory of a run" in capsys.readouterr().err
+
+
+def test_open_verdicts_count_as_accuracy_counts_them(judge, tmp_path):
+    """Question 0 is right, and all three samples of question 1 are open: with them right, accuracy is 1."""
+    (tmp_path / "set.jsonl").write_text('{"question": "?", "answer": "x"}\n' * 2)
+    predictions = write_predictions(tmp_path / "p.jsonl", (0, "good"), *[(1, "prose")] * 3)
+    config = JudgeConfig(judge.url, "m", attempts=1)
+    record = report_of(Evaluation("webwalker", tmp_path / "set.jsonl", tmp_path / "out", predictions, judge=config))
+    assert (record["accuracy"][0], record["accuracy_if_open_are_right"]) == (0.5, 1.0)

@@ -4,10 +4,14 @@ import dataclasses
 import random
 import re
 
+import pytest
+
+from appo_jax.components import build
 from appo_jax.config import DataConfig
 from appo_jax.data.describe import describe
 from appo_jax.data.repetitions import SIMILARITY, find_repetitions
-from appo_jax.data.source import load_dataset
+from appo_jax.data.source import Dataset, load_dataset
+from appo_jax.errors import DataError
 from appo_jax.prepare import describe_data
 from appo_jax.text.tokenizer import policy_tokenizer
 from appo_jax.tools.build import build_executor
@@ -120,6 +124,16 @@ def test_what_data_drop_names_is_left_out_and_described(tmp_path, caplog):
     assert "overlaps: 1 of a question for evaluation" in report
     assert "such as train-5 and exam-1" in report
     assert report.count("accepted: 'a'") == 6
+
+
+def test_a_run_without_questions_says_why(tiny, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"question": "Who?", "answer": "a"}')
+    (tmp_path / "test.jsonl").write_text('{"question": "who", "answer": "a"}')
+    data = DataConfig("files", str(tmp_path), drop=("overlaps",))
+    with pytest.raises(DataError, match=r"'files' has no training question .*data\.drop = \['overlaps'\]"):
+        build(dataclasses.replace(tiny, data=data))
+    report = describe(Dataset(asked("Who?"), []), data, None, 0)
+    assert "held out: 0 questions" in report
 
 
 def test_prompts_are_counted_as_the_policy_sees_them(tiny, tmp_path):
