@@ -169,13 +169,17 @@ def pooled(scores_NT: Sequence[Sequence[float]], orders: Sequence[Sequence[int]]
 
 
 def proportional(
-    scores_NT: Sequence[Sequence[float]], orders: Sequence[Sequence[int]], num_branch_points: int, budget: int
-) -> dict[tuple[int, int], int]:
+    scores_NT: Sequence[Sequence[float]], orders: Sequence[Sequence[int]], num_branch_points: int, budget: int,
+    gate_NT: Sequence[Sequence[bool]],
+) -> dict[tuple[int, int], int]:  # fmt: skip
     """Theorem 1's allocation: branches of each (rollout, position), in proportion to the positive part of the score.
 
-    The candidates are each rollout's top B. Largest remainder, handed out one by one; ties: lowest rollout, lowest position.
+    The candidates are each rollout's top B; those outside the gate get nothing if one inside it has a positive score. Largest
+    remainder, handed out one by one; ties: lowest rollout, lowest position.
     """
     weight = {(n, t): max(0.0, float(scores_NT[n][t])) for n, o in enumerate(orders) for t in o[:num_branch_points]}
+    if any(w > 0 and gate_NT[n][t] for (n, t), w in weight.items()):
+        weight = {(n, t): w if gate_NT[n][t] else 0.0 for (n, t), w in weight.items()}
     total = math.fsum(weight.values())
     if total == 0:
         taken = round_robin(orders, min(budget, num_branch_points * len(orders)))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from appo_jax.branching.select import select, tree_sizes
+from appo_jax.branching.select import far_from, select, tree_sizes
 from appo_jax.branching.tree import Cut, Loop, TreeView, already_branched
 from appo_jax.config import BranchingConfig
 
@@ -44,8 +44,11 @@ class ByScore:
 
     def choose(self, tree: TreeView, loop: Loop, config: BranchingConfig) -> list[Cut]:
         """The cuts of one loop, in the order in which the branches become nodes."""
-        taken = already_branched(tree.parents, tree.forks, [len(s) for s in tree.sampled], config.include_token)
-        free = [valid & ~branched for valid, branched in zip(tree.valid, taken, strict=True)]
+        branched = already_branched(tree, config.include_token)
+        free = [
+            valid & far_from(taken, sampled, config.min_spacing)
+            for valid, taken, sampled in zip(tree.valid, branched, tree.sampled, strict=True)
+        ]
         points = select(tree.scores, tree.preferred, free, tree.sampled, loop.budget, config)
         return [Cut(node, position + config.include_token) for node, position in points]
 

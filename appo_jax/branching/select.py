@@ -36,14 +36,30 @@ def rank_positions(
     ranked = positions[np.lexsort((positions, -score[positions], ~preferred[positions]))]
     if min_spacing == 1:
         return ranked.tolist()
-    count = np.cumsum(sampled)  # distances between positions are differences of this
-    free = np.ones(len(sampled) + min_spacing, bool)  # by count
+    count = np.cumsum(sampled).tolist()  # distances between positions are differences of this
+    free = np.ones(len(sampled) + 1, bool)  # by count
     chosen: list[int] = []
     for t in ranked.tolist():
         if free[count[t]]:
             chosen.append(t)
-            free[max(0, count[t] - min_spacing + 1) : count[t] + min_spacing] = False
+            free[_near(count[t], min_spacing)] = False
     return chosen
+
+
+def far_from(
+    taken: Bool[np.ndarray, " T"], sampled: Bool[np.ndarray, " T"], min_spacing: int
+) -> Bool[np.ndarray, " T"]:
+    """Which sampled positions of one rollout lie at least `min_spacing` sampled tokens from every position in `taken`."""
+    count = np.cumsum(sampled)
+    free = np.ones(len(sampled) + 1, bool)  # by count
+    for here in count[taken].tolist():
+        free[_near(here, min_spacing)] = False
+    return sampled & free[count]
+
+
+def _near(count: int, min_spacing: int) -> slice:
+    """The counts of sampled tokens that are less than `min_spacing` from `count`."""
+    return slice(max(0, count - min_spacing + 1), count + min_spacing)
 
 
 def serve(ranked: Sequence[Sequence[int]], per_rollout: int, budget: int) -> list[tuple[int, int]]:
@@ -74,16 +90,20 @@ def pooled(
 
 
 def proportional(
-    ranked: Sequence[Sequence[int]], scores: Sequence[np.ndarray], per_rollout: int, budget: int
-) -> list[tuple[int, int]]:
+    ranked: Sequence[Sequence[int]], scores: Sequence[np.ndarray], preferred: Sequence[np.ndarray], per_rollout: int,
+    budget: int,
+) -> list[tuple[int, int]]:  # fmt: skip
     """Theorem 1: the budget goes to branch points in proportion to their score, so that one may get several branches.
 
-    The candidates are each rollout's first `per_rollout` positions; a score of 0 or below gets nothing. Shares are
-    rounded by largest remainder, ties to the earlier rollout and position. When no score is positive, the positions are
-    served as `serve` does. Points are returned in the order of rollouts and positions, each once per branch.
+    The candidates are each rollout's first `per_rollout` positions; a score of 0 or below gets nothing, and so do positions
+    that are not preferred if a preferred one has a positive score. Shares are rounded by largest remainder, ties to the
+    earlier rollout and position. When no score is positive, the positions are served as `serve` does. Points are returned in
+    the order of rollouts and positions, each once per branch.
     """
     candidates = [(n, t) for n, positions in enumerate(ranked) for t in sorted(positions[:per_rollout])]
     weights = np.array([max(0.0, float(scores[n][t])) for n, t in candidates])
+    gated = weights * np.array([bool(preferred[n][t]) for n, t in candidates])
+    weights = gated if gated.any() else weights
     if weights.sum() == 0:
         return serve(ranked, per_rollout, budget)
     shares = budget * weights / weights.sum()
@@ -109,5 +129,5 @@ def select(
     if config.allocation == "pooled":
         return pooled(ranked, scores, preferred, budget)
     if config.allocation == "proportional":
-        return proportional(ranked, scores, config.num_branch_points, budget)
+        return proportional(ranked, scores, preferred, config.num_branch_points, budget)
     return serve(ranked, config.num_branch_points, budget)

@@ -48,21 +48,23 @@ class Loop:
     rng: np.random.Generator  # of this tree and loop
 
 
-def already_branched(
-    parents: Sequence[int | None], forks: Sequence[int | None], lengths: Sequence[int], include_token: bool
-) -> list[np.ndarray]:
+def already_branched(tree: TreeView, include_token: bool) -> list[np.ndarray]:
     """`[T]` bool for each rollout of a tree: whether a branch that keeps the same tokens exists already. A branch
-    shares its first tokens with its parent, so a position among them is the same branch point in both.
+    shares its first tokens with its parent, so a position among them is the same branch point in both; all rollouts share
+    the prompt.
     """
 
-    def drawer(node: int, length: int) -> int:
-        """The rollout that drew the last of the first `length` tokens of `node`."""
-        while (parent := parents[node]) is not None and (fork := forks[node]) is not None and length <= fork:
+    def drawer(node: int, length: int) -> int | None:
+        """The rollout that drew the last of the first `length` tokens of `node`; None for the prompt."""
+        if length <= tree.prompt_length:
+            return None
+        while (parent := tree.parents[node]) is not None and (fork := tree.forks[node]) is not None and length <= fork:
             node = parent
         return node
 
-    branched = {(drawer(p, f), f) for p, f in zip(parents, forks, strict=True) if p is not None and f is not None}
-    out = [np.zeros(length, bool) for length in lengths]
+    pairs = zip(tree.parents, tree.forks, strict=True)
+    branched = {(drawer(p, f), f) for p, f in pairs if p is not None and f is not None}
+    out = [np.zeros(len(sampled), bool) for sampled in tree.sampled]
     for node, taken in enumerate(out):
         for by, length in branched:
             if length - include_token < len(taken) and drawer(node, length) == by:

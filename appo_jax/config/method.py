@@ -49,9 +49,9 @@ class BranchingConfig:
     """per_rollout: the best B positions of each rollout, one branch each. pooled: the prompt's best positions (official
     code).
     proportional: the best B positions of each rollout share the prompt's budget in proportion to their score (Theorem
-    1)."""
+    1); those that the gate does not prefer get branches only if no preferred one has a positive score."""
     min_spacing: PositiveInt = 1
-    """Least distance, in sampled tokens, between two branch points of one rollout. 1: any two positions."""
+    """Least distance, in sampled tokens, between two branch points of one rollout, in whichever loop. 1: any two positions."""
 
 
 @dataclasses.dataclass(frozen=True)

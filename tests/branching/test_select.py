@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appo_jax.branching.select import pooled, proportional, rank_positions, select, serve
+from appo_jax.branching.select import far_from, pooled, proportional, rank_positions, select, serve
 from appo_jax.config import BranchingConfig
 
 gates = st.sampled_from(["both_positive", "literal"])
@@ -72,18 +72,27 @@ def test_proportional_is_the_oracles(prompt, num_branch_points, budget, gate):
     arrays = as_arrays(prompt, gate)
     points = select(*arrays, budget, config)
     counts = {point: points.count(point) for point in points}
-    assert counts == oracle.proportional(arrays[0], expected_orders(prompt, gate, 1), num_branch_points, budget)
+    orders = expected_orders(prompt, gate, 1)
+    assert counts == oracle.proportional(arrays[0], orders, num_branch_points, budget, arrays[1])
 
 
 def test_proportional_by_hand():
     # top 2 of each: 6, 2 and 4 (the other has no positive score): shares of 6 branches 3, 1, 2
     scores = [np.array([6.0, 2.0, 1.0]), np.array([-1.0, 4.0, -2.0])]
-    ranked = [[0, 1, 2], [1, 0, 2]]
-    assert proportional(ranked, scores, 2, 6) == [(0, 0)] * 3 + [(0, 1)] + [(1, 1)] * 2
-    assert proportional(ranked, scores, 2, 2) == [(0, 0), (1, 1)]  # 1, 1/3 and 2/3
+    ranked, every = [[0, 1, 2], [1, 0, 2]], [np.ones(3, bool)] * 2
+    assert proportional(ranked, scores, every, 2, 6) == [(0, 0)] * 3 + [(0, 1)] + [(1, 1)] * 2
+    assert proportional(ranked, scores, every, 2, 2) == [(0, 0), (1, 1)]  # 1, 1/3 and 2/3
     nothing = [np.zeros(3), np.full(3, -1.0)]
-    assert proportional(ranked, nothing, 2, 3) == [(0, 0), (1, 1), (0, 1)]
-    assert proportional([[], []], nothing, 2, 3) == []
+    assert proportional(ranked, nothing, every, 2, 3) == [(0, 0), (1, 1), (0, 1)]
+    assert proportional([[], []], nothing, every, 2, 3) == []
+
+
+def test_proportional_heeds_the_gate():
+    """A product of two negatives gets branches only if no position has two positive factors."""
+    scores, ranked = [np.array([0.2, 3.0, 2.8])], [[0, 1, 2]]
+    gate, nobody = [np.array([True, False, False])], [np.zeros(3, bool)]
+    assert proportional(ranked, scores, gate, 3, 3) == [(0, 0)] * 3
+    assert proportional(ranked, scores, nobody, 2, 3) == [(0, 1)] * 3  # shares of 3/16 and 45/16
 
 
 def test_pooled_may_take_all_from_one_rollout_and_heeds_the_gate():
@@ -124,6 +133,22 @@ def test_spacing_counts_sampled_tokens_blank_ones_included_and_tool_results_not(
     # sampled tokens are numbered 1 2 _ 3 4: from the first to the fourth place there are two
     assert rank_positions(score, valid, valid, sampled, min_spacing=2) == [0, 3]
     assert rank_positions(score, valid, valid, sampled, min_spacing=3) == [0, 4]
+
+
+def test_a_spacing_beyond_the_rollout_leaves_one_position_and_no_memory_is_taken_for_it():
+    score, every = np.array([1, 3, 2], np.float32), np.ones(3, bool)
+    for spacing in (3, 10**10, 10**30):
+        assert rank_positions(score, every, every, every, min_spacing=spacing) == [1]
+        assert not far_from(np.array([0, 0, 1], bool), every, spacing).any()
+
+
+def test_far_from_by_hand():
+    """Sampled tokens are numbered 1 2 _ 3 4 5, the branch point is number 3."""
+    sampled = np.array([1, 1, 0, 1, 1, 1], bool)
+    taken = np.array([0, 0, 0, 1, 0, 0], bool)
+    assert far_from(taken, sampled, 1).tolist() == [True, True, False, False, True, True]
+    assert far_from(taken, sampled, 2).tolist() == [True, False, False, False, False, True]
+    assert far_from(~sampled & sampled, sampled, 4).tolist() == sampled.tolist()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import oracle
 import pytest
 from growing import draw_and_grow, make_trees
 
-from appo_jax.branching.tree import already_branched
+from appo_jax.branching.tree import TreeView, already_branched
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig
 from appo_jax.policy.parameters import Params
 from appo_jax.rollout import shapes, tree_sampler
@@ -73,28 +73,57 @@ def test_trees_have_the_declared_shape_and_keep_the_budget(draw, n: int, b: int,
 
 
 def heads(tree: Tree) -> list[list[tuple]]:
-    """For every rollout and token: the tokens before it, each identified by the rollout that drew it."""
+    """For every rollout and token: the tokens before it, each identified by the rollout that drew it; nobody drew the prompt."""
     names: list[list[tuple[int, int]]] = []
     for r in tree:
         head = [] if r.parent is None else names[r.parent][: r.fork]
-        names.append(head + [(r.node, t) for t in range(len(head), r.length)])
+        names.append(head + [(r.node if t >= r.prompt_length else -1, t) for t in range(len(head), r.length)])
     return [[tuple(own[:t]) for t in range(len(own) + 1)] for own in names]
+
+
+def view(tree: Tree) -> TreeView:
+    """What `already_branched` reads of a tree."""
+    parents, forks, sampled = ([getattr(r, name) for r in tree] for name in ("parent", "fork", "sampled"))
+    return TreeView(tree[0].prompt_length, parents, forks, [], sampled, [], [], [], [])
+
+
+def test_all_roots_begin_with_the_same_prompt() -> None:
+    """Two roots with a prompt of two tokens: the first was branched at token 2, before anything of its own, and at token 4."""
+    sampled = [np.arange(6) >= 2] * 4
+    tree = TreeView(2, [None, None, 0, 0], [None, None, 2, 4], [], sampled, [], [], [], [])
+    found = already_branched(tree, include_token=False)
+    assert [np.flatnonzero(taken).tolist() for taken in found] == [[2, 4], [2], [2], [2, 4]]
+
+
+def test_branch_points_of_all_loops_keep_their_distance(draw) -> None:
+    spacing = 5
+    branching = BranchingConfig(num_branch_points=2, num_loops=2, min_spacing=spacing)
+    for tree in draw(1, 9, branching):
+        before = heads(tree)
+        branches = [r for r in tree if r.parent is not None]
+        for r in branches:
+            parent, at = tree[r.parent], r.fork
+            for other in branches:
+                shared = before[other.parent][other.fork] == before[parent.node][: other.fork + 1][-1]
+                if other.loop < r.loop and shared:
+                    between = parent.sampled[min(at, other.fork) : max(at, other.fork)].sum()
+                    assert between >= spacing
 
 
 @pytest.mark.parametrize("include_token", [False, True])
 def test_a_later_loop_knows_every_point_that_has_a_branch(draw, include_token: bool) -> None:
     branching = BranchingConfig(num_branch_points=2, num_loops=3, include_token=include_token)
-    for tree in draw(1, 16, branching):
+    for tree in [*draw(1, 16, branching), *draw(3, 27, branching)]:
         before = heads(tree)
         branched = {before[r.parent][r.fork] for r in tree if r.parent is not None}
-        lengths = [r.length for r in tree]
-        found = already_branched([r.parent for r in tree], [r.fork for r in tree], lengths, include_token)
+        found = already_branched(view(tree), include_token)
         for rollout, taken in zip(tree, found, strict=True):
             expected = [before[rollout.node][t + include_token] in branched for t in range(rollout.length)]
             assert taken.tolist() == expected
         # no rollout was branched at a point that an earlier loop had branched
-        for r in tree[1:]:
-            earlier = [other for other in tree[1:] if other.loop < r.loop]
+        branches = [r for r in tree if r.parent is not None]
+        for r in branches:
+            earlier = [other for other in branches if other.loop < r.loop]
             assert before[r.parent][r.fork] not in {before[other.parent][other.fork] for other in earlier}
 
 
