@@ -168,7 +168,8 @@ def _aepo(config: Config) -> Algorithm:
     advantages that grow with the entropy."""
     algorithm = _tree(config, score="entropy_balanced", base="joint")
     weight = config.advantage.entropy_weight or ENTROPY_WEIGHT
-    return _varied(algorithm, advantage={"entropy_weight": weight}, loss={"surrogate": "gppo_high"})
+    loss = {"surrogate": "gppo_high", "dual_clip": 0.0, "max_dual_clipped": -1}
+    return _varied(algorithm, advantage={"entropy_weight": weight}, loss=loss)
 
 
 def _appo_all(config: Config) -> Algorithm:

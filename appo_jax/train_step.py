@@ -31,7 +31,7 @@ from appo_jax.rollout.growth import Growth, TreeGrower
 from appo_jax.rollout.sampler import Sampler
 from appo_jax.rollout.scoring import log_probs, of_drawers, scores
 from appo_jax.rollout.shapes import Shapes
-from appo_jax.rollout.stats import rollout_metrics, update_metrics
+from appo_jax.rollout.stats import over_updates, rollout_metrics, update_metrics
 from appo_jax.timing import Timer
 from appo_jax.types import Example, Rollout, Tree, release_states
 
@@ -207,8 +207,7 @@ class Step:
         record |= self.components.reward.metrics()
         if self.algorithm.max_resamples:
             record["rollout/resampled_prompts"] = self.resampled
-        updates = [minibatch.update for minibatch in minibatches]
-        record |= {name: float(np.mean([u[name] for u in updates])) for name in updates[0]} | self.timer.metrics()
+        record |= over_updates([minibatch.update for minibatch in minibatches]) | self.timer.metrics()
         record["time/tokens_per_s"] = record["rollout/sampled_tokens"] / record["time/step_s"]
         return record
 

@@ -72,6 +72,14 @@ def test_grpo_uses_the_whole_budget_at_once_and_no_future() -> None:
     assert (batch.ref_log_probs == -0.5).all()
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_dual_clip_stays_only_with_the_surrogate_that_has_one(name: str) -> None:
+    loss = LossConfig(dual_clip=3.0, max_dual_clipped=1)
+    found = make_algorithm(dataclasses.replace(CONFIG, algorithm=name, loss=loss)).loss
+    expected = (3.0, 1) if found.surrogate == "clip" else (0.0, -1)
+    assert (found.dual_clip, found.max_dual_clipped) == expected
+
+
 def test_masked_truncated_rollouts_have_no_weight() -> None:
     config = dataclasses.replace(CONFIG, loss=LossConfig(mask_truncated=True))
     tree = [rollout(0, 1.0), rollout(1, 0.0, StopReason.LENGTH)]

@@ -55,7 +55,7 @@ class SFTConfig:
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay, per unit of rate. Paper: 0.1."""
     warmup_fraction: Fraction = 0.05
-    """Share of `steps` over which the rate rises linearly from 0."""
+    """Share of `steps` over which the rate rises linearly from 0. 0: the first step has the highest rate. So has a single step."""
     micro_batch: NonNegativeInt = 0
     """Rows per forward-backward pass. Divides batch_size. 0: the whole batch at once."""
     checkpoint_every: PositiveInt = 500

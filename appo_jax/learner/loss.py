@@ -110,7 +110,10 @@ def policy_loss(
         log_ratio = jnp.clip(log_ratio, -config.max_log_ratio, config.max_log_ratio)
     advantages, log_probs = jnp.where(on, batch.advantages, 0.0), jnp.where(on, log_probs, 0.0)
     ratio = jnp.exp(log_ratio)
-    outside = (ratio < 1.0 - config.clip_low) & (advantages < 0) | (ratio > 1.0 + config.clip_high) & (advantages > 0)
+    low, high = ratio < 1.0 - config.clip_low, ratio > 1.0 + config.clip_high
+    outside = low & (advantages < 0) | high & (advantages > 0)
+    if config.surrogate == "cispo":  # it bounds every weight, whatever the sign of A
+        outside = (low | high) & (advantages != 0)
     counts = on.astype(ratio.dtype) if batch.counts is None else batch.counts
     metrics = {
         "tokens": counts.sum(),

@@ -24,12 +24,15 @@ def rl_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def sft_optimizer(config: SFTConfig, shared: OptimizerConfig) -> optax.GradientTransformation:
-    """The cold start's optimizer: a linear warm-up, then a cosine decay to 0 at its last step.
+    """The cold start's optimizer: a linear warm-up from 0, then a cosine decay to 0 at its last step. Without a warm-up, and in a
+    cold start of one step, the first step has the highest rate.
 
     `shared`: the moments' decay rates, the weight decay and the gradient clipping, which RL uses too.
     """
 
     def schedule(peak: float) -> optax.Schedule:
+        if config.warmup_fraction == 0 or config.steps <= 1:
+            return optax.cosine_decay_schedule(peak, max(config.steps, 1))
         warmup = max(1, round(config.warmup_fraction * config.steps))
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(config.steps, warmup + 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -79,6 +80,17 @@ def update_metrics(
         "branching/missing": growth.missing_branches,
     }
     return record
+
+
+def over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The means of `update_metrics` over a step's mini-batches. A mini-batch without a figure (NaN) is left out, except from
+    those of the update: there NaN is a fault that the mean must show."""
+
+    def over(name: str) -> float:
+        values = [update[name] for update in updates]
+        return mean(values if name.startswith("update/") else [x for x in values if not math.isnan(x)])
+
+    return {name: over(name) for name in updates[0]}
 
 
 def _relative_positions(trees: Sequence[Tree]) -> list[float]:

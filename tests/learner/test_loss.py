@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from appo_jax.advantage.procedural import procedural_advantage
 from appo_jax.branching.score import future_value
-from appo_jax.config import AdvantageConfig, Architecture, LossConfig
+from appo_jax.config import AdvantageConfig, Architecture, LossConfig, OptimizerConfig, SFTConfig
 from appo_jax.data.pipeline import TraceBatch
 from appo_jax.learner.batch import make_batch
 from appo_jax.learner.loss import (
@@ -24,6 +24,7 @@ from appo_jax.learner.loss import (
     token_weights,
     without_dual_clipped,
 )
+from appo_jax.learner.optimizer import sft_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, gradients, make_train_step
 from appo_jax.policy import attention
 from appo_jax.policy.parameters import abstract_params
@@ -118,6 +119,40 @@ def test_clip_fraction_and_kl_by_hand():
     assert (int(metrics["clip_fraction"]), int(metrics["tokens"])) == (2, 5)
     ratio = np.array([1.5, 1.5, 0.5, 0.5, 1.1])
     np.testing.assert_allclose(metrics["kl_old_new"], (ratio - 1 - np.log(ratio)).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("surrogate", "clipped"), [("clip", 2), ("gppo", 2), ("cispo", 4)])
+def test_clip_fraction_counts_the_tokens_whose_weight_or_gradient_is_bounded(surrogate, clipped):
+    """Ratios beyond both ends with both signs of A, and one inside: cispo bounds sg(clip(ρ)) whatever the sign."""
+    log_ratio = np.log(np.array([[1.5, 1.5, 0.5, 0.5, 1.1, 1.5]], np.float32))
+    advantages = np.array([[1, -1, 1, -1, -1, 0]], np.float32)
+    batch = plain_batch(np.zeros_like(log_ratio), advantages, np.ones_like(log_ratio))
+    _, metrics = policy_loss(log_ratio, None, batch, LossConfig(surrogate=surrogate))
+    assert int(metrics["clip_fraction"]) == clipped
+
+
+# ---------------------------------------------------------------- rates of the cold start
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "expected"),
+    [
+        (1, 0.05, [1.0]), (1, 0.0, [1.0]),
+        (4, 0.0, [1.0, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2]),
+        (6, 1 / 3, [0.0, 0.5, 1.0, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2]),
+        (3, 0.05, [0.0, 1.0, 0.5]),
+    ],
+)  # fmt: skip
+def test_rates_of_a_cold_start(steps, warmup, expected):
+    """With equal gradients, each of Adam's updates is the rate."""
+    config = SFTConfig(steps=steps, warmup_fraction=warmup, learning_rate=1.0, weight_decay=0.0)
+    optimizer = sft_optimizer(config, OptimizerConfig(max_grad_norm=1e9))
+    params = {"x": jnp.zeros(1)}
+    state, rates = optimizer.init(params), []
+    for _ in range(steps):
+        updates, state = optimizer.update({"x": jnp.ones(1)}, state, params)
+        rates.append(-float(updates["x"][0]))
+    np.testing.assert_allclose(rates, expected, atol=1e-5)
 
 
 # ---------------------------------------------------------------- gradient

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import weakref
 from collections import Counter
 from contextlib import ExitStack
@@ -36,6 +37,7 @@ from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.policy.parameters import Params
 from appo_jax.reward import Judge, Response
 from appo_jax.rollout.growth import TreeGrower
+from appo_jax.rollout.stats import over_updates
 from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
@@ -181,6 +183,19 @@ def test_dynamic_sampling_replaces_prompts_without_spread_and_is_bounded(step) -
     replaced = record["rollout/resampled_prompts"]
     assert sum(tree[0].example.id.startswith("new") for tree in trees) == replaced
     assert len(list(one)) == (replaced == 0), "no prompts are taken when none are needed"
+
+
+def test_a_mini_batch_without_branches_does_not_hide_the_others_figures() -> None:
+    found = over_updates(
+        [
+            {"branching/position": math.nan, "branching/future_mean": math.nan, "update/loss": 1.0},
+            {"branching/position": 0.5, "branching/future_mean": math.nan, "update/loss": math.nan},
+            {"branching/position": 0.75, "branching/future_mean": math.nan, "update/loss": 3.0},
+        ]
+    )
+    assert found["branching/position"] == 0.625
+    assert math.isnan(found["branching/future_mean"])
+    assert math.isnan(found["update/loss"]), "a loss that is not finite must be seen"
 
 
 def test_dynamic_sampling_uses_a_batch_before_it_takes_another(step) -> None:
