@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import logging
@@ -72,9 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Output(io.FileIO):
-    """Standard output that ends the process when its reader (head, a pager) is gone, as SIGPIPE would.
-
-    The signal itself stays ignored, because it would also end a command whose client or worker closes a connection."""
+    """Standard output that ends the process when its reader is gone. SIGPIPE would also do so when a client or worker is gone."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -260,16 +259,15 @@ def _sft(args: Sequence[str]) -> None:
     known, rest = parser.parse_known_args(args)
     config = config_from("sft [--collect FILE [--run RUN] [--samples 4] [--questions N]]", rest)
     given = {name: value for name, value in vars(known).items() if value is not None}
-    if given and known.collect is None:
-        raise ConfigError(
-            f"--{next(iter(given))}: goes with --collect FILE; the cold start itself takes fields of the config"
-        )
     if known.collect is not None:
         from appo_jax.collect import Collecting, collect
 
-        given["out"] = given.pop("collect")
-        print(collect(config, Collecting(**given)))
+        print(collect(config, Collecting(given.pop("collect"), **given)))
         return
+    if given:
+        raise ConfigError(
+            f"--{next(iter(given))}: goes with --collect FILE; the cold start itself takes fields of the config"
+        )
 
     def run() -> None:
         from appo_jax import sft
@@ -311,12 +309,8 @@ def _plan(args: Sequence[str]) -> None:
     from appo_jax.plan.compiler import compiler_for
     from appo_jax.plan.search import search
 
-    compiler = compiler_for(
-        known.topology,
-        config.mesh.slices,
-        lengths=known.lengths,
-        on_program=lambda name: log.info("compiling: %s", name),
-    )
+    tell = functools.partial(log.info, "compiling: %s")
+    compiler = compiler_for(known.topology, config.mesh.slices, lengths=known.lengths, on_program=tell)
     if known.search is None:
         plan, more = compiler.plan(config), dict[str, Any]()
     else:
