@@ -113,7 +113,7 @@ jax.config.update("jax_default_device", second)
 from appo_jax.cli import main
 
 run, out = sys.argv[1:]
-few = ["--questions", "1", "--rollouts", "1", "--positions", "1", "--continuations", "1"]
+few = ["--questions", "1", "--rollouts", "1", "--positions", "1", "--continuations", "2"]
 sys.exit(main(["ask", run, "Where?"]) or main(["influence", run, "--out", out, *few]))
 """
 

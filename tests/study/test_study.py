@@ -209,17 +209,18 @@ def test_the_table_by_hand(base, tmp_path):
         write_run(s.run_dir("appo", seed), appo, tokens=125)
         write_run(s.run_dir("grpo", seed), grpo, tokens=125)
     lines = report.write_report(s).splitlines()
-    # at the budget of 100 of 125 tokens: 0.4 + 4/5 · 0.4, and so on; on the way the mean of the ends of the line to there
+    # at the budget of 100 of 125 tokens: 0.4 + 4/5 · 0.4, and so on; on the way the mean of the ends of the line to there;
+    # intervals: 12.706 standard errors, each half of the difference of two seeds
     assert lines[2:5] == [
-        "| appo | 2 | 40.0 | 76.0 [72.0, 80.0] | 58.0 [56.0, 60.0] | 85.0 [80.0, 90.0] | 125 | 1.0 |",
-        "| grpo | 2 | 40.0 | 68.0 [56.0, 80.0] | 54.0 [48.0, 60.0] | 75.0 [60.0, 90.0] | 125 | 1.0 |",
+        "| appo | 2 | 40.0 | 76.0 [25.2, 126.8] | 58.0 [32.6, 83.4] | 85.0 [21.5, 148.5] | 125 | 1.0 |",
+        "| grpo | 2 | 40.0 | 68.0 [-84.5, 220.5] | 54.0 [-22.2, 130.2] | 75.0 [-115.6, 265.6] | 125 | 1.0 |",
         "| dapo | 0 | | | | | | |",
     ]
     # differences −20 and 0: t = −1 with one degree of freedom, p = 1/2; (12.706 + 6.314) standard errors of 10 points
     assert lines[10:] == [
-        "| grpo | at 100 tokens | 2 | -8.0 [-16.0, +0.0] | 0.500 | 1.000 | 152.2, 152.2 |",
-        "| grpo | on the way | 2 | -4.0 [-8.0, +0.0] | 0.500 | 1.000 | 76.1, 76.1 |",
-        "| grpo | after 60 s | 2 | -10.0 [-20.0, +0.0] | 0.500 | 1.000 | 190.2, 190.2 |",
+        "| grpo | at 100 tokens | 2 | -8.0 [-109.6, +93.6] | 0.500 | 1.000 | 152.2, 152.2 |",
+        "| grpo | on the way | 2 | -4.0 [-54.8, +46.8] | 0.500 | 1.000 | 76.1, 76.1 |",
+        "| grpo | after 60 s | 2 | -10.0 [-137.1, +117.1] | 0.500 | 1.000 | 190.2, 190.2 |",
     ]
     assert image.imread(tmp_path / "study.png")[..., :3].std() > 0.01
     kept = json.loads((tmp_path / "study.json").read_text())

@@ -388,19 +388,22 @@ def test_a_module_that_is_not_installed_is_named_without_advice_on_bubblewrap():
 def test_modules_in_editable_mode_are_found_where_they_are(tmp_path, monkeypatch):
     """As pip install -e leaves them: the folder of packages has only a finder, for the module and for what it requires."""
     site, checkout = tmp_path / "site", tmp_path / "checkout"
-    for name, requires in (("mine", "Requires-Dist: Its-Need\n"), ("its_need", "")):
+    for name, requires in (("editable_module", "Requires-Dist: Editable-Need\n"), ("editable_need", "")):
         information = site / f"{name}-1.0.dist-info"
         information.mkdir(parents=True)
         (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{requires}")
         (information / "top_level.txt").write_text(f"{name}\n")
         (information / "RECORD").write_text(f"__editable___{name}_finder.py,,\n{name}-1.0.dist-info/METADATA,,\n")
         (site / f"__editable___{name}_finder.py").write_text("")
-    (checkout / "mine").mkdir(parents=True)
-    (checkout / "mine" / "__init__.py").write_text("import its_need\n")
-    (checkout / "its_need.py").write_text("VALUE = 7\n")
+    (checkout / "editable_module").mkdir(parents=True)
+    (checkout / "editable_module" / "__init__.py").write_text("import editable_need\n")
+    (checkout / "editable_need.py").write_text("VALUE = 7\n")
     monkeypatch.syspath_prepend(site)
     monkeypatch.syspath_prepend(checkout)
-    assert locate(["mine"]) == {"mine": checkout / "mine", "its_need.py": checkout / "its_need.py"}
+    assert locate(["editable_module"]) == {
+        "editable_module": checkout / "editable_module",
+        "editable_need.py": checkout / "editable_need.py",
+    }
 
 
 def test_process_isolation_limits_files_and_leaves_nothing():
