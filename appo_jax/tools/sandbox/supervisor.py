@@ -667,7 +667,7 @@ def state_0(options: dict[str, Any]) -> list[str]:
         f"import sys; sys.path[:] = {[*sys.path, programs]!r}; "
         f"from sandbox import interpreter; sys.path.pop(); interpreter.main({options!r})"
     )
-    return [sys.executable, "-s", "-S", "-P", "-B", "-c", start]
+    return [*sys.orig_argv[:-1], start]  # with the options of this process, which bubblewrap.py gives
 
 
 def _channel() -> tuple[socket.socket, socket.socket]:
