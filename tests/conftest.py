@@ -117,13 +117,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, short_quickstart: Callable[[P
     return config
 
 
-@pytest.fixture(scope="session")
-def compiled() -> dict[str, str]:
-    """The variables under which all processes of these tests share what they compile, for those that get no others."""
-    names = "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
-    return {name: os.environ[name] for name in names}
-
-
 @pytest.fixture
 def one_of() -> Callable[[int, int], dict[str, str]]:
     """Variables by which process `i` of `hosts` on this machine finds the others, as Open MPI would set them."""

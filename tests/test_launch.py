@@ -160,16 +160,14 @@ def test_run_starts_the_same_command_on_all_workers_under_a_supervisor(launch):
 
 
 @pytest.fixture
-def workers(
-    tmp_path: Path, compiled: dict[str, str], one_of: Callable[[int, int], dict[str, str]]
-) -> tuple[Path, dict[str, str]]:
+def workers(tmp_path: Path, one_of: Callable[[int, int], dict[str, str]]) -> tuple[Path, dict[str, str]]:
     """A folder of two workers' homes as setup.sh leaves them, and the variables of a launch on them."""
     folder = tmp_path / "workers"
     for i in range(2):
         program = folder / str(i) / "appo_jax/.venv/bin/appo-jax"
         program.parent.mkdir(parents=True)
         program.symlink_to(Path(sys.executable).parent / "appo-jax")
-    return folder, compiled | one_of(0, 2) | {"WORKERS": str(folder)} | POD
+    return folder, one_of(0, 2) | {"WORKERS": str(folder)} | POD
 
 
 def told(workers: Path, i: int) -> tuple[list[str], str]:
