@@ -27,7 +27,7 @@ def sft_optimizer(config: SFTConfig, shared: OptimizerConfig) -> optax.GradientT
     """The cold start's optimizer: a linear warm-up from 0, then a cosine decay to 0 at its last step. Without a warm-up, and in a
     cold start of one step, the first step has the highest rate.
 
-    `shared`: the moments' decay rates, the weight decay and the gradient clipping, which RL uses too.
+    `shared`: the moments' decay rates and the gradient clipping, which RL uses too. The weight decay is `config`'s own.
     """
 
     def schedule(peak: float) -> optax.Schedule:
