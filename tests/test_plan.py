@@ -20,7 +20,7 @@ from rich.console import Console
 
 from appo_jax.cli import main
 from appo_jax.config import LoRAConfig, MeshConfig, OptimizerConfig
-from appo_jax.config_io import load_config
+from appo_jax.config_io import load_config, with_fields
 from appo_jax.data.pipeline import TraceBatch
 from appo_jax.errors import ConfigError, PlanError
 from appo_jax.plan import compiler, hlo, programs, report
@@ -473,6 +473,20 @@ def test_programs_of_a_small_config_compile_and_are_counted():
     assert caches > 2**20
 
 
+def test_a_program_changes_only_with_the_fields_that_it_names():
+    """So a search compiles it again only if one of these has changed."""
+    config = load_config(ROOT / "configs/quickstart.py")
+    arch = dataclasses.replace(config.policy.architecture, num_layers=1, vocab_size=64, width=32, mlp_width=32)
+    config = dataclasses.replace(config, mesh=MeshConfig(), optimizer=OptimizerConfig(micro_batch=8))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    changes = {"rollout.decode_rows": 32, "optimizer.micro_batch": 4, "optimizer.remat": "layers"}
+    for i, program in enumerate(programs.programs(config, arch, mesh)):
+        other = with_fields(config, {field: x for field, x in changes.items() if field not in program.depends_on})
+        same = list(programs.programs(other, arch, mesh))[i]
+        assert (same.name, same.beside) == (program.name, program.beside)
+        assert str(same.trace().jaxpr) == str(program.trace().jaxpr), program.name
+
+
 def test_an_error_of_the_compiler_names_the_program():
     """A program that calls a kernel which this machine's compiler does not have."""
 
@@ -481,7 +495,7 @@ def test_an_error_of_the_compiler_names_the_program():
             jax.ShapeDtypeStruct((8,), "float32")
         )
 
-    program = programs.Program("decode, initial", trace, 1, "once", 0, 0, "rollout.decode_rows")
+    program = programs.Program("decode, initial", trace, 1, "once", 0, 0, "rollout.decode_rows", ())
     with pytest.raises(
         PlanError, match=r"decode, initial: the compiler failed with ValueError: .*rollout\.decode_rows"
     ):

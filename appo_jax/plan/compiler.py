@@ -54,7 +54,7 @@ class Compiler:
         lengths = None if self.lengths is None else RolloutLengths.of_run(self.lengths, config.rollout)
 
         def need_of(program: Program) -> Need:
-            key = (program.name, *(flatten(config)[field] for field in _DEPENDS_ON[program.name.split(",")[0]]))
+            key = (program.name, *(flatten(config)[field] for field in program.depends_on))
             if key not in self.compiled:
                 self.on_program(program.name)
                 with use_mesh(mesh):
@@ -71,15 +71,6 @@ class Compiler:
         chips = self.described.num_chips * config.mesh.slices
         hosts = len({device.process_index for device in self.devices})
         return Plan(self.described.topology, chips, self.described.chip, needs, hosts, checkpoint)
-
-
-_MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices")
-# For each program, the fields that `search` changes and on which the program or its `beside` depends.
-_DEPENDS_ON = (
-    dict.fromkeys(("reshard", "score"), _MESH)
-    | dict.fromkeys(("prefill", "decode", "append"), (*_MESH, "rollout.decode_rows"))
-    | {"train": (*_MESH, "optimizer.micro_batch", "optimizer.remat"), "cold start": (*_MESH, "optimizer.remat")}
-)
 
 
 def compiler_for(topology: str, slices: int = 1, **options: Any) -> Compiler:

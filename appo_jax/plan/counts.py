@@ -26,7 +26,7 @@ class Generation:
     """Generations of one kind and shape."""
 
     name: str
-    """What is drawn: "initial" (initial rollouts) or "branches"."""
+    """What is drawn, in the names of programs: "initial" (initial rollouts) or "branches"."""
     shapes: GenerationShapes
     times: int
     """Number of these generations in a step."""
@@ -66,8 +66,10 @@ class Counts:
     """Prompts of one prefill pass."""
     prefills: int
     """Prefill passes in a step."""
-    generations: tuple[Generation, ...]
-    """In the order in which they run; generations of the same kind and shapes are one entry."""
+    initial: Generation
+    """The generations that draw initial rollouts."""
+    branches: tuple[Generation, ...]
+    """Those that draw branches, by their shapes, in the order in which they run."""
     scorings: tuple[Scoring, ...]
     """By rising number of rows."""
     reshards: int
@@ -80,6 +82,11 @@ class Counts:
     parts: int
     """Micro-batches of one update, which their packed rows fill."""
 
+    @property
+    def generations(self) -> tuple[Generation, ...]:
+        """All generations."""
+        return (self.initial, *self.branches)
+
 
 def count(config: Config, shapes: Shapes, lengths: RolloutLengths | None = None) -> Counts:
     """What a training step of `config` runs.
@@ -91,17 +98,16 @@ def count(config: Config, shapes: Shapes, lengths: RolloutLengths | None = None)
     draws = 1 + algorithm.max_resamples  # each replacement of prompts is another generation
     prompts, rows = config.prompts_per_step, shapes.prefill_rows(config.prompts_per_step)
     initial_shapes = shapes.initial(prompts, algorithm.initial)
-    generations = [
-        Generation("initial", initial_shapes, draws, prompts * algorithm.initial, lengths.initial),
-        *_branch_generations(config, algorithm, shapes, lengths.branches),
-    ]
+    initial = Generation("initial", initial_shapes, draws, prompts * algorithm.initial, lengths.initial)
+    branches = tuple(_branch_generations(config, algorithm, shapes, lengths.branches))
     minibatches = config.prompts_per_step // config.prompts_per_minibatch
     return Counts(
         prefill_rows=rows,
         prefills=draws * -(-prompts // rows),
-        generations=tuple(generations),
+        initial=initial,
+        branches=branches,
         scorings=_scorings(config, algorithm, shapes, packing),
-        reshards=sum(generation.times for generation in generations),
+        reshards=sum(generation.times for generation in (initial, *branches)),
         updates=minibatches,
         trained=config.prompts_per_minibatch * algorithm.trained_per_prompt,
         parts=packing.passes(range(algorithm.trained_per_prompt), shapes.update_rows(config, algorithm)),

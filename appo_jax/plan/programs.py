@@ -28,7 +28,12 @@ from appo_jax.rollout.decode import AppendBatch, DecodeSpec, StopTables, Until, 
 from appo_jax.rollout.engine import SEGMENT_STEPS
 from appo_jax.rollout.shapes import Shapes
 
-AUTOMATON_STATES = 32  # more than the stop strings of two tools need
+# States of the stop automaton for each tool: more than a closing tag has characters.
+AUTOMATON_STATES = 16
+# The fields that `search` changes and on which every program depends; those of a generation; those of the update.
+_MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices")
+_ROWS = (*_MESH, "rollout.decode_rows")
+_UPDATE = (*_MESH, "optimizer.micro_batch", "optimizer.remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Program:
     beside: int  # bytes per device that the run holds at the same time and that are no argument of the program
     kept: int  # bytes per device of weights and optimizer state, in `beside` and in the arguments; only the mesh lowers them
     fields: str  # config fields whose lower values make the program's other memory smaller
+    depends_on: tuple[str, ...]  # the fields that `search` changes and on which the program or `beside` depends
     steps: int = 1  # iterations of the program's loop of unknown length; `times` counts iterations, not calls
     # Name of a kernel's calls -> the share of its KV caches that it reads.
     seen: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -86,14 +92,11 @@ class _StepPrograms:
         if not self.in_place:
             yield self.reshard()
         yield self.prefill()
-        for generation in self.counts.generations:
-            if generation.name == "initial":
-                yield self.decode(generation)
+        yield self.decode(self.counts.initial)
         for scoring in self.counts.scorings:
             yield self.score(scoring)
-        for generation in self.counts.generations:
-            if generation.name != "initial":
-                yield self.decode(generation)
+        for generation in self.counts.branches:
+            yield self.decode(generation)
         for generation in self.counts.generations:
             yield self.append(generation)
         yield self.train()
@@ -117,12 +120,13 @@ class _StepPrograms:
             "sft.micro_batch, sft.max_tokens"
             if sft.micro_batch
             else "sft.micro_batch (0: all rows at once), sft.max_tokens",
+            (*_MESH, "optimizer.remat"),
             parts,
         )
 
     def reshard(self) -> Program:
         """Makes the copy of the parameters that a generation reads. For branches, the caches that they continue exist already."""
-        sources = [self._source_bytes(g) for g in self.counts.generations if g.name != "initial"]
+        sources = [self._source_bytes(g) for g in self.counts.branches]
         return Program(
             "reshard",
             lambda: sharding.reshard.trace(self.policy, self.mesh, self.arrays.dtype),
@@ -131,13 +135,14 @@ class _StepPrograms:
             self.optimizer_and_reference + max(sources, default=0),
             self.kept_training,
             "",
+            _MESH,
         )
 
     def prefill(self) -> Program:
         """Computes the KV caches of the prompts. The caches of the generation exist already, and those of the pass before, if there
         was one, still do."""
         rows, length = self.counts.prefill_rows, self.config.rollout.max_prompt_tokens
-        initial = next(g for g in self.counts.generations if g.name == "initial")
+        initial = self.counts.initial
         before = self._source_bytes(initial) if self.config.prompts_per_step > rows else 0
         tokens = self.arrays.rows((rows, length), jnp.int32)
         return Program(
@@ -150,6 +155,7 @@ class _StepPrograms:
             self.beside_generation + on_chip(self.arrays.generation(initial.shapes)) + before,
             self.kept_generating,
             "rollout.max_prompt_tokens, rollout.decode_rows",
+            _ROWS,
         )
 
     def decode(self, generation: Generation) -> Program:
@@ -161,9 +167,10 @@ class _StepPrograms:
             spec = DecodeSpec(
                 self.arrays.generating_arch, self.arrays.dtype, rollout.temperature, rollout.top_k, rollout.top_p, (0,)
             )
+            states = 1 + AUTOMATON_STATES * len(self.config.tools.enabled)
             stops = StopTables(
-                self.arrays.of((AUTOMATON_STATES, self.arch.vocab_size), np.uint8),
-                self.arrays.of((AUTOMATON_STATES,), jnp.int32),
+                self.arrays.of((states, self.arch.vocab_size), np.min_scalar_type(states - 1)),
+                self.arrays.of((states,), jnp.int32),
             )
             return decode_segment.trace(self.generating_params, prefixes, rows, stops, Until(scalar, scalar), spec=spec)
 
@@ -175,6 +182,7 @@ class _StepPrograms:
             self.beside_generation + self._source_bytes(generation),
             self.kept_generating,
             "rollout.decode_rows, rollout.max_response_tokens",
+            _ROWS,
             SEGMENT_STEPS,
             self._read_shares(generation),
         )
@@ -200,6 +208,7 @@ class _StepPrograms:
             self.beside_generation + self._source_bytes(generation),
             self.kept_generating,
             "rollout.max_result_tokens, rollout.decode_rows",
+            _ROWS,
         )
 
     def score(self, scoring: Scoring) -> Program:
@@ -220,6 +229,7 @@ class _StepPrograms:
             self.optimizer_and_reference + max(0, scoring.kept - 1) * cache,
             self.kept_training,
             "prompts_per_minibatch, rollout.max_response_tokens",
+            _MESH,
         )
 
     def train(self) -> Program:
@@ -238,6 +248,7 @@ class _StepPrograms:
             self.reference_bytes,
             self.kept_training,
             "optimizer.micro_batch",
+            _UPDATE,
             counts.parts,
         )
 
@@ -265,7 +276,7 @@ class _StepPrograms:
 
     def _source_bytes(self, generation: Generation) -> int:
         """Bytes per device of the KV caches from which a generation's prefixes are loaded."""
-        if generation.name == "initial":
+        if generation is self.counts.initial:
             return on_chip(self.arrays.caches(self.counts.prefill_rows, self.config.rollout.max_prompt_tokens))
         length = self.shapes.rollout_length
         return max(s.kept * on_chip(self.arrays.caches(s.rows, length)) for s in self.counts.scorings)
