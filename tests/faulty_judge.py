@@ -68,6 +68,11 @@ class Handler(BaseHTTPRequestHandler):
         if answer in WRONG:
             self.reply(WRONG[answer])
             return
+        if answer in ("busy", "denied"):  # says how long to wait; no request will ever succeed
+            self.send_response(429 if answer == "busy" else 401)
+            self.send_header("Retry-After", "20")
+            self.end_headers()
+            return
         if answer == "down" or (answer == "limited" and answer not in self.server.limited):
             self.server.limited.add(answer)
             self.send_error(500 if answer == "down" else 429)

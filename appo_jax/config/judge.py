@@ -22,6 +22,6 @@ class JudgeConfig:
     timeout: PositiveFloat = 60.0
     """Seconds for one request."""
     attempts: PositiveInt = 4
-    """Requests for one verdict, with growing pauses between them."""
+    """Requests for one verdict, with growing pauses between them, or the pauses that the server asks for."""
     cache: str | None = None
     """SQLite file of verdicts, which runs may share. None: in the folder of the run or of the report."""

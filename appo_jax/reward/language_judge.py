@@ -35,7 +35,12 @@ Answer: {answer}
 
 Reply with one line: "correct: yes" or "correct: no"."""
 
-_VERDICT = re.compile(r"correct:\s*\W*(yes|no)\b", re.IGNORECASE)
+# A line that is a verdict: "correct: yes", {"correct": "yes"}, "Correct.", "Verdict: incorrect".
+_ASKED = re.compile(r"\W*correct\W+(yes|no)\b", re.IGNORECASE)
+_WORD = re.compile(r"\W*(?:verdict\W+)?(in)?correct\W*", re.IGNORECASE)
+_YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+# `decide` stops asking after so many answers in a row without a verdict: the endpoint is down, or refuses every request.
+UNDECIDED_IN_A_ROW = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +87,26 @@ class LanguageJudge:
             ) from error
 
     def decide(self, questions: Sequence[tuple[str, Sequence[str], str]]) -> list[Decision]:
-        """The decision of each (question, golds, answer), in order."""
+        """The decision of each (question, golds, answer), in order.
+
+        After `UNDECIDED_IN_A_ROW` answers in a row without a verdict, only the verdicts in the cache are used."""
+        undecided = 0
+
+        def decision(asked: tuple[str, Sequence[str], str]) -> Decision:
+            nonlocal undecided
+            if undecided >= UNDECIDED_IN_A_ROW:
+                reason = f"not asked: the judge decided none of the last {UNDECIDED_IN_A_ROW} answers"
+                return self._kept(self._prompt(*asked)) or Decision(None, reason)
+            found = self.verdict(*asked)
+            with self._lock:
+                undecided = undecided + 1 if found.correct is None else 0
+            return found
+
         decisions = []
         with concurrent.futures.ThreadPoolExecutor(self.config.concurrency) as pool:
-            for decision in pool.map(lambda q: self.verdict(*q), questions):
+            for found in pool.map(decision, questions):
                 heartbeat.progress()
-                decisions.append(decision)
+                decisions.append(found)
         return decisions
 
     def grade(self, response: Response) -> Grade:
@@ -111,36 +130,50 @@ class LanguageJudge:
 
     def verdict(self, question: str, golds: Sequence[str], answer: str) -> Decision:
         """The decision on one answer, from the cache if it was decided before."""
-        prompt = PROMPT.format(question=question, gold=" / ".join(golds), answer=answer)
-        key = hashlib.sha256(json.dumps([self.config.model, prompt]).encode()).hexdigest()
-        with self._lock:
-            row = self._cache.execute("SELECT correct, reason FROM verdicts WHERE key = ?", (key,)).fetchone()
-        if row is not None:
-            self._count(cached=1)
-            return Decision(bool(row[0]), row[1])
+        prompt = self._prompt(question, golds, answer)
+        if (kept := self._kept(prompt)) is not None:
+            return kept
         decision = self._ask(prompt)
         if decision.correct is None:
             self._count(failed=1)
             return decision
         with self._lock, self._cache:  # one transaction
-            self._cache.execute(
-                "INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", (key, decision.correct, decision.reason)
-            )
+            row = (self._key(prompt), decision.correct, decision.reason)
+            self._cache.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", row)
         return decision
+
+    @staticmethod
+    def _prompt(question: str, golds: Sequence[str], answer: str) -> str:
+        return PROMPT.format(question=question, gold=" / ".join(golds), answer=answer)
+
+    def _key(self, prompt: str) -> str:
+        return hashlib.sha256(json.dumps([self.config.model, prompt]).encode()).hexdigest()
+
+    def _kept(self, prompt: str) -> Decision | None:
+        """The decision in the cache."""
+        with self._lock:
+            query = "SELECT correct, reason FROM verdicts WHERE key = ?"
+            row = self._cache.execute(query, (self._key(prompt),)).fetchone()
+        if row is None:
+            return None
+        self._count(cached=1)
+        return Decision(bool(row[0]), row[1])
 
     def _ask(self, prompt: str) -> Decision:
         problem = ""
         for attempt in range(self.config.attempts):
-            if attempt:
-                time.sleep(min(2.0**attempt / 4, 8.0))
             try:
                 reply = self._request(prompt)
             except Fault as fault:
-                problem = str(fault)[:300]
-                continue
-            if found := _VERDICT.findall(reply):
-                return Decision(found[-1].lower() == "yes", reply.strip()[:300])
-            problem = f"no verdict in its reply: {reply.strip()[:200]!r}"
+                problem, wait = str(fault)[:300], fault.wait
+                if not fault.retry and fault.kind != "timeout":  # another request has a time limit of its own
+                    break
+            else:
+                if (correct := read_verdict(reply)) is not None:
+                    return Decision(correct, reply.strip()[:300])
+                problem, wait = f"no verdict in its reply: {reply.strip()[:200]!r}", 0.0
+            if attempt + 1 < self.config.attempts:
+                time.sleep(max(min(2.0**attempt / 2, 8.0), min(wait, self.config.timeout)))
         return Decision(None, problem)
 
     def _request(self, prompt: str) -> str:
@@ -166,3 +199,17 @@ class LanguageJudge:
         with self._lock:
             for name, amount in amounts.items():
                 setattr(self.counts, name, getattr(self.counts, name) + amount)
+
+
+def read_verdict(reply: str) -> bool | None:
+    """The verdict of a reply: that of its lines that are nothing but a verdict. None: there is no such line, or they differ.
+
+    A reasoning model's thoughts, which end with </think>, are left out: they may quote both verdicts."""
+    found: set[bool] = set()
+    for line in reply.rpartition("</think>")[2].splitlines():
+        words = {word.lower() for word in _YES_OR_NO.findall(line)}
+        if _ASKED.match(line):
+            found |= {word == "yes" for word in words}
+        elif word := _WORD.fullmatch(line):
+            found.add(word[1] is None)
+    return found.pop() if len(found) == 1 else None

@@ -12,7 +12,7 @@ from appo_jax import heartbeat
 from appo_jax.config import JudgeConfig, RewardConfig
 from appo_jax.errors import AppoError, ConfigError, DataError
 from appo_jax.reward import Judge, Response, make_reward
-from appo_jax.reward.language_judge import Counts, Decision, LanguageJudge
+from appo_jax.reward.language_judge import UNDECIDED_IN_A_ROW, Counts, Decision, LanguageJudge, read_verdict
 from appo_jax.tools.format import TagFormat
 from appo_jax.tools.protocol import ToolSpec
 from appo_jax.types import Example, RewardResult, Segment, StopReason
@@ -133,6 +133,52 @@ def test_replies_of_any_form_are_read_or_named(endpoint, tmp_path, answer):
     else:
         assert decision.correct is None
         assert "its reply is no chat completion" in decision.reason
+    judge.close()
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("correct: yes", True),
+        ("The wording differs.\n**Correct: No**", False),
+        ('{"correct": "yes"}', True),
+        ("Correct.", True),
+        ("Verdict: incorrect", False),
+        ("correct: yes, it is the same town", True),
+        ("Incorrect: yes, it differs.", None),
+        ("Not correct", None),
+        ('I must reply "correct: yes" or "correct: no". The answer matches.', None),
+        ('"correct: yes" or "correct: no"', None),
+        ("correct: yes\ncorrect: no", None),
+        ("<think>correct: no\nor rather</think>\ncorrect: yes", True),
+        ("The answer is correct", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_a_line_of_its_own(reply, verdict):
+    assert read_verdict(reply) is verdict
+
+
+def test_a_judge_that_refuses_is_not_asked_again_and_one_that_is_busy_when_it_says(endpoint, tmp_path):
+    """The wait that a busy server asks for, 20 s, is cut to the time limit of a request."""
+    judge = LanguageJudge(JudgeConfig(endpoint.url, "m", attempts=2, timeout=0.7), tmp_path / "v.sqlite")
+    assert judge.verdict("?", ("x",), "denied") == Decision(None, "the server answered with status 401")
+    began = time.monotonic()
+    assert judge.verdict("?", ("x",), "busy").correct is None
+    assert 0.65 < time.monotonic() - began < 2
+    assert endpoint.asked == ["denied", "busy", "busy"]
+    judge.close()
+
+
+def test_a_judge_that_decides_nothing_is_left_alone(endpoint, tmp_path):
+    """Verdicts that it gave before are still used."""
+    judge = LanguageJudge(JudgeConfig(endpoint.url, "m", attempts=1, concurrency=1), tmp_path / "v.sqlite")
+    assert judge.verdict("kept", ("x",), "good").correct
+    questions = [(str(i), ("x",), "denied") for i in range(UNDECIDED_IN_A_ROW + 4)]
+    decisions = judge.decide([*questions, ("kept", ("x",), "good")])
+    assert endpoint.asked.count("denied") == UNDECIDED_IN_A_ROW
+    assert [d.correct for d in decisions] == [None] * len(questions) + [True]
+    assert decisions[-2].reason == "not asked: the judge decided none of the last 16 answers"
     judge.close()
 
 
