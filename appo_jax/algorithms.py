@@ -76,7 +76,7 @@ class Algorithm:
         """Whether the trained tokens must be scored under π_θ before the update: for Ω, for the number of dual-clipped tokens,
         for the entropies that scale advantages, or because branches that π_θ has drawn are trained on."""
         return (
-            self.uses_future or self.loss.max_dual_clipped >= 0 or self.advantage.entropy_weight > 0
+            self.uses_future or self.drops_dual_clipped or self.advantage.entropy_weight > 0
             or self.trains_later_branches
         )  # fmt: skip
 
@@ -90,6 +90,16 @@ class Algorithm:
     def scores_reference(self) -> bool:
         """Whether the loss has a KL term, and so needs log π_ref of the trained tokens."""
         return self.keeps_reference and self.loss.kl_in != "reward"
+
+    @property
+    def adds_kl(self) -> bool:
+        """Whether the KL term is added to the loss with weights of its own."""
+        return self.scores_reference and self.loss.kl_in == "outside"
+
+    @property
+    def drops_dual_clipped(self) -> bool:
+        """Whether the number of a rollout's dual-clipped tokens decides which of them count in the surrogate."""
+        return self.loss.max_dual_clipped >= 0
 
     @property
     def needs_old_of_branches(self) -> bool:

@@ -18,9 +18,10 @@ from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, initial_params
 from appo_jax.config import Config
-from appo_jax.config_io import diff_configs, load_config
+from appo_jax.config.effects import Affects
+from appo_jax.config_io import changed_effects, load_config
 from appo_jax.data.demonstrations import LeftOut, demonstrations
-from appo_jax.data.pipeline import TraceBatch, trace_batches
+from appo_jax.data.pipeline import TraceBatch, encode_traces, trace_batches
 from appo_jax.data.trace_files import read_traces
 from appo_jax.errors import CheckpointError, ConfigError
 from appo_jax.evaluate import evaluate
@@ -49,16 +50,6 @@ ColdStart = tuple[Params, dict[str, float]]
 TRACES_PER_ROW = 8
 # Demonstrations are sent to the other hosts in messages of this many, so that these make progress too.
 TRACES_PER_MESSAGE = 64
-# Beginnings of the names of fields that a held-out accuracy depends on.
-MEASURED_BY = (
-    "data.",
-    "eval.num_prompts",
-    "tools.",
-    "rollout.max_",
-    "reward.function",
-    "reward.judge.model",
-    "policy.",
-)
 OnStep = Callable[[int, dict[str, Any]], None]  # (steps done, metrics)
 
 
@@ -144,14 +135,9 @@ def _trace_batches(components: Components, run: RunDir) -> grain.DatasetIterator
         limit = config.sft.steps * config.sft.batch_size * TRACES_PER_ROW
         traces = shared_demonstrations(components, limit, left_out)
     results = ToolResults(components.tokenizer, call_format, config.rollout.max_result_tokens)
+    encoded = encode_traces(traces, components.tokenizer, config, results.encode_rendered, left_out)
     batches = trace_batches(
-        traces,
-        components.tokenizer,
-        config.sft.batch_size,
-        config.sft.max_tokens,
-        config.seed,
-        results.encode_rendered,
-        left_out,
+        encoded, config.sft.batch_size, config.sft.max_tokens, components.tokenizer.pad_id, config.seed
     )
     if distributed.host() == 0:
         record = {"read": len(traces), "left_out": left_out.to_json()}
@@ -202,7 +188,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             step, state, meta = restored
             base = meta["accuracies"]["accuracy_base"]
         metrics.resume(step)
-        spec = StepSpec(components.arch, None, 1.0, components.dtype, config.optimizer.remat)
+        spec = StepSpec.of_cold_start(config, components.arch, components.dtype)
         train_step = make_train_step(optimizer, spec)
         while step < config.sft.steps:
             began = time.perf_counter()
@@ -270,7 +256,7 @@ def _take_over(other: Path, components: Components) -> ColdStart:
 def _measures_alike(other: Path, config: Config) -> bool:
     """Whether another run measures held-out accuracy as `config` does: same questions, tools, lengths, reward and policy."""
     try:
-        changed = diff_configs(load_config(other / "config.json"), config)
+        effects = changed_effects(load_config(other / "config.json"), config)
     except ConfigError:  # the config of an older program, which cannot be compared
         return False
-    return not any(name.startswith(MEASURED_BY) for name in changed)
+    return not any(effect & Affects.ACCURACY for effect in effects.values())

@@ -166,9 +166,7 @@ def begin(components: Components, params: Params) -> tuple[Trainer, TrainState]:
     reference = (base or jax.tree.map(jnp.copy, params)) if algorithm.keeps_reference else None
     optimizer = rl_optimizer(config.optimizer)
     state = init_state(params, optimizer, components.arch, components.mesh)
-    spec = StepSpec(
-        components.arch, algorithm.loss, config.rollout.temperature, components.dtype, config.optimizer.remat
-    )
+    spec = StepSpec.of_update(config, algorithm.loss, components.arch, components.dtype)
     grower = TreeGrower(
         components.sampler, components.tokenizer, config.rollout, algorithm.branching, components.arch.vocab_size,
         config.seed,

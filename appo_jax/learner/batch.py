@@ -77,9 +77,7 @@ def make_terms(
     def weights(mask: np.ndarray, aggregation: str) -> np.ndarray:
         return token_weights(mask, algorithm.budget, len(trees), aggregation) * correction
 
-    drops_dual_clipped = loss.max_dual_clipped >= 0
-    kl_outside = algorithm.scores_reference and loss.kl_in == "outside"
-    kept = without_dual_clipped(loss_mask, new - old, base, loss) if drops_dual_clipped else loss_mask
+    kept = without_dual_clipped(loss_mask, new - old, base, loss) if algorithm.drops_dual_clipped else loss_mask
     advantages = np.asarray(procedural_advantage(jnp.asarray(base), future, algorithm.advantage))
     if algorithm.advantage.entropy_weight:
         assert measured.entropies is not None
@@ -91,8 +89,8 @@ def make_terms(
         advantages=advantages,
         old_log_probs=old,
         ref_log_probs=None if measured.ref_log_probs is None else padded(measured.ref_log_probs),
-        surrogate_weights=weights(kept, loss.aggregation) if drops_dual_clipped else None,
-        kl_weights=weights(loss_mask, "seq_mean") if kl_outside else None,
+        surrogate_weights=weights(kept, loss.aggregation) if algorithm.drops_dual_clipped else None,
+        kl_weights=weights(loss_mask, "seq_mean") if algorithm.adds_kl else None,
     )
     return terms, [base[i][every_sampled[i]] for i in range(len(rollouts))]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from appo_jax.config import Architecture, LossConfig, Remat
+from appo_jax.config import Architecture, Config, LossConfig, Remat
 from appo_jax.errors import TrainingError
 from appo_jax.learner.loss import Terms, policy_loss
 from appo_jax.policy import attention
@@ -65,6 +65,16 @@ class StepSpec:
     temperature: float
     dtype: Any
     remat: Remat = "none"
+
+    @classmethod
+    def of_update(cls, config: Config, loss: LossConfig, arch: Architecture, dtype: Any) -> StepSpec:
+        """Of an update of RL. `loss`: that of the config's algorithm."""
+        return cls(arch, loss, config.rollout.temperature, dtype, config.optimizer.remat)
+
+    @classmethod
+    def of_cold_start(cls, config: Config, arch: Architecture, dtype: Any) -> StepSpec:
+        """Of an update of the cold start."""
+        return cls(arch, None, 1.0, dtype, config.optimizer.remat)
 
 
 def rows_loss(params: Params, rows: Rows, terms: Terms, spec: StepSpec) -> tuple[jax.Array, dict[str, jax.Array]]:

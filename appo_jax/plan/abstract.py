@@ -84,11 +84,11 @@ class Arrays:
     def batch(self, parts: int, rows: int, length: int, algorithm: Algorithm) -> TrainBatch:
         """The mini-batch of an update: `parts` micro-batches of `rows` packed rows of `length` slots."""
         floats = self.rows((parts, 2, rows, length), jnp.float32)
-        loss, ref = algorithm.loss, floats if algorithm.scores_reference else None
         terms = Terms(
-            floats, floats, floats, ref,
-            surrogate_weights=floats if loss.max_dual_clipped >= 0 else None,
-            kl_weights=floats if algorithm.scores_reference and loss.kl_in == "outside" else None,
+            floats, floats, floats,
+            ref_log_probs=floats if algorithm.scores_reference else None,
+            surrogate_weights=floats if algorithm.drops_dual_clipped else None,
+            kl_weights=floats if algorithm.adds_kl else None,
             counts=floats,
         )  # fmt: skip
         return TrainBatch(self.packed(parts, rows, length), terms, self.of((), jnp.int32))

@@ -107,7 +107,7 @@ class _StepPrograms:
         rows = sft.micro_batch or sft.batch_size
         parts = sft.batch_size // rows
         step: Any = make_train_step(
-            self.arrays.sft_optimizer, StepSpec(self.arch, None, 1.0, self.arrays.dtype, config.optimizer.remat)
+            self.arrays.sft_optimizer, StepSpec.of_cold_start(config, self.arch, self.arrays.dtype)
         )
         batch = self.arrays.demonstrations(parts, rows, sft.max_tokens)
         return Program(
@@ -164,9 +164,7 @@ class _StepPrograms:
 
         def trace() -> Any:
             prefixes, rows = self.arrays.generation(shapes)
-            spec = DecodeSpec(
-                self.arrays.generating_arch, self.arrays.dtype, rollout.temperature, rollout.top_k, rollout.top_p, (0,)
-            )
+            spec = DecodeSpec.of(rollout, self.arrays.generating_arch, self.arrays.dtype, rollout.temperature, (0,))
             states = 1 + AUTOMATON_STATES * len(self.config.tools.enabled)
             stops = StopTables(
                 self.arrays.of((states, self.arch.vocab_size), np.min_scalar_type(states - 1)),
@@ -235,9 +233,7 @@ class _StepPrograms:
     def train(self) -> Program:
         """Updates the parameters on one mini-batch. `times` counts micro-batches."""
         config, counts, rows = self.config, self.counts, self.shapes.update_rows(self.config, self.algorithm)
-        spec = StepSpec(
-            self.arch, self.algorithm.loss, config.rollout.temperature, self.arrays.dtype, config.optimizer.remat
-        )
+        spec = StepSpec.of_update(config, self.algorithm.loss, self.arch, self.arrays.dtype)
         step: Any = make_train_step(self.arrays.optimizer, spec)  # jitted
         batch = self.arrays.batch(-(-counts.trained // rows), rows, self.shapes.rollout_length, self.algorithm)
         return Program(

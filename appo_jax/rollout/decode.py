@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from appo_jax.config import Architecture
+from appo_jax.config import Architecture, RolloutConfig
 from appo_jax.policy import attention
 from appo_jax.policy.attention import Blocks, LayerCache, Places
 from appo_jax.policy.constraints import ROWS, constrain, on_each_device, parts, platform, replicate, widest
@@ -33,6 +33,13 @@ class DecodeSpec:
     top_k: int
     top_p: float
     eos_ids: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, config: RolloutConfig, arch: Architecture, dtype: Any, temperature: float, eos_ids: tuple[int, ...]
+    ) -> DecodeSpec:
+        """Of a run. `arch`: of the parameters that generation reads."""
+        return cls(arch, dtype, temperature, config.top_k, config.top_p, eos_ids)
 
 
 class StopTables(NamedTuple):

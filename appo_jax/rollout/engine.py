@@ -131,8 +131,7 @@ class Engine:
 
     def spec(self, temperature: float) -> DecodeSpec:
         """The static arguments of this engine's decode programs."""
-        top_k, top_p = self.config.top_k, self.config.top_p
-        return DecodeSpec(self.generating_arch, self.dtype, temperature, top_k, top_p, self.tokenizer.eos_ids)
+        return DecodeSpec.of(self.config, self.generating_arch, self.dtype, temperature, self.tokenizer.eos_ids)
 
     def prefill(self, policy: GeneratingPolicy, prompts: Sequence[np.ndarray], length: int, rows: int) -> Source:
         """Prefixes of the prompts, right-padded to `length`, `rows` prompts at a time."""
