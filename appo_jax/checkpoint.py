@@ -3,7 +3,8 @@
 Orbax alone lists a half-deleted step, restores flipped bits silently, takes an empty folder for the latest step, casts dtypes
 silently, and skips a step that it will not save. Here every step carries a digest of each array and of its own metadata, and
 is read back once it is written. A step that fails verification is refused with the reason, and the newest good step is
-restored.
+restored. Orbax would also end the run when an old step cannot be removed, and would choose the best steps by a file without a
+digest. Here old steps are removed after the new one has been read back, and the accuracy is part of a step's metadata.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from appo_jax import distributed, heartbeat
 from appo_jax.checkpoint_items import items, not_written
-from appo_jax.checkpoint_read import REMOVED, Broken, check_arrays, read_arrays, read_record, sha256
+from appo_jax.checkpoint_read import REMOVED, Broken, check_arrays, read_arrays, read_record, record_here, sha256
 from appo_jax.digests import describe, named_leaves
 from appo_jax.errors import CheckpointError
 from appo_jax.storage import folder_size, usable_path
@@ -33,6 +35,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
+OLD = "removed_"  # beginning of the name of an old step that is being removed
 MAX_LISTINGS = 20  # in a row that may fail because a step was removed meanwhile
 
 
@@ -49,14 +52,16 @@ class Checkpointer:
         `read_only`: nothing is written, removed or renamed; another process may be writing here.
         """
         self._directory, self._read_only = usable_path(directory), read_only
+        self._keep, self._keep_best = keep, keep_best
+        self._accuracies: dict[int, float | None] = {}  # of steps; None: it was not measured
+        self._lasting: set[int] = set()  # steps that cannot be removed, or that may be among the best: this was logged
+        self._not_given: list[int] = []  # steps that the disk did not give when they were read
         if not read_only and jax.process_index() == 0:
-            self._log_leftovers()
+            self._settle_leftovers()
         options = (
             ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
             if read_only
-            else ocp.CheckpointManagerOptions(
-                preservation_policy=_kept(keep, keep_best), best_fn=_accuracy, cleanup_tmp_directories=True
-            )
+            else ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
         )
         self._manager = _despite_removals(
             lambda: ocp.CheckpointManager(self._directory, options=options, item_handlers=items(self._directory))
@@ -77,8 +82,11 @@ class Checkpointer:
         Raises CheckpointError if this step or a later one exists, and, as `wait`, for problems of the previous save.
         """
         self.wait()
+        self._set_aside(self._not_given)  # orbax saves no step before them
+        self._not_given = []
         arrays = describe(state)
-        record: dict[str, Any] = {"step": step, "meta": dict(meta), "arrays": arrays}
+        accuracy = None if accuracy is None else float(accuracy)
+        record: dict[str, Any] = {"step": step, "meta": dict(meta), "arrays": arrays, "accuracy": accuracy}
         if iterator is not None:  # all hosts read the same data and are at the same position
             record["position"] = _position(iterator)
         items: dict[str, Any] = {
@@ -87,8 +95,7 @@ class Checkpointer:
         }
         self._warn_of_full_disk(step)
         try:
-            metrics = None if accuracy is None else {"accuracy": float(accuracy)}
-            saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            saved = self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:
             raise not_written(self._directory, error) from error
         if not saved:
@@ -96,6 +103,7 @@ class Checkpointer:
                 f"{self._directory}: step {step} was not saved, because step {self._manager.latest_step()} exists already; "
                 "restore it and go on from there, or give another --run-dir"
             )
+        self._accuracies[step] = accuracy
         self._unread = step, jax.tree.map(ocp.utils.to_shape_dtype_struct, state), arrays
 
     @heartbeat.phase("checkpoint")
@@ -106,32 +114,44 @@ class Checkpointer:
 
         `abstract_state` gives structure, shapes, dtypes and shardings (arrays, or `jax.ShapeDtypeStruct` with a sharding).
         `partial`: it is only a part of the state, such as `{"params": …}`, and only this part is read and verified. Broken steps
-        are logged; once an older step is found good, they are renamed to `refused_<step>`. Raises CheckpointError if a sound step
-        holds other arrays than `abstract_state`, or if every step is broken: the run must not silently start from nothing.
+        are logged; once an older step is found good, they are renamed to `refused_<step>`. A step that the disk does not give is
+        passed over, too, but renamed only when the next step is saved. Raises CheckpointError if a sound step holds other arrays
+        than `abstract_state`, or if no step can be used: the run must not silently start from nothing.
         """
         self.wait()
-        refused: dict[int, str] = {}
+        refused: dict[int, Broken] = {}
         while (step := self._newest_except(refused)) is not None:
             try:
                 state, record = self._restore(step, abstract_state, partial)
             except Broken as error:
-                refused[step] = str(error)
-                if refused[step] != REMOVED:
+                refused[step] = error
+                if str(error) != REMOVED:
                     _log.warning("%s: checkpoint of step %d is refused: %s", self._directory, step, error)
                 continue
             if iterator is not None:
                 iterator.set_state(record["position"])
             if not self._read_only:
-                self._set_aside([refused_step for refused_step, why in refused.items() if why != REMOVED])
+                self._set_aside([s for s, why in refused.items() if why.number is None and str(why) != REMOVED])
+                self._not_given = [s for s, why in refused.items() if why.number is not None]
             return step, state, record["meta"]
         if refused:
-            reasons = "\n".join(f"  step {step}: {reason}" for step, reason in refused.items())
-            raise CheckpointError(
-                f"{self._directory}: every checkpoint is broken:\n{reasons}\n"
-                + ("If the run is being written now, try again. " if self._read_only else "")
-                + "Put a good copy in its place, or delete this folder to start the run from the beginning."
-            )
+            raise self._nothing_usable(refused)
         return None
+
+    def _nothing_usable(self, refused: Mapping[int, Broken]) -> CheckpointError:
+        reasons = "\n".join(f"  step {step}: {reason}" for step, reason in refused.items())
+        number = next((why.number for why in refused.values() if why.number is not None), None)
+        if number is not None:
+            advice = "Check the disk, and try again."
+        elif self._read_only:
+            advice = "If the run is being written now, try again; otherwise put a good copy of a step in its place."
+        else:
+            advice = "Put a good copy in its place, or delete this folder to start the run from the beginning."
+        what = "every checkpoint is broken" if number is None else "no checkpoint can be read"
+        error = CheckpointError(f"{self._directory}: {what}:\n{reasons}\n{advice}")
+        if number is not None:  # `failures` looks there
+            error.__cause__ = OSError(number, os.strerror(number), str(self._directory))
+        return error
 
     def _warn_of_full_disk(self, step: int) -> None:
         """Warn if this step or the next may not fit on the disk. A step is written before the oldest one is removed."""
@@ -149,8 +169,10 @@ class Checkpointer:
         newest = max((step for step in self._manager.all_steps() if step not in refused), default=None)
         return distributed.exchange(newest)[0]
 
-    def _log_leftovers(self) -> None:
-        """Log what the folder holds besides checkpoints."""
+    def _settle_leftovers(self) -> None:
+        """Log what the folder holds besides checkpoints, and remove the rest of old ones."""
+        for path in self._directory.glob(f"{OLD}*"):
+            _delete(path)
         names = sorted(path.name for path in self._directory.iterdir()) if self._directory.is_dir() else []
         half = [name for name in names if TEMPORARY in name]
         refused = [name for name in names if name.startswith("refused_")]
@@ -175,6 +197,44 @@ class Checkpointer:
             raise not_written(self._directory, error) from error
         if unread is not None:
             self._read_back(*unread)
+            if jax.process_index() == 0:
+                self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Remove the steps that are neither among the newest nor among the best. One that cannot be removed is logged once."""
+        steps = sorted(step for step in self._manager.all_steps() if (self._directory / str(step)).is_dir())
+        best = [
+            (accuracy, step) for step in steps if self._keep_best and (accuracy := self._accuracy(step)) is not None
+        ]
+        kept = {*steps[-self._keep :], *(step for _, step in sorted(best)[-self._keep_best :]), *self._lasting}
+        for step in (step for step in steps if step not in kept):
+            folder = self._directory / str(step)
+            if folder.is_symlink() or not os.access(folder, os.W_OK, effective_ids=True):
+                _log.warning("%s: is old, but a link or write-protected: it is kept", folder)
+                self._lasting.add(step)
+                continue
+            try:  # at once for those who read: they never find a part of a step
+                folder = folder.rename(_new_name(folder.with_name(f"{OLD}{step}")))
+            except OSError as error:
+                _log.warning("%s: is old, but cannot be removed (%s)", folder, error)
+                self._lasting.add(step)
+                continue
+            _delete(folder)
+
+    def _accuracy(self, step: int) -> float | None:
+        """The accuracy with which a step was saved. A step whose metadata cannot be read is kept, because it may be one of the
+        best."""
+        if step not in self._accuracies:
+            try:
+                self._accuracies[step] = record_here(self._directory / str(step)).get("accuracy")
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                self._accuracies[step] = None
+                self._lasting.add(step)
+                _log.warning(
+                    "%s: its accuracy cannot be read (%s): it is kept, as one of the best may be",
+                    self._directory / str(step), error,
+                )  # fmt: skip
+        return self._accuracies[step]
 
     def close(self) -> None:
         """Wait, then free orbax's threads."""
@@ -230,10 +290,7 @@ class Checkpointer:
             return
         if jax.process_index() == 0:
             for step in steps:
-                target = self._directory / f"refused_{step}"
-                while target.exists():
-                    target = target.with_name(target.name + "_again")
-                (self._directory / str(step)).rename(target)
+                (self._directory / str(step)).rename(_new_name(self._directory / f"refused_{step}"))
         multihost_utils.sync_global_devices("checkpoints set aside")
         self._manager.reload()
 
@@ -246,17 +303,21 @@ def _despite_removals(list_steps: Callable[[], T]) -> T:
     return list_steps()
 
 
-def _accuracy(metrics: Mapping[str, float]) -> float:
-    return metrics["accuracy"]
+def _new_name(path: Path) -> Path:
+    """`path`, with endings until nothing has this name."""
+    while os.path.lexists(path):
+        path = path.with_name(path.name + "_again")
+    return path
 
 
-def _kept(newest: int, best: int) -> Any:
-    """The policy of which steps are kept: the newest, and the best of those whose accuracy is known."""
-    policies = ocp.checkpoint_managers
-    by_accuracy = policies.BestN(get_metric_fn=_accuracy, n=best, keep_checkpoints_without_metrics=False)
-    return policies.AnyPreservationPolicy(
-        [policies.LatestN(n=newest), by_accuracy] if best else [policies.LatestN(n=newest)]
-    )
+def _delete(folder: Path) -> None:
+    """Delete the folder of an old step. What cannot be deleted is logged, and left to `appo-jax checkpoints RUN --prune`."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        _log.warning(
+            "%s: the rest of an old checkpoint cannot be removed (%s); remove it when it can be", folder, error
+        )
 
 
 def _position(iterator: grain.DatasetIterator) -> Any:

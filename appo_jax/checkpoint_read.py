@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,22 +38,33 @@ REMOVED = "removed in the meantime"  # the reason for a step that vanished while
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+# What a disk or its server reports when it does not give a file. The file may be sound, and readable later.
+_DISK = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EBADMSG, errno.EUCLEAN)
+READ_AGAIN_S = (1.0, 3.0)  # pauses after which a file that the disk did not give is read again
 
 
 class Broken(Exception):
-    """A step is not what was written, for at least one host. All hosts raise it with the same text; REMOVED: it is gone."""
+    """A step cannot be used, for at least one host. All hosts raise it with the same text; REMOVED: it is gone.
+
+    `number`: the system's errno if the disk did not give the step, which may be sound; None if it is not what was written.
+    """
+
+    def __init__(self, reason: str, number: int | None = None) -> None:
+        super().__init__(reason)
+        self.number = number
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The metadata of the step in `folder`. Raises Broken if it is not what was written."""
+    return _on_all_hosts(folder, lambda: record_here(folder))
 
-    def read() -> dict[str, Any]:
-        meta = json.loads((folder / "meta" / "metadata").read_text())
-        if sha256(meta["record"]) != meta["sha256"] or str(meta["record"]["step"]) != folder.name:
-            raise ValueError("its metadata is not what was written")
-        return meta["record"]
 
-    return _on_all_hosts(folder, read)
+def record_here(folder: Path) -> dict[str, Any]:
+    """The metadata of the step in `folder`, for this host alone. Raises whatever reading it raises."""
+    meta = json.loads((folder / "meta" / "metadata").read_text())
+    if sha256(meta["record"]) != meta["sha256"] or str(meta["record"]["step"]) != folder.name:
+        raise ValueError("its metadata is not what was written")
+    return meta["record"]
 
 
 def read_arrays(folder: Path, abstract_state: PyTree, written: Mapping[str, Any]) -> PyTree:
@@ -98,7 +110,7 @@ def verify(folder: Path) -> str:
         written = read_record(folder)["arrays"]
         abstract = _on_all_hosts(folder, abstract_state)
         check_arrays(folder, abstract, written)
-    except Broken as error:
+    except (Broken, CheckpointError) as error:  # CheckpointError: this user may not read it
         return str(error)
     return "sound"
 
@@ -111,33 +123,42 @@ def sha256(value: Any) -> str:
 def _on_all_hosts(folder: Path, read: Callable[[], T]) -> T:
     """What `read` returns, if it returns on every host. It must not wait for other hosts.
 
-    Raises Broken on all hosts if it finds damage on one of them. Any other error is raised only where it happens; the
-    supervisors end the other hosts.
+    Raises Broken on all hosts if it finds damage on one of them, or if a disk does not give the files after some seconds either.
+    Any other error is raised only where it happens; the supervisors end the other hosts.
     """
     found, wrong = None, None
-    try:
-        found = read()
-    except Exception as error:
-        wrong = _damage(folder, error)
-    told = distributed.exchange(wrong)
+    for pause in (*READ_AGAIN_S, None):
+        try:
+            found, wrong = read(), None
+        except Exception as error:
+            wrong = _damage(folder, error)
+        if wrong is None or wrong.number is None or pause is None:
+            break
+        time.sleep(pause)
+    told = distributed.exchange(None if wrong is None else [str(wrong), wrong.number])
     if any(told):
-        host, reason = next((host, text) for host, text in enumerate(told) if text)
-        if REMOVED in told:
+        failed = [(host, *said) for host, said in enumerate(told) if said]
+        if any(reason == REMOVED for _, reason, _ in failed):
             raise Broken(REMOVED)
-        raise Broken(reason if len(told) == 1 else f"host {host}: {reason}")
+        host, reason, number = next((one for one in failed if one[2] is None), failed[0])  # damage counts first
+        raise Broken(reason if len(told) == 1 else f"host {host}: {reason}", number)
     return found  # type: ignore[return-value]
 
 
-def _damage(folder: Path, error: Exception) -> str:
-    """The damage of a step for which reading it raised `error`. Raises `error` again if it says nothing about the files."""
+def _damage(folder: Path, error: Exception) -> Broken:
+    """What is wrong with a step for which reading it raised `error`. Raises `error` again if it says nothing about the files."""
+    first = failures.causes(error)[-1]  # orbax raises plain Exceptions from it
+    told = _SYSTEM_ERROR.search(str(first))
+    number = int(told[1]) if told else getattr(first, "errno", None)
+    if number in _DISK:
+        return Broken(f"cannot be read: {os.strerror(number)}", number)
     if not folder.exists():  # the process that writes here has removed it, because it was old
-        return REMOVED
+        return Broken(REMOVED)
     if (path := unreadable(folder)) is not None:
         raise CheckpointError(
             f"{path}: this user may not read it; grant the permission (chown -R, chmod -R u+rX)"
         ) from error
-    first = failures.causes(error)[-1]  # orbax raises plain Exceptions from it
-    if (told := _SYSTEM_ERROR.search(str(first))) and (number := int(told[1])) not in _MISSING:
+    if told and number not in _MISSING:
         raise OSError(number, os.strerror(number), str(folder)) from error
     if (
         not isinstance(first, _DAMAGE)
@@ -145,7 +166,7 @@ def _damage(folder: Path, error: Exception) -> str:
         or failures.may_follow_from_another_host(error)
     ):
         raise error
-    return f"{type(first).__name__}: {first}".splitlines()[0]
+    return Broken(f"{type(first).__name__}: {first}".splitlines()[0])
 
 
 def _parts(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[set[int]]:

@@ -1,5 +1,6 @@
 """Checkpoints survive faults of disks and killed processes. They are compared with the arrays before saving."""
 
+import errno
 import importlib
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import grain
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 
 from appo_jax import checkpoint_read
 from appo_jax.checkpoint import Checkpointer
+from appo_jax.checkpoint_read import verify
 from appo_jax.digests import digest
 from appo_jax.errors import CheckpointError
 
@@ -116,6 +119,64 @@ def test_the_best_are_kept_beside_the_newest(tmp_path):
     checkpointer = Checkpointer(tmp_path / "c", 2, keep_best=2)
     assert checkpointer.restore_latest({"w": jnp.zeros(3)}, None)[0] == 7
     checkpointer.close()
+
+
+def test_a_step_whose_accuracy_is_damaged_is_kept_and_named(tmp_path, caplog):
+    """It may be the best one. With a digit changed, it would have been removed as one of the worst."""
+    for steps in ((1, 2, 3), (4, 5)):
+        checkpointer = Checkpointer(tmp_path / "c", 1, keep_best=1)
+        for step in steps:
+            checkpointer.save(step, {"w": jnp.ones(3) * step}, {}, None, {1: 0.9, 3: 0.5}.get(step, 0.1))
+        checkpointer.close()
+        if steps[0] == 1:
+            path = tmp_path / "c/1/meta/metadata"
+            path.write_text(path.read_text().replace('"accuracy": 0.9', '"accuracy": 0.0'))
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["1", "3", "5"]
+    assert caplog.text.count("/1: its accuracy cannot be read (its metadata is not what was written)") == 1
+
+
+def link(folder, moved):
+    shutil.move(folder / "1", moved)
+    (folder / "1").symlink_to(moved)
+    return "1", "is old, but a link or write-protected: it is kept"
+
+
+def protect(folder, moved):
+    os.chown(folder / "1", 0, 0)
+    return "1", "is old, but a link or write-protected: it is kept"
+
+
+def protect_a_part(folder, moved):
+    os.chown(folder / "1/meta", 0, 0)
+    return "removed_1", "the rest of an old checkpoint cannot be removed"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user without rights")
+@pytest.mark.parametrize("prevent", [link, protect, protect_a_part])
+def test_an_old_step_that_cannot_be_removed_is_named_and_the_run_goes_on(tmp_path, caplog, prevent):
+    folder = tmp_path / "c"
+    checkpointer = Checkpointer(folder, 1)
+    checkpointer.save(1, make_state(1), {}, None)
+    checkpointer.wait()
+    for late in ("grp", "pwd"):  # which orbax imports only then, from where that user may not read
+        importlib.import_module(late)
+    for path in [folder, *folder.rglob("*")]:
+        os.chown(path, 65534, 65534)
+    for path in folder.parents[:-2]:
+        path.chmod(path.stat().st_mode | 0o055)
+    left, said = prevent(folder, tmp_path / "moved")
+    os.seteuid(65534)
+    try:
+        for step in (2, 3):
+            checkpointer.save(step, make_state(step), {}, None)
+        checkpointer.wait()
+    finally:
+        os.seteuid(0)
+    checkpointer.close()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([left, "3"])
+    assert caplog.text.count(said) == 1
+    assert restored(folder)[0] == 3  # started by a user who may remove it
+    assert sorted(path.name for path in folder.iterdir()) == sorted({left, "3"} - {"removed_1"})
 
 
 @pytest.mark.parametrize("step", [12, 11])
@@ -425,6 +486,45 @@ def test_tensorstores_and_devices_errors_are_told_from_damage(folder, tmp_path):
         jnp.zeros((1 << 45,), jnp.float32).block_until_ready()
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         checkpoint_read._damage(folder / "12", memory.value)
+
+
+def not_given(folder, step):
+    """The disk does not give a file of a step: the first page of a process's memory cannot be read (EIO)."""
+    path = folder / str(step) / "meta/metadata"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
+def test_a_step_that_the_disk_does_not_give_is_passed_over_and_renamed_only_when_it_is_made_again(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint_read, "READ_AGAIN_S", (0.0,))
+    not_given(folder, 12)
+    assert verify(folder / "12") == "cannot be read: Input/output error"
+    checkpointer = Checkpointer(folder, 3)
+    assert checkpointer.restore_latest(abstract(make_state(0)), None)[0] == 8
+    assert (folder / "12").exists()
+    checkpointer.save(9, make_state(9), {}, None)  # orbax would not save a step before the twelfth
+    checkpointer.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["4", "8", "9", "refused_12"]
+
+
+def test_a_disk_that_gives_no_step_is_told_as_that(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint_read, "READ_AGAIN_S", (0.0,))
+    for step in (4, 8):
+        not_given(folder, step)
+    shutil.rmtree(folder / "12/state")
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be read:\n  step 12: [^$]*Check the disk") as error:
+        restored(folder)
+    assert error.value.__cause__.errno == errno.EIO
+    assert sorted(path.name for path in folder.iterdir()) == ["12", "4", "8"]
+
+
+def test_a_file_that_the_disk_gives_at_last_is_read(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint_read, "READ_AGAIN_S", (0.5, 5.0))
+    path = folder / "12/meta/metadata"
+    shutil.copy(path, folder / "good")
+    not_given(folder, 12)
+    threading.Timer(0.2, lambda: (folder / "good").replace(path)).start()
+    assert restored(folder)[0] == 12
 
 
 ODD = {"[": "a[b]c", "*": "a*b", "**": "**", "?": "a?b", "backslash": "a\\b"}
