@@ -14,7 +14,7 @@ import pydantic_core
 
 from appo_jax.archive import entries
 from appo_jax.benchmark.predictions import Predictions, Sample, check_samples, read_predictions
-from appo_jax.benchmark.report import score_all, summarize, write_report
+from appo_jax.benchmark.report import grade_all, summarize, write_report
 from appo_jax.benchmark.sets import Item, benchmark, load_items
 from appo_jax.components import build
 from appo_jax.config import Config, JudgeConfig
@@ -65,19 +65,19 @@ def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path 
     elif config is not None:
         predictions = _draw(asked, items, config, weights)
     else:
-        raise ConfigError("give --predictions FILE, --run RUN, or --config FILE: whose answers are to be scored?")
+        raise ConfigError("give --predictions FILE, --run RUN, or --config FILE: whose answers are to be graded?")
     judge = None
-    if asked.judge is not None and benchmark(asked.set).scorer == "judge":
+    if asked.judge is not None and benchmark(asked.set).rule == "judge":
         judge = LanguageJudge(asked.judge, Path(asked.judge.cache or asked.out / "verdicts.sqlite"))
     try:
-        scored = score_all(asked.set, items, predictions, judge)
+        graded = grade_all(asked.set, items, predictions, judge)
     finally:
         if judge is not None:
             judge.close()
-    record = summarize(asked.set, scored, predictions, ks=(1, 3, 5, 10))
+    record = summarize(asked.set, graded, predictions, ks=(1, 3, 5, 10))
     if judge is not None:
         record["judge"] = dataclasses.asdict(judge.counts) | {"model": judge.config.model}
-    return write_report(asked.out, record, scored)
+    return write_report(asked.out, record, graded)
 
 
 def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Path | None) -> Predictions:
@@ -96,7 +96,7 @@ def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Pat
             for first in range(0, len(left), size):
                 some = left[first : first + size]
                 draws = Draws(asked.samples, asked.temperature, min(size, len(left)))
-                drawn = draw_samples(params, components, some, benchmark(asked.set).scorer, draws)
+                drawn = draw_samples(params, components, some, benchmark(asked.set).rule, draws)
                 for item, found in zip(some, drawn, strict=True):
                     samples[item.id] = found
                     for sample in found:

@@ -13,8 +13,8 @@ import numpy as np
 
 from appo_jax import distributed, heartbeat
 from appo_jax.benchmark.predictions import Sample, check_samples
-from appo_jax.benchmark.report import score_all, summarize, write_report
-from appo_jax.benchmark.sets import Item, Scorer, benchmark, load_items
+from appo_jax.benchmark.report import grade_all, summarize, write_report
+from appo_jax.benchmark.sets import Item, Rule, benchmark, load_items
 from appo_jax.components import Components, give_rewards, response_of
 from appo_jax.config import EvalSetConfig
 from appo_jax.errors import ConfigError, DataError
@@ -74,20 +74,20 @@ class Draws:
 
 
 def draw_samples(
-    params: Params, components: Components, items: Sequence[Item], scorer: Scorer, draws: Draws
+    params: Params, components: Components, items: Sequence[Item], rule: Rule, draws: Draws
 ) -> list[list[Sample]]:
     """Rollouts of every question of a set, under the system prompt of the held-out questions.
 
     Raises DataError for a question that is longer than `rollout.max_prompt_tokens`."""
-    examples = _examples(components, items, scorer)
+    examples = _examples(components, items, rule)
     draw_id = (SETS, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)  # different for each part of a set
     trees = components.sampler.initial(params, examples, draws.samples, draw_id, draws.temperature, draws.max_items)
     return [[_sample(rollout, components.tokenizer) for rollout in tree] for tree in trees]
 
 
-def _examples(components: Components, items: Sequence[Item], scorer: Scorer) -> list[Example]:
+def _examples(components: Components, items: Sequence[Item], rule: Rule) -> list[Example]:
     """The questions of a set as the policy sees them. Raises DataError for one that is too long."""
-    kind: Kind = "math" if scorer == "math" else "qa"
+    kind: Kind = "math" if rule == "math" else "qa"
     system = components.held_out[0].system if len(components.held_out) else ""
     examples = [Example(item.id, item.question, item.golds, kind, system) for item in items]
     limit = components.config.rollout.max_prompt_tokens
@@ -119,13 +119,13 @@ def load_sets(components: Components) -> Sets:
     config = components.config
     sets: list[tuple[EvalSetConfig, list[Item]]] = []
     for chosen in config.eval.sets:
-        scorer = benchmark(chosen.set).scorer
-        if scorer == "judge" and config.reward.judge is None:
+        rule = benchmark(chosen.set).rule
+        if rule == "judge" and config.reward.judge is None:
             raise ConfigError(
                 f"eval.sets: {chosen.set} is decided by a judge; give --reward.judge.url and --reward.judge.model"
             )
         items = load_items(chosen.set, Path(chosen.data))[: chosen.limit or None]
-        _examples(components, items, scorer)
+        _examples(components, items, rule)
         sets.append((chosen, items))
     return sets
 
@@ -138,7 +138,7 @@ def evaluate_sets(params: Params, components: Components, sets: Sets, folder: Pa
         began, name = time.perf_counter(), chosen.set
         heartbeat.detail(f"{len(items)} questions of {name}")
         draws = Draws(chosen.samples, chosen.temperature, len(items))
-        drawn = draw_samples(params, components, items, benchmark(name).scorer, draws)
+        drawn = draw_samples(params, components, items, benchmark(name).rule, draws)
         components.sampler.take_stats()
         components.executor.metrics()
         samples = {item.id: found for item, found in zip(items, drawn, strict=True)}
@@ -156,17 +156,17 @@ def _report(
     predictions = check_samples(samples, [])
     config, judge = components.config, components.reward.language
     opened = None
-    if benchmark(name).scorer == "judge" and judge is None:
+    if benchmark(name).rule == "judge" and judge is None:
         assert config.reward.judge is not None  # load_sets
         cache = config.reward.judge.cache or Path(config.run_dir) / "verdicts-eval.sqlite"
         judge = opened = LanguageJudge(config.reward.judge, Path(cache))
     try:
-        scored = score_all(name, items, predictions, judge)
+        graded = grade_all(name, items, predictions, judge)
     finally:
         if opened is not None:
             opened.close()
-    record = summarize(name, scored, predictions, ks=(1,))
-    write_report(folder, record, scored)
+    record = summarize(name, graded, predictions, ks=(1,))
+    write_report(folder, record, graded)
     return {
         "accuracy": record["accuracy"][0], "f1": record["f1"][0], "calls": record["rollouts"]["calls_per_prediction"],
         "without_verdict": len(record["problems"]["without_verdict"]),

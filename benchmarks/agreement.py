@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from appo_jax.benchmark.scoring import score
+from appo_jax.benchmark.grading import grade_prediction
 from appo_jax.benchmark.sets import BENCHMARKS, Item, load_items
 from appo_jax.reward import verify
 
@@ -106,7 +106,7 @@ class Peers:
 
     def of(self, name: str) -> dict[str, tuple[Judge, str]]:
         """Title -> (judge, field) for the set `name`. `field`: what of our result is compared, "correct" or "f1"."""
-        if BENCHMARKS[name].scorer == "math":
+        if BENCHMARKS[name].rule == "math":
             found: dict[str, tuple[Judge, str]] = {
                 "official math_equal": (
                     lambda text, item: bool(self.official.evaluate_math_prediction(text, item.golds[0])["math_equal"]),
@@ -115,7 +115,7 @@ class Peers:
                 "lm-eval MATH": (lambda text, item: bool(self.math.is_equiv(text, item.golds[0])), "correct"),
             }
             return found | ({"lm-eval GSM8K": (_lm_eval_gsm8k, "correct")} if name == "gsm8k" else {})
-        if BENCHMARKS[name].scorer == "gaia":
+        if BENCHMARKS[name].rule == "gaia":
             return {
                 "inspect_evals GAIA": (lambda text, item: self.gaia.question_scorer(text, item.golds[0])[0], "correct")
             }
@@ -163,11 +163,11 @@ def main() -> None:
     print("| set | compared with | agree of 500 | differences: prediction, gold, ours, theirs |\n|---|---|---|---|")
     for name, benchmark in BENCHMARKS.items():
         items = load(name, options.data, options.official)
-        if items is None or benchmark.scorer == "judge":
+        if items is None or benchmark.rule == "judge":
             continue
-        pairs = list(predictions(items, benchmark.scorer))
+        pairs = list(predictions(items, benchmark.rule))
         boxed = [f"\\boxed{{{text}}}" if text.count("{") == text.count("}") else text for _, text, _ in pairs]
-        ours = [score(item, text, benchmark.scorer) for (_, _, item), text in zip(pairs, boxed, strict=True)]
+        ours = [grade_prediction(item, text, benchmark.rule) for (_, _, item), text in zip(pairs, boxed, strict=True)]
         for title, (judge, field) in peers.of(name).items():
             ways: Counter[tuple[str, float, float]] = Counter()
             example: dict[tuple[str, float, float], tuple[str, str]] = {}

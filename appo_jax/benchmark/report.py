@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from appo_jax import heartbeat
+from appo_jax.benchmark.grading import Verdict, grade_prediction, votes
 from appo_jax.benchmark.predictions import Predictions, Sample
-from appo_jax.benchmark.scoring import Verdict, score, votes
 from appo_jax.benchmark.sets import Item, benchmark
 from appo_jax.benchmark.statistics import Figure, over_questions, over_questions_and_samples, pass_at_k
 from appo_jax.errors import DataError
@@ -24,7 +24,7 @@ SHOWN = 20  # the number of ids that report.md shows of a list; report.json has 
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class Graded:
     """One question with the verdicts of its samples."""
 
     item: Item
@@ -36,22 +36,22 @@ class Scored:
         return sum(verdict.correct is True for verdict in self.verdicts)
 
 
-def score_all(name: str, items: Sequence[Item], predictions: Predictions, judge: LanguageJudge | None) -> list[Scored]:
+def grade_all(name: str, items: Sequence[Item], predictions: Predictions, judge: LanguageJudge | None) -> list[Graded]:
     """The verdicts of every question. If a judged set has no judge, its samples have token F1 but no verdict."""
-    scorer = benchmark(name).scorer
+    rule = benchmark(name).rule
     pairs = [(item, sample) for item in items for sample in predictions.samples[item.id]]
     verdicts = []
     for item, sample in pairs:
-        verdicts.append(score(item, sample.text, scorer))
+        verdicts.append(grade_prediction(item, sample.text, rule))
         heartbeat.progress()
-    if scorer == "judge":
+    if rule == "judge":
         verdicts = _judged(pairs, verdicts, judge)
     found = iter(zip(pairs, verdicts, strict=True))
-    scored = []
+    graded = []
     for item in items:
         of_item = [next(found) for _ in predictions.samples[item.id]]
-        scored.append(Scored(item, tuple(pair[1] for pair, _ in of_item), tuple(verdict for _, verdict in of_item)))
-    return scored
+        graded.append(Graded(item, tuple(pair[1] for pair, _ in of_item), tuple(verdict for _, verdict in of_item)))
+    return graded
 
 
 def _judged(
@@ -67,64 +67,64 @@ def _judged(
     return out
 
 
-def summarize(name: str, scored: Sequence[Scored], predictions: Predictions, ks: Sequence[int]) -> dict[str, Any]:
+def summarize(name: str, graded: Sequence[Graded], predictions: Predictions, ks: Sequence[int]) -> dict[str, Any]:
     """All figures of the report. A question without a prediction or a verdict counts as wrong and is listed."""
-    answered = [s for s in scored if s.verdicts]
+    answered = [s for s in graded if s.verdicts]
     samples = max(len(s.verdicts) for s in answered)
-    mean = over_questions if len(scored) >= FEW_QUESTIONS or samples == 1 else None
+    mean = over_questions if len(graded) >= FEW_QUESTIONS or samples == 1 else None
 
-    def figure(value: Callable[[Verdict], float], some: Sequence[Scored]) -> Figure:
+    def figure(value: Callable[[Verdict], float], some: Sequence[Graded]) -> Figure:
         rows = [[value(v) for v in s.verdicts] or [0.0] for s in some]
         if mean is not None:
             return mean([float(np.mean(row)) for row in rows])
         return over_questions_and_samples(rows)
 
-    def accuracy(some: Sequence[Scored]) -> Figure:
+    def accuracy(some: Sequence[Graded]) -> Figure:
         return figure(lambda v: float(v.correct is True), some)
 
-    no_verdict = [s.item.id for s in scored if any(v.correct is None for v in s.verdicts)]
+    no_verdict = [s.item.id for s in graded if any(v.correct is None for v in s.verdicts)]
     record: dict[str, Any] = {
-        "set": name, "title": benchmark(name).title, "questions": len(scored), "samples": samples,
-        "accuracy": accuracy(scored), "f1": figure(lambda v: v.f1, scored),
-        "accuracy_if_open_are_right": figure(lambda v: float(v.correct is not False), scored).value,
+        "set": name, "title": benchmark(name).title, "questions": len(graded), "samples": samples,
+        "accuracy": accuracy(graded), "f1": figure(lambda v: v.f1, graded),
+        "accuracy_if_open_are_right": figure(lambda v: float(v.correct is not False), graded).value,
         "pass_at_k": {
-            k: over_questions([pass_at_k(len(s.verdicts), s.right, k) if s.verdicts else 0.0 for s in scored])
+            k: over_questions([pass_at_k(len(s.verdicts), s.right, k) if s.verdicts else 0.0 for s in graded])
             for k in ks
             if k <= min(len(s.verdicts) for s in answered)
         },
-        "majority": over_questions([_majority(name, s) for s in scored]),
-        "by_level": _grouped(scored, lambda s: s.item.level, accuracy),
-        "by_type": _grouped(scored, lambda s: s.item.type, accuracy),
+        "majority": over_questions([_majority(name, s) for s in graded]),
+        "by_level": _grouped(graded, lambda s: s.item.level, accuracy),
+        "by_type": _grouped(graded, lambda s: s.item.type, accuracy),
         "problems": {
             "without_prediction": predictions.missing, "without_verdict": no_verdict, "unknown_ids": predictions.unknown,
             "uneven_samples": predictions.uneven,
             "without_answer": [s.item.id for s in answered if all(not v.answer for v in s.verdicts)],
         },
-        "rollouts": _rollout_figures(scored),
+        "rollouts": _rollout_figures(graded),
     }  # fmt: skip
     return record
 
 
-def _majority(name: str, scored: Scored) -> float:
+def _majority(name: str, graded: Graded) -> float:
     """1 if the most frequent answer is right, else 0. If several answers are equally frequent, their mean."""
-    if not scored.verdicts:
+    if not graded.verdicts:
         return 0.0
-    groups = votes([verdict.answer for verdict in scored.verdicts], benchmark(name).scorer)
+    groups = votes([verdict.answer for verdict in graded.verdicts], benchmark(name).rule)
     leading = [group for group in groups if len(group) == len(groups[0])]
-    return float(np.mean([np.mean([scored.verdicts[i].correct is True for i in group]) for group in leading]))
+    return float(np.mean([np.mean([graded.verdicts[i].correct is True for i in group]) for group in leading]))
 
 
 def _grouped(
-    scored: Sequence[Scored], key: Callable[[Scored], str], accuracy: Callable[[Sequence[Scored]], Figure]
+    graded: Sequence[Graded], key: Callable[[Graded], str], accuracy: Callable[[Sequence[Graded]], Figure]
 ) -> dict[str, dict[str, Any]]:
-    names = sorted({key(s) for s in scored} - {""})
-    groups = {name: [s for s in scored if key(s) == name] for name in names}
+    names = sorted({key(s) for s in graded} - {""})
+    groups = {name: [s for s in graded if key(s) == name] for name in names}
     return {name: {"questions": len(some), "accuracy": accuracy(some)} for name, some in groups.items()}
 
 
-def _rollout_figures(scored: Sequence[Scored]) -> dict[str, Any]:
+def _rollout_figures(graded: Sequence[Graded]) -> dict[str, Any]:
     """Tool calls, tokens and stop reasons of the predictions that come from rollouts."""
-    found = [(s.rollout, v) for scored_ in scored for s, v in zip(scored_.samples, scored_.verdicts, strict=True)]
+    found = [(s.rollout, v) for graded_ in graded for s, v in zip(graded_.samples, graded_.verdicts, strict=True)]
     found = [(rollout, verdict) for rollout, verdict in found if "calls" in rollout]
     if not found:
         return {}
@@ -139,7 +139,7 @@ def _rollout_figures(scored: Sequence[Scored]) -> dict[str, Any]:
     }
 
 
-def write_report(folder: Path, record: Mapping[str, Any], scored: Sequence[Scored]) -> str:
+def write_report(folder: Path, record: Mapping[str, Any], graded: Sequence[Graded]) -> str:
     """Write report.md, report.json and items.jsonl; returns the text of report.md."""
     folder.mkdir(parents=True, exist_ok=True)
     text = to_markdown(record)
@@ -147,7 +147,7 @@ def write_report(folder: Path, record: Mapping[str, Any], scored: Sequence[Score
     (folder / "report.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     # What UTF-8 cannot hold (half of a surrogate pair) becomes JSON's escape for it.
     with (folder / "items.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for s in scored:
+        for s in graded:
             samples = [
                 {"prediction": sample.text} | sample.rollout | dataclasses.asdict(verdict)
                 for sample, verdict in zip(s.samples, s.verdicts, strict=True)
@@ -160,7 +160,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     found = benchmark(record["set"])
     lines = [
         f"# {record['title']}", "",
-        f"{record['questions']} questions, {record['samples']} samples each. Scored by {found.scorer}; elsewhere: "
+        f"{record['questions']} questions, {record['samples']} samples each. Graded by {found.rule}; elsewhere: "
         f"{found.convention}. Intervals: 95 %, over questions"
         + (" and samples." if record["questions"] < FEW_QUESTIONS and record["samples"] > 1 else "."),
         "", "| figure | value |", "|---|---|",

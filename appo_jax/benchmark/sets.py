@@ -1,6 +1,6 @@
-"""The benchmark sets by name: the source of their questions, and how each is scored.
+"""The benchmark sets by name: the source of their questions, and how each is graded.
 
-An entry says how we score a set (`scorer`), and how its authors and the paper score it (`convention`). docs/eval.md has the
+An entry says how we score a set (`rule`), and how its authors and the paper score it (`convention`). docs/eval.md has the
 same table with licences and pitfalls. A set is read from the file that its authors publish, or from the copy in the official
 APPO repository. Columns may have any of the names that these files use.
 """
@@ -22,7 +22,7 @@ from appo_jax.reward.latex import last_boxed
 
 log = logging.getLogger(__name__)
 
-Scorer = Literal["math", "qa", "gaia", "judge"]
+Rule = Literal["math", "qa", "gaia", "judge"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Benchmark:
     """A benchmark set."""
 
     title: str
-    scorer: Scorer
+    rule: Rule
     """math: equal value. qa: exact match, and token F1. gaia: GAIA's quasi-exact match. judge: a language model decides."""
     headline: Literal["accuracy", "f1"]
     """The figure of the paper's table."""
@@ -147,7 +147,7 @@ def _item(name: str, found: Benchmark, record: Any, position: int) -> Item:
         raise ValueError(f"no question; expected a text under one of {', '.join(QUESTION)}")
     answer = _first(record, ANSWER)
     if answer is None:
-        answer = _boxed(record.get("solution")) if found.scorer == "math" else record.get("solution")
+        answer = _boxed(record.get("solution")) if found.rule == "math" else record.get("solution")
     golds = accepted_answers([answer, _first(record, ALIASES)])
     if name == "gsm8k":
         golds = tuple(gold.rpartition("####")[2].strip() for gold in golds)

@@ -75,7 +75,7 @@ def test_a_gold_in_a_file_of_predictions_is_no_prediction(data, tmp_path):
         evaluate_set(Evaluation("math500", data, tmp_path / "out", data))
 
 
-def test_files_of_predictions_that_cannot_be_scored_are_named(data, tmp_path):
+def test_files_of_predictions_that_cannot_be_graded_are_named(data, tmp_path):
     for lines, message in [
         ("", "the file is empty; expected one JSON object a line"),
         ('{"prediction": "1"}', "line 1: expected fields id and prediction"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from appo_jax.benchmark.scoring import answer_of, gaia_equal, score, votes
+from appo_jax.benchmark.grading import answer_of, gaia_equal, grade_prediction, votes
 from appo_jax.benchmark.sets import Item
 
 
@@ -47,15 +47,15 @@ def test_where_an_answer_is_looked_for(prediction, answer):
     assert answer_of(prediction) == answer
 
 
-def test_each_scorer_has_its_verdict():
+def test_each_rule_has_its_verdict():
     qa = Item("0", "?", ("Frank Lowy",))
-    verdict = score(qa, "<answer>Lowy</answer>", "qa")
+    verdict = grade_prediction(qa, "<answer>Lowy</answer>", "qa")
     assert (verdict.correct, verdict.f1) == (False, pytest.approx(2 / 3))
-    assert score(qa, "<answer>frank lowy.</answer>", "qa").correct is True
-    assert score(Item("0", "?", ("0.5",)), "\\boxed{\\frac12}", "math").correct is True
-    assert score(Item("0", "?", ("0.5",)), "\\boxed{\\frac13}", "math").correct is False
-    assert score(Item("0", "?", ("x",)), "x", "judge").correct is None
-    empty = score(Item("0", "?", ("x",)), " ", "judge")
+    assert grade_prediction(qa, "<answer>frank lowy.</answer>", "qa").correct is True
+    assert grade_prediction(Item("0", "?", ("0.5",)), "\\boxed{\\frac12}", "math").correct is True
+    assert grade_prediction(Item("0", "?", ("0.5",)), "\\boxed{\\frac13}", "math").correct is False
+    assert grade_prediction(Item("0", "?", ("x",)), "x", "judge").correct is None
+    empty = grade_prediction(Item("0", "?", ("x",)), " ", "judge")
     assert (empty.correct, empty.reason) == (False, "no answer")
 
 

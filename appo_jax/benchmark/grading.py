@@ -7,7 +7,7 @@ import re
 import string
 from collections.abc import Sequence
 
-from appo_jax.benchmark.sets import Item, Scorer
+from appo_jax.benchmark.sets import Item, Rule
 from appo_jax.reward import qa
 from appo_jax.reward.grade import final_answer
 from appo_jax.reward.math import math_equal
@@ -20,7 +20,7 @@ class Verdict:
     """The verdict on one prediction."""
 
     correct: bool | None  # None: no verdict
-    f1: float  # token F1 against the best alias, for every scorer
+    f1: float  # token F1 against the best alias, for every rule
     answer: str  # the final answer that was found in the prediction
     reason: str  # how the verdict was reached
 
@@ -32,17 +32,17 @@ def answer_of(prediction: str) -> str:
     return prediction.strip() if found is None else found.strip()
 
 
-def score(item: Item, prediction: str, scorer: Scorer) -> Verdict:
-    """The verdict by any scorer except the judge. For the judge, `correct` is None and the reason is "judge"."""
+def grade_prediction(item: Item, prediction: str, rule: Rule) -> Verdict:
+    """The verdict by any rule except the judge. For the judge, `correct` is None and the reason is "judge"."""
     answer = answer_of(prediction)
     f1 = qa.token_f1(answer, item.golds) if answer else 0.0
     if not answer:
         return Verdict(False, 0.0, "", "no answer")
-    if scorer == "judge":
+    if rule == "judge":
         return Verdict(None, f1, answer, "judge")
-    if scorer == "qa":
+    if rule == "qa":
         return Verdict(qa.exact_match(answer, item.golds), f1, answer, "exact match")
-    if scorer == "gaia":
+    if rule == "gaia":
         right = any(gaia_equal(answer, gold) for gold in item.golds)
         return Verdict(right, f1, answer, "quasi-exact match")
     verdicts = [math_equal(answer, gold) for gold in item.golds]
@@ -51,11 +51,11 @@ def score(item: Item, prediction: str, scorer: Scorer) -> Verdict:
     return Verdict(any(verdicts), f1, answer, "equal value")
 
 
-def same_answer(a: str, b: str, scorer: Scorer) -> bool:
+def same_answer(a: str, b: str, rule: Rule) -> bool:
     """Whether two answers count as the same in a vote."""
-    if scorer == "math":
+    if rule == "math":
         return bool(math_equal(a, b))
-    return gaia_equal(a, b) if scorer == "gaia" else qa.exact_match(a, [b])
+    return gaia_equal(a, b) if rule == "gaia" else qa.exact_match(a, [b])
 
 
 def gaia_equal(answer: str, gold: str) -> bool:
@@ -99,12 +99,12 @@ def _gaia_text(text: str, keep_punctuation: bool = False) -> str:
     return text if keep_punctuation else text.translate(str.maketrans("", "", string.punctuation))
 
 
-def votes(answers: Sequence[str], scorer: Scorer) -> list[list[int]]:
+def votes(answers: Sequence[str], rule: Rule) -> list[list[int]]:
     """The indices of samples grouped by their answer; the most frequent answer comes first."""
     groups: list[list[int]] = []
     for i, answer in enumerate(answers):
         for group in groups:
-            if answer == answers[group[0]] or (answer and same_answer(answer, answers[group[0]], scorer)):
+            if answer == answers[group[0]] or (answer and same_answer(answer, answers[group[0]], rule)):
                 group.append(i)
                 break
         else:
