@@ -25,9 +25,9 @@ class Measured:
 
     rollout: int
     position: int
-    before: float  # V(t): mean reward of the continuations that draw the token again
-    after: float  # V(t+1): mean reward of the continuations that keep the token
-    influence: float  # unbiased estimate of (V(t+1) − V(t))²
+    influence: float
+    """Unbiased estimate of (V(t+1) − V(t))². V(t): mean reward of the continuations that draw the token again; V(t+1): of those
+    that keep it."""
 
 
 def measure(
@@ -63,7 +63,7 @@ def measure(
         for t in chosen:
             before, later = values[i, t], values[i, after(rollouts[i], t)]
             if min(len(before), len(later)) >= 2 and not np.isnan(later).any():
-                out.append(Measured(i, t, float(before.mean()), float(later.mean()), squared_difference(before, later)))
+                out.append(Measured(i, t, squared_difference(before, later)))
     return out
 
 

@@ -84,6 +84,6 @@ def share_after_tools(rollouts: Sequence[Ranked], name: str, count: int) -> floa
     return float(np.mean([r.after_tool[t] for r in rollouts for t in r.top(name, count)]))
 
 
-def top_words(rollouts: Sequence[Ranked], name: str, count: int, max_words: int = 20) -> list[tuple[str, int]]:
-    """The most frequent words among each rollout's first `count` positions by a score."""
-    return Counter(r.words[t].strip() for r in rollouts for t in r.top(name, count)).most_common(max_words)
+def top_words(rollouts: Sequence[Ranked], name: str, count: int) -> list[tuple[str, int]]:
+    """The 20 most frequent words among each rollout's first `count` positions by a score."""
+    return Counter(r.words[t].strip() for r in rollouts for t in r.top(name, count)).most_common(20)

@@ -6,7 +6,6 @@ import dataclasses
 import re
 from fractions import Fraction
 
-from appo_jax.reward.notation import clean
 from appo_jax.reward.units import Unit, split_unit
 
 MAX_DIGITS = 4000
@@ -47,14 +46,10 @@ class Number:
     unit: Unit | None = None
 
 
-def parse_number(text: str, decimal_comma: bool = False) -> Number | None:
-    """Read a plain number with its sign, currency, separators, percent, scale word and unit. None for text that is not
-    a plain number ("2x", "1, 3", "4343_6"). `decimal_comma`: 3,14 is read as 3.14 (a list of two numbers otherwise)."""
-    return read_number(clean(text), decimal_comma)
-
-
 def read_number(text: str, decimal_comma: bool = False) -> Number | None:
-    """`parse_number` of text that is in clean notation already."""
+    """Read a plain number with its sign, currency, separators, percent, scale word and unit, from text in clean notation
+    (`notation.clean`). None for text that is not a plain number ("2x", "1, 3", "4343_6"). `decimal_comma`: 3,14 is read as 3.14
+    (a list of two numbers otherwise)."""
     if len(text) > MAX_DIGITS or (parts := split_unit(re.sub(r"^\\approx\s*", "", text))) is None:
         return None
     text, unit = parts

@@ -57,14 +57,14 @@ def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> 
     return Paired(interval, float(flips.pvalue), t)
 
 
-def detectable(standard_error: float, freedom: int, level: float = 0.05, power: float = 0.95) -> float:
-    """The smallest true difference that a two-sided t-test at `level` finds significant with probability `power`.
+def detectable(standard_error: float, freedom: int, level: float = 0.05) -> float:
+    """The smallest true difference that a two-sided t-test at `level` finds significant with probability 0.95.
 
     `standard_error`: of the difference. `freedom`: degrees of freedom of the t-test; the result is NaN if they are 0.
     """
     if freedom <= 0:
         return float("nan")
-    return float((stats.t.ppf(1 - level / 2, freedom) + stats.t.ppf(power, freedom)) * standard_error)
+    return float((stats.t.ppf(1 - level / 2, freedom) + stats.t.ppf(0.95, freedom)) * standard_error)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -15,15 +15,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class StopAutomaton:
-    """Its state is the longest suffix of the text so far that is a prefix of a stop string; `S` states, `V` tokens. The
-    first completed string wins, also in the middle of a token, and its state never changes again. Of two strings that
-    end at the same byte the longer one wins, of two equal ones the first. Tokens without bytes (special tokens) keep
-    the state.
+    """Its state is the longest suffix of the text so far that is a prefix of a stop string; `S` states, `V` tokens. State 0 is
+    the start. The first completed string wins, also in the middle of a token, and its state never changes again. Of two strings
+    that end at the same byte the longer one wins, of two equal ones the first. Tokens without bytes (special tokens) keep the
+    state.
     """
 
     next_state: np.ndarray  # [S, V] uint8, or uint16 for more than 256 states
     hit: np.ndarray  # [S] int32: index of the stop string this state has completed, -1 for none
-    start: int = 0
 
     @classmethod
     def build(cls, stop_strings: Sequence[str], token_bytes: Sequence[bytes]) -> StopAutomaton:

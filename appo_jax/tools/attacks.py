@@ -168,8 +168,8 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _until(condition: Callable[[], bool], problem: str, seconds: float = 5.0) -> str:
-    end = time.monotonic() + seconds
+def _until(condition: Callable[[], bool], problem: str) -> str:
+    end = time.monotonic() + 5.0
     while not condition():
         if time.monotonic() > end:
             return problem

@@ -62,28 +62,26 @@ def test_only_the_token_that_decides_has_influence():
     positions = {0: range(PROMPT, LENGTH)}
     found = {m.position: m for m in measured(Coins(), rollouts, positions, 2000, give)}
     assert found[4].influence == pytest.approx(0.25, abs=0.03)
-    assert found[4].after == 1.0
     assert all(abs(found[t].influence) < 0.01 for t in (2, 3, 5, 6, 7))
 
 
 def test_the_estimate_is_without_bias_at_few_draws():
-    """Position 2 changes nothing: over many measurements with 4 draws, its influence is 0 on average; the plain square is not."""
+    """Position 2 changes nothing: over many measurements with 4 draws, its influence is 0 on average."""
     give = rewarded(lambda tokens: tokens[2])
     rollouts = [rollout([0, 1, 1, 0, 1, 0]) for _ in range(1500)]
     give(rollouts)
     found = measured(Coins(), rollouts, {i: [2] for i in range(1500)}, 4, give)
     assert np.mean([m.influence for m in found]) == pytest.approx(0.0, abs=0.01)
-    assert np.mean([(m.after - m.before) ** 2 for m in found]) > 0.1
 
 
 def test_cuts_are_drawn_once_and_the_end_is_the_rollouts_own_reward():
     give, coins = rewarded(lambda tokens: tokens[-1]), Coins()
     rollouts = [rollout([0, 0, 0, 0, 0, 1])]
-    give(rollouts)
+    rollouts[0].reward = 9.0
     found = measured(coins, rollouts, {0: [6, 7]}, 10, give)
     assert sorted(set(coins.cuts)) == [6, 7]
     assert len(coins.cuts) == 20
-    assert found[1].after == 1.0
+    assert found[1].influence == pytest.approx(8.5**2, rel=0.15)  # from a mean of about 1/2
 
 
 def test_after_the_end_of_a_call_comes_its_result():

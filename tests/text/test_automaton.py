@@ -30,7 +30,7 @@ def expected_hits(tokens: list[int], token_bytes: list[bytes], stops: list[bytes
 
 def follow(automaton: StopAutomaton, streams: np.ndarray) -> np.ndarray:
     """`hit` after every token of every stream: [num_streams, length]."""
-    state = np.full(len(streams), automaton.start)
+    state = np.zeros(len(streams), int)
     hits = np.empty(streams.shape, int)
     for t in range(streams.shape[1]):
         state = automaton.next_state[state, streams[:, t]]
@@ -129,7 +129,7 @@ def test_golden_table():
 
 def test_first_completed_wins_inside_one_token():
     automaton = StopAutomaton.build(["</search>", "</python>"], [b"x</python></search>", b"</search>"])
-    state = automaton.next_state[automaton.start, 0]
+    state = automaton.next_state[0, 0]
     assert automaton.hit[state] == 1
     assert automaton.next_state[state, 1] == state  # absorbing
 

@@ -102,8 +102,8 @@ def program() -> bytes:
         code.append((_EQUAL, 0, len(body), SYSCALLS[name]))
         code.extend(body)
 
-    def argument(index: int, high: bool = False) -> tuple[int, int, int, int]:
-        return (_LOAD, 0, 0, _ARGS + 8 * index + 4 * high)
+    def argument(index: int) -> tuple[int, int, int, int]:
+        return (_LOAD, 0, 0, _ARGS + 8 * index)  # its lower half
 
     refuse = (_RETURN, 0, 0, _errno(errno.EPERM))
     rule("clone", argument(0), (_ANY_BIT, 0, 1, 0xFFFFFFFF & ~_FORK_FLAGS), refuse, (_RETURN, 0, 0, _NOTIFY))
