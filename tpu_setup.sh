@@ -9,14 +9,15 @@ cd "$(dirname "$0")"
 
 python=${PYTHON:-python3.11}
 packages=(bubblewrap nfs-common)
-sudo apt-get update -qq
+apt=(apt-get -qq -o DPkg::Lock::Timeout=600) # a new VM installs its own updates at first, and holds the lock meanwhile
+sudo "${apt[@]}" update
 if ! command -v "$python" >/dev/null; then
   # Ubuntu 22.04, which TPU VMs run, has Python 3.11 in its universe.
   packages+=(python3.11 python3.11-venv)
 elif [[ -z "${PYTHON:-}" ]]; then
   packages+=(python3.11-venv)
 fi
-sudo DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes "${packages[@]}"
+sudo DEBIAN_FRONTEND=noninteractive "${apt[@]}" install --yes "${packages[@]}"
 
 if [[ -n "${TPU_SHARED:-}" ]]; then
   sudo mkdir -p /mnt/shared

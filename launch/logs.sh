@@ -11,7 +11,7 @@ case ${1:-} in
     (($# > 1)) || { echo "logs.sh: status needs the run's directory, with its path on the workers" >&2; exit 2; }
     printf -v runs '%q ' "${@:2}"
     gcloud compute tpus tpu-vm ssh "$(nodes | head -1)" "${where[@]}" --worker 0 \
-      --command "\$HOME/$home/.venv/bin/appo-jax status $runs"
+      --command "cd \$HOME/$home && .venv/bin/appo-jax status $runs"
     ;;
   *)
     echo "logs.sh: expected no argument, 'all' or 'status RUN_DIR', not '$1'" >&2

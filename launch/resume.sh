@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # Continue a run after a pre-emption: if the pod is gone, request a new one; if its workers were not given the command (since they
 # were booted), set them up and start it. The run continues from its run directory, which must be on storage that outlives the pod.
-# Arguments and variables are those of create, setup and run.
+# Arguments and variables are those of create, setup and run. Exit codes:
 #
-#   while launch/resume.sh --config … ; do sleep 60; done      # keeps a run on spot capacity going until you stop this loop
+#   0  the run was started, or is there already
+#   1  it could not be started now: call resume.sh again
+#   2  an argument or a variable is missing
+#   3  the run has ended: it is done, was stopped, or failed with an error that a restart repeats. launch/run.sh starts it again
+#
+#   until launch/resume.sh --config … ; [[ $? == [23] ]]; do sleep 60; done      # keeps a run on spot capacity going until it ends
 source "$(dirname "$0")/common.sh"
 here=$(dirname "$0")
 require TPU_TYPE TPU_RUNTIME
@@ -24,14 +29,24 @@ case $state in
     "$here/create.sh"
     ;;
 esac
-if ! told=$(on_all "[[ \$(cat $boot) == \$(cat \$HOME/$home.started 2>/dev/null) ]] || echo not-started"); then
+# What each worker says: not-started, or how the unit has ended for good. A worker whose unit runs, or waits for a restart, says nothing.
+asked="if [[ \$(cat $boot) != \$(cat \$HOME/$home.started 2>/dev/null) ]]; then echo not-started; exit; fi; \
+case \$(systemctl is-active appo) in active|activating|deactivating) exit ;; esac; \
+echo \"ended: \$(hostname): \$(systemctl show --property Result,ExecMainStatus appo | tr '\n' ' ')\"; \
+journalctl --unit appo --lines 1 --output cat || true"
+if ! told=$(on_all "$asked"); then
   echo "$TPU_NAME: a worker does not answer; call resume.sh again" >&2
-  exit
+  exit 1
+fi
+if [[ $told == *ended:* && $told != *not-started* ]]; then
+  echo "$told"
+  echo "$TPU_NAME: the run has ended; its last lines are above. 'launch/run.sh' with the same arguments starts it again" >&2
+  exit 3
 fi
 if [[ $told != *not-started* ]]; then
-  echo "$TPU_NAME: the command was started, nothing to do (the supervisors on the workers restart what crashes)"
+  echo "$TPU_NAME: the command runs, nothing to do (the supervisors on the workers restart what crashes)"
   exit
 fi
 "$here/stop.sh" 2>/dev/null || true # some workers may have been given the command
-"$here/setup.sh"
+"$here/setup.sh" || exit 1
 "$here/run.sh" "$@"

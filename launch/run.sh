@@ -10,7 +10,7 @@
 source "$(dirname "$0")/common.sh"
 (($# > 0)) || { echo "run.sh: give the arguments of 'appo-jax train', e.g. --config configs/qwen2_5_7b_reasoning.py" >&2; exit 2; }
 
-printf -v arguments '%q ' "$@"
+printf -v arguments '%q ' "${@//\$/\$\$}" # systemd expands $NAME in a unit's arguments, and reads $$ as one $
 command=${TPU_COMMAND:-train}
 together=''
 [[ $command != train ]] || together='--setenv APPO_DISTRIBUTED=1' # all hosts of the pod are one run
@@ -24,19 +24,23 @@ for name in ${TPU_ENV:-}; do
   printf '%s="%s"\n' "$name" "$value" >>"$own"
 done
 for node in $(nodes); do
-  [[ -z ${TPU_ENV:-} ]] || gcloud compute tpus tpu-vm scp "$own" "$node:$home.env" "${where[@]}" --worker all
+  [[ -z ${TPU_ENV:-} ]] || gcloud compute tpus tpu-vm scp "$own" "$node:$home.env.new" "${where[@]}" --worker all
 done
 environment="rm -f \$HOME/$home.env"
-[[ -z ${TPU_ENV:-} ]] || environment="chmod 600 \$HOME/$home.env"
+[[ -z ${TPU_ENV:-} ]] || environment="chmod 600 \$HOME/$home.env.new; mv \$HOME/$home.env.new \$HOME/$home.env"
+# A unit that runs keeps its variables: it reads the file again at each restart.
+refuse="case \$(systemctl is-active appo) in active|activating|deactivating) rm -f \$HOME/$home.env.new; \
+echo \"\$(hostname): the unit appo runs; 'launch/stop.sh' ends it\" >&2; exit 1 ;; esac"
 
 # systemd is the supervisor: it outlives the ssh connection, restarts the command after a crash, and gives up after TPU_RETRIES
 # restarts. A crash of one host ends the others too, so that all of them start again and go on from the last checkpoint.
 # Exit codes 1 (an error that a restart meets again), 2 (a config that cannot run) and 130 (asked to stop) are final.
 # A run that is stopped finishes its step, which may take many minutes, and saves it.
-on_all "$environment; sudo systemctl reset-failed appo 2>/dev/null; sudo systemd-run --unit appo --uid \$(id -u) --gid \$(id -g) \
+# When memory runs out, the kernel ends a process of a tool, and its call fails. OOMPolicy=continue: systemd does not stop the run then.
+on_all "$refuse; $environment; sudo systemctl reset-failed appo 2>/dev/null; sudo systemd-run --unit appo --uid \$(id -u) --gid \$(id -g) \
 --working-directory \$HOME/$home --setenv HOME=\$HOME $together --property EnvironmentFile=-\$HOME/$home.env \
 --property Restart=on-failure --property RestartSec=15 \
 --property StartLimitIntervalSec=infinity --property StartLimitBurst=$((${TPU_RETRIES:-20} + 1)) \
 --property RestartPreventExitStatus='1 2 130' --property KillMode=mixed --property KillSignal=SIGINT \
---property TimeoutStopSec=infinity --property LimitNOFILE=65536 \$HOME/$home/.venv/bin/appo-jax $command $arguments \
+--property TimeoutStopSec=infinity --property OOMPolicy=continue --property LimitNOFILE=65536 \$HOME/$home/.venv/bin/appo-jax $command $arguments \
 && cat $boot >\$HOME/$home.started"

@@ -3,7 +3,7 @@
 # from the sweep's folder on the shared storage. Arguments are those of `appo-jax sweep`; variables are those of create and setup:
 #
 #   TPU_TYPE=v6e-8 TPU_WORKERS=4 launch/sweep.sh --config configs/sweeps/quickstart.py
-#   while launch/sweep.sh --config … ; do sleep 60; done      # replaces slices that are taken away, until you stop this loop
+#   until launch/sweep.sh --config … ; [[ $? == [23] ]]; do sleep 60; done      # replaces slices that are taken away, until all end
 #   launch/sweep.sh delete                                    # gives all slices back
 #
 #   TPU_WORKERS  number of slices (default 2), each of one host: a worker trains on the devices of its own machine
@@ -12,7 +12,7 @@ here=$(dirname "$0")
 (($# > 0)) || { echo "sweep.sh: give the arguments of 'appo-jax sweep', e.g. --config configs/sweeps/quickstart.py" >&2; exit 2; }
 ((slices == 1)) || { echo "sweep.sh: TPU_SLICES is $slices; a worker of a sweep has one slice; TPU_WORKERS is their number" >&2; exit 2; }
 
-workers=() failed=()
+workers=() failed=() ended=0
 for ((i = 0; i < ${TPU_WORKERS:-2}; i++)); do
   if [[ $1 == delete ]]; then
     TPU_NAME=$TPU_NAME-$i "$here/stop.sh" delete &
@@ -22,9 +22,16 @@ for ((i = 0; i < ${TPU_WORKERS:-2}; i++)); do
   workers+=($!)
 done
 for i in "${!workers[@]}"; do
-  wait "${workers[i]}" || failed+=("$TPU_NAME-$i")
+  code=0
+  wait "${workers[i]}" || code=$?
+  case $code in
+    0) ;;
+    3) ended=$((ended + 1)) ;; # its worker has ended: all trials are done, or it failed
+    *) failed+=("$TPU_NAME-$i") ;;
+  esac
 done
 if ((${#failed[@]})); then
   echo "sweep.sh: failed: ${failed[*]}; delete incomplete slices (TPU_NAME=… launch/stop.sh delete), then try again" >&2
   exit 1
 fi
+((ended < ${#workers[@]})) || exit 3

@@ -43,7 +43,7 @@ if [[ $* == *" describe "* ]]; then
   echo "$state"
 fi
 if [[ $* == *" scp "* && $6 == *.tar.gz ]]; then tar -tzf "$5" > "$CALLS.files"; fi
-if [[ $* == *" scp "* && $6 == *.env && -n "${WORKERS:-}" ]]; then
+if [[ $* == *" scp "* && $6 == *.env.new && -n "${WORKERS:-}" ]]; then
   for i in 0 1; do cp "$5" "$WORKERS/$i/${6#*:}"; done
 fi
 if [[ $* == *not-started* && -z "${WORKERS:-}" && "$5" != "${STARTED:-}" ]]; then echo not-started; fi
@@ -68,6 +68,7 @@ lines = open(file).read().splitlines() if os.path.exists(file) else ()
 for name, quoted in (line.split("=", 1) for line in lines):
     environment[name] = re.sub(r"\\(.)", r"\1", quoted[1:-1])
 (folder,) = (value for name, value in options if name == "--working-directory")
+arguments = [re.sub(r"\$(?:(\$)|\w+|\{\w*\})", lambda match: match[1] or "", argument) for argument in arguments]
 assert properties["Restart"] == "on-failure"
 for _ in range(int(properties["StartLimitBurst"])):
     with open(os.environ["HOME"] + "/journal", "a") as journal:
@@ -79,12 +80,21 @@ for _ in range(int(properties["StartLimitBurst"])):
         break
 """
 
+# The state of the unit: that in ~/state, else that after the last of ~/exits.
+SYSTEMCTL = """#!/usr/bin/env bash
+case $1 in
+  is-active) cat "$HOME/state" 2>/dev/null || { [[ ! -e $HOME/exits ]] || echo failed; exit 3; } ;;
+  show) printf 'Result=exit-code\\nExecMainStatus=%s\\n' "$(tail -1 "$HOME/exits")" ;;
+esac
+"""
+
 
 @pytest.fixture
 def launch(tmp_path):
     (tmp_path / "bin").mkdir()
-    nothing, command = "#!/bin/sh\n", '#!/bin/sh\nexec "$@"\n'
-    for name, text in {"gcloud": GCLOUD, "systemd-run": SYSTEMD_RUN, "systemctl": nothing, "sudo": command}.items():
+    command, journal = '#!/bin/sh\nexec "$@"\n', '#!/bin/sh\ntail -1 "$HOME/journal"\n'
+    programs = {"gcloud": GCLOUD, "systemd-run": SYSTEMD_RUN, "systemctl": SYSTEMCTL, "sudo": command}
+    for name, text in (programs | {"journalctl": journal}).items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     calls, states = tmp_path / "calls", tmp_path / "states"
@@ -156,6 +166,7 @@ def test_run_starts_the_same_command_on_all_workers_under_a_supervisor(launch):
     assert "Restart=on-failure" in call
     assert "StartLimitBurst=8" in call  # the first start, and 7 restarts
     assert "TimeoutStopSec=infinity" in call  # a step takes longer than any limit
+    assert "OOMPolicy=continue" in call  # a tool's process that the kernel ends for its memory is one failed call
     assert "$HOME/appo_jax" in call  # the worker's home, not ours
 
 
@@ -168,6 +179,15 @@ def workers(tmp_path: Path, one_of: Callable[[int, int], dict[str, str]]) -> tup
         program.parent.mkdir(parents=True)
         program.symlink_to(Path(sys.executable).parent / "appo-jax")
     return folder, one_of(0, 2) | {"WORKERS": str(folder)} | POD
+
+
+def printing(workers: Path, value: str) -> None:
+    """Replace the workers' command by one that prints a value."""
+    for i in range(2):
+        program = workers / str(i) / "appo_jax/.venv/bin/appo-jax"
+        program.unlink()
+        program.write_text(f"#!{sys.executable}\nimport os, sys\nprint({value})\n")
+        program.chmod(0o755)
 
 
 def told(workers: Path, i: int) -> tuple[list[str], str]:
@@ -208,12 +228,7 @@ def test_a_run_that_cannot_go_on_is_not_started_again(launch, workers, tiny: Con
 def test_variables_reach_the_command_but_no_command_line(launch, workers):
     folder, variables = workers
     secret = """a "b" $HOME `c` \\d 'e' =f"""
-    printing = f"#!{sys.executable}\nimport os\nprint([os.environ.get(n) for n in ('KEY', 'XLA_FLAGS')])\n"
-    for i in range(2):
-        program = folder / str(i) / "appo_jax/.venv/bin/appo-jax"
-        program.unlink()
-        program.write_text(printing)
-        program.chmod(0o755)
+    printing(folder, "[os.environ.get(n) for n in ('KEY', 'XLA_FLAGS')]")
     extra = {"TPU_ENV": "KEY XLA_FLAGS", "KEY": secret, "XLA_FLAGS": "--xla_a=1 --xla_b"}
     done, calls = launch("run.sh", "--config", "c.py", **(variables | extra))
     assert done.returncode == 0, done.stderr
@@ -226,6 +241,30 @@ def test_variables_reach_the_command_but_no_command_line(launch, workers):
     done, calls = launch("run.sh", "--config", "c.py", TPU_ENV="KEY", **POD)
     assert (done.returncode, calls) == (2, [])
     assert "set KEY" in done.stderr
+
+
+def test_arguments_reach_the_command_as_they_are(launch, workers):
+    folder, variables = workers
+    printing(folder, "sys.argv[1:]")
+    given = ["--config", "c.py", "--data.system-prompt", "Write $$x^2$$, ${HOME} or `ls`.", "$PATH", "100 %", "'\"\\ "]
+    done, _ = launch("run.sh", *given, **variables)
+    assert done.returncode == 0, done.stderr
+    assert told(folder, 1)[1] == f"{['train', *given]}\n"
+
+
+def test_a_running_unit_keeps_its_variables(launch, workers):
+    folder, variables = workers
+    for i in range(2):
+        (folder / str(i) / "state").write_text("activating\n")
+        (folder / str(i) / "appo_jax.env").write_text('KEY="secret"\n')
+    for extra in ({}, {"TPU_ENV": "KEY", "KEY": "another"}):
+        done, _ = launch("run.sh", "--config", "c.py", **(variables | extra))
+        assert done.returncode == 1
+        assert "the unit appo runs" in done.stderr
+    for i in range(2):
+        assert (folder / str(i) / "appo_jax.env").read_text() == 'KEY="secret"\n'
+        assert not list((folder / str(i)).glob("exits"))
+        assert not list((folder / str(i)).glob("*.new"))
 
 
 def test_run_needs_a_command(launch):
@@ -259,6 +298,9 @@ def test_logs_show_the_status_of_a_run(launch, workers, tmp_path):
     assert "--worker 0" in call
     assert f"{run}: failed, step 7 of 20, 2 min ago" in done.stdout, done.stderr
     assert "last error: host 3 is lost" in done.stdout
+    (workers[0] / "0/appo_jax/here").symlink_to(run)
+    done, _ = launch("logs.sh", "status", "here", **(variables | {"ONLY": "0"}))
+    assert "here: failed, step 7 of 20" in done.stdout, done.stderr
     done, _ = launch("logs.sh", "status", **POD)
     assert done.returncode == 2
 
@@ -294,11 +336,21 @@ def test_resume_starts_what_was_not_started_yet(launch):
 def test_a_worker_is_given_the_command_once_a_boot(launch, workers):
     folder, variables = workers
     states = {"states_told": "ACTIVE\n", "NO_SETUP": "1", "TPU_POLL": "0"} | KIND | variables
-    for _ in range(2):
-        done, calls = launch("resume.sh", "--config", "gone.json", **states)
-        assert done.returncode == 0, done.stderr
+    done, calls = launch("resume.sh", "--config", "gone.json", **states)
+    assert done.returncode == 0, done.stderr
+    done, calls = launch("resume.sh", "--config", "gone.json", **states)
+    assert done.returncode == 3, done.stderr
     assert verbs(calls) == ["describe", "tpu-vm ssh"]
+    assert "Result=exit-code ExecMainStatus=2" in done.stdout
+    assert "gone.json: no such file" in done.stdout
+    assert "the run has ended" in done.stderr
     assert [told(folder, i)[0] for i in range(2)] == [["2"], ["2"]]
+    for i in range(2):
+        (folder / str(i) / "state").write_text("activating\n")  # it waits for a restart
+    done, _ = launch("resume.sh", "--config", "gone.json", **states)
+    assert (done.returncode, "nothing to do" in done.stdout) == (0, True)
+    for i in range(2):
+        (folder / str(i) / "state").unlink()
     (folder / "1/appo_jax.started").write_text("another boot\n")
     _, calls = launch("resume.sh", "--config", "gone.json", **states)
     assert verbs(calls) == ["describe", *STARTED]
@@ -368,6 +420,20 @@ def test_a_sweep_names_the_slices_that_it_does_not_get(launch):
     done, _ = launch("sweep.sh", "--config", "s.py", states_told=states, BY_NODE="1", **POD, **KIND)
     assert done.returncode == 1
     assert "failed: pod-1;" in done.stderr
+
+
+def test_a_sweep_whose_workers_have_ended_has_ended(launch, workers):
+    folder, variables = workers
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    for i, code in enumerate((0, 1)):
+        (folder / str(i) / "appo_jax.started").write_text(boot)
+        (folder / str(i) / "exits").write_text(f"{code}\n")
+    states = {"states_told": "pod-0 ACTIVE\npod-1 ACTIVE\n", "BY_NODE": "1"} | KIND | variables
+    done, _ = launch("sweep.sh", "--config", "s.py", **states)
+    assert done.returncode == 3, done.stderr
+    (folder / "1/state").write_text("active\n")
+    done, _ = launch("sweep.sh", "--config", "s.py", **states)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_sweep_gives_its_slices_back(launch):
