@@ -19,6 +19,7 @@ from appo_jax.benchmark.sets import Item, benchmark, load_items
 from appo_jax.components import build
 from appo_jax.config import Config, JudgeConfig
 from appo_jax.config.bounds import require_at_least
+from appo_jax.config.effects import Affects, affects
 from appo_jax.config_io import flatten
 from appo_jax.errors import ConfigError
 from appo_jax.evaluate import Draws, draw_samples
@@ -29,8 +30,6 @@ from appo_jax.storage import read_resumable, write_atomically
 log = logging.getLogger(__name__)
 
 ROUNDS_PER_SAVE = 4  # rollouts are saved after this many times decode_rows were drawn
-# Beginnings of the names of the config's fields that a policy's samples depend on.
-DRAWN_BY = ("policy.", "data.", "tools.", "rollout.", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +110,11 @@ def _setting(asked: Evaluation, config: Config, weights: Path | None) -> dict[st
     """Everything that the samples of a question depend on, by name: samples of two settings must not be mixed."""
     steps = [] if weights is None else [entry for entry in entries(weights) if entry.kind == "checkpoint"]
     newest = [f"{entry.path.parent.name}/{entry.path.name} of {time.ctime(entry.written)}" for entry in steps[-1:]]
+    drawn_by = Affects.SAMPLES | Affects.ADDRESS
     setting = {
         "set": asked.set, "samples": asked.samples, "temperature": asked.temperature, "run": str(weights),
         "checkpoint": "".join(newest),
-    } | {name: value for name, value in flatten(config).items() if name.startswith(DRAWN_BY)}  # fmt: skip
+    } | {name: value for name, value in flatten(config).items() if affects(name) & drawn_by}  # fmt: skip
     return json.loads(pydantic_core.to_json(setting))
 
 

@@ -14,52 +14,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from appo_jax import distributed, heartbeat
 from appo_jax.config import Config
-from appo_jax.config_io import config_json, diff_configs, flatten, load_config
+from appo_jax.config.effects import Affects
+from appo_jax.config_io import changed_effects, config_json, flatten, load_config
 from appo_jax.errors import CheckpointError, ConfigError
 from appo_jax.storage import lock, usable_path, write_atomically
-
-# A run may be continued with other values of these fields: they do not change what a step computes.
-MAY_CHANGE = (
-    "run_dir",
-    "steps",
-    "max_sampled_tokens",
-    "checkpoint_every",
-    "sft.checkpoint_every",
-    "keep_checkpoints",
-    "keep_best_checkpoints",
-    "keep_rollouts",
-    "stop_grace_seconds",
-    "tools.max_unavailable",
-    "tools.pause_seconds",
-    "max_silent_seconds",
-    "eval.sets",
-    "reward.judge.url",
-    "reward.judge.key_variable",
-    "reward.judge.concurrency",
-    "reward.judge.timeout",
-    "reward.judge.attempts",
-    "reward.judge.cache",
-)
-
-# These fields change how a step is computed, but not what: a checkpoint can be restored under other values. Sums are computed in
-# another order then, so the last bits of the parameters, and therefore the rollouts, may differ.
-HOW_COMPUTED = (
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "mesh.slices",
-    "optimizer.micro_batch",
-    "optimizer.remat",
-    "sft.micro_batch",
-    "rollout.decode_rows",
-    "rollout.share_prefix",
-    "tools.max_concurrency",
-)
 
 log = logging.getLogger(__name__)
 
@@ -121,10 +85,10 @@ class RunDir:
 def open_run(config: Config) -> RunDir:
     """Create `config.run_dir`, or continue the run of the same config that it holds, and lock it for this process.
 
-    Raises CheckpointError if the directory holds a run of another config (the message lists the fields; those in MAY_CHANGE may
-    differ, and those in HOW_COMPUTED may with a warning) or of an unknown config, is in use by another process, cannot be
-    written, or cannot hold checkpoints (`usable_path`). With several hosts, the first does all this and tells the others the
-    result. They must see the same folder.
+    Raises CheckpointError if the directory holds a run of another config (the message lists the fields; by config/effects.py,
+    those that affect nothing may differ, and those that affect only rounding may with a warning) or of an unknown config, is in use
+    by another process, cannot be written, or cannot hold checkpoints (`usable_path`). With several hosts, the first does all this
+    and tells the others the result. They must see the same folder.
     """
     run = error = None
     if distributed.host() == 0:
@@ -176,6 +140,17 @@ def _open(config: Config) -> RunDir:
     return run
 
 
+def _sets_measured_otherwise(kept: Config, config: Config) -> Iterator[str]:
+    """A line for each set of `eval.sets` that is in both configs but not measured alike: its figures have one name, so they would
+    be one curve."""
+    before = {chosen.set: chosen for chosen in kept.eval.sets}
+    for chosen in config.eval.sets:
+        for field in dataclasses.fields(chosen) if chosen.set in before else ():
+            was, given = (getattr(x, field.name) for x in (before[chosen.set], chosen))
+            if was != given:
+                yield f"  eval.sets: {field.name} of {chosen.set}: {was!r} in the run, {given!r} given"
+
+
 def _check_same_run(run: RunDir, config: Config) -> Config:
     """The config with which the run was started last. Raises CheckpointError if it is another run."""
     try:
@@ -186,18 +161,22 @@ def _check_same_run(run: RunDir, config: Config) -> Config:
             f"or delete this one to start from the beginning\n{error}"
         ) from error
     old, new = flatten(kept), flatten(config)
-    changed = [name for name in diff_configs(kept, config) if name not in MAY_CHANGE]
-    if how := [name for name in changed if name in HOW_COMPUTED]:
+    effects = changed_effects(kept, config)
+    if how := [name for name, effect in effects.items() if effect is Affects.ROUNDING]:
         changes = ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in how)
         log.warning(
             "%s: the run goes on, computed in another way (%s): the last bits of its figures may differ",
             run.path,
             changes,
         )
-    changed = [name for name in changed if name not in HOW_COMPUTED]
-    if changed:
-        absent = "(absent)"
-        lines = [f"  {name}: {old.get(name, absent)!r} in the run, {new.get(name, absent)!r} given" for name in changed]
+    absent = "(absent)"
+    lines = [
+        f"  {name}: {old.get(name, absent)!r} in the run, {new.get(name, absent)!r} given"
+        for name, effect in effects.items()
+        if effect not in (Affects.NOTHING, Affects.ROUNDING)
+    ]
+    lines += _sets_measured_otherwise(kept, config)
+    if lines:
         raise CheckpointError(
             f"{run.path} holds a run of another config:\n" + "\n".join(lines) + "\n"
             f"Give another --run-dir, delete {run.path} to start from the beginning, or train from {run.config} to continue "

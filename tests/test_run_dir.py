@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from appo_jax.config import BranchingConfig, Config, JudgeConfig, MeshConfig, PolicyConfig, RewardConfig
-from appo_jax.config_io import flatten, load_config, save_config
+from appo_jax.config import (
+    BranchingConfig,
+    Config,
+    EvalSetConfig,
+    JudgeConfig,
+    LoRAConfig,
+    MeshConfig,
+    PolicyConfig,
+    RewardConfig,
+)
+from appo_jax.config.effects import Affects, affects
+from appo_jax.config_io import flatten, load_config, save_config, with_fields
 from appo_jax.errors import CheckpointError
 from appo_jax.metrics import MetricsLogger
-from appo_jax.run_dir import HOW_COMPUTED, MAY_CHANGE, open_run
+from appo_jax.run_dir import open_run
 from appo_jax.supervision.status import note_failure
 
 
@@ -171,6 +181,72 @@ def test_a_judge_may_move_and_another_one_is_another_reward(config, tmp_path):
         open_run(judged(model="n"))
 
 
-def test_every_field_that_may_change_is_one_of_the_config(config):
-    config = dataclasses.replace(config, reward=RewardConfig(judge=JudgeConfig("http://a", "m")))
-    assert set(MAY_CHANGE) | set(HOW_COMPUTED) <= set(flatten(config))
+@pytest.mark.parametrize("function", ["robust", "judge"])
+def test_a_judge_may_be_added_for_sets_alone(config, run_with_results, function):
+    other = dataclasses.replace(config, reward=RewardConfig(function, judge=JudgeConfig("http://a", "m")))
+    if function == "robust":
+        with open_run(other) as run:
+            assert run.continued
+    else:
+        with pytest.raises(CheckpointError, match=r"reward\.function: 'robust' in the run, 'judge' given\nGive"):
+            open_run(other)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "refused"),
+    [
+        ({"tools.search.url": "http://a"}, {"tools.search.url": "http://b"}, ""),
+        ({"tools.search.url": "http://a"}, {"tools.search.url": None}, "tools.search.url"),
+        ({"tools.python.url": "http://a"}, {"tools.python.url": "http://b"}, ""),
+        ({}, {"tools.search.timeout": 3.0, "tools.search.max_retries": 0, "tools.search.max_per_second": 1.0}, ""),
+        ({}, {"reward.timeout": 3.0, "eval.every": 1, "keep_best_checkpoints": 1, "checkpoint_every": 1}, ""),
+        ({}, {"eval.num_prompts": 3}, "eval.num_prompts"),
+        ({}, {"tools.search.top_k": 1}, "tools.search.top_k"),
+        ({}, {"policy.lora": LoRAConfig()}, "policy.lora"),
+    ],
+)
+def test_what_changes_nothing_of_a_step_may_change(config, first, then, refused):
+    with open_run(with_fields(config, first)) as run:
+        run.metrics.write_text('{"step": 1}\n')
+        (run.checkpoints / "rl").mkdir()
+    if refused:
+        with pytest.raises(CheckpointError, match=rf"\n  {refused}: .* in the run"):
+            open_run(with_fields(config, first | then))
+    else:
+        with open_run(with_fields(config, first | then)) as run:
+            assert run.continued
+
+
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        ([], ""),
+        ([EvalSetConfig("gsm8k", "g"), EvalSetConfig("aime24", "f", limit=10)], ""),
+        ([EvalSetConfig("aime24", "f")], "limit of aime24: 10 in the run, 0 given"),
+        ([EvalSetConfig("aime24", "g", limit=10)], "data of aime24: 'f' in the run, 'g' given"),
+        ([EvalSetConfig("aime24", "f", 10, samples=4, temperature=0.6)], "samples of aime24: 1 in the run, 4 given"),
+    ],
+)
+def test_sets_may_be_added_and_removed_but_not_measured_otherwise(config, then, message):
+    def with_sets(sets):
+        return dataclasses.replace(config, eval=dataclasses.replace(config.eval, sets=tuple(sets)))
+
+    with open_run(with_sets([EvalSetConfig("aime24", "f", limit=10)])) as run:
+        run.metrics.write_text('{"step": 1}\n')
+        (run.checkpoints / "rl").mkdir()
+    if message:
+        with pytest.raises(CheckpointError, match=rf"eval\.sets: {message}"):
+            open_run(with_sets(then))
+    else:
+        with open_run(with_sets(then)) as run:
+            assert run.continued
+
+
+def test_the_table_says_what_every_field_affects(config):
+    """The groups stand for what a user would expect: a new field of a tool, say, is part of everything until it is named."""
+    fields = flatten(dataclasses.replace(config, reward=RewardConfig(judge=JudgeConfig("http://a", "m"))))
+    effects = {field: affects(field) for field in fields}  # raises KeyError for a field that the table lacks
+    assert {field for field, effect in effects.items() if not effect} >= {"run_dir", "steps", "eval.sets"}
+    assert {field.partition(".")[0] for field, effect in effects.items() if effect & Affects.SAMPLES} == {
+        "policy", "data", "tools", "rollout", "seed"
+    }  # fmt: skip

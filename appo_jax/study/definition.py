@@ -9,15 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from appo_jax.config import Config
-from appo_jax.config_io import check, diff_configs, flatten, load_config, read_variable
+from appo_jax.config.effects import Affects, shared_by_runs
+from appo_jax.config_io import changed_effects, check, load_config, read_variable
 from appo_jax.errors import ConfigError
 
 # More steps than any run makes, so that the budget of tokens ends a run.
 MAX_STEPS = 100_000
 # Data sources that generate their questions. The tokenizer is trained on these.
 GENERATED = ("world", "decisions")
-# The beginnings of the names of all fields on which a cold start or an evaluation depends. All arms have the same values there.
-COLD_START = ("policy.", "data.", "sft.", "tools.", "eval.num_prompts", "rollout.max_")
 
 
 def lacks_tokenizer(config: Config) -> bool:
@@ -83,7 +82,8 @@ def shared_cold_start(first: Config, folders: tuple[str, ...], out: str, seed: i
     if not file.exists():
         return wanted
     existing = dataclasses.replace(load_config(file), run_dir=wanted.run_dir)
-    if different := [name for name in diff_configs(existing, wanted) if name.startswith((*COLD_START, "seed"))]:
+    effects = changed_effects(existing, wanted)
+    if different := [name for name, effect in effects.items() if effect & (Affects.COLD_START | Affects.ACCURACY)]:
         raise ConfigError(
             f"cold_starts: the run in {wanted.run_dir} differs in {', '.join(different)}; give another folder, or delete the run"
         )
@@ -137,7 +137,6 @@ def check_study(study: Study) -> None:
         raise ConfigError(
             f"max_sampled_tokens = {study.max_sampled_tokens}: the budget of a run must be greater than 0"
         )
-    baseline_fields = flatten(study.arms[study.baseline])
     for name, config in study.arms.items():
         if not re.fullmatch(r"\w+", name) or name == "cold":
             raise ConfigError(
@@ -148,10 +147,8 @@ def check_study(study: Study) -> None:
             check(config)
         except ConfigError as error:
             raise ConfigError(f"arm {name!r}: {error}") from error
-        fields = flatten(config)
-        names = {**baseline_fields, **fields}
-        different = [f for f in names if f.startswith(COLD_START) and baseline_fields.get(f) != fields.get(f)]
-        if different:
+        effects = changed_effects(study.arms[study.baseline], config)
+        if different := [name for name, effect in effects.items() if shared_by_runs(effect)]:
             raise ConfigError(
                 f"arm {name!r} differs from {study.baseline!r} in {', '.join(different)}: all arms of a study "
                 "share the cold start and the evaluation; give these fields the same value in all arms"

@@ -12,9 +12,10 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from appo_jax.config import Config
+from appo_jax.config.effects import affects, shared_by_runs
 from appo_jax.config_io import check, flatten, read_variable, with_fields
 from appo_jax.errors import ConfigError
-from appo_jax.study.definition import COLD_START, MAX_STEPS, check_cold_starts, shared_cold_start
+from appo_jax.study.definition import MAX_STEPS, check_cold_starts, shared_cold_start
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -146,8 +147,8 @@ def check_sweep(sweep: Sweep) -> None:
     """Raise ConfigError if a sweep cannot be run, or if its trials cannot be compared.
 
     That is: it has no field, no seed, the same seed twice, no budget or no number of trials; the space has an unknown field, a
-    field on which the cold start depends, a value of the wrong type or too few points that keep the rules between fields; the
-    base config breaks a rule; or `check_cold_starts` refuses the cold starts.
+    field of the cold start or of the evaluation, a value of the wrong type or too few points that keep the rules between fields;
+    the base config breaks a rule; or `check_cold_starts` refuses the cold starts.
     """
     if not sweep.space or not sweep.seeds:
         raise ConfigError(
@@ -169,10 +170,11 @@ def check_sweep(sweep: Sweep) -> None:
             raise ConfigError(
                 f"space: {name!r} is not a field of the config; give dotted names such as 'branching.tau'"
             )
-        if name.startswith(COLD_START) or name in ("seed", "run_dir", "init_from", "steps", "max_sampled_tokens"):
+        own = ("seed", "run_dir", "init_from", "steps", "max_sampled_tokens")  # set for each run
+        if name in own or shared_by_runs(affects(name)):
             raise ConfigError(
-                f"space: {name!r} cannot vary, because all trials share their seeds, their budget and the cold start of each seed; "
-                "remove it from `space`"
+                f"space: {name!r} cannot vary, because all trials share their seeds, their budget, the cold start of each seed and "
+                "the evaluation; remove it from `space`"
             )
         if isinstance(values, tuple):
             for value in values:

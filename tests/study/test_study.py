@@ -15,7 +15,7 @@ from matplotlib import image
 from scipy import stats
 
 from appo_jax.cli import main
-from appo_jax.config_io import check, load_config, save_config
+from appo_jax.config_io import check, load_config, save_config, with_fields
 from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.metrics import read_metrics
 from appo_jax.study import report
@@ -83,9 +83,12 @@ def test_what_cannot_be_a_study_is_named(base, tmp_path):
         load_study(tmp_path / "s.py")
     with pytest.raises(ConfigError, match=r"missing\.py: no such file"):
         load_study(tmp_path / "missing.py")
-    other = dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=7))
-    with pytest.raises(ConfigError, match=r"'short' differs from 'appo' in sft\.steps"):
-        check_study(study(base, tmp_path, short=other))
+    for field, value in {"sft.steps": 7, "reward.function": "official", "rollout.max_tool_calls": 1}.items():
+        with pytest.raises(ConfigError, match=rf"'other' differs from 'appo' in {field}"):
+            check_study(study(base, tmp_path, other=with_fields(base, {field: value})))
+    check_study(
+        study(base, tmp_path, other=with_fields(base, {"optimizer.max_grad_norm": 0.1}))
+    )  # after the cold start
     with pytest.raises(ConfigError, match=r"arm 'bad': steps = 0"):
         check_study(study(base, tmp_path, bad=dataclasses.replace(base, steps=0)))
     with pytest.raises(ConfigError, match="max_sampled_tokens = 0"):
@@ -147,6 +150,9 @@ def test_a_cold_start_that_another_study_has_begun_goes_on_with_its_config(base,
     assert s.cold_start(5) == dataclasses.replace(other, run_dir=str(folder))
     save_config(dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=7)), folder / "config.json")
     with pytest.raises(ConfigError, match=r"the run in .*cold differs in sft.steps; give another folder"):
+        s.cold_start(5)
+    save_config(with_fields(base, {"optimizer.b2": 0.9, "optimizer.max_grad_norm": 0.1}), folder / "config.json")
+    with pytest.raises(ConfigError, match=r"differs in optimizer.max_grad_norm, optimizer.b2; give another folder"):
         s.cold_start(5)
 
 

@@ -58,6 +58,7 @@ def test_random_points_are_possible_and_the_same_each_time(base):
         ({"branching.tau": ("much",)}, {}, r"branching\.tau = 'much'"),
         ({"sft.steps": (1, 2)}, {}, r"'sft\.steps' cannot vary"),
         ({"seed": (1, 2)}, {}, "'seed' cannot vary"),
+        ({"reward.function": ("robust", "official")}, {}, r"'reward\.function' cannot vary"),
         ({}, {}, "at least one field"),
         ({"branching.tau": (8.0,)}, {"seeds": (0, 0)}, "twice"),
         ({"branching.tau": (8.0,)}, {"max_sampled_tokens": 0}, "max_sampled_tokens = 0"),
