@@ -94,12 +94,13 @@ def right(tree: Sequence[Rollout], components: Components, left_out: LeftOut) ->
         elif calls in kept:
             left_out.add("it makes the calls of another one", example.id)
         else:
-            kept[calls] = to_record(rollout, [text for text, _ in response.turns])
+            kept[calls] = to_record(rollout, response.framed_turns)
     return list(kept.values())
 
 
 def to_record(rollout: Rollout, turns: Sequence[str]) -> dict[str, Any]:
-    """A rollout as a record of chat messages (docs/traces.md). turns: the policy's texts between tool results."""
+    """A rollout as a record of chat messages (docs/traces.md). turns: the policy's texts
+    between tool results, with the thoughts that the template opened for it."""
     example = rollout.example
     messages = [{"role": "user", "content": example.question}]
     for text, call in zip(turns, (*rollout.calls, None), strict=True):

@@ -28,7 +28,7 @@ from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.sharding import make_mesh, param_shardings, use_mesh
 from appo_jax.reward import Judge, Judgement, make_reward
 from appo_jax.reward.overlong import overlong_penalty
-from appo_jax.reward.response import Response, opened_thought
+from appo_jax.reward.response import Response, prompt_opening
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.sampler import Sampler
 from appo_jax.rollout.tree_sampler import TreeSampler
@@ -152,17 +152,8 @@ def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:
     )
     return Response(
         segments, rollout.example.golds, rollout.example.kind, frozenset(call.name for call in rollout.calls),
-        rollout.stop_reason, rollout.example.question, prompt_opening(rollout.tokens[:start], tokenizer),
+        rollout.stop_reason, rollout.example.question, prompt_opening(rollout.tokens[:start].tolist(), tokenizer),
     )  # fmt: skip
-
-
-def prompt_opening(prompt: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The thought that a prompt's template opens (and perhaps closes) for the policy; "" for most templates."""
-    token_bytes = tokenizer.token_bytes()
-    start = len(prompt)
-    while start and token_bytes[prompt[start - 1]]:  # the policy's turn begins after the last control token
-        start -= 1
-    return opened_thought(tokenizer.decode(prompt[start:].tolist()))
 
 
 def give_rewards(rollouts: Sequence[Rollout], components: Components, overlong_buffer: int = 0) -> None:

@@ -37,6 +37,11 @@ class LeftOut:
     def add(self, reason: str, name: str) -> None:
         self._names.setdefault(reason, []).append(name)
 
+    def include(self, other: LeftOut) -> None:
+        """Add those of `other`."""
+        for reason, names in other._names.items():
+            self._names.setdefault(reason, []).extend(names)
+
     @property
     def total(self) -> int:
         return sum(map(len, self._names.values()))

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 import grain
 import numpy as np
 
+from appo_jax.config import Config
 from appo_jax.data.demonstrations import LeftOut
 from appo_jax.data.records import OnMalformed
 from appo_jax.errors import DataError
+from appo_jax.reward.response import prompt_opening, text_after
 from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.types import Example, Trace
 
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 EncodeResult = Callable[[str], list[int]]
+Encoded = tuple[np.ndarray, np.ndarray]  # a trace: tokens [T] int32, and whether the policy writes them [T] bool
 
 # No threads: a batch costs microseconds, and read-ahead threads would compete with XLA for the cores.
 READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -58,41 +61,69 @@ def prompt_batches(
     return iter(batches.to_iter_dataset(READ))
 
 
-def trace_batches(
+def encode_traces(
     traces: Sequence[Trace],
     tokenizer: Tokenizer,
-    batch_size: int,
-    max_tokens: int,
-    seed: int,
+    config: Config,
     encode_result: EncodeResult | None = None,
     left_out: LeftOut | None = None,
-) -> grain.DatasetIterator[TraceBatch]:
-    """Endless batches of encoded traces, packed into `batch_size` rows (grain's first-fit packing).
+) -> list[Encoded]:
+    """The traces as tokens, without those that the run's limits exclude.
 
-    A trace of more than `max_tokens` is left out, because a truncated one would teach the policy to stop in the middle. Their
-    number is logged, and they are counted in `left_out`. Raises DataError if no trace fits."""
-    encoded = [encode_trace(trace, tokenizer, encode_result) for trace in traces]
-    fitting = [pair for pair in encoded if len(pair[0]) <= max_tokens]
-    if len(fitting) < len(encoded):
-        longest = max(len(tokens) for tokens, _ in encoded)
+    A rollout of the run could not hold such a trace, so training on it would teach the policy what ends a rollout without an
+    answer. A longer trace than `sft.max_tokens` is not truncated, because that would teach the policy to stop in the middle. The
+    traces left out are logged, and counted in `left_out`. Raises DataError if no trace is left."""
+    encoded, over, longest = [], LeftOut(), 0
+    for trace in traces:
+        tokens, sampled = encode_trace(trace, tokenizer, encode_result)
+        reason = _over_a_limit(trace, int(sampled.argmax()), len(tokens), config)
+        if reason is None:
+            encoded.append((tokens, sampled))
+            continue
+        over.add(reason, trace.example.id)
+        longest = max(longest, len(tokens))
+    if over.total:
         message = (
-            f"{len(encoded) - len(fitting)} of {len(encoded)} traces are longer than sft.max_tokens = {max_tokens}"
+            f"{over.total} of {len(traces)} traces are left out ({over}); the longest of them has {longest} tokens"
         )
-        if not fitting:
-            raise DataError(f"{message}; the longest has {longest} tokens")
-        logger.warning("%s (longest %d) and are left out", message, longest)
-        for trace, (tokens, _) in zip(traces, encoded, strict=True):
-            if left_out is not None and len(tokens) > max_tokens:
-                left_out.add(f"it is longer than sft.max_tokens = {max_tokens}", trace.example.id)
-    if not fitting:
+        if not encoded:
+            raise DataError(f"{message}; raise these limits, or give other traces")
+        logger.warning("%s", message)
+    if left_out is not None:
+        left_out.include(over)
+    if not encoded:
         raise DataError("there are no traces to train on; set sft.steps to 0 to go without a cold start")
-    total = sum(len(pair[0]) for pair in fitting)
-    logger.info("%d traces of %d tokens: an epoch is about %d rows", len(fitting), total, -(-total // max_tokens))
-    stream = grain.MapDataset.source(fitting).shuffle(seed).repeat()
+    return encoded
+
+
+def _over_a_limit(trace: Trace, prompt_length: int, length: int, config: Config) -> str | None:
+    """Why the run's limits exclude a trace; None if they do not. Lengths in tokens."""
+    rollout = config.rollout
+    calls = sum(not segment.sampled for segment in trace.segments)
+    measured = (
+        ("it is longer than sft.max_tokens", length, config.sft.max_tokens),
+        ("its prompt is longer than rollout.max_prompt_tokens", prompt_length, rollout.max_prompt_tokens),
+        (
+            "its response is longer than rollout.max_response_tokens",
+            length - prompt_length,
+            rollout.max_response_tokens,
+        ),
+        ("it makes more calls than rollout.max_tool_calls", calls, rollout.max_tool_calls),
+    )
+    return next((f"{reason} = {limit}" for reason, value, limit in measured if value > limit), None)
+
+
+def trace_batches(
+    encoded: Sequence[Encoded], batch_size: int, max_tokens: int, pad_id: int, seed: int
+) -> grain.DatasetIterator[TraceBatch]:
+    """Endless batches of encoded traces, packed into `batch_size` rows of `max_tokens` (grain's first-fit packing)."""
+    total = sum(len(tokens) for tokens, _ in encoded)
+    logger.info("%d traces of %d tokens: an epoch is about %d rows", len(encoded), total, -(-total // max_tokens))
+    stream = grain.MapDataset.source(encoded).shuffle(seed).repeat()
     unpacked = stream.map(lambda pair: {"tokens": pair[0], "loss_mask": pair[1].astype(np.int32)})
     packed = grain.experimental.FirstFitPackIterDataset(
         unpacked.to_iter_dataset(READ), length_struct={"tokens": max_tokens, "loss_mask": max_tokens},
-        num_packing_bins=batch_size, seed=seed, padding_struct={"tokens": tokenizer.pad_id, "loss_mask": 0},
+        num_packing_bins=batch_size, seed=seed, padding_struct={"tokens": pad_id, "loss_mask": 0},
     )  # fmt: skip
 
     def batch(rows: Sequence[dict[str, np.ndarray]]) -> TraceBatch:
@@ -106,16 +137,21 @@ def trace_batches(
     return iter(packed.batch(batch_size, drop_remainder=True, batch_fn=batch))
 
 
-def encode_trace(
-    trace: Trace, tokenizer: Tokenizer, encode_result: EncodeResult | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [T] int32, sampled [T] bool) of prompt, segments and EOS. Each segment is tokenised by itself, as in a rollout.
+def encode_trace(trace: Trace, tokenizer: Tokenizer, encode_result: EncodeResult | None = None) -> Encoded:
+    """The tokens of prompt, segments and EOS. Each segment is tokenised by itself, as in a rollout.
 
-    encode_result: token ids of a tool result in the run's call format; None: those of its text."""
-    prompt = tokenizer.render_prompt(trace.example.system, trace.example.question)
-    tokens, sampled = list(prompt), [False] * len(prompt)
+    Where the prompt, or the template after a tool result, opens a thought for the policy, the text after it goes on in that
+    thought. encode_result: token ids of a tool result in the run's call format; None: those of its text."""
+    tokens = list(tokenizer.render_prompt(trace.example.system, trace.example.question))
+    sampled = [False] * len(tokens)
+    opening = prompt_opening(tokens, tokenizer)
     for segment in trace.segments:
-        ids = tokenizer.encode(segment.text) if segment.sampled else (encode_result or tokenizer.encode)(segment.text)
+        if segment.sampled:
+            ids = tokenizer.encode(text_after(opening, segment.text))
+            opening = ""
+        else:
+            ids = (encode_result or tokenizer.encode)(segment.text)
+            opening = prompt_opening(ids, tokenizer)
         tokens += ids
         sampled += [segment.sampled] * len(ids)
     return np.array([*tokens, tokenizer.eos_id], np.int32), np.array([*sampled, True])

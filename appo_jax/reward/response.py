@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections.abc import Sequence
 
+from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.types import Kind, Segment, StopReason
 
 
@@ -38,15 +40,20 @@ class Response:
         return turns
 
     @property
-    def framed_text(self) -> str:
-        """`sampled_text` with the thoughts that the prompt, or the template after a tool result, opened for the policy."""
+    def framed_turns(self) -> list[str]:
+        """The texts of `turns`, with the thoughts that the prompt, or the template after a tool result, opened for the policy."""
         opening, texts = self.opening, []
         for sampled, group in itertools.groupby(self.segments, key=lambda segment: segment.sampled):
             text = "".join(segment.text for segment in group)
             if sampled:
                 texts.append(opening + text)
             opening = "" if sampled else opened_thought(text)
-        return "\n".join(texts)
+        return texts
+
+    @property
+    def framed_text(self) -> str:
+        """`sampled_text`, with the thoughts that were opened for the policy."""
+        return "\n".join(self.framed_turns)
 
     @property
     def sampled_text(self) -> str:
@@ -54,6 +61,32 @@ class Response:
         return "\n".join(text for text, _ in self.turns)
 
 
+def prompt_opening(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The thought that a prompt, or a result in a chat template, opens (and perhaps closes) for the policy; "" for most."""
+    token_bytes = tokenizer.token_bytes()
+    start = len(prompt)
+    while start and token_bytes[prompt[start - 1]]:  # the policy's turn begins after the last control token
+        start -= 1
+    return opened_thought(tokenizer.decode(list(prompt[start:])))
+
+
+def text_after(opening: str, text: str) -> str:
+    """What a policy writes after `opening` (see `opened_thought`), if it would write `text` without an opening.
+
+    A thought that is open already is not opened again. If `text` has no thought at its beginning, the open one is closed."""
+    if text.startswith(opening):
+        return text.removeprefix(opening)
+    if "</think>" in opening:  # the template has opened and closed a thought, which `text` may do too
+        return _EMPTY_THOUGHT.sub("", text)
+    if thought := _THOUGHT.match(text):
+        return text[thought.end() :]
+    tag = re.search("</?think>", text)
+    goes_on = tag is not None and tag[0] == "</think>"  # it was written after an opening
+    return text if goes_on else f"\n</think>\n\n{text}"
+
+
+_THOUGHT = re.compile(r"\s*<think>\s*")
+_EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 _OPENED_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 

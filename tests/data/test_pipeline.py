@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appo_jax.data.pipeline import check_prompts, encode_trace, prompt_batches, trace_batches
+from appo_jax.config import Config, RolloutConfig, SFTConfig
+from appo_jax.data.demonstrations import LeftOut
+from appo_jax.data.pipeline import check_prompts, encode_trace, encode_traces, prompt_batches, trace_batches
 from appo_jax.errors import DataError
 from appo_jax.types import Example, Segment, Trace
 
@@ -17,7 +19,7 @@ from appo_jax.types import Example, Segment, Trace
 class Letters:
     """A tokenizer with one token per character: 0 is padding, 1 EOS, 2 begins the question, 3 begins the answer."""
 
-    vocab_size, pad_id, eos_id = 300, 0, 1
+    vocab_size, pad_id, eos_id = 10_000, 0, 1
 
     def encode(self, text):
         return [ord(letter) for letter in text]
@@ -26,7 +28,7 @@ class Letters:
         return "".join(chr(token) for token in ids)
 
     def token_bytes(self):
-        return [bytes([token]) if token < 256 else b"" for token in range(self.vocab_size)]
+        return [chr(token).encode() if token > 3 else b"" for token in range(self.vocab_size)]
 
     def render_prompt(self, system, question):
         return [*self.encode(system), 2, *self.encode(question), 3]
@@ -132,7 +134,8 @@ def test_encode_trace_by_hand():
 
 def test_traces_are_packed_whole():
     short, long = trace(("a", True)), trace(("b", True), ("RR", False), ("c", True))
-    batch = next(trace_batches([short, long], Letters(), batch_size=1, max_tokens=18, seed=0))
+    encoded = [encode_trace(each, Letters()) for each in (short, long)]
+    batch = next(trace_batches(encoded, batch_size=1, max_tokens=18, pad_id=0, seed=0))
     first = batch.positions[0].tolist().index(0, 1)  # where the second trace begins
     rows = {
         6: ([115, 2, 113, 3, 97, 1], [4, 5]),
@@ -148,15 +151,34 @@ def test_traces_are_packed_whole():
     assert np.flatnonzero(batch.loss_mask[0]).tolist() == trained
 
 
-def test_long_traces_are_left_out_and_counted(caplog):
-    fits, long = trace(("a", True)), trace(("a" * 20, True))
-    batches = trace_batches([fits, long, fits], Letters(), batch_size=4, max_tokens=10, seed=0)
-    assert (next(batches).segments > 0).sum(-1).tolist() == [6] * 4
-    assert "1 of 3 traces are longer than sft.max_tokens = 10 (longest 25)" in caplog.text
-    with pytest.raises(DataError, match=r"1 of 1 traces .* sft\.max_tokens = 10; the longest has 25"):
-        trace_batches([long], Letters(), 4, 10, 0)
+def test_traces_that_a_rollout_could_not_hold_are_left_out_and_counted(caplog):
+    fits = trace(("a", True), ("R", False), ("b", True))  # a prompt of 4 tokens, a response of 4 with the EOS
+    calls = trace(("a", True), ("R", False), ("b", True), ("R", False), ("c", True))
+    traces = [fits, trace(("a" * 7, True)), calls, trace(("a", True), question="long"), trace(("a" * 20, True))]
+    config = Config(
+        sft=SFTConfig(max_tokens=20),
+        rollout=RolloutConfig(max_prompt_tokens=4, max_response_tokens=7, max_tool_calls=1),
+    )
+    left_out = LeftOut()
+    encoded = encode_traces(traces, Letters(), config, left_out=left_out)
+    assert [tokens.tolist() for tokens, _ in encoded] == [[115, 2, 113, 3, 97, 82, 98, 1]]
+    assert left_out.to_json() == {
+        reason: {"count": 1, "first": ["e"]}
+        for reason in (
+            "its response is longer than rollout.max_response_tokens = 7",
+            "it makes more calls than rollout.max_tool_calls = 1",
+            "its prompt is longer than rollout.max_prompt_tokens = 4",
+            "it is longer than sft.max_tokens = 20",
+        )
+    }
+    assert "4 of 5 traces are left out (1: " in caplog.text
+    assert "longest of them has 25 tokens" in caplog.text
+    with pytest.raises(
+        DataError, match=r"1 of 1 traces .*rollout\.max_tool_calls = 1.*has 10 tokens; raise these limits"
+    ):
+        encode_traces([calls], Letters(), config)
     with pytest.raises(DataError, match=r"sft\.steps"):
-        trace_batches([], Letters(), 4, 10, 0)
+        encode_traces([], Letters(), config)
 
 
 def test_check_prompts(caplog):

@@ -122,18 +122,56 @@ def test_a_result_cannot_write_control_tokens(template):
     assert (cut[: len(head)], cut[-len(tail) :]) == (head, tail)
 
 
-def test_a_demonstration_is_encoded_as_its_rollout_would_be(template):
-    _, tokenizer = template
-    call = FORMAT.render_call("search", "Bern")
-    segments = (Segment(call, True), Segment(render_result(FORMAT, "a town"), False), Segment("so: Bern", True))
+def encoded(segments, tokenizer):
+    """A demonstration as `encode_trace` returns it."""
     trace = Trace(Example("e", "Where?", ("Bern",), "qa", "Be brief."), segments)
-    tokens, sampled = encode_trace(trace, tokenizer, ToolResults(tokenizer, FORMAT, 10_000).encode_rendered)
+    return encode_trace(trace, tokenizer, ToolResults(tokenizer, FORMAT, 10_000).encode_rendered)
+
+
+CALL = FORMAT.render_call("search", "Bern")
+RESULT = Segment(render_result(FORMAT, "a town"), False)
+
+
+def test_a_demonstration_is_encoded_as_its_rollout_would_be(template):
+    name, tokenizer = template
+    closed = "\n</think>\n\n" if name == "tools_thinking" else ""  # the thought that this template opens
+    call, answer = (tokenizer.encode(closed + text) for text in (CALL, "so: Bern"))
+    tokens, sampled = encoded((Segment(CALL, True), RESULT, Segment("so: Bern", True)), tokenizer)
     prompt = tokenizer.render_prompt("Be brief.", "Where?")
     result = ToolResults(tokenizer, FORMAT, 500).encode("a town")
-    answer = [*tokenizer.encode("so: Bern"), tokenizer.eos_id]
-    assert tokens.tolist() == [*prompt, *tokenizer.encode(call), *result, *answer]
-    lengths = (len(prompt), len(tokenizer.encode(call)), len(result), len(answer))
+    assert tokens.tolist() == [*prompt, *call, *result, *answer, tokenizer.eos_id]
+    lengths = (len(prompt), len(call), len(result), len(answer) + 1)
     assert sampled.tolist() == [False] * lengths[0] + [True] * lengths[1] + [False] * lengths[2] + [True] * lengths[3]
+
+
+def rollout_of(tokens, sampled):
+    zeros = np.zeros(len(tokens), np.float32)
+    example = Example("e", "Where?", ("Bern",), "qa", "Be brief.")
+    return Rollout(example, tokens, int(sampled.argmax()), sampled, zeros, zeros, StopReason.ANSWERED, (), 0)
+
+
+THOUGHT, ANSWER = "<think>I search.</think>", "<answer>\\boxed{Bern}</answer>"
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        (THOUGHT + CALL, "<think>So.</think>" + ANSWER),
+        (THOUGHT + CALL, ANSWER),
+        (CALL, "<think>\nSo.\n</think>\n" + ANSWER),
+        ("<think></think>" + CALL, ANSWER),
+    ],
+)
+def test_a_demonstration_has_the_format_that_the_reward_demands_and_comes_back_from_its_record(template, turns):
+    """Also if the template opens a thought at the start of every turn, or a trace was drawn with such a template."""
+    _, tokenizer = template
+    segments = (Segment(turns[0], True), RESULT, Segment(turns[1], True))
+    tokens, sampled = encoded(segments, tokenizer)
+    response = response_of(rollout_of(tokens, sampled), tokenizer)
+    assert format_error(response, FORMAT) is None, response.framed_text
+    first, second = response.framed_turns
+    again, _ = encoded((Segment(first, True), RESULT, Segment(second, True)), tokenizer)
+    assert again.tolist() == tokens.tolist()
 
 
 def test_thoughts_that_the_template_opens_are_counted_in_every_turn(template):
@@ -145,10 +183,7 @@ def test_thoughts_that_the_template_opens_are_counted_in_every_turn(template):
     second = [*tokenizer.encode(f"{opened}So.</think><answer>\\boxed{{Bern}}</answer>"), tokenizer.eos_id]
     tokens = np.array([*prompt, *first, *result, *second], np.int32)
     sampled = np.array([False] * len(prompt) + [True] * len(first) + [False] * len(result) + [True] * len(second))
-    zeros = np.zeros(len(tokens), np.float32)
-    example = Example("e", "Where?", ("Bern",), "qa", "")
-    rollout = Rollout(example, tokens, len(prompt), sampled, zeros, zeros, StopReason.ANSWERED, (), 0)
-    assert format_error(response_of(rollout, tokenizer), FORMAT) is None
+    assert format_error(response_of(rollout_of(tokens, sampled), tokenizer), FORMAT) is None
 
 
 def test_templates_that_cannot_are_refused_by_name(tmp_path):
