@@ -1,4 +1,5 @@
-"""The formats of tool calls and their results. No other file contains these tags.
+"""The formats of tool calls and their results. No other file writes these tags; `data/trace_files.py` also finds those of
+published traces.
 
 `tags` is the paper's format: `<python>print(1)</python>`, answered by ` <result>\\n1\\n</result>`. `json` is the format of
 Qwen and Hermes: `<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>`, answered in
@@ -128,7 +129,10 @@ def _any_spelling(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile(rf"<\s*+(?:/\s*+)?(?:{'|'.join(map(re.escape, names))})(?![\w.-])[^<>]*+>", re.IGNORECASE)
 
 
-_STRUCTURE = _any_spelling(("result", "tool_response", "think", "answer"))
+_STRUCTURE_NAMES = ("answer", "think", "result", "tool_response")
+_STRUCTURE = _any_spelling(_STRUCTURE_NAMES)
+# Tags that have a meaning in a rollout, in any case: no tool may have one of these names.
+RESERVED_NAMES = (*_STRUCTURE_NAMES, "tool_call")
 
 
 def _first_tag(pattern: re.Pattern[str], text: str) -> str | None:
