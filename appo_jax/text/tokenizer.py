@@ -37,6 +37,10 @@ from appo_jax.text.folder import (
 
 ROLES = ("system", "user", "assistant")
 _RESULT_PLACE = "THE-RESULT-OF-THE-CALL"
+# Tags that the policy writes as text and from which rewards and calls are read. Some tokenizers mark them as special.
+_TEXT_TAGS = frozenset(
+    f"<{slash}{name}>" for name in ("think", "answer", "tool_call", "tool_response", "result") for slash in ("", "/")
+)
 
 
 class Tokenizer(Protocol):
@@ -122,7 +126,7 @@ class JsonTokenizer:
     """A Hugging Face folder: tokenizer.json (byte-level BPE), tokenizer_config.json and its chat template.
 
     Control tokens are the added tokens marked special and those written `<|…|>`. Added tokens such as Qwen3's `<think>`
-    are ordinary text that happens to be one token. Raises DataError for an unusable folder.
+    are ordinary text that happens to be one token, also if they are marked special. Raises DataError for an unusable folder.
     """
 
     def __init__(self, folder: str | Path):
@@ -139,7 +143,8 @@ class JsonTokenizer:
         self._control: dict[str, int] = {}
         plain_added: dict[str, int] = {}
         for added in data.get("added_tokens", []):
-            is_control = added["special"] or re.fullmatch(r"<\|.*\|>", added["content"])
+            marked = added["special"] or re.fullmatch(r"<\|.*\|>", added["content"])
+            is_control = marked and added["content"] not in _TEXT_TAGS
             (self._control if is_control else plain_added)[added["content"]] = added["id"]
         if not self._control:
             raise DataError(f"{folder / 'tokenizer.json'}: has no special token, so nothing can end a turn")
@@ -296,12 +301,19 @@ def policy_tokenizer(policy: PolicyConfig) -> Tokenizer:
 
 
 def check_tags(tokenizer: Tokenizer, tags: Sequence[str]) -> None:
-    """Raises ConfigError that names every tag that changes in encoding and decoding, or the line break between them."""
+    """Raises ConfigError that names every tag that changes in encoding and decoding, or the line break between them, and every
+    tag that is a control token: in text, the policy's own token would be lost."""
     lost = [tag for tag in (*tags, "\n") if tokenizer.decode(tokenizer.encode(tag)) != tag]
     if lost:
         raise ConfigError(
             f"policy.tokenizer: it cannot write {', '.join(map(repr, lost))} (encoding and decoding gives other text); "
             "use a tokenizer with byte fallback, or one trained on text that holds them"
+        )
+    control = [tag for tag in tags if isinstance(tokenizer, JsonTokenizer) and tag in tokenizer._control]
+    if control:
+        raise ConfigError(
+            f"policy.tokenizer: {', '.join(control)} is a special token, which adds nothing to the policy's text; set "
+            '"special": false for it in tokenizer.json, or use tools of other names'
         )
 
 

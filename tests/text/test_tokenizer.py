@@ -197,6 +197,25 @@ def test_tags_are_checked_by_name(tmp_path, sentencepiece_file):
         check_tags(load_tokenizer(tmp_path / "poor.model"), ["</python>"])
 
 
+def test_tags_that_a_tokenizer_marks_as_special_are_text_or_refused(json_folder, tmp_path):
+    """Each tag is one token whose text is the tag, as if it were not marked; a tool's name as a special token is refused."""
+    whole = json.loads((json_folder / "tokenizer.json").read_text())
+    for added in whole["added_tokens"]:
+        added["special"] = True
+    ids = {added["content"]: added["id"] for added in whole["added_tokens"]}
+    search = whole["added_tokens"][-1] | {"content": "<search>", "id": max(ids.values()) + 1}
+    whole["added_tokens"].append(search)
+    shutil.copytree(json_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    tokenizer = JsonTokenizer(tmp_path)
+    tags = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    assert [tokenizer.encode(tag) for tag in tags] == [[ids[tag]] for tag in tags]
+    assert [tokenizer.token_bytes()[ids[tag]] for tag in tags] == [tag.encode() for tag in tags]
+    check_tags(tokenizer, tags)
+    with pytest.raises(ConfigError, match=r"<search> is a special token.*tokenizer\.json"):
+        check_tags(tokenizer, [*tags, "<search>"])
+
+
 def test_unusable_tokenizers_are_named(tmp_path, json_folder):
     with pytest.raises(DataError, match="no tokenizer"):
         load_tokenizer(tmp_path)
