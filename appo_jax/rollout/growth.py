@@ -186,6 +186,8 @@ class TreeGrower:
         draw_id: Sequence[int],
     ) -> None:  # fmt: skip
         """Draw the branches and add them to their trees, in the order of `cuts`."""
+        if not any(cuts):
+            return
         wanted: list[list[Branch]] = []  # by scored rollout
         for tree, chosen in zip(growth.trees, cuts, strict=True):
             of_node: list[list[Branch]] = [[] for _ in tree]

@@ -64,7 +64,7 @@ class Sampler(Protocol):
     def score(
         self, params: Params, rollouts: Sequence[Rollout], max_rollouts: int | None = None, to_branch: bool = False
     ) -> ScorePass:
-        """Log-probabilities and entropies of finished rollouts under `params`.
+        """Log-probabilities and entropies of finished rollouts, at least one, under `params`.
 
         The computation is the same whether or not branches follow, so that the same policy gives the same numbers and Ω
         is exactly 1 while the policy has not moved. `to_branch`: keep what `branches` needs. `max_rollouts`: like
@@ -75,7 +75,8 @@ class Sampler(Protocol):
     def branches(
         self, params: Params, scored: ScorePass, branches: Sequence[Sequence[Branch]], draw_id: Sequence[int]
     ) -> list[list[Rollout]]:
-        """Draw branches of scored rollouts: `branches[i]` and the i-th result belong to `scored.rollouts[i]`.
+        """Draw branches of scored rollouts, at least one in all: `branches[i]` and the i-th result belong to
+        `scored.rollouts[i]`.
 
         A branch begins with its parent's tokens, calls and tool states at the cut. `scored` must have been made with
         `to_branch`, under the same `params`.

@@ -30,6 +30,8 @@ def scores(
     `per_tree`: the number of a tree's rollouts if none is missing, so that missing branches change no shape; None: none is.
     """
     rollouts = [rollout for tree in trees for rollout in tree]
+    if not rollouts:  # such as the branches of an algorithm that draws none
+        return [[] for _ in trees], [[] for _ in trees]
     scored = sampler.score(params, rollouts, None if per_tree is None else len(trees) * per_tree)
     log_probs, entropies = iter(scored.log_probs), iter(scored.entropies)
     return [[next(log_probs) for _ in tree] for tree in trees], [[next(entropies) for _ in tree] for tree in trees]

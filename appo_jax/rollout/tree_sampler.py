@@ -63,8 +63,6 @@ class TreeSampler:
         """See `Sampler.score`. The rollouts are packed into rows, which are scored in passes of one shape."""
         max_rollouts, length = max_rollouts or len(rollouts), self.shapes.rollout_length
         scored = ScorePass(rollouts, [], [], ScoredPrefixes([], max_rollouts) if to_branch else None)
-        if not rollouts:
-            return scored
         at_once = self.shapes.packed_rows(max_rollouts)
         packing = pack([rollout.tokens for rollout in rollouts], length, at_once)
         passes = []

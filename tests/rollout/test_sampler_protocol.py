@@ -32,6 +32,7 @@ from appo_jax.policy.sharding import make_mesh
 from appo_jax.reward import Judge, Response
 from appo_jax.rollout.growth import TreeGrower
 from appo_jax.rollout.sampler import Branch, GenerationStats, Sampler, ScorePass
+from appo_jax.rollout.scoring import scores
 from appo_jax.text.tokenizer import SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.train_step import Trainer, train_step
@@ -71,6 +72,7 @@ class Echo:
     def score(
         self, params: Params, rollouts: Sequence[Rollout], max_rollouts: int | None = None, to_branch: bool = False
     ) -> ScorePass:
+        assert rollouts, "a sampler need not know what to do with nothing"
         positions = [np.arange(r.length, dtype=np.float32) for r in rollouts]
         log_probs = [np.where(r.sampled, -1 - t / 50, 0) for r, t in zip(rollouts, positions, strict=True)]
         return ScorePass(rollouts, log_probs, [np.cos(t) + 1 for t in positions])
@@ -78,6 +80,7 @@ class Echo:
     def branches(
         self, params: Params, scored: ScorePass, branches: Sequence[Sequence[Branch]], draw_id: Sequence[int]
     ) -> list[list[Rollout]]:
+        assert any(branches)
         return [
             [
                 self._rollout(
@@ -139,6 +142,21 @@ def test_a_step_trains_on_canned_rollouts(
     assert evaluate(state.params, components).accuracy == np.mean(
         [len(line) > 10 for line in said_by_evaluation(M * P)]
     )
+
+
+def test_a_sampler_is_never_asked_for_nothing(
+    arch: Architecture, tokenizer: SentencePieceTokenizer, params: Params, examples: list[Example]
+) -> None:
+    """As for the branches of reinforce_pp, and in a loop that finds no position for a branch."""
+    sampler = Echo(tokenizer)
+    assert scores(sampler, params, [[], []], 0) == ([[], []], [[], []])
+    rollout = RolloutConfig(num_initial=N, budget=M, max_prompt_tokens=12, max_response_tokens=60)
+    grower = TreeGrower(sampler, tokenizer, rollout, BranchingConfig(), arch.vocab_size, seed=0)
+    (tree,) = sampler.initial(params, examples[:1], N, (0,))
+    for r in tree:
+        r.sampled[:] = False
+    grown = grower.grow(params, [tree], [[r.log_probs for r in tree]], (0,))
+    assert (len(grown.trees[0]), grown.missing_branches) == (N, M - N)
 
 
 def said_by_evaluation(before: int) -> list[str]:
