@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from appo_jax.config import AdvantageConfig, BranchingConfig, Config, LossConfig
+from appo_jax.config import AdvantageConfig, BranchingConfig, Config, LossConfig, RolloutConfig
 
 T = TypeVar("T")
 
@@ -29,12 +29,12 @@ class Algorithm:
 
     initial: int
     """Rollouts per prompt that are drawn at once from π_old."""
-    budget: int
-    """M: rollouts per prompt, branches included."""
     branches: bool
     """Whether the rest of the budget is branched."""
     train_branches: bool
     """Whether branches are trained on; otherwise they only change the advantages."""
+    rollout: RolloutConfig
+    """How many rollouts a prompt has, and how they are sampled."""
     branching: BranchingConfig
     """Where and when branches are drawn."""
     advantage: AdvantageConfig
@@ -45,6 +45,11 @@ class Algorithm:
     """Number of last tokens of `rollout.max_response_tokens` over which a response's reward falls; 0: none."""
     max_resamples: int
     """How often prompts whose rewards are all equal may be replaced; 0: never."""
+
+    @property
+    def budget(self) -> int:
+        """M: rollouts per prompt, branches included."""
+        return self.rollout.budget
 
     @property
     def trained_per_prompt(self) -> int:
@@ -119,8 +124,8 @@ def make_algorithm(config: Config) -> Algorithm:
 def _appo(config: Config) -> Algorithm:
     """APPO (arXiv 2606.12384): branches by Branching Score inform the advantages; initial rollouts are trained on."""
     return Algorithm(
-        initial=config.rollout.num_initial, budget=config.rollout.budget, branches=True, train_branches=False,
-        branching=config.branching, advantage=config.advantage, loss=config.loss,
+        initial=config.rollout.num_initial, branches=True, train_branches=False,
+        rollout=config.rollout, branching=config.branching, advantage=config.advantage, loss=config.loss,
         overlong_buffer=config.reward.overlong_buffer, max_resamples=config.max_resamples,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from appo_jax import distributed
+from appo_jax.algorithms import make_algorithm
 from appo_jax.config import Architecture, Config
 from appo_jax.data.demonstrations import introduce
 from appo_jax.data.pipeline import check_prompts
@@ -93,14 +94,22 @@ def build(config: Config) -> Components:
         train, held_out = (_prompts(part, tokenizer, executor, config) for part in (dataset.train, dataset.held_out))
         mesh, dtype = make_mesh(config.mesh), compute_dtype(config)
         stack.enter_context(use_mesh(mesh))
-        engine = Engine(arch, tokenizer, executor, config.rollout, config.seed, dtype, mesh)
-        sampler = TreeSampler(engine, config.branching)
+        sampler = make_sampler(config, arch, tokenizer, executor, dtype, mesh)
         reward = make_reward(config.reward, executor.call_format, Path(config.run_dir))
         stack.callback(reward.close)
         reward.try_out(train[0])
         return Components(
             config, dataset, train, held_out, tokenizer, executor, arch, dtype, mesh, sampler, reward, stack.pop_all()
         )  # fmt: skip
+
+
+def make_sampler(
+    config: Config, arch: Architecture, tokenizer: Tokenizer, executor: ToolExecutor, dtype: Any, mesh: Mesh
+) -> TreeSampler:
+    """The sampler of a run, for the rollouts and branches of its algorithm."""
+    algorithm = make_algorithm(config)
+    engine = Engine(arch, tokenizer, executor, algorithm.rollout, config.seed, dtype, mesh)
+    return TreeSampler(engine, algorithm.branching)
 
 
 def _warn_of_long_calls(tokenizer: Tokenizer, executor: ToolExecutor) -> None:

@@ -118,8 +118,8 @@ class Step:
     def __init__(self, trainer: Trainer, index: int):
         self.trainer, self.index = trainer, index
         self.components, self.algorithm, self.grower = trainer.components, trainer.algorithm, trainer.grower
-        config, self.sampler = self.components.config, self.components.sampler
-        self.shapes = Shapes(config.rollout, self.algorithm.branching, row_shards(self.components.mesh))
+        self.sampler = self.components.sampler
+        self.shapes = Shapes.of(self.algorithm, row_shards(self.components.mesh))
         self.timer = Timer()
         self.resampled = 0
 

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from appo_jax.algorithms import make_algorithm
 from appo_jax.branching.rule import ByScore
 from appo_jax.branching.rules import RULES
 from appo_jax.components import Components, build, give_rewards
@@ -125,7 +126,7 @@ def _scatter(
     components: Components, params: Params, scored: ScorePass, ranked: Sequence[Ranked], asked: Asked
 ) -> Scatter:
     """Theorem 1: the scatter of A_base over branches that `params` draws again and again."""
-    branching = components.config.branching
+    branching = make_algorithm(components.config).branching
 
     def draw_branches(branches: Sequence[Sequence[Branch]], number: int) -> Sequence[Sequence[Rollout]]:
         drawn = components.sampler.branches(params, scored, branches, (DRAWS, 2 + number))
@@ -140,12 +141,13 @@ def rank(components: Components, scored: ScorePass, old: Sequence[np.ndarray]) -
     """The scores of every rollout's positions under the policy that scored them. `old`: log-probs `[T]` under the policy that
     drew the rollouts."""
     config, tokenizer, rollouts = components.config, components.tokenizer, scored.rollouts
+    branching = make_algorithm(config).branching
     shape = len(rollouts), max(rollout.length for rollout in rollouts)
     blank = blank_tokens(tokenizer)
     replaced: Any = dataclasses.replace  # the registry's names are the field's choices
-    valid = [valid_positions(r, blank, config.branching, tokenizer.eos_ids) for r in rollouts]
+    valid = [valid_positions(r, blank, branching, tokenizer.eos_ids) for r in rollouts]
     results = {
-        name: score_positions(scored, scored.log_probs, old, valid, replaced(config.branching, score=name), shape)
+        name: score_positions(scored, scored.log_probs, old, valid, replaced(branching, score=name), shape)
         for name, rule in RULES.items()
         if isinstance(rule, ByScore)
     }

@@ -70,7 +70,7 @@ class _StepPrograms:
     def __init__(self, config: Config, arch: Architecture, mesh: Mesh, lengths: RolloutLengths | None):
         self.config, self.arch, self.mesh = config, arch, mesh
         self.algorithm = make_algorithm(config)
-        self.shapes = Shapes(config.rollout, self.algorithm.branching, row_shards(mesh))
+        self.shapes = Shapes.of(self.algorithm, row_shards(mesh))
         self.counts: Counts = count(config, self.shapes, lengths)
         self.arrays = Arrays(config, arch, mesh)
         # ---- arrays that exist during the whole run, and their bytes per device

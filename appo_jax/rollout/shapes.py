@@ -53,6 +53,11 @@ class Shapes:
     branching: BranchingConfig
     shards: int = 1
 
+    @classmethod
+    def of(cls, algorithm: Algorithm, shards: int = 1) -> Shapes:
+        """The shapes of an algorithm's rollouts."""
+        return cls(algorithm.rollout, algorithm.branching, shards)
+
     @property
     def rollout_length(self) -> int:
         """T: the maximal tokens of a rollout, prompt and response."""

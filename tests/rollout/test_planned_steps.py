@@ -13,11 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from growing import make_trees
 
-from appo_jax.algorithms import ALGORITHMS
-from appo_jax.components import Components
-from appo_jax.config import BranchingConfig, Config, LossConfig, OptimizerConfig, PolicyConfig, RolloutConfig
+from appo_jax.algorithms import ALGORITHMS, Algorithm
+from appo_jax.components import Components, make_sampler
+from appo_jax.config import (
+    BranchingConfig,
+    Config,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RolloutConfig,
+)
 from appo_jax.plan.programs import Program, programs
 from appo_jax.policy import sharding
 from appo_jax.reward import Judge
@@ -50,6 +57,13 @@ def shapes(tree: Any) -> tuple:
 
 def size(arrays: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array))
+
+
+def other_trees(config: Config) -> Algorithm:
+    """An algorithm that sets the fields of the trees."""
+    appo = ALGORITHMS["appo"](config)
+    branching = dataclasses.replace(appo.branching, num_branch_points=2)
+    return dataclasses.replace(appo, rollout=dataclasses.replace(appo.rollout, budget=9), branching=branching)
 
 
 class Seen:
@@ -97,6 +111,7 @@ CASES = {name: Config(algorithm=name) for name in ALGORITHMS} | {
     ),
     "appo, in bfloat16": Config(policy=PolicyConfig(compute_dtype="bfloat16")),
     "appo, two loops": Config(branching=BranchingConfig(num_loops=2), rollout=RolloutConfig(budget=12)),
+    "appo, other trees": Config(algorithm="other trees"),
     "tree_grpo, two loops": Config(algorithm="tree_grpo", branching=BranchingConfig(num_loops=2), loss=KL),
 }
 
@@ -104,6 +119,7 @@ CASES = {name: Config(algorithm=name) for name in ALGORITHMS} | {
 @pytest.mark.parametrize("name", CASES)
 def test_a_real_step_runs_what_the_plan_says(name: str, arch, tokenizer, executor, params, monkeypatch) -> None:
     case = CASES[name]
+    monkeypatch.setitem(ALGORITHMS, "other trees", other_trees)
     config = dataclasses.replace(
         case,
         prompts_per_step=4, prompts_per_minibatch=2, optimizer=OptimizerConfig(learning_rate=1e-3),
@@ -113,7 +129,8 @@ def test_a_real_step_runs_what_the_plan_says(name: str, arch, tokenizer, executo
     )  # fmt: skip
     dtype = jnp.dtype("float32" if config.policy.compute_dtype == "auto" else config.policy.compute_dtype)
     config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, compute_dtype=dtype.name))
-    sampler, _ = make_trees(arch, tokenizer, executor, config.rollout, config.branching, dtype=dtype)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    sampler = make_sampler(config, arch, tokenizer, executor, dtype, mesh)
     dataset: Any = None
     components = Components(
         config, dataset, (), (), tokenizer, executor, arch, dtype, sampler.engine.mesh, sampler,
