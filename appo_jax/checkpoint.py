@@ -25,7 +25,16 @@ from jax.experimental import multihost_utils
 
 from appo_jax import distributed, heartbeat
 from appo_jax.checkpoint_items import items, not_written
-from appo_jax.checkpoint_read import REMOVED, Broken, check_arrays, read_arrays, read_record, record_here, sha256
+from appo_jax.checkpoint_read import (
+    NO_RECORD,
+    REMOVED,
+    Broken,
+    check_arrays,
+    read_arrays,
+    read_record,
+    record_here,
+    sha256,
+)
 from appo_jax.digests import describe, named_leaves
 from appo_jax.errors import CheckpointError
 from appo_jax.storage import folder_size, usable_path
@@ -227,7 +236,7 @@ class Checkpointer:
         if step not in self._accuracies:
             try:
                 self._accuracies[step] = record_here(self._directory / str(step)).get("accuracy")
-            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            except NO_RECORD as error:
                 self._accuracies[step] = None
                 self._lasting.add(step)
                 _log.warning(

@@ -40,6 +40,8 @@ _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 # What a disk or its server reports when it does not give a file. The file may be sound, and readable later.
 _DISK = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EBADMSG, errno.EUCLEAN)
+# What `record_here` may raise.
+NO_RECORD = (OSError, ValueError, LookupError, TypeError, AttributeError)
 READ_AGAIN_S = (1.0, 3.0)  # pauses after which a file that the disk did not give is read again
 
 
@@ -60,7 +62,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def record_here(folder: Path) -> dict[str, Any]:
-    """The metadata of the step in `folder`, for this host alone. Raises whatever reading it raises."""
+    """The metadata of the step in `folder`, for this host alone. Raises one of NO_RECORD."""
     meta = json.loads((folder / "meta" / "metadata").read_text())
     if sha256(meta["record"]) != meta["sha256"] or str(meta["record"]["step"]) != folder.name:
         raise ValueError("its metadata is not what was written")

@@ -70,16 +70,18 @@ class MetricsLogger:
 
         Later steps are made again, so their records and trees are removed. `last`: the record of `step` itself, if the checkpoint
         holds it. Lost records are named in the log and marked by a line `{"step": …, "lost": true}`; a damaged file is kept under
-        another name. `max_unsaved`: a run makes at most this many steps without a checkpoint. If more are on record and `step` is
-        0, raises CheckpointError and changes nothing.
+        another name. `max_unsaved`: a run makes at most this many steps without a checkpoint. If more are on record or in
+        rollouts/ and `step` is 0, raises CheckpointError and changes nothing.
         """
         if not self._writes:
             return
         records, damage = _read(self._file)
-        if step == 0 and max_unsaved is not None and records and records[-1]["step"] > max_unsaved:
+        dumped = dumped_steps(self._run_dir / "rollouts") if self._name == "metrics" else {}
+        again = sorted(s for s in {*dumped, *(record["step"] for record in records)} if s > step)
+        if step == 0 and max_unsaved is not None and again and again[-1] > max_unsaved:
             raise CheckpointError(
-                f"{self._file} records {records[-1]['step']} steps, but there is no checkpoint of any; put the folder checkpoints "
-                "back, or delete the run's folder to start from the beginning"
+                f"{self._run_dir} holds records or trees of {again[-1]} steps, but there is no checkpoint of any; put the folder "
+                "checkpoints back, or delete the run's folder to start from the beginning"
             )
         kept = {record["step"]: record for record in records if record["step"] <= step}
         if last is not None and step > 0:
@@ -100,7 +102,7 @@ class MetricsLogger:
             _log.warning("%s: %s", self._file, "; ".join(damage))
         if self._name == "metrics" and (damage := settle_dumps(self._run_dir / "rollouts", step, self._keep_rollouts)):
             _log.warning("%s: %s", self._run_dir / "rollouts", "; ".join(damage))
-        if again := [record["step"] for record in records if record["step"] > step]:
+        if again:
             _log.info("%s: no checkpoint holds steps %s: they are made again", self._file.name, spans(again))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

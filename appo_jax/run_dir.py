@@ -11,19 +11,29 @@ plots/  tensorboard/  pictures and event files of the metrics
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import json
 import logging
 import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from appo_jax import distributed, heartbeat
+from appo_jax.checkpoint_read import NO_RECORD, record_here
 from appo_jax.config import Config
 from appo_jax.config.effects import Affects
 from appo_jax.config_io import changed_effects, config_json, flatten, load_config
+from appo_jax.dumps import dumped_steps
 from appo_jax.errors import CheckpointError, ConfigError
-from appo_jax.storage import lock, usable_path, write_atomically
+from appo_jax.storage import lock, set_aside, usable_path, write_atomically
+
+# An NFS 4 server frees the lock of a machine that it has lost after about 90 s.
+LOST_LOCK_S = 120.0
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +81,12 @@ class RunDir:
         """The folder of the reports on `eval.sets` at a step."""
         return self.path / "eval" / f"step_{step:06d}"
 
+    def keep(self, config: Config) -> None:
+        """Write config.json. A continued run does this when its records fit its checkpoints: with a smaller `checkpoint_every`, a
+        later start would refuse the records that no checkpoint holds."""
+        if self.lock is not None:
+            write_atomically(self.config, config_json(config, self.config))
+
     def close(self) -> None:
         if self.lock is not None:
             os.close(self.lock)
@@ -85,10 +101,11 @@ class RunDir:
 def open_run(config: Config) -> RunDir:
     """Create `config.run_dir`, or continue the run of the same config that it holds, and lock it for this process.
 
-    Raises CheckpointError if the directory holds a run of another config (the message lists the fields; by config/effects.py,
-    those that affect nothing may differ, and those that affect only rounding may with a warning) or of an unknown config, is in use
-    by another process, cannot be written, or cannot hold checkpoints (`usable_path`). With several hosts, the first does all this
-    and tells the others the result. They must see the same folder.
+    The config of a continued run is written by `RunDir.keep`. Raises CheckpointError if the directory holds a run of another
+    config (the message lists the fields; by config/effects.py, those that affect nothing may differ, and those that affect only
+    rounding may with a warning) or of an unknown config, holds a config.json that is not a run's, is in use by another process,
+    cannot be written, or cannot hold checkpoints (`usable_path`). With several hosts, the first does all this and tells the others
+    the result. They must see the same folder.
     """
     run = error = None
     if distributed.host() == 0:
@@ -108,21 +125,15 @@ def open_run(config: Config) -> RunDir:
 
 def _open(config: Config) -> RunDir:
     path = usable_path(config.run_dir)
+    if not _holds_results(path):
+        _require_ours(path / "config.json")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        held = lock(path / "lock")
+        held = _lock(path)
     except OSError as error:
         raise CheckpointError(f"run_dir = {config.run_dir}: cannot be written or locked: {error}") from error
-    if held is None:
-        raise CheckpointError(
-            f"{path}: another process is writing this run; wait for it, or give another --run-dir. (`appo-jax status {path}` says "
-            f"on which machine. NFS 3 keeps the lock of a machine that was cut off: if it is gone for good, delete {path / 'lock'})"
-        )
     try:
-        # A run that failed before its first step (for example, because of a wrong --data) has no results to protect.
-        records = (path / "metrics.jsonl", path / "sft.jsonl")
-        results = any(file.is_file() for file in (*records, *(path / "checkpoints").rglob("*")))
-        run = RunDir(path, results, config.checkpoint_every, held)
+        run = RunDir(path, _holds_results(path), config.checkpoint_every, held)
         if run.continued:
             kept = _check_same_run(run, config)
             run = dataclasses.replace(run, max_unsaved=max(config.checkpoint_every, kept.checkpoint_every))
@@ -131,7 +142,8 @@ def _open(config: Config) -> RunDir:
                 f"{run.metrics} records training steps, but {run.checkpoints / 'rl'} is gone; put it back, or delete "
                 f"{path} to start the run from the beginning"
             )
-        write_atomically(run.config, config_json(config, run.config))
+        if not run.continued:
+            run.keep(config)
         for folder in (run.checkpoints, run.rollouts, run.plots, run.tensorboard):
             folder.mkdir(exist_ok=True)
     except BaseException:
@@ -151,15 +163,74 @@ def _sets_measured_otherwise(kept: Config, config: Config) -> Iterator[str]:
                 yield f"  eval.sets: {field.name} of {chosen.set}: {was!r} in the run, {given!r} given"
 
 
-def _check_same_run(run: RunDir, config: Config) -> Config:
-    """The config with which the run was started last. Raises CheckpointError if it is another run."""
+def _holds_results(path: Path) -> bool:
+    """A run that failed before its first step (for example, because of a wrong --data) has no results to protect."""
+    records = (path / "metrics.jsonl", path / "sft.jsonl", *dumped_steps(path / "rollouts").values())
+    return any(file.is_file() for file in itertools.chain(records, (path / "checkpoints").rglob("*")))
+
+
+def _require_ours(file: Path) -> None:
+    """Raises CheckpointError for a config.json that no run has written, such as that of a model's weights."""
+    if not file.exists():
+        return
     try:
-        kept = load_config(run.config)
+        load_config(file)
     except ConfigError as error:
         raise CheckpointError(
-            f"{run.path} holds results, but no readable config.json that says which run they belong to; give another --run-dir, "
-            f"or delete this one to start from the beginning\n{error}"
+            f"{file}: is not the config.json of a run, and no run's results are here; give another --run-dir, or delete this file\n"
+            f"{error}"
         ) from error
+
+
+def _lock(path: Path) -> int:
+    """Lock a run. The lock of another machine, which may be lost, is waited for. Raises CheckpointError if it stays locked."""
+    before, until = _last_sign(path), time.monotonic() + LOST_LOCK_S
+    while (held := lock(path / "lock")) is None:
+        now = _last_sign(path)
+        here = now is None or now[1] == socket.gethostname()
+        if here or now != before or time.monotonic() > until:
+            sign = "" if now is None else f" (last sign of it {max(0, time.time() - now[0]):.0f} s ago, from {now[1]})"
+            raise CheckpointError(
+                f"{path}: another process is writing this run{sign}; wait for it, or give another --run-dir. NFS 3 keeps the "
+                f"lock of a machine that was cut off: if it is gone for good, delete {path / 'lock'}"
+            )
+        time.sleep(0.2)
+    return held
+
+
+def _last_sign(path: Path) -> tuple[float, str] | None:
+    """(Unix time, machine) of status.json, which the process that writes the run renews every few seconds; None: unknown."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        status = json.loads((path / "status.json").read_text())
+        return float(status["time"]), str(status["hosts"]["0"]["machine"])
+    return None
+
+
+def _kept_config(run: RunDir) -> Config:
+    """The config with which the run was started last. If config.json cannot be read, it is written again from a checkpoint.
+
+    Raises CheckpointError if no checkpoint holds it either."""
+    try:
+        return load_config(run.config)
+    except ConfigError as error:
+        for phase in ("rl", "sft"):
+            steps = [folder for folder in (run.checkpoints / phase).glob("*") if folder.name.isdecimal()]
+            for folder in sorted(steps, key=lambda folder: int(folder.name), reverse=True):
+                with contextlib.suppress(ConfigError, *NO_RECORD):
+                    text = record_here(folder)["meta"]["config"]
+                    aside = f"; the damaged file is kept as {set_aside(run.config).name}" if run.config.exists() else ""
+                    log.warning("%s: is written again from the checkpoint %s%s", run.config, folder, aside)
+                    write_atomically(run.config, text)
+                    return load_config(run.config)
+        raise CheckpointError(
+            f"{run.path} holds results, but neither a readable config.json nor a checkpoint says to which run they belong; put "
+            f"config.json back, give another --run-dir, or delete this one to start from the beginning\n{error}"
+        ) from error
+
+
+def _check_same_run(run: RunDir, config: Config) -> Config:
+    """The config with which the run was started last. Raises CheckpointError if it is another run."""
+    kept = _kept_config(run)
     old, new = flatten(kept), flatten(config)
     effects = changed_effects(kept, config)
     if how := [name for name, effect in effects.items() if effect is Affects.ROUNDING]:

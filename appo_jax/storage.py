@@ -21,7 +21,12 @@ REFUSED = "*?[\\"
 
 
 def usable_path(path: str | Path) -> Path:
-    """The absolute form of `path`. Raises CheckpointError if checkpoints could be written under it but not read again."""
+    """The absolute form of `path`. Raises CheckpointError if it is empty, or if checkpoints could be written under it but not read
+    again."""
+    if not str(path):
+        raise CheckpointError(
+            "run_dir = '': it would be the current folder; give the folder of the run (a variable may be unset)"
+        )
     if "://" in str(path):
         raise CheckpointError(
             f"{path}: runs are written through the file system; mount the bucket or share (docs/pods.md) and give its folder"

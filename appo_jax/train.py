@@ -17,7 +17,7 @@ from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build
 from appo_jax.config import Config
-from appo_jax.config_io import check
+from appo_jax.config_io import check, config_json
 from appo_jax.data.pipeline import prompt_batches
 from appo_jax.errors import CheckpointError
 from appo_jax.evaluate import Sets, evaluate, evaluate_sets, load_sets
@@ -72,6 +72,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             log.info("going on from step %d", step)
         progress.accuracies(accuracies)
         metrics.resume(reached.step, last, run.max_unsaved)
+        run.keep(config)
 
         stopping = stop.agreed()
         while not reached.end(config) and not stopping:
@@ -92,7 +93,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             if reached.step % config.checkpoint_every == 0 or reached.end(config) or stopping:
                 meta = {
                     "sampled_tokens": reached.sampled_tokens, "wall_s": record["time/wall_s"], "record": plain(record),
-                    "accuracies": accuracies, "base": trainer.base_id,
+                    "accuracies": accuracies, "base": trainer.base_id, "config": config_json(config, run.config).decode(),
                 }  # fmt: skip
                 checkpointer.save(reached.step, state, meta, prompts, record.get("eval/accuracy"))
         if not reached.end(config):
@@ -168,7 +169,7 @@ def begin(components: Components, params: Params) -> tuple[Trainer, TrainState]:
     state = init_state(params, optimizer, components.arch, components.mesh)
     spec = StepSpec.of_update(config, algorithm.loss, components.arch, components.dtype)
     grower = TreeGrower(
-        components.sampler, components.tokenizer, config.rollout, algorithm.branching, components.arch.vocab_size,
+        components.sampler, components.tokenizer, algorithm.rollout, algorithm.branching, components.arch.vocab_size,
         config.seed,
     )  # fmt: skip
     update = functools.partial(make_train_step(optimizer, spec), base=base)

@@ -168,14 +168,19 @@ def test_a_damaged_file_keeps_what_it_can_and_says_what_is_lost(tmp_path, caplog
     assert lines(path) == [*expected, {"step": 6, "value": 2.0}]
 
 
-def test_a_run_without_its_checkpoints_is_not_begun_anew_in_silence(tmp_path):
+def test_a_run_without_its_checkpoints_is_not_begun_anew_in_silence(tmp_path, caplog):
     path = logged(tmp_path, 5)
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match="records 5 steps, but there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="records or trees of 5 steps, but there is no checkpoint"):
         MetricsLogger(tmp_path).resume(0, max_unsaved=4)
     assert path.read_bytes() == before
+    path.unlink()  # trees are worth as much as records
+    with pytest.raises(CheckpointError, match="records or trees of 5 steps"):
+        MetricsLogger(tmp_path).resume(0, max_unsaved=4)
     assert len(list((tmp_path / "rollouts").iterdir())) == 5
-    MetricsLogger(tmp_path).resume(0, max_unsaved=5)  # a kill before the first checkpoint
+    with caplog.at_level("INFO"):
+        MetricsLogger(tmp_path).resume(0, max_unsaved=5)  # a kill before the first checkpoint
+    assert "no checkpoint holds steps 1-5: they are made again" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,18 @@
 """A run directory belongs to one config and one process."""
 
 import dataclasses
+import json
+import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from appo_jax.checkpoint_read import sha256
 from appo_jax.config import (
     BranchingConfig,
     Config,
@@ -18,11 +24,12 @@ from appo_jax.config import (
     RewardConfig,
 )
 from appo_jax.config.effects import Affects, affects
-from appo_jax.config_io import flatten, load_config, save_config, with_fields
+from appo_jax.config_io import config_json, flatten, load_config, save_config, with_fields
 from appo_jax.errors import CheckpointError
 from appo_jax.metrics import MetricsLogger
 from appo_jax.run_dir import open_run
-from appo_jax.supervision.status import note_failure
+from appo_jax.storage import lock
+from appo_jax.supervision.status import Status, note_failure
 
 
 @pytest.fixture
@@ -51,6 +58,7 @@ def test_the_same_config_continues_with_more_steps_and_from_another_place(config
     longer = dataclasses.replace(config, steps=config.steps * 2, run_dir=str(tmp_path / "moved"))
     with open_run(longer) as run:
         assert run.continued
+        run.keep(longer)
         assert load_config(run.config) == longer
         assert run.metrics.read_text() == '{"step": 1}\n'
 
@@ -63,9 +71,12 @@ def test_a_run_that_ended_before_its_first_checkpoint_may_save_more_often(config
         for step in range(1, 8):
             metrics.log(step, {"a": 1})
         (run.checkpoints / "rl").mkdir()
-    with open_run(dataclasses.replace(config, checkpoint_every=2)) as run:
+    often = dataclasses.replace(config, checkpoint_every=2)
+    open_run(often).close()  # this start is killed before it has put the records in order
+    with open_run(often) as run:
         MetricsLogger(run.path).resume(0, max_unsaved=run.max_unsaved)
         assert run.metrics.read_text() == ""
+        run.keep(often)
     with open_run(dataclasses.replace(config, checkpoint_every=2)) as run:
         assert run.max_unsaved == 2
 
@@ -89,6 +100,35 @@ def test_a_run_that_never_made_a_step_may_be_given_another_config(config):
         assert load_config(run.config) == other
 
 
+@pytest.mark.parametrize("kept", ["rollouts/step_000300.jsonl.gz", "checkpoints/sft/5/meta/metadata", "sft.jsonl"])
+def test_what_a_run_has_made_is_not_given_to_another_config(config, kept):
+    """Its checkpoints and metrics were moved away to make room, for example."""
+    open_run(config).close()
+    file = Path(config.run_dir) / kept
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("")
+    with pytest.raises(CheckpointError, match="seed: 0 in the run, 7 given"):
+        open_run(dataclasses.replace(config, seed=7))
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "qwen2"}', "not even JSON"])
+def test_the_folder_of_something_else_is_left_alone(config, tmp_path, content):
+    """--run-dir and policy.path were exchanged."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(content)
+    with pytest.raises(
+        CheckpointError, match=r"run/config\.json: is not the config\.json of a run.*give another --run-dir"
+    ):
+        open_run(config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert (tmp_path / "run/config.json").read_text() == content
+
+
+def test_no_run_directory_is_no_value(config):
+    with pytest.raises(CheckpointError, match="run_dir = '': it would be the current folder"):
+        open_run(dataclasses.replace(config, run_dir=""))
+
+
 def test_failures_of_hosts_are_no_results(config):
     open_run(config).close()
     note_failure(Path(config.run_dir), 1, "worker-1", 0, "the process of host 1 was ended by SIGKILL")
@@ -98,8 +138,51 @@ def test_failures_of_hosts_are_no_results(config):
 
 def test_results_without_their_config_are_refused(config, run_with_results):
     run_with_results.config.unlink()
-    with pytest.raises(CheckpointError, match=r"no readable config\.json"):
+    with pytest.raises(CheckpointError, match=r"neither a readable config\.json nor a checkpoint"):
         open_run(config)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text('{"steps": 10')])
+def test_an_unreadable_config_is_written_again_from_a_checkpoint(config, run_with_results, caplog, damage):
+    damage(run_with_results.config)
+    for step, other in ((9, config), (10, config), (11, dataclasses.replace(config, seed=7))):
+        meta = run_with_results.checkpoints / f"rl/{step}/meta/metadata"
+        meta.parent.mkdir(parents=True)
+        record = {"step": step, "meta": {"config": config_json(other, "config.json").decode()}}
+        meta.write_text(json.dumps({"record": record, "sha256": sha256(record) if step < 11 else "damaged"}))
+    with open_run(config) as run:
+        assert run.continued
+        assert load_config(run.config) == config
+    assert "config.json: is written again from the checkpoint" in caplog.text
+    assert "rl/10" in caplog.text
+    with pytest.raises(CheckpointError, match="seed: 0 in the run, 7 given"):
+        open_run(dataclasses.replace(config, seed=7))
+
+
+@pytest.mark.parametrize(("machine", "writes"), [("here", False), ("lost-3", True), ("lost-3", False)])
+def test_the_lock_of_a_machine_that_may_be_lost_is_waited_for(config, monkeypatch, machine, writes):
+    """A file server frees the lock of a lost machine after a while. One that is alive writes its status."""
+    monkeypatch.setattr("appo_jax.run_dir.LOST_LOCK_S", 60.0)
+    with open_run(config) as run:
+        pass
+    held = lock(run.path / "lock")
+    host = {"machine": socket.gethostname() if machine == "here" else machine}
+    status = Status("running", 5, time.time() - 7200, {"0": host})
+    status.write(run.path)
+    if machine == "here":  # refused at once
+        with pytest.raises(
+            CheckpointError, match=rf"writing this run \(last sign of it 7200 s ago, from {host['machine']}\)"
+        ):
+            open_run(config)
+        os.close(held)
+    elif writes:
+        threading.Timer(0.2, lambda: dataclasses.replace(status, time=time.time()).write(run.path)).start()
+        with pytest.raises(CheckpointError, match=r"last sign of it \d s ago, from lost-3\); wait for it"):
+            open_run(config)
+        os.close(held)
+    else:
+        threading.Timer(0.2, os.close, [held]).start()
+        open_run(config).close()
 
 
 def test_two_processes_cannot_write_one_run(config, tmp_path):
@@ -151,6 +234,7 @@ def test_a_run_goes_on_on_other_hardware_with_a_warning(config, run_with_results
         rollout=dataclasses.replace(config.rollout, decode_rows=8),
     )
     with open_run(other) as run:
+        run.keep(other)
         assert load_config(run.config) == other
     assert "mesh.fsdp was 1 and is 2" in caplog.text
     assert "last bits of its figures may differ" in caplog.text
