@@ -20,9 +20,9 @@ from appo_jax.algorithms import make_algorithm
 from appo_jax.branching.rule import ByScore
 from appo_jax.branching.rules import RULES
 from appo_jax.components import Components, build, give_rewards
+from appo_jax.config.bounds import require_at_least
 from appo_jax.config_io import load_config
 from appo_jax.data.pipeline import prompt_batches
-from appo_jax.errors import ConfigError
 from appo_jax.export import policy_params
 from appo_jax.influence.allocation import Scatter, advantage_scatter
 from appo_jax.influence.measure import Measured, measure
@@ -53,24 +53,22 @@ COUNTS = (1, 3, 5)  # numbers of best positions (B) at which precision is report
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """The size of the measurement."""
+    """The size of the measurement: the options of `appo-jax influence`, and one more."""
 
-    questions: int = 16
-    rollouts: int = 4
+    questions: int
+    rollouts: int
     """Rollouts of each question."""
-    positions: int = 8
+    positions: int
     """Random positions of each rollout. The first three positions by every score are measured, too."""
-    continuations: int = 8
+    continuations: int
     """K: the number of draws at each cut."""
     draws: int = 16
     """How often the branches of a prompt are drawn under each allocation, for Theorem 1."""
 
     def __post_init__(self) -> None:
+        # One draw has no variance.
         least = {"questions": 1, "rollouts": 1, "positions": 0, "continuations": 2, "draws": 2}
-        for name, bound in least.items():
-            if (given := getattr(self, name)) < bound:
-                why = ", because one draw has no variance" if bound == 2 else ""
-                raise ConfigError(f"{name} = {given}: expected {bound} or more{why}; give --{name} {bound}")
+        require_at_least({f"--{name}": (getattr(self, name), bound) for name, bound in least.items()})
 
 
 def study_influence(run: Path, out: Path, asked: Asked) -> str:

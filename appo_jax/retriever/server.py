@@ -18,7 +18,7 @@ from typing import Any
 
 import uvicorn
 
-from appo_jax.errors import ConfigError
+from appo_jax.config.bounds import require_at_least
 from appo_jax.retriever.index import Index, build, folder_of
 from appo_jax.tools.search import join_contents
 
@@ -34,22 +34,23 @@ Send = Callable[[Message], Awaitable[None]]
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """The settings of a server."""
+    """The settings of a server: the options of `appo-jax retriever`."""
 
     corpus: Path
-    port: int = 8000
-    host: str = "127.0.0.1"
-    workers: int = 1
-    index: Path | None = None
-    max_per_second: float = 0.0
-    cached: int = 50_000
+    port: int
+    host: str
+    workers: int
+    index: Path | None
+    max_per_second: float
+    cached: int
 
 
 def serve(serving: Serving) -> None:
     """Build the index if it is missing, and serve until the process is asked to stop. Raises ConfigError, DataError."""
-    for name, least in {"port": 1, "workers": 1, "max_per_second": 0, "cached": 0}.items():
-        if getattr(serving, name) < least:
-            raise ConfigError(f"{name} = {getattr(serving, name)}: expected at least {least}")
+    require_at_least({
+        "--port": (serving.port, 1), "--workers": (serving.workers, 1), "--max-per-second": (serving.max_per_second, 0),
+        "--cached": (serving.cached, 0),
+    })  # fmt: skip
     folder = folder_of(serving.corpus, serving.index)
     build(serving.corpus, folder)
     pages = Index(folder).pages  # an error is raised here, before any process is started

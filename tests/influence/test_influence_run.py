@@ -17,8 +17,8 @@ from appo_jax.train import train
     [("questions", 0, 1), ("rollouts", 0, 1), ("positions", -1, 0), ("continuations", 1, 2), ("draws", 1, 2)],
 )
 def test_a_size_that_measures_nothing_is_refused(name: str, given: int, least: int) -> None:
-    with pytest.raises(ConfigError, match=rf"{name} = {given}: expected {least} or more"):
-        Asked(**{name: given})
+    with pytest.raises(ConfigError, match=rf"--{name} {given}: expected {least} or more"):
+        Asked(**{"questions": 1, "rollouts": 1, "positions": 1, "continuations": 2} | {name: given})
 
 
 def test_the_report_of_a_run(tiny: Config, tmp_path) -> None:

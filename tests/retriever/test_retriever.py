@@ -235,8 +235,8 @@ def test_too_many_queries_are_told_to_wait_and_the_tool_does(tmp_path):
     ("options", "reason"),
     [
         (["--corpus", "none.jsonl"], "search corpus none.jsonl: No such file or directory; expected a jsonl"),
-        (["--corpus", "corpus.jsonl", "--workers", "0"], "workers = 0: expected at least 1"),
-        (["--corpus", "corpus.jsonl", "--max-per-second", "-1"], "max_per_second = -1.0: expected at least 0"),
+        (["--corpus", "corpus.jsonl", "--workers", "0"], "--workers 0: expected 1 or more"),
+        (["--corpus", "corpus.jsonl", "--max-per-second", "-1"], "--max-per-second -1.0: expected 0 or more"),
     ],
 )
 def test_what_cannot_be_served_is_explained(tmp_path, options, reason):
