@@ -76,7 +76,7 @@ class Draws:
 def draw_samples(
     params: Params, components: Components, items: Sequence[Item], rule: Rule, draws: Draws
 ) -> list[list[Sample]]:
-    """Rollouts of every question of a set, under the system prompt of the held-out questions.
+    """Rollouts of every question of a set, under the system prompt of the first held-out question of its kind, or of the first.
 
     Raises DataError for a question that is longer than `rollout.max_prompt_tokens`."""
     examples = _examples(components, items, rule)
@@ -88,7 +88,7 @@ def draw_samples(
 def _examples(components: Components, items: Sequence[Item], rule: Rule) -> list[Example]:
     """The questions of a set as the policy sees them. Raises DataError for one that is too long."""
     kind: Kind = "math" if rule == "math" else "qa"
-    system = components.held_out[0].system if len(components.held_out) else ""
+    system = system_prompt(components.held_out, kind)
     examples = [Example(item.id, item.question, item.golds, kind, system) for item in items]
     limit = components.config.rollout.max_prompt_tokens
     for example in examples:
@@ -99,6 +99,12 @@ def _examples(components: Components, items: Sequence[Item], rule: Rule) -> list
                 "(`appo-jax eval` takes limits from the config that --config names)"
             )
     return examples
+
+
+def system_prompt(held_out: Sequence[Example], kind: Kind) -> str:
+    """The system prompt of the first question of a kind, because the parts of a mixture differ; of the first if none has it."""
+    of_kind = (example.system for example in held_out if example.kind == kind)
+    return next(of_kind, held_out[0].system if len(held_out) else "")
 
 
 def _sample(rollout: Rollout, tokenizer: Tokenizer) -> Sample:

@@ -17,6 +17,7 @@ from appo_jax.data.golds import accepted_answers
 from appo_jax.data.source import load_dataset
 from appo_jax.data.world import load_world
 from appo_jax.errors import ConfigError, DataError
+from appo_jax.evaluate import system_prompt
 from appo_jax.types import Document
 
 ROWS = [{"question": "Who?", "answer": "Ada"}, {"question": "How many?", "answer": "3"}]
@@ -349,22 +350,27 @@ def test_tfds_builders_without_tensorflow(tmp_path):
 
 
 def test_a_mixture_keeps_each_parts_own(tmp_path):
-    sums = write(tmp_path / "sums.jsonl", [{"question": f"{i} + 1?", "answer": i + 1} for i in range(5)])
+    sums = write(tmp_path / "sums.jsonl", [{"question": f"{i} + 1?", "answer": i + 1, "s": "Sums."} for i in range(5)])
     hotpot = write(tmp_path / "hotpot.json", [HOTPOT])
     parts = (
-        DataPart("files", str(sums), twin(sums), kind="math", weight=3.0),
+        DataPart("files", str(sums), twin(sums), kind="math", columns=ColumnsConfig(system="s"), weight=3.0),
         DataPart("hotpotqa", str(hotpot), twin(hotpot)),
         DataPart("files", str(sums), twin(sums), kind="math", weight=2.0),
     )
     dataset = load_dataset(DataConfig("mixture", mixture=parts))
     assert dataset.weights == {"files": 3.0, "hotpotqa": 1.0, "files-2": 2.0}
-    assert [e.source for e in dataset.train] == ["files"] * 5 + ["hotpotqa"] + ["files-2"] * 5
+    # Of the first six, each part has as many as its weight; then the longer ones follow.
+    order = ["files", "files-2", "files", "files", "hotpotqa", "files-2", "files", "files-2", "files"]
+    assert [e.source for e in dataset.train] == [*order, "files-2", "files-2"]
+    assert [e.source for e in dataset.held_out][:6] == order[:6]
     assert len({e.id for e in dataset.train}) == 11
     assert {(e.source, e.kind) for e in dataset.held_out} == {
         ("files", "math"),
         ("hotpotqa", "qa"),
         ("files-2", "math"),
     }
+    qa = next(e.system for e in dataset.held_out if e.source == "hotpotqa")
+    assert (system_prompt(dataset.held_out, "qa"), system_prompt(dataset.held_out, "math")) == (qa, "Sums.")
     assert len(dataset.documents) == 2
     assert dataset.num_demonstrations == 1  # of HotpotQA: the files have none
     with pytest.raises(ConfigError, match=r"data\.mixture: empty"):
@@ -400,4 +406,4 @@ def test_demonstrations_of_a_mixture_are_those_of_its_parts(tmp_path):
             return text
 
     ids = [dataset.demonstration(i, Kit()).example.id for i in range(6)]
-    assert ids == ["gsm8k-train-1", "gsm8k-train-3", "gsm8k-train-5"] * 2
+    assert ids == [id for number in (1, 3, 5) for id in [f"gsm8k-train-{number}"] * 2]  # interleaved, too
