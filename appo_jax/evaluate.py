@@ -17,6 +17,7 @@ from appo_jax.benchmark.report import grade_all, summarize, write_report
 from appo_jax.benchmark.sets import Item, Rule, benchmark, load_items
 from appo_jax.components import Components, give_rewards, response_of
 from appo_jax.config import EvalSetConfig
+from appo_jax.data.examples import system_prompt
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.policy.parameters import Params
 from appo_jax.reward.language_judge import LanguageJudge
@@ -99,12 +100,6 @@ def _examples(components: Components, items: Sequence[Item], rule: Rule) -> list
                 "(`appo-jax eval` takes limits from the config that --config names)"
             )
     return examples
-
-
-def system_prompt(held_out: Sequence[Example], kind: Kind) -> str:
-    """The system prompt of the first question of a kind, because the parts of a mixture differ; of the first if none has it."""
-    of_kind = (example.system for example in held_out if example.kind == kind)
-    return next(of_kind, held_out[0].system if len(held_out) else "")
 
 
 def _sample(rollout: Rollout, tokenizer: Tokenizer) -> Sample:

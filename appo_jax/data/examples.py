@@ -113,6 +113,12 @@ def _optional(record: Any, path: str) -> Any:
         return None
 
 
+def system_prompt(examples: Sequence[Example], kind: Kind) -> str:
+    """The system prompt of the first example of a kind, because the parts of a mixture differ; of the first if none has it."""
+    of_kind = (example.system for example in examples if example.kind == kind)
+    return next(of_kind, examples[0].system if len(examples) else "")
+
+
 def split_files(config: DataConfig, train: Sequence[str], held_out: Sequence[str], what: str) -> tuple[Path, Path]:
     """The training file and the held-out file.
 

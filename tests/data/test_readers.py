@@ -12,12 +12,11 @@ import pyarrow.parquet
 import pytest
 
 from appo_jax.config import ColumnsConfig, DataConfig, DataPart
-from appo_jax.data.examples import SYSTEM_PROMPT
+from appo_jax.data.examples import SYSTEM_PROMPT, system_prompt
 from appo_jax.data.golds import accepted_answers
 from appo_jax.data.source import load_dataset
 from appo_jax.data.world import load_world
 from appo_jax.errors import ConfigError, DataError
-from appo_jax.evaluate import system_prompt
 from appo_jax.types import Document
 
 ROWS = [{"question": "Who?", "answer": "Ada"}, {"question": "How many?", "answer": "3"}]
