@@ -1,14 +1,16 @@
 """Algorithms by name; only this module knows what a name means. All algorithms share the loop, the budget and the
 logging. An algorithm is a choice of rollouts (how many are drawn at once, how the rest are branched, which are trained
 on), of an advantage and of a loss. Every choice is also a config field: a name sets the fields that define the
-algorithm, and the config sets the rest. Config checks, the loop and `appo-jax plan` ask `make_algorithm`; to add an
-algorithm that is made of existing choices, add its function to `ALGORITHMS`.
+algorithm, and the config sets the rest; a config that gives one of the first another value is refused. Config checks,
+the loop and `appo-jax plan` ask `make_algorithm`; to add an algorithm that is made of existing choices, add its
+function to `ALGORITHMS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -234,6 +236,24 @@ ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
 }
 
 
+def overwritten(config: Config) -> dict[str, Any]:
+    """Dotted name -> the value that the algorithm's name sets, for the fields to which the config gives another one."""
+    if config.algorithm not in ALGORITHMS:
+        return {}  # `broken` reports it
+    algorithm = make_algorithm(config)
+    used = {
+        f"{part}.{field.name}": (
+            getattr(getattr(config, part), field.name),
+            getattr(getattr(algorithm, part), field.name),
+        )
+        for part in ("rollout", "branching", "advantage", "loss")
+        for field in dataclasses.fields(getattr(config, part))
+    }
+    used["reward.overlong_buffer"] = config.reward.overlong_buffer, algorithm.overlong_buffer
+    used["max_resamples"] = config.max_resamples, algorithm.max_resamples
+    return {name: sets for name, (given, sets) in used.items() if given != sets}
+
+
 def broken(config: Config) -> Iterator[str]:
     """Rules between the config and its algorithm that are broken: a sentence for each, with the fields to change."""
     if config.algorithm not in ALGORITHMS:
@@ -241,6 +261,13 @@ def broken(config: Config) -> Iterator[str]:
         hint = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(ALGORITHMS)}"
         yield f"algorithm = {config.algorithm!r}: no algorithm has this name; {hint}"
         return
+    for name, sets in overwritten(config).items():
+        given, default = (operator.attrgetter(name)(where) for where in (config, Config()))
+        if given != default:  # a default was not asked for
+            yield (
+                f"{name} = {given!r}: algorithm = {config.algorithm!r} sets it to {sets!r}; leave it out (if a file gives it: "
+                f"--{name.replace('_', '-')} {sets})"
+            )
     algorithm = make_algorithm(config)
     if algorithm.branches and algorithm.budget <= algorithm.initial:
         full = algorithm.initial * (config.branching.num_branch_points + 1) ** config.branching.num_loops
@@ -248,3 +275,20 @@ def broken(config: Config) -> Iterator[str]:
             f"rollout.budget = {algorithm.budget} leaves no room for branches in addition to rollout.num_initial = "
             f"{algorithm.initial}: raise it (N·(B+1)^L = {full})"
         )
+    sizes, base = _group_sizes(algorithm), algorithm.advantage.base
+    if base in sizes and sizes[base] < 2:
+        field = "rollout.num_initial" if base == "init_only" and algorithm.branches else "rollout.budget"
+        yield (
+            f"{field} = {operator.attrgetter(field)(config)}: with advantage.base = {base!r} no group of a prompt has two "
+            "rollouts, so every advantage would be 0 and nothing would be learnt; raise it"
+        )
+
+
+def _group_sizes(algorithm: Algorithm) -> dict[str, int]:
+    """For each `advantage.base` with groups within a prompt, the rollouts of its largest group."""
+    dual = max(algorithm.initial, algorithm.budget - algorithm.initial)
+    return (
+        {"init_only": algorithm.initial}
+        | dict.fromkeys(("paper", "every_rollout", "shared_prefix"), dual)
+        | (dict.fromkeys(("joint", "tree", "turn"), algorithm.budget))
+    )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from appo_jax import cli, config_io
+from appo_jax import algorithms, cli, config_io
+from appo_jax.algorithms import ALGORITHMS, overwritten
 from appo_jax.config import Architecture, Config, EvalSetConfig, PolicyConfig, RopeScaling, YarnScaling, rules
 from appo_jax.errors import ConfigError
 
@@ -170,6 +171,61 @@ def test_all_broken_rules_are_listed_at_once():
     with pytest.raises(ConfigError) as error:
         config_io.check(config)
     assert [line.split(" ")[1] for line in str(error.value).splitlines()] == ["loss.dual_clip", "rollout.budget"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_config_may_be_trained_by_every_algorithm(file, name):
+    config = replaced(config_io.load_config(file), "algorithm", name)
+    assert not list(algorithms.broken(config))
+    assert all(
+        field.startswith(("branching.", "advantage.", "loss.", "reward.", "max_")) for field in overwritten(config)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "given", "sets"),
+    [
+        ("dapo", "loss.clip_high", 0.4, 0.28),
+        ("gppo", "loss.dual_clip", 3.0, 0.0),
+        ("grpo", "advantage.base", "joint", "init_only"),
+        ("grpo", "advantage.future_weight", 1.0, 0.0),
+        ("arpo", "branching.score", "entropy", "entropy_change"),
+        ("reinforce_pp", "loss.kl_weight", 0.01, None),  # used as it is given
+        ("dapo", "max_resamples", 5, None),
+        ("dapo", "reward.overlong_buffer", 5, None),
+        ("dapo", "loss.clip_high", 0.28, None),
+        ("appo", "loss.clip_high", 0.4, None),
+    ],
+)
+def test_a_value_that_an_algorithm_would_overwrite_is_refused(name, field, given, sets):
+    config = replaced(replaced(QUICKSTART, "algorithm", name), field, given)
+    found = [text for text in algorithms.broken(config) if text.startswith(field)]
+    option = "--" + field.replace("_", "-")
+    told = f"{field} = {given!r}: algorithm = {name!r} sets it to {sets!r}; leave it out (if a file gives it: {option} {sets})"
+    assert found == ([] if sets is None else [told])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "field"),
+    [
+        ("grpo", {"rollout.budget": 1}, "rollout.budget"),
+        ("gigpo", {"rollout.budget": 1}, "rollout.budget"),
+        ("reinforce_pp", {"rollout.budget": 1}, None),  # normalised over the mini-batch
+        ("grpo", {"rollout.budget": 2}, None),
+        ("appo", {"advantage.base": "init_only", "rollout.num_initial": 1}, "rollout.num_initial"),
+        ("appo", {"rollout.num_initial": 1, "rollout.budget": 2}, "rollout.budget"),
+        ("appo", {"rollout.num_initial": 1, "rollout.budget": 3}, None),  # a group of two branches
+        ("tree_grpo", {"rollout.num_initial": 1, "rollout.budget": 2}, None),
+    ],
+)
+def test_groups_of_one_rollout_are_refused(name, changes, field):
+    config = replaced(QUICKSTART, "algorithm", name)
+    for changed, value in changes.items():
+        config = replaced(config, changed, value)
+    found = list(algorithms.broken(config))
+    assert len(found) == (field is not None)
+    assert all(text.startswith(f"{field} = ") and "nothing would be learnt" in text for text in found)
 
 
 def test_answers_need_a_cache():

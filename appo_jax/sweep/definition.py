@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
+from appo_jax.algorithms import overwritten
 from appo_jax.config import Config
 from appo_jax.config.effects import affects, shared_by_runs
 from appo_jax.config_io import check, flatten, read_variable, with_fields
@@ -68,9 +69,16 @@ class Sweep:
         return Path(self.out) / "runs" / f"{trial:04d}-{seed}"
 
     def point_config(self, point: Point) -> Config:
-        """The base config with the fields of a point. Raises ConfigError if the point breaks a rule between fields."""
+        """The base config with the fields of a point. Raises ConfigError if the point breaks a rule between fields, or if its
+        algorithm sets one of the fields to another value, so that it would be the trial of that value."""
         config = with_fields(self.base, point)
         check(config)
+        for name, sets in overwritten(config).items():
+            if name in point:
+                raise ConfigError(
+                    f"space: {name} = {point[name]!r} is not used, because algorithm = {config.algorithm!r} sets it to {sets!r}; "
+                    "remove it from `space`"
+                )
         return config
 
     def config(self, trial: int, point: Point, seed: int) -> Config:
@@ -180,5 +188,19 @@ def check_sweep(sweep: Sweep) -> None:
             for value in values:
                 with_fields(sweep.base, {name: value})  # raises for a value of the wrong type
     check(sweep.base)
+    if "algorithm" not in sweep.space:
+        _check_used(sweep)
     check_cold_starts(sweep.cold_starts, sweep.base, sweep.out, r"trial-\d+|\d{4,}-\d+")
     sweep.queued_points()
+
+
+def _check_used(sweep: Sweep) -> None:
+    """Raise ConfigError for a field of the space whose value the algorithm sets: its trials would be the same."""
+    for name, distribution in sweep.distributions.items():
+        for value in getattr(distribution, "choices", ()) or (distribution.low, distribution.high):
+            config = with_fields(sweep.base, {name: value})
+            if name in (sets := overwritten(config)):
+                raise ConfigError(
+                    f"space: {name} = {value!r} is not used, because algorithm = {config.algorithm!r} sets it to {sets[name]!r}; "
+                    "remove it from `space`"
+                )

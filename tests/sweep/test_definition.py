@@ -59,6 +59,7 @@ def test_random_points_are_possible_and_the_same_each_time(base):
         ({"sft.steps": (1, 2)}, {}, r"'sft\.steps' cannot vary"),
         ({"seed": (1, 2)}, {}, "'seed' cannot vary"),
         ({"reward.function": ("robust", "official")}, {}, r"'reward\.function' cannot vary"),
+        ({"algorithm": ("dapo",), "loss.clip_high": (0.2, 0.4)}, {}, "every point of the grid breaks a rule"),
         ({}, {}, "at least one field"),
         ({"branching.tau": (8.0,)}, {"seeds": (0, 0)}, "twice"),
         ({"branching.tau": (8.0,)}, {"max_sampled_tokens": 0}, "max_sampled_tokens = 0"),
@@ -71,6 +72,18 @@ def test_random_points_are_possible_and_the_same_each_time(base):
 def test_what_cannot_be_a_sweep_is_named(base, space, others, message):
     with pytest.raises(ConfigError, match=message):
         check_sweep(sweep(base, space, **others))
+
+
+@pytest.mark.parametrize("values", [(0.2, 0.28, 0.4), (0.28, 0.2), FloatDistribution(0.2, 0.4)])
+def test_a_field_that_the_algorithm_sets_cannot_vary(base, values):
+    """Not even to the field's default, which a config need not ask for: both trials would be the same."""
+    dapo = dataclasses.replace(base, algorithm="dapo")
+    with pytest.raises(
+        ConfigError, match=r"loss\.clip_high = 0\.\d is not used, because algorithm = 'dapo' sets it to 0\.28"
+    ):
+        check_sweep(sweep(dapo, {"loss.clip_high": values}, search="random", trials=2))
+    both = sweep(base, {"algorithm": ("appo", "dapo"), "loss.clip_high": (0.2, 0.28)})
+    assert [tuple(p.values()) for p in both.queued_points()] == [("appo", 0.2), ("appo", 0.28), ("dapo", 0.28)]
 
 
 def test_a_run_of_a_trial_differs_from_the_base_in_its_point_alone(base):
