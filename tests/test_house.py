@@ -1,7 +1,11 @@
-"""Bounds on the size of modules, functions and signatures, so that each is easy to read."""
+"""Bounds on the size of modules, functions and signatures, so that each is easy to read; and declared dependencies."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "appo_jax"
@@ -51,3 +55,26 @@ def test_no_public_function_has_too_many_parameters():
             if (n := len([a for a in arguments if a.arg not in ("self", "cls")])) > PARAMETERS:
                 many[f"{name}:{f.name}"] = n
     assert not many
+
+
+def test_every_imported_package_is_declared():
+    """One that comes only with another package is gone when that one no longer needs it."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    declared = {
+        re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", need)[0]).lower()
+        for need in [*project["dependencies"], *project["optional-dependencies"]["smollm2"]]
+    }
+    imported = set()
+    for _, text in modules():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    of = packages_distributions()
+    undeclared = {
+        name
+        for name in imported - sys.stdlib_module_names - {"appo_jax"}
+        if not declared & {re.sub(r"[-_.]+", "-", package).lower() for package in of.get(name, ())}
+    }
+    assert not undeclared
