@@ -5,20 +5,25 @@ Names are `group/name`; `view/plots.py` draws each group. Times are in seconds, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import scalar
 
 from appo_jax import distributed
 from appo_jax.dumps import Decode, dumped_steps, settle_dumps, spans, write_dump
 from appo_jax.errors import CheckpointError
-from appo_jax.storage import set_aside, to_json, write_atomically
+from appo_jax.storage import naming, set_aside, to_json, write_atomically
 from appo_jax.types import Rollout
 
 Value = float | int | str
@@ -41,7 +46,8 @@ class MetricsLogger:
         self._file = self._run_dir / f"{name}.jsonl"
         self._name, self._keep_rollouts = name, keep_rollouts
         self._last_step: int | None = None  # not known before `resume` or the first `log`
-        self._board: SummaryWriter | None = None
+        self._board: EventsWriter | None = None
+        self._draws = True  # False when TensorBoard's file could not be written
         self._writes = distributed.host() == 0
 
     def log(self, step: int, metrics: Mapping[str, Value]) -> None:
@@ -54,16 +60,31 @@ class MetricsLogger:
         if step <= self._last_step:
             raise ValueError(f"step {step} was logged already (the last one is {self._last_step}); call resume first")
         self._last_step = step
-        with self._file.open("a") as file:
+        with naming(self._file), self._file.open("a") as file:
             file.write(_sealed({"step": step} | dict(metrics)))
             file.flush()
             os.fsync(file.fileno())
-        if self._board is None:  # purge_step: TensorBoard drops what a killed process logged for these steps
-            self._board = SummaryWriter(str(self._run_dir / "tensorboard" / self._name), purge_step=step)
-        for key, value in metrics.items():
-            if not isinstance(value, str):
-                self._board.add_scalar(key, float(value), step)
-        self._board.flush()
+        if self._draws:
+            self._draw(step, {name: float(value) for name, value in metrics.items() if not isinstance(value, str)})
+
+    def _draw(self, step: int, values: Mapping[str, float]) -> None:
+        """Write TensorBoard's event of a step in this thread: the thread of tensorboardX's SummaryWriter ends at the first error,
+        and then every call waits for ever. If the file cannot be written, the run goes on without it."""
+        folder = self._run_dir / "tensorboard" / self._name
+        try:
+            if self._board is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._board = EventsWriter(str(folder / "events"))
+                # TensorBoard drops what a killed process logged for this step and later ones.
+                self._board.write_event(Event(step=step, file_version="brain.Event:2"))
+                self._board.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+            found = [value for name in values for value in scalar(name, values[name]).value]
+            self._board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=found)))
+            self._board.flush()
+        except OSError as error:
+            self._draws = False
+            self.close()
+            _log.warning("%s: cannot be written (%s): the run goes on without TensorBoard's files", folder, error)
 
     def resume(self, step: int, last: Mapping[str, Value] | None = None, max_unsaved: int | None = None) -> None:
         """Prepare the records for a run that goes on from `step`, so that every step has one record.
@@ -121,8 +142,10 @@ class MetricsLogger:
                     path.unlink()
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        with contextlib.suppress(OSError):
+            if self._board is not None:
+                self._board.close()
+        self._board = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

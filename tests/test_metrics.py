@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import resource
 import struct
 
 import numpy as np
@@ -56,6 +57,26 @@ def test_json_stays_strict_where_numbers_are_not_finite(tmp_path):
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "a": None, "b": None, "c": None, "d": 1.5}]
     assert strict((tmp_path / "summary.json").read_text()) == {"accuracy": None, "steps": 3, "by": {"x": None}}
     assert [value for _, tag, value in scalars(tmp_path / "tensorboard" / "metrics") if tag == "b"] == [float("inf")]
+
+
+def test_a_full_disk_ends_tensorboards_files_only_and_is_told_with_the_file(tmp_path, caplog):
+    """Files may not grow beyond 300 bytes. The thread of tensorboardX's SummaryWriter would end there, and steps wait for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    logger = MetricsLogger(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        for step in range(1, 7):
+            logger.log(step, {"a": step})
+        with pytest.raises(OSError, match=r"File too large: .*/metrics\.jsonl"):
+            logger.log(7, {"text": "x" * 300})
+        with pytest.raises(OSError, match=r"File too large: .*/summary.json'"):
+            logger.write_summary({"text": "x" * 300})
+        logger.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caplog.text.count("the run goes on without TensorBoard's files") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("step", [2, 1])
