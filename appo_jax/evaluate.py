@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from appo_jax import distributed, heartbeat
+from appo_jax.benchmark.figures import grade_all, summarize
 from appo_jax.benchmark.predictions import Sample, check_samples
-from appo_jax.benchmark.report import grade_all, summarize, write_report
-from appo_jax.benchmark.sets import Item, Rule, benchmark, load_items
+from appo_jax.benchmark.questions import Questions, load_questions
+from appo_jax.benchmark.report import write_report
+from appo_jax.benchmark.sets import Item, Rule, benchmark
 from appo_jax.components import Components, give_rewards, response_of
 from appo_jax.config import EvalSetConfig
 from appo_jax.data.examples import system_prompt
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.policy.parameters import Params
 from appo_jax.reward.language_judge import LanguageJudge
+from appo_jax.rollout.stats import accuracy
 from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.types import Example, Kind, Rollout
 
@@ -29,17 +32,22 @@ SETS = 4  # the first number of every draw_id for a set, which is the purpose of
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Greedy rollouts of the held-out questions, and the share of right answers."""
+    """Greedy rollouts of the held-out questions."""
 
     rollouts: list[Rollout]
-    accuracy: float
     seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers among the rollouts that have a reward."""
+        return accuracy(self.rollouts)
 
     @property
     def metrics(self) -> dict[str, float]:
         return {
             "eval/accuracy": self.accuracy,
             "eval/reward": float(np.nanmean([r.reward for r in self.rollouts])),
+            "eval/failed": sum(r.reward_error is not None for r in self.rollouts),
             "eval/truncated": float(np.mean([r.truncated for r in self.rollouts])),
             "eval/calls": float(np.mean([len(r.calls) for r in self.rollouts])),
             "eval/seconds": self.seconds,
@@ -62,7 +70,7 @@ def evaluate(params: Params, components: Components) -> Evaluation:
     give_rewards(rollouts, components)
     components.sampler.take_stats()  # calls and tokens of an evaluation must not count for a training step
     components.executor.metrics()
-    return Evaluation(rollouts, float(np.mean([r.correct for r in rollouts])), time.perf_counter() - began)
+    return Evaluation(rollouts, time.perf_counter() - began)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +87,16 @@ def draw_samples(
 ) -> list[list[Sample]]:
     """Rollouts of every question of a set, under the system prompt of the first held-out question of its kind, or of the first.
 
-    Raises DataError for a question that is longer than `rollout.max_prompt_tokens`."""
+    Every sample has its share of the time that the questions took together. Raises DataError for a question that is longer than
+    `rollout.max_prompt_tokens`."""
     examples = _examples(components, items, rule)
+    began = time.perf_counter()
     draw_id = (SETS, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)  # different for each part of a set
     trees = components.sampler.initial(params, examples, draws.samples, draw_id, draws.temperature, draws.max_items)
-    return [[_sample(rollout, components.tokenizer) for rollout in tree] for tree in trees]
+    components.executor.metrics()  # calls and tokens of an evaluation must not count for a training step
+    stats, drawn = components.sampler.take_stats(), len(items) * draws.samples
+    times = {"seconds": (time.perf_counter() - began) / drawn, "decode_seconds": stats.decode_s / drawn}
+    return [[_sample(rollout, components.tokenizer, times) for rollout in tree] for tree in trees]
 
 
 def _examples(components: Components, items: Sequence[Item], rule: Rule) -> list[Example]:
@@ -102,32 +115,33 @@ def _examples(components: Components, items: Sequence[Item], rule: Rule) -> list
     return examples
 
 
-def _sample(rollout: Rollout, tokenizer: Tokenizer) -> Sample:
+def _sample(rollout: Rollout, tokenizer: Tokenizer, times: Mapping[str, float]) -> Sample:
     calls = [call.to_json() for call in rollout.calls]
     keep = ("name", "argument", "result", "outcome", "seconds")
     facts = {
         "calls": [{name: call[name] for name in keep} for call in calls],
         "tokens": int(rollout.sampled.sum()), "stop_reason": str(rollout.stop_reason),
+        **times,
     }  # fmt: skip
     return Sample(response_of(rollout, tokenizer).sampled_text, facts)
 
 
-Sets = Sequence[tuple[EvalSetConfig, list[Item]]]
+Sets = Sequence[tuple[EvalSetConfig, Questions]]
 
 
 def load_sets(components: Components) -> Sets:
     """The questions of `eval.sets`. Raises ConfigError or DataError for a set that cannot be read, asked or judged."""
     config = components.config
-    sets: list[tuple[EvalSetConfig, list[Item]]] = []
+    sets: list[tuple[EvalSetConfig, Questions]] = []
     for chosen in config.eval.sets:
         rule = benchmark(chosen.set).rule
         if rule == "judge" and config.reward.judge is None:
             raise ConfigError(
                 f"eval.sets: {chosen.set} is decided by a judge; give --reward.judge.url and --reward.judge.model"
             )
-        items = load_items(chosen.set, Path(chosen.data))[: chosen.limit or None]
-        _examples(components, items, rule)
-        sets.append((chosen, items))
+        questions = load_questions(chosen.set, Path(chosen.data)).first(chosen.limit or None)
+        _examples(components, questions.items, rule)
+        sets.append((chosen, questions))
     return sets
 
 
@@ -135,15 +149,13 @@ def load_sets(components: Components) -> Sets:
 def evaluate_sets(params: Params, components: Components, sets: Sets, folder: Path) -> dict[str, float]:
     """The metrics of `eval.sets`. The first host writes a report of each set into `folder`, as `appo-jax eval` does."""
     metrics: dict[str, float] = {}
-    for chosen, items in sets:
-        began, name = time.perf_counter(), chosen.set
+    for chosen, questions in sets:
+        began, name, items = time.perf_counter(), chosen.set, questions.items
         heartbeat.detail(f"{len(items)} questions of {name}")
         draws = Draws(chosen.samples, chosen.temperature, len(items))
         drawn = draw_samples(params, components, items, benchmark(name).rule, draws)
-        components.sampler.take_stats()
-        components.executor.metrics()
         samples = {item.id: found for item, found in zip(items, drawn, strict=True)}
-        found = _report(components, name, items, samples, folder / name) if distributed.host() == 0 else None
+        found = _report(components, name, questions, samples, folder / name) if distributed.host() == 0 else None
         figures = distributed.exchange(found)[0]
         metrics |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
         metrics[f"eval/{name}/seconds"] = time.perf_counter() - began
@@ -151,24 +163,25 @@ def evaluate_sets(params: Params, components: Components, sets: Sets, folder: Pa
 
 
 def _report(
-    components: Components, name: str, items: Sequence[Item], samples: dict[str, list[Sample]], folder: Path
+    components: Components, name: str, questions: Questions, samples: dict[str, list[Sample]], folder: Path
 ) -> dict[str, Any]:
-    """Score a set, write its report, and return its figures."""
+    """Grade a set, write its report, and return its figures. A judge is asked only about sets that it decides."""
     predictions = check_samples(samples, [])
-    config, judge = components.config, components.reward.language
-    opened = None
+    config, judge, opened = components.config, None, None
+    if benchmark(name).rule == "judge":
+        judge = components.reward.language
     if benchmark(name).rule == "judge" and judge is None:
         assert config.reward.judge is not None  # load_sets
         cache = config.reward.judge.cache or Path(config.run_dir) / "verdicts-eval.sqlite"
         judge = opened = LanguageJudge(config.reward.judge, Path(cache))
     try:
-        graded = grade_all(name, items, predictions, judge)
+        graded = grade_all(name, questions.items, predictions, judge)
     finally:
         if opened is not None:
             opened.close()
-    record = summarize(name, graded, predictions, ks=(1,))
+    record = summarize(name, graded, predictions, ks=(1,)) | {"left_out": questions.left_out}
     write_report(folder, record, graded)
     return {
         "accuracy": record["accuracy"][0], "f1": record["f1"][0], "calls": record["rollouts"]["calls_per_prediction"],
-        "without_verdict": len(record["problems"]["without_verdict"]),
+        "without_verdict": len(record["counted_as_wrong"]["without_verdict"]),
     }  # fmt: skip

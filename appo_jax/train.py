@@ -123,9 +123,9 @@ def _evaluated(params: Params, components: Components, sets: Sets, reports: Path
 def _summary(
     accuracies: Mapping[str, float], final: Mapping[str, float], config: Config, reached: Reached
 ) -> dict[str, Any]:
-    """summary.json: accuracies before and after, and the final figures of `eval.sets`."""
+    """summary.json: accuracies before and after, questions without a reward in the last, and the final figures of `eval.sets`."""
     return {
-        **accuracies, "accuracy_final": final["eval/accuracy"], "steps": reached.step,
+        **accuracies, "accuracy_final": final["eval/accuracy"], "failed_final": final["eval/failed"], "steps": reached.step,
         "sampled_tokens": reached.sampled_tokens, "seed": config.seed, "algorithm": config.algorithm,
         **{name: value for name, value in final.items() if name.count("/") == 2},
     }  # fmt: skip

@@ -184,8 +184,11 @@ def test_an_interrupted_run_saves_and_leaves(config: Config, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("asked", [1, 2])
-def test_a_request_to_stop_loses_no_step_of_the_cold_start(tiny: Config, tmp_path: Path, asked: int) -> None:
-    """Neither in the middle nor in the last step, which no checkpoint but the final one holds."""
+def test_a_request_to_stop_loses_no_step_of_the_cold_start(
+    tiny: Config, tmp_path: Path, asked: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither in the middle nor in the last step, after which the policy is measured. What was measured, and the records, may be
+    damaged later."""
     config = dataclasses.replace(tiny, run_dir=str(tmp_path / "run"), sft=dataclasses.replace(tiny.sft, steps=2))
     stop, steps = Stop(), []
 
@@ -194,12 +197,26 @@ def test_a_request_to_stop_loses_no_step_of_the_cold_start(tiny: Config, tmp_pat
         stop.requested = step == asked
 
     with build(config) as components, open_run(config) as run:
-        if asked == 1:
-            with pytest.raises(KeyboardInterrupt):
-                sft.cold_start(components, run, on_step, stop)
+        with pytest.raises(KeyboardInterrupt):
+            sft.cold_start(components, run, on_step, stop)
+        (run.checkpoints / "rl").mkdir()
+        (run.checkpoints / "rl/5").write_text(
+            "a stray file is no step of RL, with which the cold start could be left out"
+        )
         _, accuracies = sft.cold_start(components, run, on_step, stop)
         assert set(accuracies) == {"accuracy_base", "accuracy_sft"}
         assert sft.cold_start(components, run, on_step, stop)[1] == accuracies
+        assert not caplog.records
+        measured = run.path / "sft.json"
+        measured.write_text(measured.read_text().replace('"accuracy_sft": ', '"accuracy_sft": 1'))
+        (run.path / "sft.jsonl").write_text("")
+        assert sft.cold_start(components, run, on_step, stop)[1] == accuracies
+        assert (
+            "sft.json: is damaged (it is not what was written): the accuracy after the cold start is measured"
+            in caplog.text
+        )
+        assert "sft.jsonl: the file as it was is kept" in caplog.text
+        assert "the records of steps 1-2 are lost" in caplog.text
     assert steps == [1, 2]
 
 
@@ -287,6 +304,11 @@ def test_a_reward_that_fails_is_counted_and_one_that_always_fails_ends_the_run(c
         assert {r.reward_error for r in failed} == {"returned the reward nan"}
         for name in ("reward/initial", "update/loss", "advantage/abs_mean"):
             assert np.isfinite(record[name])
+        assert record["accuracy/initial"] == 1.0  # of those with a verdict, like the reward beside it
+        evaluation = evaluate(state.params, components)
+        without = sum(len(response_of(r, components.tokenizer).text) % 3 == 0 for r in evaluation.rollouts)
+        assert 0 < without == evaluation.metrics["eval/failed"]
+        assert evaluation.metrics["eval/accuracy"] == 1.0
         with pytest.raises(TrainingError, match=r"'mine:broken' returned 1.0, a float"):
             evaluate(state.params, dataclasses.replace(built, reward=Judge("mine:broken", broken)))
 

@@ -31,8 +31,8 @@ def rollout_metrics(trees: Sequence[Tree], stats: GenerationStats) -> dict[str, 
             [float(np.std(x)) for tree in trees if (x := _rewards(t for t in tree if t.is_initial))]
         ),
         "reward/failed": sum(r.reward_error is not None for r in rollouts),
-        "accuracy/initial": mean([r.correct for r in initial]),
-        "accuracy/branch": mean([r.correct for r in branches]),
+        "accuracy/initial": accuracy(initial),
+        "accuracy/branch": accuracy(branches),
         "rollout/count": len(rollouts),
         "rollout/response_tokens": mean([r.length - r.prompt_length for r in initial]),
         "rollout/response_tokens_max": max(r.length - r.prompt_length for r in rollouts),
@@ -51,6 +51,11 @@ def rollout_metrics(trees: Sequence[Tree], stats: GenerationStats) -> dict[str, 
     record |= {f"calls/{name}/{outcome}": count for (name, outcome), count in sorted(calls.items())}
     record["calls/per_rollout"] = mean([len(r.calls) for r in initial])
     return record
+
+
+def accuracy(rollouts: Iterable[Rollout]) -> float:
+    """The share of right answers. Rollouts without a reward are left out, because nothing says whether they are right."""
+    return mean([rollout.correct for rollout in rollouts if rollout.reward_error is None])
 
 
 def _rewards(rollouts: Iterable[Rollout]) -> list[float]:
