@@ -10,7 +10,7 @@ from appo_jax.data.world import generate
 
 def load(config: DataConfig) -> Dataset:
     world = generate(config.seed)
-    train, held_out = ([q for q in part if not q.plan.paths] for part in (world.train, world.held_out))
+    train, held_out = ([q for q in part if not q.solution.paths] for part in (world.train, world.held_out))
     script = WorldScript(dataclasses.replace(world, train=tuple(train)), "", config.seed)
     examples = ([question.example("") for question in part] for part in (train, held_out))
     return Dataset(*examples, None, script.demonstration, len(script))

@@ -57,20 +57,20 @@ class _Script:
     def __init__(self, question: Question, names: Sequence[str], rng: np.random.Generator, kit: ToolKit):
         self.question, self.names, self.rng, self.kit = question, names, rng, kit
         # A script that guesses needs the tools too: without them, questions of this type are left out.
-        self.search = kit.tool_for("look_up") if question.plan.paths else ""
-        self.compute = kit.tool_for("compute") if question.plan.expression is not None else ""
+        self.search = kit.tool_for("look_up") if question.solution.paths else ""
+        self.compute = kit.tool_for("compute") if question.solution.expression is not None else ""
         self.text = "<think>"
         self.segments: list[Segment] = []
 
     def write(self) -> tuple[Segment, ...]:
-        answer = self.find_name() if self.question.plan.expression is None else self.find_number()
+        answer = self.find_name() if self.question.solution.expression is None else self.find_number()
         # With the space before it, a name is the same single token here as everywhere else.
         self.text += f"<answer>\\boxed{{ {answer or self.guess()}}}</answer>"
         return (*self.segments, Segment(self.text, sampled=True))
 
     def find_name(self) -> str | None:
         """Follow the path to the name at its end. None: answer with a guess."""
-        ((entity, *relations),) = self.question.plan.paths
+        ((entity, *relations),) = self.question.solution.paths
         hops = len(relations)
         if hops == 1 and self.chance(OVERSHOOT):
             relations.append(_ONWARD[relations[-1]])
@@ -86,7 +86,7 @@ class _Script:
 
     def find_number(self) -> str | None:
         """Look up the numbers, if any, then compute. None: answer with a guess."""
-        paths, expression = self.question.plan.paths, self.question.plan.expression
+        paths, expression = self.question.solution.paths, self.question.solution.expression
         assert expression is not None
         found = [path[0] for path in paths]
         steps = [(number, relation) for number, path in enumerate(paths) for relation in path[1:]]

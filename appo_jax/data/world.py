@@ -66,7 +66,7 @@ COMPUTE_QUESTIONS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Solution:
     """The solution of a question: entities to look up, relations to follow, then arithmetic on the values."""
 
     paths: tuple[tuple[str, ...], ...]  # each (entity, relation, relation, ...)
@@ -78,7 +78,7 @@ class Plan:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str) -> Solution:
         record = json.loads(text)
         return cls(tuple(map(tuple, record["paths"])), record["expression"])
 
@@ -90,11 +90,11 @@ class Question:
     id: str
     text: str
     gold: str
-    plan: Plan
+    solution: Solution
 
     @property
     def kind(self) -> Kind:
-        return "qa" if self.plan.expression is None else "math"
+        return "qa" if self.solution.expression is None else "math"
 
     def example(self, system: str) -> Example:
         return Example(self.id, self.text, (self.gold,), self.kind, system)
@@ -128,17 +128,17 @@ def generate(seed: int) -> WorldData:
         Document(name, DESCRIPTIONS[kind].format(name=name, **facts[name])) for kind in POPULACE for name in names[kind]
     )
     total = NUM_TRAIN + NUM_HELD_OUT
-    found: dict[Any, tuple[str, str, Plan]] = {}  # by the solution, so that no question comes twice
+    found: dict[Any, tuple[str, str, Solution]] = {}  # by the solution, so that no question comes twice
     for share, path, wording in SEARCH_QUESTIONS:
         kind, *relations = path.split(".")
         for entity in rng.permutation(names[kind])[: round(share * total)].tolist():
-            plan = Plan(((entity, *relations),))
-            found[plan] = (wording.format(entity), _follow(facts, entity, relations), plan)
+            solution = Solution(((entity, *relations),))
+            found[solution] = (wording.format(entity), _follow(facts, entity, relations), solution)
     shares = np.array([share for share, *_ in COMPUTE_QUESTIONS])
     while len(found) < total:
         _, paths, expression, wording = COMPUTE_QUESTIONS[rng.choice(len(shares), p=shares / shares.sum())]
-        text, gold, plan = _compute_question(rng, names, facts, paths, expression, wording)
-        found.setdefault((frozenset(plan.paths), plan.expression), (text, gold, plan))
+        text, gold, solution = _compute_question(rng, names, facts, paths, expression, wording)
+        found.setdefault((frozenset(solution.paths), solution.expression), (text, gold, solution))
     records = list(found.values())
     questions = [Question(f"world-{i}", *records[index]) for i, index in enumerate(rng.permutation(total))]
     return WorldData(tuple(questions[:NUM_TRAIN]), tuple(questions[NUM_TRAIN:]), documents)
@@ -184,19 +184,19 @@ def _compute_question(
     paths: tuple[str, ...],
     expression: str,
     wording: str,
-) -> tuple[str, str, Plan]:
+) -> tuple[str, str, Solution]:
     numbers = {letter: int(rng.integers(11, 100)) for letter in "abc"} | {"k": int(rng.integers(3, 10))}
     kinds = [path.split(".")[0] for path in paths]
     entities = rng.choice(names[kinds[0]], size=len(kinds), replace=False).tolist() if kinds else []
     values = [int(_follow(facts, e, path.split(".")[1:])) for e, path in zip(entities, paths, strict=True)]
     if "-{1}" in expression and values[0] < values[1]:  # the entity with the greater value comes first
         entities, values = entities[::-1], values[::-1]
-    plan = Plan(
+    solution = Solution(
         tuple((entity, *path.split(".")[1:]) for entity, path in zip(entities, paths, strict=True)),
         expression.format("{0}", "{1}", **numbers),
     )
-    gold = _evaluate((plan.expression or "").format(*values))
-    return wording.format(*entities, **numbers), str(gold), plan
+    gold = _evaluate((solution.expression or "").format(*values))
+    return wording.format(*entities, **numbers), str(gold), solution
 
 
 def _evaluate(expression: str) -> int:
@@ -206,9 +206,9 @@ def _evaluate(expression: str) -> int:
 
 
 class World(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # tfds has no types
-    """TFDS builder of a seed's world: splits train, held_out and documents (`id` is the title; gold and plan are empty)."""
+    """TFDS builder of a seed's world: splits train, held_out and documents (`id` is the title; gold and solution are empty)."""
 
-    VERSION = tfds.core.Version("1.3.0")  # raise it whenever the output of `generate` changes
+    VERSION = tfds.core.Version("1.4.0")  # raise it whenever the output of `generate` or the features change
     code_path = (
         None  # TFDS must not look for checksums next to this file: that needs a package that it does not declare
     )
@@ -218,18 +218,20 @@ class World(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # tfds has 
         super().__init__(data_dir=str(folder / f"seed_{seed}"), file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("id", "text", "gold", "plan")})
+        features = tfds.features.FeaturesDict(
+            {name: tfds.features.Text() for name in ("id", "text", "gold", "solution")}
+        )
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         world = generate(self.seed)
-        documents = [Question(document.title, document.text, "", Plan(())) for document in world.documents]
+        documents = [Question(document.title, document.text, "", Solution(())) for document in world.documents]
         splits = {"train": world.train, "held_out": world.held_out, "documents": documents}
         return {split: self._generate_examples(rows) for split, rows in splits.items()}
 
     def _generate_examples(self, rows: Sequence[Question]) -> Iterator[tuple[int, dict[str, str]]]:
         for index, row in enumerate(rows):
-            yield index, {"id": row.id, "text": row.text, "gold": row.gold, "plan": row.plan.to_json()}
+            yield index, {"id": row.id, "text": row.text, "gold": row.gold, "solution": row.solution.to_json()}
 
 
 def load_world(folder: Path, seed: int) -> WorldData:
@@ -257,4 +259,4 @@ def _read(builder: World, split: str) -> list[Question]:
     records = [{k: v.decode() for k, v in record.items()} for record in grain.MapDataset.source(source)]
     if len(records) != expected:
         raise ValueError(f"split {split} holds {len(records)} of {expected} records")
-    return [Question(r["id"], r["text"], r["gold"], Plan.from_json(r["plan"])) for r in records]
+    return [Question(r["id"], r["text"], r["gold"], Solution.from_json(r["solution"])) for r in records]

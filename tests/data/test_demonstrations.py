@@ -119,8 +119,8 @@ def test_without_wrong_turns_every_answer_is_right(world, kit, monkeypatch):
 def test_script_is_imperfect_but_never_hopeless(world, demonstrations):
     right = defaultdict(list)
     for index, trace in enumerate(demonstrations):
-        plan = world.train[index % len(world.train)].plan
-        sort = tuple(path[1:] for path in plan.paths), re.sub(r"\b\d+\b(?!})", "n", plan.expression or "")
+        solution = world.train[index % len(world.train)].solution
+        sort = tuple(path[1:] for path in solution.paths), re.sub(r"\b\d+\b(?!})", "n", solution.expression or "")
         well_formed = all(
             text_of(trace).count(tag) == text_of(trace).count(tag.replace("<", "</")) for tag in TAGS[::2]
         )
@@ -204,7 +204,7 @@ def test_what_the_tools_cannot_do_is_left_out_and_counted(world, pages, caplog):
     search = tool(pages.__getitem__, "search", "look_up")
     with ToolExecutor([search], ToolsConfig()) as executor:
         made = data_demonstrate(dataset_of(small), executor)
-    look_ups = [question for question in small.train if question.plan.expression is None]
+    look_ups = [question for question in small.train if question.solution.expression is None]
     assert len(made) == 2 * len(look_ups) > 0
     assert {trace.example.question for trace in made} == {question.text for question in look_ups}
     assert f"{400 - len(made)} of 400 demonstrations are left out" in caplog.text
@@ -230,7 +230,7 @@ def test_a_call_that_fails_is_not_demonstrated(world, caplog):
     def broken(query):
         raise OSError("the index is gone")
 
-    small = dataclasses.replace(world, train=[q for q in world.train if q.plan.expression is None][:5])
+    small = dataclasses.replace(world, train=[q for q in world.train if q.solution.expression is None][:5])
     with (
         ToolExecutor([tool(broken, "search", "look_up")], ToolsConfig()) as executor,
         pytest.raises(DataError) as raised,

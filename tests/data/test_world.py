@@ -8,7 +8,7 @@ import pytest
 
 from appo_jax.config import DataConfig
 from appo_jax.data.source import load_dataset
-from appo_jax.data.world import NUM_HELD_OUT, NUM_TRAIN, Plan, generate, load_world, read_fact
+from appo_jax.data.world import NUM_HELD_OUT, NUM_TRAIN, Solution, generate, load_world, read_fact
 from appo_jax.errors import DataError
 
 
@@ -32,7 +32,7 @@ def facts_of(document):
     }
 
 
-# Every wording of the world, taken apart by hand: how a reader without the plan would go about it.
+# Every wording of the world, taken apart by hand: how a reader without the solution would go about it.
 READINGS = [
     (r"In which town was (\w+) born\?", ["town"]),
     (r"For which company does (\w+) work\?", ["company"]),
@@ -76,13 +76,13 @@ def test_splits_share_no_question_and_no_plan(world):
     assert (len(world.train), len(world.held_out)) == (NUM_TRAIN, NUM_HELD_OUT)
     every = (*world.train, *world.held_out)
     assert len({question.text for question in every}) == len({question.id for question in every}) == len(every)
-    assert len({(frozenset(q.plan.paths), q.plan.expression) for q in every}) == len(every)
+    assert len({(frozenset(q.solution.paths), q.solution.expression) for q in every}) == len(every)
 
 
 def test_every_sort_of_question_is_in_both_splits(world):
     def sort(question):
-        tools = ("search" if question.plan.paths else "", "python" if question.plan.expression else "")
-        return question.kind, tools, tuple(path[1:] for path in question.plan.paths)
+        tools = ("search" if question.solution.paths else "", "python" if question.solution.expression else "")
+        return question.kind, tools, tuple(path[1:] for path in question.solution.paths)
 
     train, held_out = Counter(map(sort, world.train)), Counter(map(sort, world.held_out))
     assert train.keys() == held_out.keys()
@@ -146,5 +146,5 @@ def test_read_fact_reads_the_named_entity_only():
 
 
 def test_plan_survives_json():
-    plan = Plan((("Tommis", "population"), ("Kisves", "population")), "{0}-{1}")
-    assert Plan.from_json(plan.to_json()) == plan
+    solution = Solution((("Tommis", "population"), ("Kisves", "population")), "{0}-{1}")
+    assert Solution.from_json(solution.to_json()) == solution
