@@ -9,11 +9,11 @@ def main() -> int:
     """Run the command line; returns its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(130))
-    from appo_jax.cli import end_when_output_closes, main
+    from appo_jax.cli import guard_output, main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    end_when_output_closes()
+    guard_output()
     return main()
 
 

@@ -10,11 +10,9 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import io
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,7 +23,7 @@ import rich.console
 import tyro
 from rich.logging import RichHandler
 
-from appo_jax import commands, distributed, failures
+from appo_jax import commands, distributed, failures, output
 from appo_jax.algorithms import ALGORITHMS
 from appo_jax.config import Config, JudgeConfig
 from appo_jax.config_io import check, load_config
@@ -72,24 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Output(io.FileIO):
-    """Standard output that ends the process when its reader is gone. SIGPIPE would also do so when a client or worker is gone."""
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            os._exit(128 + signal.SIGPIPE)
-
-
-def end_when_output_closes() -> None:
-    """Make a command that only prints end without an error when the reader of its output closes the pipe."""
-    if not LONG & set(sys.argv[1:2]) or {"-h", "--help"} & set(sys.argv):
-        out = sys.stdout
-        sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(_Output(out.fileno(), "w", closefd=False)), out.encoding, out.errors,
-            line_buffering=out.isatty(),
-        )  # fmt: skip
+def guard_output() -> None:
+    """Say what happens when the reader of the output is gone: a command that only prints ends, one that does more goes on."""
+    if LONG & set(sys.argv[1:2]) and not {"-h", "--help"} & set(sys.argv):
+        output.outlive_reader()
+    else:
+        output.end_with_reader()
 
 
 def _set_up_logging() -> None:
@@ -209,11 +195,11 @@ def _sweep(args: Sequence[str]) -> None:
 
 
 def _eval(args: Sequence[str]) -> None:
-    """Score a policy, or predictions made elsewhere, on a benchmark: AIME, MATH, GSM8K, HotpotQA, GAIA and others."""
+    """Evaluate a policy, or predictions made elsewhere, on a benchmark: AIME, MATH, GSM8K, HotpotQA, GAIA and others."""
     from appo_jax.eval_command import Evaluation, evaluate_set
 
     if args and args[0] == "--compare":
-        from appo_jax.benchmark.report import compare
+        from appo_jax.benchmark.compare import compare
 
         if len(args) != 3:
             raise ConfigError("eval --compare A B: give two folders that `appo-jax eval` wrote")
@@ -225,20 +211,20 @@ def _eval(args: Sequence[str]) -> None:
         limit: int | None = None, samples: int = 1, temperature: float = 0.0, judge_url: str | None = None,
         judge_model: str = "Qwen/Qwen2.5-72B-Instruct",
     ) -> None:  # fmt: skip
-        """Score one set. `appo-jax eval --compare A B` compares two reports, question by question.
+        """Evaluate one set. `appo-jax eval --compare A B` compares two reports, question by question.
 
         Args:
-            set: Name of the set: see docs/eval.md.
-            data: The set's file, as its authors or the official APPO repository have it.
+            set: Name of the set, or `package.module:set` of your own: see docs/eval.md.
+            data: The set's file or folder, as its authors or the official APPO repository have it.
             out: Folder of the report. The samples of a policy are kept there, and the same command goes on from them.
-            predictions: Score the predictions of this file: one JSON object per line with id and prediction. Lines of the same
+            predictions: Grade the predictions of this file: one JSON object per line with id and prediction. Lines of the same
                 id are samples.
             run: Draw with the newest policy of this run, its prompt and its tools.
             config: Draw with `policy.path`, the prompt and the tools of this config (with --run: other tools and limits).
             limit: Use only this many questions, from the beginning of the set.
             samples: Number of samples of every question.
             temperature: Sampling temperature; 0 is greedy.
-            judge_url: Base URL of an OpenAI-compatible endpoint, for sets that a judge decides (key in OPENAI_API_KEY).
+            judge_url: Base URL of an OpenAI-compatible endpoint that judges every answer, too (key in OPENAI_API_KEY).
             judge_model: The judge's model.
         """
         judge = JudgeConfig(judge_url, judge_model) if judge_url else None
@@ -326,7 +312,7 @@ def _plan(args: Sequence[str]) -> None:
         raise PlanError(plan.verdict())
 
 
-LONG = {"train", "sft", "study", "sweep"}  # these do more than print: a closed pipe must not end them silently
+LONG = {"train", "sft", "study", "sweep"}  # these do more than print
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "sft": _sft,
@@ -346,5 +332,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 if __name__ == "__main__":
-    end_when_output_closes()
+    guard_output()
     sys.exit(main())

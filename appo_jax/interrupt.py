@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the current step, when it is saved."""
+"""Ctrl-C, SIGTERM and a terminal that is closed (SIGHUP) end a run after the current step, when it is saved."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from appo_jax import distributed, heartbeat
 log = logging.getLogger(__name__)
 
 
+def stop_signals() -> set[signal.Signals]:
+    """The signals that ask a process to stop. nohup makes it ignore SIGHUP; then the run goes on without its terminal."""
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    return {signal.SIGINT, signal.SIGTERM, *hangup}
+
+
 class Stop:
     """Whether the run was asked to end."""
 
@@ -27,10 +33,10 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """A context in which the first Ctrl-C or SIGTERM sets `requested`, and the second ends the process at once.
+    """A context in which the first of the `stop_signals` sets `requested`, and the second ends the process at once.
 
-    If there is a supervisor, it handles Ctrl-C: it sends SIGTERM, and ends the process at the second Ctrl-C. Signals reach only
-    the main thread; a program that calls `train` in another thread must handle them itself.
+    If there is a supervisor, it handles the signals: it sends SIGTERM, and ends the process at the second one. Signals reach
+    only the main thread; a program that calls `train` in another thread must handle them itself.
     """
     stop, supervised = Stop(), heartbeat.supervised()
 
@@ -40,9 +46,9 @@ def stop_requests() -> Iterator[Stop]:
         for number in () if supervised else previous:
             signal.signal(number, signal.default_int_handler)
 
-    numbers: tuple[signal.Signals, ...] = (signal.SIGTERM,) if supervised else (signal.SIGINT, signal.SIGTERM)
+    numbers = {signal.SIGTERM} if supervised else stop_signals()
     if threading.current_thread() is not threading.main_thread():
-        numbers = ()
+        numbers = set()
     previous = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield stop

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from appo_jax import distributed, failures, heartbeat
+from appo_jax import distributed, failures, heartbeat, interrupt
 from appo_jax.config import Config
 from appo_jax.supervision.peers import Cause, Line, Peers
 from appo_jax.supervision.status import WRITE_S, Status, note_failure
@@ -38,7 +38,6 @@ STACKS_S = 5.0
 UNWIND_S = 120.0
 # If another host's failure may have caused a failure, the supervisor waits this long for news of it.
 SECONDARY_S = 15.0
-STOPS = {signal.SIGINT, signal.SIGTERM}
 PR_SET_PDEATHSIG = 1
 
 
@@ -50,7 +49,7 @@ def supervise(config: Config, body: Callable[[], None]) -> None:
     ours, theirs = socket.socketpair()
     sys.stdout.flush()
     parent = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until both processes have set their handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, interrupt.stop_signals())  # until both processes have set their handlers
     pid = os.fork()
     if pid:
         theirs.close()
@@ -68,9 +67,13 @@ def _set_up_child(parent: int, channel: socket.socket, config: Config) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent ended before the call of prctl
         os._exit(failures.START_AGAIN)
-    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends Ctrl-C to both; the parent passes it on as SIGTERM
+    stops = interrupt.stop_signals()
+    for number in stops - {
+        signal.SIGTERM
+    }:  # a terminal sends them to both processes; the parent passes them on as SIGTERM
+        signal.signal(number, lambda *_: None)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     faulthandler.enable()
     heartbeat.expect_progress_within(config.max_silent_seconds)
@@ -97,9 +100,10 @@ class Supervisor:
 
     def run(self) -> int:
         """Watch until the child has ended. Returns its exit code, or that of the cause for which it was ended."""
-        for number in STOPS:
+        stops = interrupt.stop_signals()
+        for number in stops:
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
         while (status := self._ended()) is None:
             self._listen()
             if self._requests > self._passed_on:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -71,15 +72,19 @@ class Progress:
         self._began = time.monotonic()
         self._metrics: dict[str, str] = {}
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2, transient=True)
+        self._is_live = False
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
-            self._live.start()
+            with self._drawing():
+                self._live.start()
+                self._is_live = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
+        if self._is_live:
+            with self._drawing():
+                self._live.stop()
 
     def sft_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """`step` steps of the cold start are done. They are short, so without a terminal a line is printed only every
@@ -104,7 +109,8 @@ class Progress:
             if name in summary:
                 table.add_column(stage, justify="right")
         table.add_row(*(f"{100 * summary[n]:.1f} %" for n in (*stages, "accuracy_final") if n in summary))
-        self._console.print(table)
+        with self._drawing():
+            self._console.print(table)
         self._print(f"{summary['sampled_tokens']:,} tokens sampled, {summary['wall_s']:.0f} s, {self._config.run_dir}")
 
     def _update(self, phase: str, step: int, total: int, metrics: Mapping[str, Any], every: float = 0.0) -> None:
@@ -138,7 +144,16 @@ class Progress:
         return Text.assemble((str(elapsed), "dim"), f" {words}")
 
     def _print(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+        with self._drawing():
+            self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """A context in which output that nobody can read any more does not end the run: the rest is not printed."""
+        try:
+            yield
+        except (OSError, SystemExit):  # rich raises SystemExit when the reader of a pipe is gone
+            self._console.quiet = True
 
 
 def _format(value: Any) -> str:

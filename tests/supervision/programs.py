@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from appo_jax import distributed, heartbeat, interrupt
+from appo_jax import distributed, heartbeat, interrupt, output
 from appo_jax.config import Config, PolicyConfig
 from appo_jax.errors import DataError
 from appo_jax.supervision import supervisor
@@ -128,6 +128,7 @@ FAULTS = {
 }
 
 if __name__ == "__main__":
+    output.outlive_reader()
     RUN_DIR.mkdir(parents=True, exist_ok=True)
     config = Config(run_dir=str(RUN_DIR), steps=5, policy=PolicyConfig(path="weights"))
     for setting in sys.argv[3:]:

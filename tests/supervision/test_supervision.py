@@ -160,7 +160,7 @@ def test_one_request_ends_a_run_at_any_moment_of_its_start(start: Start, number:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_request_lets_the_step_end(start: Start, number: signal.Signals) -> None:
     process = start("train")
     assert process.stdout is not None
@@ -171,6 +171,24 @@ def test_a_request_lets_the_step_end(start: Start, number: signal.Signals) -> No
     assert code == 130
     assert "Traceback" not in err
     assert len(out.splitlines()) <= 3  # the step it was in
+
+
+def test_a_run_outlives_the_readers_of_its_output(start: Start, tmp_path: Path) -> None:
+    """As with `| tee log`, where Ctrl-C ends tee too."""
+    process = start("train")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    while process.stdout.readline() != "step 2\n":
+        pass
+    process.stdout.close()
+    process.stderr.close()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert (status.state, status.error) == ("stopped", None)
+    assert status.hosts["0"]["step"] > 2
 
 
 def test_a_step_that_is_longer_than_the_grace_is_given_up(start: Start) -> None:

@@ -1,5 +1,6 @@
 """The displays of a run. Plots are checked by the numbers that are drawn and by the existence of the files."""
 
+import contextlib
 import io
 import json
 import time
@@ -132,6 +133,20 @@ def test_progress_off_a_terminal_is_plain_lines():
     assert "75.0 %" in text
     assert "1,234,567 tokens sampled, 61 s" in text
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_that_nobody_can_read_ends_no_run(terminal):
+    """The file says that its disk is full."""
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # closing the file fails, too
+        console = Console(file=full, width=40, force_terminal=terminal)
+        try:
+            with Progress(CONFIG, console) as progress:
+                progress.sft_step(1, {"sft/loss": 2.0})
+                progress.step(1, {"reward/initial": 0.5})
+                progress.done({"accuracy_final": 0.75, "sampled_tokens": 1, "wall_s": 61.2})
+        except OSError as error:
+            pytest.fail(repr(error))
 
 
 def panel(progress, console):
