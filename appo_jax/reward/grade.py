@@ -24,15 +24,15 @@ class Grade:
 def final_answer(response: Response) -> str | None:
     """The policy's answer in any format. Only the policy's text counts, never a tool result.
 
-    The last `\\boxed{…}` of the last <answer> block (or several that are joined); else the last box anywhere; else the
-    last block's text.
+    The last `\\boxed{…}` of the last <answer> block (or several that are joined), or the block's text; without a block, the
+    last box anywhere.
     """
     text = response.sampled_text
     block = _last_block(text)
-    if block is not None and (boxed := boxed_answer(block)) is not None:
-        return boxed
-    boxed = boxed_answer(text)
-    return boxed if boxed is not None or block is None else block.strip()
+    if block is None or not block.strip():
+        return boxed_answer(text)
+    boxed = boxed_answer(block)
+    return block.strip() if boxed is None else boxed
 
 
 def _last_block(text: str) -> str | None:

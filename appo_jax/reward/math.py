@@ -14,7 +14,7 @@ from appo_jax.reward import qa, verify
 from appo_jax.reward.notation import clean
 from appo_jax.reward.number import numbers_equal, read_number
 from appo_jax.reward.structure import Group, choice, read_group, unwrapped
-from appo_jax.reward.units import split_unit
+from appo_jax.reward.units import same_unit, split_unit
 
 MAX_ANSWER_CHARS = 400
 """Answers longer than this and longer than four times the gold are wrong, unless they are written like the gold."""
@@ -30,9 +30,32 @@ _BASE = re.compile(r"_\s*\{?(\d+)\}?$")
 # Text that a computer algebra system may find equal to a group: x > 2 is (2, \infty).
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|mid|mathbb|cup|cap|setminus|begin)(?![a-z])")
 _SET_BUILDER = re.compile(r"\\\{\s*[a-z]\s*(?:\\mid(?![a-z])|\||:)\s*([^,;]*)\\\}")
+_AND_FRACTION = re.compile(r"^(\d+) and (?:(\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\})$")
 _COMMAS = re.compile(r"-?\d+(?:,\d+)+")
 _WORDS = re.compile(r"[\w\s:'.-]*[^\W\d_]{2}[\w\s:'.-]*")
-_ONLY_WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s'-]+[^\W\d_]+)*")
+_ONLY_WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
+# Two letters are a product of variables (xy), except for these words and two capitals (the segment AB).
+_SHORT_WORDS = (
+    "do",
+    "go",
+    "he",
+    "if",
+    "is",
+    "it",
+    "me",
+    "my",
+    "no",
+    "of",
+    "ok",
+    "on",
+    "or",
+    "so",
+    "to",
+    "up",
+    "us",
+    "we",
+)
+_APART = re.compile(r"(?<![\d._^])\d[\d.]* \.?\d")
 
 
 def math_equal(answer: str, gold: str) -> bool | None:
@@ -76,9 +99,11 @@ class _Comparison:
             a = Group("", "", tuple(answer.split(",")))  # 1,234 are two numbers where the gold is a list
         if a is None and g is None:
             return self._expressions(answer, gold)
-        if self._groups(a or _alone(answer), g or _alone(gold), depth):
-            return True
         both_read = a is not None and g is not None and "\\cup" not in (a.opening, g.opening)
+        a, g = a or _alone(answer), g or _alone(gold)
+        pairs = ((a, g), (_with_thousands(answer, a), g), (a, _with_thousands(gold, g)))
+        if any(self._groups(*pair, depth) for pair in dict.fromkeys(pairs)):
+            return True
         return not both_read and bool(_RELATION.search(answer + gold)) and self._verify(answer, gold)
 
     def _groups(self, answer: Group, gold: Group, depth: int) -> bool:
@@ -116,7 +141,7 @@ class _Comparison:
     def _expressions(self, answer: str, gold: str) -> bool:
         if _WORDS.fullmatch(answer) and _WORDS.fullmatch(gold) and _same_words(answer, gold):
             return True
-        if _ONLY_WORDS.fullmatch(answer) and _ONLY_WORDS.fullmatch(gold):
+        if _are_words(answer, gold):
             return False  # math-verify would take words for products of letters: "act" for "cat"
         bases = [base[1] for text in (answer, gold) if (base := _BASE.search(text))]
         if len(set(bases)) > 1:
@@ -126,6 +151,9 @@ class _Comparison:
     def _verify(self, answer: str, gold: str) -> bool:
         if not _has_letter(answer, "i") and _has_letter(gold, "i") and not _has_letter(gold, "j"):
             answer = re.sub(r"(?<![a-zA-Z\\])j(?![a-zA-Z])", "i", answer)  # the imaginary unit of engineers
+        answer, gold = _joined_digits(answer), _joined_digits(gold)
+        if _APART.search(answer) or _APART.search(gold):
+            return False  # 2 3 is neither 5 nor 6
         verdict = None
         if self._seconds_left > 0:
             verify.start()
@@ -140,7 +168,8 @@ def _plain_numbers(answer: str, gold: str) -> bool | None:
     """Whether two plain numbers are equal; None if one of them is not a plain number."""
     a, g = read_number(answer), read_number(gold)
     if a is None and g is not None:
-        a = read_number(answer, decimal_comma=True)
+        text = re.sub(r"(\d)k$", r"\1 thousand", _AND_FRACTION.sub(r"(\1+\\frac{\2\4}{\3\5})", answer))
+        a = read_number(text, decimal_comma=True)
     elif g is None and a is not None:
         g = read_number(gold, decimal_comma=True)
     return numbers_equal(a, g) if a is not None and g is not None else None
@@ -149,7 +178,7 @@ def _plain_numbers(answer: str, gold: str) -> bool | None:
 def _without_units(answer: str, gold: str) -> tuple[str, str] | None:
     """Both without their units; None if the units differ."""
     a, g = split_unit(answer), split_unit(gold)
-    if a is None or g is None or (g[1] is not None and a[1] not in (None, g[1])):
+    if a is None or g is None or not (g[1] is None or a[1] is None or same_unit(a[1], g[1])):
         return None
     return (answer if a[1] is None else a[0]), (gold if g[1] is None else g[0])
 
@@ -212,10 +241,34 @@ def _without_assignment(answer: str, gold: str) -> tuple[str, str]:
 def _as_written(text: str) -> str:
     """Spelling differences that never matter, removed: white space that separates no digits, and the case of words."""
     text = re.sub(r"(?<!\d)(?<!\d[,.]) | (?!\d)", "", text)
-    return text.casefold() if re.fullmatch(r"[^\W\d_]{2,}", text) else text
+    return text.casefold() if re.fullmatch(r"[^\W\d_]{2,}", text) and not _two_letters(text) else text
+
+
+def _two_letters(text: str) -> bool:
+    """Whether the text may be two variables or two points (xy, AB): then capitals make a difference."""
+    return re.fullmatch(r"[a-zA-Z]{2}", text) is not None and text.lower() not in _SHORT_WORDS
+
+
+def _are_words(answer: str, gold: str) -> bool:
+    """Whether both are words, and not products of variables."""
+    products = all(_two_letters(text) and not text.isupper() for text in (answer, gold))
+    return not products and all(_ONLY_WORDS.fullmatch(text) for text in (answer, gold))
+
+
+def _with_thousands(text: str, group: Group) -> Group:
+    """The parts of a text in brackets if the comma of 1,234 separates none; `group` if only one number would remain."""
+    again = read_group(text, thousands=True) if group.opening else None
+    return again if again is not None and len(again.parts) > 1 else group
+
+
+def _joined_digits(text: str) -> str:
+    """`text` without the spaces that group digits in threes."""
+    return re.sub(r"(?<![\d.,] )(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?! ?\d)", lambda m: m[0].replace(" ", ""), text)
 
 
 def _same_words(answer: str, gold: str) -> bool:
+    if _two_letters(answer) or _two_letters(gold):
+        return False
     return re.findall(r"\d+", answer) == re.findall(r"\d+", gold) and qa.exact_match(answer, [gold])
 
 

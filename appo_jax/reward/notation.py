@@ -17,6 +17,7 @@ _SYMBOLS = {
     "‘": "'", "’": "'", "“": '"', "”": '"', "、": ",", "。": ".",
 }  # fmt: skip
 _SMALL_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega"
+GREEK_NAMES = _SMALL_GREEK.split()
 _CAPITAL_GREEK = "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 _GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", f"{_SMALL_GREEK} {_CAPITAL_GREEK}".split(), strict=True))
 _DASHES = dict.fromkeys(map(ord, "−‐‑‒–—"), "-")
@@ -33,6 +34,15 @@ _TEXT = re.compile(r"\\(?:text[a-z]*|mbox|hbox)" + _BRACED)
 _UPRIGHT = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bm|rm)" + _BRACED)
 _ONE_TOKEN = rf"(?:{_BRACED}|\s*(\d|[a-zA-Z]|\\[a-zA-Z]+))"
 _FRACTION = re.compile(r"\\frac(?![a-zA-Z])" + _ONE_TOKEN + _ONE_TOKEN)
+_MIXED = re.compile(
+    r"(?<![\w.,^/\\])(?<![\^_/] )(\d{1,3}(?:[, ]\d{3})+|\d+)"
+    r"(?:\s*\\frac\{\s*(\d+)\s*\}\{\s*(\d+)\s*\}|\s+(\d+)\s*/\s*(\d+)(?![\d.]))"
+)
+_BOLD = re.compile(r"(?<![\w)}\]])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![\w({\\])")
+_TRIGONOMETRIC = re.compile(r"(?<![a-z])(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])")
+_DEGREES = re.compile(
+    r"(\d+(?:\.\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}|[a-zA-Z]|\\[a-zA-Z]+)\s*\^\s*\{?\s*\\circ(?![a-z])\s*\}?"
+)
 _ROOT = re.compile(r"\\sqrt(?:\s*(\d+)|\s*([a-zA-Z])(?![a-zA-Z])|\s*\(([^()]*)\))")
 
 
@@ -58,8 +68,35 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<=[\d}])\s*(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?![a-zA-Z])", "%", text)
     text = re.sub(r"(?<=\d), (?=0\d\d(?!\d))", ",", text)  # 80, 000: a list has no part that begins with 0
     text = re.sub(r"(?<![a-zA-Z])([ap])\.\s?m(?![a-zA-Z])\.?", r"\1m", text)
-    text = re.sub(r"\*\*(.*)\*\*", r"\1", text.strip())  # bold in Markdown
+    text = _in_radians(_powers(_mixed_numbers(text.strip())))
     return " ".join(text.split()).rstrip(".,; ").strip()
+
+
+def _mixed_numbers(text: str) -> str:
+    """`1 1/4` and `1\\frac{1}{4}` as the sum in parentheses that they are: an integer and a proper fraction."""
+
+    def total(match: re.Match[str]) -> str:
+        top, bottom = match[2] or match[4], match[3] or match[5]
+        if len(top + bottom) > 100 or not 0 < int(top) < int(bottom):
+            return match[0]
+        return rf"({re.sub('[, ]', '', match[1])}+\frac{{{top}}}{{{bottom}}})"
+
+    text = re.sub(r"\^\{?(\d+)\}?\s*/\s*_\{?(\d+)\}?", r" \1/\2", text)  # ¹/₄
+    return _MIXED.sub(total, text)
+
+
+def _powers(text: str) -> str:
+    """`**` around a text is bold in Markdown; between operands it is a power."""
+    text = re.sub(r"\s*\*\*\s*(-?\d+|[a-zA-Z])", r"^{\1}", _BOLD.sub(r"\1", text))
+    return re.sub(r"\s*\*\*\s*", "^", text)
+
+
+def _in_radians(text: str) -> str:
+    """Degrees after a trigonometric function are a factor of their number, not a unit of the whole."""
+    function = _TRIGONOMETRIC.search(text)
+    if function is None:
+        return text
+    return text[: function.end()] + _DEGREES.sub(r"(\1 \\cdot \\frac{\\pi}{180})", text[function.end() :])
 
 
 def _ascii_signs(text: str) -> str:

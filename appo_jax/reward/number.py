@@ -6,7 +6,7 @@ import dataclasses
 import re
 from fractions import Fraction
 
-from appo_jax.reward.units import Unit, split_unit
+from appo_jax.reward.units import SCALES, Unit, same_unit, split_unit
 
 MAX_DIGITS = 4000
 """Numbers with more digits or larger powers of ten are not plain numbers, because Python refuses to read them."""
@@ -26,13 +26,13 @@ _FORMS = {
     "decimal": re.compile(rf"({_DECIMAL})"),
     "fraction": re.compile(_FRACTION),
     "repeating": re.compile(r"(\d+)\.(\d*)\s*\\(?:overline|bar|dot)\s*\{\s*(\d+)\s*\}"),
-    "mixed": re.compile(r"(\d+)\s*(?:(?<=\s)(\d+)\s*/\s*(\d+)|\\frac\{\s*(\d+)\s*\}\{\s*(\d+)\s*\})"),
+    "mixed": re.compile(r"\((\d+)\+\\frac\{(\d+)\}\{(\d+)\}\)"),  # as clean writes it
     "scientific": re.compile(rf"(?:({_DECIMAL})\s*(?:\\times|\\cdot|\*|x)\s*)?{_POWER}|({_DECIMAL})[eE]([+-]?\d+)"),
 }
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALE = re.compile(rf"(.*[\d}}])\s*(?<![a-z])({'|'.join(_SCALES)})s?", re.DOTALL)
+_SCALE = re.compile(rf"(.*[\d}})])\s*(?<![a-z])({'|'.join(SCALES)})s?", re.DOTALL)
 _PERCENT = re.compile(r"([^%]*[^%\s])\s*%")
 _ORDINAL = re.compile(r"(\d+)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\s*\}?")
+_SUM = re.compile(r"\d+\+\\frac\{\d+\}\{\d+\}")
 _DECIMAL_COMMA = re.compile(r"\d+,\d+")
 
 
@@ -55,17 +55,19 @@ def read_number(text: str, decimal_comma: bool = False) -> Number | None:
     text, unit = parts
     percent = _PERCENT.fullmatch(text)
     scale = _SCALE.fullmatch(percent[1] if percent else text)
-    text = scale[1] if scale else percent[1] if percent else text
+    text = scale[1].strip() if scale else percent[1] if percent else text
     if ordinal := _ORDINAL.fullmatch(text):
         text = ordinal[1]
     if decimal_comma and _DECIMAL_COMMA.fullmatch(text.lstrip("+- ")):
         text = text.replace(",", ".")
+    if _SUM.fullmatch(text):  # the parentheses of a mixed number may have been removed
+        text = f"({text})"
     sign, text = (-1 if text.startswith("-") else 1), re.sub(r"^[+-]\s*", "", text)
     value = _value(text)
     if value is None:
         return None
     number, decimals = value
-    return Number(sign * number * 10 ** (_SCALES[scale[2]] if scale else 0), decimals, percent is not None, unit)
+    return Number(sign * number * (SCALES[scale[2]] if scale else 1), decimals, percent is not None, unit)
 
 
 def _value(text: str) -> tuple[Fraction, int] | None:
@@ -109,7 +111,7 @@ def numbers_equal(answer: Number, gold: Number) -> bool:
     A percent sign on one side only is read either way: 10% is 10 and 0.1.
     A unit may be left out, or added if the gold has none; two different units are never equal.
     """
-    if gold.unit is not None and (answer.percent or answer.unit not in (None, gold.unit)):
+    if gold.unit is not None and (answer.percent or not (answer.unit is None or same_unit(answer.unit, gold.unit))):
         return False
     if gold.percent and answer.unit is not None:
         return False

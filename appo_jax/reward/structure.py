@@ -6,11 +6,12 @@ import dataclasses
 import re
 
 _OPENING, _CLOSING = "([{", ")]}"
-_TOKEN = re.compile(
-    r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d]|,\d)|\\langle(?![a-z])|\\rangle(?![a-z])|\\cup(?![a-z])|\\[a-zA-Z]+|\\.|"
-    r",?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])\s*|.",
-    re.DOTALL,
+_THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d]|,\d)|"
+_TOKEN = (
+    r"\\langle(?![a-z])|\\rangle(?![a-z])|\\cup(?![a-z])|\\[a-zA-Z]+|\\.|"
+    r",?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])\s*|."
 )
+_TOKENS = {kept: re.compile(_THOUSANDS * kept + _TOKEN, re.DOTALL) for kept in (False, True)}
 _MATRIX = re.compile(
     r"[(\[]?\s*\\begin\{([pb]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}\s*[)\]]?", re.DOTALL
 )
@@ -31,19 +32,19 @@ class Group:
     parts: tuple[str, ...]
 
 
-def read_group(text: str) -> Group | None:
+def read_group(text: str, thousands: bool = False) -> Group | None:
     """The parts of an answer in clean notation, or None if it has only one part.
 
-    Commas, semicolons, "and" and "or" separate parts, the commas of 1,234 do not; where there is a semicolon, commas
-    do not separate either. A set may have one part or none.
+    Commas, semicolons, "and" and "or" separate parts; where there is a semicolon, commas do not. The comma of 1,234
+    separates inside brackets, unless they are read with `thousands`, and never outside. A set may have one part or none.
     """
     if rows := _matrix_rows(text):
         return Group("matrix", "", tuple(rows))
     text = re.sub(r"^\](.*,.*)\[$", r"(\1)", text)  # ]1, 2[ is (1, 2)
     opening, inside, closing = _outer_brackets(text)
     if opening == "\\{":
-        return Group(opening, closing, tuple(_split(inside)))
-    parts = _split(inside)
+        return Group(opening, closing, tuple(_split(inside, thousands=thousands)))
+    parts = _split(inside, thousands=thousands)
     if opening and len(parts) > 1:
         return Group("\\{" if opening == "{" else opening, "\\}" if opening == "{" else closing, tuple(parts))
     parts = _split(text, r"\cup")
@@ -57,7 +58,7 @@ def unwrapped(text: str) -> str:
     """`text` without parentheses or braces around a single part: (5) becomes 5, while (1, 2) stays."""
     while True:
         opening, inside, closing = _outer_brackets(text)
-        if (opening, closing) not in (("(", ")"), ("{", "}")) or len(_split(inside)) != 1:
+        if (opening, closing) not in (("(", ")"), ("{", "}")) or len(_split(inside, thousands=opening == "{")) != 1:
             return text
         text = inside.rstrip(", ")
 
@@ -94,9 +95,9 @@ def _outer_brackets(text: str) -> tuple[str, str, str]:
     return tokens[0].strip(), "".join(tokens[1:-1]).strip(), tokens[-1].strip()
 
 
-def _split(text: str, separator: str | None = None) -> list[str]:
-    """Parts of `text` between separators outside brackets; empty parts are dropped."""
-    tokens = _tokens(text)
+def _split(text: str, separator: str | None = None, thousands: bool = True) -> list[str]:
+    """Parts of `text` between separators outside brackets; empty parts are dropped. `thousands`: 1,234 is one number."""
+    tokens = _tokens(text, thousands)
     if separator is None:
         top = [token for token, depth in _with_depth(tokens) if depth == 0]
         separators = {";"} if ";" in top else {","}
@@ -112,8 +113,8 @@ def _split(text: str, separator: str | None = None) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _tokens(text: str) -> list[str]:
-    return _TOKEN.findall(text)
+def _tokens(text: str, thousands: bool = True) -> list[str]:
+    return _TOKENS[thousands].findall(text)
 
 
 def _with_depth(tokens: list[str]) -> list[tuple[str, int]]:

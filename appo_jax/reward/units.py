@@ -7,16 +7,19 @@ from collections import Counter
 
 import Stemmer
 
+from appo_jax.reward import notation
+
 _SPELLINGS = """
 meter: m metre; centimeter: cm centimetre; millimeter: mm millimetre; kilometer: km kilometre; decimeter: dm; nanometer: nm
 inch: in; foot: ft feet; yard: yd; mile: mi
-gram: g gm; kilogram: kg kilo kgs; milligram: mg; tonne: ton; pound: lb lbs £ gbp; ounce: oz
+gram: g gm; kilogram: kg kilo kgs; milligram: mg; tonne: ton; poundmass: lb lbs; ounce: oz
 second: s sec secs; minute: min mins; hour: h hr hrs; day: d; week: wk; month: mo; year: yr yrs; millisecond: ms
 liter: l litre; milliliter: ml millilitre; gallon: gal gals; quart: qt; pint: pt; acre:; hectare: ha
 degree: ° deg degs; celsius: c centigrade; fahrenheit: f; kelvin: k; radian: rad rads
 newton: n; joule: j; watt: w; volt: v; ampere: a amp; ohm:; hertz: hz; pascal: pa; mole: mol; kilowatt: kw
 kilojoule: kj; calorie: cal; byte:; bit:
 dollar: $ usd buck; cent: ¢; euro: € eur; yen: ¥ jpy; rupee: ₹ rs inr
+pound:; poundsterling: £ gbp quid
 person: people persons; man: men; woman: women; child: children
 """
 _MANY = {"mph": "mile/hour", "kph": "kilometer/hour", "kmh": "kilometer/hour", "kmph": "kilometer/hour",
@@ -28,19 +31,31 @@ _NAMES = {
     for spelling in (name.strip(), *others.split())
 }
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_FILLERS = ("old", "us", "american", "sterling")  # "years old" is years, "US dollars" are dollars
+_FILLERS = ("old", "us", "american", "sterling", "more", "fewer")  # "years old" is years, "US dollars" are dollars
+SCALES = {
+    "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15,
+    "quintillion": 10**18, "lakh": 10**5, "crore": 10**7, "dozen": 12, "gross": 144, "score": 20,
+}  # fmt: skip
+"""Words after a number that multiply it."""
 # Words after a number that change its value or connect it to other text.
 _NO_UNIT_WORDS = """
-and or plus minus times over divided by mod modulo to if is not than more less factorial choose point squared cubed root
-half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth
-ninths tenth tenths hundred thousand million billion trillion dozen percent percentage pct
-sin cos tan cot csc log ln exp sqrt pi infinity pm mp cdot true false none yes no but when where for the a an i e
+and or plus minus times over divided by mod modulo to if is not than less factorial choose point squared cubed root
+half halves third thirds quarter quarters percent percentage pct out below above under beyond negative positive
+twice thrice double triple quadruple wrong incorrect unknown undefined approximately about around mil mill bil tril
+sin cos tan cot csc log ln exp sqrt infinity pm mp cdot true false none yes no but when where for the a an i e
+one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety zero
+abc xyz
 """
-_NO_UNIT = frozenset(_NO_UNIT_WORDS.split())
+_NO_UNIT = frozenset([*_NO_UNIT_WORDS.split(), *notation.GREEK_NAMES]) - {"psi"}  # pounds per square inch
+# Scales (millions), parts (thirds, hundredths), numbers (thirteen), and functions that touch their variable (lnx).
+_NUMBER_WORD = re.compile(
+    rf"(?:{'|'.join(SCALES)}|[a-z]*illion)s?|[a-z]*teen|(?:ln|log|exp|sin|cos|tan)[nxyz]|"
+    r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand|[a-z]*illion)ths?"
+)
 _FRONT = re.compile(r"(-?)\s*(?:US)?([$€£¥₹]|(?:USD|EUR|GBP|Rs)(?![a-zA-Z])\.?)\s*(?=[-.\d\\(])")
 _START = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]|\^\s*\{?\s*\\circ|[$€£¥₹¢%]")
 _OVER = re.compile(r"\\frac\s*\{\s*([a-zA-Z ]+(?:\^\{?\d\}?)?)\s*\}\s*\{\s*([a-zA-Z ]+(?:\^\{?\d\}?)?)\s*\}$")
-_WORDS_IN_VALUE = re.compile(r"(?<![a-zA-Z\\])(?!(?:hundred|thousand|million|billion|trillion)(?![a-z]))[a-zA-Z]{2,}")
+_WORDS_IN_VALUE = re.compile(rf"(?<![a-zA-Z\\])(?!(?:{'|'.join(SCALES)})s?(?![a-z]))[a-zA-Z]{{2,}}")
 
 Unit = tuple[tuple[str, int], ...]
 """Powers of named units, in the order of the alphabet: km/h is (("hour", -1), ("kilometer", 1))."""
@@ -59,9 +74,18 @@ def split_unit(text: str) -> tuple[str, Unit | None] | None:
     value, back = _split_end(_OVER.sub(lambda m: f" {m[1]}/{m[2]}", text))
     if back is None:
         return text.strip(), unit
-    if unit is not None and unit != back:
+    if unit is not None and not same_unit(unit, back):
         return None
-    return value, back
+    return value, unit or back
+
+
+def same_unit(a: Unit, b: Unit) -> bool:
+    """Whether two units are one. A pound may be that of mass (lb) or that of money (£), which are two."""
+    return a == b or any(_with_pound(a, kind) == _with_pound(b, kind) for kind in ("poundmass", "poundsterling"))
+
+
+def _with_pound(unit: Unit, kind: str) -> Unit:
+    return tuple(sorted((kind if name == "pound" else name, power) for name, power in unit))
 
 
 def _split_end(text: str) -> tuple[str, Unit | None]:
@@ -86,6 +110,7 @@ def _is_value(text: str) -> bool:
 
 def read_unit(text: str, any_words: bool = True) -> Unit | None:
     """The unit that `text` names, or None. `any_words`: words of the table or any others from three letters on."""
+    text = re.sub(r"(?<![a-zA-Z])k(?![a-zA-Z])", "thousand", text)  # kelvin is K
     text = text.lower().replace("^{\\circ}", "°").replace("^\\circ", "°").partition(" of ")[0]
     text = re.sub(r"\\cdot|\\times|\*|(?<=[a-z])-(?=[a-z])|(?<=°)(?=[a-z])", " ", text)
     text = re.sub(r"(?<![a-z])per(?![a-z])", "/", re.sub(r"[{}.,']", "", text))
@@ -119,6 +144,6 @@ def _names(word: str, any_words: bool) -> list[tuple[str, int]]:
     for spelling in (word, word.removesuffix("s"), word.removesuffix("es")):
         if spelling in _NAMES:
             return [(_NAMES[spelling], 1)]
-    if any_words and len(word) > 2 and word.isalpha() and word not in _NO_UNIT:
+    if any_words and len(word) > 2 and word.isalpha() and word not in _NO_UNIT and not _NUMBER_WORD.fullmatch(word):
         return [(Stemmer.Stemmer("english").stemWord(word), 1)]
     return []

@@ -13,13 +13,18 @@ import sys
 from typing import Any
 
 import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 from math_verify import verify
-from math_verify.parser import parse_latex_cached
+from math_verify.grader import should_treat_as_complex
 
+# What multiplies the bracket after it: latex2sympy reads (2)(3) as a sum.
+FACTOR = re.compile(r"((?<![\d.^_])\d[\d.]*|\)|\\(?:frac|binom)\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\})\s*\(")
 MEMORY_BYTES = 2 << 30
 DIGITS = 120  # to which numbers are computed; those that agree to 100 of them are equal
 # Without its removal of units, which strikes out variables too, and without its search for numbers in what it cannot read.
+# Numbers side by side are no sum, and P is not p.
+CONVERSION = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
 NORMALIZATION = NormalizationConfig(basic_latex=True, malformed_operators=True, boxed="none")
 
 
@@ -50,7 +55,13 @@ def same_value(answer: str, gold: str) -> bool:
 
 def read(text: str) -> Any:
     """A LaTeX expression in sympy, its decimals as exact fractions and its `i` as the imaginary unit."""
-    expression = parse_latex_cached(normalize_latex(text, NORMALIZATION))
+    # Variables, which it would read as the imaginary unit and Euler's number.
+    text = re.sub(r"(?<![a-zA-Z\\{\d])E(?![a-zA-Z_]|[-+]?\d)|(?<![a-zA-Z\\{])I(?![a-zA-Z_])", r"\\mathcal{\g<0>}", text)
+    text = FACTOR.sub(r"\1 \\cdot (", text)
+    text = normalize_latex(text, NORMALIZATION)
+    expression = latex2sympy(
+        text, is_real=not should_treat_as_complex(text), normalization_config=None, conversion_config=CONVERSION
+    )
     if not isinstance(expression, sympy.Basic):
         return expression
     exact = {number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)}
