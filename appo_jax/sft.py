@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -16,10 +17,11 @@ import numpy as np
 from appo_jax import distributed, failures, heartbeat
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
+from appo_jax.checkpoint_read import sha256
 from appo_jax.components import Components, build, initial_params
 from appo_jax.config import Config
 from appo_jax.config.effects import Affects
-from appo_jax.config_io import changed_effects, load_config
+from appo_jax.config_io import changed_effects, config_json, load_config
 from appo_jax.data.demonstrations import LeftOut, demonstrations
 from appo_jax.data.pipeline import TraceBatch, encode_traces, trace_batches
 from appo_jax.data.trace_files import read_traces
@@ -62,7 +64,7 @@ def cold_start(components: Components, run: RunDir, on_step: OnStep, stop: Stop)
     initial parameters and no accuracies, because both are restored from the RL checkpoint.
     """
     config = components.config
-    has_rl = any(path.name.isdigit() for path in (run.checkpoints / "rl").glob("*"))
+    has_rl = any(path.name.isdecimal() and path.is_dir() for path in (run.checkpoints / "rl").glob("*"))
     if not has_rl or config.policy.lora is not None or make_algorithm(config).keeps_reference:
         return _cold_start(components, run, on_step, stop)
     try:
@@ -81,8 +83,9 @@ def _finished(components: Components, run: RunDir) -> ColdStart | None:
     """The run's finished cold start, or that of `init_from`; None if there is neither."""
     config = components.config
     restored = _restore(run.checkpoints / "sft", components)
-    if restored is not None and restored[0] == config.sft.steps:
-        return restored[1], restored[2]["accuracies"]
+    if restored is not None and restored[2]["finished"]:
+        MetricsLogger(run.path, "sft").resume(restored[0])  # records that are lost are told, as those of training are
+        return restored[1], _accuracies(restored[1], restored[2]["accuracy_base"], components, run)
     if config.init_from is not None:
         return _take_over(Path(config.init_from), components)
     return None
@@ -186,7 +189,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
         step = 0
         if (restored := checkpointer.restore_latest(state, batches)) is not None:
             step, state, meta = restored
-            base = meta["accuracies"]["accuracy_base"]
+            base = meta["accuracy_base"]
         metrics.resume(step)
         spec = StepSpec.of_cold_start(config, components.arch, components.dtype)
         train_step = make_train_step(optimizer, spec)
@@ -201,23 +204,57 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             require_finite(record, "sft", step, "sft.learning_rate")
             metrics.log(step, record)
             on_step(step, record)
-            if step == config.sft.steps:
-                break  # it is saved below, with its accuracy; a request to stop waits for that
-            stopping = stop.agreed()
-            if step % config.sft.checkpoint_every == 0 or stopping:
-                checkpointer.save(step, state, {"accuracies": {"accuracy_base": base}}, batches)
+            stopping, finished = stop.agreed(), step == config.sft.steps
+            if step % config.sft.checkpoint_every == 0 or stopping or finished:
+                known = {
+                    "accuracy_base": base,
+                    "finished": finished,
+                    "config": config_json(config, run.config).decode(),
+                }
+                checkpointer.save(step, state, known, batches)
             if stopping:
                 raise KeyboardInterrupt
-        accuracies = {"accuracy_base": base, "accuracy_sft": evaluate(state.params, components).accuracy}
-        checkpointer.save(step, state, {"accuracies": accuracies}, batches)
+        checkpointer.wait()
+        heartbeat.stoppable(False)  # the last step is on disk; the next start measures its accuracy
+        accuracies = _accuracies(state.params, base, components, run)
     except Exception as error:
         failures.report(error)
         raise
     finally:
         checkpointer.close()
         metrics.close()
-    log.info("held-out accuracy after the cold start: %.3f", accuracies["accuracy_sft"])
     return state.params, accuracies
+
+
+def _accuracies(params: Params, base: float, components: Components, run: RunDir) -> dict[str, float]:
+    """Both accuracies of a finished cold start. They are measured once and then read from sft.json."""
+    if (known := _measured(run.path)) is not None:
+        return known
+    accuracies = {"accuracy_base": base, "accuracy_sft": evaluate(params, components).accuracy}
+    log.info("held-out accuracy after the cold start: %.3f", accuracies["accuracy_sft"])
+    if distributed.host() == 0:
+        record = {"record": accuracies, "sha256": sha256(accuracies)}
+        write_atomically(run.path / "sft.json", to_json(record, indent=2))
+    return accuracies
+
+
+def _measured(folder: Path) -> dict[str, float] | None:
+    """The accuracies in sft.json of a run, as the first host reads them; None if there are none, or if they are damaged."""
+
+    def read() -> dict[str, float] | None:
+        file = folder / "sft.json"
+        if not file.exists():
+            return None
+        try:
+            content = json.loads(file.read_text())
+            if sha256(content["record"]) != content["sha256"]:
+                raise ValueError("it is not what was written")
+            return content["record"]
+        except (ValueError, LookupError, TypeError) as error:
+            log.warning("%s: is damaged (%s): the accuracy after the cold start is measured again", file, error)
+            return None
+
+    return distributed.exchange(read() if distributed.host() == 0 else None)[0]
 
 
 def _restore(folder: Path, components: Components) -> tuple[int, Params, dict[str, Any]] | None:
@@ -241,13 +278,13 @@ def _take_over(other: Path, components: Components) -> ColdStart:
     """
     config = components.config
     found = _restore(other / "checkpoints" / "sft", components)
-    if found is None or "accuracy_sft" not in found[2]["accuracies"]:
+    if found is None or not found[2]["finished"]:
         raise CheckpointError(
             f"init_from = {str(other)!r}: no finished cold start there (expected a checkpoint under "
             f"{other / 'checkpoints' / 'sft'}); run `appo-jax sft` with --run-dir {other} first"
         )
-    params, accuracies = found[1], found[2]["accuracies"]
-    if not _measures_alike(other, config):
+    params, accuracies = found[1], _measured(other)
+    if accuracies is None or not _measures_alike(other, config):
         accuracies = {"accuracy_sft": evaluate(params, components).accuracy}
         log.info("held-out accuracy of the policy of init_from: %.3f", accuracies["accuracy_sft"])
     return params, accuracies
