@@ -30,7 +30,7 @@ def masked_zscore(x: Float[Array, "*R T"], mask: Bool[Array, "*R T"]) -> Float[A
     """`(x − mean) / std` over the masked members, 0 outside the mask and wherever the variance is 0.
 
     Whether the variance is 0 is decided by comparing the numbers: the mean of equal numbers may round, and the
-    difference must not become a score.
+    difference must not become a z-score.
     """
     std = masked_std(x, mask)[..., None]
     degenerate = is_constant(x, mask)[..., None] | (std == 0)

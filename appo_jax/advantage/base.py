@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from appo_jax.advantage.groups import EQUAL, Std, dual_group, own_zscores, spread
+from appo_jax.advantage.groups import EQUAL, Std, dual_group, spread, zscores_within
 from appo_jax.config import AdvantageConfig
 from appo_jax.types import Rollout, Tree, turn_starts
 
@@ -42,7 +42,7 @@ def _of_tree(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> Iterab
     if config.base == "tree":
         return tree_groups(rewards, [root_and_shared(tree, r)[0] for r in tree], config.std)
     if config.base == "joint":
-        return own_zscores(rewards, config.std)
+        return zscores_within(rewards, config.std)
     if config.base == "every_rollout":
         return dual_group(rewards, rewards[first], rewards[~first], config.std)
     if config.base == "shared_prefix":
@@ -50,7 +50,7 @@ def _of_tree(tree: Tree, rewards: np.ndarray, config: AdvantageConfig) -> Iterab
     if config.base == "paper":
         initial = dual_group(rewards[first], rewards[first], rewards[~first], config.std)
     else:
-        initial = own_zscores(rewards[first], config.std)
+        initial = zscores_within(rewards[first], config.std)
     return np.concatenate([initial, np.zeros((~first).sum())])
 
 
@@ -69,7 +69,7 @@ def shared_prefix(tree: Tree, rewards: np.ndarray, std: Std) -> list[np.ndarray]
     without spread gives 0. A token is shared with the branches (of any loop) that forked after it.
     """
     first = np.array([r.is_initial for r in tree])
-    initial, branches = own_zscores(rewards[first], std), own_zscores(rewards[~first], std)
+    initial, branches = zscores_within(rewards[first], std), zscores_within(rewards[~first], std)
     total, count = ([np.zeros(tree[n].length) for n in range(len(initial))] for _ in range(2))
     for rollout, branch_advantage in zip(tree[len(initial) :], branches, strict=True):
         if np.isnan(rewards[rollout.node]):
@@ -86,9 +86,9 @@ def shared_prefix(tree: Tree, rewards: np.ndarray, std: Std) -> list[np.ndarray]
 def tree_groups(rewards: np.ndarray, roots: Sequence[int], std: Std) -> np.ndarray:
     """Tree-GRPO (arXiv 2509.21240): z-score among the rollouts of the same root plus z-score among all, `[M]`."""
     of_root = np.array(roots)
-    advantages = own_zscores(rewards, std)
+    advantages = zscores_within(rewards, std)
     for root in set(roots):
-        advantages[of_root == root] += own_zscores(rewards[of_root == root], std)
+        advantages[of_root == root] += zscores_within(rewards[of_root == root], std)
     return advantages
 
 
@@ -98,7 +98,7 @@ def turn_groups(tree: Tree, rewards: np.ndarray, std: Std) -> list[np.ndarray]:
     A turn's state is what the policy has just read: the prompt, or a tool's answer with the tool's name. Its return is the
     reward, discounted by the turns still to come.
     """
-    episodes = own_zscores(rewards, std)
+    episodes = zscores_within(rewards, std)
     groups: dict[tuple[str, str] | None, list[tuple[int, int, float]]] = {}  # state -> (rollout, first token, return)
     for n, rollout in enumerate(tree):
         starts = turn_starts(rollout.sampled)
@@ -108,11 +108,11 @@ def turn_groups(tree: Tree, rewards: np.ndarray, std: Std) -> list[np.ndarray]:
             groups.setdefault(read.get(start), []).append((n, start, value))
     values = [np.full(rollout.length, episode) for rollout, episode in zip(tree, episodes, strict=True)]
     for members in groups.values():
-        scores = own_zscores(np.array([value for *_, value in members]), std)
-        for (n, start, _), score in zip(members, scores, strict=True):
+        of_members = zscores_within(np.array([value for *_, value in members]), std)
+        for (n, start, _), zscore in zip(members, of_members, strict=True):
             later = [t for t in turn_starts(tree[n].sampled).tolist() if t > start]
             end = min(later, default=tree[n].length)
-            values[n][start:end] += TURN_WEIGHT * score
+            values[n][start:end] += TURN_WEIGHT * zscore
     return values
 
 

@@ -51,11 +51,11 @@ def dual_group(
 
     A group for which the z-score is undefined is left out of the average; with none left the advantage is 0.
     """
-    scores = np.stack([zscores(rewards, initial, std), zscores(rewards, branches, std)])
-    defined = ~np.isnan(scores)
-    return np.where(defined, scores, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
+    both = np.stack([zscores(rewards, initial, std), zscores(rewards, branches, std)])
+    defined = ~np.isnan(both)
+    return np.where(defined, both, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
 
 
-def own_zscores(rewards: Float64[np.ndarray, " N"], std: Std) -> Float64[np.ndarray, " N"]:
+def zscores_within(rewards: Float64[np.ndarray, " N"], std: Std) -> Float64[np.ndarray, " N"]:
     """Z-score of each reward among all of them; 0 where all are equal."""
     return np.nan_to_num(zscores(rewards, rewards, std))

@@ -34,5 +34,5 @@ def scaled_by_entropy(
     """
     known = entropies[mask].astype(np.float64)
     std = known.std() if known.size else 0.0
-    scores = (entropies - known.mean()) / std if std > 0 else np.zeros_like(advantages)
-    return np.where(mask, advantages * (1.0 + weight * scores), advantages).astype(np.float32)
+    z = (entropies - known.mean()) / std if std > 0 else np.zeros_like(advantages)
+    return np.where(mask, advantages * (1.0 + weight * z), advantages).astype(np.float32)

@@ -164,10 +164,10 @@ def _part(q: jax.Array, cache: LayerCache | Blocks, seen: jax.Array, flat: tuple
         out, top, total = part
         k, v = (x.reshape(*flat[:-1], *x.shape[-2:]) for x in block)
         index = first + jnp.arange(k.shape[-1])
-        scores = jnp.einsum("...qe,...et->...qt", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where((index >= fresh) & (index < seen), scores, -jnp.inf)
-        higher = jnp.maximum(top, scores.max(-1, keepdims=True))
-        weights, scale = jnp.exp(scores - higher), jnp.exp(top - higher)
+        logits = jnp.einsum("...qe,...et->...qt", q, k, preferred_element_type=jnp.float32)
+        logits = jnp.where((index >= fresh) & (index < seen), logits, -jnp.inf)
+        higher = jnp.maximum(top, logits.max(-1, keepdims=True))
+        weights, scale = jnp.exp(logits - higher), jnp.exp(top - higher)
         added = jnp.einsum("...qt,...te->...qe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return out * scale + added, higher, total * scale + weights.sum(-1, keepdims=True)
 

@@ -1,6 +1,6 @@
 """Attention over whole rows, by the fastest kernel that the platform has and that supports the shapes.
 
-TPU: splash attention, which never holds the `[T, T]` scores. GPU: cuDNN's flash attention for causal rows. All other cases:
+TPU: splash attention, which never holds the `[T, T]` logits. GPU: cuDNN's flash attention for causal rows. All other cases:
 plain XLA. All compute the same function.
 """
 

@@ -33,8 +33,8 @@ def seen_keys(
     """One part of a softmax over caches of ragged lengths.
 
     q `[N, K, M, E]`, already scaled; keys and values `[N, K, T, E]`; seen `[N, M]` int32: a query sees the first `seen` keys.
-    Returns float32: the unnormalised output `[N, K, M, E]`, the largest score and the sum of exponentials, both `[N, K, M, 1]`.
-    For a query that sees no key, output and sum are 0 and the score is the lowest float32. `name`: the call's name in the
+    Returns float32: the unnormalised output `[N, K, M, E]`, the largest logit q·k and the sum of exponentials, both `[N, K, M, 1]`.
+    For a query that sees no key, output and sum are 0 and the logit is the lowest float32. `name`: the call's name in the
     compiled program. `interpret` runs the kernel without a TPU.
     """
     N, K, M, E = q.shape
@@ -101,11 +101,11 @@ def _kernel(
         real = first + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < length
         for head in range(q_ref.shape[1]):
             by_width = (((1,), (1,)), ((), ()))
-            scores = jax.lax.dot_general(q_ref[0, head], k_ref[0, head], by_width, preferred_element_type=jnp.float32)
-            scores = jnp.where(index < seen, scores, -jnp.inf)
+            logits = jax.lax.dot_general(q_ref[0, head], k_ref[0, head], by_width, preferred_element_type=jnp.float32)
+            logits = jnp.where(index < seen, logits, -jnp.inf)
             top = top_ref[0, head]
-            higher = jnp.maximum(top, scores.max(-1, keepdims=True))
-            weights, scale = jnp.exp(scores - higher), jnp.exp(top - higher)
+            higher = jnp.maximum(top, logits.max(-1, keepdims=True))
+            weights, scale = jnp.exp(logits - higher), jnp.exp(top - higher)
             v = v_ref[0, head]
             v = v if length % block == 0 else jnp.where(real, v, jnp.zeros_like(v))
             added = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)

@@ -1,8 +1,8 @@
 """A search index on disk (tantivy) for corpora that do not fit in memory. It is built once, and many processes memory-map it.
 
 Pages are split into words, stems and stop words as in the index of the `search` tool (tools/search.py), and ranked by the same
-BM25 (k1 = 1.2, b = 0.75, Lucene's idf). Scores are k1 + 1 times as large. Tantivy rounds a page's length to one of 256 steps,
-so pages of nearly equal score may change places.
+BM25 (k1 = 1.2, b = 0.75, Lucene's idf). Relevances are k1 + 1 times as large. Tantivy rounds a page's length to one of 256
+steps, so pages of nearly equal relevance may change places.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Index:
         self._searcher = self._index.searcher()
 
     def search(self, query: str, k: int) -> list[tuple[Document, float]]:
-        """The k best pages that share a word with the query, best first, with their scores."""
+        """The k best pages that share a word with the query, best first, with their relevance."""
         found = query_terms(writable(query))
         wanted = [
             (
@@ -139,7 +139,7 @@ class Index:
         if not wanted:
             return []
         hits = self._searcher.search(tantivy.Query.boolean_query(wanted), k, count=False).hits
-        return [(self._page(address), score) for score, address in hits]
+        return [(self._page(address), relevance) for relevance, address in hits]
 
     def _page(self, address: tantivy.DocAddress) -> Document:
         stored = self._searcher.doc(address)

@@ -102,10 +102,10 @@ class Retriever:
             return json.dumps(self.health()).encode()
         if (method, path) != ("POST", "/retrieve"):
             raise Refused(404, "expected POST /retrieve or GET /health", [])
-        queries, k, scores = _read(await _body(receive))
+        queries, k, return_scores = _read(await _body(receive))
         self._allow(len(queries))
         results = await asyncio.to_thread(lambda: [self._found(query, k) for query in queries])
-        return _written(results, scores)
+        return _written(results, return_scores)
 
     def health(self) -> dict[str, Any]:
         """The state of this process: the pages it serves and the queries it has answered."""
@@ -126,7 +126,7 @@ class Retriever:
         self.queries += count
 
     def _search(self, query: str, k: int) -> list[tuple[str, float]]:
-        return [(join_contents(page), score) for page, score in self.index.search(query, k)]
+        return [(join_contents(page), relevance) for page, relevance in self.index.search(query, k)]
 
 
 async def _body(receive: Receive) -> bytes:
@@ -155,10 +155,10 @@ def _read(body: bytes) -> tuple[list[str], int, bool]:
     return [" ".join(query[:MAX_QUERY].split()) for query in queries], k, bool(request.get("return_scores"))
 
 
-def _written(results: list[list[tuple[str, float]]], scores: bool) -> bytes:
-    def page(number: int, contents: str, score: float) -> dict[str, Any]:
+def _written(results: list[list[tuple[str, float]]], return_scores: bool) -> bytes:
+    def page(number: int, contents: str, relevance: float) -> dict[str, Any]:
         document = {"id": str(number), "contents": contents}
-        return {"document": document, "score": score} if scores else document
+        return {"document": document, "score": relevance} if return_scores else document
 
     listed = [[page(i, *hit) for i, hit in enumerate(found)] for found in results]
     return json.dumps({"result": listed}).encode()

@@ -87,14 +87,14 @@ def _from_sentencepiece(content: bytes, path: Path) -> dict[str, bytes]:
     }
 
 
-def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+def _merges(piece_scores: dict[str, float]) -> list[tuple[str, str]]:
     """The merges of a sentencepiece BPE model, which only stores pieces: every split of a piece into two others, pieces of
     the highest score first."""
-    order = {piece: i for i, piece in enumerate(sorted(scores, key=lambda piece: -scores[piece]))}
+    order = {piece: i for i, piece in enumerate(sorted(piece_scores, key=lambda piece: -piece_scores[piece]))}
     splits = [
         (order[piece], order[piece[:i]], (piece[:i], piece[i:]))
-        for piece in scores
+        for piece in piece_scores
         for i in range(1, len(piece))
-        if piece[:i] in scores and piece[i:] in scores
+        if piece[:i] in piece_scores and piece[i:] in piece_scores
     ]
     return [merge for *_, merge in sorted(splits)]

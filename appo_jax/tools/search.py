@@ -82,24 +82,24 @@ class LocalSearch:
         k = top_k or self.top_k
         found: list[list[Document]] = []
         for query in queries:
-            scores = self._scores(query)
-            matches = np.flatnonzero(scores)
-            if len(matches) > k:  # sort only the documents that reach the k-th best score
-                matches = matches[scores[matches] >= -np.partition(-scores[matches], k - 1)[k - 1]]
-            best = matches[np.lexsort((matches, -scores[matches]))][:k]  # ties by position
+            relevance = self._relevance(query)
+            matches = np.flatnonzero(relevance)
+            if len(matches) > k:  # sort only the documents that are as relevant as the k-th best
+                matches = matches[relevance[matches] >= -np.partition(-relevance[matches], k - 1)[k - 1]]
+            best = matches[np.lexsort((matches, -relevance[matches]))][:k]  # ties by position
             found.append([self.documents[i] for i in best])
         return found
 
-    def _scores(self, query: str) -> np.ndarray:
-        """BM25 scores of all documents, [documents] float32: the sum over the query's terms of their stored columns."""
+    def _relevance(self, query: str) -> np.ndarray:
+        """The relevance of all documents by BM25, [documents] float32: the sum over the query's terms of their stored columns."""
         columns, vocabulary = self._index.scores, self._index.vocab_dict
         data, indices, starts = columns["data"], columns["indices"], columns["indptr"]
-        scores = np.zeros(len(self.documents), np.float32)
+        relevance = np.zeros(len(self.documents), np.float32)
         for word in query_terms(query):
             if (term := vocabulary.get(word)) is not None:
                 column = slice(starts[term], starts[term + 1])
-                scores[indices[column]] += data[column]
-        return scores
+                relevance[indices[column]] += data[column]
+        return relevance
 
 
 _WORD = re.compile(r"\w+")
@@ -153,7 +153,7 @@ def query_terms(query: str) -> list[str]:
 def build_index(documents: Sequence[Document]) -> bm25s.BM25:
     """A BM25 index (k1 = 1.2, b = 0.75, Lucene's idf) of the documents' titles and texts.
 
-    Stop words have separate columns that do not change the scores of other words: they are scored as if a document had
+    Stop words have separate columns that do not change the relevance by other words: it is computed as if a document had
     only stop words."""
     vocabulary: dict[str, int] = {}
     stop_vocabulary: dict[str, int] = {}

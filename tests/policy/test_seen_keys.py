@@ -55,8 +55,8 @@ def by_hand(t: Tree) -> np.ndarray:
         r, seen, own = t.places.of_row[w, 0], t.prefix_length[w], t.cached[w] + 1
         keys = np.concatenate([t.prefix[0][r, h // G, :, :seen], t.suffix[0][w, h // G, :, :own]], axis=1).astype(float)
         values = np.concatenate([t.prefix[1][r, h // G, :seen], t.suffix[1][w, h // G, :own]]).astype(float)
-        scores = t.q[w, 0, h] @ keys / np.sqrt(E)
-        p = np.exp(scores - scores.max())
+        logits = t.q[w, 0, h] @ keys / np.sqrt(E)
+        p = np.exp(logits - logits.max())
         out[w, 0, h] = p @ values / p.sum()
     return out
 
@@ -84,8 +84,8 @@ def test_blocks_that_nobody_sees_are_not_read() -> None:
     assert np.isfinite(out).all()
     assert not out[0, :, 0].any()
     assert not total[0, :, 0].any()
-    scores = np.einsum("kme,kte->kmt", q[1].astype(float), keys[1, :, :700].astype(float))[:, 1]
-    np.testing.assert_allclose(np.log(total[1, :, 1, 0]) + top[1, :, 1, 0], np.log(np.exp(scores).sum(-1)), atol=1e-5)
+    logits = np.einsum("kme,kte->kmt", q[1].astype(float), keys[1, :, :700].astype(float))[:, 1]
+    np.testing.assert_allclose(np.log(total[1, :, 1, 0]) + top[1, :, 1, 0], np.log(np.exp(logits).sum(-1)), atol=1e-5)
 
 
 COMPILE = """

@@ -53,7 +53,7 @@ def index(tmp_path_factory):
 def test_queries_find_what_the_search_tool_finds(index, query, first):
     found = index.search(query, 3)
     assert found[0][0] == PAGES[first]
-    assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
+    assert [relevance for _, relevance in found] == sorted((relevance for _, relevance in found), reverse=True)
     assert {page for page, _ in index.search(query, 6)} == set(LocalSearch(PAGES).search([query], 6)[0])
 
 
@@ -62,7 +62,7 @@ def test_queries_that_find_nothing(index, query):
     assert index.search(query, 3) == []
 
 
-def test_scores_are_those_of_bm25(tmp_path):
+def test_relevance_is_that_of_bm25(tmp_path):
     """Pages of few words: tantivy keeps their lengths exactly. Against bm25s, which leaves the factor k1 + 1 out."""
     rng = np.random.default_rng(0)
     names = [f"w{i}" for i in range(30)]
@@ -71,10 +71,12 @@ def test_scores_are_those_of_bm25(tmp_path):
     index, local = Index(tmp_path / "i"), LocalSearch(pages)
     for _ in range(50):
         query = " ".join(rng.choice(names, 3, replace=False))
-        scores = {pages[i].title: 2.2 * score for i, score in enumerate(local._scores(query))}
+        expected = {pages[i].title: 2.2 * x for i, x in enumerate(local._relevance(query))}
         found = index.search(query, 10)
-        np.testing.assert_allclose([score for _, score in found], sorted(scores.values())[:-11:-1], rtol=1e-4)
-        np.testing.assert_allclose([score for _, score in found], [scores[page.title] for page, _ in found], rtol=1e-4)
+        np.testing.assert_allclose([relevance for _, relevance in found], sorted(expected.values())[:-11:-1], rtol=1e-4)
+        np.testing.assert_allclose(
+            [relevance for _, relevance in found], [expected[page.title] for page, _ in found], rtol=1e-4
+        )
 
 
 def test_a_machine_with_many_cores_builds_an_index(tmp_path, monkeypatch):
