@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from appo_jax.data.examples import system_prompt
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.policy.parameters import Params
 from appo_jax.reward.language_judge import LanguageJudge
+from appo_jax.rollout.sampler import GenerationStats
 from appo_jax.rollout.stats import accuracy
 from appo_jax.text.tokenizer import Tokenizer
+from appo_jax.tools.outage import Drawn, with_tools
 from appo_jax.types import Example, Kind, Rollout
 
 SETS = 4  # the first number of every draw_id for a set, which is the purpose of the draws
@@ -62,15 +64,25 @@ def held_out_examples(components: Components) -> Sequence[Example]:
 
 @heartbeat.phase("evaluate")
 def evaluate(params: Params, components: Components) -> Evaluation:
-    """Draw one greedy rollout, with tools, for every held-out question."""
-    began = time.perf_counter()
-    heartbeat.detail(f"{len(held_out_examples(components))} questions")
-    trees = components.sampler.initial(params, held_out_examples(components), 1, draw_id=(2,), temperature=0.0)
-    rollouts = [rollout for tree in trees for rollout in tree]
+    """Draw one greedy rollout, with tools, for every held-out question. Raises ToolError if a tool is down and stays down."""
+    began, questions = time.perf_counter(), held_out_examples(components)
+    heartbeat.detail(f"{len(questions)} questions")
+    rollouts = _with_tools(
+        lambda: [
+            rollout
+            for tree in components.sampler.initial(params, questions, 1, draw_id=(2,), temperature=0.0)
+            for rollout in tree
+        ],
+        components,
+    )
     give_rewards(rollouts, components)
     components.sampler.take_stats()  # calls and tokens of an evaluation must not count for a training step
-    components.executor.metrics()
     return Evaluation(rollouts, time.perf_counter() - began)
+
+
+def _with_tools(draw: Callable[[], Drawn], components: Components) -> Drawn:
+    """The result of `draw`, during which the tools answered (`outage.with_tools`). Its calls do not count for a training step."""
+    return with_tools(draw, components.executor.metrics, "an evaluation", components.config.tools)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +100,18 @@ def draw_samples(
     """Rollouts of every question of a set, under the system prompt of the first held-out question of its kind, or of the first.
 
     Every sample has its share of the time that the questions took together. Raises DataError for a question that is longer than
-    `rollout.max_prompt_tokens`."""
+    `rollout.max_prompt_tokens`, ToolError if a tool is down and stays down."""
     examples = _examples(components, items, rule)
-    began = time.perf_counter()
     draw_id = (SETS, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)  # different for each part of a set
-    trees = components.sampler.initial(params, examples, draws.samples, draw_id, draws.temperature, draws.max_items)
-    components.executor.metrics()  # calls and tokens of an evaluation must not count for a training step
-    stats, drawn = components.sampler.take_stats(), len(items) * draws.samples
-    times = {"seconds": (time.perf_counter() - began) / drawn, "decode_seconds": stats.decode_s / drawn}
+
+    def draw() -> tuple[list[list[Rollout]], GenerationStats, float]:
+        began = time.perf_counter()
+        trees = components.sampler.initial(params, examples, draws.samples, draw_id, draws.temperature, draws.max_items)
+        return trees, components.sampler.take_stats(), time.perf_counter() - began
+
+    trees, stats, seconds = _with_tools(draw, components)
+    drawn = len(items) * draws.samples
+    times = {"seconds": seconds / drawn, "decode_seconds": stats.decode_s / drawn}
     return [[_sample(rollout, components.tokenizer, times) for rollout in tree] for tree in trees]
 
 

@@ -60,7 +60,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     prompts = prompt_batches(components.train, config.prompts_per_step, config.seed, weights=components.dataset.weights)
     checkpointer = Checkpointer(run.checkpoints / "rl", config.keep_checkpoints, config.keep_best_checkpoints)
     metrics = MetricsLogger(run.path, keep_rollouts=config.keep_rollouts)
-    outages = OutageWatch(config.tools)
+    outages = OutageWatch(config.tools, stop.agreed)
     try:
         reached, last = Reached(), None
         if (restored := checkpointer.restore_latest(state, prompts)) is not None:

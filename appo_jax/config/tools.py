@@ -77,8 +77,8 @@ class ToolsConfig:
     max_concurrency: PositiveInt = 8
     """Calls of one tool that run at the same time, on one host."""
     max_unavailable: Fraction = 0.5
-    """Share of a tool's calls in a step that may go unanswered. Above it the run pauses; if the next step is also above
-    it, the run stops."""
+    """Share of a tool's calls in a step or an evaluation that may go unanswered. Above it the run pauses; if the next step, or
+    the same evaluation, is also above it, the run stops."""
     pause_seconds: NonNegativeFloat = 60.0
     """Seconds of that pause."""
     python: PythonToolConfig = PythonToolConfig()

@@ -1,4 +1,4 @@
-"""A tool that is down: after one bad step the run waits, after two in a row it stops, and in no other case."""
+"""A tool that is down: after one bad step or evaluation the run waits, after two in a row it stops, and in no other case."""
 
 import dataclasses
 import time
@@ -7,7 +7,7 @@ import pytest
 
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ToolError
-from appo_jax.tools.outage import OutageWatch
+from appo_jax.tools.outage import OutageWatch, with_tools
 
 CONFIG = ToolsConfig(pause_seconds=0.3)
 
@@ -45,3 +45,35 @@ def test_what_does_not_stop_it(steps):
     watch = OutageWatch(dataclasses.replace(CONFIG, pause_seconds=0.0))
     for number, metrics in enumerate(steps, start=1):
         watch.see(number, metrics)
+
+
+def test_a_request_to_stop_ends_the_pause():
+    asked = iter([False, True])
+    watch = OutageWatch(dataclasses.replace(CONFIG, pause_seconds=600.0), lambda: next(asked))
+    began = time.monotonic()
+    watch.see(1, step(search=(20, 20)))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("calls", "drawn"),
+    [
+        ([step(), step()], 1),
+        ([step(search=(20, 20)), step()], 1),  # calls before the evaluation do not count
+        ([step(), step(search=(20, 20)), step()], 2),
+        ([step(), step(search=(20, 20)), step(search=(20, 11))], None),
+    ],
+)
+def test_an_evaluation_without_a_tool_is_made_again_or_refused(calls, drawn):
+    told, draws = iter(calls), iter(range(1, 4))
+
+    def evaluate():
+        return with_tools(lambda: next(draws), lambda: next(told), "an evaluation", CONFIG)
+
+    if drawn is None:
+        with pytest.raises(
+            ToolError, match="'search' is down: 11 of 20 calls were unavailable in an evaluation, after a pause"
+        ):
+            evaluate()
+    else:
+        assert evaluate() == drawn
