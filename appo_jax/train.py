@@ -65,7 +65,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         reached, last = Reached(), None
         if (restored := checkpointer.restore_latest(state, prompts)) is not None:
             step, state, meta = restored
-            _require_same_base(meta["base"], trainer, run)
+            _require_same_origin(meta, trainer.origin, run.checkpoints)
             reached, clock.before = Reached(step, meta["sampled_tokens"]), meta["wall_s"]
             last, accuracies = meta["record"], meta["accuracies"]
             heartbeat.at_step(step)
@@ -93,13 +93,13 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             if reached.step % config.checkpoint_every == 0 or reached.end(config) or stopping:
                 meta = {
                     "sampled_tokens": reached.sampled_tokens, "wall_s": record["time/wall_s"], "record": plain(record),
-                    "accuracies": accuracies, "base": trainer.base_id, "config": config_json(config, run.config).decode(),
-                }  # fmt: skip
+                    "accuracies": accuracies, "config": config_json(config, run.config).decode(),
+                } | trainer.origin  # fmt: skip
                 checkpointer.save(reached.step, state, meta, prompts, record.get("eval/accuracy"))
+        checkpointer.wait()
         if not reached.end(config):
             log.warning("stopped after step %d, which is saved; the same command goes on from there", reached.step)
             raise KeyboardInterrupt
-        checkpointer.wait()
         heartbeat.stoppable(False)  # the last step is on disk
         final = _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
         summary = _summary(accuracies, final, config, reached) | {"wall_s": clock.wall_s()}
@@ -131,12 +131,22 @@ def _summary(
     }  # fmt: skip
 
 
-def _require_same_base(saved: str, trainer: Trainer, run: RunDir) -> None:
-    """Raises CheckpointError if a checkpoint's adapters were trained with other frozen weights than the run has now."""
-    if saved != trainer.base_id:
-        raise CheckpointError(
-            f"{run.checkpoints / 'rl'}: its adapters were trained with other frozen weights ({saved}) than this run has now "
-            f"({trainer.base_id}): policy.path, init_from or {run.checkpoints / 'sft'} has changed since; put the old weights back"
+def _require_same_origin(saved: Mapping[str, Any], now: Mapping[str, str], checkpoints: Path) -> None:
+    """Compares what a checkpoint and this start begin with (`Trainer.origin`). Raises CheckpointError for other frozen weights or
+    another π_ref; warns of another precision."""
+    what = {"base": "its adapters were trained with other frozen weights", "reference": "its KL is from another π_ref"}
+    for name, problem in what.items():
+        if saved[name] != now[name]:
+            raise CheckpointError(
+                f"{checkpoints / 'rl'}: {problem} ({saved[name]}) than this run has now ({now[name]}): policy.path, init_from or "
+                f"{checkpoints / 'sft'} has changed since; put the old weights back"
+            )
+    if saved["dtype"] != now["dtype"]:
+        log.warning(
+            "the run was computed in %s and goes on in %s, because policy.compute_dtype = 'auto' follows the machine; continue it "
+            "on a machine of the first kind to keep the precision",
+            saved["dtype"],
+            now["dtype"],
         )
 
 

@@ -59,9 +59,12 @@ class Trainer:
         return with_adapters(self.base, state.params)
 
     @functools.cached_property
-    def base_id(self) -> str:
-        """A digest of the frozen weights; "" if there are none."""
-        return "" if self.base is None else identity(self.base)
+    def origin(self) -> dict[str, str]:
+        """What a run that is continued finds again: digests of the frozen weights and of a π_ref of its own ("": it has none), and
+        the dtype of matrix products. A checkpoint keeps it."""
+        parts = {"base": self.base, "reference": None if self.reference is self.base else self.reference}
+        digests = {name: "" if params is None else identity(params) for name, params in parts.items()}
+        return digests | {"dtype": str(self.components.dtype)}
 
 
 def train_step(

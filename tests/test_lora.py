@@ -6,6 +6,8 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,8 @@ from appo_jax.export import newest_params
 from appo_jax.policy import weights
 from appo_jax.policy.adapters import abstract_adapters, merged, with_adapters
 from appo_jax.rollout.scoring import log_probs
-from appo_jax.train import train
+from appo_jax.train import _require_same_origin, train
+from appo_jax.train_step import Trainer
 
 
 def run_of(tiny: Config, folder: Path) -> Path:
@@ -108,3 +111,23 @@ def test_what_is_sampled_is_what_is_scored(tiny: Config) -> None:
             np.testing.assert_allclose(rollout.log_probs[sampled], a[sampled], atol=1e-5)
             np.testing.assert_allclose(m[sampled], a[sampled], atol=1e-5)
             assert np.abs(a[sampled] - b[sampled]).max() > 0.1
+
+
+def test_what_a_run_began_with_is_compared_when_it_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def origin(base: float | None, reference: float | None, dtype: str = "float32") -> dict[str, str]:
+        base, reference = (None if x is None else {"w": jnp.full(3, x)} for x in (base, reference))
+        parts: Any = SimpleNamespace(dtype=jnp.dtype(dtype))
+        return Trainer(parts, None, None, None, base if reference is None else reference, base).origin
+
+    assert origin(None, None)["reference"] == origin(1.0, None)["reference"] == ""  # with adapters, π_ref is the base
+    assert origin(None, 1.0) == origin(None, 1.0)
+    _require_same_origin(origin(None, 1.0), origin(None, 1.0), tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"rl: its KL is from another π_ref .*init_from or .*sft has changed since"
+    ):
+        _require_same_origin(origin(None, 1.0), origin(None, 2.0), tmp_path)
+    with pytest.raises(CheckpointError, match="its adapters were trained with other frozen weights"):
+        _require_same_origin(origin(1.0, None), origin(2.0, None), tmp_path)
+    assert not caplog.text
+    _require_same_origin(origin(None, 1.0, "bfloat16"), origin(None, 1.0), tmp_path)
+    assert "the run was computed in bfloat16 and goes on in float32" in caplog.text
