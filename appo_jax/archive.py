@@ -10,11 +10,21 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from appo_jax.checkpoint import TEMPORARY
+from appo_jax.checkpoint import OLD, TEMPORARY
 from appo_jax.checkpoint_read import REMOVED, verify
 from appo_jax.errors import CheckpointError
 from appo_jax.storage import folder_size, lock, usable_path, write_atomically
+
+# What the list says about an entry of a kind.
+KINDS = {
+    "checkpoint": "",
+    "refused": "broken, and set aside; --prune removes it",
+    "half-written": "being written, or left by a killed run; --prune removes it",
+    "half-removed": "the rest of an old checkpoint; --prune removes it",
+    "stray": "not written by a run, which leaves it alone",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +32,14 @@ class Entry:
     """Something in the checkpoint folder of a phase."""
 
     path: Path
-    kind: str  # checkpoint, refused, half-written, stray
+    kind: str  # one of KINDS
     size: int  # bytes
     written: float  # Unix time
 
     def line(self, word: str = "") -> str:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.written))
-        return f"{self.path.parent.name}/{self.path.name:24} {self.kind:13} {self.size / 1e6:10.1f} MB  {when}  {word}".rstrip()
+        name, size = f"{self.path.parent.name}/{self.path.name:24}", f"{self.size / 1e6:10.1f} MB"
+        return f"{name} {self.kind:13} {size}  {when}  {word or KINDS[self.kind]}".rstrip()
 
 
 def entries(run: Path) -> list[Entry]:
@@ -41,16 +52,20 @@ def entries(run: Path) -> list[Entry]:
 
 
 def verified(run: Path) -> Iterator[tuple[Entry, str]]:
-    """Read every checkpoint completely. Each comes with "sound", or with what is wrong with it."""
+    """The entries of a run, with its checkpoints read completely: each comes with "sound" or with what is wrong with it, and
+    entries of other kinds with ""."""
     for entry in entries(run):
-        if entry.kind == "checkpoint" and (word := verify(entry.path)) != REMOVED:  # by the run, which goes on
+        word = verify(entry.path) if entry.kind == "checkpoint" else ""
+        if word != REMOVED:  # by the run, which goes on
             yield entry, word
 
 
 def prune(run: Path) -> list[Entry]:
-    """Remove refused and half-written checkpoints, and return them. Raises CheckpointError if a process is writing the run."""
+    """Remove refused, half-written and half-removed checkpoints, and return them. Raises CheckpointError if a process is writing
+    the run."""
+    entries(run)  # a folder without a run gets no lock
     with _locked(run):
-        gone = [entry for entry in entries(run) if entry.kind in ("refused", "half-written")]
+        gone = [entry for entry in entries(run) if entry.kind in ("refused", "half-written", "half-removed")]
         for entry in gone:
             shutil.rmtree(entry.path)
     return gone
@@ -60,32 +75,53 @@ def copy(run: Path, out: Path) -> Path:
     """Copy a run with its newest sound RL checkpoint to `out`, which can then be continued or exported. Returns the copied step.
 
     Copied are the newest sound checkpoint of the cold start, too, the records of steps, and the config with `run_dir = out`.
-    Raises CheckpointError if no RL checkpoint is sound, or if `out` exists and is not empty.
+    Raises CheckpointError if no RL checkpoint is sound, if config.json cannot be read, if `out` exists and is not an empty folder,
+    or if it cannot be written; nothing is left there then.
     """
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out}: exists and is not empty; give a new folder")
-    out = usable_path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists and is not an empty folder; give a new folder")
+    out, config = usable_path(out), _config(run)
     copied = {phase: step for phase in ("rl", "sft") if (step := _newest_sound(run, phase)) is not None}
     if "rl" not in copied:
         raise CheckpointError(f"{run}: no sound checkpoint under checkpoints/rl; nothing can be copied")
-    for phase, step in copied.items():
-        target = out / "checkpoints" / phase / step.name
-        try:
-            shutil.copytree(step, target)
-        except (OSError, shutil.Error) as error:
-            if step.exists():
-                raise
-            raise CheckpointError(f"{step}: the run has removed it meanwhile; delete {out} and try again") from error
-        if (word := verify(target)) != "sound":
-            raise CheckpointError(
-                f"{target}: the copy differs from the original ({word}); the disk under {out} loses data"
-            )
-    for records in ("metrics.jsonl", "sft.jsonl"):
-        if (run / records).exists():
-            shutil.copy(run / records, out)
-    config = json.loads((run / "config.json").read_text())
-    write_atomically(out / "config.json", json.dumps(config | {"run_dir": str(out)}, indent=2) + "\n")
+    try:
+        for phase, step in copied.items():
+            _copy_step(step, out / "checkpoints" / phase / step.name)
+        for records in ("metrics.jsonl", "sft.jsonl", "sft.json"):
+            if (run / records).exists():
+                shutil.copy(run / records, out)
+        write_atomically(out / "config.json", json.dumps(config | {"run_dir": str(out)}, indent=2) + "\n")
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     return out / "checkpoints" / "rl" / copied["rl"].name
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """The content of a run's config.json. Raises CheckpointError if it cannot be read."""
+    try:
+        return dict(json.loads((run / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{run / 'config.json'}: cannot be read ({error}); the run writes it again from a checkpoint when it goes on"
+        ) from error
+
+
+def _copy_step(step: Path, target: Path) -> None:
+    """Copy a checkpoint, and read the copy. Raises CheckpointError if it cannot be written or is not the original."""
+    try:
+        shutil.copytree(step, target)
+    except OSError as error:  # shutil.Error holds what happened to each file
+        if not step.exists():
+            raise CheckpointError(f"{step}: the run has removed it meanwhile; try again") from error
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        place = next(folder for folder in target.parents if folder.exists())
+        raise CheckpointError(
+            f"{target}: cannot be written ({reason}); it takes {folder_size(step) / 1e9:.2f} GB, and "
+            f"{shutil.disk_usage(place).free / 1e9:.2f} are free beside what was written of it"
+        ) from error
+    if (word := verify(target)) != "sound":
+        raise CheckpointError(f"{target}: the copy differs from the original ({word}); the disk under it loses data")
 
 
 def _newest_sound(run: Path, phase: str) -> Path | None:
@@ -97,9 +133,11 @@ def _newest_sound(run: Path, phase: str) -> Path | None:
 
 def _entry(path: Path) -> Entry | None:
     kind = (
-        "half-written" if TEMPORARY in path.name
+        "checkpoint" if path.name.isdecimal() and path.is_dir()
+        else "stray" if path.is_symlink() or not path.is_dir()
+        else "half-written" if TEMPORARY in path.name
         else "refused" if path.name.startswith("refused_")
-        else "checkpoint" if path.name.isdigit() and path.is_dir()
+        else "half-removed" if path.name.startswith(OLD)
         else "stray"
     )  # fmt: skip
     try:
@@ -110,7 +148,7 @@ def _entry(path: Path) -> Entry | None:
 
 
 def _order(path: Path) -> tuple[bool, int, str]:
-    return (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0, path.name)
+    return (not path.name.isdecimal(), int(path.name) if path.name.isdecimal() else 0, path.name)
 
 
 @contextlib.contextmanager

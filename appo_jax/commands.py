@@ -127,11 +127,14 @@ def checkpoints_command(args: Sequence[str]) -> None:
             print(archive.copy(run, copy_to))
         for entry in archive.prune(run) if prune else ():
             print("removed", entry.line())
-        states = {entry.path: word for entry, word in archive.verified(run)} if verify else {}
-        for entry in archive.entries(run):
-            print(entry.line(states.get(entry.path, "")))
-        if broken := [path for path, word in states.items() if word != "sound"]:
-            raise CheckpointError(f"{len(broken)} checkpoints are broken; the run sets them aside when it goes on")
+        broken = 0
+        for entry, word in archive.verified(run) if verify else ((entry, "") for entry in archive.entries(run)):
+            print(entry.line(word), flush=True)
+            broken += word not in ("", "sound")
+        if broken:
+            raise CheckpointError(
+                f"{broken} checkpoints are broken or cannot be read; the run passes them over when it goes on"
+            )
 
     tyro.cli(checkpoints, prog="appo-jax checkpoints", args=list(args))
 

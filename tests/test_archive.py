@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from appo_jax import checkpoint_read
 from appo_jax.archive import copy, entries, prune, verified
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.errors import CheckpointError
@@ -46,27 +48,35 @@ def run(pristine, tmp_path):
     shutil.copytree(pristine, run)
     (run / "checkpoints/rl/refused_6").mkdir()
     (run / "checkpoints/rl/12.orbax-checkpoint-tmp-3").mkdir()
-    (run / "checkpoints/rl/notes.txt").write_text("mine")
+    (run / "checkpoints/rl/removed_1").mkdir()
+    for stray in ("notes.txt", "refused_notes.txt", "²"):
+        (run / "checkpoints/rl" / stray).write_text("mine")
     return run
 
 
 def test_everything_is_listed_by_its_kind(run):
     assert [(entry.path.name, entry.kind) for entry in entries(run)] == [
         ("7", "checkpoint"), ("2", "checkpoint"), ("4", "checkpoint"), ("10", "checkpoint"),
-        ("12.orbax-checkpoint-tmp-3", "half-written"),
-        ("notes.txt", "stray"), ("refused_6", "refused"),
+        ("12.orbax-checkpoint-tmp-3", "half-written"), ("notes.txt", "stray"), ("refused_6", "refused"),
+        ("refused_notes.txt", "stray"), ("removed_1", "half-removed"), ("²", "stray"),
     ]  # fmt: skip
     assert "rl/10" in entries(run)[3].line()
+    assert entries(run)[5].line().endswith("not written by a run, which leaves it alone")
 
 
-def test_what_is_broken_is_found_by_reading(run):
+def test_what_is_broken_is_found_by_reading(run, monkeypatch):
     (data,) = [p for p in (run / "checkpoints/rl/4/state").rglob("d/*") if p.stat().st_size > 200][:1]
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
+    (run / "checkpoints/rl/2/meta/metadata").unlink()
+    (run / "checkpoints/rl/2/meta/metadata").symlink_to("/proc/self/mem")  # a page that the system does not give (EIO)
+    monkeypatch.setattr(checkpoint_read, "READ_AGAIN_S", ())
     words = {entry.path.name: word for entry, word in verified(run)}
-    assert words["2"] == words["10"] == "sound"
-    assert words["4"] != "sound"
+    assert words["10"] == "sound"
+    assert words["4"] not in ("", "sound")
+    assert words["2"] == "cannot be read: Input/output error"
+    assert words["notes.txt"] == ""
 
 
 def test_checkpoints_are_verified_where_no_accelerator_is_free(run):
@@ -81,13 +91,19 @@ def test_checkpoints_are_verified_where_no_accelerator_is_free(run):
 
 def test_a_run_may_be_named_from_where_one_stands(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert {word for _, word in verified(Path("run"))} == {"sound"}
+    assert {word for entry, word in verified(Path("run")) if entry.kind == "checkpoint"} == {"sound"}
     assert copy(Path("run"), Path("out")).name == "10"
 
 
 def test_pruning_keeps_what_is_good_and_what_is_not_ours(run):
-    assert [entry.path.name for entry in prune(run)] == ["12.orbax-checkpoint-tmp-3", "refused_6"]
-    assert [entry.path.name for entry in entries(run)] == ["7", "2", "4", "10", "notes.txt"]
+    assert [entry.path.name for entry in prune(run)] == ["12.orbax-checkpoint-tmp-3", "refused_6", "removed_1"]
+    assert [entry.path.name for entry in entries(run)] == ["7", "2", "4", "10", "notes.txt", "refused_notes.txt", "²"]
+
+
+def test_a_folder_without_a_run_is_left_as_it_is(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoints"):
+        prune(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_is_being_written_is_not_pruned(run):
@@ -95,7 +111,7 @@ def test_a_run_that_is_being_written_is_not_pruned(run):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match="a process is writing this run"):
             prune(run)
-    assert len(entries(run)) == 7
+    assert len(entries(run)) == 10
 
 
 def test_the_newest_sound_checkpoint_is_copied(run, tmp_path):
@@ -110,5 +126,22 @@ def test_the_newest_sound_checkpoint_is_copied(run, tmp_path):
     checkpointer.close()
     assert step == 4
     jax.tree.map(np.testing.assert_array_equal, back, state(4))
-    with pytest.raises(CheckpointError, match="exists and is not empty"):
+    for out in (tmp_path / "out", run / "metrics.jsonl"):
+        with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
+            copy(run, out)
+
+
+def test_nothing_is_left_of_a_copy_that_failed(run, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"out/checkpoints/rl/10: cannot be written \(.*File too large.*are free"
+        ):
+            copy(run, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (run / "config.json").write_text('{"run_dir": ')
+    with pytest.raises(CheckpointError, match=r"run/config\.json: cannot be read .*the run writes it again"):
         copy(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
