@@ -1,4 +1,4 @@
-"""`appo-jax eval`: scores predictions on a benchmark set. They come from a file, or a policy with its tools draws them now."""
+"""`appo-jax eval`: grades predictions on a benchmark set. They come from a file, or a policy with its tools draws them now."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 import pydantic_core
 
 from appo_jax.archive import entries
+from appo_jax.benchmark.figures import grade_all, summarize
 from appo_jax.benchmark.predictions import Predictions, Sample, check_samples, read_predictions
-from appo_jax.benchmark.report import grade_all, summarize, write_report
-from appo_jax.benchmark.sets import Item, benchmark, load_items
+from appo_jax.benchmark.questions import load_questions
+from appo_jax.benchmark.report import write_report
+from appo_jax.benchmark.sets import Item, benchmark
 from appo_jax.components import build
 from appo_jax.config import Config, JudgeConfig
 from appo_jax.config.bounds import require_at_least
@@ -52,28 +54,29 @@ class Evaluation:
 
 
 def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path | None = None) -> str:
-    """Score a set and write its report. Returns the report's text.
+    """Grade a set and write its report. Returns the report's text.
 
     The predictions come from a file or are drawn now. In the second case, `config` gives policy, prompt and tools, and `weights`
     is the run whose newest checkpoint is used (None: the config's `policy.path`). Drawn samples are kept in the folder; the
     same command given again draws only the missing ones. Raises ConfigError and DataError.
     """
-    items = load_items(asked.set, asked.data)[: asked.limit]
+    every = load_questions(asked.set, asked.data)
+    questions = every.first(asked.limit)
     if asked.predictions is not None:
-        predictions = read_predictions(asked.predictions, items)
+        predictions = read_predictions(asked.predictions, every.items, asked.limit)
     elif config is not None:
-        predictions = _draw(asked, items, config, weights)
+        predictions = _draw(asked, questions.items, config, weights)
     else:
         raise ConfigError("give --predictions FILE, --run RUN, or --config FILE: whose answers are to be graded?")
     judge = None
-    if asked.judge is not None and benchmark(asked.set).rule == "judge":
+    if asked.judge is not None:
         judge = LanguageJudge(asked.judge, Path(asked.judge.cache or asked.out / "verdicts.sqlite"))
     try:
-        graded = grade_all(asked.set, items, predictions, judge)
+        graded = grade_all(asked.set, questions.items, predictions, judge)
     finally:
         if judge is not None:
             judge.close()
-    record = summarize(asked.set, graded, predictions, ks=(1, 3, 5, 10))
+    record = summarize(asked.set, graded, predictions, ks=(1, 3, 5, 10)) | {"left_out": questions.left_out}
     if judge is not None:
         record["judge"] = dataclasses.asdict(judge.counts) | {"model": judge.config.model}
     return write_report(asked.out, record, graded)

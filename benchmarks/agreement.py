@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from appo_jax.benchmark.grading import grade_prediction
-from appo_jax.benchmark.sets import BENCHMARKS, Item, load_items
+from appo_jax.benchmark.predictions import Sample
+from appo_jax.benchmark.questions import load_questions
+from appo_jax.benchmark.sets import BENCHMARKS, Item
 from appo_jax.reward import verify
 
 PAIRS = 500  # predictions per set
@@ -149,7 +151,7 @@ def load(name: str, data: Path, official: Path) -> list[Item] | None:
         official / f"evaluation/data/{name}/test.jsonl",
     )
     found = next((path for path in places if path.is_file()), None)
-    return load_items(name, found) if found else None
+    return list(load_questions(name, found).items) if found else None
 
 
 def main() -> None:
@@ -167,7 +169,10 @@ def main() -> None:
             continue
         pairs = list(predictions(items, benchmark.rule))
         boxed = [f"\\boxed{{{text}}}" if text.count("{") == text.count("}") else text for _, text, _ in pairs]
-        ours = [grade_prediction(item, text, benchmark.rule) for (_, _, item), text in zip(pairs, boxed, strict=True)]
+        ours = [
+            grade_prediction(item, Sample(text), benchmark.rule)
+            for (_, _, item), text in zip(pairs, boxed, strict=True)
+        ]
         for title, (judge, field) in peers.of(name).items():
             ways: Counter[tuple[str, float, float]] = Counter()
             example: dict[tuple[str, float, float], tuple[str, str]] = {}

@@ -1,4 +1,5 @@
-"""Reads predictions from a file: one JSON object per line with `id` and `prediction`. Lines of the same id are its samples."""
+"""Reads predictions from a file: one JSON object per line with `id` and `prediction`, a text or a list of samples. Lines of the
+same id are samples, too."""
 
 from __future__ import annotations
 
@@ -17,10 +18,13 @@ TEXT = ("prediction", "response", "output", "text")
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One prediction for a question, and the facts about its rollout if it comes from one."""
+    """One prediction for a question."""
 
     text: str
-    rollout: dict[str, Any] = dataclasses.field(default_factory=dict)  # e.g. calls, seconds, tokens, stop_reason
+    rollout: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The facts about the rollout of ours that it comes from (`evaluate.draw_samples`). Empty: it was made elsewhere."""
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The other fields of its line in a file of predictions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,38 +37,45 @@ class Predictions:
     uneven: list[str]  # ids of questions whose number of samples is not the most frequent one
 
 
-def read_predictions(path: Path, items: Sequence[Item]) -> Predictions:
-    """The predictions in a file.
+def read_predictions(path: Path, items: Sequence[Item], limit: int | None = None) -> Predictions:
+    """The predictions in a file for the first `limit` questions of a set (None: all).
 
-    Raises DataError for a missing or empty file, for a line without id or text, and if no id is in the set."""
+    Raises DataError for a missing or empty file, for a line without id or text, and if it answers none of these questions."""
     samples: dict[str, list[Sample]] = {item.id: [] for item in items}
     unknown: list[str] = []
-    read = read_records(path, _prediction, None, "one JSON object a line with id and prediction")
-    for id, sample in read:
+    read = read_records(path, _predictions, None, "one JSON object a line with id and prediction")
+    for id, found in read:
         if id in samples:
-            samples[id].append(sample)
+            samples[id] += found
         else:
             unknown.append(id)
     if len(unknown) == len(read):
         raise DataError(
             f"{path}: none of its ids ({', '.join(unknown[:3])} …) is a question of the set ({items[0].id} …)"
         )
+    samples = {item.id: samples[item.id] for item in items[:limit]}
+    if not any(samples.values()):
+        raise DataError(f"{path}: has no prediction for the first {len(samples)} questions; raise --limit")
     return check_samples(samples, unknown)
 
 
-def _prediction(number: int, record: Any) -> tuple[str, Sample]:
-    """(id, sample) of one record. A prediction that is null is a sample without an answer. Raises ValueError."""
+def _predictions(number: int, record: Any) -> tuple[str, list[Sample]]:
+    """(id, samples) of one record. A prediction that is null is a sample without an answer. Raises ValueError."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
     name = next((name for name in TEXT if name in record), None)
     if record.get("id") is None or name is None:
         raise ValueError(f"expected fields id and prediction, found {', '.join(record)}")
-    text = "" if record[name] is None else str(record[name])
-    return str(record["id"]), Sample(text, {k: v for k, v in record.items() if k not in ("id", *TEXT)})
+    texts = record[name] if isinstance(record[name], list) and record[name] else [record[name]]
+    for text in texts:
+        if text is not None and (isinstance(text, bool) or not isinstance(text, str | int | float)):
+            raise ValueError(f"field {name}: expected a text, a number, null or a list of these, got {text!r}"[:300])
+    others = {key: value for key, value in record.items() if key not in ("id", *TEXT)}
+    return str(record["id"]), [Sample("" if text is None else str(text), record=others) for text in texts]
 
 
 def check_samples(samples: dict[str, list[Sample]], unknown: list[str]) -> Predictions:
-    """Predictions with the lists of missing and uneven ids."""
+    """Predictions with the lists of missing and uneven ids. At least one question has a sample."""
     counts = [len(found) for found in samples.values() if found]
     usual = max(set(counts), key=counts.count)
     return Predictions(

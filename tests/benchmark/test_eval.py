@@ -5,7 +5,7 @@ import json
 import pytest
 from faulty_judge import FaultyJudge
 
-from appo_jax.benchmark.report import compare
+from appo_jax.benchmark.compare import compare
 from appo_jax.cli import main
 from appo_jax.config import JudgeConfig
 from appo_jax.errors import ConfigError, DataError
@@ -45,7 +45,8 @@ def test_figures_by_hand(data, tmp_path):
     assert "5" not in record["pass_at_k"]
     assert record["majority"][0] == pytest.approx((1 + 1 + 0 + 0) / 4)
     assert record["by_level"]["a"]["accuracy"][0] == pytest.approx((2 / 3 + 1 / 3) / 2)
-    assert not any(record["problems"].values())
+    assert not any([*record["counted_as_wrong"].values(), *record["unknown_ids"], *record["uneven_samples"]])
+    assert record["majority_at_k"] == {}
     items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
     assert [[s["correct"] for s in item["samples"]] for item in items][1] == [True, False, True]
 
@@ -54,13 +55,34 @@ def test_what_is_missing_counts_as_wrong_and_is_listed(data, tmp_path):
     predictions = write_predictions(tmp_path / "p.jsonl", (1, "1"), (2, "2"), (2, "2"), (99, "1"), (3, " "))
     record = report_of(Evaluation("math500", data, tmp_path / "out", predictions))
     assert record["accuracy"][0] == pytest.approx(0.5)
-    problems = record["problems"]
-    assert problems["without_prediction"] == ["4"]
-    assert problems["unknown_ids"] == ["99"]
-    assert problems["without_answer"] == ["3"]
-    assert problems["uneven_samples"] == ["2"]
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "without prediction: 1 (4)" in text
+    assert record["counted_as_wrong"]["without_prediction"] == ["4"]
+    assert record["counted_as_wrong"]["without_answer"] == ["3"]
+    assert record["unknown_ids"] == ["99"]
+    assert record["uneven_samples"] == ["2"]
+    wrong, others = (tmp_path / "out" / "report.md").read_text().split("Counted by their own number of samples")
+    assert "Counted as wrong:\n\n- without prediction: 1 (4)\n- without answer: 1 (3)\n" in wrong
+    assert (
+        "- uneven samples: 1 (2)\n\nNot counted: these are no questions of the set:\n\n- unknown ids: 1 (99)" in others
+    )
+
+
+def test_questions_beyond_the_limit_are_no_unknown_ids(data, tmp_path):
+    predictions = write_predictions(tmp_path / "p.jsonl", (1, "1"), (3, "3"), (4, "4"))
+    record = report_of(Evaluation("math500", data, tmp_path / "out", predictions, limit=2))
+    assert record["unknown_ids"] == []
+    assert record["counted_as_wrong"]["without_prediction"] == ["2"]
+    write_predictions(tmp_path / "p.jsonl", (3, "3"))
+    with pytest.raises(DataError, match="has no prediction for the first 2 questions; raise --limit"):
+        evaluate_set(Evaluation("math500", data, tmp_path / "out", predictions, limit=2))
+
+
+def test_what_is_left_out_of_the_set_is_in_the_report(data, tmp_path):
+    data.write_text(data.read_text() + '{"id": 5, "question": "5?", "answer": ""}\n')
+    predictions = write_predictions(tmp_path / "p.jsonl", (1, "1"))
+    record = report_of(Evaluation("math500", data, tmp_path / "out", predictions))
+    ((reason, places),) = record["left_out"].items()
+    assert (record["questions"], places) == (4, ["line 5"])
+    assert f"Left out of the set's file:\n\n- {reason}: 1 (line 5)" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_gold_in_a_file_of_predictions_is_no_prediction(data, tmp_path):
@@ -69,10 +91,25 @@ def test_a_gold_in_a_file_of_predictions_is_no_prediction(data, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = report_of(Evaluation("math500", data, tmp_path / "out", tmp_path / "p.jsonl"))
     assert record["accuracy"][0] == pytest.approx(1 / 4)
-    assert record["problems"]["without_answer"] == ["1"]
-    assert record["problems"]["without_prediction"] == ["3", "4"]
+    assert record["counted_as_wrong"]["without_answer"] == ["1"]
+    assert record["counted_as_wrong"]["without_prediction"] == ["3", "4"]
     with pytest.raises(DataError, match="line 1: expected fields id and prediction, found id, question, answer"):
         evaluate_set(Evaluation("math500", data, tmp_path / "out", data))
+
+
+def test_files_of_other_programs(data, tmp_path):
+    """A list is the samples of a question; fields that rollouts of ours have mean nothing in a file from elsewhere."""
+    lines = [
+        {"id": 1, "prediction": ["1", 7, None], "calls": 2},
+        {"id": 2, "prediction": 2, "calls": [{}], "correct": 0},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = report_of(Evaluation("math500", data, tmp_path / "out", tmp_path / "p.jsonl"))
+    assert record["accuracy"][0] == pytest.approx((1 / 3 + 1) / 4)
+    assert record["rollouts"] == {}
+    items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    (sample,) = items[1]["samples"]
+    assert (sample["correct"], sample["record"]) == (True, {"calls": [{}], "correct": 0})
 
 
 def test_files_of_predictions_that_cannot_be_graded_are_named(data, tmp_path):
@@ -81,6 +118,9 @@ def test_files_of_predictions_that_cannot_be_graded_are_named(data, tmp_path):
         ('{"prediction": "1"}', "line 1: expected fields id and prediction"),
         ('{"id": 7, "prediction": "1"}', "none of its ids"),
         ("{", "line 1: not valid JSON"),
+        ('{"id": 1, "prediction": {"text": "1"}}', r"line 1: field prediction: expected a text, .*, got {'text': '1'}"),
+        ('{"id": 1, "prediction": ["1", true]}', "line 1: field prediction: expected a text, a number, null or a list"),
+        ('{"id": 1, "prediction": []}', r"line 1: field prediction: expected a text, .*, got \[\]"),
     ]:
         (tmp_path / "p.jsonl").write_text(lines)
         with pytest.raises(DataError, match=message):
@@ -100,8 +140,32 @@ def test_two_reports_are_compared_question_by_question(data, tmp_path):
     assert "50.0 % -> 75.0 %; difference +25.0 points" in text
     assert "3 questions changed" in text
     assert "| 4 | 100 % | 0 % | 4? |" in text
-    with pytest.raises(DataError, match=r"items\.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"report\.json: no such file"):
         compare(tmp_path / "a", tmp_path / "c")
+
+
+def test_reports_of_two_sets_or_two_versions_of_a_set_are_not_compared(data, tmp_path):
+    """Official files have no ids, so question 1 of one set is not question 1 of another."""
+    predictions = write_predictions(tmp_path / "p.jsonl", (1, "1"))
+    for name, set in (("a", "math500"), ("b", "aime24")):
+        evaluate_set(Evaluation(set, data, tmp_path / name, predictions))
+    with pytest.raises(DataError, match=r"is a report of math500, .* of aime24"):
+        compare(tmp_path / "a", tmp_path / "b")
+    for old, new, field in (("2?", "2 + 0?", "question"), ('"answer": 2', '"answer": 3', "golds")):
+        (tmp_path / "other.jsonl").write_text(data.read_text().replace(old, new))
+        evaluate_set(Evaluation("math500", tmp_path / "other.jsonl", tmp_path / "c", predictions))
+        with pytest.raises(DataError, match=f"question 2 has another {field} in .*one version of the set's file"):
+            compare(tmp_path / "a", tmp_path / "c")
+
+
+def test_the_published_figure_is_marked_and_compared(data, tmp_path):
+    """Half of the official token F1 of question 1 is gained: 12.5 points of 4 questions. Exact match stays as it is."""
+    for name, text in (("a", "x"), ("b", "1 x x")):
+        evaluate_set(Evaluation("hotpotqa", data, tmp_path / name, write_predictions(tmp_path / "p.jsonl", (1, text))))
+    assert "| official token F1: the published figure | 12.5 %" in (tmp_path / "b" / "report.md").read_text()
+    text = compare(tmp_path / "a", tmp_path / "b")
+    assert "Accuracy: 0.0 % -> 0.0 %; difference +0.0 points" in text
+    assert "Official token F1: 0.0 % -> 12.5 %; difference +12.5 points" in text
 
 
 def test_a_report_is_read_back_whatever_its_texts_hold(data, tmp_path):
@@ -130,7 +194,7 @@ def test_a_faulty_judge_leaves_a_report_that_says_what_has_no_verdict(judge, tmp
     config = JudgeConfig(f"http://127.0.0.1:{judge.server_address[1]}/v1", "m", timeout=1.0, attempts=2)
     asked = Evaluation("webwalker", data, tmp_path / "out", predictions, judge=config)
     record = report_of(asked)
-    assert record["problems"]["without_verdict"] == ["2", "3", "4", "6", "7"]
+    assert record["counted_as_wrong"]["without_verdict"] == ["2", "3", "4", "6", "7"]
     assert record["accuracy"][0] == pytest.approx(3 / 9)  # good, limited (at the second try), good
     assert record["accuracy_if_open_are_right"] == pytest.approx(8 / 9)
     assert record["judge"]["failed"] == 5
@@ -141,10 +205,33 @@ def test_a_faulty_judge_leaves_a_report_that_says_what_has_no_verdict(judge, tmp
     assert again["accuracy"] == record["accuracy"]
 
 
+def test_a_judge_gives_every_set_a_second_verdict(judge, tmp_path):
+    """The set's own rule decides `correct`. An answer that equals a gold, or is none, is not asked about."""
+    data = tmp_path / "set.jsonl"
+    data.write_text("".join(json.dumps({"question": "?", "answer": "7"}) + "\n" for _ in range(5)))
+    answers = ["7", "good", "bad", "prose", ""]
+    config = JudgeConfig(judge.url, "m", attempts=1)
+    for name, found in (("a", answers), ("b", ["good"] * 5)):
+        predictions = write_predictions(tmp_path / "p.jsonl", *enumerate(found))
+        record = report_of(Evaluation("math500", data, tmp_path / name, predictions, judge=config))
+        if name == "a":
+            assert sorted(judge.asked) == ["bad", "good", "prose"]
+            assert (record["accuracy"][0], record["judged"][0]) == (1 / 5, 2 / 5)
+            assert record["counted_as_wrong"]["without_verdict_of_the_judge"] == ["3"]
+            assert record["counted_as_wrong"]["without_verdict"] == []
+            text = (tmp_path / name / "report.md").read_text()
+            assert "| accuracy by the judge: the published figure | 40.0 %" in text
+            assert "If all questions without verdict of the judge were right: 60.0 %." in text
+    assert "Accuracy by the judge: 40.0 % -> 100.0 %; difference +60.0 points" in compare(
+        tmp_path / "a", tmp_path / "b"
+    )
+
+
 def test_a_judged_set_without_a_judge_says_so(data, tmp_path):
     record = report_of(Evaluation("hle", data, tmp_path / "out", write_predictions(tmp_path / "p.jsonl", (1, "1"))))
-    assert record["problems"]["without_verdict"] == ["1"]
+    assert record["counted_as_wrong"]["without_verdict"] == ["1"]
     assert "no judge was given" in (tmp_path / "out" / "items.jsonl").read_text()
+    assert "a judge's: give --judge-url" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_command(data, tmp_path, capsys):

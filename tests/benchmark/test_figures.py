@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from appo_jax.benchmark.statistics import over_questions, over_questions_and_samples, pass_at_k
+from appo_jax.benchmark.statistics import (
+    majority_at_k,
+    over_questions,
+    over_questions_and_samples,
+    paired_difference,
+    pass_at_k,
+)
 
 
 @pytest.mark.parametrize("n", [1, 4, 6])
@@ -16,6 +22,33 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n):
         subsets = list(itertools.combinations(right, k))
         assert pass_at_k(n, correct, k) == pytest.approx(np.mean([any(s) for s in subsets]))
     assert np.isnan(pass_at_k(n, n, n + 1))
+
+
+@pytest.mark.parametrize("answers", ["AABC", "ABBC-", "AAABB--", "ABCDE", "BBBA", "----", "AB"])
+def test_majority_at_k_is_the_mean_over_all_subsets(answers):
+    """A is right, - is no answer. Ties count as a draw by lot."""
+
+    def share(subset):
+        counts = [subset.count(answer) for answer in "ABCDE"]
+        leading = [answer for answer, count in zip("ABCDE", counts, strict=True) if count == max(counts) > 0]
+        return "A" in leading and 1 / len(leading)
+
+    groups = [(answers.count(answer), float(answer == "A")) for answer in sorted(set(answers) - {"-"})]
+    for k in range(1, len(answers) + 1):
+        expected = np.mean([share("".join(subset)) for subset in itertools.combinations(answers, k)])
+        assert majority_at_k(groups, answers.count("-"), k) == pytest.approx(expected)
+    assert np.isnan(majority_at_k(groups, answers.count("-"), len(answers) + 1))
+
+
+def test_a_paired_difference_is_over_questions_and_with_few_of_them_over_samples():
+    rng = np.random.default_rng(0)
+    before, after = (rng.random((30, 4)) < chance for chance in (0.4, 0.6))
+    differences = after.mean(1) - before.mean(1)
+    questions, both = over_questions(differences), paired_difference(before.tolist(), after.tolist())
+    assert both.value == pytest.approx(differences.mean())
+    assert both.high - both.low > questions.high - questions.low
+    same = paired_difference(before[:, :1].tolist(), after[:, :1].tolist())
+    assert same == pytest.approx(over_questions((after[:, 0] * 1.0 - before[:, 0]).tolist()))
 
 
 def test_intervals_over_questions_are_scipys():

@@ -7,13 +7,22 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from appo_jax.benchmark.sets import BENCHMARKS, load_items
+from appo_jax.benchmark.questions import load_questions
+from appo_jax.benchmark.sets import BENCHMARKS
 from appo_jax.errors import ConfigError, DataError
 
 
 def write(path, *records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def load_items(name, path):
+    return list(load_questions(name, path).items)
+
+
+def left_out(name, path):
+    return load_questions(name, path).left_out
 
 
 def test_golds_of_every_form(tmp_path):
@@ -68,36 +77,135 @@ def test_xbenchs_own_file_is_decrypted(tmp_path, caplog):
     assert "it has 2 questions, xbench-DeepSearch as the paper uses it 100" in caplog.text
 
 
-def test_gaia_leaves_out_questions_with_a_file(tmp_path):
-    rows = [{"Question": "a", "Final answer": "1", "Level": 1, "file_name": name} for name in ("", "x.png", "")]
-    assert len(load_items("gaia", write(tmp_path / "g.jsonl", *rows))) == 2
+def test_questions_that_are_none_of_the_set_are_left_out_and_counted(tmp_path, caplog):
+    """Questions about files and images, unanswerable twins (which have the id of their sibling), and unknown answers."""
+    gaia = [{"Question": "a", "Final answer": "1", "Level": 1, "file_name": name} for name in ("", "x.png", "")]
+    gaia += [{"Question": "b", "Final answer": "?", "Level": 2}, {"Question": "b", "Final answer": "1", "Level": 4}]
+    found = load_questions("gaia", write(tmp_path / "g.jsonl", *gaia))
+    assert [item.id for item in found.items] == ["0", "2"]
+    assert list(found.left_out.values()) == [["line 2"], ["line 4"], ["line 5"]]
+    assert "left out 1: it asks about a file (line 2)" in caplog.text
+    hle = [{"id": i, "question": "a", "answer": "1", "image": image} for i, image in enumerate(("", "data:image/png;"))]
+    assert left_out("hle", write(tmp_path / "h.jsonl", *hle)) == {"it asks about an image": ["line 2"]}
+    twins = [{"id": "2hop", "question": "a", "answer": "1", "answerable": answerable} for answerable in (True, False)]
+    reason = "its paragraphs do not hold the answer (answerable = false)"
+    assert left_out("musique", write(tmp_path / "m.jsonl", *twins)) == {reason: ["line 2"]}
 
 
 @pytest.mark.parametrize(
-    ("name", "lines", "message"),
+    ("name", "line", "reason"),
     [
-        ("aime24", "", "the file is empty; expected"),
-        ("aime24", '{"question": "a"}', "line 1: no answer"),
-        ("aime24", '{"question": "a", "answer": " "}', "line 1: no answer"),
-        ("aime24", '{"answer": "a"}', "line 1: no question"),
-        ("aime24", '{"question": "a", "answer": []}', "line 1: no answer"),
-        ("aime24", '\n{"question": "a", "ans', "line 2: not valid JSON"),
-        ("aime24", "[1]", "line 1: expected an object"),
+        ("aime24", '{"question": "a"}', "no answer"),
+        ("aime24", '{"question": "a", "answer": " "}', "no answer"),
+        ("aime24", '{"question": "a", "answer": []}', "no answer"),
+        ("gsm8k", '{"question": "a", "answer": "x\\n####  "}', "no answer"),
+        ("aime24", '{"answer": "a"}', "no question"),
+        ("aime24", "[1]", "expected an object, got list"),
         ("gaia", '{"Question": "a", "Final answer": "1", "Level": 4}', "level '4' is unknown"),
-        ("aime24", '{"id": 1, "question": "a", "answer": 1}\n{"id": 1, "question": "b", "answer": 1}', "given twice"),
+        ("aime24", '{"id": 1, "question": "b", "answer": 1}', "its id is that of an earlier question"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_named(tmp_path, name, lines, message):
+def test_a_faulty_record_costs_itself_and_is_named(tmp_path, name, line, reason):
+    good = [json.dumps({"id": id, "question": "a", "answer": 1, "Level": 1}) for id in (1, 2)]
+    (tmp_path / "x.jsonl").write_text("\n".join([good[0], line, good[1]]))
+    found = load_questions(name, tmp_path / "x.jsonl")
+    assert [item.id for item in found.items] == ["1", "2"]
+    ((told, places),) = found.left_out.items()
+    assert told.startswith(reason)
+    assert places == ["line 2"]
+
+
+def test_a_file_without_a_usable_question_says_why(tmp_path):
+    file = write(tmp_path / "x.jsonl", {"question": "a"}, {"answer": "a"})
+    with pytest.raises(DataError, match=r"holds no question of AIME 2024: line 1: no answer; .*; line 2: no question"):
+        load_questions("aime24", file)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [("", "the file is empty; expected"), ('\n{"question": "a", "ans', "line 2: not valid JSON")],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, lines, message):
     (tmp_path / "x.jsonl").write_text(lines)
     with pytest.raises(DataError, match=message):
-        load_items(name, tmp_path / "x.jsonl")
+        load_items("aime24", tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "id"),
+    [
+        ("bamboogle", {"Question": "Who?", "Answer": "x"}, "0"),  # the authors' csv
+        ("aime24", {"ID": "2024-I-4", "Problem": "Who?", "Solution": "long", "Answer": "x"}, "2024-I-4"),
+    ],
+)
+def test_names_of_fields_may_have_any_case(tmp_path, name, fields, id):
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerow(fields)
+    (item,) = load_items(name, tmp_path / "x.csv")
+    assert (item.id, item.question, item.golds) == (id, "Who?", ("x",))
+
+
+def test_math_is_read_as_it_is_distributed(tmp_path):
+    """One object per file, in folders; of a parquet file per subject and split, only those of the test split."""
+    for split, subject, number in (("train", "algebra", 1), ("test", "algebra", 10), ("test", "geometry", 2)):
+        folder = tmp_path / "MATH" / split / subject
+        folder.mkdir(parents=True)
+        record = {"problem": split, "level": "Level 5", "type": subject, "solution": rf"\boxed{{{number}}}"}
+        (folder / f"{number}.json").write_text(json.dumps(record))
+    for folder in (tmp_path / "MATH", tmp_path / "MATH" / "test"):
+        items = load_items("math", folder)
+        assert [(item.id, item.golds) for item in items] == [("algebra/10", ("10",)), ("geometry/2", ("2",))]
+    for subject in ("algebra", "geometry"):
+        (tmp_path / "hub" / subject).mkdir(parents=True)
+        for split in ("train", "test"):
+            rows = [{"problem": f"{split} {subject}", "solution": r"\boxed{1}"}]
+            parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "hub" / subject / f"{split}-00000.parquet")
+    assert [item.question for item in load_items("math", tmp_path / "hub")] == ["test algebra", "test geometry"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no question of MATH: there are no records"):
+        load_items("math", tmp_path / "empty")
+
+
+def test_webwalkers_nested_fields_are_its_groups(tmp_path):
+    info = {"difficulty_level": "hard", "type": "multi_source", "lang": "zh", "domain": "game"}
+    (item,) = load_items("webwalker", write(tmp_path / "w.jsonl", {"question": "?", "answer": "x", "info": info}))
+    assert (item.level, item.type, item.language) == ("hard", "multi_source", "zh")
+
+
+def test_2wikis_aliases_are_in_the_file_beside_it(tmp_path):
+    dev = write(tmp_path / "dev.json")
+    dev.write_text(json.dumps([{"_id": "a", "question": "?", "answer": "New York", "answer_id": "Q60"}]))
+    assert load_items("2wiki", dev)[0].golds == ("New York",)
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other" / "id_aliases.json", {"Q_id": "Q60", "aliases": ["NYC"], "demonyms": []})
+    dev = dev.rename(tmp_path / "other" / "dev.json")
+    assert load_items("2wiki", dev)[0].golds == ("New York", "NYC")
+
+
+def test_a_set_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "own_sets.py").write_text(
+        "from appo_jax.benchmark.sets import Benchmark\n"
+        "def prepare(record, path):\n"
+        "    if record['q'] == 'no': raise ValueError('not mine')\n"
+        "    return {'question': record['q'], 'answer': record['a']}\n"
+        "mine = Benchmark('Mine', 'qa', prepare=prepare)\n"
+        "other = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file = write(tmp_path / "x.jsonl", {"Q": "Who?", "A": "x"}, {"Q": "no", "A": "x"})
+    found = load_questions("own_sets:mine", file)
+    assert [(item.question, item.golds) for item in found.items] == [("Who?", ("x",))]
+    assert found.left_out == {"not mine": ["line 2"]}
+    for name in ("own_sets:other", "own_sets:missing", "aime"):
+        with pytest.raises(ConfigError, match=rf"set = '{name}'.*expected aime24, .* or `package.module:set`"):
+            load_questions(name, file)
 
 
 def test_a_missing_set_says_where_it_comes_from(tmp_path):
     with pytest.raises(DataError, match=r"no such file; MATH-500 comes from HuggingFaceH4/MATH-500"):
         load_items("math500", tmp_path / "x.jsonl")
-    with pytest.raises(ConfigError, match="expected one of aime24"):
-        load_items("aime", tmp_path / "x.jsonl")
 
 
 COUNTS = {"aime24": 30, "aime25": 30, "math500": 500, "hotpotqa": 200, "2wiki": 200, "bamboogle": 125, "webwalker": 680}
@@ -105,8 +213,11 @@ COUNTS = {"aime24": 30, "aime25": 30, "math500": 500, "hotpotqa": 200, "2wiki": 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_official_files_load_whole(shared_data, name):
-    items = load_items(name, shared_data / "eval" / f"{name}.jsonl")
-    assert len(items) == COUNTS[name] == BENCHMARKS[name].count
+    found = load_questions(name, shared_data / "eval" / f"{name}.jsonl")
+    assert len(found.items) == COUNTS[name] == BENCHMARKS[name].count
+    assert not found.left_out
+    if name == "webwalker":
+        assert {item.language for item in found.items} == {"en", "zh", ""}
 
 
 def test_gsm8ks_test_file_loads_whole(shared_data):

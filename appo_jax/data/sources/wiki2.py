@@ -25,7 +25,7 @@ def load(config: DataConfig) -> Dataset:
     """`data.path`: the folder with train.json and dev.json, or the training file. Raises DataError with file and record."""
     what = "a folder with train.json and dev.json of 2WikiMultihopQA (github.com/Alab-NII/2wikimultihop)"
     path = data_path(config)
-    aliases = _aliases((path if path.is_dir() else path.parent) / "id_aliases.json")
+    aliases = read_aliases((path if path.is_dir() else path.parent) / "id_aliases.json")
     reader = AliasReader(config, COLUMNS, "qa", aliases=aliases)
     return load_multihop(config, reader, titled_paragraphs, (["train.json"], ["dev.json"]), what)
 
@@ -44,7 +44,8 @@ class AliasReader(Reader):
         return dataclasses.replace(example, golds=tuple(dict.fromkeys((*example.golds, *more))))
 
 
-def _aliases(path: Path) -> dict[str, tuple[str, ...]]:
+def read_aliases(path: Path) -> dict[str, tuple[str, ...]]:
+    """Wikidata item -> other names of it, from id_aliases.json; {} if there is no such file. Raises DataError."""
     if not path.is_file():
         return {}
     found = {}

@@ -1,0 +1,152 @@
+"""Reads the questions of a benchmark set from the file that its authors publish, or from the copy in the official repository.
+
+The names of the fields are those that these files use, in any case. A record that is no question of the set, or has no answer,
+is left out and counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from appo_jax.benchmark.sets import Benchmark, Item, benchmark
+from appo_jax.data.golds import accepted_answers
+from appo_jax.data.records import UNITS, field, read_records
+from appo_jax.errors import DataError
+from appo_jax.reward.latex import last_boxed
+
+log = logging.getLogger(__name__)
+
+QUESTION = ("question", "problem", "prompt")
+ANSWER = ("answer", "golden_answers", "final answer", "gold", "target", "answers")  # or a solution
+ALIASES = ("answer_aliases", "aliases")
+ID = ("id", "_id", "task_id", "unique_id", "question_id")
+LEVEL = ("level", "difficulty", "info.difficulty_level")
+TYPE = ("type", "subject", "category", "info.type")
+LANGUAGE = ("lang", "language", "info.lang")
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """The questions of a set, and the records of its file that are left out."""
+
+    items: tuple[Item, ...]
+    left_out: dict[str, list[str]]  # the reason -> the places of the records, such as "line 3"
+
+    def first(self, count: int | None) -> Questions:
+        """The first `count` questions; all if it is None."""
+        return dataclasses.replace(self, items=self.items[:count])
+
+
+def load_questions(name: str, path: Path) -> Questions:
+    """The questions of a set, in the order of the file. A question without an id gets its position, from 0.
+
+    `path`: a file, or a folder whose files are read in the order of their names (only those of the test split, if it has one). A
+    record without a question or an answer, of an unknown level, or with the id of an earlier question is left out with a
+    warning. Raises DataError for a missing file (it says where to get it), for one that is not of its type, and if nothing is left.
+    """
+    found = benchmark(name)
+    if not path.exists():
+        raise DataError(f"{path}: no such file; {found.title} comes from {found.where}, give its file with --data")
+    items: dict[str, Item] = {}
+    left_out: dict[str, list[str]] = {}
+    for position, (place, record) in enumerate(_records(path)):
+        try:
+            item = _item(found, record, position, path)
+            if item.id in items:
+                raise ValueError("its id is that of an earlier question")
+        except (TypeError, ValueError) as error:
+            left_out.setdefault(str(error), []).append(place)
+        else:
+            items[item.id] = item
+    if not items:
+        reasons = "; ".join(f"{places[0]}: {reason}" for reason, places in left_out.items())
+        raise DataError(f"{path}: holds no question of {found.title}: {reasons or 'there are no records'}")
+    for reason, places in left_out.items():
+        log.warning("%s: left out %d: %s (%s)", path, len(places), reason, shown(places))
+    if found.count and len(items) != found.count:
+        log.warning("%s: it has %d questions, %s as the paper uses it %d", path, len(items), found.title, found.count)
+    return Questions(tuple(items.values()), left_out)
+
+
+def shown(names: list[str], most: int = 20) -> str:
+    """A list of names, cut after `most` of them."""
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record) of the records of a file or of the files under a folder. Raises DataError."""
+    if path.is_file():
+        yield from _of_file(path)
+        return
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in UNITS and file.is_file())
+    tests = [file for file in files if any(part.startswith("test") for part in file.relative_to(path).parts)]
+    for file in tests or files:
+        name = file.relative_to(path)
+        content = _object(file) if file.suffix.lower() == ".json" else None
+        if content is not None:  # MATH as distributed: test/<subject>/<number>.json
+            yield str(name), {"unique_id": f"{file.parent.name}/{file.stem}", **content}
+        else:
+            yield from ((f"{name}, {place}", record) for place, record in _of_file(file))
+
+
+def _of_file(path: Path) -> list[tuple[str, Any]]:
+    unit = UNITS.get(path.suffix.lower(), "record")
+    return read_records(path, lambda number, record: (f"{unit} {number}", record), None)
+
+
+def _object(file: Path) -> dict[str, Any] | None:
+    """The object that is all of a json file; None for a list of records, or what `read_records` will name."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and not isinstance(content.get("data"), list) else None
+
+
+def _item(found: Benchmark, record: Any, position: int, path: Path) -> Item:
+    """The item of a record. Without an id it gets its position. Raises TypeError or ValueError."""
+    if not isinstance(record, dict):
+        raise TypeError(f"expected an object, got {type(record).__name__}")
+    named = {str(name).lower(): value for name, value in sorted(record.items(), key=lambda pair: str(pair[0]))}
+    prepared = found.prepare(named, path)
+    question = _first(prepared, QUESTION)
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"no question; expected a text under one of {', '.join(QUESTION)}")
+    answer = _first(prepared, ANSWER)
+    if answer is None:
+        answer = _boxed(prepared.get("solution")) if found.rule == "math" else prepared.get("solution")
+    golds = accepted_answers([answer, _first(prepared, ALIASES)])
+    if not golds:
+        raise ValueError(f"no answer; expected a text, a number or a list under one of {', '.join(ANSWER)}")
+    level = str(_first(prepared, LEVEL) or "")
+    if found.levels and level not in found.levels:
+        raise ValueError(f"level {level!r} is unknown; {found.title} has {', '.join(found.levels)}")
+    id = _first(prepared, ID)
+    more = (str(_first(prepared, names) or "") for names in (TYPE, LANGUAGE))
+    return Item(str(position if id is None else id), question, golds, level, *more)
+
+
+def _boxed(solution: Any) -> Any:
+    """The answer in a solution: its last box if it is text. Raises ValueError if that has none."""
+    if not isinstance(solution, str):
+        return solution
+    if (answer := last_boxed(solution)) is None:
+        raise ValueError(f"no answer, and no \\boxed{{…}} in the solution; expected either ({', '.join(ANSWER)})")
+    return answer
+
+
+def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """The value of the first of these names, which may be dotted, that has one."""
+    for name in names:
+        try:
+            value = field(record, name)
+        except (KeyError, TypeError):
+            continue
+        if value is not None:
+            return value
+    return None
