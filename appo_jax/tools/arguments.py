@@ -3,21 +3,29 @@ mistakes are explained to the policy."""
 
 from __future__ import annotations
 
+import ast
 import json
 from typing import Any
 
 from appo_jax.tools.protocol import ToolSpec
+
+NO_CODE = (
+    "Malformed call: the code is only data in quotes or brackets. Write the code itself, without quotes around it."
+)
+"""The answer of a python tool to a text that `is_data`."""
 
 
 class Problem(str):
     """An explanation of what is wrong with a call's arguments."""
 
 
-def read_argument(tool: ToolSpec, arguments: Any) -> str | Problem:
-    """The text with which a tool is called: the argument if the tool has one argument, else the JSON object."""
-    # Some models write the arguments as a string of JSON, as in OpenAI's interface.
-    if isinstance(arguments, str) and isinstance(decoded := decode(arguments), dict):
-        arguments = decoded
+def read_argument(tool: ToolSpec, arguments: Any, depth: int = 4) -> str | Problem:
+    """The text with which a tool is called: the argument if the tool has one argument, else the JSON object.
+
+    `depth`: how many encodings inside each other are read."""
+    for _ in range(depth):  # some models write the arguments as a string of JSON, as in OpenAI's interface
+        if isinstance(arguments, str) and isinstance(decoded := _value(arguments), dict | list | str):
+            arguments = decoded
     if isinstance(arguments, str):
         return arguments
     if not isinstance(arguments, dict):
@@ -26,11 +34,8 @@ def read_argument(tool: ToolSpec, arguments: Any) -> str | Problem:
     if tool.several_arguments or (tool.argument_name is None and tool.parameters is None):
         declared = tool.parameters is not None
         return only if isinstance(only, str) and not declared else json.dumps(arguments, ensure_ascii=False)
-    for _ in range(4):  # {"code": "{\"code\": …}"}: arguments that are encoded twice
-        inner = decode(only) if isinstance(only, str) else only
-        if not (isinstance(inner, dict) and list(inner) == [tool.key]):
-            break
-        only = inner[tool.key]
+    if depth and (inner := _arguments_inside(tool, only)) is not None:  # {"code": "{\"code\": …}"}
+        return read_argument(tool, inner, depth - 1)
     if not arguments or isinstance(only, str):
         return only or ""
     extra = [key for key in arguments if key != tool.key]
@@ -39,6 +44,37 @@ def read_argument(tool: ToolSpec, arguments: Any) -> str | Problem:
     if tool.parameters is not None:
         return json.dumps(arguments, ensure_ascii=False)
     return Problem(f'"{tool.key}" of {tool.name} must be a string, not {type(only).__name__}')
+
+
+def _arguments_inside(tool: ToolSpec, value: Any) -> Any:
+    """The arguments, or the whole call, that were written as the value of the tool's only argument; else None."""
+    inner = _value(value) if isinstance(value, str) else value
+    if not isinstance(inner, dict):
+        return None
+    if inner.get("name") == tool.name and "arguments" in inner:
+        return inner["arguments"]
+    one_text = isinstance(value, str) and len(inner) == 1 and all(isinstance(text, str) for text in inner.values())
+    return inner if tool.key in inner or one_text else None
+
+
+def _value(text: str) -> Any:
+    """The value of a text in JSON, or written as Python writes a dictionary, list or string; None if it is neither."""
+    if text.lstrip()[:1] not in tuple("{['\""):
+        return None
+    if (value := decode(text)) is not None:
+        return value
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def is_data(code: str) -> bool:
+    """Whether a text that should be code is only a string, or a dictionary or list with strings in it: an argument that
+    is encoded twice, which Python would show and not run."""
+    value = _value(code)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return any(isinstance(part, str) for part in parts)
 
 
 def decode(text: str) -> Any:

@@ -28,6 +28,7 @@ from typing import Any
 
 from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.errors import ToolError
+from appo_jax.tools.arguments import NO_CODE, is_data
 from appo_jax.tools.bubblewrap import advice, command_line
 from appo_jax.tools.cgroup import ControlGroup
 from appo_jax.tools.protocol import Tool, ToolResult
@@ -92,6 +93,8 @@ class PythonTool:
         """Run `argument` from `state`. The result is what it prints and its last expression's value, or its error."""
         if len(argument.encode("utf-8", "replace")) > MAX_CODE_BYTES:
             return ToolResult(f"The code is longer than {MAX_CODE_BYTES} bytes.", Outcome.LIMIT), state
+        if is_data(argument):
+            return ToolResult(NO_CODE, Outcome.MALFORMED), state
         try:
             sandbox = self._live_sandbox()
             lost = state is not None and state.sandbox is not sandbox

@@ -16,6 +16,7 @@ from typing import Any
 
 from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ConfigError
+from appo_jax.tools.arguments import NO_CODE, is_data
 from appo_jax.tools.exchange import Fault, addresses, post, split_url
 from appo_jax.tools.protocol import ToolResult, writable
 from appo_jax.tools.sandbox import cell
@@ -87,6 +88,8 @@ class RemotePythonTool:
         calls = (*state, argument)
         if len(argument.encode("utf-8", "replace")) > MAX_CODE_BYTES:
             return ToolResult(f"The code is longer than {MAX_CODE_BYTES} bytes.", Outcome.LIMIT), state
+        if is_data(argument):
+            return ToolResult(NO_CODE, Outcome.MALFORMED), state
         if sum(map(len, calls)) > MAX_HISTORY_BYTES:
             return ToolResult("The calls of this rollout are too long to be run again.", Outcome.LIMIT), state
         mark = secrets.token_hex(16)

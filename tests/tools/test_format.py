@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appo_jax.errors import ConfigError
+from appo_jax.tools.arguments import is_data
 from appo_jax.tools.format import Call, JsonFormat, TagFormat, make_format, render_result
 from appo_jax.tools.protocol import ToolSpec
 
@@ -81,6 +82,16 @@ def test_tags_explain_what_is_malformed(text, words):
             r'{"name": "weather", "arguments": "{\"city\": \"Bern\", \"day\": 1}"}',
             Call("weather", '{"city": "Bern", "day": 1}'),
         ),
+        (r'{"name": "python", "arguments": "\"{\\\"code\\\": \\\"1+1\\\"}\""}', Call("python", "1+1")),
+        (r'{"name": "python", "arguments": "\"1+1\""}', Call("python", "1+1")),
+        (r'{"name": "python", "arguments": {"code": "{\"source\": \"1+1\"}"}}', Call("python", "1+1")),
+        (
+            r'{"name": "python", "arguments": {"code": "{\"name\": \"python\", \"arguments\": {\"code\": \"1+1\"}}"}}',
+            Call("python", "1+1"),
+        ),
+        # a dictionary as Python writes it
+        ("""{"name": "python", "arguments": "{'code': 'print(1)'}"}""", Call("python", "print(1)")),
+        ("""{"name": "search", "arguments": {"query": "{'query': 'who?'}"}}""", Call("search", "who?")),
         # what only looks like it is left alone
         (r'{"name": "python", "arguments": {"code": "{\"a\": 1}"}}', Call("python", '{"a": 1}')),
         (r'{"name": "search", "arguments": {"query": "\"New York\""}}', Call("search", '"New York"')),
@@ -123,6 +134,15 @@ def test_json(body, call):
             'takes one argument, "code"',
         ),
         (
+            r'<tool_call>{"name": "python", "arguments": {"code": "{\"code\": \"1\", \"timeout\": 5}"}}</tool_call>',
+            "one argument",
+        ),
+        (
+            r'<tool_call>{"name": "search", "arguments": {"query": "{\"query\": \"x\", \"top_k\": 3}"}}</tool_call>',
+            "top_k",
+        ),
+        (r'<tool_call>{"name": "python", "arguments": "[\"print(1)\"]"}</tool_call>', "must be an object or a string"),
+        (
             '<tool_call>{"name": "python", "arguments": {"code": ["1", "2"]}}</tool_call>',
             '"code" of python must be a string',
         ),
@@ -140,6 +160,18 @@ def test_json(body, call):
 )
 def test_json_explains_what_is_malformed(text, words):
     assert words in JSON.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("code", "data"),
+    [
+        ('{"code": "print(1)"}', True), ("{'code': 'print(1)'}", True), ('["a", "b"]', True), ('"print(1)"', True),
+        ("'print(1)'", True), ("print(1)", False), ("[1, 2]", False), ("{1: 2}", False), ("5", False), ("'a' * 3", False),
+        ("'doc'\nprint(1)", False), ("[" * 100_000, False), ("", False), ("{x}", False),
+    ],
+)  # fmt: skip
+def test_code_that_is_only_data(code, data):
+    assert is_data(code) == data
 
 
 ARGUMENTS = st.lists(

@@ -18,8 +18,10 @@ import pytest
 
 from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.errors import ToolError
+from appo_jax.tools.arguments import NO_CODE
 from appo_jax.tools.bubblewrap import locate
 from appo_jax.tools.build import build_executor
+from appo_jax.tools.protocol import ToolResult
 from appo_jax.tools.python import PythonTool
 from appo_jax.tools.sandbox import system
 from appo_jax.tools.sandbox.cell import clean
@@ -81,6 +83,11 @@ def run(tool, *cells):
 def test_what_a_call_shows(tool, cells, text):
     result, _ = run(tool, *cells)
     assert (result.text, result.outcome) == (text, Outcome.OK)
+
+
+def test_a_text_that_is_no_code_is_explained(tool):
+    result, _ = run(tool, '{"code": "print(1)"}')
+    assert result == ToolResult(NO_CODE, Outcome.MALFORMED)
 
 
 def test_an_error_shows_the_policys_own_lines(tool):
