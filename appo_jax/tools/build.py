@@ -6,6 +6,7 @@ is the tool's name in `tools.enabled`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import pkgutil
@@ -28,11 +29,25 @@ def build_executor(config: ToolsConfig, documents: Sequence[Document] | None = N
     try:
         for name in config.enabled:
             tools.append(_build(name, config, documents))
+            _try_out(name, tools[-1])
         return ToolExecutor(tools, config)
     except BaseException:
         for tool in tools:
-            tool.close()
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                tool.close()
         raise
+
+
+def _try_out(name: str, tool: Tool) -> None:
+    """Make a state, as every rollout does. In a run, a failure of this only makes a rollout's calls unavailable."""
+    try:
+        tool.start()
+    except AppoError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ToolError(
+            f"tools.enabled = {name!r}: start() raised {type(error).__name__}: {error}; every rollout calls it, so correct it"
+        ) from error
 
 
 def _build(name: str, config: ToolsConfig, documents: Sequence[Document] | None) -> Tool:

@@ -83,8 +83,9 @@ class ToolExecutor:
         return self.call_format.stop_strings
 
     def start(self) -> Mapping[str, Any]:
-        """Tool states of a rollout that has made no call."""
-        return {name: tool.start() for name, tool in self._tools.items()}
+        """Tool states of a rollout that has made no call. Where a tool cannot make one, the rollout's calls of it are answered
+        as unavailable."""
+        return {name: _started(tool) for name, tool in self._tools.items()}
 
     def submit(self, states: Mapping[str, Any], text: str, bound: float | None = None) -> Future[CallRecord]:
         """Run the call at the end of `text`, from `states`. The future never fails; if `bound` is given, it is done within
@@ -101,6 +102,10 @@ class ToolExecutor:
             return answer
         call = dataclasses.replace(call, argument=writable(call.argument))
         known = states.get(call.name)
+        if isinstance(known, _NotStarted):
+            notice = ToolResult(f"The tool {call.name} is not available ({known.why}).", Outcome.UNAVAILABLE)
+            self._finish(answer, began, call, notice, states)
+            return answer
         if isinstance(known, _Answered) and (earlier := known.get(call.argument)) is not None:
             notice = ToolResult(f"(You have asked this before; the result is the same.)\n{earlier}", Outcome.OK)
             self._stats.repeated(call.name)
@@ -139,8 +144,11 @@ class ToolExecutor:
         """
         figures = self._stats.read()
         for name, tool in self._tools.items():
-            if hasattr(tool, "faults"):  # failed requests to a backend, by kind, including retried ones
-                figures |= {f"tools/{name}/fault_{kind}": float(n) for kind, n in sorted(tool.faults().items())}
+            try:  # failed requests to a backend, by kind, including retried ones
+                faults = tool.faults() if hasattr(tool, "faults") else {}
+                figures |= {f"tools/{name}/fault_{kind}": float(n) for kind, n in sorted(faults.items())}
+            except Exception:
+                logger.exception("the faults of the tool %s could not be read", name)
         merged: dict[str, float] = {}
         for of_host in distributed.exchange(figures):
             for key, value in of_host.items():
@@ -180,6 +188,21 @@ class ToolExecutor:
         ):  # only the first answer counts: that of the tool, or that of the time limit
             answer.set_result(record)
             self._stats.count(call.name, result.outcome, seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NotStarted:
+    """In place of a state that a tool could not make."""
+
+    why: str
+
+
+def _started(tool: Tool) -> Any:
+    try:
+        return tool.start()
+    except (Exception, SystemExit) as error:
+        logger.exception("the tool %s could not make a state", tool.name)
+        return _NotStarted(f"{type(error).__name__}: {error}"[:200])
 
 
 class _Answered(dict[str, str]):

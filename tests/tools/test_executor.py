@@ -6,7 +6,7 @@ import time
 import pytest
 
 from appo_jax.config import PythonToolConfig, ToolsConfig
-from appo_jax.errors import ConfigError
+from appo_jax.errors import ConfigError, ToolError
 from appo_jax.tools import lanes
 from appo_jax.tools.build import build_executor, import_tool
 from appo_jax.tools.executor import ToolExecutor
@@ -341,3 +341,45 @@ def test_the_built_in_tools_together():
         third = ask(executor, "<python>x * 2</python>", second.states)
         assert (second.result, third.result) == ("21", "42")
         assert ask(executor, "<python>x</python>", first.states).outcome is Outcome.ERROR
+
+
+SESSIONS = """
+import itertools
+from appo_jax.tools.protocol import ToolResult
+from appo_jax.types import Outcome
+class Sessions:
+    name = "sessions"
+    def __init__(self, failures):
+        self.failures, self.made = failures, itertools.count()
+    def start(self):
+        if (number := next(self.made)) in self.failures:
+            raise ConnectionError("503 from the session server")
+        return number
+    def call(self, state, argument):
+        return ToolResult(f"{argument} in {state}", Outcome.OK), state
+    def close(self):
+        pass
+    def faults(self):
+        raise OSError("no connection")
+def later():
+    return Sessions({1})
+def always():
+    return Sessions(range(9))
+"""
+
+
+def test_a_state_that_cannot_be_made_makes_the_calls_of_its_rollout_unavailable(tmp_path, monkeypatch):
+    (tmp_path / "own_sessions.py").write_text(SESSIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "<sessions>x</sessions>"
+    with build_executor(ToolsConfig(enabled=("own_sessions:later",))) as executor:  # tries a first start
+        without, with_one = executor.start(), executor.start()
+        for _ in range(2):
+            record = executor.submit(without, text).result(5)
+            assert record.outcome is Outcome.UNAVAILABLE
+            assert "sessions is not available (ConnectionError: 503 from the session server)" in record.result
+            without = record.states
+        assert executor.submit(with_one, text).result(5).result == "x in 2"
+        assert executor.metrics()["tools/sessions/unavailable"] == 2  # and faults() raises
+    with pytest.raises(ToolError, match=r"'own_sessions:always': start\(\) raised ConnectionError: 503 .* correct it"):
+        build_executor(ToolsConfig(enabled=("own_sessions:always",)))
