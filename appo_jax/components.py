@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from appo_jax import distributed
@@ -38,7 +37,7 @@ from appo_jax.text.train_tokenizer import structure
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.format import offer_tools
-from appo_jax.types import Example, Rollout, Segment
+from appo_jax.types import Example, Rollout, Segment, stretches
 
 log = logging.getLogger(__name__)
 
@@ -152,12 +151,9 @@ def initial_params(config: Config, arch: Architecture, mesh: Mesh) -> Params:
 def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:
     """A rollout in the form that reward functions get."""
     start = rollout.prompt_length
-    turns = np.flatnonzero(np.diff(rollout.sampled[start:])) + 1 + start
-    edges = [start, *turns.tolist(), rollout.length]
     segments = tuple(
         Segment(tokenizer.decode(rollout.tokens[a:b].tolist()), bool(rollout.sampled[a]))
-        for a, b in itertools.pairwise(edges)
-        if b > a
+        for a, b in stretches(rollout.sampled, start)
     )
     return Response(
         segments, rollout.example.golds, rollout.example.kind, frozenset(call.name for call in rollout.calls),

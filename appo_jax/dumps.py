@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from appo_jax.errors import DataError
 from appo_jax.storage import set_aside, to_json, write_atomically
-from appo_jax.types import Rollout
+from appo_jax.types import Rollout, stretches
 
 Decode = Callable[[Sequence[int]], str]
 _NAME = re.compile(r"step_(\d{6,})\.jsonl(\.gz)?")
@@ -109,8 +107,7 @@ def tree_record(step: int, tree: Sequence[Rollout], decode: Decode) -> dict[str,
 def _node_record(rollout: Rollout, tree: Sequence[Rollout], decode: Decode) -> dict[str, Any]:
     forks = sorted({other.fork for other in tree if other.parent == rollout.node and other.fork is not None})
     start = rollout.prompt_length if rollout.fork is None else rollout.fork
-    turns = start + 1 + np.flatnonzero(np.diff(rollout.sampled[start:]))  # where sampled text and tool results meet
-    cuts = sorted({start, *turns.tolist(), *(fork for fork in forks if fork > start), rollout.length})
+    cuts = sorted({*itertools.chain(*stretches(rollout.sampled, start)), *(fork for fork in forks if fork > start)})
     return {
         "node": rollout.node,
         "parent": rollout.parent,

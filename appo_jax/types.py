@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -146,9 +147,15 @@ def release_states(rollouts: Iterable[Rollout]) -> None:
 Tree = list[Rollout]  # one prompt's rollouts; a rollout's `node` is its index, initial rollouts come first
 
 
+def stretches(sampled: np.ndarray, start: int) -> list[tuple[int, int]]:
+    """(first token, end) of the stretches of tokens from `start` on that are all sampled or all not, from `sampled [T]`."""
+    meetings = start + 1 + np.flatnonzero(np.diff(sampled[start:]))
+    return list(itertools.pairwise(sorted({start, *meetings.tolist(), len(sampled)})))
+
+
 def turn_starts(sampled: np.ndarray) -> np.ndarray:
     """First tokens of a rollout's turns, the stretches of the policy's own text, from its `sampled [T]`."""
-    return np.flatnonzero(sampled & ~np.concatenate([[False], sampled[:-1]]))
+    return np.array([first for first, _ in stretches(sampled, 0) if sampled[first]], int)
 
 
 @dataclasses.dataclass(frozen=True)

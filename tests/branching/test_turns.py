@@ -13,6 +13,7 @@ from appo_jax.branching.rule import rollouts_from_the_prompt
 from appo_jax.branching.rules.entropy_change import after_tool_calls, branch_probabilities
 from appo_jax.branching.rules.random_turn import random_turns
 from appo_jax.branching.tree import Loop
+from appo_jax.types import stretches, turn_starts
 
 V = 50
 
@@ -28,6 +29,17 @@ def rollouts(draw):
     sampled = np.array([False] + [own for a, b in lengths for own in [True] * a + [False] * b])
     entropies = np.array(draw(st.lists(st.floats(0, 4), min_size=len(sampled), max_size=len(sampled))))
     return entropies, sampled
+
+
+@given(st.lists(st.booleans(), max_size=20), st.data())
+def test_stretches_are_runs_of_equal_marks(marks, data):
+    start = data.draw(st.integers(0, len(marks)))
+    sampled = np.array(marks, bool)
+    runs = [len(list(run)) for _, run in itertools.groupby(marks[start:])]
+    ends = list(itertools.accumulate(runs, initial=start))
+    assert stretches(sampled, start) == list(itertools.pairwise(ends))
+    begin = [i for i, own in enumerate(marks) if own and not (i and marks[i - 1])]
+    assert turn_starts(sampled).tolist() == begin
 
 
 @given(rollouts())
