@@ -156,6 +156,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if not record.get("lost")]
 
 
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """The figures of a finished run; None if it has no summary.json, or a damaged one, which is logged."""
+    path = run_dir / "summary.json"
+    try:
+        summary = json.loads(path.read_text())
+        for name in ("accuracy_sft", "accuracy_final", "sampled_tokens", "wall_s"):
+            float(summary[name])
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError) as error:
+        _log.warning(
+            "%s: is damaged (%s: %s); train the run again: only its end is repeated", path, type(error).__name__, error
+        )
+        return None
+    return summary
+
+
 def _sealed(record: Mapping[str, Any]) -> str:
     """A record as a line that ends with its checksum."""
     text = to_json(record)

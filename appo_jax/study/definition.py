@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from appo_jax.config import Config
 from appo_jax.config.effects import Affects, shared_by_runs
 from appo_jax.config_io import changed_effects, check, load_config, read_variable
 from appo_jax.errors import ConfigError
+from appo_jax.metrics import read_summary
 
 # More steps than any run makes, so that the budget of tokens ends a run.
 MAX_STEPS = 100_000
@@ -51,8 +51,8 @@ class Study:
 
     def finished(self, arm: str, seed: int) -> bool:
         """Whether a run has used its budget and has its final evaluation."""
-        summary = self.run_dir(arm, seed) / "summary.json"
-        return summary.exists() and json.loads(summary.read_text())["sampled_tokens"] >= self.max_sampled_tokens
+        summary = read_summary(self.run_dir(arm, seed))
+        return summary is not None and summary["sampled_tokens"] >= self.max_sampled_tokens
 
     def cold_start(self, seed: int) -> Config:
         """The config of the cold start with which all arms of a seed begin."""

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from appo_jax.errors import DataError
-from appo_jax.metrics import read_metrics
+from appo_jax.metrics import read_metrics, read_summary
 from appo_jax.study.definition import Study
 from appo_jax.study.statistics import Interval, detectable, format_p, holm, mean_interval, paired
 from appo_jax.view.plots import STYLE
@@ -56,8 +56,11 @@ def load_outcomes(study: Study) -> dict[str, dict[int, Outcome]]:
 
 
 def load_outcome(folder: Path) -> Outcome:
-    """The outcome of a finished run, from its summary and its metrics."""
-    summary = json.loads((folder / "summary.json").read_text())
+    """The outcome of a finished run, from its summary and its metrics. Raises DataError if it has no readable summary."""
+    if (summary := read_summary(folder)) is None:
+        raise DataError(
+            f"{folder / 'summary.json'}: is missing or damaged; train the run again: only its end is repeated"
+        )
     records = [r for r in read_metrics(folder / "metrics.jsonl") if r.get("eval/accuracy") is not None]
     points = [
         (0.0, 0.0, summary["accuracy_sft"]),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import subprocess
 import threading
@@ -21,7 +20,7 @@ from optuna.trial import Trial, TrialState
 from appo_jax.config import Config
 from appo_jax.errors import TrainingError
 from appo_jax.interrupt import Stop, stop_requests
-from appo_jax.metrics import read_metrics
+from appo_jax.metrics import read_metrics, read_summary
 from appo_jax.study.definition import lacks_tokenizer
 from appo_jax.study.process import log_file, start_run
 from appo_jax.study.report import load_outcome
@@ -90,8 +89,7 @@ def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: Sequence[
     sweep = store.sweep
     _cold_start(store, seed, stop, lost)
     config = sweep.config(trial.number, trial.params, seed)
-    summary = Path(config.run_dir) / "summary.json"
-    if not summary.exists():
+    if read_summary(Path(config.run_dir)) is None:
         _run(store, "train", config, stop, lost)
     return objective(sweep, Path(config.run_dir))
 
@@ -186,7 +184,7 @@ def objective(sweep: Sweep, run: Path) -> float:
         return load_outcome(run).final
     found = [r[sweep.objective] for r in read_metrics(run / "metrics.jsonl") if r.get(sweep.objective) is not None]
     if not found:
-        summary = json.loads((run / "summary.json").read_text())
+        summary = read_summary(run) or {}
         raise TrainingError(
             f"objective = {sweep.objective!r}: no such metric in {run}/metrics.jsonl after {summary.get('steps')} steps; give "
             "'on_the_way', 'final' or the name of a metric"

@@ -51,6 +51,19 @@ def write_run(folder: Path, final: float, tokens: int = 120, sft: float = 0.4, e
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+@pytest.mark.parametrize("content", ["", '{"sampled_tok', "\0" * 64, "[]", "{}", '{"sampled_tokens": "many"}'])
+def test_a_run_whose_summary_is_damaged_is_not_finished(base, tmp_path, caplog, content):
+    found = study(base, tmp_path, grpo=base)
+    for arm in ("appo", "grpo"):
+        write_run(found.run_dir(arm, 0), 0.5)
+    (found.run_dir("grpo", 0) / "summary.json").write_text(content)
+    assert [found.finished(arm, 0) for arm in ("appo", "grpo", "grpo")] == [True, False, False]
+    assert "grpo-0/summary.json: is damaged" in caplog.text
+    assert {arm: set(runs) for arm, runs in report.load_outcomes(found).items()} == {"appo": {0}, "grpo": set()}
+    with pytest.raises(DataError, match=r"grpo-0/summary\.json: is missing or damaged; train the run again"):
+        report.load_outcome(found.run_dir("grpo", 0))
+
+
 @pytest.mark.parametrize("name", ["study", "variants", "ablations", "trees"])
 def test_the_studies_of_configs_hold_together(name):
     found = load_study(CONFIGS / f"{name}.py")
