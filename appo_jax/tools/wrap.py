@@ -61,7 +61,15 @@ class FunctionTool:
             value = self._function(*arguments, **named)
         except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # raised for wrong arguments
             return ToolResult(f"{type(error).__name__}: {error}", Outcome.ERROR)
-        return ToolResult(value if isinstance(value, str) else json.dumps(value, default=str), Outcome.OK)
+        return ToolResult(value if isinstance(value, str) else _as_json(value), Outcome.OK)
+
+
+def _as_json(value: Any) -> str:
+    """A value as JSON, or as Python shows it if JSON cannot hold it (a dictionary with tuples as keys)."""
+    try:
+        return json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return repr(value)
 
 
 def read_arguments(text: str, schema: Mapping[str, Any]) -> dict[str, Any] | str:
@@ -75,13 +83,49 @@ def read_arguments(text: str, schema: Mapping[str, Any]) -> dict[str, Any] | str
         if len(properties) != 1:
             return f"Malformed arguments: expected a JSON object with {', '.join(properties) or 'no fields'}."
         (only, kind), *_ = properties.items()
-        return {only: text.strip() if kind.get("type", "string") == "string" or arguments is None else arguments}
+        is_text = arguments is None or (isinstance(kind, Mapping) and kind.get("type", "string") == "string")
+        arguments = {only: text.strip() if is_text else arguments}
     unknown = [key for key in arguments if key not in properties]
     missing = [key for key in schema.get("required", ()) if key not in arguments]
     if unknown or missing:
         problems = [f"unknown {key!r}" for key in unknown] + [f"missing {key!r}" for key in missing]
         return f"Malformed arguments: {', '.join(problems)}; expected {', '.join(properties)}."
-    return arguments
+    misfits = [found for key in arguments if (found := _misfit(key, arguments[key], properties[key]))]
+    return f"Malformed arguments: {'; '.join(misfits)}." if misfits else arguments
+
+
+_TYPES = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "object": dict, "array": list, "null": type(None),
+}  # fmt: skip
+
+
+def _misfit(name: str, value: Any, schema: Any) -> str | None:
+    """What is wrong with a value by the `type`, `enum`, `items` and `properties` of its JSON schema; None if nothing is."""
+    if not isinstance(schema, Mapping):
+        return None
+    kinds = schema.get("type", ())
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    if kinds and not any(_is_of_type(value, kind) for kind in kinds):
+        return f"{name} = {json.dumps(value, ensure_ascii=False)[:80]}: expected {' or '.join(kinds)}"
+    if "enum" in schema and value not in schema["enum"]:
+        return (
+            f"{name} = {json.dumps(value, ensure_ascii=False)[:80]}: expected {' or '.join(map(str, schema['enum']))}"
+        )
+    parts = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    inner = schema.get("properties", {})
+    found = (
+        _misfit(f"{name}[{key!r}]", part, schema.get("items") if isinstance(value, list) else inner.get(key))
+        for key, part in parts
+    )
+    return next(filter(None, found), None)
+
+
+def _is_of_type(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if isinstance(value, float) and value.is_integer() and kind == "integer":
+        return True
+    return isinstance(value, _TYPES.get(kind, object))
 
 
 class McpTool:
@@ -139,12 +183,25 @@ class McpTool:
         client = {"name": "appo_jax", "version": "1"}
         self._request("initialize", {"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": client})
         self._send({"jsonrpc": "2.0", "method": "notifications/initialized"})
-        tools = {tool["name"]: tool for tool in self._request("tools/list", {})["tools"]}
+        tools = self._list_tools()
         if self._tool not in tools:
             self._stop()
             raise ToolError(f"the MCP server {self._command} has no tool {self._tool!r}; it has: {', '.join(tools)}")
         self.description = tools[self._tool].get("description", "")
         self.parameters = tools[self._tool].get("inputSchema", {})
+
+    def _list_tools(self) -> dict[str, dict[str, Any]]:
+        """The server's tools by name, from all pages of its list."""
+        tools: dict[str, dict[str, Any]] = {}
+        cursor: dict[str, Any] = {}
+        while True:
+            page = self._request("tools/list", cursor)
+            if "tools" not in page:
+                raise ConnectionError(f"it does not list its tools: {page['content'][0]['text'] or 'an error'}")
+            tools |= {tool["name"]: tool for tool in page["tools"]}
+            if not page.get("nextCursor") or cursor.get("cursor") == page["nextCursor"]:
+                return tools
+            cursor = {"cursor": page["nextCursor"]}
 
     def _request(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         identity = next(self._ids)
@@ -169,8 +226,13 @@ class McpTool:
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
+        stuck = threading.Timer(self.timeout, self._process.kill)  # a server that does not read would block this write
+        stuck.start()
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        finally:
+            stuck.cancel()
 
     def _stop(self) -> None:
         if self._process is not None:

@@ -1,5 +1,6 @@
 """Wrapped tools: functions, OpenAI-style functions, and a real MCP server as a child process."""
 
+import json
 import sys
 import time
 
@@ -21,8 +22,14 @@ for line in sys.stdin:
     m = json.loads(line)
     if "id" not in m: continue
     p = m.get("params", {})
+    if m["method"] == "tools/list" and "no list" in sys.argv:
+        print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "error": {"message": "no list"}}), flush=True)
+        continue
     if m["method"] == "tools/list":
-        r = {"tools": [{"name": "add", "inputSchema": {"properties": {"a": {}, "b": {}}, "required": ["a", "b"]}}]}
+        if p.get("cursor") == "2":
+            r = {"tools": [{"name": "add", "inputSchema": {"properties": {"a": {}, "b": {}}, "required": ["a", "b"]}}]}
+        else:
+            r = {"tools": [{"name": "other"}], "nextCursor": "2"}
     elif m["method"] == "tools/call":
         a = p["arguments"]
         if a["a"] == "die": sys.exit()
@@ -36,6 +43,7 @@ for line in sys.stdin:
         r = {}
     print("noise on stdout")
     print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "result": r}), flush=True)
+    if "deaf" in sys.argv and "cursor" in p: time.sleep(60)
 """
 
 
@@ -58,6 +66,37 @@ def test_a_single_property_takes_the_bare_text():
     assert read_arguments("who is it", {"properties": {"query": {"type": "string"}}}) == {"query": "who is it"}
     assert read_arguments("12", {"properties": {"query": {"type": "string"}}}) == {"query": "12"}
     assert read_arguments("12", {"properties": {"n": {"type": "integer"}}}) == {"n": 12}
+
+
+@pytest.mark.parametrize(
+    ("text", "explained"),
+    [
+        ('{"n": "3"}', 'n = "3": expected integer'), ("abc", 'n = "abc": expected integer'), ("3", None), ("3.0", None),
+        ("3.5", "expected integer"), ("true", "expected integer"), ('{"n": null}', "n = null: expected integer"),
+    ],
+)  # fmt: skip
+def test_an_argument_of_another_type_is_explained(text, explained):
+    found = read_arguments(text, {"properties": {"n": {"type": "integer"}}})
+    assert found == {"n": 3} if explained is None else explained in found
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "fits"),
+    [
+        ({"type": "string"}, ["a"], False), ({"type": ["string", "null"]}, None, True), ({"enum": ["a", "b"]}, "c", False),
+        ({"enum": ["a", "b"]}, "b", True), (True, {"x": 1}, True), ({}, None, True), ({"type": "number"}, 3, True),
+        ({"type": "array", "items": {"type": "string"}}, ["a", 1], False), ({"type": "unheard-of"}, 1, True),
+        ({"type": "object", "properties": {"x": {"type": "integer"}}}, {"x": "1"}, False),
+    ],
+)  # fmt: skip
+def test_arguments_fit_their_schema(schema, value, fits):
+    arguments = {"a": value, "b": 1}
+    assert (read_arguments(json.dumps(arguments), {"properties": {"a": schema, "b": {}}}) == arguments) == fits
+
+
+@pytest.mark.parametrize(("value", "text"), [({"city": "Zürich"}, '{"city": "Zürich"}'), ({(1, 2): 3}, "{(1, 2): 3}")])
+def test_what_a_function_returns_is_readable(value, text):
+    assert FunctionTool(lambda _: value, name="f").call(None, "x")[0] == ToolResult(text, Outcome.OK)
 
 
 @pytest.fixture
@@ -100,5 +139,16 @@ def test_calls_of_an_mcp_tool_wait_for_each_other_outside_their_time_limit(mcp, 
 def test_an_mcp_server_that_cannot_be_used_is_an_error():
     with pytest.raises(ToolError, match="does not start"):
         McpTool(["/no/such/server"], "add")
-    with pytest.raises(ToolError, match="it has: add"):
+    with pytest.raises(ToolError, match="it has: other, add"):
         McpTool([sys.executable, "-c", SERVER], "multiply")
+
+
+def test_an_mcp_server_without_a_list_is_an_error():
+    with pytest.raises(ToolError, match="no list"):
+        McpTool([sys.executable, "-c", SERVER, "no list"], "add")
+
+
+def test_an_mcp_server_that_does_not_read_is_left():
+    tool = McpTool([sys.executable, "-c", SERVER, "deaf"], "add", timeout=1.0)
+    assert tool.call(None, json.dumps({"a": "x" * 1_000_000, "b": 1}))[0].outcome is Outcome.UNAVAILABLE
+    tool.close()
