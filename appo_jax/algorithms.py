@@ -9,12 +9,12 @@ function to `ALGORITHMS`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from appo_jax.config import AdvantageConfig, BranchingConfig, Config, LossConfig, RolloutConfig
+from appo_jax.errors import did_you_mean
 
 T = TypeVar("T")
 
@@ -257,9 +257,9 @@ def overwritten(config: Config) -> dict[str, Any]:
 def broken(config: Config) -> Iterator[str]:
     """Rules between the config and its algorithm that are broken: a sentence for each, with the fields to change."""
     if config.algorithm not in ALGORITHMS:
-        near = difflib.get_close_matches(config.algorithm, ALGORITHMS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(ALGORITHMS)}"
-        yield f"algorithm = {config.algorithm!r}: no algorithm has this name; {hint}"
+        yield (
+            f"algorithm = {config.algorithm!r}: no algorithm has this name; {did_you_mean(config.algorithm, ALGORITHMS)}"
+        )
         return
     for name, sets in overwritten(config).items():
         given, default = (operator.attrgetter(name)(where) for where in (config, Config()))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import json
 import logging
@@ -26,8 +25,9 @@ from rich.logging import RichHandler
 from appo_jax import commands, distributed, failures, output
 from appo_jax.algorithms import ALGORITHMS
 from appo_jax.config import Config, JudgeConfig
+from appo_jax.config.bounds import require_at_least
 from appo_jax.config_io import check, load_config
-from appo_jax.errors import ConfigError, PlanError
+from appo_jax.errors import ConfigError, PlanError, did_you_mean
 from appo_jax.overrides import override
 from appo_jax.supervision.supervisor import connect_supervisors, supervise
 
@@ -47,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            raise ConfigError(
-                f"{name!r} is not a command; "
-                + (f"did you mean {near[0]!r}?" if near else f"give {', '.join(COMMANDS)}")
-            )
+            raise ConfigError(f"{name!r} is not a command; {did_you_mean(name, COMMANDS)}")
         _set_up_logging()
         if os.getcwd() not in sys.path:  # a user's tools, rewards and data sources, as `python -m` finds them
             sys.path.append(os.getcwd())
@@ -289,6 +285,7 @@ def _plan(args: Sequence[str]) -> None:
     config = config_from(
         "plan --topology v5p:4x4x4 [--search [MINUTES]] [--lengths RUN] [--price DOLLARS_A_CHIP_HOUR] [--json]", rest
     )
+    require_at_least({"--price": (known.price, 0), "--search": (known.search, 0)})
     if known.topology is None:
         raise ConfigError("--topology is missing: chip and shape of a slice, e.g. --topology v5p:4x4x4")
     from appo_jax.plan import report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import runpy
@@ -19,7 +18,7 @@ from appo_jax import algorithms
 from appo_jax import config as config_module
 from appo_jax.config import Config, rules
 from appo_jax.config.effects import EVERYTHING, Affects, affects
-from appo_jax.errors import ConfigError
+from appo_jax.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
@@ -199,7 +198,4 @@ def _fields_at(parents: Iterable[str | int]) -> list[str]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; fields here: {', '.join(known)}" if known else ""
+    return f"; {did_you_mean(name, known)}" if known else ""

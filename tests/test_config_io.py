@@ -118,7 +118,7 @@ def edited(tmp_path, **changes):
         ({"branching__num_branch_point": 2}, "branching.num_branch_point is not .* mean 'num_branch_points'"),
         ({"branchin": {}}, "branchin is not a field of the config; did you mean 'branching'"),
         ({"policy__architecture__widht": 2}, "policy.architecture.widht is not .* mean 'width'"),
-        ({"data__zzz": 2}, "data.zzz is not a field of the config; fields here: source, path, "),
+        ({"data__zzz": 2}, "data.zzz is not a field of the config; expected one of source, path, "),
         ({"policy__architecture__width": ...}, "policy.architecture.width is missing"),
         ({"steps": "3"}, "steps = '3': should be a valid integer"),
         ({"steps": True}, "steps = True: should be a valid integer"),
