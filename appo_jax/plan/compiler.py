@@ -8,7 +8,7 @@ import importlib.util
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from appo_jax.errors import ConfigError, PlanError
 from appo_jax.plan import hlo
 from appo_jax.plan.abstract import Arrays, in_all
 from appo_jax.plan.lengths import RolloutLengths
+from appo_jax.plan.network import Collective, Network, network_of
 from appo_jax.plan.programs import Program, programs
-from appo_jax.plan.report import Need, Plan
+from appo_jax.plan.report import Need, Plan, Sent
 from appo_jax.plan.topology import Slice, parse_slice
 from appo_jax.policy.architecture import architecture_of, check_positions
 from appo_jax.policy.parameters import adapted
@@ -51,6 +52,7 @@ class Compiler:
         arch = architecture_of(config.policy) if stated is None else adapted(stated, config.policy.lora)
         check_positions(arch, config)
         mesh = make_mesh(config.mesh, self.devices)
+        network = network_of(self.described, list(mesh.devices.flat), dict(mesh.shape), config.mesh.slices)
         lengths = None if self.lengths is None else RolloutLengths.of_run(self.lengths, config.rollout)
 
         def need_of(program: Program) -> Need:
@@ -58,7 +60,7 @@ class Compiler:
             if key not in self.compiled:
                 self.on_program(program.name)
                 with use_mesh(mesh):
-                    self.compiled[key] = measure(program, mesh.size)
+                    self.compiled[key] = measure(program, network)
             looks = program.times / program.steps if program.steps > 1 else 0.0
             return dataclasses.replace(self.compiled[key], times=program.times, counted=program.counted, looks=looks)
 
@@ -106,8 +108,8 @@ def compiler_for(topology: str, slices: int = 1, **options: Any) -> Compiler:
     return Compiler(described, devices, **options)
 
 
-def measure(program: Program, chips: int) -> Need:
-    """Compile a program for `chips` devices and read what it needs on each.
+def measure(program: Program, network: Network) -> Need:
+    """Compile a program for the devices of a network and read what it needs on each.
 
     If the compiler refuses it for lack of memory, the result has `refused` and the compiler's figure for its memory. Raises
     PlanError for another error of the compiler.
@@ -124,7 +126,7 @@ def measure(program: Program, chips: int) -> Need:
                 f"{program.fields or 'the architecture'}, may be compiled"
             ) from error
         return Need(
-            program.name, used + program.beside, program.beside, 0, 0, 0, 0, 0, {}, 0, 0, time.perf_counter() - began,
+            program.name, used + program.beside, program.beside, 0, 0, 0, 0, 0, {}, 0, time.perf_counter() - began,
             program.times, program.counted, program.fields, program.kept, refused=True,
         )  # fmt: skip
     seconds = time.perf_counter() - began
@@ -145,10 +147,9 @@ def measure(program: Program, chips: int) -> Need:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         output=output,
-        flops=max(xla_flops, flops / chips),
+        flops=max(xla_flops, flops / network.num_devices),
         traffic=moved.hbm,
-        collectives=moved.collectives,
-        hops=moved.hops,
+        collectives=sent(moved.collectives, network),
         looks=0.0,
         compile_s=seconds,
         times=program.times,
@@ -156,6 +157,16 @@ def measure(program: Program, chips: int) -> Need:
         fields=program.fields,
         kept=program.kept,
     )
+
+
+def sent(collectives: Iterable[Collective], network: Network) -> dict[str, Sent]:
+    """The bytes and the seconds of collectives, by kind and axes of the mesh."""
+    found: dict[str, Sent] = {}
+    for collective in collectives:
+        name = network.name(collective)
+        before = found.get(name, Sent(0, 0))
+        found[name] = Sent(before.size + collective.size, before.seconds + network.seconds(collective))
+    return found
 
 
 def hbm_of_refusal(message: str) -> float | None:

@@ -1,4 +1,4 @@
-"""The memory traffic of a compiled program, read from its HLO text: bytes to and from HBM, and collectives by kind.
+"""The memory traffic of a compiled program, read from its HLO text: bytes to and from HBM, and collectives by kind and group.
 
 XLA's cost analysis is not used, because it counts the body of a loop once, and counts a weight three times if it is
 prefetched into the TPU's on-chip memory. The text gives the number of iterations of a loop if that is known (a scan).
@@ -16,6 +16,8 @@ from typing import Any
 
 from jax.extend import core
 
+from appo_jax.plan.network import Collective, parse_groups
+
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
@@ -24,6 +26,11 @@ _BYTES = {
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{[^}]*S\((\d+)\)[^}]*\})?")  # S(n), n > 0: on-chip memory
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_GROUPS = re.compile(  # of a collective, in three notations, or of a permute
+    r"replica_groups=(\{\{[\d,{}]*\}\}|\[[\d,]*\]<=\[[\d,]*\](?:T\([\d,]*\))?|mesh\[[^\]]*\][^{]*\{[^}]*\})"
+    r"|source_target_pairs=(\{\{[\d,{}]*\}\})"
+)
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # of an array, between slices
 _CALLEES = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 # Instructions that move no data themselves.
@@ -39,8 +46,7 @@ class _Instruction:
     shape: str  # of its result
     operands: tuple[str, ...]
     callees: tuple[str, ...]
-    trips: int | None  # number of runs of the called computations; None: a loop of unknown length
-    group_size: int  # devices in one group of a collective
+    attributes: str  # what follows the operands
 
     @property
     def size(self) -> float:
@@ -57,9 +63,8 @@ class _Instruction:
 class Moved:
     """The traffic of a program on one device. The body of a loop of known length is counted in every iteration."""
 
-    collectives: dict[str, float]  # by kind: bytes of the results
+    collectives: tuple[Collective, ...]  # one for each kind and groups
     hbm: float  # bytes read from HBM and written to it
-    hops: float  # hops between neighbours in rings, which the collectives make one after the other
 
 
 def read(text: str, steps: int = 1, seen: Mapping[str, float] = MappingProxyType({})) -> Moved:
@@ -71,23 +76,24 @@ def read(text: str, steps: int = 1, seen: Mapping[str, float] = MappingProxyType
     computations, entry = _parse(text)
     times = defaultdict(float, {entry: 1 / steps})
     hbm = 0.0
-    collectives: dict[str, float] = {}
-    hops = 0.0
-    fused = _fused_computations(computations)
+    moved: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])  # kind, groups -> bytes, times
+    fused, continued = _fused_computations(computations), _continued_collectives(computations)
     for name in _callers_first(computations, entry):
         by_name = {instruction.name: instruction for instruction in computations[name]}
         for instruction in computations[name]:
+            trips = _trips(instruction, computations) if instruction.op == "while" else 1
             for callee in instruction.callees:
-                times[callee] += times[name] * (steps if instruction.trips is None else instruction.trips)
-            kind = instruction.op.removesuffix("-done")
-            if kind in COLLECTIVES:  # in an asynchronous pair, only the -done has the shape of the result
-                collectives[kind] = collectives.get(kind, 0.0) + times[name] * instruction.size
-            hops += times[name] * _hops(instruction)
+                times[callee] += times[name] * (steps if trips is None else trips)
+            if name not in continued and (found := _collective(instruction, by_name, name)):
+                kind, groups, size = found
+                moved[kind, groups][0] += times[name] * size
+                moved[kind, groups][1] += times[name]
             if name not in fused:
                 hbm += times[name] * (
                     _traffic(instruction, by_name, computations) - _unread_bytes(instruction, by_name, seen)
                 )
-    return Moved(collectives, hbm, hops)
+    collectives = [Collective(kind, parse_groups(groups), *sums) for (kind, groups), sums in moved.items()]
+    return Moved(tuple(collectives), hbm)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -102,43 +108,61 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             name, shape, op, rest = found.groups()
             operands = tuple(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
             names = [n for pair in _CALLEES.findall(rest) for n in re.findall(r"[\w.\-]+", " ".join(pair))]
-            trip_count = _TRIPS.search(rest)
-            trips = (int(trip_count[1]) if trip_count else None) if op == "while" else 1
             # The -start of an asynchronous pair names the same callees, and they run only once.
             called = () if op.endswith(("-done", "-update")) else tuple(names)
-            body.append(_Instruction(name, op, shape, operands, called, trips, _group_size(rest)))
+            body.append(_Instruction(name, op, shape, operands, called, rest))
     return computations, entry
 
 
-def _group_size(rest: str) -> int:
-    """Devices in one group of a collective. 1: the instruction has no groups.
+def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
+    """Iterations of a loop. None: they are not known before the program runs.
 
-    XLA writes groups in four ways: `{{0,1},{2,3}}`; `[2,4]<=[8]`, which is 2 groups of 4; `mesh['a'=2,'b'=4] {'b'}`, with the
-    axes along which a group lies; and `{'b':(1)2}` for a part of an axis.
+    The text states them, or they follow from the condition `counter < constant` of a loop whose counter begins at 0, such as a
+    scan. In each iteration the counter rises by a constant that the body adds, or by 1.
     """
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-        return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return 1
+    if stated := _TRIPS.search(loop.attributes):
+        return int(stated[1])
+    condition, body = (
+        {i.name: i for i in computations[re.search(rf"{part}=%?([\w.\-]+)", loop.attributes)[1]]}  # type: ignore[index]
+        for part in ("condition", "body")
+    )
+    compare, result = list(condition.values())[-1], list(body.values())[-1]
+    if compare.op != "compare" or "direction=LT" not in compare.attributes:
+        return None
+    counter, bound = (condition[operand] for operand in compare.operands)
+    if (counter.op, bound.op) != ("get-tuple-element", "constant"):
+        return None
+    index = int(re.search(r"index=(\d+)", counter.attributes)[1])  # type: ignore[index]
+    added = body[result.operands[index]]
+    constants = [body[o].attributes for o in added.operands if o in body and body[o].op == "constant"]
+    step = _number(constants[0]) if added.op == "add" and constants else 1
+    return -(-_number(bound.attributes) // step)
 
 
-def _hops(instruction: _Instruction) -> float:
-    """Hops that a collective makes one after the other.
+def _number(attributes: str) -> int:
+    """The value of an integer constant."""
+    return int(attributes.split(")")[0])
 
-    The group is taken as a ring that is used in both directions: n/2 hops for n devices, n for an all-reduce, 1 for a permute.
-    A group that lies on several axes of a torus takes fewer.
+
+def _collective(
+    instruction: _Instruction, by_name: dict[str, _Instruction], computation: str
+) -> tuple[str, str, float] | None:
+    """Kind, groups (as text) and bytes of a collective, as in `network.Collective`. None: it is none.
+
+    An asynchronous pair is counted at its -start. A fusion of an all-reduce and a slice is a reduce-scatter.
     """
-    kind = instruction.op.removesuffix("-start")  # an asynchronous pair is counted at its -start, which names the group
+    size = sum(by_name[operand].size for operand in instruction.operands if operand in by_name)
+    if instruction.op == "send" and (transfer := _TRANSFER.search(instruction.attributes)):
+        return f"{transfer[1].lower().replace('_', '-')} between slices", "", size
+    kind = instruction.op.removesuffix("-start")
     if kind not in COLLECTIVES:
-        return 0.0
-    if kind == "collective-permute":
-        return 1.0
-    return instruction.group_size * (1.0 if kind == "all-reduce" else 0.5) if instruction.group_size > 1 else 0.0
+        return None
+    found = _GROUPS.search(instruction.attributes)
+    groups = (found[1] or found[2]) if found else ""
+    if kind == "all-gather":
+        size *= max(map(len, parse_groups(groups)), default=1)
+    scattered = kind == "all-reduce" and computation.startswith("all-reduce-scatter")
+    return "reduce-scatter" if scattered else kind, groups, size
 
 
 def shape_bytes(shape: str, hbm: bool = False) -> float:
@@ -174,6 +198,17 @@ def _fused_computations(computations: dict[str, list[_Instruction]]) -> set[str]
     return {c for body in computations.values() for i in body if i.op not in with_traffic for c in i.callees}
 
 
+def _continued_collectives(computations: dict[str, list[_Instruction]]) -> set[str]:
+    """Computations that go on with an asynchronous collective, or end it, and name it again. It is counted where it starts."""
+    return {
+        callee
+        for body in computations.values()
+        for i in body
+        for callee in i.callees
+        if callee.startswith("async_collective_fusion") or i.name.startswith("async-collective-done")
+    }
+
+
 # Instructions that read slices of their first operand, and those that update it in place -> the operand that is the update.
 _SLICED = {"dynamic-slice", "gather"}
 _UPDATED = {"dynamic-update-slice": 1, "scatter": 2}
@@ -188,6 +223,12 @@ def _traffic(
     """
     op, operands = instruction.op, [by_name[name] for name in instruction.operands if name in by_name]
     if op in _NO_TRAFFIC or op.endswith(("-done", "-update")):
+        return 0.0
+    if instruction.name.startswith(
+        "async-collective-start"
+    ):  # a fusion whose result is the tuple of source and destination
+        return instruction.hbm
+    if instruction.name.startswith("async-collective-done"):
         return 0.0
     if op == "fusion":
         return _traffic_of_fusion(instruction, computations[instruction.callees[0]])
@@ -214,9 +255,12 @@ def _unread_bytes(instruction: _Instruction, by_name: dict[str, _Instruction], s
 
 def _traffic_of_fusion(fusion: _Instruction, body: list[_Instruction]) -> float:
     """`_traffic` of a fusion: its result and its parameters. Of those that it slices or updates in place, only the slice or the
-    update counts."""
+    update counts; those that it only hands on, such as the arrays of an asynchronous collective, do not."""
     by_name = {i.name: i for i in body}
-    written, total = fusion.hbm, 0.0
+    written, total, result = fusion.hbm, 0.0, body[-1]
+    outputs = [by_name[operand] for operand in result.operands] if result.op == "tuple" else []
+    handed_on = [output for output in outputs if output.op in ("parameter", *COLLECTIVES)]
+    written -= sum(output.hbm for output in handed_on)
     for instruction in body:
         if instruction.op in _UPDATED and instruction.size <= written:
             written -= instruction.size - by_name[instruction.operands[_UPDATED[instruction.op]]].size
@@ -226,6 +270,8 @@ def _traffic_of_fusion(fusion: _Instruction, body: list[_Instruction]) -> float:
             if instruction.op == "bitcast" and instruction.operands[0] in names:
                 names.add(instruction.name)
         users = [i for i in body if i.op != "bitcast" and names & set(i.operands)]
+        if handed_on and all(user is result or user in handed_on for user in users):
+            continue
         only_first_operand = all(u.operands[0] in names and not names & set(u.operands[1:]) for u in users)
         if users and only_first_operand and all(u.op in _SLICED for u in users):
             total += min(parameter.hbm, sum(u.size for u in users))

@@ -19,14 +19,19 @@ from appo_jax.plan.topology import GIB, Chip
 
 log = logging.getLogger(__name__)
 
-# Seconds that a collective takes for each hop on its ring: "about 1 µs a hop", from the chapters on TPUs and on sharded matrices
-# of "How to scale your model" (jax-ml.github.io/scaling-book).
-HOP_S = 1e-6
 # Seconds from the end of a decode segment to the start of the next one, in which the host reads small arrays, exchanges them with
 # other hosts and gives rows to rollouts. An assumption; compare `time/decode_s` of a real run with its plan to correct it.
 HOST_LOOK_S = 2e-3
 # Bytes per second at which a host writes to the run's storage. An assumption; measure yours with `dd` on all hosts at once.
 STORAGE_RATE = 200e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """What the collectives of one kind along the same axes of the mesh send in one run of a program."""
+
+    size: float  # bytes, see network.Collective
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +47,7 @@ class Need:
     output: float  # without output that takes the place of a donated argument
     flops: float
     traffic: float  # read from HBM and written to it
-    collectives: dict[str, float]  # by kind: results of collectives
-    hops: float  # hops that its collectives make one after the other
+    collectives: dict[str, Sent]  # by kind and axes of the mesh
     looks: float  # how often a step the host reads the state of the rows, between segments of decoding
     compile_s: float
     times: int  # runs in one training step
@@ -66,7 +70,7 @@ class Need:
         return self.times * self.seconds(chip) + self.looks * HOST_LOOK_S
 
     def _times(self, chip: Chip) -> dict[str, float]:
-        network = sum(self.collectives.values()) / chip.ici_bandwidth + self.hops * HOP_S
+        network = sum(sent.seconds for sent in self.collectives.values())
         return {"compute": self.flops / chip.flops, "memory": self.traffic / chip.hbm_bandwidth, "network": network}
 
 
@@ -159,20 +163,32 @@ def tables(plan: Plan) -> Sequence[Table]:
         memory.add_row(n.name, *(["?"] * 3 if n.refused else cells[:3]), *cells[3:], f"{n.compile_s:.0f}")
     total = "not known, a program does not fit" if plan.step_s is None else f"{plan.step_s:.0f} s"
     work = Table(title=f"work per chip, and a step's roofline: {total}", title_justify="left")
-    for column in ("program", "TFLOP", "HBM GB", "collectives MB", "ms", "bound", "times a step", "s a step"):
-        work.add_column(column, justify="left" if column in ("program", "collectives MB", "times a step") else "right")
+    for column in ("program", "TFLOP", "HBM GB", "collectives: MB, ms", "ms", "bound", "times a step", "s a step"):
+        work.add_column(
+            column, justify="left" if column in ("program", "collectives: MB, ms", "times a step") else "right"
+        )
     for n in plan.needs:
         times = f"{n.times} = {n.counted}"
         if n.refused:
             work.add_row(n.name, *["?"] * 4, "does not fit", times, "?")
             continue
         seconds = n.seconds(plan.chip)
-        kinds = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in sorted(n.collectives.items()))
         work.add_row(
-            n.name, f"{n.flops / 1e12:.3f}", f"{n.traffic / 1e9:.2f}", kinds or "none", f"{1000 * seconds:.1f}",
+            n.name, f"{n.flops / 1e12:.3f}", f"{n.traffic / 1e9:.2f}", _collectives(n), f"{1000 * seconds:.1f}",
             n.bound(plan.chip), times, f"{n.step_s(plan.chip):.1f}",
         )  # fmt: skip
     return memory, work
+
+
+def _collectives(need: Need) -> str:
+    """The collectives of a program, the longest first. Those that take less than a hundredth of their time are left out."""
+    in_all = sum(sent.seconds for sent in need.collectives.values())
+    longest_first = sorted(need.collectives.items(), key=lambda item: -item[1].seconds)
+    return ", ".join(
+        f"{name} {sent.size / 1e6:.0f}, {1e3 * sent.seconds:.2f}"
+        for name, sent in longest_first
+        if sent.seconds >= in_all / 100 > 0
+    ) or "none"  # fmt: skip
 
 
 def log_better(config: Config, plan: Plan) -> None:

@@ -15,22 +15,25 @@ GIB = 2**30
 class Chip:
     """The figures of one device. The rates are from cloud.google.com/tpu/docs; `hbm` is what the compiler lets programs use.
 
-    A device is one chip, except that a tpu7x chip is two devices with half of its figures each.
+    The documentation gives the bandwidth of all links of a chip together: 4 on v5e and v6e, 6 on the others. The bandwidth of v4
+    between slices is that of jax-ml.github.io/scaling-book: 25 GB/s for a host of 4 chips. A device is one chip, except that a
+    tpu7x chip is two devices with half of its figures each.
     """
 
     flops: float  # bfloat16, per second
     hbm_bandwidth: float  # bytes per second
-    ici_bandwidth: float  # bytes per second in one direction, all links together
+    link_bandwidth: float  # bytes per second of one link to a neighbour, in one direction
+    dcn_bandwidth: float  # bytes per second to other slices, in one direction
     hbm: float  # bytes
     per_chip: int = 1  # devices per chip
 
 
 CHIPS = {
-    "v4": Chip(275e12, 1200e9, 300e9, 30.75 * GIB),
-    "v5e": Chip(197e12, 819e9, 200e9, 15.75 * GIB),
-    "v5p": Chip(459e12, 2765e9, 600e9, 95.74 * GIB),
-    "v6e": Chip(918e12, 1638e9, 400e9, 31.25 * GIB),
-    "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 600e9 / 2, 94.74 * GIB, per_chip=2),
+    "v4": Chip(275e12, 1200e9, 50e9, 6.25e9, 30.75 * GIB),
+    "v5e": Chip(197e12, 819e9, 50e9, 3.125e9, 15.75 * GIB),
+    "v5p": Chip(459e12, 2765e9, 100e9, 6.25e9, 95.74 * GIB),
+    "v6e": Chip(918e12, 1638e9, 100e9, 12.5e9, 31.25 * GIB),
+    "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 100e9 / 2, 12.5e9 / 2, 94.74 * GIB, per_chip=2),
 }
 
 # Shapes of the slices that Google Cloud offers, by chip.
@@ -52,6 +55,19 @@ class Slice:
     """The TPU compiler's name of it, such as v5p:4x4x4."""
     chip: Chip
     num_chips: int
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Chips along each axis."""
+        return tuple(map(int, self.topology.split(":")[1].split("x")))
+
+    def is_ring(self, axis: int) -> bool:
+        """Whether the ends of an axis are connected, so that its chips form a ring (scaling-book, chapter 2).
+
+        On v5e and v6e an axis of 16 chips is a ring; on the others all axes are, if the slice consists of cubes of 4x4x4.
+        """
+        sides = self.sides
+        return sides[axis] >= 16 if len(sides) == 2 else all(side % 4 == 0 for side in sides)
 
 
 def parse_slice(name: str) -> Slice:
