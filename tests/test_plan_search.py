@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,14 +107,20 @@ def test_from_a_config_that_does_not_fit_the_search_goes_where_it_does():
     assert search(large, landscape, 60, lambda *_: None).plan.fits
 
 
-def test_the_best_config_so_far_is_given_when_the_time_is_over():
+@pytest.mark.parametrize(("minutes", "tried"), [(25, 4), (6, 1), (0, 1), (float("inf"), 8)])
+def test_the_search_ends_in_time_with_the_best_config_so_far(monkeypatch, minutes, tried):
+    """The first plan takes 6 minutes, the others 5: no plan is begun that could end after the time is over."""
+    now = [1000.0]
+    monkeypatch.setattr("appo_jax.plan.search.time", SimpleNamespace(monotonic=lambda: now[0]))
+
     def slowly(config):
-        time.sleep(0.05)
+        now[0] += 60 * (6 if config == CONFIG else 5)
         return landscape(config)
 
-    found = search(CONFIG, slowly, 0.2, lambda *_: None)
-    assert not found.finished
-    assert found.tried <= 6
+    found = search(CONFIG, slowly, 60 * minutes, lambda *_: None)
+    assert now[0] - 1000 <= 60 * max(6, minutes)
+    assert found.tried == tried or (minutes > 25 and found.tried >= tried)
+    assert found.finished == (minutes > 25)
     assert found.plan.step_s <= landscape(CONFIG).step_s
 
 

@@ -43,7 +43,8 @@ class Found:
 def search(
     config: Config, plan_of: Callable[[Config], Plan], seconds: float, on_better: Callable[[Config, Plan], None]
 ) -> Found:
-    """Move from `config` to a better neighbour, again and again, until no neighbour is better or `seconds` are over.
+    """Move from `config` to a better neighbour, again and again, until no neighbour is better or `seconds` are over: no plan is
+    begun that would end later if it took as long as the longest before it.
 
     A config that fits is better than one that does not fit. Of two that fit, the one with the shorter step is better; of two
     that do not fit, the one with the lower peak of memory. If `plan_of` raises ConfigError for a neighbour, because the
@@ -51,15 +52,17 @@ def search(
     and named in the result. For `config` itself the error is raised. `on_better` is called with every better config and its
     plan. The result is never worse than `config`.
     """
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     best, plan, tried = config, plan_of(config), 1
+    longest = time.monotonic() - began
     seen, failed = [config], dict[str, str]()
     while True:
         better = False
         for other in neighbours(best):
             if other in seen:
                 continue
-            if time.monotonic() > deadline:
+            plan_began = time.monotonic()
+            if plan_began + longest > began + seconds:
                 return Found(best, plan, tried, finished=False, failed=failed)
             seen.append(other)
             try:
@@ -69,6 +72,8 @@ def search(
             except PlanError as error:
                 failed[_options(config, other)] = str(error)
                 continue
+            finally:
+                longest = max(longest, time.monotonic() - plan_began)
             tried += 1
             if _rank(other_plan) < _rank(plan):
                 best, plan, better = other, other_plan, True
