@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +15,7 @@ import pyarrow.parquet
 from appo_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
+Raw = TypeVar("Raw")
 Record = TypeVar("Record")
 OnMalformed = Literal["fatal", "skip"]
 # The name of a record in messages, by the file's suffix.
@@ -38,38 +39,50 @@ def read_records(
 ) -> list[Record]:
     """`parse(number, record)` of every record of a jsonl, json, parquet, csv or tsv file, in order. Blank lines are ignored.
 
-    `number` counts lines, rows or records from 1. `parse` returns None for a record that is left out (it logs why), and raises
-    KeyError, TypeError or ValueError for a malformed one. `malformed`: with "fatal" the first malformed record raises DataError
-    with file and line; with "skip" each gives a warning, and their number is logged; None is "fatal" for files to which
-    `data.malformed` does not apply. Raises DataError if no record is left.
+    `number` counts lines, rows or records from 1. `parse` returns None for a record that is left out, such as a question without
+    an answer; their number is logged. It raises KeyError, TypeError or ValueError for a malformed one. `malformed`: with "fatal"
+    the first malformed record raises DataError with file and line; with "skip" each gives a warning, and their number is logged;
+    None is "fatal" for files to which `data.malformed` does not apply. Raises DataError if no record is left.
     """
     need_file(path, what)
     unit = UNITS.get(path.suffix.lower())
     if unit is None:
         raise DataError(f"{path}: expected a file that ends in {', '.join(UNITS)}")
+    places = ((f"{path}, {unit} {number}", (number, raw)) for number, raw in _rows(path))
+    return parse_each(places, lambda row: parse(row[0], _value(row[1])), malformed, str(path))
+
+
+def parse_each(
+    places: Iterable[tuple[str, Raw]], parse: Callable[[Raw], Record | None], malformed: OnMalformed | None, whole: str
+) -> list[Record]:
+    """`parse` of every record, with the rules of `read_records`. places: (where it is, record). whole: all of them, for
+    messages."""
     records: list[Record] = []
-    skipped = 0
-    for number, raw in _rows(path):
+    skipped = left_out = 0
+    for where, raw in places:
         try:
-            record = parse(number, _value(raw))
+            record = parse(raw)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             problem = str(error)
             if isinstance(error, KeyError):
                 problem = f"missing field {error}"
             elif isinstance(error, json.JSONDecodeError):
                 problem = f"not valid JSON ({error})"
-            message = f"{path}, {unit} {number}: {problem}"
             if malformed != "skip":
                 choice = ", or set data.malformed to skip" if malformed else ""
-                raise DataError(f"{message}; correct it{choice}") from error
-            logger.warning("%s; skipped", message)
+                raise DataError(f"{where}: {problem}; correct it{choice}") from error
+            logger.warning("%s: %s; skipped", where, problem)
             skipped += 1
         else:
             records += [] if record is None else [record]
+            left_out += record is None
+    total = skipped + left_out + len(records)
     if skipped:
-        logger.warning("%s: skipped %d malformed of %d records", path, skipped, skipped + len(records))
+        logger.warning("%s: skipped %d malformed of %d records", whole, skipped, total)
+    if left_out:
+        logger.warning("%s: %d of %d records are left out", whole, left_out, total)
     if not records:
-        raise DataError(f"{path}: holds no usable record ({skipped} malformed)")
+        raise DataError(f"{whole}: holds no usable record ({skipped} malformed, {left_out} left out)")
     return records
 
 

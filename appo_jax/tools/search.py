@@ -243,8 +243,7 @@ def _records(path: Path) -> Iterable[tuple[str, Any]]:
             number = 0
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
                 for record in batch.to_pylist():
-                    yield f"row {number}", record
-                    number += 1
+                    yield f"row {(number := number + 1)}", record
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"search corpus {path}: cannot be read as parquet ({error})") from error
     elif path.suffix == ".jsonl":
@@ -262,7 +261,7 @@ def _records(path: Path) -> Iterable[tuple[str, Any]]:
             raise DataError(f"search corpus {path}: not valid JSON ({error})") from error
         if not isinstance(records, list):
             raise DataError(f"search corpus {path}: expected a list of documents, got {type(records).__name__}")
-        yield from ((f"entry {i}", record) for i, record in enumerate(records))
+        yield from ((f"record {number}", record) for number, record in enumerate(records, start=1))
     else:
         raise DataError(f"search corpus {path}: unknown kind {path.suffix!r}; expected .jsonl, .json or .parquet")
 

@@ -132,7 +132,7 @@ def test_missing_and_empty_files(tmp_path):
     with pytest.raises(DataError, match=r"train\.jsonl: the file is empty"):
         load_dataset(config)
     (tmp_path / "train.jsonl").write_text("{\n{\n")
-    with pytest.raises(DataError, match=r"no usable record \(2 malformed\)"):
+    with pytest.raises(DataError, match=r"no usable record \(2 malformed, 0 left out\)"):
         load_dataset(DataConfig(source="gsm8k", path=str(tmp_path), malformed="skip"))
 
 

@@ -6,19 +6,16 @@ A record has `problem` (or `question`), and `answer` or a `solution` whose last 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from appo_jax.config import ColumnsConfig, DataConfig
 from appo_jax.data.examples import Reader, data_path, split_files
+from appo_jax.data.records import parse_each
 from appo_jax.data.source import Dataset
 from appo_jax.errors import DataError
 from appo_jax.reward.latex import last_boxed
 from appo_jax.types import Example
-
-logger = logging.getLogger(__name__)
 
 COLUMNS = ColumnsConfig("problem", "answer", "unique_id", "", "", "", ("level", "type", "subject"))
 WHAT = "the folder of MATH with train/ and test/ (github.com/hendrycks/math), or with train.jsonl and test.jsonl"
@@ -29,7 +26,7 @@ def load(config: DataConfig) -> Dataset:
     path = data_path(config)
     reader = MathReader(config, COLUMNS, "math")
     if (path / "train").is_dir() and (path / "test").is_dir():
-        return Dataset(list(_problems(path / "train", reader)), list(_problems(path / "test", reader)))
+        return Dataset(_problems(path / "train", reader), _problems(path / "test", reader))
     train, held_out = split_files(config, ["train.jsonl", "train.parquet"], ["test.jsonl", "test.parquet"], WHAT)
     return Dataset(reader.read(train, WHAT), reader.read(held_out, WHAT))
 
@@ -47,19 +44,15 @@ class MathReader(Reader):
         return super().example(record, path, number)
 
 
-def _problems(folder: Path, reader: MathReader) -> Iterator[Example]:
+def _problems(folder: Path, reader: MathReader) -> list[Example]:
     files = sorted(folder.glob("*/*.json"))
     if not files:
         raise DataError(f"{folder}: holds no <subject>/<number>.json; data.path must lead to {WHAT}")
-    for file in files:
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            example = reader.example(record | {"unique_id": f"{file.parent.name}/{file.stem}"}, file, 1)
-        except (KeyError, TypeError, ValueError) as error:
-            problem = f"missing field {error}" if isinstance(error, KeyError) else str(error)
-            if reader.config.malformed == "fatal":
-                raise DataError(f"{file}: {problem}; correct it, or set data.malformed to skip") from error
-            logger.warning("%s: %s; skipped", file, problem)
-            continue
-        if example is not None:
-            yield example
+
+    def parse(file: Path) -> Example | None:
+        record = json.loads(file.read_bytes())
+        if not isinstance(record, dict):
+            raise TypeError(f"expected an object, got {type(record).__name__}")
+        return reader.example(record | {"unique_id": f"{file.parent.name}/{file.stem}"}, file, 1)
+
+    return parse_each(((str(file), file) for file in files), parse, reader.config.malformed, str(folder))

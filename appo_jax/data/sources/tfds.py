@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ import tensorflow_datasets as tfds
 
 from appo_jax.config import DataConfig
 from appo_jax.data.examples import Reader, data_path
+from appo_jax.data.records import parse_each
 from appo_jax.data.source import Dataset
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.types import Example
-
-logger = logging.getLogger(__name__)
 
 HELD_OUT_SPLITS = ("test", "validation", "valid", "dev", "held_out")
 
@@ -32,14 +30,14 @@ def load(config: DataConfig) -> Dataset:
         raise DataError(
             f"{folder}: no TFDS dataset ({type(error).__name__}: {error}); expected a folder with dataset_info.json"
         ) from error
-    held_out = config.held_out or next((name for name in HELD_OUT_SPLITS if name in splits), None)
-    missing = [name for name in ("train", held_out) if name not in splits]
-    if missing:
-        raise DataError(f"{folder}: no split {missing[0]!r}; it has {', '.join(splits)}; name one with data.held_out")
+    held_out = config.held_out or next((name for name in HELD_OUT_SPLITS if name in splits), "")
+    if missing := [name for name in ("train", held_out) if name not in splits]:
+        wanted = repr(missing[0]) if missing[0] else f"for evaluation ({', '.join(HELD_OUT_SPLITS)})"
+        raise DataError(f"{folder}: no split {wanted}; it has {', '.join(splits)}; name one with data.held_out")
     if held_out == "train":
         raise ConfigError("data.held_out = 'train' is the split for training; name another one")
     reader = Reader(config, config.columns, config.kind)
-    return Dataset(_read(builder, "train", reader, folder), _read(builder, str(held_out), reader, folder))
+    return Dataset(_read(builder, "train", reader, folder), _read(builder, held_out, reader, folder))
 
 
 def _read(builder: Any, split: str, reader: Reader, folder: Path) -> list[Example]:
@@ -54,20 +52,9 @@ def _read(builder: Any, split: str, reader: Reader, folder: Path) -> list[Exampl
         ) from error
     if len(records) != expected:
         raise DataError(f"{folder}, split {split}: holds {len(records)} of {expected} records; build it again")
-    examples = []
-    for number, record in enumerate(records, start=1):
-        try:
-            example = reader.example(record, Path(split), number)
-        except (KeyError, TypeError, ValueError) as error:
-            problem = f"missing field {error}" if isinstance(error, KeyError) else str(error)
-            if reader.config.malformed == "fatal":
-                raise DataError(
-                    f"{folder}, split {split}, record {number}: {problem}; set data.malformed to skip"
-                ) from error
-            logger.warning("%s, split %s, record %d: %s; skipped", folder, split, number, problem)
-            continue
-        examples += [] if example is None else [example]
-    return examples
+    whole = f"{folder}, split {split}"
+    rows = ((f"{whole}, record {number}", (number, record)) for number, record in enumerate(records, start=1))
+    return parse_each(rows, lambda row: reader.example(row[1], Path(split), row[0]), reader.config.malformed, whole)
 
 
 def _plain(value: Any) -> Any:
