@@ -5,6 +5,8 @@ The paragraphs of all questions, each once, are the corpus of the search tool un
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +20,18 @@ from appo_jax.data.source import Dataset
 from appo_jax.types import Document, Example, Segment, Trace
 
 
+class MultihopReader(Reader):
+    """Also reads `id`, and `answers` or FlashRAG's `golden_answers`, if a record does not have the fields of `columns`."""
+
+    def example(self, record: Any, path: Path, number: int) -> Example | None:
+        columns = self.columns
+        if isinstance(record, dict):
+            golds = (name for name in (columns.golds, "answers", "golden_answers") if name in record)
+            id = columns.id if columns.id in record else "id"
+            columns = dataclasses.replace(columns, golds=next(golds, columns.golds), id=id)
+        return Reader(self.config, columns, self.kind, self.system).example(record, path, number)
+
+
 def load_multihop(
     config: DataConfig,
     reader: Reader,
@@ -28,25 +42,27 @@ def load_multihop(
     """Both splits, the paragraphs of all their records, and demonstrations.
 
     paragraphs: a function that returns the paragraphs of a record. files, what: see `split_files`. Raises DataError."""
-    documents: dict[Document, None] = {}
-    paragraphs_of: dict[str, list[Document]] = {}  # by the id of the question
 
-    def read(path: Path) -> list[Example]:
-        def example(number: int, record: Any) -> Example | None:
-            found = reader.example(record, path, number)
-            if found is not None:
-                paragraphs_of[found.id] = list(paragraphs(record))
-                documents.update(dict.fromkeys(paragraphs_of[found.id]))
-            return found
+    def read(path: Path) -> list[tuple[Example, list[Document]]]:
+        def question(number: int, record: Any) -> tuple[Example, list[Document]] | None:
+            example = reader.example(record, path, number)
+            return None if example is None else (example, list(paragraphs(record)))
 
-        return read_records(path, example, config.malformed, what)
+        return read_records(path, question, config.malformed, what)
 
     train, held_out = (read(path) for path in split_files(config, *files, what))
+    documents = dict.fromkeys(page for _, pages in (*train, *held_out) for page in pages)
 
     def demonstration(index: int, kit: ToolKit) -> Trace:
-        return demonstrate(train[index], paragraphs_of[train[index].id], kit)
+        return demonstrate(*train[index], kit)
 
-    return Dataset(train, held_out, tuple(documents) or None, demonstration, len(train) if documents else 0)
+    return Dataset(
+        [example for example, _ in train],
+        [example for example, _ in held_out],
+        tuple(documents) or None,
+        demonstration,
+        len(train) if documents else 0,
+    )
 
 
 def demonstrate(example: Example, paragraphs: Sequence[Document], kit: ToolKit) -> Trace:
@@ -55,8 +71,8 @@ def demonstrate(example: Example, paragraphs: Sequence[Document], kit: ToolKit) 
     For a question with yes or no, it looks up the first two named paragraphs. Raises CannotDemonstrate if the question names
     too few paragraphs (none; fewer than two for yes or no), or if the tool does not find them or the answer."""
     tool, gold = kit.tool_for("look_up"), example.golds[0]
-    named = [page for page in paragraphs if page.title.lower() in example.question.lower()]
-    named = sorted(named, key=lambda page: example.question.lower().index(page.title.lower()))
+    places = [(found.start(), page) for page in paragraphs if (found := _phrase(page.title).search(example.question))]
+    named = [page for _, page in sorted(places, key=lambda place: place[0])]
     decided = gold.lower() in ("yes", "no")
     holding = [page for page in paragraphs if _sentence(page.text, gold) and page not in named]
     asked = named[:2] if decided or any(_sentence(page.text, gold) for page in named) else [*named[:1], *holding[:1]]
@@ -84,8 +100,13 @@ _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"])")
 
 def _sentence(text: str, answer: str) -> str:
     """The first sentence that holds the answer as a whole phrase, ignoring case; "" if there is none."""
-    phrase = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
+    phrase = _phrase(answer)
     return next((sentence.strip() for sentence in _END.split(text) if phrase.search(sentence)), "")
+
+
+def _phrase(text: str) -> re.Pattern[str]:
+    """Matches a text as whole words, ignoring case."""
+    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
 
 
 def _first_sentence(text: str) -> str:
@@ -93,9 +114,16 @@ def _first_sentence(text: str) -> str:
 
 
 def titled_paragraphs(record: Any) -> list[Document]:
-    """The paragraphs in HotpotQA's `context`: [title, [sentence, …]] pairs, or objects with title and text or sentences."""
+    """The paragraphs in HotpotQA's `context`: [title, [sentence, …]] pairs, objects with title and text or sentences, or, as on
+    Hugging Face, one object with the lists `title` and `sentences`, or the JSON text of pairs. Raises KeyError, TypeError or
+    ValueError for another form."""
+    context = record.get("context") or ()
+    if isinstance(context, str):
+        context = json.loads(context)
+    if isinstance(context, dict):
+        context = list(zip(context["title"], context["sentences"], strict=True))
     found = []
-    for entry in record.get("context") or ():
+    for entry in context:
         if isinstance(entry, dict):
             title, text = entry["title"], entry["text"] if "text" in entry else entry["sentences"]
         else:

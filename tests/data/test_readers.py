@@ -11,12 +11,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from appo_jax.config import ColumnsConfig, DataConfig, DataPart
+from appo_jax.config import ColumnsConfig, DataConfig, DataPart, ToolsConfig
+from appo_jax.data.demonstrations import ToolKit
 from appo_jax.data.examples import SYSTEM_PROMPT, system_prompt
 from appo_jax.data.golds import accepted_answers
 from appo_jax.data.source import load_dataset
 from appo_jax.data.world import load_world
 from appo_jax.errors import ConfigError, DataError
+from appo_jax.tools.executor import ToolExecutor
+from appo_jax.tools.wrap import FunctionTool
 from appo_jax.types import Document
 
 ROWS = [{"question": "Who?", "answer": "Ada"}, {"question": "How many?", "answer": "3"}]
@@ -285,6 +288,23 @@ def test_hotpotqa_and_2wiki(tmp_path):
     assert (dataset.train[0].id, dataset.train[0].golds) == ("0", ("Aare", "the Aare"))
     assert dataset.documents == (Document("Bern", "A town."),)
 
+    flash_rag = {"id": "dev_0", "question": "On what?", "golden_answers": ["Aare"]}
+    hugging_face = {k: v for k, v in HOTPOT.items() if k != "_id"} | {
+        "id": "5c",
+        "context": {"title": ["Bern", "Ada"], "sentences": [BERN[1], ["Ada."]]},
+    }
+    pages = (Document("Bern", "Bern is a town. It lies on the Aare."), Document("Ada", "Ada."))
+    as_text = hugging_face | {"context": json.dumps(HOTPOT["context"])}
+    for record, documents in ((flash_rag, None), (hugging_face, pages), (as_text, pages)):
+        file = write(tmp_path / "other.jsonl", [record])
+        for source in ("hotpotqa", "wiki2", "musique")[: 1 if documents else 3]:
+            dataset = load_dataset(DataConfig(source, str(file), held_out=twin(file)))
+            assert (dataset.train[0].id, dataset.train[0].golds, dataset.documents) == (
+                record["id"],
+                ("Aare",),
+                documents,
+            )
+
     glued = [["Bern", ["Bern is a town.", "It lies on the Aare. ", "Yes.", ""]]]
     for name in ("train.json", "dev.json"):
         write(tmp_path / name, [HOTPOT | {"answer_id": "Q1", "context": glued}, HOTPOT | {"answer_id": None}])
@@ -302,7 +322,24 @@ def test_hotpotqa_and_2wiki(tmp_path):
         load_dataset(DataConfig("wiki2", str(tmp_path)))
 
 
-def test_musique(tmp_path):
+def test_a_question_is_demonstrated_from_its_own_paragraphs(tmp_path):
+    """Also if both files number their questions alike; and a title inside a word of the question is not named by it."""
+    row = {
+        "id": 0, "question": "On which river in the Aargau is Bern?", "answers": ["Aare"],
+        "context": [{"title": "It", "text": "Wrong."}, {"title": "Bern", "text": "Bern lies on the Aare."}],
+    }  # fmt: skip
+    other = row | {"question": "Who is Ada?", "context": [{"title": "Ada", "text": "Ada."}]}
+    train, held_out = write(tmp_path / "train.jsonl", [row]), write(tmp_path / "dev.jsonl", [other])
+    dataset = load_dataset(DataConfig("hotpotqa", str(train), held_out=str(held_out)))
+    pages = FunctionTool(lambda title: {"Bern": "Bern lies on the Aare."}.get(title, "nothing"), "search")
+    pages.skills = ("look_up",)
+    with ToolExecutor([pages], ToolsConfig()) as executor:
+        first, _, last = dataset.demonstration(0, ToolKit(executor)).segments
+    assert first.text == "<think>I look up Bern.</think><search>Bern</search>"
+    assert last.text.startswith("<think>Bern lies on the Aare. So the answer is Aare.</think>")
+
+
+def test_musique(tmp_path, caplog):
     row = {
         "id": "2hop__1", "question": "On what?", "answer": "Aare", "answer_aliases": ["Aar"], "answerable": True,
         "paragraphs": [{"idx": 0, "title": "Bern", "paragraph_text": "A town.", "is_supporting": True}],
@@ -311,6 +348,7 @@ def test_musique(tmp_path):
     write(tmp_path / "musique_ans_v1.0_dev.jsonl", [row])
     dataset = load_dataset(DataConfig("musique", str(tmp_path)))
     assert [(e.id, e.golds) for e in dataset.train] == [("2hop__1", ("Aare", "Aar"))]
+    assert "train.jsonl: 1 of 2 records are left out" in caplog.text
     assert dataset.documents == (Document("Bern", "A town."),)
 
 
@@ -330,6 +368,11 @@ def test_math_as_folders_and_as_files(tmp_path):
     (tmp_path / "test" / "algebra" / "5.json").write_text("{")
     with pytest.raises(DataError, match=r"5\.json.*data\.malformed"):
         load_dataset(DataConfig("math", str(tmp_path)))
+    with pytest.raises(DataError, match=r"test: holds no usable record \(1 malformed"):  # and not 0 questions
+        load_dataset(DataConfig("math", str(tmp_path), malformed="skip"))
+    (tmp_path / "train" / "algebra" / "2.json").write_text("[]")
+    with pytest.raises(DataError, match=r"2\.json: expected an object, got list"):
+        load_dataset(DataConfig("math", str(tmp_path)))
 
 
 def test_tfds_builders_without_tensorflow(tmp_path):
@@ -342,6 +385,13 @@ def test_tfds_builders_without_tensorflow(tmp_path):
     assert len(dataset.held_out) == len(world.held_out)
     with pytest.raises(DataError, match=r"no split 'other'; it has .*train"):
         load_dataset(DataConfig("tfds", str(folder), held_out="other", columns=columns))
+    whole = json.loads((folder / "dataset_info.json").read_text())
+    (alone := tmp_path / "alone").mkdir()
+    whole["splits"] = [split for split in whole["splits"] if split["name"] == "train"]
+    (alone / "dataset_info.json").write_text(json.dumps(whole))
+    (alone / "features.json").write_bytes((folder / "features.json").read_bytes())
+    with pytest.raises(DataError, match=r"no split for evaluation \(test, .*; it has train; name one with"):
+        load_dataset(DataConfig("tfds", str(alone), columns=columns))
     with pytest.raises(ConfigError, match="'train' is the split for training"):
         load_dataset(DataConfig("tfds", str(folder), held_out="train", columns=columns))
     with pytest.raises(DataError, match=r"split train, record 1: missing field 'question'"):

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from appo_jax.config import ColumnsConfig, DataConfig
-from appo_jax.data.examples import Reader
 from appo_jax.data.golds import accepted_answers
-from appo_jax.data.multihop import load_multihop
+from appo_jax.data.multihop import MultihopReader, load_multihop
 from appo_jax.data.source import Dataset
 from appo_jax.types import Document, Example
 
@@ -23,7 +22,7 @@ def load(config: DataConfig) -> Dataset:
     return load_multihop(config, MusiqueReader(config, COLUMNS, "qa"), _paragraphs, FILES, what)
 
 
-class MusiqueReader(Reader):
+class MusiqueReader(MultihopReader):
     """Accepts `answer_aliases` in addition to the answer, and leaves out questions without an answer."""
 
     def example(self, record: Any, path: Path, number: int) -> Example | None:

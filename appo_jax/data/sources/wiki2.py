@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from appo_jax.config import ColumnsConfig, DataConfig
-from appo_jax.data.examples import Reader, data_path
-from appo_jax.data.multihop import load_multihop, titled_paragraphs
+from appo_jax.data.examples import data_path
+from appo_jax.data.multihop import MultihopReader, load_multihop, titled_paragraphs
 from appo_jax.data.records import text_field
 from appo_jax.data.source import Dataset
 from appo_jax.errors import DataError
@@ -31,7 +31,7 @@ def load(config: DataConfig) -> Dataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class AliasReader(Reader):
+class AliasReader(MultihopReader):
     """Accepts the aliases of the answer's Wikidata item."""
 
     aliases: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
