@@ -58,7 +58,7 @@ def settle_dumps(folder: Path, step: int, keep: int = 0) -> list[str]:
     """Prepare the folder for a run that continues from `step`. Returns descriptions of its problems.
 
     Dumps of later steps are removed, because these steps are done again. A damaged dump is renamed. `keep`: the number of
-    newest dumps that are kept (0: all); older ones need not exist.
+    newest dumps that are kept (0: all); older ones need not exist. A dump that the disk does not give now stays as it is.
     """
     found = dumped_steps(folder)
     for later in [s for s in found if s > step]:
@@ -68,7 +68,12 @@ def settle_dumps(folder: Path, step: int, keep: int = 0) -> list[str]:
         try:
             for _ in read_dump(found[damaged]):
                 pass
-        except DataError:
+        except DataError as error:
+            if isinstance(error.__cause__, OSError):  # of the disk, or of this user's rights: the file may be sound
+                problems.append(
+                    f"{found[damaged].name} cannot be read ({error.__cause__.strerror}), and is left as it is"
+                )
+                continue
             problems.append(f"{found[damaged].name} is damaged and set aside as {set_aside(found.pop(damaged)).name}")
     first = max(1, step - keep + 1) if keep else 1
     if missing := sorted(set(range(first, step + 1)) - set(found)):

@@ -216,6 +216,17 @@ def test_files_of_other_names_are_left_alone(tmp_path, name):
     )
 
 
+def test_a_dump_that_only_cannot_be_read_now_is_left_as_it_is(tmp_path, caplog):
+    logged(tmp_path, 2)
+    path = tmp_path / "rollouts/step_000001.jsonl.gz"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # a page that the system does not give (EIO)
+    MetricsLogger(tmp_path).resume(2)
+    assert "step_000001.jsonl.gz cannot be read (Input/output error), and is left as it is" in caplog.text
+    assert len(list((tmp_path / "rollouts").iterdir())) == 2
+    assert "lost" not in caplog.text
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "twice", "missing"])
 def test_a_damaged_dump_is_set_aside_and_told(tmp_path, caplog, damage):
     logged(tmp_path, 3)
