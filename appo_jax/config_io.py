@@ -140,7 +140,7 @@ def _run_python(path: Path) -> dict[str, Any]:
         return runpy.run_path(str(path))
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
         message = f"{path}:{line}: {type(error).__name__}: {error}"

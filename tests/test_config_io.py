@@ -158,6 +158,7 @@ IMPORT = "from appo_jax.config import *\n"
             "c.py:2: .*mean 'num_branch_points'",
         ),
         ("c.py", IMPORT + "config = Config(steps='3')", "steps = '3': should be a valid integer"),
+        ("c.py", "import sys\nsys.exit(0)", "c.py:2: SystemExit: 0"),
         ("c.json", "{", "not valid JSON"),
         ("c.json", "[]", "should be an object"),
         ("c.yaml", "", "ends in .py or .json"),

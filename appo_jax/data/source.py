@@ -54,7 +54,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         dataset = load(config)
     except (AppoError, OSError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(f"data.source = {config.source!r} raised {type(error).__name__}: {error}") from error
     if not isinstance(dataset, Dataset):
         raise ConfigError(
@@ -112,7 +112,7 @@ def _find(name: str) -> Callable[[DataConfig], Dataset]:
         module, function = f"{sources.__name__}.{name}", "load"
     try:
         load = getattr(importlib.import_module(module), function)
-    except Exception as error:  # importing a user's module may raise anything
+    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         raise ConfigError(
             f"data.source = {name!r} cannot be imported ({type(error).__name__}: {error}); {expected}"
         ) from error

@@ -217,6 +217,7 @@ def load(config):
     return Dataset([asked], [asked], None, demonstration, 1)
 
 def wrong(config): return [1]
+def ends(config): raise SystemExit(0)
 def wrong_examples(config): return Dataset([{"question": "?"}], [])
 CONSTANT = 3
 """
@@ -225,6 +226,7 @@ CONSTANT = 3
 @pytest.fixture
 def my_source(tmp_path, monkeypatch):
     (tmp_path / "my_source.py").write_text(MY_SOURCE)
+    (tmp_path / "my_script.py").write_text("import sys\nsys.exit(0)")
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -248,6 +250,8 @@ def test_a_source_of_your_own(executor):
         ("no_such_module:load", ConfigError, "cannot be imported"),
         ("my_source:nothing", ConfigError, "cannot be imported"),
         ("my_source:CONSTANT", ConfigError, "is a int, not a function"),
+        ("my_source:ends", DataError, "raised SystemExit: 0"),
+        ("my_script:load", ConfigError, r"cannot be imported \(SystemExit"),
         ("my_source:wrong", ConfigError, "returned a list; expected an appo_jax.data.source.Dataset"),
         ("my_source:wrong_examples", DataError, "train holds a dict; expected appo_jax.types.Example"),
         ("gsm8k", ConfigError, r"data\.path: needed for data\.source = 'gsm8k'"),
