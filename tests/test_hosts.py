@@ -190,7 +190,7 @@ def test_rewards_mean_the_same_on_one_host_and_on_two(tmp_path: Path) -> None:
         some, none = json.loads(text.splitlines()[-1])
         assert [reward for reward, *_ in some] == [0, 1, 2, None, 4, 5]
         assert [detail.get("length") for _, detail, _ in some] == [0, 1, 2, None, 4, 5]
-        assert some[3][2] == "returned the reward np.float32(nan)"
+        assert some[3][2] == "reward.function = 'mine:f' returned the reward np.float32(nan)"
         assert none == (
             "none of 6 rollouts has a reward: reward.function = 'mine:f' returned 1.0, a float (6 times, first for 'q0'); "
             "correct the function"

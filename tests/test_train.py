@@ -302,7 +302,7 @@ def test_a_reward_that_fails_is_counted_and_one_that_always_fails_ends_the_run(c
         state, record, trees = train_step(trainer, 0, state, components.train[:4], iter(()))
         failed = [r for tree in trees for r in tree if len(response_of(r, components.tokenizer).text) % 3 == 0]
         assert 0 < record["reward/failed"] == len(failed)
-        assert {r.reward_error for r in failed} == {"returned the reward nan"}
+        assert {r.reward_error for r in failed} == {"reward.function = 'mine:flaky' returned the reward nan"}
         for name in ("reward/initial", "update/loss", "advantage/abs_mean"):
             assert np.isfinite(record[name])
         assert record["accuracy/initial"] == 1.0  # of those with a verdict, like the reward beside it
@@ -320,7 +320,7 @@ def test_a_reward_of_the_wrong_kind_is_found_before_the_run(
     (tmp_path / "wrong_rewards.py").write_text("def number(response): return 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
     config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, function="wrong_rewards:number"))
-    with pytest.raises(ConfigError, match=r"'wrong_rewards:number', tried out on a right answer to .* returned 1\.0"):
+    with pytest.raises(ConfigError, match=r"'wrong_rewards:number' returned 1\.0.* tried out on a right answer to"):
         build(config)
 
 

@@ -71,6 +71,8 @@ def _reward(config: Config) -> Iterator[str]:
     names = [path.partition(":")[2] for path in reward.terms]
     if len(set(names)) < len(names):
         yield f"reward.terms: two functions are named alike ({', '.join(names)}); each needs its own name"
+    if "overlong" in names:
+        yield "reward.terms: a function is named overlong, as the part that reward.overlong_buffer adds; give it another name"
 
 
 def _tools(config: Config) -> Iterator[str]:

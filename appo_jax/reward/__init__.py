@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from appo_jax.reward.response import Response
 from appo_jax.reward.robust import robust_reward
 from appo_jax.tools.format import CallFormat
 from appo_jax.tools.user_code import imported
-from appo_jax.types import RewardResult
 
 __all__ = ["Judge", "Judgement", "Response", "make_reward"]
 
@@ -44,24 +43,10 @@ def make_reward(config: RewardConfig, call_format: CallFormat, folder: Path) -> 
         )
     else:
         function = _function("reward.function", name, "robust, official, judge or package.module:function")
-    terms = {
-        path.partition(":")[2]: _function("reward.terms", path, "package.module:function") for path in config.terms
-    }
-    if terms:
-        function = functools.partial(_with_terms, function, terms)
+    terms = {path: _function("reward.terms", path, "package.module:function") for path in config.terms}
     # Ours have time limits of their own.
     timeout = None if name in ("robust", "official") and not terms else config.timeout
-    return Judge(name, function, timeout, language)
-
-
-def _with_terms(
-    function: Callable[[Response], Any], terms: Mapping[str, Callable[[Response], Any]], response: Response
-) -> Any:
-    result = function(response)
-    if not isinstance(result, RewardResult):
-        return result  # the judge says what is wrong with it
-    parts = {name: term(response) for name, term in terms.items()}
-    return RewardResult(result.reward + sum(parts.values()), result.correct, {**result.detail, **parts})
+    return Judge(name, function, timeout, language, terms)
 
 
 def _function(field: str, path: str, expected: str) -> Callable[[Response], Any]:

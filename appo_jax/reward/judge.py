@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MAX_REWARD = 1e30  # in size: the square of a larger one may overflow, and the advantages of its group would be 0
 MAX_SHOWN = 200  # characters of a value in a message
 MAX_HANGING = 64  # threads that never came back
 NO_REWARD = float("nan")
@@ -35,16 +36,16 @@ NO_REWARD = float("nan")
 class Judgement:
     """The result of a reward function for a response, in plain numbers that can be sent between hosts."""
 
-    reward: float  # finite, or NO_REWARD with `error`
+    reward: float  # at most MAX_REWARD in size, or NO_REWARD with `error`
     correct: bool
     detail: dict[str, float]
-    error: str | None = None  # the reason for no reward: what the function returned or raised
+    error: str | None = None  # the reason for no reward: which function, and what it returned or raised
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A reward function with its name in the config. Whatever the function returns or raises, calling a Judge does not
-    fail."""
+    """A reward function and its terms, with their names in the config. Whatever they return or raise, calling a Judge does
+    not fail."""
 
     name: str
     function: Callable[[Response], RewardResult]
@@ -52,17 +53,33 @@ class Judge:
     """Seconds for one rollout. None: the function keeps to a limit of its own."""
     language: LanguageJudge | None = None
     """The language model that the function asks, if it asks one."""
+    terms: Mapping[str, Callable[[Response], float]] = dataclasses.field(default_factory=dict)
+    """Functions whose numbers are added to the reward, by their paths in `reward.terms`."""
 
     def __call__(self, response: Response) -> Judgement:
-        """The function's result with plain Python numbers. An AppoError is raised further: it is not the function's
-        fault."""
-        try:
-            result = self.function(response)
-        except AppoError:
-            raise
-        except (Exception, SystemExit) as error:
-            return _failed(f"raised {_shown(error)}")
-        return _checked(result)
+        """The function's result and the terms in plain Python numbers. An AppoError is raised further: it is not a
+        function's fault."""
+        judgement = _judged(self._subject, lambda: _checked(self.function(response)))
+        terms: dict[str, float] = {}
+        for path, term in self.terms.items():
+            if judgement.error is not None:
+                return judgement
+            found = _judged(f"reward.terms = {path!r}", lambda term=term: _checked_term(term(response)))
+            name = path.partition(":")[2]
+            if found.error is not None:
+                return found
+            if name in judgement.detail:
+                return _failed(
+                    f"reward.terms = {path!r} has the name of a part of {self._subject}; give it another name"
+                )
+            terms[name] = found.reward
+        return dataclasses.replace(
+            judgement, reward=judgement.reward + sum(terms.values()), detail=judgement.detail | terms
+        )
+
+    @property
+    def _subject(self) -> str:
+        return f"reward.function = {self.name!r}"
 
     def each(self, responses: Sequence[Response]) -> list[Judgement]:
         """The judgements of many rollouts, in order. If a call takes longer than `timeout`, only its rollout has no reward.
@@ -72,7 +89,8 @@ class Judge:
         if self.timeout is None:
             return [self(response) for response in responses]
         workers = self.language.config.concurrency if self.language else 1
-        late = _failed(f"did not return within reward.timeout = {self.timeout:g} s")
+        who = f"{self._subject} with reward.terms" if self.terms else self._subject
+        late = _failed(f"{who} did not return within reward.timeout = {self.timeout:g} s")
         return limited(self, responses, workers, self.timeout, late)
 
     def metrics(self) -> dict[str, float]:
@@ -87,7 +105,7 @@ class Judge:
             self.language.close()
 
     def try_out(self, example: Example) -> None:
-        """Call the function as a run will: with a right answer to `example`, and with an empty response. Raises
+        """Call the functions as a run will: with a right answer to `example`, and with an empty response. Raises
         ConfigError with what it returned or raised, so that a mistake is found before the run begins."""
         right = f"<think> </think> <answer> \\boxed{{{example.golds[0] if example.golds else ''}}} </answer>"
         for what, segments in (("a right answer", (Segment(right, True),)), ("an empty response", ())):
@@ -96,8 +114,8 @@ class Judge:
             )
             if error := self.each([response])[0].error:
                 raise ConfigError(
-                    f"reward.function = {self.name!r}, tried out on {what} to {example.id!r}, {error}; expected an "
-                    "appo_jax.types.RewardResult with a finite reward and numbers in detail"
+                    f"{error}, when it was tried out on {what} to {example.id!r}; expected an appo_jax.types.RewardResult with a "
+                    f"finite reward of at most {MAX_REWARD:g} and finite numbers in detail; from a term, a number"
                 )
 
     def report(self, judgements: Sequence[tuple[str, Judgement]]) -> None:
@@ -108,7 +126,7 @@ class Judge:
             return
         [(error, count)] = errors.most_common(1)
         example = next(identity for identity, judgement in judgements if judgement.error == error)
-        problem = f"reward.function = {self.name!r} {error} ({count} times, first for {example!r})"
+        problem = f"{error} ({count} times, first for {example!r})"
         if errors.total() == len(judgements):
             raise TrainingError(f"none of {len(judgements)} rollouts has a reward: {problem}; correct the function")
         log.warning(
@@ -154,11 +172,22 @@ def limited(
     return [results[i] for i in range(len(items))]
 
 
+def _judged(subject: str, call: Callable[[], Judgement]) -> Judgement:
+    """What `call` returns. Its failure, or what it raises, with `subject`, the function."""
+    try:
+        judgement = call()
+    except AppoError:
+        raise
+    except (Exception, SystemExit) as error:
+        judgement = _failed(f"raised {_shown(error)}")
+    return judgement if judgement.error is None else _failed(f"{subject} {judgement.error}")
+
+
 def _checked(result: Any) -> Judgement:
     if not isinstance(result, RewardResult):
         return _failed(f"returned {_shown(result)}, a {type(result).__name__}")
     reward = _number(result.reward)
-    if reward is None or not math.isfinite(reward):
+    if reward is None or not abs(reward) <= MAX_REWARD:
         return _failed(f"returned the reward {_shown(result.reward)}")
     if not isinstance(result.correct, bool | np.bool_):
         return _failed(f"returned correct = {_shown(result.correct)}")
@@ -167,10 +196,17 @@ def _checked(result: Any) -> Judgement:
     detail: dict[str, float] = {}
     for name, value in result.detail.items():
         number = _number(value)
-        if number is None:
+        if number is None or not math.isfinite(number):
             return _failed(f"returned detail[{name!r}] = {_shown(value)}")
         detail[str(name)] = number
     return Judgement(reward, bool(result.correct), detail)
+
+
+def _checked_term(result: Any) -> Judgement:
+    number = _number(result)
+    if number is None or not abs(number) <= MAX_REWARD:
+        return _failed(f"returned {_shown(result)}")
+    return Judgement(number, False, {})
 
 
 def _number(value: Any) -> float | None:

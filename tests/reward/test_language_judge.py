@@ -105,7 +105,9 @@ def test_a_function_that_hangs_costs_its_own_rollout():
     judge = Judge("mine:hangs", hangs, timeout=0.3)
     judgements = judge.each([answering("a", gold) for gold in ("x", "hang", "y", "hang", "z")])
     assert [j.reward for j in judgements if not j.error] == [1.0] * 3
-    assert [j.error for j in judgements if j.error] == ["did not return within reward.timeout = 0.3 s"] * 2
+    assert [j.error for j in judgements if j.error] == [
+        "reward.function = 'mine:hangs' did not return within reward.timeout = 0.3 s"
+    ] * 2
     forever.set()
 
 

@@ -16,6 +16,18 @@ TEXT = r"<think> </think> <answer> \boxed{-5} </answer>"
 RESPONSE = Response((Segment(TEXT, True),), ("5",), "math", frozenset(), StopReason.ANSWERED)
 
 
+# A term that goes wrong, and what is told of it.
+TERMS = {
+    "nonsense": "returned 'good'",
+    "none": "returned None",
+    "nan": "returned nan",
+    "huge": "returned -1e+31",
+    "listed": "returned [1.0]",
+    "fails": "raised ZeroDivisionError",
+    "format": "has the name of a part of reward.function = 'robust'; give it another name",
+}
+
+
 def make_reward(name, bonus, call_format, *terms):
     return make(RewardConfig(name, tool_bonus=bonus, terms=terms), call_format, Path("unused"))
 
@@ -27,6 +39,12 @@ def user_module(tmp_path, monkeypatch):
         def length(response): return RewardResult(float(len(response.text)), False)
         def tenth(response): return len(response.text) / 10
         def nonsense(response): return "good"
+        def none(response): return None
+        def nan(response): return float("nan")
+        def huge(response): return -1e31
+        def listed(response): return [1.0]
+        def fails(response): return 1 / 0
+        def format(response): return 1.0
         CONSTANT = 3
     """
     (tmp_path / "my_rewards.py").write_text("\n".join(line.strip() for line in source.splitlines()))
@@ -86,6 +104,8 @@ def test_terms_are_added_and_stand_among_the_parts():
     judgement = make_reward("robust", 0.1, FORMAT, "my_rewards:tenth")(RESPONSE)
     assert judgement.reward == judgement.detail["tenth"] == len(TEXT) / 10
     assert judgement.detail["format"] == 1
-    assert "raised TypeError" in make_reward("robust", 0.1, FORMAT, "my_rewards:nonsense")(RESPONSE).error
-    with pytest.raises(ConfigError, match=r"reward\.terms = 'my_rewards:none' .* has no attribute 'none'"):
-        make_reward("robust", 0.1, FORMAT, "my_rewards:none")
+    for name, problem in TERMS.items():
+        found = make_reward("robust", 0.1, FORMAT, "my_rewards:tenth", f"my_rewards:{name}")(RESPONSE)
+        assert f"reward.terms = 'my_rewards:{name}' {problem}" in found.error
+    with pytest.raises(ConfigError, match=r"reward\.terms = 'my_rewards:absent' .* has no attribute 'absent'"):
+        make_reward("robust", 0.1, FORMAT, "my_rewards:absent")
