@@ -153,8 +153,15 @@ def status_command(args: Sequence[str]) -> None:
             raise DataError(
                 f"{', '.join(map(str, runs)) or 'status'}: no run here; give the directory of a run, or a folder of runs"
             )
+        unreadable = 0
         for run in found:
-            print(describe(run))
+            try:
+                print(describe(run))
+            except DataError as error:
+                unreadable += 1
+                print(error)
+        if unreadable:
+            raise DataError(f"the status of {unreadable} of {len(found)} runs cannot be read (above)")
 
     tyro.cli(status, prog="appo-jax status", args=list(args))
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from appo_jax.errors import DataError
 from appo_jax.storage import write_atomically
 
@@ -24,11 +26,16 @@ WRITE_S = 5.0
 class Status:
     """The last known state of a run."""
 
+    # How `read_status` checks it.
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012
+
     state: str  # running, done, stopped, failed
     steps: int  # the number of steps in the config
     time: float  # Unix time at which this was written
     hosts: Mapping[str, Mapping[str, Any]]  # "0", "1" …: the host's last heartbeat
-    error: str | None = None  # the last failure
+    error: str | None = None  # the last failure, which may be that of an earlier start
+    error_time: float = 0.0  # Unix time of that failure
+    failures: int = 0  # how often the run has failed
 
     def write(self, run_dir: Path) -> None:
         write_atomically(run_dir / FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n", durable=False)
@@ -40,13 +47,15 @@ def note_failure(run_dir: Path, host: int, machine: str, step: int, text: str) -
     They count even if the run made steps between them: a host that fails now and then is faulty, too.
     """
     path = run_dir / FAILURES
-    with path.open("a") as file:
-        record = {"time": round(time.time()), "host": host, "machine": machine, "step": step, "error": text}
-        file.write(json.dumps(record) + "\n")
-    last = []
-    for line in path.read_text(errors="replace").splitlines()[-IN_A_ROW:]:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            last.append((json.loads(line)["host"], json.loads(line)["machine"]))
+    before = path.read_text(errors="replace") if path.exists() else ""
+    record = {"time": round(time.time()), "host": host, "machine": machine, "step": step, "error": text}
+    with path.open("a") as file:  # the line before may have been cut
+        file.write(("\n" if before and not before.endswith("\n") else "") + json.dumps(record) + "\n")
+    hosts = []
+    for line in before.splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            hosts.append(f"{json.loads(line)['host']} {json.loads(line)['machine']}")
+    last = [*hosts, f"{host} {machine}"][-IN_A_ROW:]
     if len(last) < IN_A_ROW or len(set(last)) > 1:
         return ""
     return f"host {host} ({machine}) failed first the last {IN_A_ROW} times (see {path}): examine it, or replace it"
@@ -55,22 +64,28 @@ def note_failure(run_dir: Path, host: int, machine: str, step: int, text: str) -
 def read_status(run_dir: Path) -> Status | None:
     """The status of a run; None if it has none yet. Raises DataError for a file that cannot be read."""
     try:
-        return Status(**json.loads((run_dir / FILE).read_text()))
+        return pydantic.TypeAdapter(Status).validate_json((run_dir / FILE).read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{run_dir / FILE}: cannot be read ({error}); a live run writes it again within seconds"
-        ) from error
+    except (OSError, pydantic.ValidationError) as error:
+        reason = str(error)
+        if isinstance(error, pydantic.ValidationError):
+            problem = error.errors()[0]
+            reason = " ".join([*map(str, problem["loc"]), problem["msg"]])
+        raise DataError(f"{run_dir / FILE}: cannot be read ({reason}); a run that goes on writes it again") from error
 
 
 def runs_under(folder: Path) -> Iterator[Path]:
     """The run directories in a folder: the folder itself if it is one, else those one or two levels below it."""
-    if (folder / "config.json").exists() or (folder / FILE).exists():
+    if _is_run(folder):
         yield folder
         return
-    found = {path.parent for pattern in ("*/config.json", "*/*/config.json") for path in folder.glob(pattern)}
-    yield from sorted(found)
+    yield from sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if _is_run(path))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run's. Folders of weights have a config.json, too, but no lock."""
+    return (folder / FILE).exists() or ((folder / "config.json").exists() and (folder / "lock").exists())
 
 
 def describe(run_dir: Path, now: float | None = None) -> str:
@@ -78,23 +93,34 @@ def describe(run_dir: Path, now: float | None = None) -> str:
     status = read_status(run_dir)
     if status is None:
         return f"{run_dir}: no status yet"
-    age = (now or time.time()) - status.time
+    now = now or time.time()
+    age, ahead = max(0.0, now - status.time), status.time - now
     state = status.state
     if state == "running" and age > 3 * WRITE_S:
-        state = f"no sign of life for {_span(age)}: its machine or its disk is gone"
+        state = f"no sign of life for {_span(age)}: its process, its machine or its disk is gone, or the clocks differ"
+    elif state == "running" and ahead > 3 * WRITE_S:
+        state += f" (or not: the clock of its machine was {_span(ahead)} ahead of this one's)"
     first = status.hosts.get("0", {})
     line = f"{run_dir}: {state}, step {first.get('step', 0)} of {status.steps}"
     if status.state == "running":
-        line += f", {first.get('phase', 'start')} for {_span(float(first.get('silent_s', 0)) + age)}"
+        silent = first.get("silent_s")
+        line += (
+            f", {first.get('phase', 'start')} for {_span(age + (silent if isinstance(silent, int | float) else 0.0))}"
+        )
     else:
         line += f", {_span(age)} ago"
     lines = [line]
     for host, beat in status.hosts.items():
         if status.state == "running" and len(status.hosts) > 1:
             waits = ", waits for the others" if beat.get("waiting") else ""
-            lines.append(f"  host {host} ({beat.get('machine', '?')}): step {beat['step']}, {beat['phase']}{waits}")
+            machine, step, phase = (beat.get(name, "?") for name in ("machine", "step", "phase"))
+            lines.append(f"  host {host} ({machine}): step {step}, {phase}{waits}")
     if status.error:
-        lines.append("  last error: " + status.error.replace("\n", "\n    "))
+        when = ""
+        if status.state != "failed":  # the error is that of an earlier start
+            ago = max(0.0, now - status.error_time)
+            when = f", {_span(ago)} ago, failure {status.failures}"
+        lines.append(f"  last error{when}: " + status.error.replace("\n", "\n    "))
     return "\n".join(lines)
 
 
