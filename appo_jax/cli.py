@@ -142,7 +142,7 @@ def _study(args: Sequence[str]) -> None:
             use one job per core.
             report: Start no runs; only write the table and the figure of the finished ones.
         """
-        from appo_jax.study.definition import load_study
+        from appo_jax.study.definition import check_study, load_study
 
         chosen = load_study(config)
         if unknown := [arm for arm in arms if arm not in chosen.arms]:
@@ -150,6 +150,7 @@ def _study(args: Sequence[str]) -> None:
         chosen = dataclasses.replace(
             chosen, arms={arm: chosen.arms[arm] for arm in arms or chosen.arms}, seeds=seeds or chosen.seeds
         )
+        check_study(chosen)
         from appo_jax.study.report import write_report
         from appo_jax.study.run import run_study
 

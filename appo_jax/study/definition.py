@@ -90,6 +90,26 @@ def shared_cold_start(first: Config, folders: tuple[str, ...], out: str, seed: i
     return existing
 
 
+def check_runs(out: str, seeds: tuple[int, ...], max_sampled_tokens: int, cold_starts: tuple[str, ...]) -> None:
+    """Raise ConfigError if runs cannot have this folder, these seeds, this budget and these cold starts: a value of another
+    type or out of its bounds, or a seed that is given twice."""
+    if not isinstance(out, str | Path) or not str(out):
+        raise ConfigError(f"out = {out!r}: expected the folder of the runs")
+    if not isinstance(seeds, tuple | list) or not all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds):
+        raise ConfigError(
+            f"seeds = {seeds!r}: expected a tuple of whole numbers from 0 to {2**31 - 1}, such as (0, 1, 2)"
+        )
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds = {seeds}: a seed is given twice; give every seed once")
+    if type(max_sampled_tokens) is not int or max_sampled_tokens <= 0:
+        raise ConfigError(
+            f"max_sampled_tokens = {max_sampled_tokens!r}: expected the budget of a run, a whole number greater than 0, such as "
+            "2_000_000"
+        )
+    if not isinstance(cold_starts, tuple | list) or not all(isinstance(folder, str) for folder in cold_starts):
+        raise ConfigError(f'cold_starts = {cold_starts!r}: expected a tuple of folders, such as ("runs/cold",)')
+
+
 def check_cold_starts(folders: tuple[str, ...], config: Config, out: str, run_names: str) -> None:
     """Raise ConfigError if a run could begin with two cold starts, if a folder holds a cold start of another kind, or if two
     folders, or a folder and a run, have one name. `run_names`: regular expression of the names of runs."""
@@ -127,18 +147,18 @@ def check_study(study: Study) -> None:
     """Raise ConfigError if a study cannot be run, or if its arms cannot be compared.
 
     That is: it has no arm or no seed, no budget, an arm whose name is not permitted or whose config breaks a rule, arms that
-    need different cold starts or are evaluated differently, or cold starts that `check_cold_starts` refuses.
+    need different cold starts or are evaluated differently, or seeds, a budget or cold starts that `check_runs` or
+    `check_cold_starts` refuses. The config of every run is built and checked.
     """
+    if not isinstance(study.arms, Mapping) or not all(isinstance(config, Config) for config in study.arms.values()):
+        raise ConfigError(f'arms = {study.arms!r:.80}: expected configs by name, such as {{"appo": Config(...)}}')
     if not study.arms or not study.seeds:
         raise ConfigError(
             f"study: it has {len(study.arms)} arms and {len(study.seeds)} seeds; give at least one arm and one seed"
         )
-    if study.max_sampled_tokens <= 0:
-        raise ConfigError(
-            f"max_sampled_tokens = {study.max_sampled_tokens}: the budget of a run must be greater than 0"
-        )
+    check_runs(study.out, study.seeds, study.max_sampled_tokens, study.cold_starts)
     for name, config in study.arms.items():
-        if not re.fullmatch(r"\w+", name) or name == "cold":
+        if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or name == "cold":
             raise ConfigError(
                 f"study: arm {name!r}: expected a name of letters, digits and _, but not 'cold', the name of the cold starts; "
                 "rename the arm"
@@ -155,3 +175,7 @@ def check_study(study: Study) -> None:
             )
     run_names = rf"({'|'.join(study.arms)})-\d+"
     check_cold_starts(study.cold_starts, study.arms[study.baseline], study.out, run_names)
+    for seed in study.seeds:
+        check(study.cold_start(seed))
+        for name in study.arms:
+            check(study.config(name, seed))

@@ -16,7 +16,7 @@ from appo_jax.config import Config
 from appo_jax.config.effects import affects, shared_by_runs
 from appo_jax.config_io import check, flatten, read_variable, with_fields
 from appo_jax.errors import ConfigError
-from appo_jax.study.definition import MAX_STEPS, check_cold_starts, shared_cold_start
+from appo_jax.study.definition import MAX_STEPS, check_cold_starts, check_runs, shared_cold_start
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -158,20 +158,21 @@ def check_sweep(sweep: Sweep) -> None:
     field of the cold start or of the evaluation, a value of the wrong type or too few points that keep the rules between fields;
     the base config breaks a rule; or `check_cold_starts` refuses the cold starts.
     """
+    if not isinstance(sweep.space, Mapping):
+        raise ConfigError(
+            f'space = {sweep.space!r:.80}: expected values by field, such as {{"branching.tau": (16.0, 32.0)}}'
+        )
     if not sweep.space or not sweep.seeds:
         raise ConfigError(
             f"sweep: `space` has {len(sweep.space)} fields and `seeds` has {len(sweep.seeds)}; give at least one field and one seed"
         )
-    if len(set(sweep.seeds)) < len(sweep.seeds):
-        raise ConfigError(f"seeds = {sweep.seeds}: a seed is given twice; give every seed once")
-    if sweep.max_sampled_tokens <= 0:
-        raise ConfigError(
-            f"max_sampled_tokens = {sweep.max_sampled_tokens}: the budget of a run must be greater than 0"
-        )
+    check_runs(sweep.out, sweep.seeds, sweep.max_sampled_tokens, sweep.cold_starts)
     if sweep.search not in get_args(Search):
         raise ConfigError(f"search = {sweep.search!r}: expected {', '.join(get_args(Search))}")
-    if sweep.search != "grid" and sweep.trials <= 0:
-        raise ConfigError(f"trials = {sweep.trials}: search = {sweep.search!r} needs the number of trials, at least 1")
+    if sweep.search != "grid" and (type(sweep.trials) is not int or sweep.trials <= 0):
+        raise ConfigError(
+            f"trials = {sweep.trials!r}: search = {sweep.search!r} needs the number of trials, at least 1"
+        )
     known = flatten(sweep.base)
     for name, values in sweep.space.items():
         if name not in known:
@@ -184,14 +185,24 @@ def check_sweep(sweep: Sweep) -> None:
                 f"space: {name!r} cannot vary, because all trials share their seeds, their budget, the cold start of each seed and "
                 "the evaluation; remove it from `space`"
             )
-        if isinstance(values, tuple):
-            for value in values:
-                with_fields(sweep.base, {name: value})  # raises for a value of the wrong type
+        if isinstance(values, BaseDistribution):
+            continue
+        if not isinstance(values, tuple | list) or not values:
+            raise ConfigError(
+                f"space: {name!r}: {values!r} given; expected a tuple of values, or an Optuna distribution"
+            )
+        if len(set(map(repr, values))) < len(values):
+            raise ConfigError(f"space: {name!r}: {values!r} has a value twice; give every value once")
+        for value in values:
+            with_fields(sweep.base, {name: value})  # raises for a value of the wrong type
     check(sweep.base)
     if "algorithm" not in sweep.space:
         _check_used(sweep)
     check_cold_starts(sweep.cold_starts, sweep.base, sweep.out, r"trial-\d+|\d{4,}-\d+")
     sweep.queued_points()
+    for seed in sweep.seeds:
+        check(sweep.cold_start(seed))
+        check(sweep.config(0, {}, seed))
 
 
 def _check_used(sweep: Sweep) -> None:

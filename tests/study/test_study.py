@@ -114,6 +114,28 @@ def test_what_cannot_be_a_study_is_named(base, tmp_path):
         check_study(dataclasses.replace(study(base, tmp_path), cold_starts=("elsewhere/appo-3",)))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_sampled_tokens": 2e6}, "max_sampled_tokens = 2000000.0"),
+        ({"max_sampled_tokens": float("nan")}, "max_sampled_tokens = nan"),
+        ({"max_sampled_tokens": True}, "max_sampled_tokens = True"),
+        ({"seeds": (-1,)}, r"seeds = \(-1,\): expected"),
+        ({"seeds": (0.5,)}, r"seeds = \(0.5,\): expected"),
+        ({"seeds": (2**31,)}, "seeds = "),
+        ({"seeds": (0, 0)}, "given twice"),
+        ({"seeds": 3}, "seeds = 3: expected"),
+        ({"cold_starts": "runs/x"}, "cold_starts = 'runs/x': expected a tuple"),
+        ({"arms": {"a": {}}}, "arms = .*expected configs by name"),
+        ({"arms": [1]}, "arms = .*expected configs by name"),
+        ({"out": ""}, "out = ''"),
+    ],
+)
+def test_a_study_of_impossible_values_is_refused_before_its_cold_start(base, tmp_path, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        check_study(dataclasses.replace(study(base, tmp_path), **fields))
+
+
 def test_a_run_is_kept_once_its_budget_is_used(base, tmp_path):
     s = study(base, tmp_path)
     assert not s.finished("appo", 0)
@@ -280,6 +302,8 @@ def test_more_jobs_than_cores_are_refused(base, tmp_path):
 def test_an_arm_that_does_not_exist_is_named(capsys):
     assert main(["study", "--config", str(CONFIGS / "study.py"), "--arms", "ppo"]) == 2
     assert "--arms ppo: not an arm of" in capsys.readouterr().err
+    assert main(["study", "--config", str(CONFIGS / "study.py"), "--seeds", "-1"]) == 2
+    assert "seeds = (-1,): expected" in capsys.readouterr().err
 
 
 def test_p_values_are_adjusted_for_the_number_of_arms(base, tmp_path):
