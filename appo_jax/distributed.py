@@ -19,6 +19,8 @@ from appo_jax.errors import ConfigError
 # Bytes of a message in the first collective. The rest of a longer message takes a second collective, whose size is a power of two
 # so that few programs are compiled.
 FRAME = 1 << 12
+# All hosts must join within this time, in seconds. JAX ends the process if they do not.
+JOIN_S = 120
 
 
 def initialize() -> None:
@@ -30,7 +32,8 @@ def initialize() -> None:
     if os.environ.get("APPO_DISTRIBUTED") != "1":
         return
     try:
-        _jax().distributed.initialize()
+        with heartbeat.phase("join"):
+            _jax().distributed.initialize(initialization_timeout=JOIN_S)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"APPO_DISTRIBUTED = 1, but the other hosts cannot be joined: {error}. On one host leave it unset; on a pod "

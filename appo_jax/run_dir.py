@@ -113,14 +113,14 @@ def open_run(config: Config) -> RunDir:
             run = _open(config)
         except CheckpointError as refused:
             error = refused
-    if run is not None:
-        heartbeat.send(run_dir=str(run.path))
     problem, continued = distributed.exchange(
         [None if error is None else str(error), run is not None and run.continued]
     )[0]
     if error is not None or problem is not None:
         raise error or CheckpointError(problem)
-    return run or RunDir(Path(config.run_dir).absolute(), continued, config.checkpoint_every, lock=None)
+    run = run or RunDir(Path(config.run_dir).absolute(), continued, config.checkpoint_every, lock=None)
+    heartbeat.send(run_dir=str(run.path))  # also if this is not the first host: its supervisor records that host's failures
+    return run
 
 
 def _open(config: Config) -> RunDir:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from appo_jax.failures import START_AGAIN
+
 # A supervisor that sends nothing for this time counts as lost.
 SILENCE_S = 12.0
 # The time in which all supervisors must connect to the hub.
@@ -34,6 +36,7 @@ class Cause:
     text: str
     code: int  # the exit code
     secondary: bool = False  # another host's failure, which is not known here yet, may have caused it
+    dump_stacks: bool = False  # the processes hang: they print the stacks of their threads before they are ended
 
 
 class Line:
@@ -97,7 +100,7 @@ class Peers:
         try:
             line = Line(socket.create_connection((address, port), timeout=CONNECT_S))
         except OSError as error:
-            return Cause(0, f"the supervisor of host 0 cannot be reached at {address}:{port} ({error})", 75)
+            return Cause(0, f"the supervisor of host 0 cannot be reached at {address}:{port} ({error})", START_AGAIN)
         line.send(token=token, host=host, machine=socket.gethostname())
         self._add(0, line)
         return None
@@ -130,7 +133,7 @@ class Peers:
         """The cause for a lost host. `what`: what was noticed."""
         machine = self.beats.get(host, {}).get("machine")
         name = f"host {host}{f' ({machine})' if machine else ''}"
-        return Cause(host, f"{name} {what}: the host or its network is lost", 75)
+        return Cause(host, f"{name} {what}: the host or its network is lost", START_AGAIN)
 
     def all_wait(self, own: Mapping[str, Any], limit_s: float) -> bool:
         """At the hub: whether all hosts have waited for each other for longer than `limit_s`. `own`: the hub's heartbeat."""

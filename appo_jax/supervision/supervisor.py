@@ -24,7 +24,8 @@ from typing import Any
 from appo_jax import distributed, failures, heartbeat, interrupt
 from appo_jax.config import Config
 from appo_jax.supervision.peers import Cause, Line, Peers
-from appo_jax.supervision.status import WRITE_S, Status, note_failure
+from appo_jax.supervision.records import Records
+from appo_jax.supervision.status import WRITE_S
 
 # If the child's heartbeat is late by this time, the child runs no Python: something holds the interpreter's lock.
 LOCKED_S = 120.0
@@ -94,7 +95,7 @@ class Supervisor:
         self._cause_at = 0.0
         self._requests = self._passed_on = 0
         self._grace_ends = float("inf")
-        self._run_dir: Path | None = None
+        self._records: Records | None = None  # when the child has opened the run's folder
         self._written, self._reported, self._listened = 0.0, 0.0, time.monotonic()
         self._stopped_since: float | None = None
 
@@ -110,8 +111,7 @@ class Supervisor:
                 self._fail(self._hear_child())  # for the latest heartbeat, which says whether the child can stop
                 self._fail(self._pass_on())
             if time.monotonic() > self._grace_ends:
-                text = f"interrupted: step {self._beat['step'] + 1} did not end within stop_grace_seconds and is made again"
-                self._fail(Cause(self._peers.host, text, failures.INTERRUPTED))
+                self._fail(Cause(self._peers.host, self._out_of_time(), failures.INTERRUPTED))
             self._fail(self._hanging())
             self._report()
             if self._cause is not None and not self._may_be_secondary():
@@ -146,7 +146,7 @@ class Supervisor:
             elif "failed" in message:
                 return Cause(self._peers.host, message["failed"], message["code"], message["secondary"])
             elif "run_dir" in message:
-                self._run_dir = Path(message["run_dir"])
+                self._records = Records(Path(message["run_dir"]), self._config.steps)
             elif "hub" in message:  # the child is host 0; the message holds the number of hosts
                 port, token = self._peers.listen(message["hub"])
                 self._child.send(port=port, token=token)
@@ -161,13 +161,14 @@ class Supervisor:
         if _is_stopped(self._pid):
             self._stopped_since = self._stopped_since or now
             if now - self._stopped_since > STOPPED_S:
-                return Cause(host, f"{self._name()} was stopped (SIGSTOP) for {STOPPED_S:.0f} s", 75)
+                what = f"{self._name()} was stopped (SIGSTOP) for {STOPPED_S:.0f} s"
+                return Cause(host, what, failures.START_AGAIN)
             return None
         self._stopped_since = None
         phase, silent, limit = self._beat["phase"], self._beat["silent_s"] + late, self._beat["limit_s"]
         if late > LOCKED_S:
             what = f"{self._name()} has run no Python for {late:.0f} s in phase {phase!r}: something holds the interpreter's lock"
-            return Cause(host, f"{what} (the stacks above say what)", 75)
+            return Cause(host, f"{what} (the stacks above say what)", failures.START_AGAIN, dump_stacks=True)
         waits = self._peers.hosts > 1 and self._beat.get("waiting")  # for a host that is late, and may make progress
         if silent > limit and (not waits or self._peers.all_wait(self._beat | {"silent_s": silent}, limit)):
             return Cause(
@@ -175,7 +176,8 @@ class Supervisor:
                 f"{self._name()} has made no progress for {silent:.0f} s in phase {phase!r}, step {self._beat['step'] + 1}; "
                 f"its limit is {limit:.0f} s: {heartbeat.PATIENCE} times the longest pause before, at least max_silent_seconds"
                 f"{'; all hosts wait for each other' if waits else ''} (stacks above)",
-                75,
+                failures.START_AGAIN,
+                dump_stacks=True,
             )
         return None
 
@@ -192,14 +194,13 @@ class Supervisor:
         cause = self._cause
         assert cause is not None
         if cause.host == self._peers.host and cause.code not in (failures.START_AGAIN, failures.INTERRUPTED):
-            alone = (
-                self._peers.hosts == 1
-            )  # then it prints its error and releases its resources; with several hosts it may wait for the others
+            # Alone, it prints its error and releases its resources; with several hosts it may wait for the others.
+            alone = self._peers.hosts == 1
             deadline = time.monotonic() + (UNWIND_S if alone else STACKS_S)
         else:
-            if "stacks above" in cause.text:
+            if cause.dump_stacks:
                 os.kill(self._pid, signal.SIGABRT)
-            deadline = time.monotonic() + (STACKS_S if "stacks above" in cause.text else 0.0)
+            deadline = time.monotonic() + (STACKS_S if cause.dump_stacks else 0.0)
         while time.monotonic() < deadline:
             if (status := self._ended()) is not None:
                 return status
@@ -242,14 +243,28 @@ class Supervisor:
         while any(key.fileobj is self._child.connection for key, _ in self._selector.select(0)):
             self._fail(self._hear_child())  # its last messages
         if status < 0:
-            name = signal.Signals(-status).name
-            hint = " (the memory killer, or a person)" if name == "SIGKILL" else ""
-            self._fail(Cause(self._peers.host, f"{self._name()} was ended by {name}{hint}", failures.START_AGAIN))
+            self._fail(Cause(self._peers.host, self._ended_by(signal.Signals(-status)), failures.START_AGAIN))
         elif self._cause is None and status not in (0, failures.INTERRUPTED):
             self._fail(Cause(self._peers.host, f"{self._name()} ended with exit code {status}", status))
         while self._cause is not None and self._may_be_secondary():
             self._listen()
             self._report()
+
+    def _ended_by(self, number: signal.Signals) -> str:
+        if number == signal.SIGABRT and self._beat["phase"] == "join":  # JAX ends the process at its time limit
+            return (
+                f"not all hosts have joined within {distributed.JOIN_S} s: one has not started, has ended, or cannot be reached; "
+                "`launch/logs.sh all` shows which"
+            )
+        hint = " (sent by the kernel when memory ran out, or by a user)" if number == signal.SIGKILL else ""
+        return f"{self._name()} was ended by {number.name}{hint}"
+
+    def _out_of_time(self) -> str:
+        """What is lost if the run does not end within stop_grace_seconds."""
+        step = self._beat["step"]
+        if self._beat["phase"] == "checkpoint":
+            return f"interrupted: step {step} could not be written within stop_grace_seconds and is made again"
+        return f"interrupted: step {step + 1} did not end within stop_grace_seconds and is made again"
 
     def _leave(self) -> Cause | None:
         """After this host has ended without failure: wait until all have, or one fails, so that all give the same exit code."""
@@ -267,42 +282,41 @@ class Supervisor:
         if now - self._reported >= heartbeat.BEAT_S:
             self._reported = now
             beat = self._beat | {"silent_s": self._beat["silent_s"] + now - self._child.heard}
-            self._peers.tell(beat=beat)
-        if now - self._written >= WRITE_S:
-            self._write_status("running")
+            self._peers.tell(beat=beat | {"machine": socket.gethostname()})
+        if now - self._written >= WRITE_S and self._records is not None and self._peers.host == 0:
+            self._written = now
+            self._records.running(self._hosts())
 
-    def _write_status(self, state: str, error: str | None = None) -> None:
-        if self._run_dir is None or self._peers.host != 0:
-            return
-        self._written = time.monotonic()
+    def _hosts(self) -> dict[str, dict[str, Any]]:
+        """The hosts' last heartbeats, for status.json."""
         hosts = {"0": self._beat | {"machine": socket.gethostname(), "pid": self._pid}}
-        hosts |= {str(host): beat for host, beat in sorted(self._peers.beats.items())}
-        with contextlib.suppress(OSError):  # a full disk must not end the supervisor
-            Status(state, self._config.steps, time.time(), hosts, error).write(self._run_dir)
+        return hosts | {str(host): beat for host, beat in sorted(self._peers.beats.items())}
+
+    def _write_end(self, state: str, error: str | None = None) -> None:
+        if self._records is not None and self._peers.host == 0:
+            self._records.ended(state, self._hosts(), error)
 
     def _note(self, cause: Cause) -> str:
         """Write a failure to the run's folder and return a warning (`note_failure`). Host 0 writes; host 1 if host 0 failed."""
         writer = 1 if cause.host == 0 and self._peers.hosts > 1 else 0
         crashed = cause.code == failures.START_AGAIN and self._peers.hosts > 1
-        if self._run_dir is None or self._peers.host != writer or not crashed:
+        if self._records is None or self._peers.host != writer or not crashed:
             return ""
         here = cause.host == self._peers.host
         machine = socket.gethostname() if here else str(self._peers.beats.get(cause.host, {}).get("machine", "?"))
-        with contextlib.suppress(OSError):
-            return note_failure(self._run_dir, cause.host, machine, self._beat["step"], cause.text)
-        return ""
+        return self._records.note(cause.host, machine, self._beat["step"], cause.text)
 
     def _finish(self, status: int | None) -> int:
         """Write the final status, print the first cause in the last line, and return the exit code."""
         cause = self._cause or self._leave()
         if cause is None:
-            self._write_status("done" if status == 0 else "stopped")
+            self._write_end("done" if status == 0 else "stopped")
             self._peers.goodbye()
             return status or 0
         if cause.secondary:
             self._peers.tell(failed=vars(cause))
         interrupted = cause.code == failures.INTERRUPTED
-        self._write_status("stopped" if interrupted else "failed", None if interrupted else cause.text)
+        self._write_end("stopped" if interrupted else "failed", None if interrupted else cause.text)
         warning = "" if interrupted else self._note(cause)
         if warning:
             print(f"appo-jax: {warning}", file=sys.stderr)

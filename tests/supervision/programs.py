@@ -18,7 +18,8 @@ from pathlib import Path
 from appo_jax import distributed, heartbeat, interrupt, output
 from appo_jax.config import Config, PolicyConfig
 from appo_jax.errors import DataError
-from appo_jax.supervision import supervisor
+from appo_jax.run_dir import open_run
+from appo_jax.supervision import records, supervisor
 
 RUN_DIR = Path(sys.argv[2])
 
@@ -71,10 +72,21 @@ def ignore() -> None:
     time.sleep(1000)
 
 
+def save() -> None:
+    """Writes step 7 and does not end."""
+    heartbeat.stoppable(True)
+    heartbeat.at_step(7)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with heartbeat.phase("checkpoint"):
+        print("writing", flush=True)
+        time.sleep(1000)
+
+
 def hosts() -> None:
     """Steps with five exchanges between all hosts. $FAULT says what host $AT_HOST does in step $AT_STEP, or at the "end"."""
     distributed.initialize()
     supervisor.connect_supervisors()
+    open_run(config)
     fault, host, step = os.environ.get("FAULT", ""), int(os.environ["AT_HOST"]), int(os.environ["AT_STEP"])
     at_phase = os.environ.get("AT_PHASE", "reward")
     with interrupt.stop_requests() as stop:
@@ -134,12 +146,14 @@ if __name__ == "__main__":
     for setting in sys.argv[3:]:
         name, value = setting.split("=")
         if name.isupper():
-            setattr(supervisor, name, float(value))
+            module = next(module for module in (supervisor, records, distributed) if hasattr(module, name))
+            setattr(module, name, type(getattr(module, name))(value))
         else:
             config = dataclasses.replace(config, **{name: float(value)})
 
     def body() -> None:
-        heartbeat.send(run_dir=str(RUN_DIR))
+        if sys.argv[1] != "hosts":
+            heartbeat.send(run_dir=str(RUN_DIR))
         globals()[sys.argv[1]]()
 
     try:

@@ -66,7 +66,7 @@ def last_line(log: str) -> str:
     ("fault", "host", "code", "cause"),
     [
         ("SIGKILL", 1, 75, "host 1 failed first: the process of host 1 was ended by SIGKILL"),
-        ("SIGSTOP", 1, 75, "host 1 failed first: the process of host 1 was stopped"),
+        ("SIGSTOP", 0, 75, "host 0 failed first: the process of host 0 was stopped"),
         ("exception", 1, 1, "host 1 failed first: ValueError in step 3, phase 'reward': the reward fell over"),
         ("error of ours", 0, 1, "host 0 failed first: train.jsonl: line 7 is not JSON"),
     ],
@@ -85,6 +85,19 @@ def test_one_host_ends_all_of_them(
     assert status.state == "failed"
     assert status.error is not None
     assert status.error in cause or cause.removeprefix(f"host {host} failed first: ") in status.error
+    if code == 75:  # the other host records it if it was the first one
+        (record,) = (json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines())
+        assert (record["host"], record["machine"]) == (host, socket.gethostname())
+
+
+def test_a_host_that_never_comes_is_told(tmp_path: Path, one_of: Variables) -> None:
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "AT_HOST": "0", "AT_STEP": "2", "STEPS": "6"} | one_of(1, 2)
+    command = [sys.executable, PROGRAMS, "hosts", str(tmp_path / "run"), "JOIN_S=2"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75
+    assert last_line(done.stderr).startswith("appo-jax: not all hosts have joined within 2 s: one has not started"), (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,38 @@ def test_a_run_that_hangs_or_crashes_ends_with_its_stacks_and_is_started_again(
     assert f"last error: {status.error}" in describe(tmp_path / "run")
 
 
+def test_the_last_error_is_shown_while_the_next_start_runs(start: Start, tmp_path: Path) -> None:
+    for _ in range(2):
+        end(start("fail"))
+    process = start("train")
+    assert process.stdout is not None
+    deadline = time.monotonic() + 20
+    while "running" not in describe(tmp_path / "run"):
+        assert time.monotonic() < deadline
+        process.stdout.readline()
+    told = describe(tmp_path / "run", time.time() + 3 * 60)
+    assert "last error, 3 min ago, failure 2: train.jsonl: line 7 is not JSON" in told
+    process.send_signal(signal.SIGINT)
+    assert end(process)[0] == 130
+    assert "failure 2: train.jsonl" in describe(tmp_path / "run")
+    end(start("finish"))
+    assert "last error" not in describe(tmp_path / "run")
+
+
+def test_a_disk_that_does_not_answer_does_not_hold_the_supervisor_up(start: Start, tmp_path: Path) -> None:
+    """status.json.tmp, under which status.json is written, is a pipe without a reader: opening it waits for ever."""
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "status.json.tmp")
+    process = start("train", "LAST_S=1")
+    assert process.stdout is not None
+    while process.stdout.readline() != "step 2\n":
+        pass
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 130
+    assert time.monotonic() - began < 4
+
+
 def test_an_error_keeps_its_code_and_is_told_once(start: Start, tmp_path: Path) -> None:
     code, _, err = end(start("fail"))
     assert (code, err) == (1, "error: train.jsonl: line 7 is not JSON\n")
@@ -201,6 +233,16 @@ def test_a_step_that_is_longer_than_the_grace_is_given_up(start: Start) -> None:
     assert code == 130
     assert 2 <= time.monotonic() - began < 8
     assert "step 1 did not end within stop_grace_seconds and is made again" in err
+
+
+def test_a_step_that_could_not_be_written_within_the_grace_is_named(start: Start) -> None:
+    process = start("save", "stop_grace_seconds=1")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    code, _, err = end(process)
+    assert code == 130
+    assert "step 7 could not be written within stop_grace_seconds and is made again" in err
 
 
 def test_asked_again_it_ends_at_once(start: Start) -> None:
