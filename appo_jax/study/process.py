@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -33,16 +34,19 @@ def start_run(command: str, config: Config, folder: Path, cores: list[int] | Non
     with log_file(folder, name).open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "appo_jax.cli", *command.split(), "--config", str(file)],
-            stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0, preexec_fn=end_with_parent,
+            stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0,
+            preexec_fn=functools.partial(end_with_parent, os.getpid()),
         )  # fmt: skip
     if cores is not None:
         os.sched_setaffinity(process.pid, cores)
     return process
 
 
-def end_with_parent() -> None:
-    """Called in a new process: ask the kernel to send it SIGTERM when its parent ends."""
+def end_with_parent(parent: int) -> None:
+    """Called in a new process: ask the kernel to send it SIGTERM when its parent, the process `parent`, ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the call of prctl
+        os._exit(128 + signal.SIGTERM)
 
 
 def log_file(folder: Path, name: str) -> Path:

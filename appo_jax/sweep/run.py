@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import subprocess
@@ -72,7 +73,7 @@ def _start_worker(file: Path, cores: list[int]) -> subprocess.Popen[bytes]:
     """Start a worker on `cores`, in its own process group. It gets SIGTERM when this process ends."""
     worker = subprocess.Popen(
         [sys.executable, "-m", "appo_jax.cli", "sweep", "--config", str(file), "--worker"],
-        process_group=0, preexec_fn=end_with_parent,
+        process_group=0, preexec_fn=functools.partial(end_with_parent, os.getpid()),
     )  # fmt: skip
     os.sched_setaffinity(worker.pid, cores)
     return worker

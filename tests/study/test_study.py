@@ -39,6 +39,24 @@ def without_world(base, folder):
     return dataclasses.replace(base, data=dataclasses.replace(base.data, source="gsm8k", path=str(folder / "nothing")))
 
 
+ORPHAN = """
+import os, time
+from appo_jax.study.process import end_with_parent
+parent = os.getpid()
+if os.fork() == 0:
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    end_with_parent(parent)
+    print("it lives on", flush=True)
+"""
+
+
+def test_a_run_whose_study_died_before_it_was_set_up_ends():
+    """The kernel's signal comes only if the parent dies after it was asked for."""
+    done = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def write_run(folder: Path, final: float, tokens: int = 120, sft: float = 0.4, evals: tuple = ()) -> None:
     folder.mkdir(parents=True)
     summary = {"accuracy_sft": sft, "accuracy_final": final, "sampled_tokens": tokens, "wall_s": 60.0}
