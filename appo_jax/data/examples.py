@@ -46,10 +46,10 @@ class Reader:
         if not golds:
             logger.warning("%s, record %d: no accepted answer; left out", path, number)
             return None
-        id = _optional(record, columns.id)
-        kind = self._kind(_optional(record, columns.kind))
+        id = optional_field(record, columns.id)
+        kind = self._kind(optional_field(record, columns.kind))
         if system is None:
-            system = _text(_optional(record, columns.system), columns.system)
+            system = _text(optional_field(record, columns.system), columns.system)
         if self.config.system_prompt is not None:
             system = self.config.system_prompt
         elif system is None:
@@ -62,8 +62,8 @@ class Reader:
             golds,
             kind,
             system,
-            _text(_optional(record, columns.source), columns.source) or path.stem,
-            {name: value for name in columns.extra if (value := _optional(record, name)) is not None},
+            _text(optional_field(record, columns.source), columns.source) or path.stem,
+            {name: value for name in columns.extra if (value := optional_field(record, name)) is not None},
         )
 
     def _prompt(self, value: Any) -> tuple[str, str | None]:
@@ -105,7 +105,7 @@ def _text(value: Any, name: str) -> str | None:
     raise TypeError(f"field {name!r}: expected text, got {value!r}")
 
 
-def _optional(record: Any, path: str) -> Any:
+def optional_field(record: Any, path: str) -> Any:
     """The value at a dotted path, or None."""
     try:
         return field(record, path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
 from typing import Any
 
 _TARGETS = (
@@ -18,9 +20,9 @@ _TARGETS = (
 def accepted_answers(value: Any) -> tuple[str, ...]:
     """The answers as texts, in order, each once, without blank ones. An empty tuple means that there is no answer.
 
-    `value` may be text, a number, a truth value (yes or no), a list of these, the JSON text of a list of texts, or an object
-    that holds them under `target` (veRL, Search-R1), `ground_truth`, `answers`, `aliases` or `value`. Raises TypeError for
-    anything else.
+    `value` may be text, a number, a truth value (yes or no), a list of these, the text of a list of texts as JSON, Python or numpy
+    write it, or an object that holds them under `target` (veRL, Search-R1), `ground_truth`, `answers`, `aliases` or `value`.
+    Raises TypeError for anything else.
     """
     return tuple(dict.fromkeys(text for text in (answer.strip() for answer in _walk(value, 0)) if text))
 
@@ -56,11 +58,19 @@ def _walk(value: Any, depth: int) -> list[str]:
 
 
 def _list_of_texts(text: str) -> list[str] | None:
-    """The list of texts in a JSON text such as `["a", "b"]`, else None. Lists of numbers may be vectors: they stay text."""
-    if not (text.lstrip().startswith('["') and text.rstrip().endswith('"]')):
+    """The list of texts in a text such as `["a", "b"]` (JSON), `['a', 'b']` (Python) or `['a' 'b']` (numpy), else None. Lists of
+    numbers may be vectors: they stay text."""
+    text = text.strip()
+    quoted = re.fullmatch(r"\[\s*(['\"]).*['\"]\s*,?\s*\]", text, re.DOTALL)
+    if not quoted:
         return None
-    try:
-        listed = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return listed if all(isinstance(item, str) for item in listed) else None
+    # numpy writes no comma between texts, which Python would join
+    apart = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", text)
+    for read, written in ((json.loads, text), (ast.literal_eval, apart)):
+        try:
+            listed = read(written)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
+            return listed
+    return None

@@ -71,8 +71,8 @@ def demonstrate(example: Example, paragraphs: Sequence[Document], kit: ToolKit) 
     For a question with yes or no, it looks up the first two named paragraphs. Raises CannotDemonstrate if the question names
     too few paragraphs (none; fewer than two for yes or no), or if the tool does not find them or the answer."""
     tool, gold = kit.tool_for("look_up"), example.golds[0]
-    places = [(found.start(), page) for page in paragraphs if (found := _phrase(page.title).search(example.question))]
-    named = [page for _, page in sorted(places, key=lambda place: place[0])]
+    places = [(place.start(), page) for page in paragraphs if (place := _phrase(page.title).search(example.question))]
+    named = [page for _, page in sorted(places, key=lambda pair: pair[0])]
     decided = gold.lower() in ("yes", "no")
     holding = [page for page in paragraphs if _sentence(page.text, gold) and page not in named]
     asked = named[:2] if decided or any(_sentence(page.text, gold) for page in named) else [*named[:1], *holding[:1]]

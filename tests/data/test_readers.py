@@ -40,6 +40,10 @@ ROWS = [{"question": "Who?", "answer": "Ada"}, {"question": "How many?", "answer
         ({"target": ["a", "b"]}, ("a", "b")),
         ({"ground_truth": {"target": "a"}, "style": "rule"}, ("a",)),
         ('["a", "b"]', ("a", "b")),
+        (' [ "a" ] ', ("a",)),
+        ("['a', \"b's\"]", ("a", "b's")),  # as pandas writes a list into a CSV
+        ("['New York' 'NYC'\n 'the city']", ("New York", "NYC", "the city")),  # and an array
+        ("['a']['b']", ("['a']['b']",)),
         ("[1, 2]", ("[1, 2]",)),  # an interval, not two answers
         ('["a"', ('["a"',)),
         (np.array(["a", "b"], object), ("a", "b")),
@@ -235,7 +239,7 @@ def test_official_prompts_without_a_system_message_name_the_way_out(tmp_path):
     assert (example.system, example.golds) == ("", ("Ada", "A. L."))
 
 
-def test_verl_and_search_r1(tmp_path):
+def test_verl_and_search_r1(tmp_path, caplog):
     search_r1 = {
         "id": "nq_7", "question": "who sings it", "golden_answers": ["A", "B"], "data_source": "nq", "ability": "fact-reasoning",
         "prompt": [{"role": "user", "content": "Use <information>. Question: who sings it"}],
@@ -246,17 +250,25 @@ def test_verl_and_search_r1(tmp_path):
         tmp_path / "test.parquet",
         [
             {
-                "data_source": "gsm8k", "prompt": [{"role": "user", "content": "1 + 1?"}], "ability": "math",
-                "reward_model": {"style": "rule", "ground_truth": "2"},
+                "data_source": "gsm8k", "prompt": [{"role": "user", "content": prompt}], "ability": ability,
+                "reward_model": {"style": "rule", "ground_truth": "2"}, "extra_info": {"question": question},
             }
+            for prompt, ability, question in (
+                ("1 + 1?", "math", None), ("1 + 1? Answer after ####.", "MATH", "1 + 1?"), ("1 + 1?", "code", None),
+                ("2 + 0?", "code", None),
+            )
         ],
     )  # fmt: skip
     dataset = load_dataset(DataConfig("verl", str(tmp_path)))
-    (example,), (sums,) = dataset.train, dataset.held_out
+    (example,), (sums, wrapped, code, _) = dataset.train, dataset.held_out
+    assert (wrapped.question, wrapped.kind, wrapped.system) == ("1 + 1?", "math", SYSTEM_PROMPT)
+    assert code.kind == "qa"
     assert (example.id, example.question, example.golds, example.kind) == ("nq_7", "who sings it", ("A", "B"), "qa")
     assert (example.source, example.system) == ("nq", SYSTEM_PROMPT)
     assert example.extra == {"ability": "fact-reasoning", "extra_info.index": 7}
     assert (sums.id, sums.question, sums.golds, sums.kind) == ("test-1", "1 + 1?", ("2",), "math")
+    assert "ability 'code' is unknown: its questions are graded as data.kind = qa" in caplog.text
+    assert caplog.text.count("ability") == 1
     bare = {key: search_r1[key] for key in ("id", "question", "golden_answers")}
     write(tmp_path / "train.parquet", [bare])
     assert load_dataset(DataConfig("verl", str(tmp_path))).train[0].golds == ("A", "B")

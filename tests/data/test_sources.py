@@ -74,11 +74,14 @@ def test_gsm8k_wrong_or_missing_notes_make_no_trace(tmp_path, caplog, executor):
     broken = CLIPS | {"answer": "It is <<48/=25>>25.\n#### 25"}
     none = CLIPS | {"answer": "It is 25.\n#### 25"}
     other = CLIPS | {"answer": "It is <<48/2=24>>24.\n#### 25"}
-    config = write_gsm8k(tmp_path, [json.dumps(line) for line in (wrong, none, CLIPS, broken, CLIPS, other)])
+    near = CLIPS | {"answer": "It is <<2000+5=2005>>2005.\n#### 2000"}  # as one line of the real file
+    comma = CLIPS | {"answer": "It is <<1000/3=333.33>>333.33, so <<3000/2=1,500>>1,500.\n#### 1500"}
+    lines = (wrong, none, CLIPS, broken, comma, other, near)
+    config = write_gsm8k(tmp_path, [json.dumps(line) for line in lines])
 
     with caplog.at_level(logging.INFO):
         assert len(demonstrate(load_dataset(config), executor)) == 2
-    assert "4 of 6 demonstrations are left out" in caplog.text
+    assert "5 of 7 demonstrations are left out" in caplog.text
     assert len(demonstrate(load_dataset(config), executor, limit=1)) == 1
 
 
@@ -174,8 +177,10 @@ def test_official_prompts_malformed(tmp_path):
 
 def test_repair_touches_broken_escapes_only():
     assert repair("\x08oxed \x0crac \x0barphi") == r"\boxed \frac \varphi"
-    plain = "a\tb\r\n\\boxed \x0c \x08"
+    plain = "a\tb\r\n\\boxed \x0c \x08 a page\x0cthe next \x0bold"
     assert repair(plain) == plain
+    # As in rows of train_10k.parquet: TeX's ligatures are no escapes.
+    assert repair("He \x0cfinds in\x0cfinite di\x0bfferences \x0cfirst") == "He finds infinite differences first"
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,20 @@ class OfficialReader(Reader):
         )
 
 
+# LaTeX commands that begin with a string escape, without their first letter.
+_COMMANDS = {
+    "\b": "oxed ar egin eta ig igl igr inom mod oldsymbol ot ullet",
+    "\f": "box lat orall rac",
+    "\v": "arepsilon arphi artheta dots ec ee ert",
+}
+_LETTER = {"\b": r"\b", "\f": r"\f", "\v": r"\v"}
+_BROKEN = re.compile(
+    "|".join(f"{escape}(?=(?:{rest.replace(' ', '|')})(?![a-z]))" for escape, rest in _COMMANDS.items())
+)
+# The characters of the ligatures ff and fi in TeX's fonts, each left before the letters that a program wrote for it.
+_LIGATURE = re.compile("\v(?=ff)|\f(?=fi)")
+
+
 def repair(text: str) -> str:
     r"""Restore LaTeX commands whose first letters were read as string escapes: a backspace before "oxed" was "\b", and so on."""
-    return re.sub(r"[\b\f\v](?=[a-z])", lambda found: {"\b": r"\b", "\f": r"\f", "\v": r"\v"}[found[0]], text)
+    return _LIGATURE.sub("", _BROKEN.sub(lambda found: _LETTER[found[0]], text))

@@ -80,9 +80,9 @@ def _think(text: str) -> str:
     return f"<think>{text.strip()}</think>" if text.strip() else ""
 
 
-def _agrees(result: str, note: str) -> bool:
-    """Whether a Python result equals the number of a calculator note, which may be rounded to two places."""
+def _agrees(result: str, number: str) -> bool:
+    """Whether a Python result equals a number of the rationale, which may be rounded to two places and have thousands' commas."""
     try:
-        return abs(float(result) - float(note)) <= 0.01 * max(1.0, abs(float(note)))
+        return abs(float(result) - float(number.replace(",", ""))) <= 0.0051
     except ValueError:
         return False
