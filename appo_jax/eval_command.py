@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import logging
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import pydantic_core
 
+from appo_jax import __version__
 from appo_jax.archive import entries
 from appo_jax.benchmark.figures import grade_all, summarize
 from appo_jax.benchmark.predictions import Predictions, Sample, check_samples, read_predictions
@@ -116,9 +119,28 @@ def _setting(asked: Evaluation, config: Config, weights: Path | None) -> dict[st
     drawn_by = Affects.SAMPLES | Affects.ADDRESS
     setting = {
         "set": asked.set, "samples": asked.samples, "temperature": asked.temperature, "run": str(weights),
-        "checkpoint": "".join(newest),
+        "checkpoint": "".join(newest), "appo_jax": __version__, "files": _files(config),
     } | {name: value for name, value in flatten(config).items() if affects(name) & drawn_by}  # fmt: skip
     return json.loads(pydantic_core.to_json(setting))
+
+
+def _files(config: Config) -> dict[str, str]:
+    """The number, size and time of the files behind each name that the config has: weights, tokenizer and chat template, the
+    questions and corpus, and modules of tools. A folder may be written again under its old name."""
+    generated = config.data.source in ("world", "decisions")  # and kept there: the first command writes these files
+    data = None if generated else config.data.path
+    names = {config.policy.path, config.policy.tokenizer, config.tools.search.corpus, data} - {None}
+    paths = {str(name): Path(str(name)) for name in names}
+    for module in {tool.partition(":")[0] for tool in config.tools.enabled if ":" in tool}:
+        with contextlib.suppress(ImportError, ValueError):  # the tool's own error says more
+            if (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
+                paths[module] = Path(spec.origin)
+    found = {}
+    for name, path in sorted(paths.items()):
+        facts = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+        newest = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max((fact.st_mtime for fact in facts), default=0)))
+        found[name] = f"{len(facts)} files, {sum(fact.st_size for fact in facts)} bytes, newest of {newest}"
+    return found
 
 
 def _kept(file: Path, items: Sequence[Item], setting: Mapping[str, Any]) -> dict[str, list[Sample]]:

@@ -56,6 +56,9 @@ def test_sets_are_measured_during_training(run: Path) -> None:
             assert (report["questions"], report["samples"]) == (questions, samples)
             assert report["accuracy"][0] == figures[f"eval/{name}/accuracy"]
             assert figures[f"eval/{name}/without_verdict"] == 0
+            speed = report["rollouts"]
+            assert 0 < speed["seconds_per_question"] * questions < figures[f"eval/{name}/seconds"]
+            assert speed["tokens_per_second_of_decoding"] > 0
     assert (run / "plots" / "sets.png").exists()
 
 
@@ -75,10 +78,10 @@ def test_sets_that_cannot_be_scored_are_refused_before_the_run(tiny: Config, tmp
             ConfigError, match=r"eval\.sets: webwalker is decided by a judge; give --reward\.judge\.url"
         ):
             loaded("webwalker")
-        with pytest.raises(ConfigError, match="expected one of aime24"):
+        with pytest.raises(ConfigError, match=r"set = .mmlu.: expected aime24"):
             loaded("mmlu")
-        ((_, items),) = loaded("webwalker", judge=JudgeConfig("http://127.0.0.1:1/v1", "m"))
-        assert [item.golds for item in items] == [("2",)]
+        ((_, questions),) = loaded("webwalker", judge=JudgeConfig("http://127.0.0.1:1/v1", "m"))
+        assert [item.golds for item in questions.items] == [("2",)]
         (tmp_path / "s.jsonl").write_text(json.dumps({"id": "long", "question": "why? " * 500, "answer": 2}))
         with pytest.raises(DataError, match=r"question 'long' has \d+ tokens: raise rollout\.max_prompt_tokens"):
             loaded("math500")

@@ -1,5 +1,6 @@
 """`appo-jax eval` on predictions: hand-computed figures, faulty files, a faulty judge."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,9 +8,9 @@ from faulty_judge import FaultyJudge
 
 from appo_jax.benchmark.compare import compare
 from appo_jax.cli import main
-from appo_jax.config import JudgeConfig
+from appo_jax.config import Config, JudgeConfig, PolicyConfig
 from appo_jax.errors import ConfigError, DataError
-from appo_jax.eval_command import Evaluation, evaluate_set
+from appo_jax.eval_command import Evaluation, _setting, evaluate_set
 
 
 @pytest.fixture
@@ -260,6 +261,27 @@ def test_the_config_of_an_evaluation_is_checked(data, tmp_path, capsys):
     assert "policy.path, policy.architecture: give one" in capsys.readouterr().err
     assert main([*command, "--run", str(tmp_path / "typo")]) == 2
     assert "typo/config.json: no such file; give the directory of a run" in capsys.readouterr().err
+
+
+def test_samples_of_weights_or_tools_that_were_replaced_are_refused(data, tmp_path, monkeypatch):
+    """Nothing is drawn: the head of the file of samples is that of the same command before the change."""
+    (tmp_path / "policy").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    files = [tmp_path / name for name in ("policy/model.safetensors", "policy/chat_template.jinja", "a_tool.py")]
+    for file in files:
+        file.write_text("old")
+    tools = dataclasses.replace(Config().tools, enabled=("a_tool:make",))
+    config = Config(policy=PolicyConfig(path=str(tmp_path / "policy")), tools=tools)
+    asked = Evaluation("math500", data, tmp_path / "out")
+    asked.out.mkdir()
+    for file in files:
+        (asked.out / "generations.jsonl").write_text(json.dumps(_setting(asked, config, None)) + "\n")
+        assert _setting(asked, config, None) == _setting(asked, config, None)
+        file.write_text("newer")
+        with pytest.raises(
+            ConfigError, match=r"holds samples of another setting: files = .* bytes.* \(now .*another --out"
+        ):
+            evaluate_set(asked, config)
 
 
 def test_open_verdicts_count_as_accuracy_counts_them(judge, tmp_path):
