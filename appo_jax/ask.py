@@ -17,9 +17,8 @@ from appo_jax.errors import DataError
 from appo_jax.export import policy_params
 from appo_jax.policy.parameters import Params
 from appo_jax.reward.grade import final_answer
+from appo_jax.rollout.sampler import Purpose
 from appo_jax.types import Example
-
-ASK = 6  # the first number of every draw_id, which is the purpose of the draws
 
 
 def ask(run: Path, question: str | None, temperature: float) -> None:
@@ -43,7 +42,7 @@ def answer(components: Components, params: Params, question: str, draw: tuple[fl
         raise DataError(
             f"the question has {length} tokens with its prompt, more than rollout.max_prompt_tokens = {limit}"
         )
-    ((rollout,),) = components.sampler.initial(params, [example], 1, (ASK, number), temperature)
+    ((rollout,),) = components.sampler.initial(params, [example], 1, (Purpose.ASK, number), temperature)
     response = response_of(rollout, components.tokenizer)
     for step, (text, call) in enumerate(
         zip((text for text, _ in response.turns), (*rollout.calls, None), strict=False), 1

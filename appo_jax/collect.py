@@ -20,12 +20,11 @@ from appo_jax.data.demonstrations import LeftOut
 from appo_jax.errors import DataError
 from appo_jax.export import policy_params
 from appo_jax.reward.format import format_error
+from appo_jax.rollout.sampler import Purpose
 from appo_jax.storage import read_resumable
 from appo_jax.types import Outcome, Rollout
 
 log = logging.getLogger(__name__)
-
-COLLECT = 5  # the first number of every draw_id, which is the purpose of the draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,11 @@ def collect(config: Config, asked: Collecting) -> str:
             for first in range(0, len(examples), size):
                 some = examples[first : first + size]
                 trees = components.sampler.initial(
-                    params, some, asked.samples, (COLLECT, len(done) + first), max_examples=min(size, len(examples))
+                    params,
+                    some,
+                    asked.samples,
+                    (Purpose.COLLECT, len(done) + first),
+                    max_examples=min(size, len(examples)),
                 )
                 give_rewards([rollout for tree in trees for rollout in tree], components)
                 for example, tree in zip(some, trees, strict=True):

@@ -23,13 +23,11 @@ from appo_jax.data.examples import system_prompt
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.policy.parameters import Params
 from appo_jax.reward.language_judge import LanguageJudge
-from appo_jax.rollout.sampler import GenerationStats
+from appo_jax.rollout.sampler import GenerationStats, Purpose
 from appo_jax.rollout.stats import accuracy
 from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.tools.outage import Drawn, with_tools
 from appo_jax.types import Example, Kind, Rollout
-
-SETS = 4  # the first number of every draw_id for a set, which is the purpose of the draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +68,7 @@ def evaluate(params: Params, components: Components) -> Evaluation:
     rollouts = _with_tools(
         lambda: [
             rollout
-            for tree in components.sampler.initial(params, questions, 1, draw_id=(2,), temperature=0.0)
+            for tree in components.sampler.initial(params, questions, 1, draw_id=(Purpose.EVALUATION,), temperature=0.0)
             for rollout in tree
         ],
         components,
@@ -102,7 +100,10 @@ def draw_samples(
     Every sample has its share of the time that the questions took together. Raises DataError for a question that is longer than
     `rollout.max_prompt_tokens`, ToolError if a tool is down and stays down."""
     examples = _examples(components, items, rule)
-    draw_id = (SETS, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)  # different for each part of a set
+    draw_id = (
+        Purpose.EVALUATION_SET,
+        zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF,
+    )  # different for each part of a set
 
     def draw() -> tuple[list[list[Rollout]], GenerationStats, float]:
         began = time.perf_counter()

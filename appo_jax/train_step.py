@@ -28,15 +28,12 @@ from appo_jax.policy.constraints import row_shards
 from appo_jax.policy.parameters import Params
 from appo_jax.policy.sharding import batch_shardings, place
 from appo_jax.rollout.growth import Growth, TreeGrower
-from appo_jax.rollout.sampler import Sampler
+from appo_jax.rollout.sampler import Purpose, Sampler
 from appo_jax.rollout.scoring import log_probs, of_drawers, scores
 from appo_jax.rollout.shapes import Shapes
 from appo_jax.rollout.stats import over_updates, rollout_metrics, update_metrics
 from appo_jax.timing import Timer
 from appo_jax.types import Example, Rollout, Tree, release_states
-
-# The first number of every draw_id: the purpose of the rollouts. (2 is evaluation, which is greedy.)
-INITIAL, BRANCH, RESAMPLE = 0, 1, 3
 
 Update = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -133,14 +130,16 @@ class Step:
         `max_resamples` times. Batches of `more` are taken as they are needed. A step begins with a new batch: what is left of
         them at its end is not used, because a checkpoint holds the position of `more` only.
         """
-        trees = self._draw(params, examples, INITIAL)
+        trees = self._draw(params, examples, (Purpose.INITIAL, self.index))
         unused: list[Example] = []
-        for attempt in range(self.algorithm.max_resamples):
+        attempts = self.algorithm.max_resamples
+        for attempt in range(attempts):
             flat = [i for i, tree in enumerate(trees) if without_spread(np.array([r.reward for r in tree]))]
             if len(unused) < len(flat):
                 unused += next(more, ())
             others, unused = unused[: len(flat)], unused[len(flat) :]
-            drawn = self._draw(params, others, RESAMPLE + attempt) if others else []
+            draw_id = (Purpose.RESAMPLE, self.index * attempts + attempt)
+            drawn = self._draw(params, others, draw_id) if others else []
             for i, tree in zip(flat, drawn, strict=False):
                 trees[i] = tree
             self.resampled += len(drawn)
@@ -154,7 +153,7 @@ class Step:
     def branch(self, params: Params, minibatch: Minibatch) -> None:
         """Fill the budget of every prompt with branches, and give them their rewards."""
         with self.timer("branch"):
-            draw_id = (BRANCH, self.index, minibatch.index)
+            draw_id = (Purpose.BRANCH, self.index, minibatch.index)
             minibatch.growth = self.grower.grow(params, minibatch.trees, minibatch.old_log_probs, draw_id)
             minibatch.trees = minibatch.growth.trees
             release_states(rollout for tree in minibatch.trees for rollout in tree)
@@ -214,13 +213,13 @@ class Step:
         record["time/tokens_per_s"] = record["rollout/sampled_tokens"] / record["time/step_s"]
         return record
 
-    def _draw(self, params: Params, examples: Sequence[Example], purpose: int) -> list[Tree]:
+    def _draw(self, params: Params, examples: Sequence[Example], draw_id: Sequence[int]) -> list[Tree]:
         with self.timer("rollout"):
             trees = self.sampler.initial(
                 params,
                 examples,
                 self.algorithm.initial,
-                (purpose, self.index),
+                draw_id,
                 max_examples=self.components.config.prompts_per_step,
             )
         if not self.algorithm.branches:

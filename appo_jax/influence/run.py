@@ -38,7 +38,7 @@ from appo_jax.influence.ranking import (
 )
 from appo_jax.policy.parameters import Params
 from appo_jax.rollout.growth import blank_tokens, score_positions, valid_positions
-from appo_jax.rollout.sampler import Branch, ScorePass
+from appo_jax.rollout.sampler import Branch, Purpose, ScorePass
 from appo_jax.rollout.scoring import log_probs
 from appo_jax.storage import to_json
 from appo_jax.train import begin
@@ -46,7 +46,6 @@ from appo_jax.train_step import train_step
 from appo_jax.types import Rollout, turn_starts
 from appo_jax.view.plots import STYLE
 
-DRAWS = 5  # the first number of every `draw_id`, which is the purpose of the draws
 RANDOM, TURN_START = "random", "turn start"
 COUNTS = (1, 3, 5)  # numbers of best positions (B) at which precision is reported
 
@@ -82,7 +81,7 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
         batches = prompt_batches(components.train, config.prompts_per_step, config.seed, weights=weights)
         others = next(batches)
         examples = list(itertools.islice(itertools.chain.from_iterable(batches), asked.questions))
-        trees = components.sampler.initial(trainer.policy(state), examples, asked.rollouts, (DRAWS, 0))
+        trees = components.sampler.initial(trainer.policy(state), examples, asked.rollouts, (Purpose.INFLUENCE, 0))
         rollouts = [rollout for tree in trees for rollout in tree]
         give_rewards(rollouts, components)
         old = [values for tree in log_probs(components.sampler, trainer.policy(state), trees) for values in tree]
@@ -101,7 +100,7 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
         }
         measured = measure(
             components.sampler, policy, scored, chosen, asked.continuations, lambda some: give_rewards(some, components),
-            (DRAWS, 1),
+            (Purpose.INFLUENCE, 1),
         )  # fmt: skip
         scatter = _scatter(components, policy, scored, ranked, asked)
     figures = summarize(ranked, measured, random)
@@ -127,7 +126,7 @@ def _scatter(
     branching = make_algorithm(components.config).branching
 
     def draw_branches(branches: Sequence[Sequence[Branch]], number: int) -> Sequence[Sequence[Rollout]]:
-        drawn = components.sampler.branches(params, scored, branches, (DRAWS, 2 + number))
+        drawn = components.sampler.branches(params, scored, branches, (Purpose.INFLUENCE, 2 + number))
         give_rewards([rollout for of_rollout in drawn for rollout in of_rollout], components)
         return drawn
 

@@ -59,7 +59,7 @@ TOOL_POLL_S = 0.05
 class Draw(NamedTuple):
     """How the tokens of a generation are sampled."""
 
-    id: Sequence[int]  # separates its random draws from those of every other generation (phase, step …)
+    id: Sequence[int]  # separates its random draws from those of every other generation (Purpose, step …)
     temperature: float  # 0: greedy
 
 

@@ -5,6 +5,7 @@ with these methods; `TreeSampler` is the built-in one. No other code depends on 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,19 @@ import numpy as np
 
 from appo_jax.policy.parameters import Params
 from appo_jax.types import Example, Rollout, Tree
+
+
+class Purpose(enum.IntEnum):
+    """What rollouts are drawn for: the first number of every `draw_id`. So draws for two purposes are independent."""
+
+    INITIAL = 0
+    BRANCH = 1
+    EVALUATION = 2
+    RESAMPLE = 3
+    EVALUATION_SET = 4
+    COLLECT = 5
+    ASK = 6
+    INFLUENCE = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +68,7 @@ class Sampler(Protocol):
         self, params: Params, examples: Sequence[Example], copies: int, draw_id: Sequence[int],
         temperature: float | None = None, max_examples: int | None = None,
     ) -> list[Tree]:  # fmt: skip
-        """`copies` full rollouts of each example, as nodes 0 … copies − 1 of a tree. `draw_id` (phase, step …)
+        """`copies` full rollouts of each example, as nodes 0 … copies − 1 of a tree. `draw_id` (a Purpose, step …)
         separates the random draws of this call from all others: the same numbers, parameters and examples draw the same
         tokens. `temperature`: by default the configured one; 0 is greedy. `max_examples`: the largest number of
         examples in any call of this kind, for a sampler that compiles for fixed shapes; by default their number.

@@ -37,6 +37,7 @@ from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.policy.parameters import Params
 from appo_jax.reward import Judge, Response
 from appo_jax.rollout.growth import TreeGrower
+from appo_jax.rollout.sampler import Purpose
 from appo_jax.rollout.stats import over_updates
 from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import SentencePieceTokenizer
@@ -44,7 +45,7 @@ from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.protocol import ToolResult
 from appo_jax.tools.search import LocalSearch
 from appo_jax.train_step import Trainer, _kl_penalties, train_step
-from appo_jax.types import Document, Example, RewardResult
+from appo_jax.types import Document, Example, RewardResult, Tree
 
 N, M, P = 3, 6, 4
 
@@ -171,11 +172,20 @@ def test_tool_states_live_only_while_a_branch_may_begin_from_them(step, name: st
     assert not any(living[-first:])
 
 
-def test_dynamic_sampling_replaces_prompts_without_spread_and_is_bounded(step) -> None:
+def test_dynamic_sampling_replaces_prompts_without_spread_and_is_bounded(step, monkeypatch) -> None:
     config = Config(algorithm="grpo", max_resamples=2)
+    ids, initial = [], TreeSampler.initial
+
+    def seen(self: TreeSampler, *args: Any, **kwargs: Any) -> list[Tree]:
+        ids.append(args[3])
+        return initial(self, *args, **kwargs)
+
+    monkeypatch.setattr(TreeSampler, "initial", seen)
     batch = [Example(f"new{i}", "the dog", ("x",), "qa", "") for i in range(P)]
     record, trees, _, moved = step(config, never, iter([batch] * 9))
     assert record["rollout/resampled_prompts"] == 2 * P
+    assert [purpose for purpose, _ in ids] == [Purpose.INITIAL, Purpose.RESAMPLE, Purpose.RESAMPLE]
+    assert len(set(ids)) == 3
     assert [tree[0].example.id for tree in trees] == [example.id for example in batch]
     assert not moved
     one = iter([batch])
