@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -172,7 +172,7 @@ class Checkpointer:
                 self._directory, free / 1e9, needed / 1e9, step, "may not fit" if free < needed else "fits, the next one may not",
             )  # fmt: skip
 
-    def _newest_except(self, refused: Mapping[int, str]) -> int | None:
+    def _newest_except(self, refused: Collection[int]) -> int | None:
         """The newest step that host 0 finds on disk and that has not been refused."""
         _despite_removals(self._manager.reload)
         newest = max((step for step in self._manager.all_steps() if step not in refused), default=None)

@@ -151,8 +151,8 @@ def _damage(folder: Path, error: Exception) -> Broken:
     """What is wrong with a step for which reading it raised `error`. Raises `error` again if it says nothing about the files."""
     first = failures.causes(error)[-1]  # orbax raises plain Exceptions from it
     told = _SYSTEM_ERROR.search(str(first))
-    number = int(told[1]) if told else getattr(first, "errno", None)
-    if number in _DISK:
+    number = int(told[1]) if told else first.errno if isinstance(first, OSError) else None
+    if number is not None and number in _DISK:
         return Broken(f"cannot be read: {os.strerror(number)}", number)
     if not folder.exists():  # the process that writes here has removed it, because it was old
         return Broken(REMOVED)
@@ -160,7 +160,7 @@ def _damage(folder: Path, error: Exception) -> Broken:
         raise CheckpointError(
             f"{path}: this user may not read it; grant the permission (chown -R, chmod -R u+rX)"
         ) from error
-    if told and number not in _MISSING:
+    if told and number is not None and number not in _MISSING:
         raise OSError(number, os.strerror(number), str(folder)) from error
     if (
         not isinstance(first, _DAMAGE)
