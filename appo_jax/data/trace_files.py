@@ -1,8 +1,8 @@
 """Reads published files of traces for the cold start: ShareGPT, LLaMA-Factory's formats, chat messages.
 
-A record is a conversation about one question. The calls stand in the policy's text, as tags or as JSON, or under `tool_calls`
-as in OpenAI's interface. The results stand in the same text between the tags of either format, or in separate turns. In all
-cases, the trace is written in the run's call format.
+A record is a conversation about one question. The calls stand in the policy's text, as tags or as JSON, or under `tool_calls` or
+`function_call` as in OpenAI's interface. The results stand in the same text between the tags of either format, or in separate
+turns, with or without such tags. In all cases, the trace is written in the run's call format.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from appo_jax.data.demonstrations import CannotDemonstrate, LeftOut, introduce
+from appo_jax.data.demonstrations import TOOLS_PLACE, CannotDemonstrate, LeftOut, introduce
 from appo_jax.data.examples import SYSTEM_PROMPT
 from appo_jax.data.golds import accepted_answers
 from appo_jax.data.records import read_records
@@ -22,12 +22,13 @@ from appo_jax.tools.format import Call, CallFormat, JsonFormat, TagFormat, rende
 from appo_jax.types import Example, Segment, Trace
 
 WHAT = "a file of traces (docs/traces.md)"
-# From roles of ShareGPT and LLaMA-Factory to roles of chat messages.
+# From roles of ShareGPT, LLaMA-Factory and OpenAI's older interface to roles of chat messages.
 _ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-    "observation": "tool", "tool": "tool", "function_call": "call", "function": "call",
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "developer": "system",
+    "observation": "tool", "tool": "tool", "function": "tool", "function_response": "tool", "function_call": "call",
 }  # fmt: skip
 _RESULT = re.compile(r"[ \t]*\n?[ \t]*<(result|tool_response)>\n?(.*?)\n?</\1>\n?", re.DOTALL)
+_ONLY_A_RESULT = re.compile(rf"\s*{_RESULT.pattern}\s*", re.DOTALL)
 _CLOSING = re.compile(r"</([\w.-]+)>\s*\Z")
 
 
@@ -72,6 +73,8 @@ class _Writer:
             raise CannotDemonstrate("the question is blank")
         if self.system_prompt is not None:
             system = self.system_prompt
+        elif system is not None and record.get("tools") and TOOLS_PLACE not in system and self.format.instructions():
+            system = f"{system}\n{TOOLS_PLACE}"  # LLaMA-Factory describes the tools of a record after its system prompt
         example = Example(
             str(record.get("id") or name), question, accepted_answers(record.get("answer")),
             "math" if record.get("kind") == "math" else "qa", SYSTEM_PROMPT if system is None else system,
@@ -149,7 +152,7 @@ class _Writer:
         return turn
 
 
-def _conversation(record: Any) -> tuple[str | None, str, list[Mapping[str, Any]]]:
+def _conversation(record: Any) -> tuple[str | None, str, list[dict[str, Any]]]:
     """(system prompt, question, the messages after the question) of a record."""
     if not isinstance(record, dict):
         raise TypeError(f"expected an object, got {type(record).__name__}")
@@ -161,6 +164,9 @@ def _conversation(record: Any) -> tuple[str | None, str, list[Mapping[str, Any]]
         return system or None, question, [{"role": "assistant", "content": record["output"]}]
     listed = record["messages"] if "messages" in record else record["conversations"]
     messages = [_message(entry) for entry in listed]
+    for message in messages[2:]:
+        if message["role"] == "user" and _ONLY_A_RESULT.fullmatch(message["content"]):
+            message["role"] = "tool"
     if messages and messages[0]["role"] == "system":
         system = messages.pop(0)["content"]
     roles = [message["role"] for message in messages]
@@ -171,7 +177,7 @@ def _conversation(record: Any) -> tuple[str | None, str, list[Mapping[str, Any]]
     return system or None, messages[0]["content"], messages[1:]
 
 
-def _message(entry: Any) -> Mapping[str, Any]:
+def _message(entry: Any) -> dict[str, Any]:
     """A message in the form with `role` and `content`, from either form."""
     role = _ROLES.get(entry["role"] if "role" in entry else entry["from"])
     if role is None:
@@ -182,11 +188,20 @@ def _message(entry: Any) -> Mapping[str, Any]:
         calls = calls if isinstance(calls, list) else [calls]
         return {"role": "assistant", "content": "", "tool_calls": [{"function": call} for call in calls]}
     thought = entry.get("reasoning_content")
-    text = content or ""
-    if not isinstance(text, str):
-        raise TypeError(f"a message's content must be text, not {type(text).__name__}")
+    text = _text(content)
     text = f"<think>{thought}</think>{text}" if thought else text
-    return {"role": role, "content": text, "tool_calls": entry.get("tool_calls") or ()}
+    calls = entry.get("tool_calls") or [{"function": call} for call in [entry.get("function_call")] if call]
+    return {"role": role, "content": text, "tool_calls": calls}
+
+
+def _text(content: Any) -> str:
+    """The text of a message's content, which may be a list of parts. Raises TypeError for a part that is not text."""
+    parts = content if isinstance(content, list) else [content]
+    parts = [part["text"] if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
+    wrong = next((part for part in parts if part is not None and not isinstance(part, str)), None)
+    if wrong is not None:
+        raise TypeError(f"a message's content must be text, not {type(wrong).__name__}")
+    return "".join(part or "" for part in parts)
 
 
 def _steps(
@@ -195,7 +210,8 @@ def _steps(
     """(text, call, result) in order. Each has either a text of the policy, or a call under `tool_calls`, or a result."""
     for turn in turns:
         if turn["role"] == "tool":
-            yield "", None, turn["content"]
+            wrapped = _ONLY_A_RESULT.fullmatch(turn["content"])
+            yield "", None, wrapped[2] if wrapped else turn["content"]
             continue
         before, *rest = _RESULT.split(turn["content"])
         yield before, None, None

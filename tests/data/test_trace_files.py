@@ -68,6 +68,39 @@ SPELLINGS = {
         ]
     },
 }
+SPELLINGS["hermes"] = {  # each result keeps the tags of its template
+    "conversations": [
+        {"from": "system", "value": "S"},
+        {"from": "human", "value": "Q"},
+        {"from": "gpt", "value": 'T<tool_call>\n{"name": "py", "arguments": {"code": "1+1"}}\n</tool_call>'},
+        {"from": "tool", "value": "<tool_response>\n2\n</tool_response>"},
+        {"from": "gpt", "value": 'U<tool_call>\n{"name": "py", "arguments": {"code": "2+2"}}\n</tool_call>'},
+        {"from": "function_response", "value": "<result>4</result>\n"},
+        {"from": "gpt", "value": "A"},
+    ]
+}
+SPELLINGS["results_in_user_turns"] = {
+    "messages": [
+        {"role": "developer", "content": [{"type": "text", "text": "S"}]},
+        {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+        {"role": "assistant", "content": "T<py>1+1</py>"},
+        {"role": "user", "content": "<tool_response>\n2\n</tool_response>"},
+        {"role": "assistant", "content": "U<py>2+2</py>"},
+        {"role": "user", "content": "<result>4</result>"},
+        ANSWERED,
+    ]
+}
+SPELLINGS["functions"] = {  # OpenAI's older interface
+    "messages": [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "T", "function_call": {"name": "py", "arguments": '{"code": "1+1"}'}},
+        {"role": "function", "name": "py", "content": "2"},
+        {"role": "assistant", "content": "U", "function_call": {"name": "py", "arguments": '{"code": "2+2"}'}},
+        {"role": "function", "name": "py", "content": "4"},
+        ANSWERED,
+    ]
+}
 # S < Q > T<py>1+1</py> | _<result>\n2\n</result> | U<py>2+2</py> | _<result>\n4\n</result> | A eos
 TAGS = [
     *[83, 2, 81, 3],
@@ -245,6 +278,8 @@ def test_repeated_traces_system_prompts_and_golds(tmp_path):
         assert (trace.example.id, trace.example.golds, trace.example.kind) == ("x", ("7",), "math")
         assert trace.example.system == notation.instructions()
         assert str(left_out) == "1: it repeats an earlier trace"
+        (trace,), _ = read(tmp_path, notation, conversation("A", system="S", tools='[{"name": "py"}]'))
+        assert trace.example.system == f"S\n{notation.instructions()}"
         (trace,), _ = read(tmp_path, notation, *records, system_prompt="mine")
         assert trace.example.system == "mine"
     with pytest.raises(DataError, match=r"no trace in them can be used \(1: it has no field 'conversations'\)"):
