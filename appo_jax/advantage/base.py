@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from appo_jax.advantage.groups import EQUAL, Std, dual_group, spread, zscores_within
-from appo_jax.config import AdvantageConfig
+from appo_jax.advantage.groups import EQUAL, dual_group, spread, zscores_within
+from appo_jax.config import AdvantageConfig, Std
 from appo_jax.types import Rollout, Tree, turn_starts
 
 # GiGPO (arXiv 2505.10978): discount of the reward from turn to turn, and weight of the turns' advantage.

@@ -4,12 +4,11 @@ NaN means that the reward function failed: groups leave that rollout out, and it
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from jaxtyping import Float, Float64
 
-Std = Literal["population", "sample"]  # `advantage.std`
+from appo_jax.config import Std
+
 EQUAL = 1e-9  # rewards that differ by less are equal: rounding must not become an advantage
 
 

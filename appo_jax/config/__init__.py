@@ -7,7 +7,7 @@ are in `rules`. `config_io.check` checks a config against all of them.
 from appo_jax.config.data import ColumnsConfig, DataConfig, DataPart
 from appo_jax.config.judge import JudgeConfig
 from appo_jax.config.learning import OptimizerConfig, Remat, SFTConfig
-from appo_jax.config.method import AdvantageConfig, BranchingConfig, LossConfig
+from appo_jax.config.method import AdvantageConfig, BranchingConfig, LossConfig, Std
 from appo_jax.config.policy import Adaptable, Architecture, LoRAConfig, PolicyConfig, RopeScaling, YarnScaling
 from appo_jax.config.rollout import RolloutConfig
 from appo_jax.config.run import Config, EvalConfig, EvalSetConfig, MeshConfig, RewardConfig
@@ -37,6 +37,7 @@ __all__ = [
     "RopeScaling",
     "SFTConfig",
     "SearchToolConfig",
+    "Std",
     "ToolsConfig",
     "YarnScaling",
 ]

@@ -13,6 +13,7 @@ from appo_jax.config.bounds import BelowOne
 # Names of the modules in branching/rules/: a score ranks every position; a rule by turns draws turns at random.
 Score = Literal["product", "entropy", "future", "additive"]
 TurnRule = Literal["entropy_change", "entropy_balanced", "random_turn"]
+Std = Literal["population", "sample"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class AdvantageConfig:
     max_ratio: NonNegativeFloat = 0.0
     """Tokens with a ratio above this are left out of the sum in the Ω of eq. 7, not of the loss (official code: 3). 0:
     off; else above 1. The Ω of the Branching Score keeps them, as in the official code."""
-    std: Literal["population", "sample"] = "population"
+    std: Std = "population"
     """Standard deviation of a group. population: divide by the number of members n. sample: divide by n − 1 and add
     1e-6, as in the official code's GRPO (its APPO estimator uses the population's)."""
 

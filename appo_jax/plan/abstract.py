@@ -116,14 +116,17 @@ class Arrays:
 def on_chip(tree: Any) -> int:
     """Bytes per device of a tree of sharded `ShapeDtypeStruct`."""
 
-    def size(x: jax.ShapeDtypeStruct) -> int:
-        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        # A PRNG key has two words of 4 bytes.
-        return int(np.prod(shape)) * (8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize)
+    def shape(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
 
-    return sum(size(x) for x in jax.tree.leaves(tree))
+    return sum(_bytes(shape(x), x.dtype) for x in jax.tree.leaves(tree))
 
 
 def in_all(tree: Any) -> int:
     """Bytes of a tree's arrays. Each array is counted once, on however many devices it lies."""
-    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(_bytes(x.shape, x.dtype) for x in jax.tree.leaves(tree))
+
+
+def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    # A PRNG key has two words of 4 bytes.
+    return int(np.prod(shape)) * (8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize)

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from appo_jax.policy.constraints import ROWS, divided, platform
 
-LANES = 128  # splash attention needs row lengths and head widths that are multiples of this
+LANES = 128  # of a TPU's registers: splash attention needs row lengths and head widths that are multiples of this
 BLOCKS = (512, 256, 128)  # sizes of a splash block in tokens; the largest that divides the row's length is used
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from appo_jax.policy.kernels import LANES
+
 SUBLANES = 16  # rows of a bfloat16 tile: queries are padded to a multiple of it
 MAX_KEYS = 512  # in a block
 MAX_BLOCK_BYTES = 512 * 1024  # of a block's keys; on-chip memory holds two blocks of keys and two of values

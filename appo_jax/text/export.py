@@ -10,7 +10,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from appo_jax.text.tokenizer import ROLES
+from appo_jax.text.tokenizer import CONTROL_SYMBOLS
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _from_sentencepiece(content: bytes, path: Path) -> dict[str, bytes]:
     )
     special = {"bos": trainer.bos_id, "eos": trainer.eos_id, "pad": trainer.pad_id, "unk": trainer.unk_id}
     config = {f"{name}_token": pieces[id] for name, id in special.items() if id >= 0} | {
-        "additional_special_tokens": [f"<|{role}|>" for role in ROLES],
+        "additional_special_tokens": list(CONTROL_SYMBOLS),
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -36,11 +36,11 @@ from appo_jax.text.folder import (
 )
 
 ROLES = ("system", "user", "assistant")
+CONTROL_SYMBOLS = tuple(f"<|{role}|>" for role in ROLES)  # of a sentencepiece model
 _RESULT_PLACE = "THE-RESULT-OF-THE-CALL"
 # Tags that the policy writes as text and from which rewards and calls are read. Some tokenizers mark them as special.
-_TEXT_TAGS = frozenset(
-    f"<{slash}{name}>" for name in ("think", "answer", "tool_call", "tool_response", "result") for slash in ("", "/")
-)
+TAG_NAMES = ("answer", "think", "result", "tool_call", "tool_response")
+_TEXT_TAGS = frozenset(f"<{slash}{name}>" for name in TAG_NAMES for slash in ("", "/"))
 
 
 class Tokenizer(Protocol):
@@ -91,10 +91,12 @@ class SentencePieceTokenizer:
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         self._token_bytes = [self._bytes_of(token) for token in range(self.vocab_size)]
         self._roles: dict[str, int] = {}
-        for role in ROLES:
-            token = self._model.piece_to_id(f"<|{role}|>")
+        for role, symbol in zip(ROLES, CONTROL_SYMBOLS, strict=True):
+            token = self._model.piece_to_id(symbol)
             if not self._model.is_control(token):
-                raise DataError(f"{path}: no control symbol <|{role}|>; train it with control_symbols=<|{role}|>,…")
+                raise DataError(
+                    f"{path}: no control symbol {symbol}; train it with control_symbols={','.join(CONTROL_SYMBOLS)}"
+                )
             self._roles[role] = token
 
     def encode(self, text: str) -> list[int]:

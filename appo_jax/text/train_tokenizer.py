@@ -9,8 +9,8 @@ from pathlib import Path
 import sentencepiece
 
 from appo_jax.errors import ConfigError
+from appo_jax.text.tokenizer import CONTROL_SYMBOLS
 
-CONTROL_SYMBOLS = ("<|system|>", "<|user|>", "<|assistant|>")
 SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
 # Digits go in pairs from the left, so that copying a number takes a token or two.
 PAIRS_OF_DIGITS = tuple(f"{number:02d}" for number in range(100))

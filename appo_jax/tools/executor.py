@@ -25,7 +25,8 @@ import numpy as np
 from appo_jax import distributed, heartbeat
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError
-from appo_jax.tools.format import RESERVED_NAMES, Call, CallFormat, make_format
+from appo_jax.text.tokenizer import TAG_NAMES
+from appo_jax.tools.format import Call, CallFormat, make_format
 from appo_jax.tools.lanes import Clock, Lane
 from appo_jax.tools.protocol import Tool, ToolResult, writable
 from appo_jax.types import Outcome
@@ -45,8 +46,8 @@ class CallRecord:
     states: Mapping[str, Any]  # tool states after the call; if it failed, those before it
 
 
-# A name is a tag in the policy's text and a part of the metrics' names, where "malformed" stands for malformed calls.
-_RESERVED = (*RESERVED_NAMES, "malformed")
+# A name is a tag in the policy's text, in any case, and a part of the metrics' names, where "malformed" stands for malformed calls.
+_RESERVED = (*TAG_NAMES, "malformed")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 
 

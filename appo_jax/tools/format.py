@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from appo_jax.errors import ConfigError
-from appo_jax.text.tokenizer import JsonTokenizer, Tokenizer
+from appo_jax.text.tokenizer import TAG_NAMES, JsonTokenizer, Tokenizer
 from appo_jax.tools.arguments import Problem, decode, read_argument
 from appo_jax.tools.protocol import Tool, ToolSpec
 
@@ -129,10 +129,7 @@ def _any_spelling(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile(rf"<\s*+(?:/\s*+)?(?:{'|'.join(map(re.escape, names))})(?![\w.-])[^<>]*+>", re.IGNORECASE)
 
 
-_STRUCTURE_NAMES = ("answer", "think", "result", "tool_response")
-_STRUCTURE = _any_spelling(_STRUCTURE_NAMES)
-# Tags that have a meaning in a rollout, in any case: no tool may have one of these names.
-RESERVED_NAMES = (*_STRUCTURE_NAMES, "tool_call")
+_STRUCTURE = _any_spelling(name for name in TAG_NAMES if name != "tool_call")
 
 
 def _first_tag(pattern: re.Pattern[str], text: str) -> str | None:

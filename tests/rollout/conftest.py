@@ -18,8 +18,7 @@ from appo_jax.policy.parameters import Params, init_params
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.growth import TreeGrower
 from appo_jax.rollout.tree_sampler import TreeSampler
-from appo_jax.text.tokenizer import SentencePieceTokenizer
-from appo_jax.text.train_tokenizer import CONTROL_SYMBOLS
+from appo_jax.text.tokenizer import CONTROL_SYMBOLS, SentencePieceTokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.search import LocalSearch
 from appo_jax.types import Document, Example

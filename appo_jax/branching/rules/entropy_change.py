@@ -15,7 +15,7 @@ from appo_jax.branching.tree import Cut, Loop, TreeView
 from appo_jax.config import BranchingConfig
 from appo_jax.types import turn_starts
 
-PROBABILITY, ENTROPY_WEIGHT, WINDOW = 0.5, 0.2, 20
+PROBABILITY, RISE_WEIGHT, WINDOW = 0.5, 0.2, 20
 
 
 def turn_entropy(entropies: np.ndarray, sampled: np.ndarray, start: int, vocab_size: int) -> float:
@@ -34,7 +34,7 @@ def branch_probabilities(entropies: np.ndarray, sampled: np.ndarray, vocab_size:
         return {}
     first, *later = (turn_entropy(entropies, sampled, t, vocab_size) for t in starts)
     return {
-        t: min(1.0, max(0.0, PROBABILITY + ENTROPY_WEIGHT * (entropy - first)))
+        t: min(1.0, max(0.0, PROBABILITY + RISE_WEIGHT * (entropy - first)))
         for t, entropy in zip(starts[1:], later, strict=True)
     }
 
