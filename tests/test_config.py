@@ -12,7 +12,7 @@ import pytest
 
 from appo_jax import algorithms, cli, config_io
 from appo_jax.algorithms import ALGORITHMS, overwritten
-from appo_jax.config import Architecture, Config, EvalSetConfig, PolicyConfig, RopeScaling, YarnScaling, rules
+from appo_jax.config import Architecture, Config, DataPart, EvalSetConfig, PolicyConfig, RopeScaling, YarnScaling, rules
 from appo_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +78,9 @@ def test_every_number_has_a_lower_bound_in_its_type():
     assert not unbounded
 
 
+BOUNDED = ("seed", "data.seed", "tools.python.memory_mb")
+
+
 @pytest.mark.parametrize("value", [-2, math.nan, math.inf, -math.inf, 10**400, True, "1"])
 @pytest.mark.parametrize("config", COMPLETE, ids=["llama", "yarn"])
 def test_no_number_takes_a_value_that_is_none(config, value):
@@ -85,7 +88,7 @@ def test_no_number_takes_a_value_that_is_none(config, value):
     for name, hint in numbers():
         if not reaches(config, name):
             continue
-        if value != 10**400 or "float" in str(hint) or name in ("seed", "data.seed"):  # counts have no upper bound
+        if value != 10**400 or "float" in str(hint) or name in BOUNDED:  # other counts have no upper bound
             wrong.append(name)
             config = replaced(config, name, value)
     with pytest.raises(ConfigError) as error:
@@ -101,6 +104,9 @@ FAULTS = {
     "max_sampled_tokens": -1, "rollout.max_tool_calls": -1, "rollout.top_p": 1.5, "rollout.temperature": 0.0,
     "tools.python.memory_mb": 0, "tools.search.top_k": 0, "tools.search.max_per_second": -1.0,
     "policy.architecture.num_layers": 0, "reward.overlong_buffer": -1, "reward.tool_bonus": -0.5,
+    # above their bounds: no clock waits as long, float32 has no such number
+    "rollout.max_seconds": 1e10, "reward.timeout": 1e10, "tools.python.timeout": 1e10, "tools.search.timeout": 1e10,
+    "max_silent_seconds": 1e10, "stop_grace_seconds": 1e10, "tools.pause_seconds": 1e10, "rollout.temperature": 1e-40,
 }  # fmt: skip
 
 
@@ -114,6 +120,39 @@ def test_a_shape_that_cannot_be_computed_is_refused():
     square = dataclasses.replace(arch, width=8, num_heads=8, head_dim=8)
     with pytest.raises(ConfigError, match=r"policy\.architecture\.num_heads = 8: must not equal width"):
         config_io.check(Config(policy=PolicyConfig(architecture=square, tokenizer="t")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 100, "num_tokens": 101}, "num_tokens = 101: must not exceed vocab_size = 100"),
+        ({"num_tokens": 2, "missing_ids": (0, 1)}, "missing_ids holds 2 ids"),
+        ({"rope_scaling": RopeScaling(8.0, 4.0, 4.0, 8192)}, "low_freq_factor = 4.0: must be below high_freq_factor"),
+        ({"rope_scaling": RopeScaling(8.0, 4.0, 1.0, 8192)}, "low_freq_factor = 4.0: must be below high_freq_factor"),
+        ({"rope_scaling": YarnScaling(4.0, 32768, beta_fast=1.0)}, "beta_slow = 1.0: must be below beta_fast = 1.0"),
+    ],
+)
+def test_a_shape_whose_numbers_contradict_each_other_is_refused(fields, message):
+    shape = dataclasses.replace(QUICKSTART.policy.architecture, **fields)
+    assert any(message in problem for problem in rules.impossible(shape))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.mixture": (DataPart("world"),)}, "data.mixture: only data.source = 'mixture' uses it, not 'world'"),
+        ({"sft.traces": ("t.jsonl",), "sft.steps": 0}, "sft.steps = 0 trains on none of them"),
+        ({"tools.search.corpus": "c", "tools.search.url": "http://h:1"}, "give one"),
+        ({"tools.python.url": "http://h:1"}, "only isolation = 'remote' uses it"),
+        ({"tools.enabled": ("python", "python")}, "a tool is given twice"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(fields, message):
+    config = QUICKSTART
+    for name, value in fields.items():
+        config = replaced(config, name, value)
+    with pytest.raises(ConfigError, match=message):
+        config_io.check(config)
 
 
 @pytest.mark.parametrize("name", FAULTS)

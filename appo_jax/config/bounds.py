@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -13,14 +14,20 @@ Fraction = Annotated[float, Interval(ge=0, le=1)]
 """From 0 to 1, both included."""
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 """From 0, included, to 1, excluded."""
+Seconds = Annotated[float, Interval(gt=0, le=1e9)]
+"""A time limit. No clock of the operating system waits longer than some 9e9 s."""
+Pause = Annotated[float, Interval(ge=0, le=1e9)]
+"""A wait, in seconds, which may be 0."""
 Seed = Annotated[int, Interval(ge=0, lt=2**31)]
 """What every random generator of the program takes as its seed."""
 
 
 def require_at_least(bounds: Mapping[str, tuple[float | None, float]]) -> None:
-    """Raises ConfigError for an argument of a command that is below its bound.
+    """Raises ConfigError for an argument of a command that is below its bound, or infinite.
 
     bounds: option -> (given, least); given None: the option was left out."""
     for option, (given, least) in bounds.items():
-        if given is not None and not given >= least:  # NaN too
-            raise ConfigError(f"{option} {given}: expected {least} or more")
+        if given is not None and not least <= given < math.inf:  # NaN too
+            raise ConfigError(
+                f"{option} {given}: expected {least} or more{', but a finite number' if given == math.inf else ''}"
+            )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
+
+from appo_jax.config.bounds import Seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,7 @@ class JudgeConfig:
     """Environment variable that holds the key; no key is sent where it is not set."""
     concurrency: PositiveInt = 8
     """Requests at the same time."""
-    timeout: PositiveFloat = 60.0
+    timeout: Seconds = 60.0
     """Seconds for one request."""
     attempts: PositiveInt = 4
     """Requests for one verdict, with growing pauses between them, or the pauses that the server asks for."""

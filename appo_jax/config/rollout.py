@@ -6,7 +6,9 @@ import dataclasses
 from typing import Annotated
 
 from annotated_types import Interval
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
+
+from appo_jax.config.bounds import Seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +27,9 @@ class RolloutConfig:
     """A tool result is cut to this many tokens; a mark shows the cut."""
     max_tool_calls: NonNegativeInt = 6
     """Tool calls of one rollout; a further call ends the rollout."""
-    max_seconds: PositiveFloat = 600.0
+    max_seconds: Seconds = 600.0
     """Wall time of one rollout in seconds, with its tools and without the compilation of programs."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Interval(ge=1e-6, le=1e6)] = 1.0
     """Logits are divided by this, in sampling and in every log-probability. Evaluation is greedy."""
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Nucleus sampling: draw among the likeliest tokens that together have this share of the probability. 1: off. When

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import get_args
 
 from appo_jax.config.method import TurnRule
-from appo_jax.config.policy import Architecture
+from appo_jax.config.policy import Architecture, RopeScaling, YarnScaling
 from appo_jax.config.run import Config
 
 
@@ -29,6 +29,19 @@ def impossible(arch: Architecture) -> Iterator[str]:
         yield f"num_heads = {arch.num_heads}: must not equal width, because a transposed matrix is known by its first axis"
     if arch.head_dim % 2:
         yield f"head_dim = {arch.head_dim}: must be even, because pairs of channels are rotated"
+    num_tokens = arch.vocab_size if arch.num_tokens is None else arch.num_tokens
+    if num_tokens > arch.vocab_size:
+        yield f"num_tokens = {num_tokens}: must not exceed vocab_size = {arch.vocab_size}, the rows of the embedding"
+    if len(set(arch.missing_ids)) >= num_tokens:
+        yield f"missing_ids holds {len(set(arch.missing_ids))} ids: a token must be left of num_tokens = {num_tokens}"
+    scaling = arch.rope_scaling
+    if isinstance(scaling, RopeScaling) and scaling.low_freq_factor >= scaling.high_freq_factor:
+        yield (
+            f"rope_scaling.low_freq_factor = {scaling.low_freq_factor}: must be below high_freq_factor = "
+            f"{scaling.high_freq_factor}"
+        )
+    if isinstance(scaling, YarnScaling) and scaling.beta_slow >= scaling.beta_fast:
+        yield f"rope_scaling.beta_slow = {scaling.beta_slow}: must be below beta_fast = {scaling.beta_fast}"
 
 
 def _start(config: Config) -> Iterator[str]:
@@ -75,6 +88,17 @@ def _reward(config: Config) -> Iterator[str]:
         yield "reward.terms: a function is named overlong, as the part that reward.overlong_buffer adds; give it another name"
 
 
+def _data(config: Config) -> Iterator[str]:
+    data, sft = config.data, config.sft
+    if data.mixture and data.source != "mixture":
+        yield (
+            f"data.mixture: only data.source = 'mixture' uses it, not {data.source!r}; set data.source = 'mixture', or leave out "
+            "the mixture"
+        )
+    if sft.traces and sft.steps == 0:
+        yield f"sft.traces = {sft.traces}: sft.steps = 0 trains on none of them; set sft.steps, or leave out the files"
+
+
 def _tools(config: Config) -> Iterator[str]:
     search = config.tools.search
     if search.cache_fill is not None and search.cache is None:
@@ -82,6 +106,19 @@ def _tools(config: Config) -> Iterator[str]:
             f"tools.search.cache_fill = {search.cache_fill!r}: its answers are put into tools.search.cache, which is not given; "
             "name a file for it"
         )
+    if search.corpus is not None and search.url is not None:
+        yield (
+            f"tools.search.corpus = {search.corpus!r} and tools.search.url = {search.url!r}: a search asks a local index or a "
+            "server; give one"
+        )
+    python = config.tools.python
+    if python.url is not None and python.isolation != "remote":
+        yield (
+            f"tools.python.url = {python.url!r}: only isolation = 'remote' uses it, not {python.isolation!r}; set "
+            "tools.python.isolation = 'remote', or leave out the url"
+        )
+    if len(set(config.tools.enabled)) < len(config.tools.enabled):
+        yield f"tools.enabled: a tool is given twice ({', '.join(config.tools.enabled)}); give it once"
 
 
 def _evaluation(config: Config) -> Iterator[str]:
@@ -157,6 +194,7 @@ _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _checkpoints,
     _rollouts,
     _reward,
+    _data,
     _evaluation,
     _tools,
     _branching,

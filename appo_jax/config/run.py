@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from annotated_types import Interval
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from appo_jax.config.bounds import Seed
+from appo_jax.config.bounds import Pause, Seconds, Seed
 from appo_jax.config.data import DataConfig
 from appo_jax.config.judge import JudgeConfig
 from appo_jax.config.learning import OptimizerConfig, SFTConfig
@@ -28,7 +30,7 @@ class RewardConfig:
     terms: tuple[str, ...] = ()
     """Functions `package.module:function` from a Response to a number. Each number is added to the reward, and recorded under the
     function's name among the parts of a rollout's reward."""
-    timeout: PositiveFloat = 300.0
+    timeout: Seconds = 300.0
     """Seconds for one rollout's reward. A rollout that takes longer has none."""
     tool_bonus: NonNegativeFloat = 0.1
     """Added if the answer earns something and both tools were used. Official code: 0.1."""
@@ -49,7 +51,7 @@ class EvalSetConfig:
     """Number of questions, from the beginning of the set. 0: all."""
     samples: PositiveInt = 1
     """Rollouts of every question."""
-    temperature: NonNegativeFloat = 0.0
+    temperature: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
     """Sampling temperature of these rollouts. 0: greedy."""
 
 
@@ -114,11 +116,11 @@ class Config:
     `checkpoint_every`: a policy must be saved when it is evaluated."""
     keep_rollouts: NonNegativeInt = 0
     """Steps, counted from the newest, whose rollout trees are kept on disk. 0: all."""
-    max_silent_seconds: PositiveFloat = 600.0
+    max_silent_seconds: Seconds = 600.0
     """Seconds without progress after which the run prints the stacks of all threads and ends; its supervisor starts it
     again. The limit is at least ten times the longest wait of the phase so far, and three times as long while a phase
     may still be compiling."""
-    stop_grace_seconds: NonNegativeFloat = 0.0
+    stop_grace_seconds: Pause = 0.0
     """A run that is asked to stop finishes and saves its step. If this many seconds pass first, it ends without that
     step; set it where the machine is taken away (spot capacity: about 30 s). 0: no limit."""
     policy: PolicyConfig = PolicyConfig()

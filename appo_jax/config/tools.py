@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from annotated_types import Interval
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from appo_jax.config.bounds import Fraction
+from appo_jax.config.bounds import Fraction, Pause, Seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +22,10 @@ class PythonToolConfig:
     """Server for isolation remote, which speaks SandboxFusion's protocol: http://host:port, without /run_code."""
     allow_private: bool = False
     """Whether `url` may be a private, link-local or loopback address."""
-    timeout: PositiveFloat = 5.0
+    timeout: Seconds = 5.0
     """Seconds of wall time per call. With isolation remote, a call and the earlier ones, which run again, have twice as long
     in all."""
-    memory_mb: PositiveInt = 512
+    memory_mb: Annotated[int, Interval(ge=1, le=2**30)] = 512
     """MiB that a rollout's code may take beyond what the preloaded interpreter has."""
     max_output_chars: PositiveInt = 4096
     """Bounds the output of a call that is kept: its last lines, and four times this many of its first bytes. The policy
@@ -55,7 +56,7 @@ class SearchToolConfig:
     """JSON file `{query: text}` whose answers are put into `cache` at start."""
     top_k: PositiveInt = 3
     """Documents in one answer. Paper: 10."""
-    timeout: PositiveFloat = 10.0
+    timeout: Seconds = 10.0
     """Seconds of wall time per request to `url`, retries included. With max_per_second, a call may wait as long for its
     turn."""
     max_retries: NonNegativeInt = 3
@@ -79,7 +80,7 @@ class ToolsConfig:
     max_unavailable: Fraction = 0.5
     """Share of a tool's calls in a step or an evaluation that may go unanswered. Above it the run pauses; if the next step, or
     the same evaluation, is also above it, the run stops."""
-    pause_seconds: NonNegativeFloat = 60.0
+    pause_seconds: Pause = 60.0
     """Seconds of that pause."""
     python: PythonToolConfig = PythonToolConfig()
     """The python tool."""

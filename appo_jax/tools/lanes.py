@@ -234,7 +234,7 @@ class Clock:
     def _ring_next(self) -> bool:
         with self._wake:
             while not self._closed and (not self._heap or self._heap[0][0] > time.monotonic()):
-                self._wake.wait(self._heap[0][0] - time.monotonic() if self._heap else None)
+                self._wake.wait(min(self._heap[0][0] - time.monotonic(), threading.TIMEOUT_MAX) if self._heap else None)
             if self._closed:
                 return False
             _, _, alarm = heapq.heappop(self._heap)

@@ -293,6 +293,18 @@ def test_cancelled_alarms_take_no_room():
         clock.close()
 
 
+def test_an_alarm_far_away_delays_no_other():
+    clock = lanes.Clock()
+    rung = threading.Event()
+    try:
+        clock.at(time.monotonic() + 1e10, print)
+        time.sleep(0.05)  # the clock waits for it
+        clock.at(time.monotonic() + 0.01, rung.set)
+        assert rung.wait(2.0)
+    finally:
+        clock.close()
+
+
 def test_two_tools_of_one_name_are_refused(echo):
     with pytest.raises(ConfigError, match="named alike"):
         ToolExecutor([echo, Echo()], ToolsConfig())
