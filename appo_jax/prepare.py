@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from appo_jax.config import Config
-from appo_jax.data.demonstrations import demonstrate, introduce
+from appo_jax.data.demonstrations import LeftOut, demonstrate, introduce
 from appo_jax.data.describe import describe
-from appo_jax.data.source import Dataset, load_dataset
+from appo_jax.data.repetitions import find_overlaps
+from appo_jax.data.source import Dataset, for_evaluation, load_dataset
+from appo_jax.data.trace_files import read_traces
 from appo_jax.errors import ConfigError
 from appo_jax.text.tokenizer import load_tokenizer, policy_tokenizer
 from appo_jax.text.train_tokenizer import train_tokenizer
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.tools.format import offer_tools
+from appo_jax.tools.format import CallFormat, offer_tools
 
 
 def prepare_world(config: Config) -> str:
@@ -55,14 +57,29 @@ def describe_data(config: Config) -> str:
     described in them."""
     dataset = load_dataset(dataclasses.replace(config.data, drop=()))
     path = config.policy.tokenizer or config.policy.path
-    tokenizer = None
-    if path is not None and Path(path).exists():
+    tokenizer, traces = None, ""
+    if config.sft.traces or (path is not None and Path(path).exists()):
         with build_executor(config.tools, dataset.documents) as executor:
-            tokenizer = offer_tools(executor.call_format, policy_tokenizer(config.policy))
-            instructions = executor.call_format.instructions()
-        train, held_out = ([introduce(e, instructions) for e in part] for part in (dataset.train, dataset.held_out))
+            call_format = executor.call_format
+        if path is not None and Path(path).exists():
+            tokenizer = offer_tools(call_format, policy_tokenizer(config.policy))
+        if config.sft.traces:
+            traces = _describe_traces(config, dataset, call_format)
+        train, held_out = (
+            [introduce(e, call_format.instructions()) for e in part] for part in (dataset.train, dataset.held_out)
+        )
         dataset = dataclasses.replace(dataset, train=train, held_out=held_out)
-    return describe(dataset, config.data, tokenizer, config.rollout.max_prompt_tokens)
+    return describe(dataset, config.data, tokenizer, config.rollout.max_prompt_tokens) + traces
+
+
+def _describe_traces(config: Config, dataset: Dataset, call_format: CallFormat) -> str:
+    left_out = LeftOut()
+    traces = read_traces(list(map(Path, config.sft.traces)), call_format, config.data.system_prompt, left_out)
+    overlaps = find_overlaps([trace.example for trace in traces], for_evaluation(dataset, config.data))
+    return (
+        f"\n\ntraces of sft.traces: {len(traces)} can be used, {left_out.total} cannot ({left_out if left_out.total else '–'})\n"
+        f"  overlaps: the questions of {len(overlaps)} are questions for evaluation (data.drop leaves them out)"
+    )
 
 
 def _texts(dataset: Dataset, executor: ToolExecutor) -> Iterator[str]:

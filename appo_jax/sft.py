@@ -24,7 +24,8 @@ from appo_jax.config.effects import Affects
 from appo_jax.config_io import changed_effects, config_json, load_config
 from appo_jax.data.demonstrations import LeftOut, demonstrations
 from appo_jax.data.pipeline import TraceBatch, encode_traces, trace_batches
-from appo_jax.data.trace_files import read_traces
+from appo_jax.data.source import for_evaluation
+from appo_jax.data.trace_files import read_traces, without_overlaps
 from appo_jax.errors import CheckpointError, ConfigError
 from appo_jax.evaluate import evaluate
 from appo_jax.interrupt import Stop, stop_requests
@@ -131,6 +132,8 @@ def _trace_batches(components: Components, run: RunDir) -> grain.DatasetIterator
     if config.sft.traces:
         files = [Path(file) for file in config.sft.traces]
         traces = read_traces(files, call_format, config.data.system_prompt, left_out)
+        if "overlaps" in config.data.drop:
+            traces = without_overlaps(traces, for_evaluation(components.dataset, config.data), left_out)
         log.info(
             "%d traces read, %d left out%s", len(traces), left_out.total, f" ({left_out})" if left_out.total else ""
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from appo_jax.config import DataConfig
 from appo_jax.data.repetitions import find_repetitions
-from appo_jax.data.source import Dataset, read_evaluation
+from appo_jax.data.source import Dataset, for_evaluation
 from appo_jax.text.tokenizer import Tokenizer
 from appo_jax.types import Example
 
@@ -28,7 +28,7 @@ def describe(dataset: Dataset, config: DataConfig, tokenizer: Tokenizer | None, 
             lines += [*_counts(examples), _lengths(examples, tokenizer, max_prompt_tokens), *_identities(examples)]
     lines += ["", f"documents for the search tool: {len(dataset.documents or ())}"]
     lines.append(f"demonstrations for the cold start: at most {dataset.num_demonstrations}")
-    lines += ["", *_repetitions(dataset.train, [*dataset.held_out, *read_evaluation(config)], config)]
+    lines += ["", *_repetitions(dataset.train, for_evaluation(dataset, config), config)]
     lines += ["", f"{NUM_EXAMPLES} examples of train, evenly spaced:"]
     for index in np.linspace(0, len(dataset.train) - 1, min(NUM_EXAMPLES, len(dataset.train))).astype(int):
         example = dataset.train[index]

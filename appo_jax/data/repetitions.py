@@ -40,14 +40,10 @@ def find_repetitions(train: Sequence[Example], evaluation: Sequence[Example]) ->
 
     Questions are near duplicates if the Jaccard similarity of their word triples is at least SIMILARITY and they hold the same
     numbers in the same order: a word problem with other numbers is another problem."""
-    seen, evaluated = _Index(), _Index()
-    for example in evaluation:
-        evaluated.add(example)
-    found = Repetitions([], [], [])
-    for index, example in enumerate(train):
-        question = _Question.of(example.question)
-        if (other := evaluated.exact(question) or evaluated.near(question)) is not None:
-            found.overlaps.append((index, other))
+    questions = [_Question.of(example.question) for example in train]
+    found = Repetitions([], [], _overlaps(questions, evaluation))
+    seen = _Index()
+    for index, (example, question) in enumerate(zip(train, questions, strict=True)):
         if (other := seen.exact(question)) is not None:
             found.duplicates.append((index, other))
             continue
@@ -55,6 +51,21 @@ def find_repetitions(train: Sequence[Example], evaluation: Sequence[Example]) ->
             found.near_duplicates.append((index, other))
         seen.add(example, question)
     return found
+
+
+def find_overlaps(train: Sequence[Example], evaluation: Sequence[Example]) -> list[tuple[int, str]]:
+    """`Repetitions.overlaps` alone."""
+    return _overlaps([_Question.of(example.question) for example in train], evaluation)
+
+
+def _overlaps(questions: Sequence[_Question], evaluation: Sequence[Example]) -> list[tuple[int, str]]:
+    evaluated = _Index()
+    for example in evaluation:
+        evaluated.add(example, _Question.of(example.question))
+    others = (
+        (index, evaluated.exact(question) or evaluated.near(question)) for index, question in enumerate(questions)
+    )
+    return [(index, other) for index, other in others if other is not None]
 
 
 def drop_repetitions(train: Sequence[Example], evaluation: Sequence[Example], kinds: Sequence[str]) -> list[Example]:
@@ -97,8 +108,7 @@ class _Index:
         self._questions: dict[str, _Question] = {}
         self._lsh = datasketch.MinHashLSH(threshold=SIMILARITY - 0.2, num_perm=NUM_PERMUTATIONS)
 
-    def add(self, example: Example, question: _Question | None = None) -> None:
-        question = question or _Question.of(example.question)
+    def add(self, example: Example, question: _Question) -> None:
         if question.key in self._keys:
             return
         name = f"{len(self._questions)} {example.id}"  # ids of several sets may coincide

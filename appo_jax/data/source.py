@@ -68,8 +68,7 @@ def load_dataset(config: DataConfig) -> Dataset:
             )
     if not config.drop:
         return dataset
-    evaluation = [*dataset.held_out, *read_evaluation(config)]
-    return _only(dataset, drop_repetitions(dataset.train, evaluation, config.drop))
+    return _only(dataset, drop_repetitions(dataset.train, for_evaluation(dataset, config), config.drop))
 
 
 def _only(dataset: Dataset, train: Sequence[Example]) -> Dataset:
@@ -89,8 +88,12 @@ def _only(dataset: Dataset, train: Sequence[Example]) -> Dataset:
     return dataclasses.replace(dataset, train=train, demonstration=demonstration)
 
 
-def read_evaluation(config: DataConfig) -> list[Example]:
-    """The questions of the files in `data.evaluation`. Raises DataError."""
+def for_evaluation(dataset: Dataset, config: DataConfig) -> list[Example]:
+    """The questions that training must not see: held-out ones, and those of the files in `data.evaluation`. Raises DataError."""
+    return [*dataset.held_out, *_read_evaluation(config)]
+
+
+def _read_evaluation(config: DataConfig) -> list[Example]:
     found: list[Example] = []
     for file in config.evaluation:
         found += read_records(Path(file), functools.partial(_evaluated, Path(file)), config.malformed)

@@ -16,6 +16,7 @@ from appo_jax.data.demonstrations import TOOLS_PLACE, CannotDemonstrate, LeftOut
 from appo_jax.data.examples import SYSTEM_PROMPT
 from appo_jax.data.golds import accepted_answers
 from appo_jax.data.records import read_records
+from appo_jax.data.repetitions import find_overlaps
 from appo_jax.errors import DataError
 from appo_jax.tools.arguments import Problem, decode, read_argument
 from appo_jax.tools.format import Call, CallFormat, JsonFormat, TagFormat, render_result
@@ -56,6 +57,20 @@ def read_traces(
     if not traces:
         raise DataError(f"sft.traces: {', '.join(map(str, files))}: no trace in them can be used ({left_out})")
     return list(traces.values())
+
+
+def without_overlaps(traces: Sequence[Trace], evaluation: Sequence[Example], left_out: LeftOut) -> list[Trace]:
+    """The traces whose question neither equals nor resembles a question for evaluation. The others are counted in `left_out`.
+
+    Raises DataError if no trace is left."""
+    overlaps = {index for index, _ in find_overlaps([trace.example for trace in traces], evaluation)}
+    for index in sorted(overlaps):
+        left_out.add("its question is in the evaluation (data.drop: overlaps)", traces[index].example.id)
+    if len(overlaps) == len(traces):
+        raise DataError(
+            f"sft.traces: the questions of all {len(traces)} traces are in the evaluation; give other traces"
+        )
+    return [trace for index, trace in enumerate(traces) if index not in overlaps]
 
 
 class _Writer:

@@ -8,14 +8,16 @@ import pytest
 
 from appo_jax.components import build
 from appo_jax.config import DataConfig
+from appo_jax.data.demonstrations import LeftOut
 from appo_jax.data.describe import describe
 from appo_jax.data.repetitions import SIMILARITY, find_repetitions
-from appo_jax.data.source import Dataset, load_dataset
+from appo_jax.data.source import Dataset, for_evaluation, load_dataset
+from appo_jax.data.trace_files import without_overlaps
 from appo_jax.errors import DataError
 from appo_jax.prepare import describe_data
 from appo_jax.text.tokenizer import policy_tokenizer
 from appo_jax.tools.build import build_executor
-from appo_jax.types import Example
+from appo_jax.types import Example, Segment, Trace
 
 LONG = "In which town was the leader of the company born that the oldest brother of Ada Lovelace works for since he left home"
 
@@ -124,6 +126,32 @@ def test_what_data_drop_names_is_left_out_and_described(tmp_path, caplog):
     assert "overlaps: 1 of a question for evaluation" in report
     assert "such as train-5 and exam-1" in report
     assert report.count("accepted: 'a'") == 6
+
+
+def test_traces_of_questions_for_evaluation_are_left_out_and_described(tiny, tmp_path):
+    for name, question in (("train", "Alone?"), ("test", "Held out?"), ("exam", "In an exam?")):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"question": "{question}", "answer": "a"}}')
+    data = DataConfig("files", str(tmp_path), evaluation=(str(tmp_path / "exam.jsonl"),))
+    evaluation = for_evaluation(load_dataset(data), data)
+    traces = [
+        Trace(example, (Segment("a", True),)) for example in asked("held out", "Another?", "in an exam", "Alone?")
+    ]
+    left_out = LeftOut()
+    kept = without_overlaps(traces, evaluation, left_out)
+    assert [trace.example.question for trace in kept] == ["Another?", "Alone?"]
+    assert left_out.to_json() == {
+        "its question is in the evaluation (data.drop: overlaps)": {"count": 2, "first": ["t0", "t2"]}
+    }
+    with pytest.raises(DataError, match=r"sft\.traces: the questions of all 1 traces are in the evaluation"):
+        without_overlaps(traces[:1], evaluation, left_out)
+    (tmp_path / "t.jsonl").write_text(
+        '{"instruction": "Held out", "output": "a"}\n{"instruction": "Else?", "output": "a"}'
+    )
+    sft = dataclasses.replace(tiny.sft, traces=(str(tmp_path / "t.jsonl"),))
+    tools = dataclasses.replace(tiny.tools, enabled=("python",))
+    report = describe_data(dataclasses.replace(tiny, data=data, sft=sft, tools=tools))
+    assert "traces of sft.traces: 2 can be used, 0 cannot" in report
+    assert "overlaps: the questions of 1 are questions for evaluation" in report
 
 
 def test_a_run_without_questions_says_why(tiny, tmp_path):
