@@ -147,6 +147,18 @@ class Checkpointer:
             raise self._nothing_usable(refused)
         return None
 
+    def restore_step(self, step: int, abstract_state: PyTree) -> tuple[int, PyTree, dict[str, Any]]:
+        """A part of the state at one step, as `restore_latest` with `partial` gives that of the newest. Raises CheckpointError if
+        this step is missing or broken."""
+        steps = sorted(self._manager.all_steps())
+        if step not in steps:
+            raise CheckpointError(f"{self._directory}: no step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+        try:
+            state, record = self._restore(step, abstract_state, partial=True)
+        except Broken as error:
+            raise CheckpointError(f"{self._directory}: checkpoint of step {step} is refused: {error}") from error
+        return step, state, record["meta"]
+
     def _nothing_usable(self, refused: Mapping[int, Broken]) -> CheckpointError:
         reasons = "\n".join(f"  step {step}: {reason}" for step, reason in refused.items())
         number = next((why.number for why in refused.values() if why.number is not None), None)

@@ -206,7 +206,7 @@ def _eval(args: Sequence[str]) -> None:
     def evaluate(
         set: str, data: Path, out: Path, predictions: Path | None = None, run: Path | None = None, config: Path | None = None,
         limit: int | None = None, samples: int = 1, temperature: float = 0.0, judge_url: str | None = None,
-        judge_model: str = "Qwen/Qwen2.5-72B-Instruct",
+        judge_model: str = "Qwen/Qwen2.5-72B-Instruct", step: int | None = None,
     ) -> None:  # fmt: skip
         """Evaluate one set. `appo-jax eval --compare A B` compares two reports, question by question.
 
@@ -223,9 +223,10 @@ def _eval(args: Sequence[str]) -> None:
             temperature: Sampling temperature; 0 is greedy.
             judge_url: Base URL of an OpenAI-compatible endpoint that judges every answer, too (key in OPENAI_API_KEY).
             judge_model: The judge's model.
+            step: Draw with this checkpoint of the run instead of its newest.
         """
         judge = JudgeConfig(judge_url, judge_model) if judge_url else None
-        asked = Evaluation(set, data, out, predictions, limit, samples, temperature, judge)
+        asked = Evaluation(set, data, out, predictions, limit, samples, temperature, judge, step)
         file = config or (run / "config.json" if run else None)
         print(evaluate_set(asked, check(load_config(file)) if file else None, run))
 

@@ -49,10 +49,16 @@ class Evaluation:
     samples: int = 1
     temperature: float = 0.0  # of the policy's draws; 0: greedy
     judge: JudgeConfig | None = None
+    step: int | None = None  # the checkpoint of the run; None: the newest
 
     def __post_init__(self) -> None:
         require_at_least(
-            {"--limit": (self.limit, 1), "--samples": (self.samples, 1), "--temperature": (self.temperature, 0)}
+            {
+                "--limit": (self.limit, 1),
+                "--samples": (self.samples, 1),
+                "--temperature": (self.temperature, 0),
+                "--step": (self.step, 1),
+            }
         )
 
 
@@ -60,7 +66,7 @@ def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path 
     """Grade a set and write its report. Returns the report's text.
 
     The predictions come from a file or are drawn now. In the second case, `config` gives policy, prompt and tools, and `weights`
-    is the run whose newest checkpoint is used (None: the config's `policy.path`). Drawn samples are kept in the folder; the
+    is the run whose checkpoint is used (None: the config's `policy.path`). Drawn samples are kept in the folder; the
     same command given again draws only the missing ones. Raises ConfigError and DataError.
     """
     every = load_questions(asked.set, asked.data)
@@ -87,6 +93,8 @@ def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path 
 
 def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Path | None) -> Predictions:
     """Draw the samples that the folder does not hold yet. They are saved after every few rounds of rows."""
+    if asked.step is not None and weights is None:
+        raise ConfigError(f"--step {asked.step} is a checkpoint of a run: give --run RUN")
     if asked.samples > 1 and asked.temperature == 0:
         raise ConfigError("--samples above 1 needs --temperature above 0: greedy samples are all the same")
     file = asked.out / "generations.jsonl"
@@ -96,7 +104,7 @@ def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Pat
     if left:
         log.info("%d of %d questions are to be answered", len(left), len(items))
         with build(config) as components, file.open("a", encoding="utf-8") as out:
-            _, params = policy_params(components, weights)
+            _, params = policy_params(components, weights, asked.step)
             size = max(1, ROUNDS_PER_SAVE * config.rollout.decode_rows // asked.samples)
             for first in range(0, len(left), size):
                 some = left[first : first + size]
@@ -115,6 +123,8 @@ def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Pat
 def _setting(asked: Evaluation, config: Config, weights: Path | None) -> dict[str, Any]:
     """Everything that the samples of a question depend on, by name: samples of two settings must not be mixed."""
     steps = [] if weights is None else [entry for entry in entries(weights) if entry.kind == "checkpoint"]
+    if asked.step is not None:
+        steps = [entry for entry in steps if entry.path.parent.name == "rl" and entry.path.name == str(asked.step)]
     newest = [f"{entry.path.parent.name}/{entry.path.name} of {time.ctime(entry.written)}" for entry in steps[-1:]]
     drawn_by = Affects.SAMPLES | Affects.ADDRESS
     setting = {

@@ -59,29 +59,33 @@ def export_adapters(run: Path, out: Path) -> str:
     return f"{where}; its frozen weights are those of {path or out / 'base'}"
 
 
-def newest_params(run: Path) -> tuple[str, Params]:
+def newest_params(run: Path, step: int | None = None) -> tuple[str, Params]:
     """A text that names a run's newest checkpoint, and its parameters as float32 in host memory.
 
-    Adapters are merged. Raises CheckpointError if there is no checkpoint.
+    `step`: that RL checkpoint instead. Adapters are merged. Raises CheckpointError if there is no such checkpoint.
     """
     config = load_config(run / "config.json")
     arch = architecture_of(config.policy)
     adapts = config.policy.lora is not None
-    found = _newest(run, "rl", abstract_adapters(arch) if adapts else abstract_params(arch))
+    found = _newest(run, "rl", abstract_adapters(arch) if adapts else abstract_params(arch), step)
     if found is not None:
         where, params, meta = found
         return where, merged(_base(run, config, meta["base"])[1], params, arch) if adapts else params
+    if step is not None:
+        raise CheckpointError(
+            f"{run}: no checkpoint under checkpoints/rl, so there is no step {step}; leave --step out"
+        )
     if (found := _newest(run, "sft", abstract_params(arch))) is not None:
         return found[:2]
     raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl or checkpoints/sft; it has no policy yet")
 
 
-def policy_params(components: Components, run: Path | None) -> tuple[str, Params]:
-    """The policy of a run's newest checkpoint (None: the config's initial policy) on the devices of the components' mesh,
-    and a text that names it."""
+def policy_params(components: Components, run: Path | None, step: int | None = None) -> tuple[str, Params]:
+    """The policy of a run's newest checkpoint, or of that of `step` (`run` is None: the config's initial policy), on the devices
+    of the components' mesh, and a text that names it."""
     if run is None:
         return "the initial policy", initial_params(components.config, components.arch, components.mesh)
-    where, found = newest_params(run)
+    where, found = newest_params(run, step)
     # Not `place`: on a mesh of one device it would leave the arrays in host memory, where no program of the mesh can use them.
     return where, jax.device_put(found, param_shardings(components.arch, components.mesh, "train"))
 
@@ -115,8 +119,11 @@ def _base(run: Path, config: Config, base_id: str) -> tuple[str | None, Params]:
     return path, base
 
 
-def _newest(run: Path, phase: str, params: Params) -> tuple[str, Params, dict[str, Any]] | None:
-    """(name, parameters, meta) of a run's newest checkpoint of a phase, in host memory; None if there is none yet.
+def _newest(
+    run: Path, phase: str, params: Params, step: int | None = None
+) -> tuple[str, Params, dict[str, Any]] | None:
+    """(name, parameters, meta) of a run's newest checkpoint of a phase, or of that of `step`, in host memory; None if there is
+    none yet.
 
     `params`: a tree of the parameters' shapes and dtypes."""
     folder = run / "checkpoints" / phase
@@ -126,7 +133,10 @@ def _newest(run: Path, phase: str, params: Params) -> tuple[str, Params, dict[st
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, host)
     checkpointer = Checkpointer(folder, keep=1, read_only=True)
     try:
-        found = checkpointer.restore_latest({"params": abstract}, None, partial=True)
+        if step is not None:
+            found = checkpointer.restore_step(step, {"params": abstract})
+        else:
+            found = checkpointer.restore_latest({"params": abstract}, None, partial=True)
     finally:
         checkpointer.close()
     return None if found is None else (f"step {found[0]} of {folder}", found[1]["params"], found[2])

@@ -19,7 +19,7 @@ from appo_jax.config import Config, LoRAConfig, OptimizerConfig, PolicyConfig
 from appo_jax.config_io import save_config
 from appo_jax.digests import identity
 from appo_jax.errors import CheckpointError
-from appo_jax.export import export_adapters, export_run
+from appo_jax.export import export_adapters, export_run, newest_params
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import TrainState
 from appo_jax.policy import weights
@@ -70,7 +70,11 @@ def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
     save_checkpoints(run / "checkpoints" / "rl", params, 3)
     assert main(["convert", str(run), "--out", str(out)]) == 0
 
-    for found, expected in ((weights.load(out), 3), (weights.load(tmp_path / "cold"), 1)):
+    where, second = newest_params(run, step=2)
+    assert where.startswith("step 2 of ")
+    with pytest.raises(CheckpointError, match="rl: no step 7; it has 2, 3"):
+        newest_params(run, step=7)
+    for found, expected in ((weights.load(out), 3), (second, 2), (weights.load(tmp_path / "cold"), 1)):
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
             np.testing.assert_array_equal(a, expected * b)
     with safe_open(out / "model.safetensors", "np") as tensors:

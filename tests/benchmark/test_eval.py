@@ -259,6 +259,8 @@ def test_the_config_of_an_evaluation_is_checked(data, tmp_path, capsys):
     command = ["eval", "--set", "math500", "--data", str(data), "--out", str(tmp_path / "out")]
     assert main([*command, "--config", str(tmp_path / "c.py")]) == 2
     assert "policy.path, policy.architecture: give one" in capsys.readouterr().err
+    assert main([*command, "--step", "0"]) == 2
+    assert "--step 0: expected 1 or more" in capsys.readouterr().err
     assert main([*command, "--run", str(tmp_path / "typo")]) == 2
     assert "typo/config.json: no such file; give the directory of a run" in capsys.readouterr().err
 
