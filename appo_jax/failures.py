@@ -1,8 +1,8 @@
 """Exit codes and messages of failures. A message says what failed, in which phase, and what to do.
 
-0    done                              75   the process was lost, hung or crashed: the supervisor starts it again
-1    an error that a restart repeats   130  asked to stop, by Ctrl-C or SIGTERM
-2    a bad command line or config
+0    done                              75   the process was lost, hung or crashed, or its disk did not answer: the
+1    an error that a restart repeats            supervisor starts it again
+2    a bad command line or config      130  asked to stop, by Ctrl-C or SIGTERM
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 import traceback
 
 from appo_jax import heartbeat
@@ -19,11 +20,13 @@ from appo_jax.errors import AppoError, ConfigError
 
 FAILED, BAD_CONFIG, START_AGAIN, INTERRUPTED = 1, 2, 75, 130
 
-# Parts of JAX's messages when another host disappeared while this one waited for it, and when memory ran out.
+# Parts of JAX's messages when another host disappeared while this one waited for it, and when memory ran out. Only JAX raises
+# JaxRuntimeError. Its collectives on CPUs raise ValueError, as any code may.
 _OTHER_HOST = re.compile(
     r"gloo|coordination (service|agent)|barrier timed out|connection (reset|closed|refused)|^(UNAVAILABLE|CANCELLED|ABORTED):",
     re.I,
 )
+_GLOO = re.compile(r"^[A-Z_]+: Gloo ")
 _MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|failed to allocate|bad_alloc", re.I)
 _SIZE = re.compile(r"[\d.,]+ ?(?:[KMGT]i?B|bytes)|allocat\w* (?:of )?\d+", re.I)
 _TOLD = "_appo_jax_told"  # the attribute of a reported error that holds its explanation
@@ -31,6 +34,10 @@ _THREADS = re.compile(r"can't start new thread|pthread_create|Resource temporari
 
 
 # Errors of files and disks, which may come without the file's name.
+# Those of a shared disk or of the network to it, which a later start may not meet again.
+_DISK = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN)
+_NO_SOCKET = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
+_TENSORSTORE = re.compile(r"\[os_error_code='(\d+)'\]")  # an error of a file is a ValueError with this in its text
 _FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)
 
 
@@ -40,7 +47,7 @@ def exit_code(error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, ConfigError):
         return BAD_CONFIG
-    if may_follow_from_another_host(error):
+    if may_follow_from_another_host(error) or _is_of_the_disk(error):
         return START_AGAIN
     return FAILED
 
@@ -66,6 +73,17 @@ def _is_of_a_file(error: OSError) -> bool:
     return error.errno in _FILES or (error.errno is not None and isinstance(error.filename, str))
 
 
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether a file could not be read or written because its disk, or the connection to it, failed."""
+    for e in causes(error):
+        if found := _TENSORSTORE.search(str(e)):
+            return int(found[1]) in _DISK
+        # A socket's errors have no file name. A write to an open file has none either, but it raises other errors than a socket.
+        if isinstance(e, OSError) and (isinstance(e.filename, str) or e.errno in _NO_SOCKET):
+            return e.errno in _DISK
+    return False
+
+
 def _has_no_backend(error: BaseException) -> bool:
     """Whether JAX could not start on the requested platform. It raises errors of several types then."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -83,7 +101,14 @@ def causes(error: BaseException) -> list[BaseException]:
 def may_follow_from_another_host(error: BaseException) -> bool:
     """Whether the error, or one that it was raised from, may be the consequence of another host's failure: JAX reports a broken
     connection or barrier."""
-    return any(isinstance(e, RuntimeError | ValueError) and _OTHER_HOST.search(str(e)) for e in causes(error))
+    return any(
+        (_is_of_jax(e) and _OTHER_HOST.search(str(e))) or (isinstance(e, ValueError) and _GLOO.search(str(e)))
+        for e in causes(error)
+    )
+
+
+def _is_of_jax(error: BaseException) -> bool:
+    return "jax" in sys.modules and isinstance(error, sys.modules["jax"].errors.JaxRuntimeError)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

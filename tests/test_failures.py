@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import socket
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+import tensorstore
+from jax.errors import JaxRuntimeError
 
 from appo_jax import failures, heartbeat
 from appo_jax.checkpoint_items import not_written
@@ -38,6 +41,18 @@ def open_too_many(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for file in files:
             file.close()
+
+
+def because(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def of_tensorstore(number: int) -> Exception:
+    """The error of a file that cannot be opened, with another number."""
+    with pytest.raises(ValueError, match="os_error_code='2'") as error:
+        tensorstore.KvStore.open({"driver": "file", "path": "/proc/self/"}).result().write("x", b"").result()
+    return ValueError(str(error.value).replace("code='2'", f"code='{number}'"))
 
 
 def test_memory_of_a_device() -> None:
@@ -126,12 +141,23 @@ os._exit(0)
     ("error", "code"),
     [
         (ConfigError("x"), 2), (DataError("x"), 1), (ValueError("a reward's own"), 1), (KeyboardInterrupt(), 130),
-        (RuntimeError("UNAVAILABLE: connection to the coordinator"), 75),
+        (JaxRuntimeError("UNAVAILABLE: connection to the coordinator"), 75),
         (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), 75),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), 1),
         (ValueError("the barrier of language, said the heartbeat"), 1),
-        (not_written(Path("c"), RuntimeError("UNAVAILABLE: connection to the coordinator")), 75),
+        (not_written(Path("c"), JaxRuntimeError("UNAVAILABLE: connection to the coordinator")), 75),
         (not_written(Path("c"), OSError(28, "No space left on device")), 1),
+        (not_written(Path("c"), OSError(errno.EIO, "Input/output error")), 75),
+        (not_written(Path("c"), of_tensorstore(errno.EIO)), 75),
+        (not_written(Path("c"), of_tensorstore(errno.ENOSPC)), 1),
+        (OSError(errno.ESTALE, "Stale file handle"), 75),
+        (OSError(errno.ETIMEDOUT, "Connection timed out", "/mnt/shared/runs/metrics.jsonl"), 75),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), 1),  # of a socket
+        # Errors of a user's data source, reward or tool that read like those of JAX.
+        (RuntimeError("Connection refused by hub.example"), 1),
+        (RuntimeError("UNAVAILABLE: connection to the coordinator"), 1),
+        (ValueError("UNAVAILABLE: try later"), 1),
+        (because(DataError("the data source raises"), RuntimeError("connection reset by peer")), 1),
     ],
 )  # fmt: skip
 def test_exit_codes(error: BaseException, code: int) -> None:

@@ -92,6 +92,7 @@ class Supervisor:
         self._selector.register(channel, selectors.EVENT_READ, self._hear_child)
         self._beat: dict[str, Any] = {"phase": "start", "step": 0, "silent_s": 0.0, "limit_s": float("inf")}
         self._cause: Cause | None = None
+        self._own_error: Cause | None = None  # the first error that the child has reported
         self._cause_at = 0.0
         self._requests = self._passed_on = 0
         self._grace_ends = float("inf")
@@ -144,7 +145,9 @@ class Supervisor:
             if "phase" in message:
                 self._beat = message
             elif "failed" in message:
-                return Cause(self._peers.host, message["failed"], message["code"], message["secondary"])
+                cause = Cause(self._peers.host, message["failed"], message["code"], message["secondary"])
+                self._own_error = self._own_error or cause
+                return self._own_error
             elif "run_dir" in message:
                 self._records = Records(Path(message["run_dir"]), self._config.steps)
             elif "hub" in message:  # the child is host 0; the message holds the number of hosts
@@ -193,14 +196,13 @@ class Supervisor:
         """End the child and return its exit status. A hanging child prints its stacks first; a failing one may finish writing."""
         cause = self._cause
         assert cause is not None
-        if cause.host == self._peers.host and cause.code not in (failures.START_AGAIN, failures.INTERRUPTED):
+        if cause.dump_stacks:
+            os.kill(self._pid, signal.SIGABRT)
+        patience = STACKS_S if cause.dump_stacks else 0.0
+        if cause is self._own_error and not cause.secondary:
             # Alone, it prints its error and releases its resources; with several hosts it may wait for the others.
-            alone = self._peers.hosts == 1
-            deadline = time.monotonic() + (UNWIND_S if alone else STACKS_S)
-        else:
-            if cause.dump_stacks:
-                os.kill(self._pid, signal.SIGABRT)
-            deadline = time.monotonic() + (STACKS_S if cause.dump_stacks else 0.0)
+            patience = UNWIND_S if self._peers.hosts == 1 else STACKS_S
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             if (status := self._ended()) is not None:
                 return status
@@ -329,11 +331,9 @@ class Supervisor:
 
 
 def _is_stopped(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:
-        return False
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return False
 
 
 def connect_supervisors() -> None:

@@ -265,5 +265,5 @@ def test_a_status_that_has_grown_old_is_that_of_a_run_that_is_gone(start: Start,
         process.stdout.readline()
     assert "running, step" in describe(tmp_path / "run")
     later = describe(tmp_path / "run", time.time() + 100)
-    assert re.search(r"no sign of life for 10\d s: its machine or its disk is gone", later)
+    assert re.search(r"no sign of life for 10\d s: its process, its machine or its disk is gone", later)
     assert json.loads((tmp_path / "run/status.json").read_text())["hosts"]["0"]["phase"] == "start"
