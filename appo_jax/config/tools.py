@@ -36,6 +36,11 @@ class PythonToolConfig:
     """Further installed modules that policy code may import. With bubblewrap it sees these, `preload`, what either
     requires, and the standard library; nothing else that is installed."""
 
+    @property
+    def max_output_bytes(self) -> int:
+        """The first bytes of a call's output that are kept."""
+        return 4 * self.max_output_chars
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchToolConfig:

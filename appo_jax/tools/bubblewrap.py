@@ -41,7 +41,7 @@ def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[l
     }  # fmt: skip
     options = {
         "isolation": config.isolation, "preload": config.preload, "memory_mb": config.memory_mb,
-        "max_output_bytes": 4 * config.max_output_chars, "folder": folder, "memory_total": 0, **EXTRA_OPTIONS,
+        "max_output_bytes": config.max_output_bytes, "folder": folder, "memory_total": 0, **EXTRA_OPTIONS,
     }  # fmt: skip
     modules = {} if not isolated else locate([*config.preload, *config.modules])
     sites = [SITE] if isolated else _site_folders()

@@ -28,13 +28,14 @@ from typing import Any
 
 from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.errors import ToolError
-from appo_jax.tools.arguments import NO_CODE, is_data
 from appo_jax.tools.bubblewrap import advice, command_line
 from appo_jax.tools.cgroup import ControlGroup
+from appo_jax.tools.code import ENDED, KEPT, PythonCode, refusal, unavailable
 from appo_jax.tools.protocol import Tool, ToolResult
-from appo_jax.tools.remote import KEPT, RemotePythonTool
+from appo_jax.tools.remote import RemotePythonTool
 from appo_jax.tools.sandbox import system
 from appo_jax.tools.sandbox.enter import UNPRIVILEGED
+from appo_jax.tools.sandbox.interpreter import MAX_FILE_BYTES
 from appo_jax.types import Outcome
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,6 @@ START_TIMEOUT = 60.0  # seconds for the sandbox to start and import its modules
 REPLY_GRACE = 20.0  # seconds after its deadline at which a silent sandbox counts as dead
 CLOSE_TIMEOUT = 5.0  # seconds for a sandbox to end by itself
 FREE_EVERY = 0.2  # seconds between checks for states to free while no messages are exchanged
-MAX_CODE_BYTES = 100_000
 
 
 def make_tool(config: ToolsConfig, documents: object) -> Tool:
@@ -51,13 +51,8 @@ def make_tool(config: ToolsConfig, documents: object) -> Tool:
     return RemotePythonTool(config.python) if config.python.isolation == "remote" else PythonTool(config.python)
 
 
-class PythonTool:
+class PythonTool(PythonCode):
     """The `python` tool. Safe to call from several threads."""
-
-    name = "python"
-    argument_name = "code"
-    description = "Runs Python code and returns what it prints, or the value of its last expression"
-    skills = ("compute", "run_python")
 
     def __init__(self, config: PythonToolConfig):
         """Start the sandbox. Raises ToolError if the requested isolation is not available."""
@@ -91,16 +86,14 @@ class PythonTool:
 
     def call(self, state: Snapshot | None, argument: str) -> tuple[ToolResult, Snapshot | None]:
         """Run `argument` from `state`. The result is what it prints and its last expression's value, or its error."""
-        if len(argument.encode("utf-8", "replace")) > MAX_CODE_BYTES:
-            return ToolResult(f"The code is longer than {MAX_CODE_BYTES} bytes.", Outcome.LIMIT), state
-        if is_data(argument):
-            return ToolResult(NO_CODE, Outcome.MALFORMED), state
+        if (refused := refusal(argument)) is not None:
+            return refused, state
         try:
             sandbox = self._live_sandbox()
             lost = state is not None and state.sandbox is not sandbox
             reply, after = sandbox.run(sandbox.root if lost or state is None else state, argument, self._config.timeout)
         except SandboxLost as error:
-            return ToolResult(f"The Python interpreter is not available ({error}).", Outcome.UNAVAILABLE), state
+            return unavailable(error), state
         result = self._result(reply)
         if lost:
             notice = "(The interpreter was restarted; variables of earlier calls are gone.)\n"
@@ -139,14 +132,12 @@ class PythonTool:
                 why = f"The code did not finish within {self._config.timeout:g} s."
                 return ToolResult(f"{text}\n{why} {KEPT}".lstrip(), Outcome.TIMEOUT)
             case "died":
-                why = "The interpreter ended (a crash or os._exit)."
-                return ToolResult(f"{text}\n{why} {KEPT}".lstrip(), Outcome.ERROR)
+                return ToolResult(f"{text}\n{ENDED} {KEPT}".lstrip(), Outcome.ERROR)
             case "refused":
                 return ToolResult(f"{text}\n{KEPT}".lstrip(), Outcome.ERROR)
             case "files":
-                return ToolResult(
-                    f"{text}\nThe files take more than 16 MB, or are too many. {KEPT}".lstrip(), Outcome.LIMIT
-                )
+                why = f"The files take more than {MAX_FILE_BYTES >> 20} MB, or are too many."
+                return ToolResult(f"{text}\n{why} {KEPT}".lstrip(), Outcome.LIMIT)
             case "stuck":
                 why = (
                     "No call can be made from this state of the interpreter now: its limits do not allow a new process."

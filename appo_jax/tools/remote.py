@@ -16,17 +16,14 @@ from typing import Any
 
 from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ConfigError
-from appo_jax.tools.arguments import NO_CODE, is_data
+from appo_jax.tools.code import ENDED, KEPT, PythonCode, refusal, unavailable
 from appo_jax.tools.exchange import Fault, addresses, post, split_url
 from appo_jax.tools.protocol import ToolResult, writable
 from appo_jax.tools.sandbox import cell
 from appo_jax.types import Outcome
 
-MAX_CODE_BYTES = 100_000  # of a call
 MAX_HISTORY_BYTES = 1 << 20  # of all calls of a rollout
 ROUND_TRIP = 10.0  # seconds for the server to start a program and to answer, in addition to the run time of the code
-
-KEPT = "Variables are as they were before this call."
 
 State = tuple[str, ...]  # the calls so far
 
@@ -58,13 +55,8 @@ os._exit(0)
 """
 
 
-class RemotePythonTool:
+class RemotePythonTool(PythonCode):
     """The `python` tool over HTTP. Safe to call from several threads; nothing is kept between calls."""
-
-    name = "python"
-    argument_name = "code"
-    description = "Runs Python code and returns what it prints, or the value of its last expression"
-    skills = ("compute", "run_python")
 
     def __init__(self, config: PythonToolConfig):
         """Raises ConfigError for an invalid URL, or a private one that is not allowed."""
@@ -86,10 +78,8 @@ class RemotePythonTool:
         """Run `argument` after the calls of `state`."""
         state = state or ()
         calls = (*state, argument)
-        if len(argument.encode("utf-8", "replace")) > MAX_CODE_BYTES:
-            return ToolResult(f"The code is longer than {MAX_CODE_BYTES} bytes.", Outcome.LIMIT), state
-        if is_data(argument):
-            return ToolResult(NO_CODE, Outcome.MALFORMED), state
+        if (refused := refusal(argument)) is not None:
+            return refused, state
         if sum(map(len, calls)) > MAX_HISTORY_BYTES:
             return ToolResult("The calls of this rollout are too long to be run again.", Outcome.LIMIT), state
         mark = secrets.token_hex(16)
@@ -100,17 +90,15 @@ class RemotePythonTool:
             if fault.kind == "too_large":  # the code's output, which must not count as a failure of the server
                 return ToolResult(f"The code prints too much. {KEPT}", Outcome.LIMIT), state
             # A time limit of the code is an answer of the server; a request that times out is the server's failure.
-            return ToolResult(f"The Python interpreter is not available ({fault}).", Outcome.UNAVAILABLE), state
+            return unavailable(fault), state
         except (KeyError, TypeError):
-            return ToolResult(
-                "The Python interpreter is not available (an unknown answer).", Outcome.UNAVAILABLE
-            ), state
+            return unavailable("an unknown answer"), state
         text, found, report = writable(output).rpartition(f"\n{mark}")
         if not found:
             return self._unfinished(output, status, bool(state)), state
         text = text.rstrip("\n") or "(no output)"
-        outcomes = {"d": Outcome.OK, "f": Outcome.ERROR, "m": Outcome.LIMIT}
-        return ToolResult(text, outcomes.get(report.strip()[:1], Outcome.ERROR)), calls
+        outcomes = {cell.DONE: Outcome.OK, cell.FAILED: Outcome.ERROR, cell.OUT_OF_MEMORY: Outcome.LIMIT}
+        return ToolResult(text, outcomes.get(report.strip()[:1].encode(), Outcome.ERROR)), calls
 
     def close(self) -> None:
         pass
@@ -121,12 +109,12 @@ class RemotePythonTool:
             code = "The code and the earlier calls, which were run again," if earlier else "The code"
             why = f"{code} did not finish within {self._run_timeout:g} s."
             return ToolResult(f"{text}\n{why} {KEPT}".lstrip(), Outcome.TIMEOUT)
-        return ToolResult(f"{text}\nThe interpreter ended (a crash or os._exit). {KEPT}".lstrip(), Outcome.ERROR)
+        return ToolResult(f"{text}\n{ENDED} {KEPT}".lstrip(), Outcome.ERROR)
 
     def _program(self, calls: State, mark: str) -> str:
         values: dict[str, Any] = {
             "SOURCE": inspect.getsource(cell), "PRELOAD": list(self._config.preload), "CALLS": list(calls),
-            "MAX_OUTPUT": 4 * self._config.max_output_chars, "MARK": mark,
+            "MAX_OUTPUT": self._config.max_output_bytes, "MARK": mark,
         }  # fmt: skip
         return "\n".join(f"{name} = {value!r}" for name, value in values.items()) + _PROGRAM
 

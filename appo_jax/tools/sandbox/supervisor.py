@@ -36,7 +36,7 @@ from .budget import Budget
 from .messages import Trainer, TrainerGone
 from .node import Node, Phase
 
-MAX_FILES_BYTES, MAX_FILES_NUMBER = 16 << 20, 4096  # of a state
+MAX_FILES_BYTES, MAX_FILES_NUMBER = interpreter.MAX_FILE_BYTES, 4096  # of a state
 TAIL = 4096  # bytes that are kept of the end of an overlong output, where the traceback is
 MEMORY_SHARE = 0.5  # the share of the memory available at start that all snapshots together may use
 WEIGH_EVERY = 0.1  # seconds between checks of the memory of running calls
