@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from appo_jax.config_io import flatten
 from appo_jax.errors import ConfigError
+from appo_jax.storage import write_atomically
 from appo_jax.sweep.definition import Point, Sweep
 
 LEASE_S = 60.0  # seconds without renewal after which a lease is free
@@ -137,7 +138,7 @@ class Store:
         file = self.folder / "definition.json"
         definition = _description(self.sweep)
         if not file.exists():
-            _write(file, definition)
+            write_atomically(file, json.dumps(definition))
             return
         stored = json.loads(file.read_text())
         if different := [key for key in definition if definition[key] != stored.get(key)]:
@@ -146,12 +147,21 @@ class Store:
     # ---- leases
     def _take(self, task: str) -> bool:
         """`take`, for callers that hold the lock."""
-        file = self.folder / "leases" / f"{task}.json"
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            if self._held_by_another(json.loads(file.read_text())):
-                return False
-        _write(file, self._owner | {"time": time.time()})
+        lease = self._lease(task)
+        if lease and self._held_by_another(lease):
+            return False
+        self._write_lease(task)
         return True
+
+    def _lease(self, task: str) -> dict[str, Any]:
+        """The lease of a task; empty if there is none, or a damaged one."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads((self.folder / "leases" / f"{task}.json").read_text())
+        return {}
+
+    def _write_lease(self, task: str) -> None:
+        file = self.folder / "leases" / f"{task}.json"
+        write_atomically(file, json.dumps(self._owner | {"time": time.time()}), durable=False)
 
     def take(self, task: str) -> bool:
         """Take the lease of a task if it is free or this process has it already. Returns whether this process has it now."""
@@ -161,11 +171,10 @@ class Store:
     def renew(self, task: str) -> bool:
         """Renew the lease of a task. False: another worker has taken it, so this worker must stop the task."""
         with self.lock():
-            file = self.folder / "leases" / f"{task}.json"
-            lease = json.loads(file.read_text()) if file.exists() else {}
+            lease = self._lease(task)
             if {key: lease.get(key) for key in self._owner} != self._owner:
                 return False
-            _write(file, self._owner | {"time": time.time()})
+            self._write_lease(task)
             return True
 
     def release(self, task: str) -> None:
@@ -199,10 +208,3 @@ def _description(sweep: Sweep) -> dict[str, Any]:
         "base": fields, "space": space, "seeds": list(sweep.seeds), "max_sampled_tokens": sweep.max_sampled_tokens,
         "cold_starts": list(sweep.cold_starts), "search": sweep.search, "objective": sweep.objective, "maximize": sweep.maximize,
     }  # fmt: skip
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    """Write a file atomically."""
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content))
-    partial.replace(file)

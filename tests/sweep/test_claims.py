@@ -102,6 +102,9 @@ def test_a_worker_that_lost_its_lease_is_told(store, tmp_path):
     assert not store.take("cold-0")
     store.release("cold-0")  # another's lease stays
     assert not store.take("cold-0")
+    (tmp_path / "leases" / "cold-0.json").write_text("")  # after a power cut
+    assert not store.renew("cold-0")
+    assert store.take("cold-0")
 
 
 def test_the_lease_of_a_task_that_failed_is_free_at_once(store, tmp_path):
