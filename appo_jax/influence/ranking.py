@@ -31,6 +31,7 @@ class Ranked:
 
     scores: Mapping[str, np.ndarray]
     preferred: Mapping[str, np.ndarray]  # by score: the preferred positions, which rank before all others
+    future_value: np.ndarray  # Ω
     valid: np.ndarray  # positions where a branch may begin
     sampled: np.ndarray
     decisions: np.ndarray | None  # positions that are decisions, if the data source knows them

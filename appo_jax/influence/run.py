@@ -107,7 +107,7 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
     figures |= {
         "policy": where, "rollouts": len(rollouts), "positions": len(measured), "continuations": asked.continuations,
         "positions_without_value": sum(map(len, chosen.values())) - len(measured),
-        "future_std": float(np.std(np.concatenate([r.scores["future"][r.valid] for r in ranked]))),
+        "future_std": float(np.std(np.concatenate([r.future_value[r.valid] for r in ranked]))),
         "scatter": scatter,
         "step": {name: value for name, value in record.items() if name.startswith(("branching/", "update/"))},
     }  # fmt: skip
@@ -163,7 +163,8 @@ def rank(components: Components, scored: ScorePass, old: Sequence[np.ndarray]) -
         known = components.dataset.decisions
         out.append(
             Ranked(
-                scores, preferred, valid[i], r.sampled, None if known is None else decision_tokens(r, words, known),
+                scores, preferred, results["future"][i].future_value, valid[i], r.sampled,
+                None if known is None else decision_tokens(r, words, known),
                 after_tool, [word.decode(errors="replace") for word in words],
             )
         )  # fmt: skip
@@ -211,7 +212,7 @@ def summarize(ranked: Sequence[Ranked], measured: Sequence[Measured], random: di
 def to_markdown(figures: dict[str, Any]) -> str:
     lines = [
         f"{figures['rollouts']} rollouts of {figures['policy']}, {figures['positions']} positions, "
-        f"{figures['continuations']} continuations at each cut. Standard deviation of the future score after one step: "
+        f"{figures['continuations']} continuations at each cut. Standard deviation of Ω after one step: "
         f"{figures['future_std']:.3f}. Intervals: 95 %, over rollouts.",
         "",
         "| score | rank correlation with influence | influence of its best 3 | precision at 1 | at 3 | at 5 | begin a turn "

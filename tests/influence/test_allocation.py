@@ -14,7 +14,14 @@ def ranked(r, score):
     valid = r.sampled
     nothing = np.zeros(r.length, bool)
     return Ranked(
-        {"product": np.array(score, float)}, {"product": valid}, valid, r.sampled, None, nothing, [""] * r.length
+        {"product": np.array(score, float)},
+        {"product": valid},
+        np.ones(r.length),
+        valid,
+        r.sampled,
+        None,
+        nothing,
+        [""] * r.length,
     )
 
 

@@ -1,5 +1,6 @@
 """`appo-jax influence` on a real run, the smallest there is."""
 
+import dataclasses
 import json
 
 import pytest
@@ -22,13 +23,17 @@ def test_a_size_that_measures_nothing_is_refused(name: str, given: int, least: i
 
 
 def test_the_report_of_a_run(tiny: Config, tmp_path) -> None:
-    train(tiny)
+    # No reward differs from another, so the entropy bonus alone moves the policy.
+    loss = dataclasses.replace(tiny.loss, entropy_weight=0.1)
+    train(dataclasses.replace(tiny, loss=loss, optimizer=dataclasses.replace(tiny.optimizer, learning_rate=1e-3)))
     out = tmp_path / "influence"
     sizes = ["--questions", "2", "--rollouts", "2", "--positions", "2", "--continuations", "2"]
     assert main(["influence", tiny.run_dir, "--out", str(out), *sizes]) == 0
     figures = json.loads((out / "influence.json").read_text())
     assert figures["rollouts"] == 4
     assert figures["positions_without_value"] == 0
+    # of Ω, which one small step moves little; that of its z-scores is about 0.9
+    assert 0 < figures["future_std"] < 0.3
     assert set(figures["scores"]) == {"product", "entropy", "future", "additive", "random", "turn start"}
     assert set(figures["scatter"]["variance"]) == {"per_rollout", "proportional"}
     text = (out / "influence.md").read_text()

@@ -12,8 +12,9 @@ def ranked(score, decisions, valid=None, words=None):
     valid = np.ones(len(score), bool) if valid is None else np.array(valid, bool)
     after_tool = np.arange(len(score)) == 0
     return Ranked(
-        {"x": score}, {"x": valid}, valid, np.ones(len(score), bool), decisions, after_tool, words or ["a"] * len(score)
-    )
+        {"x": score}, {"x": valid}, np.ones(len(score)), valid, np.ones(len(score), bool), decisions, after_tool,
+        words or ["a"] * len(score),
+    )  # fmt: skip
 
 
 def test_precision_is_the_share_of_decisions_among_the_best():
