@@ -7,21 +7,20 @@ is left out and counted.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from appo_jax.benchmark.sets import Benchmark, Item, benchmark
 from appo_jax.data.golds import accepted_answers
-from appo_jax.data.records import UNITS, field, read_records
+from appo_jax.data.question_files import lower_case, published_records, question_of
+from appo_jax.data.records import field
 from appo_jax.errors import DataError
 from appo_jax.reward.latex import last_boxed
 
 log = logging.getLogger(__name__)
 
-QUESTION = ("question", "problem", "prompt")
 ANSWER = ("answer", "golden_answers", "final answer", "gold", "target", "answers")  # or a solution
 ALIASES = ("answer_aliases", "aliases")
 ID = ("id", "_id", "task_id", "unique_id", "question_id")
@@ -54,7 +53,7 @@ def load_questions(name: str, path: Path) -> Questions:
         raise DataError(f"{path}: no such file; {found.title} comes from {found.where}, give its file with --data")
     items: dict[str, Item] = {}
     left_out: dict[str, list[str]] = {}
-    for position, (place, record) in enumerate(_records(path)):
+    for position, (place, record) in enumerate(published_records(path)):
         try:
             item = _item(found, record, position, path)
             if item.id in items:
@@ -78,45 +77,10 @@ def shown(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of the records of a file or of the files under a folder. Raises DataError."""
-    if path.is_file():
-        yield from _of_file(path)
-        return
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in UNITS and file.is_file())
-    tests = [file for file in files if any(part.startswith("test") for part in file.relative_to(path).parts)]
-    for file in tests or files:
-        name = file.relative_to(path)
-        content = _object(file) if file.suffix.lower() == ".json" else None
-        if content is not None:  # MATH as distributed: test/<subject>/<number>.json
-            yield str(name), {"unique_id": f"{file.parent.name}/{file.stem}", **content}
-        else:
-            yield from ((f"{name}, {place}", record) for place, record in _of_file(file))
-
-
-def _of_file(path: Path) -> list[tuple[str, Any]]:
-    unit = UNITS.get(path.suffix.lower(), "record")
-    return read_records(path, lambda number, record: (f"{unit} {number}", record), None)
-
-
-def _object(file: Path) -> dict[str, Any] | None:
-    """The object that is all of a json file; None for a list of records, or what `read_records` will name."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) and not isinstance(content.get("data"), list) else None
-
-
 def _item(found: Benchmark, record: Any, position: int, path: Path) -> Item:
     """The item of a record. Without an id it gets its position. Raises TypeError or ValueError."""
-    if not isinstance(record, dict):
-        raise TypeError(f"expected an object, got {type(record).__name__}")
-    named = {str(name).lower(): value for name, value in sorted(record.items(), key=lambda pair: str(pair[0]))}
-    prepared = found.prepare(named, path)
-    question = _first(prepared, QUESTION)
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"no question; expected a text under one of {', '.join(QUESTION)}")
+    prepared = found.prepare(lower_case(record), path)
+    question = question_of(prepared)
     answer = _first(prepared, ANSWER)
     if answer is None:
         answer = _boxed(prepared.get("solution")) if found.rule == "math" else prepared.get("solution")

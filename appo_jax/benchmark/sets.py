@@ -6,14 +6,13 @@ the licences and pitfalls of the sets. A set of one's own is a `Benchmark` that 
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from appo_jax.data.question_files import decrypted
 from appo_jax.data.sources import wiki2
 from appo_jax.errors import ConfigError
 from appo_jax.tools.user_code import imported
@@ -108,19 +107,7 @@ def _hle(record: Record, path: Path) -> Record:
 
 
 def _xbench(record: Record, path: Path) -> Record:
-    """xbench's own file is encrypted: question and answer XOR `canary`, then base64."""
-    if not record.get("canary"):
-        return record
-    try:
-        parts = {name: base64.b64decode(record[name], validate=True) for name in ("prompt", "answer")}
-    except (KeyError, TypeError, ValueError):  # text: it was decrypted before
-        return record
-    key = str(record["canary"]).encode()
-    return {**record, **{name: _xor(part, key).decode() for name, part in parts.items()}}
-
-
-def _xor(text: bytes, key: bytes) -> bytes:
-    return bytes(byte ^ key_byte for byte, key_byte in zip(text, itertools.cycle(key), strict=False))
+    return decrypted(record)
 
 
 _F1 = "token F1 as HotpotQA's script computes it, best over the aliases"

@@ -17,7 +17,8 @@ from typing import Any
 from appo_jax.config import DataConfig
 from appo_jax.data import sources
 from appo_jax.data.demonstrations import CannotDemonstrate, ToolKit
-from appo_jax.data.records import read_records, text_field
+from appo_jax.data.question_files import decrypted, lower_case, published_records, question_of
+from appo_jax.data.records import parse_each
 from appo_jax.data.repetitions import drop_repetitions
 from appo_jax.errors import AppoError, ConfigError, DataError
 from appo_jax.types import Document, Example, Trace
@@ -95,15 +96,16 @@ def for_evaluation(dataset: Dataset, config: DataConfig) -> list[Example]:
 
 def _read_evaluation(config: DataConfig) -> list[Example]:
     found: list[Example] = []
-    for file in config.evaluation:
-        found += read_records(Path(file), functools.partial(_evaluated, Path(file)), config.malformed)
+    for file in map(Path, config.evaluation):
+        places = ((f"{file}, {place}", (place, record)) for place, record in published_records(file))
+        found += parse_each(places, functools.partial(_evaluated, file.stem), config.malformed, str(file))
     return found
 
 
-def _evaluated(path: Path, number: int, record: Any) -> Example:
-    """A question of an evaluation file, which is only compared with others. Its field is `question` or `problem`."""
-    name = "problem" if isinstance(record, dict) and "question" not in record else "question"
-    return Example(f"{path.stem}-{number}", text_field(record, name), (), "qa", "", path.stem)
+def _evaluated(name: str, row: tuple[str, Any]) -> Example:
+    """A question of an evaluation file, which is only compared with others."""
+    place, record = row
+    return Example(f"{name}, {place}", question_of(decrypted(lower_case(record))), (), "qa", "", name)
 
 
 def _find(name: str) -> Callable[[DataConfig], Dataset]:

@@ -124,7 +124,7 @@ def test_what_data_drop_names_is_left_out_and_described(tmp_path, caplog):
     assert "train: 6 questions" in report
     assert "duplicates: 1 of an earlier question, such as train-2 and train-1" in report
     assert "overlaps: 1 of a question for evaluation" in report
-    assert "such as train-5 and exam-1" in report
+    assert "such as train-5 and exam, line 1" in report
     assert report.count("accepted: 'a'") == 6
 
 
@@ -152,6 +152,30 @@ def test_traces_of_questions_for_evaluation_are_left_out_and_described(tiny, tmp
     report = describe_data(dataclasses.replace(tiny, data=data, sft=sft, tools=tools))
     assert "traces of sft.traces: 2 can be used, 0 cannot" in report
     assert "overlaps: the questions of 1 are questions for evaluation" in report
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.jsonl", '{"Question": "Where?", "Final answer": "a"}\n'),  # GAIA
+        ("bamboogle.csv", "Question,Answer\nWhere?,a\n"),
+        ("xbench.csv", "id,prompt,answer,canary\n1,NgoEEARd,MgE=,ab\n"),
+        ("math/test/algebra/1.json", '{"problem": "Where?", "solution": "a"}'),
+    ],
+)
+def test_questions_of_every_published_form_are_compared(tmp_path, name, content):
+    for split, question in (("train", "where"), ("test", "Held out?")):
+        (tmp_path / f"{split}.jsonl").write_text(f'{{"question": "{question}", "answer": "a"}}')
+    (tmp_path / "eval" / name).parent.mkdir(parents=True)
+    (tmp_path / "eval" / name).write_text(content)
+    data = DataConfig("files", str(tmp_path), evaluation=(str(tmp_path / "eval" / name.partition("/")[0]),))
+    evaluation = for_evaluation(load_dataset(data), data)
+    assert [example.question for example in evaluation] == ["Held out?", "Where?"]
+    (tmp_path / "eval" / name).write_text(
+        content.lower().replace("question", "q").replace("prompt", "q").replace("problem", "q")
+    )
+    with pytest.raises(DataError, match="no question; expected a text under one of question, problem, prompt"):
+        for_evaluation(load_dataset(data), data)
 
 
 def test_a_run_without_questions_says_why(tiny, tmp_path):
