@@ -32,7 +32,8 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
 
     problems = _unsupported(config, family)
     problems += _numbers(config)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    ropes = (config.get(name) for name in ("rope_parameters", "rope_scaling"))
+    rope = next((given for given in ropes if given not in (None, {})), {})
     scaling, rope_problems = _rope_scaling(rope, config.get("max_position_embeddings"))
     problems += rope_problems
     if problems:
@@ -166,11 +167,22 @@ def check_positions(arch: Architecture, config: Config) -> None:
     }
     if config.sft.steps:
         lengths["sft.max_tokens"] = config.sft.max_tokens
+
+    def advice(length: int) -> str:
+        if config.policy.path is None:
+            return "lower it, or raise policy.architecture.max_positions"
+        if isinstance(arch.rope_scaling, RopeScaling):
+            return "lower it (rope_type llama3 cannot be extended)"
+        return (
+            "lower it, or extend them by yarn with rope_scaling = "
+            f'{{"rope_type": "yarn", "factor": {math.ceil(length / original)}.0, "original_max_position_embeddings": {original}}} '
+            f"in {config.policy.path}/config.json"
+        )
+
+    extended = "" if limit == arch.max_positions else ", extended by yarn"
     problems = [
-        f"{fields} = {length} exceeds the {limit} positions that the policy was made for (max_position_embeddings"
-        f"{'' if limit == arch.max_positions else ', extended by yarn'}): lower it, or extend them by yarn with rope_scaling = "
-        f'{{"rope_type": "yarn", "factor": {math.ceil(length / original)}.0, "original_max_position_embeddings": {original}}} '
-        "in the policy's config.json"
+        f"{fields} = {length} exceeds the {limit} positions that the policy was made for (max_position_embeddings{extended}): "
+        + advice(length)
         for fields, length in lengths.items()
         if length > limit
     ]
@@ -200,9 +212,14 @@ def _numbers(config: Mapping[str, Any]) -> list[str]:
     problems = [f"{key}: missing" for key in required if config.get(key) is None]
     for key, kind in types.items():
         value = config.get(key)
-        if value is not None and not (isinstance(value, kind) and value is not True and value > 0):
+        if value is not None and not _is_above(value, kind):
             problems.append(f"{key} = {value!r}: expected a {'whole ' if kind is int else ''}number above 0")
     return problems
+
+
+def _is_above(value: Any, kind: Any, bound: float = 0) -> bool:
+    """Whether a value of a JSON file is a finite number of this type above the bound."""
+    return isinstance(value, kind) and not isinstance(value, bool) and bound < value < math.inf
 
 
 def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:
@@ -246,8 +263,9 @@ def _rope_scaling(
     fields = ["factor", "original_max_position_embeddings"]
     fields += ["low_freq_factor", "high_freq_factor"] if kind == "llama3" else []
     missing = [f"rope {key}: missing (rope_type {kind} needs it)" for key in fields if rope.get(key) is None]
-    if missing or problems:
-        return None, problems + missing
+    problems += missing + _rope_numbers(rope, kind)
+    if problems:
+        return None, problems
     factor, original = float(rope["factor"]), int(rope["original_max_position_embeddings"])
     if kind == "llama3":
         return RopeScaling(factor, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), original), []
@@ -259,3 +277,21 @@ def _rope_scaling(
         rope.get("attention_factor"),
     )
     return yarn, []
+
+
+def _rope_numbers(rope: Mapping[str, Any], kind: str) -> list[str]:
+    """One message for each number of a scaling by which no frequency can be computed."""
+    whole = rope.get("original_max_position_embeddings")
+    problems = []
+    if whole is not None and not _is_above(whole, int):
+        problems.append(f"rope original_max_position_embeddings = {whole!r}: expected a whole number above 0")
+    others = (
+        ["low_freq_factor", "high_freq_factor"] if kind == "llama3" else ["beta_fast", "beta_slow", "attention_factor"]
+    )
+    for key in ("rope_theta", "factor", *others):
+        value = rope.get(key)
+        if value is not None and not _is_above(value, (int, float)):
+            problems.append(f"rope {key} = {value!r}: expected a number above 0")
+        elif key == "factor" and kind == "yarn" and value is not None and value < 1:
+            problems.append(f"rope factor = {value!r}: expected 1 or more, because yarn extends the positions")
+    return problems

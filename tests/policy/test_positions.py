@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from appo_jax.config import Architecture, Config, PolicyConfig, RolloutConfig, SFTConfig, YarnScaling
+from appo_jax.config import Architecture, Config, PolicyConfig, RolloutConfig, RopeScaling, SFTConfig, YarnScaling
 from appo_jax.config_io import load_config, save_config
 from appo_jax.errors import ConfigError
 from appo_jax.policy.architecture import architecture_of, check_positions, from_hf, to_hf
 from appo_jax.policy.transformer import rope_frequencies, rotations
 
 QWEN = Architecture(96, 32, 2, 4, 2, 128, 48, rope_theta=1e6, max_positions=32768, family="qwen2")
+LLAMA = dataclasses.replace(QWEN, max_positions=131_072, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
 YARN = dataclasses.replace(QWEN, rope_scaling=YarnScaling(4.0, 32768))
 
 
@@ -41,9 +42,9 @@ def test_the_original_context_is_the_models_where_it_is_not_given() -> None:
     assert from_hf(config).rope_scaling == YarnScaling(4.0, 32768)
 
 
-def config_of(prompt: int, response: int, **sft: int) -> Config:
+def config_of(prompt: int, response: int, path: str | None = "weights", **sft: int) -> Config:
     rollout = RolloutConfig(max_prompt_tokens=prompt, max_response_tokens=response)
-    return Config(rollout=rollout, sft=SFTConfig(**sft))
+    return Config(rollout=rollout, sft=SFTConfig(**sft), policy=PolicyConfig(path=path))
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,12 @@ def config_of(prompt: int, response: int, **sft: int) -> Config:
         (QWEN, config_of(1024, 1024, max_tokens=40000), None),  # no cold start
         (YARN, config_of(1024, 130048), None),
         (YARN, config_of(1024, 130049), r"exceeds the 131072 positions .*, extended by yarn.*\"factor\": 5\.0"),
+        (QWEN, config_of(1024, 31745, None), r"lower it, or raise policy\.architecture\.max_positions$"),
+        (
+            LLAMA,
+            config_of(1024, 200_000),
+            r"= 201024 exceeds the 131072 positions .*: lower it \(rope_type llama3 cannot",
+        ),
         (dataclasses.replace(QWEN, max_positions=None), config_of(10**6, 10**6), None),
     ],
 )

@@ -1,6 +1,7 @@
 """Hugging Face folders in and out: config fields, byte-identical tensors, shards, errors that list everything."""
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -284,6 +285,12 @@ def test_fields_of_real_configs():
     assert llama == Architecture(128256, 4096, 32, 32, 8, 128, 14336, 5e5, LLAMA3, 1e-5, False)
 
 
+LLAMA_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
@@ -312,6 +319,32 @@ def test_fields_of_real_configs():
         ("smollm2", {"num_hidden_layers": True}, "num_hidden_layers = True: expected a whole number above 0"),
         ("smollm2", {"rms_norm_eps": "small"}, "rms_norm_eps = 'small': expected a number above 0"),
         ("smollm2", {"rope_scaling": 3}, "rope_scaling = 3: expected an object"),
+        ("smollm2", {"rope_scaling": []}, r"rope_scaling = \[\]: expected an object"),
+        *(
+            (
+                "qwen2",
+                {"rope_scaling": {"type": "yarn", "factor": 4.0} | wrong},
+                f"rope {name} = {value}: expected {bound}",
+            )
+            for wrong, name, value, bound in [
+                ({"factor": 0.5}, "factor", 0.5, "1 or more"),
+                ({"factor": -1}, "factor", -1, "a number above 0"),
+                ({"factor": math.nan}, "factor", "nan", "a number above 0"),
+                ({"factor": math.inf}, "factor", "inf", "a number above 0"),
+                ({"factor": True}, "factor", True, "a number above 0"),
+                ({"attention_factor": "x"}, "attention_factor", "'x'", "a number above 0"),
+                ({"beta_fast": -32}, "beta_fast", -32, "a number above 0"),
+                ({"rope_theta": -1.0}, "rope_theta", "-1.0", "a number above 0"),
+                (
+                    {"original_max_position_embeddings": 0},
+                    "original_max_position_embeddings",
+                    0,
+                    "a whole number above 0",
+                ),
+            ]
+        ),
+        ("smollm2", {"rope_scaling": LLAMA_ROPE | {"factor": 0}}, "rope factor = 0: expected a number above 0"),
+        ("smollm2", {"rope_scaling": LLAMA_ROPE | {"low_freq_factor": 4.0}}, "low_freq_factor = 4.0: must be below"),
         ("smollm2", {"num_attention_heads": 3, "num_key_value_heads": 2}, "must be a multiple of num_kv_heads = 2"),
         ("qwen3", {"head_dim": 33}, "head_dim = 33: must be even"),
     ],
