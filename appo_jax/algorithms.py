@@ -64,9 +64,14 @@ class Algorithm:
         return self.branches and self.branching.refresh == "step"
 
     @property
+    def branches_later(self) -> bool:
+        """Whether each mini-batch's branches are drawn by the policy of that time (not by π_old)."""
+        return self.branches and not self.branches_at_start
+
+    @property
     def trains_later_branches(self) -> bool:
         """Whether branches that the current policy (not π_old) has drawn are trained on."""
-        return self.branches and self.train_branches and not self.branches_at_start
+        return self.branches_later and self.train_branches
 
     @property
     def keeps_reference(self) -> bool:
@@ -91,7 +96,7 @@ class Algorithm:
     def scores_present(self) -> bool:
         """Whether that needs an extra score pass: over all of them, or over branches that π_θ has drawn if it scored the others
         for branching."""
-        return self.needs_present and (not self.branches or self.branches_at_start or self.train_branches)
+        return self.needs_present and (not self.branches_later or self.train_branches)
 
     @property
     def scores_reference(self) -> bool:

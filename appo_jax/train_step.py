@@ -91,7 +91,7 @@ def train_step(
                 scored = of_drawers(minibatch.trees, minibatch.old_log_probs, later)
             minibatch.old_log_probs = scored
     for minibatch in minibatches:
-        if algorithm.branches and not algorithm.branches_at_start:
+        if algorithm.branches_later:
             step.branch(trainer.policy(state), minibatch)
         state = step.learn(state, minibatch, step.measure(trainer.policy(state), minibatch))
     return state, step.record(minibatches), [tree for minibatch in minibatches for tree in minibatch.trees]

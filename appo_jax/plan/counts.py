@@ -188,6 +188,6 @@ def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes, packing: _Pa
         add_passes(range(algorithm.trained_per_prompt))
     elif algorithm.keeps_reference:  # all under π_ref, and later branches under the policy that drew them
         add_passes(range(algorithm.budget))
-        if algorithm.branches and not algorithm.branches_at_start:
+        if algorithm.branches_later:
             add_passes(range(algorithm.initial, algorithm.budget))
     return tuple(Scoring(rows, times, kept.get(rows, 0)) for rows, times in sorted(passes.items()))
