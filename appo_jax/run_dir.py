@@ -3,6 +3,7 @@
 config.json           the resolved config; `appo-jax train --config RUN_DIR/config.json` trains from it again
 metrics.jsonl         one line per step
 summary.json          the run's figures
+sft.json              the held-out accuracies before and after the cold start
 checkpoints/          one folder per kept step
 rollouts/             step_000012.jsonl.gz: one rollout tree per line
 status.json           what the run does now (supervision/status.py)
@@ -17,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -34,6 +36,8 @@ from appo_jax.storage import lock, set_aside, usable_path, write_atomically
 
 # An NFS 4 server frees the lock of a machine that it has lost after about 90 s.
 LOST_LOCK_S = 120.0
+# In this time, a host must find in the run's folder what the first host has written there. NFS shows it late.
+SHARED_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -105,22 +109,50 @@ def open_run(config: Config) -> RunDir:
     config (the message lists the fields; by config/effects.py, those that affect nothing may differ, and those that affect only
     rounding may with a warning) or of an unknown config, holds a config.json that is not a run's, is in use by another process,
     cannot be written, or cannot hold checkpoints (`usable_path`). With several hosts, the first does all this and tells the others
-    the result. They must see the same folder.
+    the result, and all check that they see the same folder.
     """
     run = error = None
+    mark = secrets.token_hex(8)
     if distributed.host() == 0:
         try:
             run = _open(config)
         except CheckpointError as refused:
             error = refused
-    problem, continued = distributed.exchange(
-        [None if error is None else str(error), run is not None and run.continued]
+    if run is not None and run.lock is not None:
+        os.pwrite(run.lock, mark.encode(), 0)
+    problem, continued, mark = distributed.exchange(
+        [None if error is None else str(error), run is not None and run.continued, mark]
     )[0]
     if error is not None or problem is not None:
         raise error or CheckpointError(problem)
     run = run or RunDir(Path(config.run_dir).absolute(), continued, config.checkpoint_every, lock=None)
-    heartbeat.send(run_dir=str(run.path))  # also if this is not the first host: its supervisor records that host's failures
+    if distributed.num_hosts() > 1:
+        _require_shared(run, mark)
+    heartbeat.send(
+        run_dir=str(run.path)
+    )  # also if this is not the first host: its supervisor records that host's failures
     return run
+
+
+def _require_shared(run: RunDir, mark: str) -> None:
+    """Raises CheckpointError, on every host, if one of them does not find the mark that the first host has written."""
+    until = time.monotonic() + SHARED_S
+    while not (seen := _holds(run.path / "lock", mark)) and time.monotonic() < until:
+        heartbeat.progress()
+        time.sleep(0.2)
+    answers = distributed.exchange([seen, f"{run.path} on host {distributed.host()} ({socket.gethostname()})"])
+    if others := [place for seen, place in answers if not seen]:
+        run.close()
+        raise CheckpointError(
+            f"run_dir: {', '.join(others)} is not the folder {answers[0][1]}; all hosts must see the run in one folder: mount the "
+            "shared storage on each of them, and give an absolute path on it"
+        )
+
+
+def _holds(file: Path, text: str) -> bool:
+    with contextlib.suppress(OSError):
+        return file.read_text(errors="replace") == text
+    return False
 
 
 def _open(config: Config) -> RunDir:

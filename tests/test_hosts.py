@@ -35,6 +35,23 @@ for message, answers in zip(said, heard):
 print(json.dumps([[len(a["text"]) for a in answers] for answers in heard]))
 """
 )
+OPEN = (
+    JOIN
+    + """
+import os
+from appo_jax import run_dir
+from appo_jax.config import Config, PolicyConfig
+from appo_jax.distributed import host
+from appo_jax.errors import CheckpointError
+os.makedirs(f"{sys.argv[1]}/{host()}")
+os.chdir(f"{sys.argv[1]}/{host()}")  # the run directory is a relative path
+run_dir.SHARED_S = 1.0
+try:
+    run_dir.open_run(Config(run_dir="run", policy=PolicyConfig(path="x")))
+except CheckpointError as error:
+    print(error)
+"""
+)
 REWARDS = (
     JOIN
     + """
@@ -167,6 +184,16 @@ def test_hosts_hear_each_other(tmp_path: Path) -> None:
     told = together(EXCHANGE, 2, [], 1, tmp_path)
     lengths = [json.loads(text.splitlines()[-1]) for text in told]
     assert lengths[0] == lengths[1] == [[0, 0], [0, 1], [0, 2038], [0, 2040], [0, 100_000]]
+
+
+def test_hosts_that_do_not_share_the_run_directory_are_told(tmp_path: Path) -> None:
+    told = together(OPEN, 2, [str(tmp_path)], 1, tmp_path / "cache")
+    name = socket.gethostname()
+    for text in told:
+        assert (
+            f"run_dir: {tmp_path}/1/run on host 1 ({name}) is not the folder {tmp_path}/0/run on host 0 ({name}); all hosts must"
+            in text
+        )
 
 
 def test_hosts_have_the_first_hosts_demonstrations_though_their_tools_differ(tmp_path: Path) -> None:
