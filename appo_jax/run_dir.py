@@ -128,9 +128,8 @@ def open_run(config: Config) -> RunDir:
     run = run or RunDir(Path(config.run_dir).absolute(), continued, config.checkpoint_every, lock=None)
     if distributed.num_hosts() > 1:
         _require_shared(run, mark)
-    heartbeat.send(
-        run_dir=str(run.path)
-    )  # also if this is not the first host: its supervisor records that host's failures
+    # On every host: if the first one fails, another one's supervisor records it.
+    heartbeat.send(run_dir=str(run.path))
     return run
 
 
