@@ -257,8 +257,11 @@ def _get(tree: Any, path: KeyPath) -> Any:
 
 def _read_json_if_any(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise WeightsError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{file}: expected an object, got {content!r:.100}")
+    return content

@@ -12,10 +12,14 @@ from appo_jax.errors import DataError
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises DataError for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: expected a JSON file of a Hugging Face tokenizer: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected an object with settings, got {content!r:.100}")
+    return content
 
 
 def read_json_if_any(path: Path) -> dict[str, Any]:
@@ -45,7 +49,7 @@ def declared_ends(folder: Path, known: Set[int]) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         declared = read_json_if_any(folder / name).get("eos_token_id")
         ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
-        wrong = [id for id in ids if not isinstance(id, int) or id not in known]
+        wrong = [id for id in ids if not isinstance(id, int) or isinstance(id, bool) or id not in known]
         if wrong:
             raise DataError(
                 f"{folder / name}: eos_token_id = {declared}: expected ids of the tokenizer, 0 to {max(known)}"

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from appo_jax.config import PolicyConfig
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.rollout.growth import blank_tokens
-from appo_jax.text.tokenizer import JsonTokenizer, SentencePieceTokenizer, check_tags, load_tokenizer, policy_tokenizer
+from appo_jax.text.tokenizer import (
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    check_tags,
+    lacks_tokenizer,
+    load_tokenizer,
+    policy_tokenizer,
+)  # fmt: skip
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 make = runpy.run_path(str(GOLDEN / "make_golden.py"))
@@ -216,6 +223,17 @@ def test_tags_that_a_tokenizer_marks_as_special_are_text_or_refused(json_folder,
         check_tags(tokenizer, [*tags, "<search>"])
 
 
+def test_a_tokenizer_that_is_not_trained_yet(tmp_path):
+    """Whatever the data source is. Pretrained weights have their tokenizer."""
+    path = str(tmp_path / "new.model")
+    assert lacks_tokenizer(PolicyConfig(tokenizer=path))
+    assert not lacks_tokenizer(PolicyConfig(path=str(tmp_path), tokenizer=path))
+    assert not lacks_tokenizer(PolicyConfig(tokenizer=str(tmp_path)))
+    assert not lacks_tokenizer(PolicyConfig())
+    train(tmp_path / "new.model")
+    assert not lacks_tokenizer(PolicyConfig(tokenizer=path))
+
+
 def test_unusable_tokenizers_are_named(tmp_path, json_folder):
     with pytest.raises(DataError, match="no tokenizer"):
         load_tokenizer(tmp_path)
@@ -276,9 +294,17 @@ def test_every_declared_end_of_turn_counts(json_folder, tmp_path, files, expecte
     assert set(load_tokenizer(json_folder, model=folder).eos_ids) == set(expected)
 
 
-def test_an_end_of_turn_that_is_no_id_is_named(json_folder, tmp_path):
-    folder = with_config(json_folder, tmp_path, generation_config={"eos_token_id": [2, 9999]})
-    with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id = \[2, 9999\]: expected ids of the"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"eos_token_id": [2, 9999]}, r"eos_token_id = \[2, 9999\]: expected ids of the"),
+        ({"eos_token_id": True}, "eos_token_id = True: expected ids of the"),
+        ([{"eos_token_id": 2}], r"expected an object with settings, got \[\{'eos"),
+    ],
+)
+def test_an_end_of_turn_that_is_no_id_is_named(json_folder, tmp_path, content, message):
+    folder = with_config(json_folder, tmp_path, generation_config=content)
+    with pytest.raises(DataError, match=rf"generation_config\.json: {message}"):
         load_tokenizer(folder)
 
 
