@@ -117,11 +117,20 @@ def _train(args: Sequence[str]) -> None:
     config = config_from("train", args)
 
     def run() -> None:
-        distributed.initialize()  # before any import that might touch a device
-        connect_supervisors()
         from appo_jax.train import train
 
         train(config)
+
+    _supervised(config, run)
+
+
+def _supervised(config: Config, body: Callable[[], None]) -> None:
+    """Run `body` under a supervisor, together with the other hosts if there are any."""
+
+    def run() -> None:
+        distributed.initialize()  # before any import that might touch a device
+        connect_supervisors()
+        body()
 
     supervise(config, run)
 
@@ -259,7 +268,7 @@ def _sft(args: Sequence[str]) -> None:
         for name, value in sft.run(config).items():
             print(f"{name}: {value:.4f}")
 
-    supervise(config, run)
+    _supervised(config, run)
 
 
 def _data(args: Sequence[str]) -> None:

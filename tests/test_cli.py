@@ -1,6 +1,7 @@
 """The command line as a user meets it: real processes, their output and exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,17 @@ def appo_jax(*args):
     """Run the command in an environment where importing jax fails, because these commands must not need it."""
     code = "import sys; sys.modules['jax'] = None; from appo_jax.cli import main; sys.exit(main())"
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60)
+
+
+def test_a_cold_start_on_several_hosts_is_one_run(tmp_path):
+    """Without the other hosts it does not train alone."""
+    done = subprocess.run(
+        [sys.executable, "-m", "appo_jax", "sft", "--config", QUICKSTART, "--run-dir", str(tmp_path / "run")],
+        env=os.environ | {"APPO_DISTRIBUTED": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "APPO_DISTRIBUTED = 1, but the other hosts cannot be joined" in done.stderr
+    assert not (tmp_path / "run/sft.jsonl").exists()
 
 
 @pytest.mark.parametrize(
