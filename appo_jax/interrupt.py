@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,11 +14,27 @@ from appo_jax import distributed, heartbeat
 
 log = logging.getLogger(__name__)
 
+# A command that is asked to stop may clean up for this time, in seconds.
+LEAVE_S = 5.0
+
 
 def stop_signals() -> set[signal.Signals]:
     """The signals that ask a process to stop. nohup makes it ignore SIGHUP; then the run goes on without its terminal."""
     hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
     return {signal.SIGINT, signal.SIGTERM, *hangup}
+
+
+def leave(signum: int, frame: Any) -> None:
+    """A handler of signals that ends the process: by KeyboardInterrupt; by force at a second signal, and after LEAVE_S.
+
+    KeyboardInterrupt alone is not enough: Python drops it if it is raised in a callback of the garbage collector, as JAX has one.
+    """
+    for number in stop_signals():
+        signal.signal(number, lambda *_: os._exit(130))
+    timer = threading.Timer(LEAVE_S, os._exit, (130,))
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
 
 
 class Stop:

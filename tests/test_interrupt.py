@@ -1,7 +1,11 @@
 """Requests to stop, in whatever thread a run is."""
 
 import signal
+import subprocess
+import sys
 import threading
+
+import pytest
 
 from appo_jax.interrupt import stop_requests
 
@@ -26,3 +30,26 @@ def test_a_run_in_the_main_thread_hears_them():
         signal.raise_signal(signal.SIGTERM)
         assert stop.agreed()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+DROPPED = """
+import gc, os, signal, sys, time
+from appo_jax import interrupt
+interrupt.LEAVE_S = float(sys.argv[1])
+signal.signal(signal.SIGINT, interrupt.leave)
+gc.callbacks.append(lambda phase, _: phase == "start" and os.kill(os.getpid(), signal.SIGINT))
+gc.collect()
+print("still here", flush=True)
+gc.callbacks.clear()
+time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "signals"), [(0.2, 0), (20.0, 1)])
+def test_a_request_that_python_drops_ends_the_process_all_the_same(seconds, signals):
+    """As in the garbage collector's callbacks of JAX."""
+    process = subprocess.Popen([sys.executable, "-c", DROPPED, str(seconds)], stdout=subprocess.PIPE, text=True)
+    if signals:
+        assert process.stdout.readline() == "still here\n"
+        process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
