@@ -44,7 +44,7 @@ class EvalSetConfig:
     """A benchmark set that the policy is measured on while it learns."""
 
     set: str
-    """Its name: docs/eval.md."""
+    """Its name (docs/eval.md), or `package.module:set` of your own."""
     data: str
     """Its file."""
     limit: NonNegativeInt = 0
@@ -64,7 +64,7 @@ class EvalConfig:
     every: NonNegativeInt = 0
     """Steps between evaluations during training. 0: only before and after."""
     sets: tuple[EvalSetConfig, ...] = ()
-    """Benchmark sets that are answered and scored whenever the policy is evaluated during training, and at its end."""
+    """Benchmark sets that are answered and graded whenever the policy is evaluated during training, and at its end."""
 
 
 @dataclasses.dataclass(frozen=True)
