@@ -133,10 +133,10 @@ def _newest(
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, host)
     checkpointer = Checkpointer(folder, keep=1, read_only=True)
     try:
-        if step is not None:
-            found = checkpointer.restore_step(step, {"params": abstract})
-        else:
+        if step is None:
             found = checkpointer.restore_latest({"params": abstract}, None, partial=True)
+        else:
+            found = checkpointer.restore_step(step, {"params": abstract})
     finally:
         checkpointer.close()
     return None if found is None else (f"step {found[0]} of {folder}", found[1]["params"], found[2])
