@@ -97,8 +97,9 @@ class LossConfig:
     dual_clip: NonNegativeFloat = 0.0
     """c: with A < 0 the surrogate is at least c·A (official code: 3). 0: off; else above 1."""
     max_dual_clipped: Annotated[int, Ge(-1)] = -1
-    """Rollouts with more dual-clipped tokens than this are left out of the surrogate's average, both sum and count;
-    their KL term and entropy bonus stay (official code: 1). −1: off."""
+    """Rollouts with more dual-clipped tokens than this are left out of the surrogate's sum, and of the count that token_mean and
+    seq_mean divide by (paper and constant divide by a fixed number). Their KL term and entropy bonus stay (official
+    code: 1). −1: off."""
     max_log_ratio: NonNegativeFloat = 0.0
     """log ρ is clamped to ±this, in the surrogate and in the Ω of eq. 7 (official code: 20). 0: off."""
     aggregation: Literal["paper", "token_mean", "seq_mean", "constant"] = "paper"

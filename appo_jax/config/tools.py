@@ -60,7 +60,7 @@ class SearchToolConfig:
     cache_fill: str | None = None
     """JSON file `{query: text}` whose answers are put into `cache` at start."""
     top_k: PositiveInt = 3
-    """Documents in one answer. Paper: 10."""
+    """Documents in one answer. Official code: 10 (pages of Bing); the paper gives no number."""
     timeout: Seconds = 10.0
     """Seconds of wall time per request to `url`, retries included. With max_per_second, a call may wait as long for its
     turn."""
