@@ -137,9 +137,10 @@ def _setting(asked: Evaluation, config: Config, weights: Path | None) -> dict[st
 def _files(config: Config) -> dict[str, str]:
     """The number, size and time of the files behind each name that the config has: weights, tokenizer and chat template, the
     questions and corpus, and modules of tools. A folder may be written again under its old name."""
-    generated = config.data.source in ("world", "decisions")  # and kept there: the first command writes these files
-    data = None if generated else config.data.path
-    names = {config.policy.path, config.policy.tokenizer, config.tools.search.corpus, data} - {None}
+    generated = ("world", "decisions")  # the first command writes the files of these sources
+    sources = [(part.source, part.path) for part in config.data.mixture] + [(config.data.source, config.data.path)]
+    data = {path for source, path in sources if source not in generated}
+    names = {config.policy.path, config.policy.tokenizer, config.tools.search.corpus, *data} - {None}
     paths = {str(name): Path(str(name)) for name in names}
     for module in {tool.partition(":")[0] for tool in config.tools.enabled if ":" in tool}:
         with contextlib.suppress(ImportError, ValueError):  # the tool's own error says more

@@ -8,7 +8,7 @@ from faulty_judge import FaultyJudge
 
 from appo_jax.benchmark.compare import compare
 from appo_jax.cli import main
-from appo_jax.config import Config, JudgeConfig, PolicyConfig
+from appo_jax.config import Config, DataConfig, DataPart, JudgeConfig, PolicyConfig
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.eval_command import Evaluation, _setting, evaluate_set
 
@@ -269,11 +269,12 @@ def test_samples_of_weights_or_tools_that_were_replaced_are_refused(data, tmp_pa
     """Nothing is drawn: the head of the file of samples is that of the same command before the change."""
     (tmp_path / "policy").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    files = [tmp_path / name for name in ("policy/model.safetensors", "policy/chat_template.jinja", "a_tool.py")]
+    files = [tmp_path / name for name in ("policy/w.safetensors", "policy/chat_template.jinja", "a_tool.py", "q.jsonl")]
     for file in files:
         file.write_text("old")
     tools = dataclasses.replace(Config().tools, enabled=("a_tool:make",))
-    config = Config(policy=PolicyConfig(path=str(tmp_path / "policy")), tools=tools)
+    questions = DataConfig(source="mixture", mixture=(DataPart("files", path=str(tmp_path / "q.jsonl")),))
+    config = Config(policy=PolicyConfig(path=str(tmp_path / "policy")), tools=tools, data=questions)
     asked = Evaluation("math500", data, tmp_path / "out")
     asked.out.mkdir()
     for file in files:
