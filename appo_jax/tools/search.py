@@ -20,6 +20,7 @@ import numpy as np
 import Stemmer
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+from appo_jax import heartbeat
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.tools.protocol import Tool, ToolResult, writable
@@ -150,6 +151,7 @@ def query_terms(query: str) -> list[str]:
     return terms(found) or stop_terms(found, found)
 
 
+@heartbeat.phase("index")
 def build_index(documents: Sequence[Document]) -> bm25s.BM25:
     """A BM25 index (k1 = 1.2, b = 0.75, Lucene's idf) of the documents' titles and texts.
 
@@ -159,7 +161,9 @@ def build_index(documents: Sequence[Document]) -> bm25s.BM25:
     stop_vocabulary: dict[str, int] = {}
     ids: list[list[int]] = []
     stop_ids: list[list[int]] = []
-    for document in documents:
+    for number, document in enumerate(documents):
+        if number % PROGRESS_EVERY == 0:
+            heartbeat.progress()
         title = words(document.title)
         found = title + words(document.text)
         ids.append([vocabulary.setdefault(term, len(vocabulary)) for term in terms(found)])
@@ -179,6 +183,7 @@ def build_index(documents: Sequence[Document]) -> bm25s.BM25:
     return index
 
 
+@heartbeat.phase("index columns")
 def _columns(ids: Sequence[Sequence[int]], vocabulary: dict[str, int]) -> bm25s.BM25:
     import bm25s
 
@@ -187,12 +192,15 @@ def _columns(ids: Sequence[Sequence[int]], vocabulary: dict[str, int]) -> bm25s.
     return index
 
 
+@heartbeat.phase("index")
 def stored_index(documents: Sequence[Document], folder: Path) -> bm25s.BM25:
     """The memory-mapped index of these documents from `folder`. It is built and stored there if it is missing."""
     import bm25s
 
     digest = hashlib.sha256(_INDEX_VERSION)
-    for document in documents:
+    for number, document in enumerate(documents):
+        if number % PROGRESS_EVERY == 0:
+            heartbeat.progress()
         digest.update(f"{document.title}\0{document.text}\0".encode("utf-8", "surrogatepass"))
     path = folder / f"bm25-{digest.hexdigest()[:24]}"
     if not path.exists():
@@ -207,6 +215,7 @@ def stored_index(documents: Sequence[Document], folder: Path) -> bm25s.BM25:
     return bm25s.BM25.load(path, mmap=True)
 
 
+PROGRESS_EVERY = 10_000  # pages: reading and indexing millions of them is progress
 _INDEX_VERSION = b"appo_jax bm25 2"  # change it whenever the index of the same text changes
 
 
@@ -217,6 +226,7 @@ def cache_folder(folder: str | Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "appo_jax"
 
 
+@heartbeat.phase("index")
 def load_corpus(path: str | Path) -> list[Document]:
     """The documents of a .jsonl, .json (a list) or .parquet file with `title` and `text` (or Search-R1's `contents`), each
     once. Raises DataError that names the file and the line."""
@@ -230,7 +240,9 @@ def read_pages(path: Path) -> Iterator[Document]:
     """The documents of such a file one after the other, repeated ones included. Raises DataError."""
     if not path.is_file():
         raise DataError(f"search corpus {path}: no such file (tools.search.corpus: jsonl, json or parquet)")
-    for where, record in _records(path):
+    for number, (where, record) in enumerate(_records(path)):
+        if number % PROGRESS_EVERY == 0:
+            heartbeat.progress()
         yield _page(record, f"{path}, {where}")
 
 

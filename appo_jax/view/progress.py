@@ -40,6 +40,8 @@ SHOWN = {
 # Phase of the run (heartbeat.phase) -> its label.
 PHASES = {
     "start": "reading data, starting tools",
+    "index": "building the search index",
+    "index columns": "building the search index",
     "demonstrations": "making demonstrations",
     "cold start": "cold start",
     "evaluate": "evaluating",

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from appo_jax import heartbeat
 from appo_jax.config import SearchToolConfig, ToolsConfig
 from appo_jax.errors import ConfigError, DataError
+from appo_jax.tools import search
 from appo_jax.tools.search import LocalSearch, format_pages, load_corpus, make_tool, split_contents, terms, words
 from appo_jax.types import Document, Outcome
 
@@ -257,3 +259,24 @@ def test_recall_on_hotpotqa():
         text = " ".join(f"{page.title} {page.text}" for page in found).lower()
         hits += any(answer.lower() in text for answer in question["answers"])
     assert hits / len(asked) >= 0.84
+
+
+def test_a_long_corpus_is_read_and_indexed_with_progress(tmp_path, monkeypatch):
+    """A run of which the supervisor sees no progress is ended."""
+    monkeypatch.setattr(search, "PROGRESS_EVERY", 10)
+    signs = []
+
+    class Corpus(list):
+        def __iter__(self):
+            for number, document in enumerate(list.__iter__(self)):
+                if number % 15 == 14:  # between two marks
+                    signs.append((heartbeat.doing()[0], heartbeat._life.progressed))
+                yield document
+
+    documents = Corpus(Document(f"page {i}", "words") for i in range(60))
+    search.stored_index(documents, tmp_path)
+    assert [phase for phase, _ in signs] == [
+        "index"
+    ] * 8  # four while their digest is computed, four while they are indexed
+    assert len({time for _, time in signs}) == 8
+    assert heartbeat.doing() == ("start", "", True)  # its own limit is as before
