@@ -22,7 +22,7 @@ from appo_jax.config import JudgeConfig
 from appo_jax.errors import DataError
 from appo_jax.reward.grade import Grade, final_answer
 from appo_jax.reward.response import Response
-from appo_jax.tools.cache import open_shared
+from appo_jax.tools.cache import going_on_without, open_shared
 from appo_jax.tools.exchange import Fault, post, split_url
 from appo_jax.tools.protocol import writable
 
@@ -74,7 +74,7 @@ class LanguageJudge:
         self.config, self.counts = config, Counts()
         self._url = config.url.rstrip("/") + "/chat/completions"
         split_url("reward.judge.url", config.url)
-        self._lock = threading.Lock()
+        self._lock, self._file = threading.Lock(), cache
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             self._cache = open_shared(cache)
@@ -137,7 +137,7 @@ class LanguageJudge:
         if decision.correct is None:
             self._count(failed=1)
             return decision
-        with self._lock, self._cache:  # one transaction
+        with self._lock, going_on_without(self._file), self._cache:  # one transaction
             row = (self._key(prompt), decision.correct, decision.reason)
             self._cache.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", row)
         return decision
@@ -151,7 +151,8 @@ class LanguageJudge:
 
     def _kept(self, prompt: str) -> Decision | None:
         """The decision in the cache."""
-        with self._lock:
+        row = None
+        with self._lock, going_on_without(self._file):
             query = "SELECT correct, reason FROM verdicts WHERE key = ?"
             row = self._cache.execute(query, (self._key(prompt),)).fetchone()
         if row is None:

@@ -3,18 +3,21 @@ writer)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import sqlite3
 import threading
 import time
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from appo_jax.errors import DataError
 from appo_jax.tools.protocol import writable
 
 LOCK_TIMEOUT_S = 30.0
+log = logging.getLogger(__name__)
 
 
 class QueryCache:
@@ -41,19 +44,20 @@ class QueryCache:
             ) from error
 
     def get(self, query: str) -> str | None:
-        """The stored text, from this backend or from a file of answers (`fill`); None if there is none."""
-        row = (
-            self._database()
-            .execute(
+        """The stored text, from this backend or from a file of answers (`fill`); None if there is none, or it cannot be read."""
+        row = None
+        with going_on_without(self.path):
+            rows = self._database().execute(
                 "SELECT text FROM answers WHERE query = ? AND backend IN (?, '') ORDER BY backend DESC LIMIT 1",
                 (_key(query), self.backend),
             )
-            .fetchone()
-        )
+            row = rows.fetchone()
         return row[0] if row else None
 
     def put(self, query: str, text: str) -> None:
-        self._store([(_key(query), self.backend, writable(text))])
+        """Store a text. If the file cannot be written, it is not stored."""
+        with going_on_without(self.path):
+            self._store([(_key(query), self.backend, writable(text))])
 
     def fill(self, path: str | Path) -> int:
         """Store the answers of a `{query: text}` JSON file. Returns their number. Raises DataError."""
@@ -63,7 +67,10 @@ class QueryCache:
             raise DataError(f"search answers {path}: cannot be read as JSON ({error})") from error
         if not isinstance(answers, dict) or not all(isinstance(text, str) for text in answers.values()):
             raise DataError(f"search answers {path}: expected an object of the form {{query: text}}")
-        self._store((_key(query), "", writable(text)) for query, text in answers.items())
+        try:
+            self._store((_key(query), "", writable(text)) for query, text in answers.items())
+        except sqlite3.Error as error:
+            raise DataError(f"tools.search.cache = {self.path}: {path} cannot be stored in it ({error})") from error
         return len(answers)
 
     def close(self) -> None:
@@ -82,6 +89,25 @@ class QueryCache:
             self._local.connection = connection
             self._connections.append(connection)
         return self._local.connection
+
+
+@contextlib.contextmanager
+def going_on_without(path: Path) -> Iterator[None]:
+    """A context that an error of a cache's file ends: a full disk or a damaged file costs the use of the cache, and nothing
+    else. The first error of each file is logged."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if path not in _told:
+            _told.add(path)
+            log.warning(
+                "%s: going on without this cache where it fails (%s); free the disk, or delete it and its -wal and -shm files",
+                path,
+                error,
+            )
+
+
+_told: set[Path] = set()  # files of which an error was logged
 
 
 def open_shared(path: str | Path) -> sqlite3.Connection:

@@ -184,6 +184,17 @@ def test_a_judge_that_decides_nothing_is_left_alone(endpoint, tmp_path):
     judge.close()
 
 
+def test_a_cache_that_fails_costs_no_verdict(endpoint, tmp_path, caplog):
+    judge = LanguageJudge(JudgeConfig(endpoint.url, "m", attempts=1), tmp_path / "v.sqlite")
+    with sqlite3.connect(tmp_path / "v.sqlite") as other:
+        other.execute("DROP TABLE verdicts")
+    other.close()
+    assert [judge.verdict(question, ("x",), "good").correct for question in ("a", "a", "b")] == [True] * 3
+    assert judge.take_counts().requests == 3
+    assert caplog.text.count("going on without this cache") == 1
+    judge.close()
+
+
 @pytest.mark.parametrize("answer", ["drip", "long drip", "header drip"])
 def test_a_reply_that_drips_is_cut_off(endpoint, tmp_path, answer):
     judge = LanguageJudge(JudgeConfig(endpoint.url, "m", attempts=1, timeout=0.4), tmp_path / "v.sqlite")

@@ -333,6 +333,20 @@ def test_a_file_that_is_no_cache_is_named(tmp_path):
         QueryCache(tmp_path / "c.sqlite")
 
 
+def test_a_full_disk_costs_only_the_use_of_the_cache(tmp_path, caplog):
+    cache = QueryCache(tmp_path / "c.sqlite")
+    cache.put("a", "before")
+    cache._database().execute("PRAGMA max_page_count = 1")  # SQLite says "database or disk is full"
+    for _ in range(2):
+        cache.put("b", "text" * 100_000)
+    assert (cache.get("a"), cache.get("b")) == ("before", None)
+    assert caplog.text.count("c.sqlite: going on without this cache where it fails (database or disk is full)") == 1
+    (tmp_path / "answers.json").write_text(json.dumps({"c": "text" * 100_000}))
+    with pytest.raises(DataError, match="cannot be stored in it"):
+        cache.fill(tmp_path / "answers.json")
+    cache.close()
+
+
 def _write(path, start):
     cache = QueryCache(path, "b")
     for i in range(start, start + 50):
