@@ -32,7 +32,7 @@ from appo_jax.reward.response import Response, prompt_opening
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.sampler import Sampler
 from appo_jax.rollout.tree_sampler import TreeSampler
-from appo_jax.text.tokenizer import Tokenizer, check_tags, policy_tokenizer
+from appo_jax.text.tokenizer import Tokenizer, check_tags, lacks_tokenizer, policy_tokenizer
 from appo_jax.text.train_tokenizer import structure
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.executor import ToolExecutor
@@ -69,11 +69,6 @@ class Components:
 def build(config: Config) -> Components:
     """Build all components. Data and tokenizer come first, so that their errors are reported before tools or devices
     are started."""
-    if config.data.source == "world" and config.policy.tokenizer and not Path(config.policy.tokenizer).exists():
-        raise DataError(
-            f"{config.policy.tokenizer}: no such tokenizer; make it, and the world's questions, with "
-            "`appo-jax data world --config FILE` (the config and overrides of this run)"
-        )
     dataset = load_dataset(config.data)
     for name, examples in (("training", dataset.train), ("held-out", dataset.held_out)):
         if not examples:
@@ -81,6 +76,11 @@ def build(config: Config) -> Components:
                 f"data.source = {config.data.source!r} has no {name} question (data.path = {config.data.path!r}, data.held_out = "
                 f"{config.data.held_out!r}, data.drop = {list(config.data.drop)}); correct these"
             )
+    if lacks_tokenizer(config.policy):
+        raise DataError(
+            f"{config.policy.tokenizer}: no such tokenizer; train it on the data's questions and demonstrations with "
+            "`appo-jax data world --config FILE` (the config and overrides of this run)"
+        )
     tokenizer = policy_tokenizer(config.policy)
     arch = for_tokenizer(architecture_of(config.policy), tokenizer.vocab_size, tokenizer.missing_ids)
     check_positions(arch, config)

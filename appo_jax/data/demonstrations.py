@@ -65,11 +65,13 @@ class ToolKit:
         self.run = functools.cache(self._run)
 
     def tool_for(self, skill: str) -> str:
-        """The name of the first tool that has a skill (see SKILLS). Raises CannotDemonstrate if no tool has it."""
+        """The name of the first tool that has a skill: one of SKILLS, or one that your own tool declares.
+
+        Raises CannotDemonstrate if no tool has it."""
         for tool in self._format.tools:
             if skill in tool.skills:
                 return tool.name
-        raise CannotDemonstrate(f"no tool of the run {SKILLS[skill]} ({skill})")
+        raise CannotDemonstrate(f"no tool of the run {SKILLS.get(skill, 'has this skill')} ({skill})")
 
     def write_call(self, tool: str, argument: str, closed: bool = True) -> str:
         """A call as the policy writes it. closed=False: without its closing tag, as if the policy forgot it."""

@@ -21,6 +21,7 @@ from appo_jax.data.question_files import decrypted, lower_case, published_record
 from appo_jax.data.records import parse_each
 from appo_jax.data.repetitions import drop_repetitions
 from appo_jax.errors import AppoError, ConfigError, DataError
+from appo_jax.tools.user_code import imported
 from appo_jax.types import Document, Example, Trace
 
 
@@ -109,18 +110,13 @@ def _evaluated(name: str, row: tuple[str, Any]) -> Example:
 
 
 def _find(name: str) -> Callable[[DataConfig], Dataset]:
-    expected = f"expected {', '.join(source_names())} or `package.module:function`"
-    module, _, function = name.partition(":")
-    if not function:
-        if name not in source_names():
-            raise ConfigError(f"data.source = {name!r}: {expected}")
-        module, function = f"{sources.__name__}.{name}", "load"
-    try:
-        load = getattr(importlib.import_module(module), function)
-    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
-        raise ConfigError(
-            f"data.source = {name!r} cannot be imported ({type(error).__name__}: {error}); {expected}"
-        ) from error
+    expected = f"{', '.join(source_names())} or `package.module:function`"
+    if ":" in name:
+        load = imported("data.source", name, expected)
+    elif name in source_names():
+        load = importlib.import_module(f"{sources.__name__}.{name}").load
+    else:
+        raise ConfigError(f"data.source = {name!r}: expected {expected}")
     if not callable(load):
-        raise ConfigError(f"data.source = {name!r} is a {type(load).__name__}, not a function; {expected}")
+        raise ConfigError(f"data.source = {name!r} is a {type(load).__name__}, not a function; expected {expected}")
     return load

@@ -15,13 +15,6 @@ from appo_jax.metrics import read_summary
 
 # More steps than any run makes, so that the budget of tokens ends a run.
 MAX_STEPS = 100_000
-# Data sources that generate their questions. The tokenizer is trained on these.
-GENERATED = ("world", "decisions")
-
-
-def lacks_tokenizer(config: Config) -> bool:
-    """Whether the data are generated and the tokenizer is not trained on them yet (`appo-jax data world` does this)."""
-    return config.data.source in GENERATED and not Path(str(config.policy.tokenizer)).exists()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,10 @@ from typing import Literal
 from appo_jax.config import Config
 from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.interrupt import stop_requests
-from appo_jax.study.definition import Study, lacks_tokenizer
+from appo_jax.study.definition import Study
 from appo_jax.study.process import log_file, start_run
 from appo_jax.study.report import write_report
+from appo_jax.text.tokenizer import lacks_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def jobs_left(study: Study) -> list[Job]:
     """The jobs that are not done yet, in order: the generation of the data, then for each seed its cold start and its arms."""
     first_cold_start = study.cold_start(study.seeds[0])
     world = None
-    if lacks_tokenizer(first_cold_start):
+    if lacks_tokenizer(first_cold_start.policy):
         world = Job(
             "data world", dataclasses.replace(first_cold_start, run_dir=str(Path(study.out) / "runs" / "world"))
         )

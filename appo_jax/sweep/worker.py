@@ -21,12 +21,12 @@ from appo_jax.config import Config
 from appo_jax.errors import TrainingError
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.metrics import read_metrics, read_summary
-from appo_jax.study.definition import lacks_tokenizer
 from appo_jax.study.process import log_file, start_run
 from appo_jax.study.report import load_outcome
 from appo_jax.sweep.definition import Sweep
 from appo_jax.sweep.racing import excluded
 from appo_jax.sweep.store import RENEW_S, Store
+from appo_jax.text.tokenizer import lacks_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: Sequence[
 def _cold_start(store: Store, seed: int, stop: Stop, lost: Sequence[threading.Event]) -> None:
     """Do the cold start with which a seed begins. If the data must still be generated, do this first."""
     config = store.sweep.cold_start(seed)
-    if lacks_tokenizer(config):
+    if lacks_tokenizer(config.policy):
         world = dataclasses.replace(config, run_dir=str(store.folder / "runs" / "world"))
         run_shared(store, "world", "data world", world, stop, lost)
     run_shared(store, Path(config.run_dir).name, "sft", config, stop, lost)

@@ -302,6 +302,12 @@ def policy_tokenizer(policy: PolicyConfig) -> Tokenizer:
     return tokenizer.with_variables(policy.template_variables)
 
 
+def lacks_tokenizer(policy: PolicyConfig) -> bool:
+    """Whether a policy of random weights has a tokenizer that is not trained yet (`appo-jax data world` does this)."""
+    path = policy.tokenizer
+    return policy.path is None and path is not None and path.endswith(".model") and not Path(path).exists()
+
+
 def check_tags(tokenizer: Tokenizer, tags: Sequence[str]) -> None:
     """Raises ConfigError that names every tag that changes in encoding and decoding, or the line break between them, and every
     tag that is a control token: in text, the policy's own token would be lost."""

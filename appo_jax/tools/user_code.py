@@ -1,4 +1,4 @@
-"""Imports what users name by `package.module:name`: tools and rewards of their own."""
+"""Imports what users name by `package.module:name`: tools, rewards, data sources and benchmark sets of their own."""
 
 from __future__ import annotations
 

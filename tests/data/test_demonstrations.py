@@ -11,7 +11,7 @@ import pytest
 
 from appo_jax.config import PythonToolConfig, SearchToolConfig, ToolsConfig
 from appo_jax.data import traces
-from appo_jax.data.demonstrations import ToolKit
+from appo_jax.data.demonstrations import CannotDemonstrate, ToolKit
 from appo_jax.data.demonstrations import demonstrate as data_demonstrate
 from appo_jax.data.source import Dataset
 from appo_jax.data.world import generate
@@ -259,3 +259,10 @@ def test_a_tool_brings_demonstrations_of_its_own(world, pages, call_format):
         (told,) = data_demonstrate(dataset_of(world), executor, limit=1)
         assert told.segments == first.segments
         assert told.example.system == f"Use {executor.call_format.instructions()}"
+
+
+def test_a_skill_of_ones_own_finds_its_tool_or_leaves_the_demonstration_out():
+    translator = ToolKit(ToolExecutor([tool(str.upper, "shout", "translate")], ToolsConfig()))
+    assert translator.tool_for("translate") == "shout"
+    with pytest.raises(CannotDemonstrate, match=r"no tool of the run has this skill \(sing\)"):
+        translator.tool_for("sing")

@@ -9,7 +9,7 @@ import pytest
 from appo_jax.config import ColumnsConfig, DataConfig, ToolsConfig
 from appo_jax.data.demonstrations import demonstrate
 from appo_jax.data.repetitions import find_repetitions
-from appo_jax.data.source import load_dataset, read_evaluation
+from appo_jax.data.source import for_evaluation, load_dataset
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.wrap import FunctionTool
 
@@ -76,7 +76,7 @@ def test_overlaps_of_the_official_prompts(shared_data):
     files = tuple(str(shared_data / "eval" / f"{name}.jsonl") for name in names)
     config = DataConfig("appo_rl", str(shared_data / "appo_rl"), evaluation=files)
     dataset = load_dataset(config)
-    found = find_repetitions(dataset.train, [*dataset.held_out, *read_evaluation(config)])
+    found = find_repetitions(dataset.train, for_evaluation(dataset, config))
     exact = {}
     for example in dataset.train:
         exact.setdefault(" ".join(example.question.split()), []).append(example)

@@ -252,7 +252,7 @@ def test_a_source_of_your_own(executor):
     ("source", "error", "complaint"),
     [
         ("gsm9k", ConfigError, r"data\.source = 'gsm9k': expected .*gsm8k.*world"),
-        ("no_such_module:load", ConfigError, "cannot be imported"),
+        ("no_such_module:load", ConfigError, r"data\.source = .*cannot be imported .*a file in the working directory"),
         ("my_source:nothing", ConfigError, "cannot be imported"),
         ("my_source:CONSTANT", ConfigError, "is a int, not a function"),
         ("my_source:ends", DataError, "raised SystemExit: 0"),

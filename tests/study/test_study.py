@@ -36,7 +36,10 @@ def study(base, out, **arms):
 
 def without_world(base, folder):
     """A config whose cold start fails at once: no data where it should be."""
-    return dataclasses.replace(base, data=dataclasses.replace(base.data, source="gsm8k", path=str(folder / "nothing")))
+    (folder / "there.model").touch()
+    policy = dataclasses.replace(base.policy, tokenizer=str(folder / "there.model"))
+    data = dataclasses.replace(base.data, source="gsm8k", path=str(folder / "nothing"))
+    return dataclasses.replace(base, data=data, policy=policy)
 
 
 ORPHAN = """
@@ -173,9 +176,11 @@ def test_a_seed_is_made_in_order_and_what_is_finished_is_left_out(base, tmp_path
     assert [job.name for job in jobs_left(s)] == ["cold-1", "appo-1", "grpo-1"]
 
 
-def test_a_world_that_is_not_there_is_made_first(base, tmp_path):
+@pytest.mark.parametrize("source", ["world", "my_data:load"])
+def test_a_tokenizer_that_is_not_there_is_made_first(base, tmp_path, source):
     policy = dataclasses.replace(base.policy, tokenizer=str(tmp_path / "world.model"))
-    s = Study(str(tmp_path), {"appo": dataclasses.replace(base, policy=policy)}, seeds=(0,), max_sampled_tokens=100)
+    base = dataclasses.replace(base, policy=policy, data=dataclasses.replace(base.data, source=source))
+    s = Study(str(tmp_path), {"appo": base}, seeds=(0,), max_sampled_tokens=100)
     world, cold, arm = jobs_left(s)
     assert (world.command, cold.command, arm.command) == ("data world", "sft", "train")
     assert (cold.after, arm.after) == (world, cold)
