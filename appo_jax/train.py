@@ -91,10 +91,9 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             progress.step(reached.step, record)
             stopping = stop.agreed()
             if reached.step % config.checkpoint_every == 0 or reached.end(config) or stopping:
-                meta = {
-                    "sampled_tokens": reached.sampled_tokens, "wall_s": record["time/wall_s"], "record": plain(record),
-                    "accuracies": accuracies, "config": config_json(config, run.config).decode(),
-                } | trainer.origin  # fmt: skip
+                meta = {"sampled_tokens": reached.sampled_tokens, "wall_s": record["time/wall_s"]} | trainer.origin
+                meta |= {"accuracies": accuracies, "record": plain(record)}
+                meta |= {"config": config_json(config, run.config).decode()}
                 checkpointer.save(reached.step, state, meta, prompts, record.get("eval/accuracy"))
         checkpointer.wait()
         if not reached.end(config):

@@ -33,7 +33,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
     problems = _unsupported(config, family)
     problems += _numbers(config)
     ropes = (config.get(name) for name in ("rope_parameters", "rope_scaling"))
-    rope = next((given for given in ropes if given not in (None, {})), {})
+    rope: Any = next((given for given in ropes if given not in (None, {})), {})
     scaling, rope_problems = _rope_scaling(rope, config.get("max_position_embeddings"))
     problems += rope_problems
     if problems:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -64,7 +65,7 @@ class Judge:
         for path, term in self.terms.items():
             if judgement.error is not None:
                 return judgement
-            found = _judged(f"reward.terms = {path!r}", lambda term=term: _checked_term(term(response)))
+            found = _judged(f"reward.terms = {path!r}", functools.partial(_called_term, term, response))
             name = path.partition(":")[2]
             if found.error is not None:
                 return found
@@ -202,8 +203,8 @@ def _checked(result: Any) -> Judgement:
     return Judgement(reward, bool(result.correct), detail)
 
 
-def _checked_term(result: Any) -> Judgement:
-    number = _number(result)
+def _called_term(term: Callable[[Response], Any], response: Response) -> Judgement:
+    number = _number(result := term(response))
     if number is None or not abs(number) <= MAX_REWARD:
         return _failed(f"returned {_shown(result)}")
     return Judgement(number, False, {})

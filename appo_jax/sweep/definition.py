@@ -207,8 +207,9 @@ def check_sweep(sweep: Sweep) -> None:
 
 def _check_used(sweep: Sweep) -> None:
     """Raise ConfigError for a field of the space whose value the algorithm sets: its trials would be the same."""
+    distribution: Any  # its values, or its bounds
     for name, distribution in sweep.distributions.items():
-        for value in getattr(distribution, "choices", ()) or (distribution.low, distribution.high):
+        for value in getattr(distribution, "choices", None) or (distribution.low, distribution.high):
             config = with_fields(sweep.base, {name: value})
             if name in (sets := overwritten(config)):
                 raise ConfigError(
