@@ -41,6 +41,9 @@ class Store:
         self.folder = Path(sweep.out)
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
         (self.folder / "leases").mkdir(exist_ok=True)
+        self._seen: dict[
+            str, tuple[dict[str, Any], float]
+        ] = {}  # task: its last lease, and the time at which it was new
         self._owner = {"host": socket.gethostname(), "pid": os.getpid()}
         self._lock_file = str(self.folder / "claims")
         with self.lock():
@@ -148,7 +151,7 @@ class Store:
     def _take(self, task: str) -> bool:
         """`take`, for callers that hold the lock."""
         lease = self._lease(task)
-        if lease and self._held_by_another(lease):
+        if lease and self._held_by_another(task, lease):
             return False
         self._write_lease(task)
         return True
@@ -182,9 +185,15 @@ class Store:
         if self.renew(task):
             (self.folder / "leases" / f"{task}.json").unlink(missing_ok=True)
 
-    def _held_by_another(self, lease: dict[str, Any]) -> bool:
-        """Whether another process holds the lease: it was renewed in time, and its process, if it is on this host, lives."""
-        if time.time() - lease["time"] > LEASE_S:
+    def _held_by_another(self, task: str, lease: dict[str, Any]) -> bool:
+        """Whether another process holds the lease: it was renewed in time, and its process, if it is on this host, lives.
+
+        The clocks of machines differ. So the time of a renewal only tells one from the next, and LEASE_S is counted from when this
+        process first saw the last one.
+        """
+        if self._seen.get(task, ({}, 0.0))[0] != lease:
+            self._seen[task] = lease, time.monotonic()
+        if time.monotonic() - self._seen[task][1] > LEASE_S:
             return False
         return lease["host"] != self._owner["host"] or (lease["pid"] != self._owner["pid"] and _alive(lease["pid"]))
 

@@ -25,7 +25,7 @@ from appo_jax.study.process import log_file, start_run
 from appo_jax.study.report import load_outcome
 from appo_jax.sweep.definition import Sweep
 from appo_jax.sweep.racing import excluded
-from appo_jax.sweep.store import RENEW_S, Store
+from appo_jax.sweep.store import LEASE_S, RENEW_S, Store
 from appo_jax.text.tokenizer import lacks_tokenizer
 
 log = logging.getLogger(__name__)
@@ -161,10 +161,18 @@ def holding(store: Store, task: str) -> Iterator[threading.Event]:
     lost, ended = threading.Event(), threading.Event()
 
     def renew() -> None:
+        renewed = time.monotonic()
         while not ended.wait(RENEW_S):
-            if not store.renew(task):
-                lost.set()
-                return
+            try:
+                if not store.renew(task):
+                    lost.set()
+                    return
+                renewed = time.monotonic()
+            except OSError as error:  # the shared disk may answer again
+                log.warning("the lease of %s cannot be renewed: %s", task, error)
+                if time.monotonic() - renewed > LEASE_S - RENEW_S:  # soon another worker may take it
+                    lost.set()
+                    return
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()

@@ -17,10 +17,11 @@ from optuna.trial import TrialState
 from appo_jax.config_io import load_config
 from appo_jax.errors import ConfigError, TrainingError
 from appo_jax.interrupt import stop_requests
+from appo_jax.sweep import store as store_module
 from appo_jax.sweep import worker
 from appo_jax.sweep.definition import Sweep
 from appo_jax.sweep.report import write_report
-from appo_jax.sweep.store import LEASE_S, Store
+from appo_jax.sweep.store import Store
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
 
@@ -81,17 +82,44 @@ def test_workers_that_are_killed_lose_no_trial_and_none_is_done_twice(tmp_path):
     assert set(ended.values()) == {1}
 
 
-def test_a_silent_workers_trial_goes_to_another_and_a_living_ones_does_not(store, tmp_path):
+@pytest.mark.parametrize("ahead", [-3600.0, 0.0, 3600.0])
+def test_a_silent_workers_trial_goes_to_another_and_a_living_ones_does_not(store, tmp_path, monkeypatch, ahead):
+    """Whatever its clock says."""
+    monkeypatch.setattr(store_module, "LEASE_S", 0.5)
     trial = store.claim_trial()
     lease = tmp_path / "leases" / f"trial-{trial.number}.json"
-    elsewhere = {"host": "another", "pid": 1, "time": time.time()}
-    lease.write_text(json.dumps(elsewhere))
+    task = f"trial-{trial.number}"
+    for renewal in range(3):
+        lease.write_text(json.dumps({"host": "another", "pid": 1, "time": time.time() + ahead + renewal}))
+        assert not store.take(task)
+        time.sleep(0.3)
     second = store.claim_trial()
     assert second.number != trial.number
     store.release(f"trial-{second.number}")
-    lease.write_text(json.dumps(elsewhere | {"time": time.time() - LEASE_S - 1}))
     store.study.tell(second, 0.0)
+    time.sleep(0.3)
     assert store.claim_trial().number == trial.number
+
+
+def test_a_disk_that_fails_for_a_moment_costs_no_lease_and_one_that_stays_away_does(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "RENEW_S", 0.02)
+    monkeypatch.setattr(worker, "LEASE_S", 0.5)
+    assert store.take("cold-0")
+    leases, away = tmp_path / "leases", tmp_path / "away"
+    with worker.holding(store, "cold-0") as lost:
+        with store.lock():
+            leases.rename(away)
+            leases.write_text("")  # no folder: NotADirectoryError
+        time.sleep(0.2)
+        with store.lock():
+            leases.unlink()
+            away.rename(leases)
+        assert not lost.wait(0.6)
+        leases.rename(away)
+        leases.write_text("")
+        assert lost.wait(2)
+        leases.unlink()
+        away.rename(leases)
 
 
 def test_a_worker_that_lost_its_lease_is_told(store, tmp_path):
