@@ -215,16 +215,20 @@ def _require_ours(file: Path) -> None:
 
 def _lock(path: Path) -> int:
     """Lock a run. The lock of another machine, which may be lost, is waited for. Raises CheckpointError if it stays locked."""
-    before, until = _last_sign(path), time.monotonic() + LOST_LOCK_S
+    before, until, told = _last_sign(path), time.monotonic() + LOST_LOCK_S, False
     while (held := lock(path / "lock")) is None:
         now = _last_sign(path)
-        here = now is None or now[1] == socket.gethostname()
-        if here or now != before or time.monotonic() > until:
+        if now is None or now[1] == socket.gethostname() or now != before or time.monotonic() > until:
             sign = "" if now is None else f" (last sign of it {max(0, time.time() - now[0]):.0f} s ago, from {now[1]})"
             raise CheckpointError(
                 f"{path}: another process is writing this run{sign}; wait for it, or give another --run-dir. NFS 3 keeps the "
                 f"lock of a machine that was cut off: if it is gone for good, delete {path / 'lock'}"
             )
+        if not told:
+            log.warning(
+                "%s: %s holds the run's lock; waiting up to %.0f s, in case it is lost", path, now[1], LOST_LOCK_S
+            )
+        told = True
         time.sleep(0.2)
     return held
 
