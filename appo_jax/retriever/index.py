@@ -16,18 +16,19 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import Stemmer
 import tantivy
 
 from appo_jax.errors import DataError
 from appo_jax.tools.protocol import writable
-from appo_jax.tools.search import cache_folder, kept_words, query_terms, read_pages, stop_terms, words
+from appo_jax.tools.search import cache_folder, kept_words, query_terms, read_passages, stop_terms, words
 from appo_jax.types import Document
 
 log = logging.getLogger(__name__)
 
-_VERSION = "appo_jax tantivy 1"  # change it whenever the index of the same text changes
+_VERSION = "appo_jax tantivy 2"  # change it whenever the index of the same text changes
 _MARK = "\N{MIDDLE DOT}"  # replaces the space that marks stop words, because tantivy splits terms at spaces
 HEAP = 512 << 20  # bytes that the writer's threads hold together before they write segments
 MAX_THREADS = 8  # of the writer; tantivy refuses less than 15 MB of HEAP per thread
@@ -39,6 +40,7 @@ def _schema() -> tantivy.Schema:
         builder.add_text_field(name, tokenizer_name="whitespace", index_option="freq")
     builder.add_text_field("title", stored=True, tokenizer_name="raw", index_option="basic")
     builder.add_bytes_field("text", stored=True)
+    builder.add_bytes_field("id", stored=True)
     return builder.build()
 
 
@@ -65,8 +67,8 @@ def build(corpus: Path, folder: Path) -> None:
         index = tantivy.Index(_schema(), path=str(scratch))
         writer = index.writer(HEAP, num_threads=min(os.cpu_count() or 1, MAX_THREADS))
         try:
-            for page in read_pages(corpus):
-                writer.add_document(_document(page))
+            for id, page in read_passages(corpus):
+                writer.add_document(_document(id, page))
                 count += 1
                 if count % 250_000 == 0:
                     log.info("%s: %d pages indexed, %.0f s", corpus, count, time.monotonic() - began)
@@ -86,7 +88,7 @@ def build(corpus: Path, folder: Path) -> None:
     log.info("%s: %d pages indexed in %.0f s", corpus, count, time.monotonic() - began)
 
 
-def _document(page: Document) -> tantivy.Document:
+def _document(id: str, page: Document) -> tantivy.Document:
     title = words(page.title)
     found = title + words(page.text)
     document = tantivy.Document()
@@ -94,6 +96,7 @@ def _document(page: Document) -> tantivy.Document:
     document.add_text("stop_words", " ".join(_marked(term) for term in stop_terms(found, title)))
     document.add_text("title", writable(page.title))
     document.add_bytes("text", page.text.encode("utf-8", "replace"))
+    document.add_bytes("id", id.encode("utf-8", "replace"))
     return document
 
 
@@ -107,6 +110,14 @@ _STEMMER = Stemmer.Stemmer("english")
 
 def _marked(term: str) -> str:
     return term.replace(" ", _MARK)
+
+
+class Hit(NamedTuple):
+    """A page that a query finds."""
+
+    id: str  # that of its record in the corpus, or its position there
+    page: Document
+    relevance: float
 
 
 class Index:
@@ -124,8 +135,8 @@ class Index:
         self._schema = self._index.schema
         self._searcher = self._index.searcher()
 
-    def search(self, query: str, k: int) -> list[tuple[Document, float]]:
-        """The k best pages that share a word with the query, best first, with their relevance."""
+    def search(self, query: str, k: int) -> list[Hit]:
+        """The k best pages that share a word with the query, best first."""
         found = query_terms(writable(query))
         wanted = [
             (
@@ -139,8 +150,9 @@ class Index:
         if not wanted:
             return []
         hits = self._searcher.search(tantivy.Query.boolean_query(wanted), k, count=False).hits
-        return [(self._page(address), relevance) for relevance, address in hits]
+        return [self._hit(address, relevance) for relevance, address in hits]
 
-    def _page(self, address: tantivy.DocAddress) -> Document:
+    def _hit(self, address: tantivy.DocAddress, relevance: float) -> Hit:
         stored = self._searcher.doc(address)
-        return Document(stored.get_first("title") or "", bytes(stored.get_first("text") or b"").decode())
+        text, id = (bytes(stored.get_first(name) or b"").decode() for name in ("text", "id"))
+        return Hit(id, Document(stored.get_first("title") or "", text), relevance)

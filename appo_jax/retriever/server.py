@@ -125,8 +125,9 @@ class Retriever:
             self._next = start + count / self.rate
         self.queries += count
 
-    def _search(self, query: str, k: int) -> list[tuple[str, float]]:
-        return [(join_contents(page), relevance) for page, relevance in self.index.search(query, k)]
+    def _search(self, query: str, k: int) -> list[tuple[dict[str, str], float]]:
+        hits = self.index.search(query, k)
+        return [({"id": hit.id, "contents": join_contents(hit.page)}, hit.relevance) for hit in hits]
 
 
 async def _body(receive: Receive) -> bytes:
@@ -155,10 +156,9 @@ def _read(body: bytes) -> tuple[list[str], int, bool]:
     return [" ".join(query[:MAX_QUERY].split()) for query in queries], k, bool(request.get("return_scores"))
 
 
-def _written(results: list[list[tuple[str, float]]], return_scores: bool) -> bytes:
-    def page(number: int, contents: str, relevance: float) -> dict[str, Any]:
-        document = {"id": str(number), "contents": contents}
-        return {"document": document, "score": relevance} if return_scores else document
-
-    listed = [[page(i, *hit) for i, hit in enumerate(found)] for found in results]
+def _written(results: list[list[tuple[dict[str, str], float]]], return_scores: bool) -> bytes:
+    listed = [
+        [{"document": document, "score": relevance} if return_scores else document for document, relevance in found]
+        for found in results
+    ]
     return json.dumps({"result": listed}).encode()

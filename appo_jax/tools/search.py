@@ -238,12 +238,18 @@ def load_corpus(path: str | Path) -> list[Document]:
 
 def read_pages(path: Path) -> Iterator[Document]:
     """The documents of such a file one after the other, repeated ones included. Raises DataError."""
+    return (page for _, page in read_passages(path))
+
+
+def read_passages(path: Path) -> Iterator[tuple[str, Document]]:
+    """`read_pages` with the `id` of each record; without one, its position from 0. Raises DataError."""
     if not path.is_file():
         raise DataError(f"search corpus {path}: no such file (tools.search.corpus: jsonl, json or parquet)")
     for number, (where, record) in enumerate(_records(path)):
         if number % PROGRESS_EVERY == 0:
             heartbeat.progress()
-        yield _page(record, f"{path}, {where}")
+        page = _page(record, f"{path}, {where}")
+        yield str(number if record.get("id") is None else record["id"]), page
 
 
 def _records(path: Path) -> Iterable[tuple[str, Any]]:

@@ -52,9 +52,9 @@ def index(tmp_path_factory):
 )  # fmt: skip
 def test_queries_find_what_the_search_tool_finds(index, query, first):
     found = index.search(query, 3)
-    assert found[0][0] == PAGES[first]
-    assert [relevance for _, relevance in found] == sorted((relevance for _, relevance in found), reverse=True)
-    assert {page for page, _ in index.search(query, 6)} == set(LocalSearch(PAGES).search([query], 6)[0])
+    assert (found[0].page, found[0].id) == (PAGES[first], str(first))
+    assert [hit.relevance for hit in found] == sorted((hit.relevance for hit in found), reverse=True)
+    assert {hit.page for hit in index.search(query, 6)} == set(LocalSearch(PAGES).search([query], 6)[0])
 
 
 @pytest.mark.parametrize("query", ["", "!!", "zzz", '"AND (zzz:q', "a" * 5000, "\ud800"])
@@ -73,17 +73,27 @@ def test_relevance_is_that_of_bm25(tmp_path):
         query = " ".join(rng.choice(names, 3, replace=False))
         expected = {pages[i].title: 2.2 * x for i, x in enumerate(local._relevance(query))}
         found = index.search(query, 10)
-        np.testing.assert_allclose([relevance for _, relevance in found], sorted(expected.values())[:-11:-1], rtol=1e-4)
-        np.testing.assert_allclose(
-            [relevance for _, relevance in found], [expected[page.title] for page, _ in found], rtol=1e-4
-        )
+        relevances = [hit.relevance for hit in found]
+        np.testing.assert_allclose(relevances, sorted(expected.values())[:-11:-1], rtol=1e-4)
+        np.testing.assert_allclose(relevances, [expected[hit.page.title] for hit in found], rtol=1e-4)
+
+
+def test_a_page_keeps_the_id_of_its_record(tmp_path):
+    corpus = tmp_path / "c.jsonl"
+    records = [
+        {"id": id, "contents": f'"{name}"\nA page about {name}.'} for id, name in (("wiki-7", "Bern"), (9, "Chur"))
+    ]
+    corpus.write_text("".join(json.dumps(record) + "\n" for record in (*records, {"title": "Rome", "text": "A town"})))
+    build(corpus, tmp_path / "i")
+    index = Index(tmp_path / "i")
+    assert [index.search(name, 1)[0].id for name in ("Bern", "Chur", "Rome")] == ["wiki-7", "9", "2"]
 
 
 def test_a_machine_with_many_cores_builds_an_index(tmp_path, monkeypatch):
     """TPU hosts have 96 and more; tantivy refuses to divide its memory among as many threads."""
     monkeypatch.setattr(os, "cpu_count", lambda: 240)
     build(write(tmp_path / "corpus.jsonl", PAGES), tmp_path / "built")
-    assert Index(tmp_path / "built").search("rock bands of London", 1)[0][0] == PAGES[0]
+    assert Index(tmp_path / "built").search("rock bands of London", 1)[0].page == PAGES[0]
 
 
 def test_an_index_belongs_to_one_state_of_a_file(tmp_path):
@@ -150,6 +160,7 @@ def test_the_protocol_is_search_r1s(server):
     answer = server.ask({"queries": ["Tokyo", "zzz"], "topk": 2, "return_scores": True}).json()
     (first,), second = answer["result"]
     assert second == []
+    assert first["document"]["id"] == "4"
     assert first["document"]["contents"] == '"東京"\nTokyo is the capital of Japan.'
     assert first["score"] > 0
     ((bare,), _) = server.ask({"queries": ["Tokyo", "zzz"]}).json()["result"]
