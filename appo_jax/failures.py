@@ -133,7 +133,7 @@ def explain(error: BaseException) -> str:
     if is_out_of_memory(error):
         asked = _SIZE.search(text)
         return (
-            f"out of memory {where}{f' ({asked.group()} asked for)' if asked else ''}; {_memory()}. Lower what the phase holds "
+            f"out of memory {where}{f' ({asked.group()} requested)' if asked else ''}; {_memory()}. Lower what the phase holds "
             "in memory: optimizer.micro_batch and sft.micro_batch (update, score), rollout.decode_rows (rollout, branch), set "
             f"optimizer.remat = 'layers', or take more devices (mesh.fsdp); `appo-jax plan` says what fits. JAX: {text[:300]}"
         )

@@ -222,7 +222,7 @@ def _lock(path: Path) -> int:
             sign = "" if now is None else f" (last sign of it {max(0, time.time() - now[0]):.0f} s ago, from {now[1]})"
             raise CheckpointError(
                 f"{path}: another process is writing this run{sign}; wait for it, or give another --run-dir. NFS 3 keeps the "
-                f"lock of a machine that was cut off: if it is gone for good, delete {path / 'lock'}"
+                f"lock of a machine that was cut off: if it will not come back, delete {path / 'lock'}"
             )
         if not told:
             log.warning(

@@ -1,4 +1,4 @@
-"""The words everything else speaks: axis letters, examples, rollouts, stop reasons.
+"""Types and terms that all modules use: axis letters, examples, rollouts, stop reasons.
 
 Axis letters, used in every array comment and public signature:
 
@@ -8,7 +8,7 @@ Axis letters, used in every array comment and public signature:
     M  rollout budget per prompt        S  tokens of a suffix (what a continuation adds to its prefix)
     V  vocabulary   L  layers           H  query heads   K  key/value heads   D  model width   E  head width
 
-Alignment, everywhere: index t of any per-token array speaks of token t. `log_probs[t]` is the log-probability of
+In every array with one entry per token, entry t belongs to token t. `log_probs[t]` is the log-probability of
 token t given the tokens before it, `entropies[t]` is the entropy of the distribution that token t was drawn from.
 """
 
@@ -66,16 +66,16 @@ class StopReason(enum.StrEnum):
     """Why a rollout ended. Every rollout has exactly one."""
 
     ANSWERED = "answered"  # the policy wrote EOS
-    LENGTH = "length"  # no room for another token
+    LENGTH = "length"  # the maximum length is reached
     CALLS = "calls"  # asked for a tool after `max_tool_calls`
     TIME = "time"  # the rollout's wall-clock limit
 
 
 class Outcome(enum.StrEnum):
-    """What became of a tool call."""
+    """The outcome of a tool call."""
 
     OK = "ok"
-    ERROR = "error"  # the tool ran and reports an error of the policy's making (an exception in its code)
+    ERROR = "error"  # the tool ran and reports an error that the policy caused (an exception in its code)
     MALFORMED = "malformed"  # the call could not be parsed
     TIMEOUT = "timeout"
     LIMIT = "limit"  # a resource limit (memory, output, processes) was hit
@@ -160,7 +160,7 @@ def turn_starts(sampled: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class RewardResult:
-    """What a reward function says of one response."""
+    """The result of a reward function for one response."""
 
     reward: float
     correct: bool  # the figure accuracy counts

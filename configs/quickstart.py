@@ -39,7 +39,7 @@ config = Config(
         python=PythonToolConfig(isolation="process", preload=("math",), timeout=2.0),
         search=SearchToolConfig(top_k=1),
     ),
-    reward=RewardConfig(tool_bonus=0.0),  # most questions need one tool, so using both is no merit here
+    reward=RewardConfig(tool_bonus=0.0),  # most questions need one tool, so no bonus is given for using both
     rollout=RolloutConfig(
         num_initial=4, budget=16, max_prompt_tokens=24, max_response_tokens=112, max_result_tokens=48, max_tool_calls=5,
         decode_rows=64, max_seconds=60,

@@ -1,6 +1,6 @@
 """A real pretrained policy on real questions: SmolLM2-135M-Instruct on GSM8K with the python tool.
 
-Sized for two CPU cores: it shows the whole method at work on a real model, not a result. Memory: under 14 GB.
+Sized for two CPU cores: it demonstrates the method on a real model, which is too small for a result. Memory: under 14 GB.
 
     appo-jax convert smollm2 --out artifacts/smollm2
     appo-jax train --config configs/smollm2_gsm8k.py --data DIR_OF_GSM8K --steps 2
@@ -29,7 +29,7 @@ config = Config(
     policy=PolicyConfig(path="artifacts/smollm2"),
     data=DataConfig(source="gsm8k"),
     tools=ToolsConfig(enabled=("python",), python=PythonToolConfig(preload=("math",))),
-    reward=RewardConfig(tool_bonus=0.0),  # one tool only: using it is no merit of its own
+    reward=RewardConfig(tool_bonus=0.0),  # there is one tool, so a bonus for using every tool would reward nothing
     rollout=RolloutConfig(
         num_initial=4, budget=8, max_prompt_tokens=352, max_response_tokens=256, max_result_tokens=32, max_tool_calls=8,
         decode_rows=32, max_seconds=300,

@@ -60,7 +60,7 @@ def test_memory_of_a_device() -> None:
     for part in (
         "out of memory",
         "phase 'branch'",
-        "asked for",
+        "requested",
         "GiB left",
         "rollout.decode_rows",
         "optimizer.micro_batch",

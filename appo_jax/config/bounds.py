@@ -1,4 +1,4 @@
-"""Bounds of numbers that pydantic has no name for. A field carries its bound in its type; `config_io.check` holds it to it."""
+"""Bounds of numbers that pydantic has no name for. The type of a field states its bound, and `config_io.check` enforces it."""
 
 from __future__ import annotations
 

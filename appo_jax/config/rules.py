@@ -59,7 +59,7 @@ def _checkpoints(config: Config) -> Iterator[str]:
     if config.keep_best_checkpoints and (every == 0 or every % config.checkpoint_every):
         yield (
             f"keep_best_checkpoints = {config.keep_best_checkpoints}: needs eval.every (given: {every}) to be a multiple of "
-            f"checkpoint_every = {config.checkpoint_every}: what is judged must be saved"
+            f"checkpoint_every = {config.checkpoint_every}: a step must be saved when it is evaluated"
         )
 
 

@@ -69,7 +69,7 @@ def _overlaps(questions: Sequence[_Question], evaluation: Sequence[Example]) -> 
 
 
 def drop_repetitions(train: Sequence[Example], evaluation: Sequence[Example], kinds: Sequence[str]) -> list[Example]:
-    """The training questions without those of the given kinds (fields of `Repetitions`); how many went is logged."""
+    """The training questions without those of the given kinds (fields of `Repetitions`); logs how many are left out."""
     found = find_repetitions(train, evaluation)
     gone = found.indices(kinds)
     counts = ", ".join(f"{len(getattr(found, kind))} {kind.replace('_', ' ')}" for kind in kinds)

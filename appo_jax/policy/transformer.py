@@ -117,7 +117,7 @@ class Layer(nnx.Module):
         p = {name: w if LAYER[name].kind == "norm" else w.astype(x.dtype) for name, w in stored.items()}
         transposed = (
             p["q"].shape[0] != a.width
-        )  # a policy with as many heads as channels is refused, so the first axis tells
+        )  # a policy with as many heads as channels is refused, so the first axis shows whether the matrix is transposed
 
         h = rms_norm(x, p["attn_norm"], a.norm_eps)
         q, k, v = (self._with_adapter(_project(h, p[name], transposed), name, h, p) for name in ("q", "k", "v"))

@@ -44,7 +44,7 @@ def make_reward(config: RewardConfig, call_format: CallFormat, folder: Path) -> 
     else:
         function = _function("reward.function", name, "robust, official, judge or package.module:function")
     terms = {path: _function("reward.terms", path, "package.module:function") for path in config.terms}
-    # Ours have time limits of their own.
+    # The built-in functions have their own time limits.
     timeout = None if name in ("robust", "official") and not terms else config.timeout
     return Judge(name, function, timeout, language, terms)
 

@@ -1,7 +1,7 @@
 """Text answers: exact match and token F1 over the accepted aliases, as SQuAD and HotpotQA define them.
 
 Differences from their `normalize_answer`, which treats some different answers as equal and loses others: a number keeps
-its sign and its decimal point ("5" is not "-5", "25" is not "2.5") and drops its thousands separators; an answer made
+its sign and its decimal point ("5" is not "-5", "25" is not "2.5") and drops its thousands separators; an answer
 that has only articles keeps them ("A" can be right); LaTeX text markup is removed; Unicode letters are normalised, and Latin
 letters lose their accents; "&" between words is "and"; and answers are equal if they differ only in spaces, except spaces
 between two digits ("J. K." and "J.K.", "well-known" and "well known").

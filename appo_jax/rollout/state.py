@@ -9,8 +9,9 @@ Its text is the first `start + 1` tokens of that prefix followed by its suffix:
     suffix              p3 s1 s2 s3 __ __        slot 0 repeats the last prefix token, so that its logits draw s1
                         ^^^^^^^^ cached  ^ slots 0 … length−2 have keys and values; the last token is still to be fed
 
-So a fork is a number, not a copy, and the same program draws initial rollouts (N rows on one prompt) and branches (B rows on
-one parent). Everything except attention over the prefix runs on the W rows; `Places` holds the places of the rows.
+So a fork is stored as a position in the prefix, and no cache is copied. The same program draws initial rollouts (N rows on one
+prompt) and branches (B rows on one parent). Everything except attention over the prefix runs on the W rows; `Places` holds the
+places of the rows.
 
 On a mesh, rows, prefix slots and their caches are split over (data, fsdp), and heads over tensor. A row continues a prefix of
 its own device, so each device reads and writes only its own caches. The small per-row arrays are replicated on every device,

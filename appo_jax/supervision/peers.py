@@ -122,7 +122,7 @@ class Peers:
             self._forget(line, close=True)
         for host, line in self._lines.items():
             if host not in self.left and (silent := now - line.heard) > SILENCE_S:
-                return self.gone(host, f"has given no sign of life for {silent:.0f} s")
+                return self.gone(host, f"has sent nothing for {silent:.0f} s")
         if self._listener is not None and now - self._began > CONNECT_S:
             missing = sorted(set(range(1, self.hosts)) - set(self._lines) - self.left)
             if missing:

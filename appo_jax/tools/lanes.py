@@ -154,7 +154,7 @@ class Lane:
     def _judge(self, job: _Job, outcome: Outcome) -> None:
         """Open or close the circuit after a call."""
         if outcome is Outcome.LIMIT:
-            return  # of the code or of this run's own rate: no news about the tool
+            return  # of the code or of this run's own rate: which says nothing about the tool's state
         if outcome is not Outcome.UNAVAILABLE:
             self._failures = self._opened = 0
             if self._abandoned <= MAX_ABANDONED:

@@ -144,7 +144,7 @@ class PythonTool(PythonCode):
                 )
                 return ToolResult(why, Outcome.LIMIT)
             case "full":
-                return ToolResult("The machine has no room for another interpreter state.", Outcome.UNAVAILABLE)
+                return ToolResult("The machine has no memory for another interpreter state.", Outcome.UNAVAILABLE)
             case _:
                 return ToolResult("The state of the interpreter is lost: its code interfered with it.", Outcome.ERROR)
 

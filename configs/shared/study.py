@@ -1,4 +1,4 @@
-"""What the studies share: the quickstart, evaluated on the way."""
+"""What the studies share: the quickstart, evaluated during training."""
 
 import dataclasses
 from pathlib import Path

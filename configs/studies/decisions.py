@@ -3,7 +3,7 @@
 All arms have the step size of configs/decisions.py; configs/studies/decisions_rates.py says which suits each algorithm.
 Hardware: 2 CPU cores, 8 GB. Command:
     appo-jax study --config configs/studies/decisions.py --jobs 2 [--arms appo arpo ...] [--seeds 0 1 ...]
-Interrupted, the same command goes on. It ends in runs/studies/decisions/study.md, study.json and study.png.
+If it is interrupted, the same command continues it. It ends in runs/studies/decisions/study.md, study.json and study.png.
 """
 
 from pathlib import Path

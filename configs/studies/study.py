@@ -2,7 +2,8 @@
 
 Hardware: 2 CPU cores, 4 GB. Command:
     appo-jax study --config configs/studies/study.py --jobs 2 [--arms appo grpo ...] [--seeds 0 1 ...]
-Interrupted, the same command goes on. It ends in runs/study/study.md and study.png. variants.py has the other baselines.
+If it is interrupted, the same command continues it. It ends in runs/study/study.md and study.png.
+variants.py has the other baselines.
 """
 
 import dataclasses
@@ -26,6 +27,6 @@ study = Study(
         "reinforce_pp": dataclasses.replace(base, algorithm="reinforce_pp"),
     },
     seeds=(0, 1, 2, 3, 4),
-    # Most runs have learnt what they will by 20,000 tokens: a budget far beyond that compares plateaus.
+    # Most runs reach their plateau by 20,000 tokens. A much larger budget would only compare plateaus.
     max_sampled_tokens=40_000,
 )
