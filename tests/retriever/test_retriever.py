@@ -265,7 +265,7 @@ def test_what_cannot_be_served_is_explained(tmp_path, options, reason):
 def test_lone_surrogates_in_a_corpus_are_indexed(tmp_path):
     (tmp_path / "corpus.jsonl").write_text('{"title": "x \\ud800", "text": "\\udfff rivers"}\n')
     build(tmp_path / "corpus.jsonl", tmp_path / "built")
-    assert Index(tmp_path / "built").search("river", 1)[0][0] == Document("x ?", "? rivers")
+    assert Index(tmp_path / "built").search("river", 1)[0].page == Document("x ?", "? rivers")
 
 
 def test_the_index_equals_the_corpus_that_the_tool_would_load(tmp_path, index):
