@@ -117,9 +117,9 @@ class Config:
     keep_rollouts: NonNegativeInt = 0
     """Steps, counted from the newest, whose rollout trees are kept on disk. 0: all."""
     max_silent_seconds: Seconds = 600.0
-    """Seconds without progress after which the run prints the stacks of all threads and ends; its supervisor starts it
-    again. The limit is at least ten times the longest wait of the phase so far, and three times as long while a phase
-    may still be compiling."""
+    """Seconds without progress after which the run prints the stacks of all threads and ends with exit code 75. systemd on a
+    pod, a study and a sweep then start it again. The limit is at least ten times the longest wait of the phase so far, and
+    three times as long while a phase may still be compiling."""
     stop_grace_seconds: Pause = 0.0
     """A run that is asked to stop finishes and saves its step. If this many seconds pass first, it ends without that
     step; set it where the machine is taken away (spot capacity: about 30 s). 0: no limit."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from appo_jax import failures
 from appo_jax.config import Config
 from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.interrupt import stop_requests
@@ -89,11 +90,12 @@ def shares(jobs: int) -> list[list[int]]:
 
 
 def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list[Job]:
-    """Run the jobs, and return those that failed. The next job is always the first one that need not wait for another.
+    """Run the jobs, and return those that failed. The next job is always the first one that need not wait for another. One that
+    was lost (`failures.START_AGAIN`) is started again once.
 
     A Ctrl-C at the terminal reaches only this process (see `start_run`), which then stops the others.
     """
-    waiting, done, failed = list(queue), set[str](), list[Job]()
+    waiting, done, again, failed = list(queue), set[str](), set[str](), list[Job]()
     running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}  # by index into `cores`
 
     def next_ready() -> Job | None:
@@ -115,9 +117,14 @@ def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list
                 for share, (job, process, began) in list(running.items()):
                     if (code := process.poll()) is not None:
                         del running[share]
-                        done.add(job.name) if code == 0 else failed.append(job)
-                        seconds = time.perf_counter() - began
-                        log.info("%s: %s after %.0f s", job.name, "done" if code == 0 else "FAILED", seconds)
+                        word = "done" if code == 0 else "FAILED"
+                        if code == failures.START_AGAIN and job.name not in again:
+                            word = "lost, and is started again,"
+                            again.add(job.name)
+                            waiting.insert(0, job)
+                        else:
+                            done.add(job.name) if code == 0 else failed.append(job)
+                        log.info("%s: %s after %.0f s", job.name, word, time.perf_counter() - began)
                 if stop.requested:
                     ask_to_stop()
                     for _, process, _ in running.values():

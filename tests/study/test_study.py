@@ -224,6 +224,28 @@ def test_runs_that_fail_are_named_and_do_not_stop_the_report(base, tmp_path):
     assert "| appo | 1 |" in (tmp_path / "out" / "study.md").read_text()
 
 
+DYING = """
+import os, pathlib, signal
+def load(config):
+    calls = pathlib.Path(config.path, "calls")
+    with calls.open("a") as file:
+        file.write("x")
+    if calls.stat().st_size == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError("no data")
+"""
+
+
+def test_a_run_that_is_lost_is_started_again_and_one_that_fails_is_not(base, tmp_path, monkeypatch):
+    (tmp_path / "dying.py").write_text(DYING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arm = without_world(base, tmp_path)
+    arm = dataclasses.replace(arm, data=dataclasses.replace(arm.data, source="dying:load", path=str(tmp_path)))
+    with pytest.raises(TrainingError, match="1 runs failed"):
+        run_study(dataclasses.replace(study(arm, tmp_path / "out"), seeds=(0,)))
+    assert (tmp_path / "calls").read_text() == "xx"
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two jobs need two cores")
 def test_an_interrupted_study_stops_all_its_runs_and_each_saves(base, tmp_path):
     """The world, then two cold starts at a time on a core each, until one signal ends both."""
