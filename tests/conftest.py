@@ -33,7 +33,8 @@ from jaxtyping import install_import_hook
 
 # Shapes that these modules declare are checked whenever a test calls or traces a function. Nothing checks them elsewhere.
 install_import_hook(
-    ["appo_jax.advantage", "appo_jax.branching", "appo_jax.ops", "appo_jax.policy.logprobs"], "beartype.beartype"
+    ["appo_jax.advantage", "appo_jax.branching", "appo_jax.learner.loss", "appo_jax.ops", "appo_jax.policy.logprobs"],
+    "beartype.beartype",
 )
 
 from appo_jax import heartbeat

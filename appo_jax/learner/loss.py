@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32
 
 from appo_jax.config import LossConfig
 
@@ -26,7 +27,9 @@ class Terms:
     counts: Any = None  # how many rollouts share a packed token; None: 1 where the weight is positive
 
 
-def token_weights(loss_mask: np.ndarray, budget: int, num_prompts: int, aggregation: str) -> np.ndarray:
+def token_weights(
+    loss_mask: Bool[np.ndarray, "R T"], budget: int, num_prompts: int, aggregation: str
+) -> Float32[np.ndarray, "R T"]:
     """Weight of each token in the loss, float32 `[R, T]`, from the mini-batch's `loss_mask [R, T]`.
 
     paper: 1/(P·M) · 1/|H_n| (eq. 8, averaged over prompts); token_mean: 1 / (number of tokens); seq_mean: the mean over
@@ -46,8 +49,11 @@ def token_weights(loss_mask: np.ndarray, budget: int, num_prompts: int, aggregat
 
 
 def without_dual_clipped(
-    loss_mask: np.ndarray, log_ratio: np.ndarray, advantages: np.ndarray, config: LossConfig
-) -> np.ndarray:
+    loss_mask: Bool[np.ndarray, "R T"],
+    log_ratio: Float[np.ndarray, "R T"],
+    advantages: Float[np.ndarray, "R T"],
+    config: LossConfig,
+) -> Bool[np.ndarray, "R T"]:
     """`loss_mask [R, T]` without the rollouts that have more than `max_dual_clipped` dual-clipped tokens (official code).
 
     log_ratio: log π_θ − log π_old, `[R, T]`. A token is dual-clipped if A < 0 and ρ > c.
@@ -58,7 +64,9 @@ def without_dual_clipped(
     return loss_mask & (dual.sum(-1, keepdims=True) <= config.max_dual_clipped)
 
 
-def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: str, max_k3: float = 0.0) -> jax.Array:
+def kl_estimate(
+    log_probs: Float[Array, "*S"], ref_log_probs: Float[Array, "*S"], estimator: str, max_k3: float = 0.0
+) -> Float[Array, "*S"]:
     """Per-token estimate (k1, k2 or k3 of r = π_ref/π_θ) of KL(π_θ‖π_ref) from tokens that π_θ drew. Any shape.
 
     k3 is cut off at `max_k3` (official code: 10) and has no gradient beyond it; 0: not cut off.
@@ -73,8 +81,10 @@ def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: str, 
     return jnp.exp(log_r) - log_r - 1.0
 
 
-def surrogate(log_ratio: jax.Array, log_probs: jax.Array, advantages: jax.Array, config: LossConfig) -> jax.Array:
-    """The objective of each token before KL and entropy, from log ρ and A; all `[R, T]`.
+def surrogate(
+    log_ratio: Float[Array, "*S"], log_probs: Float[Array, "*S"], advantages: Float[Array, "*S"], config: LossConfig
+) -> Float[Array, "*S"]:
+    """The objective of each token before KL and entropy, from log ρ and A; all of one shape.
 
     clip (eq. 8): min(ρA, clip(ρ)A). gppo: the same value, but a clipped token has the gradient clip(ρ)·A·∇log π instead
     of 0. gppo_high: as gppo for tokens clipped at the upper end only. cispo: sg(clip(ρ))·A·log π. With a dual clip, the
@@ -96,8 +106,11 @@ def surrogate(log_ratio: jax.Array, log_probs: jax.Array, advantages: jax.Array,
 
 
 def policy_loss(
-    log_probs: jax.Array, entropies: jax.Array | None, batch: Terms, config: LossConfig
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    log_probs: Float[Array | np.ndarray, "*S"],
+    entropies: Float[Array | np.ndarray, "*S"] | None,
+    batch: Terms,
+    config: LossConfig,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """−Σ (w·surrogate − β·w_KL·KL + entropy_weight·w·H), and sums over tokens for the metrics.
 
     log_probs and entropies (used by the entropy bonus) are those of π_θ at the tokens of `batch`, with gradients, in its
@@ -133,7 +146,9 @@ def policy_loss(
     return -objective.sum(), jax.lax.stop_gradient(metrics)
 
 
-def sampler_correction(old_log_probs: np.ndarray, sampler_log_probs: np.ndarray, cap: float) -> np.ndarray:
+def sampler_correction(
+    old_log_probs: Float[np.ndarray, "*S"], sampler_log_probs: Float[np.ndarray, "*S"], cap: float
+) -> Float[np.ndarray, "*S"]:
     """min(π_old/π_sampler, cap) of each token: truncated importance weights for rounding that differs in the sampler."""
     # The cap is applied before exp, so that exp does not overflow.
     return np.exp(np.minimum(old_log_probs - sampler_log_probs, np.log(cap)))
