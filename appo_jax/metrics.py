@@ -55,7 +55,7 @@ class MetricsLogger:
         if not self._writes:
             return
         if self._last_step is None:
-            records, _ = _read(self._file)
+            records = _read(self._file)[0]
             self._last_step = records[-1]["step"] if records else -1
         if step <= self._last_step:
             raise ValueError(f"step {step} was logged already (the last one is {self._last_step}); call resume first")
@@ -96,7 +96,7 @@ class MetricsLogger:
         """
         if not self._writes:
             return
-        records, damage = _read(self._file)
+        records, damage, cut = _read(self._file)
         dumped = dumped_steps(self._run_dir / "rollouts") if self._name == "metrics" else {}
         again = sorted(s for s in {*dumped, *(record["step"] for record in records)} if s > step)
         if step == 0 and max_unsaved is not None and again and again[-1] > max_unsaved:
@@ -109,8 +109,9 @@ class MetricsLogger:
             kept.setdefault(step, {"step": step} | dict(last))
         lost = [s for s in range(1, step + 1) if s not in kept]
         self._last_step = step if kept or lost else -1
-        only_cut = len(damage) == 1 and "cut short" in damage[0]  # left by a killed process; that step is done again
-        if self._file.exists() and ((damage and not only_cut) or lost):
+        if cut and (damage or lost):  # by itself, it is what a killed process leaves; that step is done again
+            damage.append(cut)
+        if self._file.exists() and (damage or lost):
             damage.append(f"the file as it was is kept as {set_aside(self._file, copy=True).name}")
         if lost:
             damage.append(
@@ -119,7 +120,7 @@ class MetricsLogger:
         if self._file.exists() or lost:
             complete = {s: {"step": s, "lost": True} for s in lost} | kept
             write_atomically(self._file, "".join(_sealed(complete[s]) for s in sorted(complete)))
-        if damage and not (only_cut and not lost):
+        if damage:
             _log.warning("%s: %s", self._file, "; ".join(damage))
         if self._name == "metrics" and (damage := settle_dumps(self._run_dir / "rollouts", step, self._keep_rollouts)):
             _log.warning("%s: %s", self._run_dir / "rollouts", "; ".join(damage))
@@ -150,9 +151,9 @@ class MetricsLogger:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file in the order of their steps, without damaged lines; none if it does not exist."""
-    records, damage = _read(path)
-    if damage and not (len(damage) == 1 and "cut short" in damage[0]):
-        _log.warning("%s: %s; these are left out", path, "; ".join(damage[:5]))
+    records, damage, cut = _read(path)
+    if damage:
+        _log.warning("%s: %s; these are left out", path, "; ".join([*damage, *([cut] if cut else [])][:5]))
     return [record for record in records if not record.get("lost")]
 
 
@@ -179,10 +180,11 @@ def _sealed(record: Mapping[str, Any]) -> str:
     return f'{text[:-2]}, "crc": {zlib.crc32(text.encode())}}}\n'
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The readable records, with increasing steps, and descriptions of what is wrong with the file."""
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[str], str]:
+    """The readable records, with increasing steps; descriptions of what is wrong with lines; and one of the last line if it is
+    incomplete, else ""."""
     if not path.exists():
-        return [], []
+        return [], [], ""
     records: list[dict[str, Any]] = []
     damage: list[str] = []
     *lines, rest = path.read_bytes().split(b"\n")
@@ -199,6 +201,4 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             damage.append(f"line {number} repeats an earlier step")
             continue
         records.append(record)
-    if rest:
-        damage.append(f"line {len(lines) + 1} is cut short")
-    return records, damage
+    return records, damage, f"line {len(lines) + 1} is cut short" if rest else ""
