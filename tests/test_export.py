@@ -89,11 +89,12 @@ def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
     assert (out / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
 
 
-def test_adapters_of_a_policy_from_a_folder_name_it(tmp_path: Path) -> None:
-    """And only if its weights are those under which the adapters were trained."""
+def test_adapters_of_a_policy_from_a_folder_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any other folder, and only if its weights are those under which the adapters were trained."""
     policy, run = tmp_path / "policy", tmp_path / "run"
     write_policy(policy)
-    config = Config(policy=PolicyConfig(path=str(policy), lora=LoRAConfig(rank=2)))
+    monkeypatch.chdir(tmp_path)
+    config = Config(policy=PolicyConfig(path="policy", lora=LoRAConfig(rank=2)))
     run.mkdir()
     save_config(config, run / "config.json")
     arch = architecture_of(config.policy)
