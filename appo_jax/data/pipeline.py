@@ -41,14 +41,14 @@ class TraceBatch:
 
 
 def prompt_batches(
-    examples: Sequence[Example], batch_size: int, seed: int, start: int = 0, weights: Mapping[str, float] | None = None
+    examples: Sequence[Example], batch_size: int, seed: int, weights: Mapping[str, float] | None = None
 ) -> grain.DatasetIterator[list[Example]]:
     """Endless batches of `batch_size` examples. Every example comes once an epoch, and each epoch has another order.
 
-    weights: from `Example.source` to the share of the stream that comes from it; each source then has its own epochs. start:
-    the number of examples already used. The stream depends on the examples and the seed only. So a resumed run needs only this
-    number, also on another number of hosts: every host reads the whole stream (a prompt's tools and rewards belong to one
-    host). Raises DataError for a source without examples."""
+    weights: from `Example.source` to the share of the stream that comes from it; each source then has its own epochs. The stream
+    depends on the examples and the seed only. So a resumed run needs only the iterator's position, also on another number of hosts:
+    every host reads the whole stream (a prompt's tools and rewards belong to one host). Raises DataError for a source without
+    examples."""
     if not weights:
         stream = grain.MapDataset.source(examples).shuffle(seed).repeat()
     else:
@@ -57,7 +57,7 @@ def prompt_batches(
             raise DataError(f"data.mixture: no question is left of {', '.join(empty)}; remove it, or correct its data")
         parts = [grain.MapDataset.source(group).shuffle(seed).repeat() for group in groups.values()]
         stream = grain.MapDataset.mix(parts, weights=list(weights.values()))
-    batches = stream.slice(slice(start, None)).batch(batch_size, drop_remainder=True, batch_fn=list)
+    batches = stream.batch(batch_size, drop_remainder=True, batch_fn=list)
     return iter(batches.to_iter_dataset(READ))
 
 
