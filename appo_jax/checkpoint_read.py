@@ -39,7 +39,7 @@ _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 # What a disk or its server reports when it does not give a file. The file may be sound, and readable later.
-_DISK = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EBADMSG, errno.EUCLEAN)
+_DISK = (*failures.DISK, errno.EBADMSG, errno.EUCLEAN)
 # What `record_here` may raise.
 NO_RECORD = (OSError, ValueError, LookupError, TypeError, AttributeError)
 READ_AGAIN_S = (1.0, 3.0)  # pauses after which a file that the disk did not give is read again

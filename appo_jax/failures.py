@@ -32,12 +32,11 @@ _SIZE = re.compile(r"[\d.,]+ ?(?:[KMGT]i?B|bytes)|allocat\w* (?:of )?\d+", re.I)
 _TOLD = "_appo_jax_told"  # the attribute of a reported error that holds its explanation
 _THREADS = re.compile(r"can't start new thread|pthread_create|Resource temporarily unavailable", re.I)
 
-
-# Errors of files and disks, which may come without the file's name.
-# Those of a shared disk or of the network to it, which a later start may not meet again.
-_DISK = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN)
+# Errors of a shared disk or of the network to it, which a later start may not meet again.
+DISK = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN)
 _NO_SOCKET = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
 _TENSORSTORE = re.compile(r"\[os_error_code='(\d+)'\]")  # an error of a file is a ValueError with this in its text
+# Errors of files and disks, which may come without the file's name.
 _FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)
 
 
@@ -77,10 +76,10 @@ def _is_of_the_disk(error: BaseException) -> bool:
     """Whether a file could not be read or written because its disk, or the connection to it, failed."""
     for e in causes(error):
         if found := _TENSORSTORE.search(str(e)):
-            return int(found[1]) in _DISK
+            return int(found[1]) in DISK
         # A socket's errors have no file name. A write to an open file has none either, but it raises other errors than a socket.
         if isinstance(e, OSError) and (isinstance(e.filename, str) or e.errno in _NO_SOCKET):
-            return e.errno in _DISK
+            return e.errno in DISK
     return False
 
 
