@@ -6,7 +6,7 @@ import dataclasses
 
 from appo_jax.reward import qa
 from appo_jax.reward.latex import boxed_answer
-from appo_jax.reward.math import math_equal
+from appo_jax.reward.math import equals_one
 from appo_jax.reward.response import Response
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
@@ -21,17 +21,17 @@ class Grade:
     timed_out: bool = False  # math-verify gave up
 
 
-def final_answer(response: Response) -> str | None:
+def final_answer(response: Response, repeats: bool = False) -> str | None:
     """The policy's answer in any format. Only the policy's text counts, never a tool result.
 
     The last `\\boxed{…}` of the last <answer> block (or several that are joined), or the block's text; without a block, the
-    last box anywhere.
+    last box anywhere. `repeats`: of joined boxes, an answer that is boxed twice is written twice.
     """
     text = response.sampled_text
     block = _last_block(text)
     if block is None or not block.strip():
-        return boxed_answer(text)
-    boxed = boxed_answer(block)
+        return boxed_answer(text, repeats)
+    boxed = boxed_answer(block, repeats)
     return block.strip() if boxed is None else boxed
 
 
@@ -54,10 +54,6 @@ def grade(response: Response) -> Grade:
         return Grade(0.0, False)
     if response.kind == "qa":
         return Grade(qa.token_f1(answer, response.golds), qa.exact_match(answer, response.golds))
-    timed_out = False
-    for gold in response.golds:
-        verdict = math_equal(answer, gold)
-        if verdict:
-            return Grade(1.0, True)
-        timed_out |= verdict is None
-    return Grade(0.0, False, timed_out)
+    repeated = final_answer(response, repeats=True) or ""  # what is boxed twice may be meant twice: (3, 3)
+    verdict = equals_one(tuple(dict.fromkeys((answer, repeated))), response.golds)
+    return Grade(float(verdict is True), verdict is True, verdict is None)

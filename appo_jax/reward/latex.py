@@ -7,7 +7,9 @@ import re
 # A box, a brace, or an escape to step over (\\{ and \\}); `\\\\boxed`, escaped once too often, is a box as well.
 _BOX_OR_BRACE = re.compile(r"(?P<box>(?<!\\)\\++boxed\s*\{)|\\.|[{}]", re.DOTALL)
 _MAX_GAP = 60  # characters between two boxes of one answer
-_TEXT_OR_BRACE = re.compile(r"(?P<text>\\(?:text|mbox|mathrm|mathbf|mathit|operatorname)[a-z]*\s*\{)|[{}]")
+_TEXT_OR_BRACE = re.compile(
+    r"(?P<text>\\(?:text|mbox|mathrm|mathbf|mathit|operatorname|emph|underline)[a-z]*\s*\{)|[{}]"
+)
 _MATH_DELIMITER = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _NO_SPACE = re.compile(r"\\!|\{,\}")
 _SPACE = re.compile(r"\\(?:[,;: ]|q?quad\b|thinspace\b)|~")
@@ -21,28 +23,26 @@ def last_boxed(text: str) -> str | None:
     return text[boxes[-1][1] : boxes[-1][2]] if boxes else None
 
 
-def boxed_answer(text: str) -> str | None:
+def boxed_answer(text: str, repeats: bool = False) -> str | None:
     """The answer in boxes: the last box, and the boxes right before it that are joined to it by a comma, "and" or the
     like.
 
-    `\\boxed{3} and \\boxed{5}` answers `3, 5`, while `\\boxed{3}, so \\boxed{5}` answers `5`. None without a closed box.
+    `\\boxed{3} and \\boxed{5}` answers `3, 5`, while `\\boxed{3}, so \\boxed{5}` answers `5`. Of nested boxes the inner
+    ones count. `repeats`: an answer that is boxed twice is written twice. None without a closed box.
     """
-    outermost: list[tuple[int, int, int]] = []
-    for box in _boxes(text):
-        if not outermost or box[0] >= outermost[-1][2]:
-            outermost.append(box)
-    if not outermost:
+    boxes = _boxes(text)
+    innermost = [box for i, box in enumerate(boxes) if i + 1 == len(boxes) or boxes[i + 1][0] > box[2]]
+    if not innermost:
         return None
     answers: list[str] = []
     following = None  # where the box after this one begins
-    for start, begin, end in reversed(outermost):
+    for start, begin, end in reversed(innermost):
         if following is not None and not _joined(text[end + 1 : following]):
             break
-        content = text[begin:end]
-        inner = last_boxed(content)
-        answers.append(content if inner is None else inner)
+        answers.append(text[begin:end])
         following = start
-    return ", ".join(dict.fromkeys(reversed(answers)))  # a repeated one counts once
+    answers.reverse()
+    return ", ".join(answers if repeats else dict.fromkeys(answers))
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
@@ -62,11 +62,15 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def _joined(gap: str) -> bool:
-    """Whether the text between two boxes joins them to one answer. `y =` may precede the second box."""
+    """Whether the text between two boxes joins them to one answer. `y =` may precede the second box, and so may the mark
+    of an item of a list (a dash, `2.`)."""
     if len(gap) > _MAX_GAP:
         return False
-    gap = re.sub(r"\\(?:text[a-z]*|mbox|q?quad)\b|\\[,;: ]|[\s${}~]", "", gap)
-    return re.fullmatch(r"(?:[,;]|[,;]?(?:and|or|&))(?:\\?[a-zA-Z]\w{0,8}=)?", gap) is not None
+    gap = re.sub(r"\\(?:text[a-z]*|mbox|q?quad|boxed)\b|\\[,;: ()\[\]]|\*\*|[${}~]", "", gap)
+    if re.fullmatch(r"[,;.]?\s*(?:\n\s*[-*•]|\(?\d[.)])\s*", gap):
+        return True
+    gap = re.sub(r"\s", "", gap)
+    return re.fullmatch(r"(?:[,;]|[,;]?(?:and|or|&|aswellas))(?:\\?[a-zA-Z]\w{0,8}=)?", gap) is not None
 
 
 def plain(text: str) -> str:

@@ -6,15 +6,26 @@ use, and most answers need nothing else. What is left, expressions, goes to math
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import Sequence
 
-from appo_jax.reward import qa, verify
+from appo_jax.reward import measures, qa, verify
 from appo_jax.reward.notation import clean
 from appo_jax.reward.number import numbers_equal, read_number
-from appo_jax.reward.structure import Group, choice, read_group, unwrapped
-from appo_jax.reward.units import same_unit, split_unit
+from appo_jax.reward.structure import (
+    RELATION,
+    Group,
+    choice,
+    chosen,
+    condition,
+    interval,
+    matrix_of,
+    read_group,
+    unwrapped,
+)
+from appo_jax.reward.units import Unit, read_unit, same_unit, split_unit
 
 MAX_ANSWER_CHARS = 400
 """Answers longer than this and longer than four times the gold are wrong, unless they are written like the gold."""
@@ -22,14 +33,11 @@ MAX_PARTS = 40
 """Answers of more parts, or nested deeper than `MAX_DEPTH`, are equal only as written."""
 MAX_DEPTH = 5
 
-_NAME = r"(?:\\[a-zA-Z]+|[a-zA-Z]{1,3})(?:_\{?\w+\}?)?'?(?:\s*\([^()=]*\))?"
+_NAME = r"(?:\\[a-zA-Z]+|[a-zA-Z]{1,3})(?:_\{\w+\}|_\w+)?'?(?:\s*\([^()=]*\))?"
 _ASSIGNMENT = re.compile(
     rf"(\(\s*[a-z]\s*(?:,\s*[a-z]\s*)+\)|m?\s*\\angle\s*[A-Z]{{1,3}}|{_NAME})\s*(?:=|\\in(?![a-z]))\s*([^=]+)"
 )
 _BASE = re.compile(r"_\s*\{?(\d+)\}?$")
-# Text that a computer algebra system may find equal to a group: x > 2 is (2, \infty).
-_RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|mid|mathbb|cup|cap|setminus|begin)(?![a-z])")
-_SET_BUILDER = re.compile(r"\\\{\s*[a-z]\s*(?:\\mid(?![a-z])|\||:)\s*([^,;]*)\\\}")
 _AND_FRACTION = re.compile(r"^(\d+) and (?:(\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\})$")
 _COMMAS = re.compile(r"-?\d+(?:,\d+)+")
 _WORDS = re.compile(r"[\w\s:'.-]*[^\W\d_]{2}[\w\s:'.-]*")
@@ -63,15 +71,24 @@ def math_equal(answer: str, gold: str) -> bool | None:
 
     Raises AppoError when math-verify cannot be started.
     """
-    if not answer.strip() or not gold.strip():
-        return False
-    if answer.strip() == gold.strip():
-        return True
-    if len(answer) > max(MAX_ANSWER_CHARS, 4 * len(gold)):
-        return False
+    return equals_one((answer,), (gold,))
+
+
+def equals_one(readings: Sequence[str], golds: Sequence[str]) -> bool | None:
+    """Whether one reading of an answer is the same value as one of the golds, as `math_equal` decides it. All comparisons
+    share its time limit."""
     comparison = _Comparison()
-    equal = comparison.equal(clean(answer), clean(gold))
-    return None if comparison.timed_out and not equal else equal
+    for answer in readings:
+        for gold in golds:
+            if not answer.strip() or not gold.strip():
+                continue
+            if answer.strip() == gold.strip():
+                return True
+            if len(answer) > max(MAX_ANSWER_CHARS, 4 * len(gold)):
+                continue
+            if comparison.equal(clean(answer), clean(gold)):
+                return True
+    return None if comparison.timed_out else False
 
 
 class _Comparison:
@@ -88,23 +105,26 @@ class _Comparison:
             return False
         answer, gold = _without_assignment(answer, gold)
         if letter := choice(gold):
-            return (choice(answer) or choice(unwrapped(answer)) or answer.upper()) == letter
-        answer, gold = _condition(unwrapped(answer)), _condition(unwrapped(gold))
+            return (chosen(answer) or chosen(unwrapped(answer)) or answer.upper()) == letter
+        answer, gold = condition(unwrapped(answer)), condition(unwrapped(gold))
         if (verdict := _plain_numbers(answer, gold)) is not None:
+            return verdict
+        if (verdict := measures.same(answer, gold)) is not None:
             return verdict
         if (values := _without_units(answer, gold)) != (answer, gold):
             return values is not None and self.equal(*values, depth + 1)
+        answer, gold = interval(answer), interval(gold)
         a, g = _read(answer), _read(gold)
         if a is None and g is not None and _COMMAS.fullmatch(answer):
             a = Group("", "", tuple(answer.split(",")))  # 1,234 are two numbers where the gold is a list
         if a is None and g is None:
             return self._expressions(answer, gold)
-        both_read = a is not None and g is not None and "\\cup" not in (a.opening, g.opening)
+        both_read = a is not None and g is not None and ("\\cup" not in (a.opening, g.opening) or a.word + g.word)
         a, g = a or _alone(answer), g or _alone(gold)
         pairs = ((a, g), (_with_thousands(answer, a), g), (a, _with_thousands(gold, g)))
         if any(self._groups(*pair, depth) for pair in dict.fromkeys(pairs)):
             return True
-        return not both_read and bool(_RELATION.search(answer + gold)) and self._verify(answer, gold)
+        return not both_read and bool(RELATION.search(answer + gold)) and self._verify(answer, gold)
 
     def _groups(self, answer: Group, gold: Group, depth: int) -> bool:
         """Lists and sets are compared in any order (lists with multiplicity), everything else part by part and with its
@@ -112,13 +132,38 @@ class _Comparison:
         if max(len(answer.parts), len(gold.parts)) > MAX_PARTS:
             return False
         kinds = answer.opening, gold.opening
+        if "matrix" in kinds:
+            return self._matrices(answer, gold, depth)
+        if {answer.word, gold.word} == {"and", "or"} and any(map(RELATION.search, answer.parts)):
+            return False
         named = [_names_variables(answer), _names_variables(gold)]
         if any(named) and not all(named) and {"", "("}.issuperset(kinds):  # x = 1, y = 2 is (1, 2)
-            return self._in_order(answer.parts, gold.parts, depth)
+            return self._in_order(_by_name(answer), _by_name(gold), depth)
+        if "\\cup" in kinds and {(group.opening, group.word) for group in (answer, gold)} == {
+            ("\\cup", ""),
+            ("", "or"),
+        }:
+            return self._same_list(answer.parts, gold.parts, depth)
         if set(kinds) <= {"", "\\{"} or kinds == ("\\cup", "\\cup"):
             pairs_off = self._same_set if "\\{" in kinds else self._same_list
             return pairs_off(answer.parts, gold.parts, depth)
         return _same_brackets(answer, gold) and self._in_order(answer.parts, gold.parts, depth)
+
+    def _matrices(self, answer: Group, gold: Group, depth: int) -> bool:
+        """Matrices are compared entry by entry. A row or a column is also a tuple, whatever its brackets."""
+        matrices = [matrix_of(answer), matrix_of(gold)]
+        shapes = [None if m is None else (len(m), {len(row) for row in m}) for m in matrices]
+        if None not in matrices and shapes[0] != shapes[1]:
+            return False
+        vectors: list[Sequence[str]] = []
+        for group, matrix in zip((answer, gold), matrices, strict=True):
+            if matrix is None and group.opening in ("", "(", "[", "\\langle"):
+                vectors.append(group.parts)
+            elif matrix is None or (None in matrices and len(matrix) > 1 and any(len(row) > 1 for row in matrix)):
+                return False
+            else:
+                vectors.append([entry for row in matrix for entry in row])
+        return self._in_order(vectors[0], vectors[1], depth)
 
     def _in_order(self, answer: Sequence[str], gold: Sequence[str], depth: int) -> bool:
         pairs = zip(answer, gold, strict=False)
@@ -149,8 +194,10 @@ class _Comparison:
         return self._verify(answer, gold)
 
     def _verify(self, answer: str, gold: str) -> bool:
-        if not _has_letter(answer, "i") and _has_letter(gold, "i") and not _has_letter(gold, "j"):
+        if _has_letter(gold, "i") and not _has_letter(gold, "j") and not _has_letter(answer, "i"):
             answer = re.sub(r"(?<![a-zA-Z\\])j(?![a-zA-Z])", "i", answer)  # the imaginary unit of engineers
+        elif re.search(r"\dj(?![a-zA-Z])", gold) and not _has_letter(gold, "i") and not _has_letter(answer, "j"):
+            gold = re.sub(r"(?<=\d)j(?![a-zA-Z])", "i", gold)
         answer, gold = _joined_digits(answer), _joined_digits(gold)
         if _APART.search(answer) or _APART.search(gold):
             return False  # 2 3 is neither 5 nor 6
@@ -178,9 +225,19 @@ def _plain_numbers(answer: str, gold: str) -> bool | None:
 def _without_units(answer: str, gold: str) -> tuple[str, str] | None:
     """Both without their units; None if the units differ."""
     a, g = split_unit(answer), split_unit(gold)
+    if a is not None and g is not None and None in (a[1], g[1]):  # 29g has a unit where the other answer has grams
+        a, g = _touching(answer, a, g[1]), _touching(gold, g, a[1])
     if a is None or g is None or not (g[1] is None or a[1] is None or same_unit(a[1], g[1])):
         return None
     return (answer if a[1] is None else a[0]), (gold if g[1] is None else g[0])
+
+
+def _touching(text: str, found: tuple[str, Unit | None], other: Unit | None) -> tuple[str, Unit | None]:
+    """The value and unit of a text whose last letter is a unit if it is that of the other answer; else `found`."""
+    match = re.fullmatch(r"(.*\d)([a-zA-Z])", text)
+    if match and found[1] is None and other is not None and read_unit(match[2]) == other:
+        return match[1], other
+    return found
 
 
 def _read(text: str) -> Group | None:
@@ -193,7 +250,7 @@ def _read(text: str) -> Group | None:
     parts: list[str] = []
     for part in group.parts:
         parts += [_signed(part, "+", "-"), _signed(part, "-", "+")] if r"\pm" in part else [part]
-    return Group(group.opening, group.closing, tuple(parts))
+    return dataclasses.replace(group, parts=tuple(parts))
 
 
 def _names_variables(group: Group) -> bool:
@@ -202,10 +259,19 @@ def _names_variables(group: Group) -> bool:
     return len(names) == len(group.parts) > 1
 
 
-def _condition(text: str) -> str:
-    """`\\{x \\mid x > 2\\}` is x > 2."""
-    match = _SET_BUILDER.fullmatch(text)
-    return match[1] if match and _RELATION.search(match[1]) else text
+def _by_name(group: Group) -> Sequence[str]:
+    """The parts in the order of the variables that they name, if they do."""
+    return (
+        sorted(group.parts, key=_name_of)
+        if _names_variables(group) and all(map(_name_of, group.parts))
+        else group.parts
+    )
+
+
+def _name_of(part: str) -> str:
+    """The one letter that a part assigns a value; empty for another name."""
+    match = _ASSIGNMENT.fullmatch(part)
+    return match[1] if match and len(match[1]) == 1 else ""
 
 
 def _alone(text: str) -> Group:

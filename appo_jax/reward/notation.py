@@ -14,7 +14,8 @@ _SYMBOLS = {
     "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "∖": r"\setminus ", "⟨": r"\langle ",
     "〈": r"\langle ", "⟩": r"\rangle ", "〉": r"\rangle ", "°": r"^\circ ", "º": r"^\circ ", "√": r"\sqrt ", "∠": r"\angle ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "′": "'",
-    "‘": "'", "’": "'", "“": '"', "”": '"', "、": ",", "。": ".",
+    "‘": "'", "’": "'", "“": '"', "”": '"', "、": ",", "。": ".", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "∶": ":",
+    "ʼ": "'", "٬": ",", "٫": ".", "،": ",", "℃": r"^\circ C", "℉": r"^\circ F", "Ω": r"\Omega ", "【": "", "】": "",
 }  # fmt: skip
 _SMALL_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega"
 GREEK_NAMES = _SMALL_GREEK.split()
@@ -26,14 +27,31 @@ _SYNONYMS = {
     "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "imath": "i", "dfrac": "frac", "tfrac": "frac",
     "cfrac": "frac", "tbinom": "binom", "dbinom": "binom", "left": "", "right": "", "displaystyle": "", "textstyle": "",
     "limits": "", "quad": " ", "qquad": " ", "thinspace": " ", "enspace": " ", "dots": "ldots", "degree": r"^\circ",
-    "div": "/", "bmod": " mod ",
+    "div": "/", "bmod": " mod ", "colon": ":", "therefore": "", "large": "", "Large": "", "LARGE": "", "huge": "", "Huge": "",
+    "small": "", "normalsize": "", "bf": "", "it": "",
 } | dict.fromkeys(("big", "Big", "bigl", "bigr", "Bigl", "Bigr", "bigg", "Bigg", "biggl", "biggr"), "")  # fmt: skip
 _COMMAND = re.compile(r"\\\\|\\([a-zA-Z]+)")
 _BRACED = r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 _TEXT = re.compile(r"\\(?:text[a-z]*|mbox|hbox)" + _BRACED)
-_UPRIGHT = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bm|rm)" + _BRACED)
+_UPRIGHT = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bm|rm|underline)" + _BRACED)
+_COLOR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
+_UNIT_LETTERS = "mgshlLNJWVAKCF"
 _ONE_TOKEN = rf"(?:{_BRACED}|\s*(\d|[a-zA-Z]|\\[a-zA-Z]+))"
-_FRACTION = re.compile(r"\\frac(?![a-zA-Z])" + _ONE_TOKEN + _ONE_TOKEN)
+_FRACTION = re.compile(r"\\(frac|binom)(?![a-zA-Z])" + _ONE_TOKEN + _ONE_TOKEN)
+_CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}|(?:\{\})?[_^]\{?(\d+)\}?\s*C_\{?(\d+)\}?")
+# Functions in plain text, before their argument.
+_FUNCTION = re.compile(
+    r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt)"
+    r"(?=\s*[({_^\\\d]|\s+[a-zA-Z](?![a-zA-Z]))"
+)
+_SENTENCE = re.compile(
+    r"(?:the )?(?:(?:correct|final|right) )?(?:answer|result|solution) ?(?:is|=|:) ?:? ?|=\s*", re.IGNORECASE
+)
+_SPELLED = re.compile(  # 5 (five)
+    r"(?<=\d)\s*\((?:(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|[a-z]+ty|hundred|thousand|"
+    r"million|and)[ -]?)+\)$"
+)
+_QUOTES = re.compile(r"\*([^*]+)\*|`+([^`]+)`+|\"([^\"]*)\"")
 _MIXED = re.compile(
     r"(?<![\w.,^/\\])(?<![\^_/] )(\d{1,3}(?:[, ]\d{3})+|\d+)"
     r"(?:\s*\\frac\{\s*(\d+)\s*\}\{\s*(\d+)\s*\}|\s+(\d+)\s*/\s*(\d+)(?![\d.]))"
@@ -43,33 +61,69 @@ _TRIGONOMETRIC = re.compile(r"(?<![a-z])(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])
 _DEGREES = re.compile(
     r"(\d+(?:\.\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}|[a-zA-Z]|\\[a-zA-Z]+)\s*\^\s*\{?\s*\\circ(?![a-z])\s*\}?"
 )
-_ROOT = re.compile(r"\\sqrt(?:\s*(\d+)|\s*([a-zA-Z])(?![a-zA-Z])|\s*\(([^()]*)\))")
+_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?(?:\s*(\d+)|\s*([a-zA-Z])(?![a-zA-Z])|\s*\(([^()]*)\))")
 
 
 def clean(text: str) -> str:
     """`text` in plain LaTeX: no layout, `\\text{…}` unwrapped and set apart by spaces, digits and signs in ASCII.
 
     White space that separates is kept as one space. `$` stays only as a currency sign."""
-    text = _ascii_signs(text)
+    text = _rows(_ascii_signs(text))
     if "matrix" not in text and "array" not in text:  # where \\\\ ends no row, it is a command escaped once too often
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
-    text = re.sub(r"\s*\\!\s*|\{\}", "", text).replace("{,}", ",")
+    text = re.sub(r"\s*\\!\s*|\{\}", "", _COLOR.sub("", text)).replace(r"\text{,}", ",").replace("{,}", ",")
     text = re.sub(r"(?<!\\)\\[,;: ]|~", " ", text)
     text = _COMMAND.sub(_synonym, text)
     text = _dollars(re.sub(r"(?<!\\)\\[()\[\]]", "", text))
     while (unwrapped := _UPRIGHT.sub(_set_apart, _TEXT.sub(r" \1 ", text))) != text:
         text = unwrapped
     text = re.sub(r"\\([%$&#_])", r"\1", text)
-    text = re.sub(r"\\sqrt\s*\{\s*-\s*1\s*\}", "i", text)
-    text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2] or m[3]}}}", text)
-    text = _FRACTION.sub(lambda m: rf"\frac{{{(m[1] or m[2]).strip()}}}{{{(m[3] or m[4]).strip()}}}", text)
+    text = re.sub(r"\\sqrt\s*\{\s*-\s*1\s*\}", "i", _functions(text))
+    text = _ROOT.sub(lambda m: rf"\sqrt{m[1] or ''}{{{m[2] or m[3] or m[4]}}}", text)
+    text = re.sub(r"\\sqrt\s*\[(\d*[13579])\]\s*\{\s*-", r"-\\sqrt[\1]{", text)
+    text = _CHOOSE.sub(lambda m: rf"\binom{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}", text)
+    text = _FRACTION.sub(lambda m: rf"\{m[1]}{{{(m[2] or m[3]).strip()}}}{{{(m[4] or m[5]).strip()}}}", text)
     text = re.sub(r"(?<![a-zA-Z\\])(?:infinity|infty)(?![a-zA-Z])", r"\\infty", text)
     text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", text)
     text = re.sub(r"(?<=[\d}])\s*(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?![a-zA-Z])", "%", text)
     text = re.sub(r"(?<=\d), (?=0\d\d(?!\d))", ",", text)  # 80, 000: a list has no part that begins with 0
     text = re.sub(r"(?<![a-zA-Z])([ap])\.\s?m(?![a-zA-Z])\.?", r"\1m", text)
-    text = _in_radians(_powers(_mixed_numbers(text.strip())))
-    return " ".join(text.split()).rstrip(".,; ").strip()
+    text = _in_radians(_powers(_mixed_numbers(_quoted(text.strip()))))
+    text = re.sub(r"([\[\]])([^\[\]()]+[,;][^\[\]()]+)([\[\]])", _half_open, text)
+    return " ".join(text.split()).rstrip(".,; \\").strip()
+
+
+def _functions(text: str) -> str:
+    """Functions in plain text as LaTeX has them: `sin(x)`, `exp(x)`, `abs(x)`, `cbrt(2)`."""
+    text = _FUNCTION.sub(r"\\\1", re.sub(r"(?<![a-zA-Z])cbrt(?=\s*[({])", r"\\sqrt[3]", text))
+    text = re.sub(r"(?<![a-zA-Z])abs\(([^()]*)\)", r"|\1|", text)
+    text = re.sub(r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 ", text)
+    return re.sub(r"\\exp\s*(?:\(([^()]*)\)|\{([^{}]*)\})", lambda m: f"e^{{{m[1] or m[2]}}}", text)
+
+
+def _rows(text: str) -> str:
+    """Equations below each other as a list, and the rows of a matrix with one kind of end."""
+    text = re.sub(r"\\\\\s*\[\s*[\d.]+\s*(?:pt|em|ex|mm)\s*\]|\\cr(?![a-zA-Z])", r"\\\\", text)
+    return re.sub(
+        r"\\begin\{(cases|aligned)\}(.*?)\\end\{\1\}",
+        lambda m: ", ".join(filter(str.strip, m[2].replace("&", "").split("\\\\"))),
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def _quoted(text: str) -> str:
+    """A text without the marks around the whole of it (*5*, `5`, "5"), and without "the answer is" or `=` before it."""
+    text = _SENTENCE.sub("", text, count=1) if _SENTENCE.match(text) else text
+    text = _SPELLED.sub("", text)
+    mark = _QUOTES.fullmatch(text)
+    return (mark[1] or mark[2] or mark[3] or "").strip() if mark else text
+
+
+def _half_open(match: re.Match[str]) -> str:
+    """`]1, 2]` and `[1; 2[` with parentheses on the open side."""
+    opening, inside, closing = match.groups()
+    return f"{'(' if opening == ']' else '['}{inside}{')' if closing == '[' else ']'}"
 
 
 def _mixed_numbers(text: str) -> str:
@@ -96,7 +150,8 @@ def _in_radians(text: str) -> str:
     function = _TRIGONOMETRIC.search(text)
     if function is None:
         return text
-    return text[: function.end()] + _DEGREES.sub(r"(\1 \\cdot \\frac{\\pi}{180})", text[function.end() :])
+    text = text[: function.end()] + _DEGREES.sub(r"(\1 \\cdot \\frac{\\pi}{180})", text[function.end() :])
+    return re.sub(r"\\?cis\s*(\((?:[^()]|\([^()]*\))*\))", r"e^{i \1}", text)
 
 
 def _ascii_signs(text: str) -> str:
@@ -137,5 +192,8 @@ def _dollars(text: str) -> str:
 
 
 def _set_apart(match: re.Match[str]) -> str:
-    """The content of `\\mathrm{…}`: words are set off by spaces; a single letter is treated like any other letter."""
-    return match[1] if len(match[1].strip()) == 1 else f" {match[1]} "
+    """The content of `\\mathrm{…}`: words are set off by spaces, and so is the letter of a unit after a number; any other
+    single letter is treated like a letter."""
+    letter = match[1].strip()
+    is_unit = letter and letter in _UNIT_LETTERS and match.string[: match.start()].rstrip()[-1:].isdigit()
+    return match[1] if len(letter) == 1 and not is_unit else f" {match[1]} "

@@ -14,8 +14,11 @@ MAX_DIGITS = 4000
 _GROUPED = "|".join(
     (
         r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?",  # 1,234.5
-        r"[1-9]\d{0,2}(?: \d{3})+(?:\.\d+)?",  # 1 234.5
-        r"[1-9]\d{0,2}(?:'\d{3})+(?:\.\d+)?",  # 1'234.5
+        r"[1-9]\d?(?:,\d\d)+,\d{3}(?:\.\d*)?",  # 12,34,567.5
+        r"[1-9]\d{0,2}(?: \d{3})+(?:[.,]\d+)?",  # 1 234.5
+        r"[1-9]\d{0,2}(?:'\d{3})+(?:[.,]\d+)?",  # 1'234.5
+        r"[1-9]\d{0,2}(?:_\d{3})+(?:\.\d+)?",  # 1_234.5
+        r"\d+\.\d{3}(?: \d{3})*(?: \d{1,3})",  # 3.141 592 6
         r"[1-9]\d{0,2}(?:\.\d{3})+,\d+|[1-9]\d{0,2}(?:\.\d{3}){2,}",  # 1.234,5 and 1.234.567
     )
 )
@@ -25,7 +28,7 @@ _FRACTION = rf"(?:\\frac\{{\s*(-?{_DECIMAL})\s*\}}\{{\s*(-?{_DECIMAL})\s*\}}|({_
 _FORMS = {
     "decimal": re.compile(rf"({_DECIMAL})"),
     "fraction": re.compile(_FRACTION),
-    "repeating": re.compile(r"(\d+)\.(\d*)\s*\\(?:overline|bar|dot)\s*\{\s*(\d+)\s*\}"),
+    "repeating": re.compile(r"(\d*)\.(\d*)\s*(?:\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))|\((\d+)\))"),
     "mixed": re.compile(r"\((\d+)\+\\frac\{(\d+)\}\{(\d+)\}\)"),  # as clean writes it
     "scientific": re.compile(rf"(?:({_DECIMAL})\s*(?:\\times|\\cdot|\*|x)\s*)?{_POWER}|({_DECIMAL})[eE]([+-]?\d+)"),
 }
@@ -87,7 +90,7 @@ def _value(text: str) -> tuple[Fraction, int] | None:
                 return (int(part[0]) + share, 0) if 0 < share < 1 else None
             case "repeating":
                 digits, fixed, cycle = part
-                first = Fraction(int(digits + fixed), 10 ** len(fixed))
+                first = Fraction(int("0" + digits + fixed), 10 ** len(fixed))
                 return first + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(fixed)), 0
             case _:
                 factor, decimals = _decimal(part[0]) if len(part) == 2 else (Fraction(1), 0)
@@ -98,9 +101,9 @@ def _value(text: str) -> tuple[Fraction, int] | None:
 
 def _decimal(text: str) -> tuple[Fraction, int]:
     """Value and number of digits after the point, of digits with or without separators."""
-    if re.fullmatch(r".*\.\d+,\d+|\d+(?:\.\d{3}){2,}", text):
+    if re.fullmatch(r".*[. ']\d+,\d+|\d+(?:\.\d{3}){2,}", text):
         text = text.replace(".", "").replace(",", ".")
-    text = re.sub("[, ']", "", text)
+    text = re.sub("[, '_]", "", text)
     return Fraction("0" + text.rstrip(".") if text[0] == "." else text.rstrip(".")), len(text.partition(".")[2])
 
 

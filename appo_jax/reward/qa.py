@@ -1,10 +1,12 @@
 """Text answers: exact match and token F1 over the accepted aliases, as SQuAD and HotpotQA define them.
 
 Differences from their `normalize_answer`, which treats some different answers as equal and loses others: a number keeps
-its sign and its decimal point ("5" is not "-5", "25" is not "2.5") and drops its thousands separators; an answer
-that has only articles keeps them ("A" can be right); LaTeX text markup is removed; Unicode letters are normalised, and Latin
-letters lose their accents; "&" between words is "and"; and answers are equal if they differ only in spaces, except spaces
-between two digits ("J. K." and "J.K.", "well-known" and "well known").
+its sign and its decimal point ("5" is not "-5", "25" is not "2.5") and drops its thousands separators; a sign between digits
+separates them ("3:00" is not "300"); amounts of two currencies differ; signs of names are kept ("C++", "F#"); an answer that has
+only articles keeps them ("A" can be right), and the last word is none ("Vitamin A"); symbols are an answer if there is nothing
+else; LaTeX text markup is removed; Unicode letters are normalised, and Latin letters lose their accents; "&" is "and"; and
+answers are equal if they differ only in spaces, except spaces between two digits ("J. K." and "J.K.", "well-known" and "well
+known").
 """
 
 from __future__ import annotations
@@ -19,26 +21,38 @@ from appo_jax.reward.latex import plain
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})++(?![\d,])")
 _SIGN = re.compile(r"(?<![^\s(\[$€£])[-−–](?=[$€£]?\.?\d)")  # a minus before a number, not a hyphen or a range
 _POINT = re.compile(r"(?<=\d)\.(?=\d)|(?<!\w)\.(?=\d)")
-_DASH_IN_NUMBERS = re.compile(r"(?<=\d)[-−–—/](?=\d)")
+_BETWEEN_DIGITS = re.compile(r"(?<=\d)[-−–—/⁄:+×*=,](?=\d)")  # 3:00 is not 300
+_GROUPED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})++(?![\d,])")
+_AND = re.compile(r"(?<=\w)\s*&\s*(?=\w)")
+_NAME_SIGNS = re.compile(r"(?<=[a-z])[+#♯]+(?!\w)")  # of C++, F#, A+
 _PERCENT = re.compile(r"(?<=\d) ?per ?cent\b")  # "%" is dropped too
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b(?=\s+\S)")  # the last word is no article: Vitamin A
+_ONLY_ARTICLES = frozenset({"a", "an", "the"})
+_CURRENCY = re.compile(r"[$€£¥₹]")
 _SPACE_BESIDE_WORDS = re.compile(r"(?<!\d) | (?!\d)")
 _CLOSED = frozenset({"yes", "no", "noanswer"})  # no partial credit (HotpotQA)
 _LATIN = str.maketrans(dict(zip("øłđıæœðþħ", ["o", "l", "d", "i", "ae", "oe", "d", "th", "h"], strict=True)))
 # punctuation that belongs to a number is mapped to private-use letters while the other punctuation is deleted
 _MINUS, _DOT = "\ue000", "\ue001"
+_SIGNS = dict(zip("+#♯", "\ue002\ue003\ue003", strict=True))
 
 
 def normalize(text: str) -> str:
     """Lower-case words and numbers with single spaces, without punctuation and articles (see the module's
     docstring)."""
-    text = _letters(plain(text)).replace(_MINUS, "").replace(_DOT, "").replace(" & ", " and ")
+    given = _letters(plain(text))
+    text = _AND.sub(" and ", re.sub("[\ue000-\ue003]", "", given))
     text = _THOUSANDS.sub(lambda m: m.group().replace(",", ""), _PERCENT.sub("", text))
-    text = _DASH_IN_NUMBERS.sub(" ", _POINT.sub(_DOT, _SIGN.sub(_MINUS, text)))
+    text = _GROUPED.sub(lambda m: m.group().replace(" ", ""), text)
+    text = _BETWEEN_DIGITS.sub(" ", _POINT.sub(_DOT, _SIGN.sub(_MINUS, text)))
+    text = _NAME_SIGNS.sub(lambda m: "".join(_SIGNS[sign] for sign in m.group()), text)
     kept = "".join(ch for ch in text if unicodedata.category(ch)[0] not in "PS")
     text = _letters(kept)  # an accent may have lost the colon between it and its letter
-    text = text.replace(_MINUS, "-").replace(_DOT, ".")
-    return " ".join(_ARTICLES.sub(" ", text).split()) or " ".join(text.split())
+    text = text.replace(_MINUS, "-").replace(_DOT, ".").replace(_SIGNS["+"], "+").replace(_SIGNS["#"], "#")
+    words = text.split()
+    if not words and any(unicodedata.category(ch)[0] == "S" for ch in given):
+        words = given.split()  # an answer of symbols only
+    return " ".join(words if _ONLY_ARTICLES.issuperset(words) else _ARTICLES.sub(" ", " ".join(words)).split())
 
 
 def _letters(text: str) -> str:
@@ -59,7 +73,15 @@ def _letters(text: str) -> str:
 def exact_match(answer: str, golds: Sequence[str]) -> bool:
     """Whether the normalised answer equals one of the normalised golds. An empty answer equals nothing."""
     normalized = normalize(answer)
-    return bool(normalized) and any(_same(normalized, normalize(gold)) for gold in golds)
+    return bool(normalized) and any(
+        _same(normalized, normalize(gold)) and _same_currency(answer, gold) for gold in golds
+    )
+
+
+def _same_currency(answer: str, gold: str) -> bool:
+    """Whether two amounts are not of two currencies. A sign may be left out."""
+    signs = set(_CURRENCY.findall(answer)), set(_CURRENCY.findall(gold))
+    return signs[0] == signs[1] or not all(signs)
 
 
 def _same(answer: str, gold: str) -> bool:

@@ -13,14 +13,27 @@ _TOKEN = (
 )
 _TOKENS = {kept: re.compile(_THOUSANDS * kept + _TOKEN, re.DOTALL) for kept in (False, True)}
 _MATRIX = re.compile(
-    r"[(\[]?\s*\\begin\{([pb]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}\s*[)\]]?", re.DOTALL
-)
-_LETTER = r"(?:[(\[]\s*([A-Ja-j])\s*[)\]]|([A-J])|([a-j])(?=\s*[.):]))"
-_CHOICE = re.compile(
-    rf"(?i:(?:the )?(?:(?:correct|final|best|right) )?(?:answer|option|choice)(?: is)?\s*:?\s*)?{_LETTER}\s*(?:$|[.):]|(?<=[)\]]))"
-    r"(?P<rest>.*)",
+    r"[(\[]?\s*\\begin\{([pb]?(?:small)?matrix|array)\}(?:\{[^{}]*\})?((?:(?!\\end\{).)*)\\end\{\1\}\s*[)\]]?",
     re.DOTALL,
 )
+# Text that a computer algebra system may find equal to a group: x > 2 is (2, \infty).
+RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|mid|mathbb|cup|cap|setminus|begin)(?![a-z])")
+_LOW = r"(?P<x>[a-z])\s*(?P<low>>|\\ge)\s*(?P<least>[^<>,]+?)"
+_HIGH = r"(?P<high><|\\le)\s*(?P<most>[^<>,]+?)"
+_ABOVE_AND_BELOW = re.compile(rf"{_LOW}\s+and\s+(?P=x)\s*{_HIGH}")
+_BELOW_AND_ABOVE = re.compile(rf"(?P<x>[a-z])\s*{_HIGH}\s+and\s+{_LOW.replace('(?P<x>[a-z])', '(?P=x)')}")
+_SET_BUILDER = re.compile(r"\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid(?![a-z])|\||:)\s*([^,;]*)\\\}")
+_LETTER = r"(?:[(\[]\s*([A-Ja-j])\s*[)\]]|([A-J])|([a-j])(?=\s*[.):]))"
+_NAMED = rf"(?i:(?:the )?(?:(?:correct|final|best|right) )?(?:answer|option|choice)(?: is)?\s*:?\s*)?{_LETTER}"
+_CHOICE = re.compile(rf"{_NAMED}\s*(?:$|[.):]|(?<=[)\]]))(?P<rest>.*)", re.DOTALL)
+_CHOSEN = re.compile(
+    rf"{_NAMED}\s*(?:$|[.):!]|(?<=[)\]])|, | - | (?=\()|(?= is (?:the )?(?:correct|right|answer)))(?P<rest>.*)",
+    re.DOTALL,
+)
+
+
+# A second letter in what follows the choice: (E) but not (D).
+_ANOTHER = re.compile(r"[(\[]\s*[A-J]\s*[)\]]|^\W*(?:(?:and|or|but|nor) )?\W*(?:[B-J]|A(?! [a-z]))(?![a-zA-Z'])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +43,7 @@ class Group:
     opening: str  # "(", "[", "\\{", "\\langle"; "" for a bare list; "\\cup" for a union; "matrix" for a matrix of rows
     closing: str
     parts: tuple[str, ...]
+    word: str = ""  # "and" or "or" if it separates two parts
 
 
 def read_group(text: str, thousands: bool = False) -> Group | None:
@@ -40,18 +54,39 @@ def read_group(text: str, thousands: bool = False) -> Group | None:
     """
     if rows := _matrix_rows(text):
         return Group("matrix", "", tuple(rows))
-    text = re.sub(r"^\](.*,.*)\[$", r"(\1)", text)  # ]1, 2[ is (1, 2)
+    text = re.sub(r"^(\(.*\))\s*\^\s*\{?\s*(?:T|\\top|\\intercal)\s*\}?$", r"\1", text)  # a column, written as a row
     opening, inside, closing = _outer_brackets(text)
     if opening == "\\{":
         return Group(opening, closing, tuple(_split(inside, thousands=thousands)))
     parts = _split(inside, thousands=thousands)
-    if opening and len(parts) > 1:
+    if opening and (len(parts) > 1 or (opening == "[" and inside.startswith("["))):
         return Group("\\{" if opening == "{" else opening, "\\}" if opening == "{" else closing, tuple(parts))
+    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup ", text)
     parts = _split(text, r"\cup")
     if len(parts) > 1:
         return Group(r"\cup", "", tuple(parts))
     parts = _split(text)
-    return Group("", "", tuple(parts)) if len(parts) > 1 else None
+    words = {token.strip(" ,") for token, depth in _with_depth(_tokens(text)) if depth == 0} & {"and", "or"}
+    return Group("", "", tuple(parts), words.pop() if len(words) == 1 else "") if len(parts) > 1 else None
+
+
+def condition(text: str) -> str:
+    """`\\{x \\mid x > 2\\}` is x > 2, |x| < 1 is -1 < x < 1, and "all real numbers" are a set."""
+    if re.fullmatch(r"(?:the )?(?:set of )?(?:all )?(?:the )?real numbers", text.lower()):
+        return r"\mathbb{R}"
+    match = _SET_BUILDER.fullmatch(text)
+    text = match[1].strip() if match and RELATION.search(match[1]) else text
+    return re.sub(r"^\|([a-z])\|\s*(<|\\le)\s*(\w+)$", r"-\3 \2 \1 \2 \3", text)
+
+
+def interval(text: str) -> str:
+    """`x > 1 and x < 2` is 1 < x < 2."""
+    above, below = _ABOVE_AND_BELOW.fullmatch(text), _BELOW_AND_ABOVE.fullmatch(text)
+    found = above or below
+    if found is None:
+        return text
+    signs = {">": "<", r"\ge": r"\le"}
+    return f"{found['least']} {signs[found['low']]} {found['x']} {found['high']} {found['most']}"
 
 
 def unwrapped(text: str) -> str:
@@ -69,6 +104,32 @@ def choice(text: str) -> str | None:
     if match is None or (match["rest"].strip() and re.match(r"\s*(?:and|or|[,;&+*/^=<>-])", match["rest"])):
         return None
     return (match[1] or match[2] or match[3]).upper()
+
+
+def chosen(text: str) -> str | None:
+    """The letter, in capitals, that an answer chooses where the gold is a letter: as `choice`, and with an explanation
+    behind (E - 24, E is correct). None for an answer that names several letters."""
+    match = _CHOSEN.fullmatch(text)
+    if match is None:
+        return None
+    rest = match["rest"]
+    if _ANOTHER.search(rest):
+        return None
+    if re.match(r"\s*(?:and|or|[;&+*/^=<>])", rest):
+        return None
+    return (match[1] or match[2] or match[3]).upper()
+
+
+def matrix_of(group: Group) -> list[list[str]] | None:
+    """The entries of a matrix by rows: of LaTeX, or of brackets in brackets, [[1, 2], [3, 4]]; None for anything else."""
+    if group.opening == "matrix":
+        return [_split(part[1:-1]) if part.startswith("[") and part.endswith("]") else [part] for part in group.parts]
+    if group.opening == "[" and len(group.parts) > 1 and not any("[" in part for part in group.parts):
+        rows = [part.replace(",", " ").split() for part in group.parts]
+        return rows if len({len(row) for row in rows}) == 1 and len(rows[0]) > 1 else None
+    if group.opening in ("[", "(") and all(part.startswith(group.opening) for part in group.parts):
+        return [_split(part[1:-1], thousands=False) for part in group.parts]
+    return None
 
 
 def _matrix_rows(text: str) -> list[str]:

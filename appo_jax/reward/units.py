@@ -11,19 +11,23 @@ from appo_jax.reward import notation
 
 _SPELLINGS = """
 meter: m metre; centimeter: cm centimetre; millimeter: mm millimetre; kilometer: km kilometre; decimeter: dm; nanometer: nm
+micrometer: um microm micron; angstrom: å; microsecond: micros; millisecond: ms
 inch: in; foot: ft feet; yard: yd; mile: mi
-gram: g gm; kilogram: kg kilo kgs; milligram: mg; tonne: ton; poundmass: lb lbs; ounce: oz
-second: s sec secs; minute: min mins; hour: h hr hrs; day: d; week: wk; month: mo; year: yr yrs; millisecond: ms
+gram: g gm; kilogram: kg kilo kgs; milligram: mg; microgram: ug microg; tonne: ton; poundmass: lb lbs; ounce: oz
+second: s sec secs; minute: min mins; hour: h hr hrs; day: d; week: wk; month: mo; year: yr yrs
 liter: l litre; milliliter: ml millilitre; gallon: gal gals; quart: qt; pint: pt; acre:; hectare: ha
 degree: ° deg degs; celsius: c centigrade; fahrenheit: f; kelvin: k; radian: rad rads
-newton: n; joule: j; watt: w; volt: v; ampere: a amp; ohm:; hertz: hz; pascal: pa; mole: mol; kilowatt: kw
+newton: n; joule: j; electronvolt: ev; watt: w; volt: v; ampere: a amp; ohm:; hertz: hz; pascal: pa; mole: mol; kilowatt: kw
 kilojoule: kj; calorie: cal; byte:; bit:
-dollar: $ usd buck; cent: ¢; euro: € eur; yen: ¥ jpy; rupee: ₹ rs inr
+dollar: $ us$ usd buck; cent: ¢; euro: € eur; yen: ¥ jpy 円; rupee: ₹ rs inr; yuan: 元 cny rmb; won: ₩ krw; ruble: ₽ rub
+canadiandollar: c$ ca$ cad; australiandollar: a$ au$ aud; franc: chf; krone: kr kroner krona kronor
 pound:; poundsterling: £ gbp quid
 person: people persons; man: men; woman: women; child: children
+mouse: mice; tooth: teeth; goose: geese
 """
-_MANY = {"mph": "mile/hour", "kph": "kilometer/hour", "kmh": "kilometer/hour", "kmph": "kilometer/hour",
-         "mpg": "mile/gallon"}  # fmt: skip
+_MANY = {
+    "mph": (("mile", 1), ("hour", -1)), "mpg": (("mile", 1), ("gallon", -1)), "cc": (("centimeter", 3),),
+} | dict.fromkeys(("kph", "kmh", "kmph"), (("kilometer", 1), ("hour", -1)))  # fmt: skip
 _NAMES = {
     spelling: name.strip()
     for entry in re.split(r"[;\n]", _SPELLINGS.strip())
@@ -52,8 +56,10 @@ _NUMBER_WORD = re.compile(
     rf"(?:{'|'.join(SCALES)}|[a-z]*illion)s?|[a-z]*teen|(?:ln|log|exp|sin|cos|tan)[nxyz]|"
     r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand|[a-z]*illion)ths?"
 )
-_FRONT = re.compile(r"(-?)\s*(?:US)?([$€£¥₹]|(?:USD|EUR|GBP|Rs)(?![a-zA-Z])\.?)\s*(?=[-.\d\\(])")
-_START = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]|\^\s*\{?\s*\\circ|[$€£¥₹¢%]")
+_FRONT = re.compile(
+    r"(-?)\s*((?:US|CA?|AU?)?\$|[€£¥₹₩₽]|(?:USD|EUR|GBP|CAD|AUD|CHF|JPY|CNY|INR|KRW|Rs)(?![a-zA-Z])\.?)\s*(?=[-.\d\\(])"
+)
+_START = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]|\^\s*\{?\s*\\circ|\\(?:Omega|mu)(?![a-zA-Z])|[$€£¥₹₩₽¢%Åå円元]")
 _OVER = re.compile(r"\\frac\s*\{\s*([a-zA-Z ]+(?:\^\{?\d\}?)?)\s*\}\s*\{\s*([a-zA-Z ]+(?:\^\{?\d\}?)?)\s*\}$")
 _WORDS_IN_VALUE = re.compile(rf"(?<![a-zA-Z\\])(?!(?:{'|'.join(SCALES)})s?(?![a-z]))[a-zA-Z]{{2,}}")
 
@@ -92,7 +98,7 @@ def _split_end(text: str) -> tuple[str, Unit | None]:
     for start in _START.finditer(text):
         value, tail = text[: start.start()], text[start.start() :]
         # Letters that touch a value are a factor of it (5x), unless they name a unit that is longer than a letter (5cm).
-        apart = not value or value[-1].isspace() or not tail[0].isalpha()
+        apart = not value or value[-1].isspace() or not tail[0].isascii() or not tail[0].isalpha()
         if not _is_value(value.strip()):
             continue
         unit = read_unit(tail, any_words=apart)
@@ -111,13 +117,14 @@ def _is_value(text: str) -> bool:
 def read_unit(text: str, any_words: bool = True) -> Unit | None:
     """The unit that `text` names, or None. `any_words`: words of the table or any others from three letters on."""
     text = re.sub(r"(?<![a-zA-Z])k(?![a-zA-Z])", "thousand", text)  # kelvin is K
+    text = re.sub(r"\\mu\s*", "micro", re.sub(r"\\Omega(?![a-zA-Z])\s*", "ohm ", text))
     text = text.lower().replace("^{\\circ}", "°").replace("^\\circ", "°").partition(" of ")[0]
     text = re.sub(r"\\cdot|\\times|\*|(?<=[a-z])-(?=[a-z])|(?<=°)(?=[a-z])", " ", text)
     text = re.sub(r"(?<![a-z])per(?![a-z])", "/", re.sub(r"[{}.,']", "", text))
     powers: Counter[str] = Counter()
     sign, power, last = 1, 1, ""
     for token in re.findall(r"[^\s/]+|/", re.sub(r"\s*\^\s*", "^", text)):
-        word, _, exponent = token.partition("^")
+        word, _, exponent = re.sub(r"(?<=[a-z]m)([23])$", r"^\1", token).partition("^")  # cm3
         if token == "/":
             sign = -1
         elif word in _POWERS:
@@ -128,7 +135,7 @@ def read_unit(text: str, any_words: bool = True) -> Unit | None:
             names = _names(word, any_words)
             if not names or not re.fullmatch(r"|-?\d", exponent):
                 return None
-            for name, direction in names:
+            for name, direction in names:  # direction: the power of the unit in the name
                 powers[name] += sign * direction * power * int(exponent or 1)
             power, last = 1, names[-1][0]
     if "celsius" in powers or "fahrenheit" in powers:
@@ -139,8 +146,7 @@ def read_unit(text: str, any_words: bool = True) -> Unit | None:
 def _names(word: str, any_words: bool) -> list[tuple[str, int]]:
     """The units that a word stands for, each with its power; none for a word that is no unit."""
     if word in _MANY:
-        top, bottom = _MANY[word].split("/")
-        return [(top, 1), (bottom, -1)]
+        return list(_MANY[word])
     for spelling in (word, word.removesuffix("s"), word.removesuffix("es")):
         if spelling in _NAMES:
             return [(_NAMES[spelling], 1)]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appo_jax.reward import verify
-from appo_jax.reward.math import MAX_ANSWER_CHARS, math_equal
+from appo_jax.reward.math import MAX_ANSWER_CHARS, equals_one, math_equal
 from appo_jax.reward.notation import clean
 from appo_jax.reward.number import read_number
 
@@ -106,6 +106,16 @@ def test_an_answer_that_never_ends_is_given_up_and_the_next_one_is_answered(monk
     assert math_equal("9^{9^{9^{9}}}", "x+7") is None
     assert time.monotonic() - start < 5
     assert math_equal("x+2", "2+x") is True
+    verify._worker.close()
+
+
+def test_all_golds_share_one_time_limit(monkeypatch):
+    verify._worker.close()
+    monkeypatch.setattr(verify, "VERIFY_SECONDS", 0.5)
+    assert math_equal("x+1", "1+x") is True
+    start = time.monotonic()
+    assert equals_one(("9^{9^{9^{8}}}",), [f"x+{i}" for i in range(20)]) is None
+    assert time.monotonic() - start < 4
     verify._worker.close()
 
 
