@@ -62,10 +62,6 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

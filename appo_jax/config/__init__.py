@@ -4,7 +4,7 @@ gives its meaning, its unit and the source of its default; its type gives the bo
 are in `rules`. `config_io.check` checks a config against all of them.
 """
 
-from appo_jax.config.data import ColumnsConfig, DataConfig, DataPart
+from appo_jax.config.data import ColumnsConfig, DataConfig, DataPart, OnMalformed
 from appo_jax.config.judge import JudgeConfig
 from appo_jax.config.learning import OptimizerConfig, Remat, SFTConfig
 from appo_jax.config.method import AdvantageConfig, BranchingConfig, LossConfig, Std
@@ -28,6 +28,7 @@ __all__ = [
     "LoRAConfig",
     "LossConfig",
     "MeshConfig",
+    "OnMalformed",
     "OptimizerConfig",
     "PolicyConfig",
     "PythonToolConfig",

@@ -8,6 +8,9 @@ from typing import Literal
 from pydantic import PositiveFloat
 
 from appo_jax.config.bounds import Seed
+from appo_jax.types import Kind
+
+OnMalformed = Literal["fatal", "skip"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class DataPart:
     """Like `data.path`."""
     held_out: str | None = None
     """Like `data.held_out`."""
-    kind: Literal["math", "qa"] = "qa"
+    kind: Kind = "qa"
     """Like `data.kind`."""
     columns: ColumnsConfig = ColumnsConfig()
     """Like `data.columns`."""
@@ -60,7 +63,7 @@ class DataConfig:
     """Folder or file of the data (`--data DIR` on the command line). For `world`, where the generated TFDS dataset is kept."""
     held_out: str | None = None
     """File of the questions for evaluation. None: the file that the source keeps next to its training file."""
-    kind: Literal["math", "qa"] = "qa"
+    kind: Kind = "qa"
     """How answers are compared, for files that do not say so."""
     columns: ColumnsConfig = ColumnsConfig()
     """Which keys of a record hold what, for the sources files and tfds."""
@@ -76,7 +79,7 @@ class DataConfig:
     evaluation."""
     seed: Seed = 0
     """Seed of the world's content and of its demonstrations."""
-    malformed: Literal["fatal", "skip"] = "fatal"
+    malformed: OnMalformed = "fatal"
     """What to do about a line that cannot be read or a prompt that is too long. fatal: end the run. skip: leave it out.
     In both cases the file and the line are reported."""
     system_prompt: str | None = None

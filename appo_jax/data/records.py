@@ -7,17 +7,17 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow
 import pyarrow.parquet
 
+from appo_jax.config import OnMalformed
 from appo_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 Raw = TypeVar("Raw")
 Record = TypeVar("Record")
-OnMalformed = Literal["fatal", "skip"]
 # The name of a record in messages, by the file's suffix.
 UNITS = {".jsonl": "line", ".json": "record", ".parquet": "row", ".csv": "line", ".tsv": "line"}
 

@@ -18,7 +18,7 @@ from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.errors import ToolError
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.python import PythonTool
-from appo_jax.tools.sandbox.system import descendants
+from appo_jax.tools.sandbox.system import descendants, is_running
 from appo_jax.types import Outcome
 
 _PATCH = """
@@ -157,15 +157,7 @@ def _killed() -> str:
         time.sleep(1.0)
         left = descendants(int(line)) | {int(line)}
         trainer.send_signal(signal.SIGKILL)
-    return _until(lambda: not any(map(_alive, left)), "processes of its sandbox outlive it")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return _until(lambda: not any(map(is_running, left)), "processes of its sandbox outlive it")
 
 
 def _until(condition: Callable[[], bool], problem: str) -> str:

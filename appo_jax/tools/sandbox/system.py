@@ -200,10 +200,20 @@ def _of_process(pid: int, name: str) -> bytes:
 
 def parent_of(pid: int) -> int:
     """The parent process of `pid`; -1 if `pid` does not exist."""
+    return _state_and_parent(pid)[1]
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process `pid` exists and has not ended (a zombie has)."""
+    return _state_and_parent(pid)[0] not in (b"", b"Z")
+
+
+def _state_and_parent(pid: int) -> tuple[bytes, int]:
     try:
-        return int(_of_process(pid, "stat").rpartition(b")")[2].split()[1])
-    except (OSError, IndexError, ValueError):
-        return -1
+        state, parent, *_ = _of_process(pid, "stat").rpartition(b")")[2].split()
+        return state, int(parent)
+    except (OSError, ValueError):
+        return b"", -1
 
 
 def descendants(pid: int) -> set[int]:
