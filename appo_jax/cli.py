@@ -28,7 +28,7 @@ from appo_jax.config import Config, JudgeConfig
 from appo_jax.config.bounds import require_at_least
 from appo_jax.config_io import check, load_config
 from appo_jax.errors import ConfigError, PlanError, did_you_mean
-from appo_jax.overrides import override
+from appo_jax.overrides import override, split_dotted
 from appo_jax.supervision.supervisor import connect_supervisors, supervise
 
 log = logging.getLogger("appo_jax.cli")
@@ -217,7 +217,8 @@ def _eval(args: Sequence[str]) -> None:
         limit: int | None = None, samples: int = 1, temperature: float = 0.0, judge_url: str | None = None,
         judge_model: str = "Qwen/Qwen2.5-72B-Instruct", step: int | None = None,
     ) -> None:  # fmt: skip
-        """Evaluate one set. `appo-jax eval --compare A B` compares two reports, question by question.
+        """Evaluate one set. `appo-jax eval --compare A B` compares two reports, question by question. With --run or --config,
+        fields of the config may follow: --mesh.fsdp 4 for four devices.
 
         Args:
             set: Name of the set, or `package.module:set` of your own: see docs/eval.md.
@@ -237,9 +238,12 @@ def _eval(args: Sequence[str]) -> None:
         judge = JudgeConfig(judge_url, judge_model) if judge_url else None
         asked = Evaluation(set, data, out, predictions, limit, samples, temperature, judge, step)
         file = config or (run / "config.json" if run else None)
-        print(evaluate_set(asked, check(load_config(file)) if file else None, run))
+        if dotted and file is None:
+            raise ConfigError(f"{dotted[0]}: a field of a config goes with --run RUN or --config FILE")
+        print(evaluate_set(asked, commands.overridden(file, dotted, "eval") if file else None, run))
 
-    tyro.cli(evaluate, prog="appo-jax eval", args=list(args))
+    own, dotted = split_dotted(args)
+    tyro.cli(evaluate, prog="appo-jax eval", args=own)
 
 
 def _sft(args: Sequence[str]) -> None:
@@ -265,7 +269,8 @@ def _sft(args: Sequence[str]) -> None:
     def run() -> None:
         from appo_jax import sft
 
-        for name, value in sft.run(config).items():
+        accuracies = sft.run(config)
+        for name, value in accuracies.items() if distributed.host() == 0 else ():
             print(f"{name}: {value:.4f}")
 
     _supervised(config, run)
