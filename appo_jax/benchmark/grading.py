@@ -12,7 +12,7 @@ from appo_jax.benchmark.predictions import Sample
 from appo_jax.benchmark.sets import Item, Rule
 from appo_jax.reward import qa
 from appo_jax.reward.grade import final_answer
-from appo_jax.reward.math import math_equal
+from appo_jax.reward.math import equals_one, math_equal
 from appo_jax.reward.response import Response
 from appo_jax.types import Segment, StopReason
 
@@ -33,12 +33,13 @@ class Verdict:
     judge_reason: str = ""  # its words, or what went wrong; "": it was not asked
 
 
-def answer_of(sample: Sample) -> str:
+def answer_of(sample: Sample, repeats: bool = False) -> str:
     """The final answer of a prediction: that of its last <answer> block or \\boxed{}; "" if there is none.
 
-    The whole text of a prediction that was made elsewhere is its answer if it holds no such mark, and no thoughts or calls."""
+    The whole text of a prediction that was made elsewhere is its answer if it holds no such mark, and no thoughts or calls.
+    `repeats`: see `final_answer`."""
     response = Response((Segment(sample.text, sampled=True),), (), "qa", frozenset(), StopReason.ANSWERED)
-    found = final_answer(response)
+    found = final_answer(response, repeats)
     if found is None and not sample.rollout and not _MARKS.search(sample.text):
         found = sample.text
     return (found or "").strip()
@@ -58,10 +59,11 @@ def grade_prediction(item: Item, sample: Sample, rule: Rule) -> Verdict:
     if rule == "gaia":
         right = any(gaia_equal(answer, gold) for gold in item.golds)
         return Verdict(right, f1, answer, "quasi-exact match", official)
-    verdicts = [math_equal(answer, gold) for gold in item.golds]
-    if not any(verdicts) and None in verdicts:
-        return Verdict(False, f1, answer, "math-verify ran out of time", official)
-    return Verdict(any(verdicts), f1, answer, "equal value", official)
+    equal = equals_one(
+        tuple(dict.fromkeys((answer, answer_of(sample, repeats=True)))), item.golds
+    )  # as `reward.grade` does
+    reason = "math-verify ran out of time" if equal is None else "equal value"
+    return Verdict(bool(equal), f1, answer, reason, official)
 
 
 def same_answer(a: str, b: str, rule: Rule) -> bool:

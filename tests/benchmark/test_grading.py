@@ -8,6 +8,9 @@ from appo_jax.benchmark.grading import answer_of, gaia_equal, grade_prediction, 
 from appo_jax.benchmark.official import official_figures
 from appo_jax.benchmark.predictions import Sample
 from appo_jax.benchmark.sets import Item
+from appo_jax.reward.grade import grade
+from appo_jax.reward.response import Response
+from appo_jax.types import Segment, StopReason
 
 
 # Worked from the rules of GAIA's leaderboard: numbers lose $, % and commas; lists go element by element; text loses spaces,
@@ -67,17 +70,27 @@ def test_a_rollout_without_an_answer_has_none_whatever_its_text():
 
 
 def test_each_rule_has_its_verdict():
-    def grade(gold, text, rule):
+    def verdict_of(gold, text, rule):
         return grade_prediction(Item("0", "?", (gold,)), Sample(text), rule)
 
-    verdict = grade("Frank Lowy", "<answer>Lowy</answer>", "qa")
+    verdict = verdict_of("Frank Lowy", "<answer>Lowy</answer>", "qa")
     assert (verdict.correct, verdict.f1) == (False, pytest.approx(2 / 3))
-    assert grade("Frank Lowy", "<answer>frank lowy.</answer>", "qa").correct is True
-    assert grade("0.5", "\\boxed{\\frac12}", "math").correct is True
-    assert grade("0.5", "\\boxed{\\frac13}", "math").correct is False
-    assert grade("x", "x", "judge").correct is None
-    empty = grade("x", " ", "judge")
+    assert verdict_of("Frank Lowy", "<answer>frank lowy.</answer>", "qa").correct is True
+    assert verdict_of("0.5", "\\boxed{\\frac12}", "math").correct is True
+    assert verdict_of("0.5", "\\boxed{\\frac13}", "math").correct is False
+    assert verdict_of("x", "x", "judge").correct is None
+    empty = verdict_of("x", " ", "judge")
     assert (empty.correct, empty.reason) == (False, "no answer")
+
+
+@pytest.mark.parametrize(
+    "text", [r"\boxed{3}, \boxed{3}", r"\boxed{3} and \boxed{4}", r"\boxed{3}", "<answer>3, 3</answer>"]
+)
+def test_a_rollout_is_right_where_training_calls_it_right(text):
+    response = Response((Segment(text, True),), ("(3, 3)",), "math", frozenset(), StopReason.ANSWERED)
+    assert (
+        grade_prediction(Item("0", "?", ("(3, 3)",)), Sample(text, ROLLOUT), "math").correct is grade(response).correct
+    )
 
 
 def test_votes_are_by_value_and_the_most_frequent_comes_first():
