@@ -20,7 +20,7 @@ from appo_jax.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Influence:
     """The measured influence of one position of one rollout."""
 
     rollout: int
@@ -33,7 +33,7 @@ class Measured:
 def measure(
     sampler: Sampler, params: Params, scored: ScorePass, positions: Mapping[int, Sequence[int]], continuations: int,
     give_rewards: Callable[[Sequence[Rollout]], None], draw_id: Sequence[int],
-) -> list[Measured]:  # fmt: skip
+) -> list[Influence]:  # fmt: skip
     """The influence of `positions` (keys: indices into `scored.rollouts`), with K = `continuations` draws at each cut, at least 2.
 
     `scored`: rollouts with their rewards, scored under `params` with `to_branch`. A cut that several positions share is drawn
@@ -63,7 +63,7 @@ def measure(
         for t in chosen:
             before, later = values[i, t], values[i, after(rollouts[i], t)]
             if min(len(before), len(later)) >= 2 and not np.isnan(later).any():
-                out.append(Measured(i, t, squared_difference(before, later)))
+                out.append(Influence(i, t, squared_difference(before, later)))
     return out
 
 

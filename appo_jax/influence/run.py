@@ -25,7 +25,7 @@ from appo_jax.config_io import load_config
 from appo_jax.data.pipeline import prompt_batches
 from appo_jax.export import policy_params
 from appo_jax.influence.allocation import Scatter, advantage_scatter
-from appo_jax.influence.measure import Measured, measure
+from appo_jax.influence.measure import Influence, measure
 from appo_jax.influence.ranking import (
     Interval,
     Ranked,
@@ -183,7 +183,7 @@ def decision_tokens(rollout: Rollout, words: Sequence[bytes], known: Any) -> np.
     return out & rollout.sampled
 
 
-def summarize(ranked: Sequence[Ranked], measured: Sequence[Measured], random: dict[int, list[int]]) -> dict[str, Any]:
+def summarize(ranked: Sequence[Ranked], measured: Sequence[Influence], random: dict[int, list[int]]) -> dict[str, Any]:
     """The statistics of all scores. Positions without a measured influence are left out."""
     influence = {(m.rollout, m.position): m.influence for m in measured}
     random = {i: [t for t in chosen if (i, t) in influence] for i, chosen in random.items()}

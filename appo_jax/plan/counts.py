@@ -22,7 +22,7 @@ from appo_jax.rollout.shapes import GenerationShapes, Shapes
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
+class PlannedGeneration:
     """Generations of one kind and shape."""
 
     name: str
@@ -66,9 +66,9 @@ class Counts:
     """Prompts of one prefill pass."""
     prefills: int
     """Prefill passes in a step."""
-    initial: Generation
+    initial: PlannedGeneration
     """The generations that draw initial rollouts."""
-    branches: tuple[Generation, ...]
+    branches: tuple[PlannedGeneration, ...]
     """Those that draw branches, by their shapes, in the order in which they run."""
     scorings: tuple[Scoring, ...]
     """By rising number of rows."""
@@ -83,7 +83,7 @@ class Counts:
     """Micro-batches of one update, which their packed rows fill."""
 
     @property
-    def generations(self) -> tuple[Generation, ...]:
+    def generations(self) -> tuple[PlannedGeneration, ...]:
         """All generations."""
         return (self.initial, *self.branches)
 
@@ -98,7 +98,7 @@ def count(config: Config, shapes: Shapes, lengths: RolloutLengths | None = None)
     draws = 1 + algorithm.max_resamples  # each replacement of prompts is another generation
     prompts, rows = config.prompts_per_step, shapes.prefill_rows(config.prompts_per_step)
     initial_shapes = shapes.initial(prompts, algorithm.initial)
-    initial = Generation("initial", initial_shapes, draws, prompts * algorithm.initial, lengths.initial)
+    initial = PlannedGeneration("initial", initial_shapes, draws, prompts * algorithm.initial, lengths.initial)
     branches = tuple(_branch_generations(config, algorithm, shapes, lengths.branches))
     minibatches = config.prompts_per_step // config.prompts_per_minibatch
     return Counts(
@@ -142,7 +142,9 @@ class _Packing:
         return len(packing.rows.tokens) // rows_per_pass
 
 
-def _branch_generations(config: Config, algorithm: Algorithm, shapes: Shapes, lengths: Lengths) -> list[Generation]:
+def _branch_generations(
+    config: Config, algorithm: Algorithm, shapes: Shapes, lengths: Lengths
+) -> list[PlannedGeneration]:
     """The generations that draw branches: one for each mini-batch and loop."""
     if not algorithm.branches:
         return []
@@ -155,7 +157,7 @@ def _branch_generations(config: Config, algorithm: Algorithm, shapes: Shapes, le
         by_shape.setdefault(shapes.branches(before), []).append(max(1, after - before))
     minibatches = config.prompts_per_step // prompts
     return [
-        Generation("branches", shape, minibatches * len(drawn), max(drawn), lengths)
+        PlannedGeneration("branches", shape, minibatches * len(drawn), max(drawn), lengths)
         for shape, drawn in by_shape.items()
     ]
 

@@ -17,7 +17,7 @@ from appo_jax.algorithms import make_algorithm
 from appo_jax.config import Architecture, Config
 from appo_jax.learner.step import StepSpec, make_train_step
 from appo_jax.plan.abstract import Arrays, on_chip
-from appo_jax.plan.counts import Counts, Generation, Scoring, count
+from appo_jax.plan.counts import Counts, PlannedGeneration, Scoring, count
 from appo_jax.plan.lengths import RolloutLengths
 from appo_jax.policy import sharding
 from appo_jax.policy.attention import SEEN_PREFIX, SEEN_SUFFIX
@@ -158,7 +158,7 @@ class _StepPrograms:
             _ROWS,
         )
 
-    def decode(self, generation: Generation) -> Program:
+    def decode(self, generation: PlannedGeneration) -> Program:
         """Draws one token of every row. The program is a segment of SEGMENT_STEPS such steps."""
         shapes, rollout, scalar = generation.shapes, self.config.rollout, self.arrays.of((), jnp.int32)
 
@@ -185,7 +185,7 @@ class _StepPrograms:
             self._read_shares(generation),
         )
 
-    def append(self, generation: Generation) -> Program:
+    def append(self, generation: PlannedGeneration) -> Program:
         """Appends a batch of tool results, of the maximum length, to the KV caches of their rows."""
         shapes, rollout = generation.shapes, self.config.rollout
         width, length = shapes.append_rows, rollout.max_result_tokens
@@ -248,7 +248,7 @@ class _StepPrograms:
             counts.parts,
         )
 
-    def _label(self, generation: Generation) -> str:
+    def _label(self, generation: PlannedGeneration) -> str:
         """The kind of a generation, and what tells its shapes from those of other generations of this kind: rows, or also slots."""
         shapes = generation.shapes
         others = [g.shapes for g in self.counts.generations if g.name == generation.name and g is not generation]
@@ -257,7 +257,7 @@ class _StepPrograms:
         slots = f", {shapes.slots} slots" if any(other.rows == shapes.rows for other in others) else ""
         return f"{generation.name}, {shapes.rows} rows{slots}"
 
-    def _read_shares(self, generation: Generation) -> dict[str, float]:
+    def _read_shares(self, generation: PlannedGeneration) -> dict[str, float]:
         """For each kernel of decoding, the share of its KV cache that it reads: up to the end of the block with the last key."""
         arch, dtype, shapes = self.arrays.generating_arch, self.arrays.dtype, generation.shapes
         heads = -(-arch.num_kv_heads // self.mesh.shape["tensor"])
@@ -270,7 +270,7 @@ class _StepPrograms:
             SEEN_SUFFIX: share(generation.lengths.suffix, shapes.suffix_length - 1),
         }
 
-    def _source_bytes(self, generation: Generation) -> int:
+    def _source_bytes(self, generation: PlannedGeneration) -> int:
         """Bytes per device of the KV caches from which a generation's prefixes are loaded."""
         if generation is self.counts.initial:
             return on_chip(self.arrays.caches(self.counts.prefill_rows, self.config.rollout.max_prompt_tokens))

@@ -35,7 +35,7 @@ from appo_jax.policy.constraints import AXES, ROWS, WIDE, platform, spec_of
 from appo_jax.policy.parameters import LAYER, TOP, Params, abstract_params, row_of, transposed
 
 Layout = Literal["train", "generate"]
-Tree = TypeVar("Tree")
+AnyTree = TypeVar("AnyTree")
 
 # From a parameter's logical axis to the mesh axes that split it. If two are given and do not divide it, only the first splits it.
 Rules = Mapping[str, str | tuple[str, ...]]
@@ -137,7 +137,7 @@ def partition_spec(name: str, axes: str, shape: Sequence[int], rules: Rules, mes
     return spec_of((targets[0] if len(targets) == 1 else targets) or None for targets in spec)
 
 
-def state_shardings(state: Tree, arch: Architecture, mesh: Mesh) -> Tree:
+def state_shardings(state: AnyTree, arch: Architecture, mesh: Mesh) -> AnyTree:
     """Shardings of a training state: parameters and the optimizer's arrays, in the training layout.
 
     `state`: any tree of arrays or `ShapeDtypeStruct`. A leaf whose path ends with a parameter's path is sharded as that
@@ -161,7 +161,7 @@ def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * (ndim - 2), ROWS) if ndim else PartitionSpec())
 
 
-def batch_shardings(batch: Tree, mesh: Mesh) -> Tree:
+def batch_shardings(batch: AnyTree, mesh: Mesh) -> AnyTree:
     """`batch_sharding` of each array of a batch."""
     return jax.tree.map(lambda x: batch_sharding(mesh, np.ndim(x)), batch)
 
@@ -171,12 +171,12 @@ def cache_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS, "tensor"))
 
 
-def place(tree: Tree, shardings: Any, mesh: Mesh) -> Tree:
+def place(tree: AnyTree, shardings: Any, mesh: Mesh) -> AnyTree:
     """Put the arrays of `tree` under `shardings` (a tree of them, or one for all). On a mesh of one device, nothing changes."""
     return jax.device_put(tree, shardings) if mesh.size > 1 else tree
 
 
-def annotate(tree: Tree, shardings: Any, mesh: Mesh) -> Tree:
+def annotate(tree: AnyTree, shardings: Any, mesh: Mesh) -> AnyTree:
     """`place` for a tree of `jax.ShapeDtypeStruct`."""
     if mesh.size == 1:
         return tree
