@@ -10,7 +10,7 @@ from typing import Any
 
 from appo_jax.config import ColumnsConfig, DataConfig
 from appo_jax.data.golds import accepted_answers
-from appo_jax.data.records import field, read_records
+from appo_jax.data.records import MissingField, field, read_records
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.types import Example, Kind
 
@@ -41,8 +41,8 @@ class Reader:
     def example(self, record: Any, path: Path, number: int) -> Example | None:
         """The example of a record; None, with a warning, if it has no accepted answer. Raises KeyError, TypeError, ValueError."""
         columns = self.columns
-        question, system = self._prompt(field(record, columns.question))
-        golds = accepted_answers(field(record, columns.golds))
+        question, system = self._prompt(self._column(record, "question"))
+        golds = accepted_answers(self._column(record, "golds"))
         if not golds:
             logger.warning("%s, record %d: no accepted answer; left out", path, number)
             return None
@@ -65,6 +65,16 @@ class Reader:
             _text(optional_field(record, columns.source), columns.source) or path.stem,
             {name: value for name in columns.extra if (value := optional_field(record, name)) is not None},
         )
+
+    def _column(self, record: Any, name: str) -> Any:
+        """The value of a column. Raises KeyError or TypeError, with the setting that names the column if there is one."""
+        path = getattr(self.columns, name)
+        try:
+            return field(record, path)
+        except MissingField as error:
+            if self.columns is self.config.columns:
+                error.advice = f"; data.columns.{name} says which field is read"
+            raise
 
     def _prompt(self, value: Any) -> tuple[str, str | None]:
         """(question, system prompt) from the value of the question's column, which is text or chat messages."""

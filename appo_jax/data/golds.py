@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import math
 import re
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
-_TARGETS = (
-    "target",
-    "ground_truth",
-    "answers",
-    "aliases",
-    "value",
-)  # the fields of an object that may hold the answers
+import numpy as np
+
+logger = logging.getLogger(__name__)
+_TARGETS = ("target", "ground_truth", "value", "answer", "answers", "text", "aliases")
+"""The fields of an object that may hold answers."""
 
 
 def accepted_answers(value: Any) -> tuple[str, ...]:
     """The answers as texts, in order, each once, without blank ones. An empty tuple means that there is no answer.
 
-    `value` may be text, a number, a truth value (yes or no), a list of these, the text of a list of texts as JSON, Python or numpy
-    write it, or an object that holds them under `target` (veRL, Search-R1), `ground_truth`, `answers`, `aliases` or `value`.
-    Raises TypeError for anything else.
+    `value` may be text, a number, a date, a truth value (yes or no), a list of these, the text of a list as JSON, Python or numpy
+    write it, an object that holds them under `target` (veRL, Search-R1), `ground_truth`, `value` and `aliases` (TriviaQA),
+    `answer`, `answers` or `text` (SQuAD), all together, or the text of such an object. Raises TypeError for anything else.
     """
     return tuple(dict.fromkeys(text for text in (answer.strip() for answer in _walk(value, 0)) if text))
 
@@ -33,8 +34,8 @@ def _walk(value: Any, depth: int) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str):
-        listed = _list_of_texts(value)
-        return [value] if listed is None else listed
+        decoded = _decoded(value)
+        return [value] if decoded is None else _walk(decoded, depth + 1)
     if isinstance(value, bool):
         return ["yes" if value else "no"]
     if isinstance(value, int):
@@ -42,13 +43,17 @@ def _walk(value: Any, depth: int) -> list[str]:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise TypeError(f"an accepted answer is {value}")
-        return [str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)]
+        return [str(int(value)) if value.is_integer() and abs(value) <= 2**53 else _shortest(value)]
+    if isinstance(value, Decimal):
+        return [format(value.normalize(), "f")]
+    if isinstance(value, date):
+        return [value.isoformat()]
     if isinstance(value, list | tuple):
         return [answer for item in value for answer in _walk(item, depth + 1)]
     if isinstance(value, dict):
-        for key in _TARGETS:
-            if key in value:
-                return _walk(value[key], depth + 1)
+        found = [value[key] for key in _TARGETS if key in value]
+        if found:
+            return [answer for item in found for answer in _walk(item, depth + 1)]
         raise TypeError(
             f"accepted answers: expected one of {', '.join(_TARGETS)} in an object, got {sorted(value)[:8]}"
         )
@@ -57,20 +62,31 @@ def _walk(value: Any, depth: int) -> list[str]:
     raise TypeError(f"accepted answers: expected text, a number or a list of them, got {value!r}")
 
 
-def _list_of_texts(text: str) -> list[str] | None:
-    """The list of texts in a text such as `["a", "b"]` (JSON), `['a', 'b']` (Python) or `['a' 'b']` (numpy), else None. Lists of
-    numbers may be vectors: they stay text."""
+def _shortest(value: float) -> str:
+    """The shortest decimal of a number. One that came from a column of 32-bit numbers is 0.1, not 0.10000000149011612."""
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    return str(single) if float(single) == value else repr(value)
+
+
+def _decoded(text: str) -> Any:
+    """The list in a text such as `["a", "b"]` (JSON), `['a', None]` (Python) or `['a' 'b']` (numpy), or the object in the text of
+    one; else None. Lists of numbers may be vectors: they stay text."""
     text = text.strip()
-    quoted = re.fullmatch(r"\[\s*(['\"]).*['\"]\s*,?\s*\]", text, re.DOTALL)
-    if not quoted:
+    if not re.match(r"[\[{].*['\"]", text, re.DOTALL):
         return None
     # numpy writes no comma between texts, which Python would join
     apart = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", text)
     for read, written in ((json.loads, text), (ast.literal_eval, apart)):
         try:
-            listed = read(written)
+            value = read(written)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
-            return listed
+        if isinstance(value, dict) and any(key in value for key in _TARGETS):
+            return value
+        plain = isinstance(value, list) and all(item is None or isinstance(item, str | int | float) for item in value)
+        if plain and any(isinstance(item, str) for item in value):
+            return value
+    if re.match(r"[\[{]\s*['\"]", text):
+        logger.warning("the accepted answer %.80s looks like a list or an object, but is read as text", text)
     return None

@@ -135,6 +135,17 @@ def _listed(content: Any, path: Path) -> list[Any]:
     return content
 
 
+class MissingField(KeyError):
+    """A record lacks a field."""
+
+    def __init__(self, path: str, record: dict[str, Any]):
+        self.path, self.fields = path, sorted(map(str, record))[:12]
+        self.advice = ""
+
+    def __str__(self) -> str:
+        return f"{self.path!r} (it has {', '.join(map(repr, self.fields)) or 'none'}){self.advice}"
+
+
 def field(record: Any, path: str) -> Any:
     """The value at a dotted path. Raises KeyError or TypeError."""
     value = record
@@ -142,7 +153,7 @@ def field(record: Any, path: str) -> Any:
         if not isinstance(value, dict):
             raise TypeError(f"expected an object with field {key!r}, got {type(value).__name__}")
         if key not in value:
-            raise KeyError(path)
+            raise MissingField(path, value)
         value = value[key]
     return value
 

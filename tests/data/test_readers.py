@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import shutil
+from datetime import date
+from decimal import Decimal
 
 import numpy as np
 import pyarrow
@@ -48,6 +50,25 @@ ROWS = [{"question": "Who?", "answer": "Ada"}, {"question": "How many?", "answer
         ('["a"', ('["a"',)),
         (np.array(["a", "b"], object), ("a", "b")),
         (np.float32(2), ("2",)),
+        (float(np.float32(0.1)), ("0.1",)),  # as a column of 32-bit numbers gives it
+        (np.array([0.1], np.float32), ("0.1",)),
+        (1 / 3, ("0.3333333333333333",)),
+        (1e15, ("1000000000000000",)),
+        (Decimal("2.50"), ("2.5",)),
+        (Decimal("300"), ("300",)),
+        (date(2020, 5, 4), ("2020-05-04",)),
+        ({"value": "X", "aliases": []}, ("X",)),
+        ({"value": "X", "aliases": ["Y", "X"]}, ("X", "Y")),  # TriviaQA
+        ({"target": None, "ground_truth": "x"}, ("x",)),  # a struct of parquet has all fields
+        ({"text": ["a", "a", "b"], "answer_start": [1, 5, 9]}, ("a", "b")),  # SQuAD
+        ({"answer": "x"}, ("x",)),
+        ('{"target": ["a"]}', ("a",)),
+        ("{'target': ['a']}", ("a",)),
+        ('["a", null]', ("a",)),
+        ('["a", 1]', ("a", "1")),
+        ("['a', None]", ("a",)),
+        (r"\{1, 2\}", (r"\{1, 2\}",)),
+        ('{"x": 1}', ('{"x": 1}',)),
         (None, ()),
         ("", ()),
         ([], ()),
@@ -56,6 +77,11 @@ ROWS = [{"question": "Who?", "answer": "Ada"}, {"question": "How many?", "answer
 )
 def test_accepted_answers(value, answers):
     assert accepted_answers(value) == answers
+
+
+def test_a_text_that_looks_like_a_list_and_is_none_is_told(caplog):
+    assert accepted_answers('["a", "b"') == ('["a", "b"',)
+    assert "looks like a list" in caplog.text
 
 
 @pytest.mark.parametrize("value", [{"answer_text": "a"}, math.nan, math.inf, object(), [[[[[["a"]]]]]], b"a"])
@@ -133,7 +159,10 @@ def test_columns_are_named_by_the_config(tmp_path):
     ("row", "complaint"),
     [
         ({"answer": "a"}, "missing field 'question'"),
-        ({"question": "?"}, "missing field 'answer'"),
+        (
+            {"question": "?", "gold": "a"},
+            r"missing field 'answer' \(it has 'gold', 'question'\); data.columns.golds says which field is read; correct it",
+        ),
         ({"question": " ", "answer": "a"}, "'question' is blank"),
         ({"question": 3, "answer": "a"}, "expected text, got 3"),
         ({"question": "?", "answer": {"b": 1}}, "expected one of target"),
