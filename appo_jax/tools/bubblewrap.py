@@ -24,9 +24,7 @@ SYSTEM = (
     "/usr/share/zoneinfo",
 )  # fmt: skip
 
-EXTRA_OPTIONS: dict[
-    str, int
-] = {}  # of the supervisor, for tests: `memory_total`, bytes for all states; 0: half of what is free
+MEMORY_TOTAL = 0  # bytes for all states; 0: half of what is free
 
 
 def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[list[str], dict[str, str]]:
@@ -41,7 +39,7 @@ def command_line(config: PythonToolConfig, control: int, folder: str) -> tuple[l
     }  # fmt: skip
     options = {
         "isolation": config.isolation, "preload": config.preload, "memory_mb": config.memory_mb,
-        "max_output_bytes": config.max_output_bytes, "folder": folder, "memory_total": 0, **EXTRA_OPTIONS,
+        "max_output_bytes": config.max_output_bytes, "folder": folder, "memory_total": MEMORY_TOTAL,
     }  # fmt: skip
     modules = {} if not isolated else locate([*config.preload, *config.modules])
     sites = [SITE] if isolated else _site_folders()

@@ -253,7 +253,7 @@ def test_a_budget_is_empty_when_all_are_gone():
 @needs_bubblewrap
 def test_the_budget_holds_against_forgetting(monkeypatch):
     """Allocate, call again, free the older state: the memory is still in use and still counted."""
-    monkeypatch.setattr("appo_jax.tools.bubblewrap.EXTRA_OPTIONS", {"memory_total": 400 << 20})
+    monkeypatch.setattr("appo_jax.tools.bubblewrap.MEMORY_TOTAL", 400 << 20)
     tool = make(memory_mb=512)
     try:
         kept, outcomes = [], []
@@ -275,7 +275,7 @@ def test_the_budget_holds_against_forgetting(monkeypatch):
 
 @needs_bubblewrap
 def test_running_calls_together_keep_to_the_budget(monkeypatch):
-    monkeypatch.setattr("appo_jax.tools.bubblewrap.EXTRA_OPTIONS", {"memory_total": 300 << 20})
+    monkeypatch.setattr("appo_jax.tools.bubblewrap.MEMORY_TOTAL", 300 << 20)
     tool = make(memory_mb=512, timeout=3.0)
     hungry = "x = bytearray(200 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1\nimport time\ntime.sleep(1.0)"
     try:
