@@ -94,7 +94,7 @@ def read_arguments(text: str, schema: Mapping[str, Any]) -> dict[str, Any] | str
     return f"Malformed arguments: {'; '.join(misfits)}." if misfits else arguments
 
 
-_TYPES = {
+_TYPES: dict[str, type | tuple[type, ...]] = {
     "string": str, "integer": int, "number": (int, float), "boolean": bool, "object": dict, "array": list, "null": type(None),
 }  # fmt: skip
 
