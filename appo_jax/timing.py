@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from appo_jax import heartbeat
+
+Phase = Literal["rollout", "reward", "score", "branch", "update"]
+"""The phases of a training step, in order."""
 
 
 class Clock:
@@ -51,10 +54,10 @@ class Timer:
     """Seconds by phase. `with timer("rollout"): …`, any number of times."""
 
     def __init__(self) -> None:
-        self._began, self._seconds = time.perf_counter(), dict[str, float]()
+        self._began, self._seconds = time.perf_counter(), dict[Phase, float]()
 
     @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: Phase) -> Iterator[None]:
         began = time.perf_counter()
         with heartbeat.phase(phase):
             yield

@@ -7,7 +7,7 @@ import fnmatch
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib
 
@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from appo_jax.dumps import dumped_steps, read_dump
 from appo_jax.errors import DataError
 from appo_jax.metrics import read_metrics
+from appo_jax.timing import Phase
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,6 @@ class Panel:
 # The branches of at most this many steps are drawn, evenly spaced: more columns would not be readable.
 MAX_COLUMNS = 100
 
-PHASES = ("rollout", "reward", "score", "branch", "update")  # the phases of a training step, in order
 
 FIGURES: dict[str, tuple[Panel, ...]] = {
     "accuracy": (Panel("Accuracy", "share of rollouts that are right", ("accuracy/*", "eval/accuracy*")),),
@@ -80,7 +80,9 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
         Panel("Rollouts with constant Ω", "share", ("branching/constant_future_share",)),
     ),
     "timings": (
-        Panel("Where a step's time goes", "seconds", tuple(f"time/{phase}_s" for phase in PHASES), stacked=True),
+        Panel(
+            "Where a step's time goes", "seconds", tuple(f"time/{phase}_s" for phase in get_args(Phase)), stacked=True
+        ),
         Panel("Speed", "sampled tokens per second of a step", ("time/tokens_per_s",)),
     ),
 }

@@ -26,7 +26,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -35,9 +35,10 @@ import tiny
 import appo_jax.train  # noqa: F401 - what hosts import, once for all of them: they are forked
 from appo_jax.config import MeshConfig
 from appo_jax.config_io import save_config
+from appo_jax.timing import Phase
 
 PROGRAMS = Path(__file__).parents[1] / "supervision/programs.py"
-PHASES = ("rollout", "reward", "score", "branch", "update")
+PHASES = get_args(Phase)
 STEPS = 6
 # Fault -> the exit code of all hosts, and what the last line of each says. {h}: the host it happened on.
 PROGRAM = {
