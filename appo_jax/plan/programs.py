@@ -28,7 +28,7 @@ from appo_jax.rollout.decode import AppendBatch, DecodeSpec, StopTables, Until, 
 from appo_jax.rollout.engine import SEGMENT_STEPS
 from appo_jax.rollout.shapes import Shapes
 
-# States of the stop automaton for each tool: more than a closing tag has characters.
+# States of the stop automaton for each tool: as many as its closing tag has characters. Most tags are shorter.
 AUTOMATON_STATES = 16
 # The fields that `search` changes and on which every program depends; those of a generation; those of the update.
 _MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices")
