@@ -28,7 +28,7 @@ from appo_jax.types import Document
 
 log = logging.getLogger(__name__)
 
-_VERSION = "appo_jax tantivy 2"  # change it whenever the index of the same text changes
+_VERSION = "appo_jax tantivy 3"  # change it whenever the index of the same text changes
 _MARK = "\N{MIDDLE DOT}"  # replaces the space that marks stop words, because tantivy splits terms at spaces
 HEAP = 512 << 20  # bytes that the writer's threads hold together before they write segments
 MAX_THREADS = 8  # of the writer; tantivy refuses less than 15 MB of HEAP per thread

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from appo_jax.reward.latex import plain
+from appo_jax.text.letters import LATIN
 
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})++(?![\d,])")
 _SIGN = re.compile(r"(?<![^\s(\[$€£])[-−–](?=[$€£]?\.?\d)")  # a minus before a number, not a hyphen or a range
@@ -31,7 +32,7 @@ _ONLY_ARTICLES = frozenset({"a", "an", "the"})
 _CURRENCY = re.compile(r"[$€£¥₹]")
 _SPACE_BESIDE_WORDS = re.compile(r"(?<!\d) | (?!\d)")
 _CLOSED = frozenset({"yes", "no", "noanswer"})  # no partial credit (HotpotQA)
-_LATIN = str.maketrans(dict(zip("øłđıæœðþħ", ["o", "l", "d", "i", "ae", "oe", "d", "th", "h"], strict=True)))
+_LATIN = str.maketrans(LATIN)
 # punctuation that belongs to a number is mapped to private-use letters while the other punctuation is deleted
 _MINUS, _DOT = "\ue000", "\ue001"
 _SIGNS = dict(zip("+#♯", "\ue002\ue003\ue003", strict=True))

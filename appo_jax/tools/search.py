@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 import threading
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from appo_jax import heartbeat
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ConfigError, DataError
+from appo_jax.text.letters import LATIN
 from appo_jax.tools.protocol import Tool, ToolResult, writable
 from appo_jax.types import Document, Outcome
 
@@ -103,10 +105,18 @@ class LocalSearch:
         return relevance
 
 
-_WORD = re.compile(r"\w+")
+_CLITIC = r"(?<=\w)'(?:s|t|re|ll|ve|d|m)(?!\w)"  # a word of its own: Who's is who and 's
+_WORD = re.compile(rf"{_CLITIC}|\w+")
 _STOPWORDS = """a an and are as at be been but by did do does for had has have how if in into is it no not of on or such
 that the their then there these they this to was were what when where which who whom whose why will with"""
-_STOP = frozenset(_STOPWORDS.split())
+_STOP = frozenset([*_STOPWORDS.split(), "'s", "'t", "'re", "'ll", "'ve", "'d", "'m"])
+# Letters, apostrophes and digits that the normalisation below leaves in several spellings.
+_DIGITS = {
+    c: str(unicodedata.decimal(c)) for c in map(chr, range(0x660, 0x11_000)) if unicodedata.decimal(c, None) is not None
+}
+_CAPITALS = {letter.upper(): plain for letter, plain in LATIN.items() if letter != "ı"}
+_OTHERS = {"ß": "ss", "ẞ": "ss", "ς": "σ", "’": "'", "ʻ": "'", "ʼ": "'", "ʽ": "'"}
+_SPELLINGS = str.maketrans(LATIN | _CAPITALS | _OTHERS | _DIGITS)
 _local = threading.local()  # a Stemmer may not be shared between threads
 # Letters in one spelling, in lower case and without accents; every ideograph is a separate word.
 _NORMALIZER = normalizers.Sequence(
@@ -116,14 +126,17 @@ _NORMALIZER = normalizers.Sequence(
         normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=True, strip_accents=True, lowercase=True),
     ]
 )
-_SPLITTER = pre_tokenizers.Split(Regex(r"[\p{L}\p{M}\p{N}_]+"), behavior="removed", invert=True)
+_SPLITTER = pre_tokenizers.Split(
+    Regex(_CLITIC.replace(r"\w", r"[\p{L}\p{M}\p{N}_]") + r"|[\p{L}\p{M}\p{N}_]+"), behavior="removed", invert=True
+)
 
 
 def words(text: str) -> list[str]:
     """The words of a text in normalised spelling; everything except letters and digits separates words."""
     if text.isascii():  # the same result, computed faster
         return _WORD.findall(text.lower())
-    return [word for word, _ in _SPLITTER.pre_tokenize_str(_NORMALIZER.normalize_str(writable(text)))]
+    text = _NORMALIZER.normalize_str(writable(text).translate(_SPELLINGS))
+    return [word for word, _ in _SPLITTER.pre_tokenize_str(text)]
 
 
 def terms(found: Sequence[str]) -> list[str]:
@@ -216,7 +229,7 @@ def stored_index(documents: Sequence[Document], folder: Path) -> bm25s.BM25:
 
 
 PROGRESS_EVERY = 10_000  # pages: reading and indexing millions of them is progress
-_INDEX_VERSION = b"appo_jax bm25 2"  # change it whenever the index of the same text changes
+_INDEX_VERSION = b"appo_jax bm25 3"  # change it whenever the index of the same text changes
 
 
 def cache_folder(folder: str | Path | None) -> Path:

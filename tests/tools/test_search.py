@@ -88,7 +88,7 @@ BANDS = [
     ("query", "first"),
     [
         ("The Who", "The Who"), ("the who?", "The Who"), ("who the", "The Who"), ("It", "It"), ("IT!", "It"),
-        ("to be or not to be", "Hamlet"), ("of the and", ""),
+        ("to be or not to be", "Hamlet"), ("of the and", ""), ("Who's There", "Who's There"), ("Who’s there?", "Who's There"),
     ],
 )  # fmt: skip
 def test_a_query_of_stop_words_alone_looks_for_them(query, first):
@@ -117,6 +117,7 @@ ABROAD = [
     Document("हिन्दी", "हिन्दी भाषा"),
     Document("Ёлка", "Дерево."),
     Document("İzmir", "A city."),
+    *(Document(title, "") for title in ("Łódź", "Søren", "Þór", "Đà Nẵng", "Æthelstan", "Hawaiʻi", "ΟΔΥΣΣΕΥΣ", "٢٠٢٠")),
 ]
 
 
@@ -126,6 +127,8 @@ ABROAD = [
         ("Beyoncé", "Beyoncé"), ("Beyonce\u0301", "Beyoncé"), ("BEYONCE", "Beyoncé"), ("beyonce\u200b", "Beyoncé"),
         ("Dvořák", "Dvor\u030ca\u0301k"), ("Dvorak", "Dvor\u030ca\u0301k"), ("東京", "東京タワー"), ("abc", "ＡＢＣ"),
         ("हिन्दी", "हिन्दी"), ("ёлка", "Ёлка"), ("Izmir", "İzmir"), ("straße", "Straße"),
+        ("Strasse", "Straße"), ("Lodz", "Łódź"), ("SØREN", "Søren"), ("Soren", "Søren"), ("Thor", "Þór"), ("Da Nang", "Đà Nẵng"),
+        ("aethelstan", "Æthelstan"), ("Hawai'i", "Hawaiʻi"), ("Οδυσσεύς", "ΟΔΥΣΣΕΥΣ"), ("2020", "٢٠٢٠"), ("२०२०", "٢٠٢٠"),
     ],
 )  # fmt: skip
 def test_one_letter_has_one_spelling(query, first):
@@ -135,6 +138,12 @@ def test_one_letter_has_one_spelling(query, first):
 @given(st.text(string.printable))
 def test_the_short_way_for_plain_text_finds_the_same_words(text):
     assert words(text) == words(text + " é")[:-1]
+
+
+def test_a_possessive_is_no_word_of_a_query():
+    pages = [Document("What's It", ""), Document("Cat", "The cat's paw, the dog's tail."), Document("It", "That's it.")]
+    assert titles(LocalSearch(pages), "What's it?")[0] == "What's It"
+    assert titles(LocalSearch(pages), "cat's") == ["Cat"]
 
 
 def test_a_call_gives_pages_as_text():
