@@ -88,7 +88,11 @@ class Judge:
         A user's function is called once at a time, the language model by as many threads as its endpoint allows. Raises
         TrainingError if MAX_HANGING calls hang."""
         if self.timeout is None:
-            return [self(response) for response in responses]
+            judgements = []
+            for response in responses:
+                judgements.append(self(response))
+                heartbeat.progress()
+            return judgements
         workers = self.language.config.concurrency if self.language else 1
         who = f"{self._subject} with reward.terms" if self.terms else self._subject
         late = _failed(f"{who} did not return within reward.timeout = {self.timeout:g} s")

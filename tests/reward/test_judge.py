@@ -4,11 +4,13 @@ import dataclasses
 import json
 import logging
 import math
+import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from appo_jax import heartbeat
 from appo_jax.errors import AppoError, ConfigError, TrainingError
 from appo_jax.reward import Judge, Judgement, Response
 from appo_jax.types import Example, RewardResult, StopReason
@@ -128,3 +130,16 @@ def test_nothing_to_report(caplog):
     judge(None).report([("a", GOOD)])
     judge(None).report([])
     assert not caplog.records
+
+
+def test_every_reward_is_progress():
+    """Many slow rewards take longer together than a run may be silent."""
+
+    def slow(response):
+        time.sleep(0.05)
+        return RewardResult(0.0, False)
+
+    heartbeat.progress()
+    began = time.monotonic()
+    Judge("mine:f", slow).each([RESPONSE] * 6)
+    assert time.monotonic() - heartbeat._life.progressed < (time.monotonic() - began) / 3
