@@ -172,11 +172,15 @@ class TagFormat:
         name, body = match[1], text.rstrip()[: -len(match[0].rstrip())]
         opening, closing = f"<{name}>", f"</{name}>"
         names = {name, *(tool.name for tool in self.tools)}
+        whole = body
         for tag in ("</think>", *(f"</{known}>" for known in names)):
             body = body.rpartition(tag)[2]  # the call began after the end of any earlier call or thought
         openings = re.findall(f"<(?:{'|'.join(map(re.escape, names))})>", body)
         if opening not in openings:
-            return f"Malformed call: {closing} has no {opening} before it. Write {opening}…{closing}."
+            before = whole.removesuffix(body)
+            ended = before[before.rfind("</") :] if opening in before else ""
+            hint = f" since {ended}, which an argument in tags cannot hold" if ended else ""
+            return f"Malformed call: {closing} has no {opening} before it{hint}. Write {opening}…{closing}."
         if len(openings) > 1:  # it is ambiguous which tag begins the call and which belongs to its argument
             return f"Malformed call: {' and '.join(openings[:4])} stand before {closing}. Write one tag, where the call begins."
         argument = body.partition(opening)[2]

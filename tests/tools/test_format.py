@@ -47,7 +47,9 @@ def test_tags(text, call):
     [
         ("x</python>", "has no <python> before it"),
         ("<think><python></think>x</python>", "has no <python> before it"),
-        ("<search>a</python>", "has no <python> before it"),
+        ("<search>a</python>", "has no <python> before it. Write"),
+        ('<python>print("</think>")</python>', "before it since </think>, which an argument in tags cannot hold"),
+        ('<python>print("</search>")</python>', "before it since </search>, which an argument in tags cannot hold"),
         # Two tags are open: the call may begin at either, and running the wrong one would be something else.
         ("I use <python> now: <python>x</python>", "<python> and <python> stand before </python>"),
         ("<python>s = '<python>'; print(1)</python>", "Write one tag"),
