@@ -11,8 +11,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 from appo_jax.components import Components, build, response_of
+from appo_jax.config import Config
 from appo_jax.config.bounds import require_at_least
-from appo_jax.config_io import load_config
 from appo_jax.errors import DataError
 from appo_jax.export import policy_params
 from appo_jax.policy.parameters import Params
@@ -21,10 +21,12 @@ from appo_jax.rollout.sampler import Purpose
 from appo_jax.types import Example
 
 
-def ask(run: Path, question: str | None, temperature: float) -> None:
-    """Answer `question`. None: read questions from the terminal, one per line, until an empty line."""
+def ask(config: Config, run: Path, question: str | None, temperature: float) -> None:
+    """Answer `question` with the policy of a run. None: read questions from the terminal, one per line, until an empty line.
+
+    config: the run's, perhaps with another mesh."""
     require_at_least({"--temperature": (temperature, 0)})
-    with build(load_config(run / "config.json")) as components:
+    with build(config) as components:
         _, params = policy_params(components, run)
         console = Console()
         for number, text in enumerate([question] if question is not None else _typed(console)):

@@ -9,10 +9,21 @@ from pathlib import Path
 
 import tyro
 
+from appo_jax.config import Config
+from appo_jax.config_io import check, load_config
 from appo_jax.errors import CheckpointError, ConfigError, DataError, ToolError
+from appo_jax.overrides import override, split_dotted
 from appo_jax.supervision.status import describe, runs_under
 
 log = logging.getLogger("appo_jax.cli")
+
+
+def overridden(file: Path, overrides: Sequence[str], command: str) -> Config:
+    """The config of a run or a file, with dotted overrides on top: the run may have been trained on another mesh.
+
+    Raises ConfigError; a bad override exits with code 2."""
+    about = f"Fields of {file}, which an option with a dot sets."
+    return check(override(load_config(file), overrides, f"appo-jax {command}", about))
 
 
 def convert_command(args: Sequence[str]) -> None:
@@ -197,7 +208,7 @@ def ask_command(args: Sequence[str]) -> None:
     def ask(
         run: tyro.conf.Positional[Path], question: tyro.conf.Positional[str] = "", temperature: float = 0.0
     ) -> None:
-        """Show a policy's answer turn by turn.
+        """Show a policy's answer turn by turn. Fields of the run's config may follow: --mesh.fsdp 4 for four devices.
 
         Args:
             run: Directory of the run; its newest policy answers, with its tools and its prompt.
@@ -206,6 +217,7 @@ def ask_command(args: Sequence[str]) -> None:
         """
         from appo_jax.ask import ask as put
 
-        put(run, question or None, temperature)
+        put(overridden(run / "config.json", dotted, "ask"), run, question or None, temperature)
 
-    tyro.cli(ask, prog="appo-jax ask", args=list(args))
+    own, dotted = split_dotted(args)
+    tyro.cli(ask, prog="appo-jax ask", args=own)

@@ -38,6 +38,18 @@ def override(config: Config, args: Sequence[str], prog: str, description: str) -
         return tyro.cli(Config, prog=prog, description=description, args=args, default=config, config=options)
 
 
+def split_dotted(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(a command's own arguments, the dotted overrides of a config among them with their values)."""
+    own: list[str] = []
+    dotted: list[str] = []
+    chosen = own
+    for arg in args:
+        if arg.startswith("--"):
+            chosen = dotted if "." in arg.partition("=")[0] else own
+        chosen.append(arg)
+    return own, dotted
+
+
 def _optional_parts(cls: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The path and class of every part of the config that may be None; outer parts come first."""
     for name, hint in typing.get_type_hints(cls).items():

@@ -12,6 +12,7 @@ from appo_jax import cli
 from appo_jax.config import Architecture, RopeScaling, YarnScaling
 from appo_jax.config_io import flatten, load_config, save_config
 from appo_jax.errors import ConfigError
+from appo_jax.overrides import split_dotted
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 
@@ -105,6 +106,13 @@ def test_overrides_stand_on_top_of_the_file():
     assert (config.branching.num_branch_points, config.rollout.budget, config.data.path) == (2, 12, "D")
     assert config.policy == base.policy
     assert config.rollout.num_initial == base.rollout.num_initial
+
+
+def test_dotted_options_are_told_from_a_commands_own():
+    args = ["RUN", "Why a.b?", "--mesh.fsdp", "4", "--out", "a.b", "--tools.enabled", "python", "search", "--x=1.5", "-1"]
+    own, dotted = split_dotted(args)
+    assert own == ["RUN", "Why a.b?", "--out", "a.b", "--x=1.5", "-1"]
+    assert dotted == ["--mesh.fsdp", "4", "--tools.enabled", "python", "search"]
 
 
 def test_a_nested_optional_part_of_the_file_can_be_overridden():

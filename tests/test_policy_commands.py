@@ -100,6 +100,8 @@ def test_a_person_asks_a_policy(run: Path, capsys: pytest.CaptureFixture[str], m
     assert "--temperature -1.0: expected 0 or more" in capsys.readouterr().err
     assert main(["ask", str(run), "why " * 500]) == 1
     assert "more than rollout.max_prompt_tokens" in capsys.readouterr().err
+    assert main(["ask", str(run), "Where?", "--mesh.fsdp", "2"]) == 2  # a field of the run's config
+    assert "= 1 × 2 × 1 = 2, but there are" in capsys.readouterr().err
 
 
 # A machine with an accelerator: here a second CPU device, on which jax computes, while checkpoints are read on the first.
@@ -154,6 +156,7 @@ def test_samples_of_two_policies_or_sets_are_never_mixed(
         assert main([*command, *more]) == 2
         return capsys.readouterr().err
 
+    assert "= 1 × 2 × 1 = 2, but there are" in refused("--mesh.fsdp", "2", "--limit", "2")
     assert main([*command, "--limit", "2"]) == 0
     head, *lines = (out / "generations.jsonl").read_text().splitlines(keepends=True)
     (out / "generations.jsonl").write_text(
