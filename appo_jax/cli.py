@@ -22,7 +22,7 @@ import rich.console
 import tyro
 from rich.logging import RichHandler
 
-from appo_jax import commands, distributed, failures, output
+from appo_jax import __version__, commands, distributed, failures, output
 from appo_jax.algorithms import ALGORITHMS
 from appo_jax.config import Config, JudgeConfig
 from appo_jax.config.bounds import require_at_least
@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = [f"  {key:{width}}  {(command.__doc__ or '').splitlines()[0]}" for key, command in COMMANDS.items()]
         more = "`appo-jax COMMAND --help` tells more. With --verbose every error comes with its traceback."
         print("usage: appo-jax COMMAND [...]\n\n" + "\n".join(lines) + f"\n\n{more}")
+        return 0
+    if name == "--version":
+        print(f"appo-jax {__version__}")
         return 0
     try:
         if name not in COMMANDS:
@@ -224,7 +227,7 @@ def _eval(args: Sequence[str]) -> None:
             set: Name of the set, or `package.module:set` of your own: see docs/eval.md.
             data: The set's file or folder, as its authors or the official APPO repository have it.
             out: Folder of the report. The samples of a policy are kept there, and the same command goes on from them.
-            predictions: Grade the predictions of this file: one JSON object per line with id and prediction. Lines of the same
+            predictions: Grade this file, without a policy: one JSON object per line with id and prediction. Lines of the same
                 id are samples.
             run: Draw with the newest policy of this run, its prompt and its tools.
             config: Draw with `policy.path`, the prompt and the tools of this config (with --run: other tools and limits).
@@ -236,6 +239,11 @@ def _eval(args: Sequence[str]) -> None:
             step: Draw with this checkpoint of the run instead of its newest.
         """
         judge = JudgeConfig(judge_url, judge_model) if judge_url else None
+        if predictions and (run or config):
+            raise ConfigError(
+                f"--predictions {predictions}: the answers come from this file, so no policy is asked; leave out --run and "
+                "--config, or the file"
+            )
         asked = Evaluation(set, data, out, predictions, limit, samples, temperature, judge, step)
         file = config or (run / "config.json" if run else None)
         if dotted and file is None:

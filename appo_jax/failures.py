@@ -149,9 +149,17 @@ def explain(error: BaseException) -> str:
         return f"JAX has no such device on this machine ({text[:300]}). {how} {install}"
     if isinstance(error, OSError) and _is_of_a_file(error):
         return _explain_os_error(error, where)
+    return f"{type(error).__name__} {where}: {text[:2000]}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({os.path.relpath(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__} {where}: {text[:2000]}{place}"
+    if not frames:
+        return ""
+    file = frames[-1].filename
+    with contextlib.suppress(OSError, ValueError):  # the working directory is gone
+        file = os.path.relpath(file)
+    return f" ({file}:{frames[-1].lineno})"
 
 
 def report(error: BaseException) -> None:

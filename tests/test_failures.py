@@ -162,3 +162,11 @@ os._exit(0)
 )  # fmt: skip
 def test_exit_codes(error: BaseException, code: int) -> None:
     assert failures.exit_code(error) == code
+
+
+def test_an_error_is_explained_where_the_working_directory_is_gone(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "ZeroDivisionError" in failures.explain(caught(lambda: 1 // 0))

@@ -73,6 +73,8 @@ class Asked:
 def study_influence(run: Path, out: Path, asked: Asked) -> str:
     """Measure, write influence.md, influence.json and influence.png into `out`, and return the text of influence.md."""
     config = load_config(run / "config.json")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "influence.md").touch()  # a folder that cannot be written is told before the measurement, not after it
     with build(config) as components:
         where, params = policy_params(components, run)
         trainer, state = begin(components, params)
@@ -111,7 +113,6 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
         "scatter": scatter,
         "step": {name: value for name, value in record.items() if name.startswith(("branching/", "update/"))},
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     (out / "influence.json").write_text(to_json(json.loads(json.dumps(figures, default=dataclasses.asdict)), indent=2))
     text = to_markdown(figures)
     (out / "influence.md").write_text(text + "\n", encoding="utf-8")

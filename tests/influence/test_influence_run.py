@@ -8,6 +8,7 @@ from matplotlib import image
 
 from appo_jax.cli import main
 from appo_jax.config import Config
+from appo_jax.config_io import save_config
 from appo_jax.errors import ConfigError
 from appo_jax.influence.run import Asked
 from appo_jax.train import train
@@ -20,6 +21,14 @@ from appo_jax.train import train
 def test_a_size_that_measures_nothing_is_refused(name: str, given: int, least: int) -> None:
     with pytest.raises(ConfigError, match=rf"--{name} {given}: expected {least} or more"):
         Asked(**{"questions": 1, "rollouts": 1, "positions": 1, "continuations": 2} | {name: given})
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(tiny: Config, tmp_path, capsys) -> None:
+    save_config(tiny, tmp_path / "config.json")  # a run without data and checkpoint, which building it would miss
+    (tmp_path / "file").touch()
+    asked = ["--questions", "1", "--rollouts", "1", "--positions", "1", "--continuations", "2"]
+    assert main(["influence", str(tmp_path), "--out", str(tmp_path / "file"), *asked]) != 0
+    assert str(tmp_path / "file") in capsys.readouterr().err
 
 
 def test_the_report_of_a_run(tiny: Config, tmp_path) -> None:
