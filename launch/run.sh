@@ -6,14 +6,15 @@
 #   TPU_RETRIES  restarts after a crash before systemd gives up (default 20)
 #   TPU_ENV      names of variables of this shell that the command gets, e.g. "OPENAI_API_KEY XLA_FLAGS". Their values are copied in
 #                a file that only its owner may read, so that no list of processes and no log shows them
-#   TPU_COMMAND  the command that is started instead of `train`, on each worker separately (launch/sweep.sh: `sweep --worker`)
+#   TPU_COMMAND  the command that is started instead of `train`: `sft`, on all workers together, or another one, on each
+#                separately (launch/sweep.sh: `sweep --worker`)
 source "$(dirname "$0")/common.sh"
 (($# > 0)) || { echo "run.sh: give the arguments of 'appo-jax train', e.g. --config configs/qwen2_5_7b_reasoning.py" >&2; exit 2; }
 
 printf -v arguments '%q ' "${@//\$/\$\$}" # systemd expands $NAME in a unit's arguments, and reads $$ as one $
 command=${TPU_COMMAND:-train}
 together=''
-[[ $command != train ]] || together='--setenv APPO_DISTRIBUTED=1' # all hosts of the pod are one run
+[[ $command != train && $command != sft ]] || together='--setenv APPO_DISTRIBUTED=1' # all hosts of the pod are one run
 
 # shellcheck disable=SC2086
 require ${TPU_ENV:-}

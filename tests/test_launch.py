@@ -168,6 +168,9 @@ def test_run_starts_the_same_command_on_all_workers_under_a_supervisor(launch):
     assert "TimeoutStopSec=infinity" in call  # a step takes longer than any limit
     assert "OOMPolicy=continue" in call  # a tool's process that the kernel ends for its memory is one failed call
     assert "$HOME/appo_jax" in call  # the worker's home, not ours
+    done, (call,) = launch("run.sh", "--config", "a.py", TPU_COMMAND="sft", **POD)
+    assert "appo-jax sft --config a.py" in call
+    assert "APPO_DISTRIBUTED=1" in call
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The examples of the pages on traces, rewards and models of one's own work as they are written there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from appo_jax.config import Config, PythonToolConfig, RewardConfig, ToolsConfig
 from appo_jax.config_io import check, load_config
 from appo_jax.data.demonstrations import LeftOut
 from appo_jax.data.trace_files import read_traces
+from appo_jax.overrides import override, split_dotted
 from appo_jax.policy.parameters import FAMILIES
 from appo_jax.reward import Response, make_reward
 from appo_jax.tools.build import build_executor
@@ -65,12 +67,23 @@ def test_the_page_on_models_names_every_family() -> None:
 
 
 def test_the_commands_of_the_page_on_the_paper_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every config that docs/reproduce.md names is there, and its overrides are fields that keep the rules."""
+    """Every config that docs/reproduce.md names is there, and its overrides are fields that keep the rules. What a command reads
+    was written by an earlier one, in the folder that all machines share."""
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs" / "reproduce.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^appo-jax (?:train|data describe) ([^\n#]*)", text, re.MULTILINE)
-    configs = [config_from("train", command.split()) for command in commands]
-    assert [config.sft.steps for config in configs] == [0, 1266]
-    assert configs[1].sft.traces == ("artifacts/traces/traces.json",)
+    commands = re.findall(
+        r"^(?:TPU_COMMAND=sft )?(?:launch/run\.sh|appo-jax data describe) ([^\n#]*)", text, re.MULTILINE
+    )
+    described, cold, trained = [config_from("train", command.split()) for command in commands]
+    assert described.sft.traces == cold.sft.traces == ("/mnt/shared/traces/traces.json",)
+    assert (cold.sft.steps, trained.sft.steps) == (1266, 0)
+    assert cold.run_dir in re.findall(r"^appo-jax convert (\S+) --out " + str(trained.policy.path), text, re.MULTILINE)
+    assert {described.policy.path, cold.policy.path} == {"/mnt/shared/qwen2_5_7b"}
+    assert {config.data.path for config in (described, cold, trained)} == {"/mnt/shared/appo_rl"}
+    asked = re.findall(r"^appo-jax (?:eval|ask) ([^\n]*mesh[^\n]*)", text, re.MULTILINE)
+    for own, dotted in (split_dotted(shlex.split(command)) for command in asked):
+        assert trained.run_dir in own
+        check(override(trained, dotted, "eval", ""))
+    assert len(asked) == 3
     for name in re.findall(r"`(configs/\w+\.py)`", text):
         check(load_config(ROOT / name))
