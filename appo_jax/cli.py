@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"appo-jax {name}: interrupted", file=sys.stderr)
         return failures.INTERRUPTED
     except Exception as error:
-        if verbose or not failures.is_understood(
-            error
-        ):  # an unexpected error: show the whole traceback, the summary last
+        if verbose or not failures.is_understood(error):  # show the whole traceback, the summary last
             traceback.print_exc()
         command = "" if isinstance(error, ConfigError) else f" {name}"
         print(f"appo-jax{command}: {failures.explain(error)}", file=sys.stderr)
@@ -239,11 +237,6 @@ def _eval(args: Sequence[str]) -> None:
             step: Draw with this checkpoint of the run instead of its newest.
         """
         judge = JudgeConfig(judge_url, judge_model) if judge_url else None
-        if predictions and (run or config):
-            raise ConfigError(
-                f"--predictions {predictions}: the answers come from this file, so no policy is asked; leave out --run and "
-                "--config, or the file"
-            )
         asked = Evaluation(set, data, out, predictions, limit, samples, temperature, judge, step)
         file = config or (run / "config.json" if run else None)
         if dotted and file is None:

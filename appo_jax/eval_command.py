@@ -69,6 +69,11 @@ def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path 
     is the run whose checkpoint is used (None: the config's `policy.path`). Drawn samples are kept in the folder; the
     same command given again draws only the missing ones. Raises ConfigError and DataError.
     """
+    if asked.predictions is not None and config is not None:
+        raise ConfigError(
+            f"--predictions {asked.predictions}: the answers come from this file, so no policy is asked; leave out --run and "
+            "--config, or the file"
+        )
     every = load_questions(asked.set, asked.data)
     questions = every.first(asked.limit)
     if asked.predictions is not None:

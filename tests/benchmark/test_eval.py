@@ -296,18 +296,6 @@ def test_open_verdicts_count_as_accuracy_counts_them(judge, tmp_path):
     assert (record["accuracy"][0], record["accuracy_if_open_are_right"]) == (0.5, 1.0)
 
 
-def test_predictions_and_a_policy_exclude_each_other(tmp_path, capsys):
-    asked = [
-        "--set",
-        "math500",
-        "--data",
-        str(tmp_path),
-        "--out",
-        str(tmp_path),
-        "--predictions",
-        "p.jsonl",
-        "--run",
-        "r",
-    ]
-    assert main(["eval", *asked]) == 2
-    assert "no policy is asked" in capsys.readouterr().err
+def test_predictions_and_a_policy_exclude_each_other(tmp_path):
+    with pytest.raises(ConfigError, match="no policy is asked"):
+        evaluate_set(Evaluation("math500", tmp_path, tmp_path, tmp_path / "p.jsonl"), Config())
