@@ -47,10 +47,11 @@ _FUNCTION = re.compile(
 _SENTENCE = re.compile(
     r"(?:the )?(?:(?:correct|final|right) )?(?:answer|result|solution) ?(?:is|=|:) ?:? ?|=\s*", re.IGNORECASE
 )
-_SPELLED = re.compile(  # 5 (five)
-    r"(?<=\d)\s*\((?:(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|[a-z]+ty|hundred|thousand|"
-    r"million|and)[ -]?)+\)$"
+_NUMBER_WORD = (
+    "(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|"
+    "nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|and)"
 )
+_SPELLED = re.compile(rf"(?<=\d)\s*\({_NUMBER_WORD}(?:[ -]{_NUMBER_WORD})*\)$")  # 5 (five)
 _QUOTES = re.compile(r"\*([^*]+)\*|`+([^`]+)`+|\"([^\"]*)\"")
 _MIXED = re.compile(
     r"(?<![\w.,^/\\])(?<![\^_/] )(\d{1,3}(?:[, ]\d{3})+|\d+)"

@@ -119,6 +119,12 @@ def test_all_golds_share_one_time_limit(monkeypatch):
     verify._worker.close()
 
 
+def test_number_words_in_brackets_are_read_in_short_time():
+    start = time.monotonic()
+    assert math_equal("5 (" + "eightyseventy-" * 25 + "!)", "5") is False
+    assert time.monotonic() - start < 3
+
+
 def test_works_from_many_threads():
     verdicts = {}
 
