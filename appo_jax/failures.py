@@ -107,7 +107,8 @@ def may_follow_from_another_host(error: BaseException) -> bool:
 
 
 def _is_of_jax(error: BaseException) -> bool:
-    return "jax" in sys.modules and isinstance(error, sys.modules["jax"].errors.JaxRuntimeError)
+    jax = sys.modules.get("jax")  # if it was not imported, it has raised nothing
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
