@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import jax
-
 from appo_jax import heartbeat
 
 Phase = Literal["rollout", "reward", "score", "branch", "update"]
@@ -38,6 +36,8 @@ class Compilations:
     be none; if there are, a shape has changed that should be constant."""
 
     def __init__(self) -> None:
+        import jax  # only here: `appo-jax view` takes the phases from this module, and does not need jax
+
         self._count = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
