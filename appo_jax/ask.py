@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +18,8 @@ from appo_jax.export import policy_params
 from appo_jax.policy.parameters import Params
 from appo_jax.reward.grade import final_answer
 from appo_jax.rollout.sampler import Purpose
-from appo_jax.types import Example
+from appo_jax.types import Example, ToolCall
+from appo_jax.view.tree import harmless
 
 
 def ask(config: Config, run: Path, question: str | None, temperature: float) -> None:
@@ -46,15 +47,23 @@ def answer(components: Components, params: Params, question: str, draw: tuple[fl
         )
     ((rollout,),) = components.sampler.initial(params, [example], 1, (Purpose.ASK, number), temperature)
     response = response_of(rollout, components.tokenizer)
-    for step, (text, call) in enumerate(
-        zip((text for text, _ in response.turns), (*rollout.calls, None), strict=False), 1
-    ):
-        console.print(Panel(Text(text.strip()), title=f"{step}. the policy", title_align="left"))
-        if call is not None:
-            title = f"{call.name}: {call.outcome}, {call.seconds:.2f} s"
-            console.print(Panel(Text(call.result.strip()), title=title, title_align="left", border_style="cyan"))
+    show_turns([text for text, _ in response.turns], rollout.calls, console)
     found = final_answer(response)
-    console.print(Text(f"answer: {found}" if found else f"no answer (it ended by {rollout.stop_reason})"))
+    console.print(_plain(f"answer: {found}" if found else f"no answer (it ended by {rollout.stop_reason})"))
+
+
+def show_turns(turns: Sequence[str], calls: Sequence[ToolCall], console: Console) -> None:
+    """Print the policy's turns, each with the result of the call that ends it."""
+    for step, (text, call) in enumerate(zip(turns, (*calls, None), strict=False), 1):
+        console.print(Panel(_plain(text.strip()), title=f"{step}. the policy", title_align="left"))
+        if call is not None:
+            title = _plain(f"{call.name}: {call.outcome}, {call.seconds:.2f} s")
+            console.print(Panel(_plain(call.result.strip()), title=title, title_align="left", border_style="cyan"))
+
+
+def _plain(text: str) -> Text:
+    """Text without markup of rich and without control characters, which would reach the terminal."""
+    return Text(harmless(text))
 
 
 def _typed(console: Console) -> Iterable[str]:

@@ -22,6 +22,8 @@ from appo_jax.tools.python import PythonTool
 from appo_jax.tools.sandbox import seccomp
 from appo_jax.types import Outcome
 
+SECONDS = 10.0  # for a command that is tried
+
 
 @dataclasses.dataclass(frozen=True)
 class Check:
@@ -65,11 +67,21 @@ def _devices() -> Check:
     return Check("devices", True, f"{detail} (JAX {jax.__version__})")
 
 
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command that should take a moment; one that hangs or cannot be started has failed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"no answer within {SECONDS:g} s")
+    except OSError as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
+
+
 def _bubblewrap() -> Check:
     path = shutil.which("bwrap")
     if path is None:
         return Check("bubblewrap", False, "bwrap is not on the PATH: apt-get install bubblewrap")
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    version = _run([path, "--version"]).stdout.strip()
     return Check("bubblewrap", True, f"{version} at {path}")
 
 
@@ -77,7 +89,7 @@ def _namespaces() -> Check:
     if shutil.which("bwrap") is None:
         return Check("user namespaces", False, "cannot be tried without bubblewrap")
     command = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
-    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    tried = _run(command)
     if tried.returncode == 0:
         return Check("user namespaces", True, "a process without privileges may make them")
     advice = "allow them: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu 23.10 and later), or "
@@ -93,7 +105,7 @@ def _seccomp() -> Check:
     code = "from sandbox import seccomp; print(seccomp.install())"
     folder = os.path.dirname(os.path.dirname(os.path.abspath(seccomp.__file__)))
     started = [sys.executable, "-S", "-B", "-c", f"import sys; sys.path.append({folder!r}); {code}"]
-    tried = subprocess.run(started, capture_output=True, text=True, check=False)
+    tried = _run(started)
     if tried.returncode == 0:
         return Check("seccomp", True, f"filters with user notification on Linux {release}, {machine}")
     last = (tried.stderr.strip().splitlines() or ["no message"])[-1]
@@ -128,7 +140,7 @@ def _try(isolation: str) -> Check:
     began = time.monotonic()
     try:
         tool = PythonTool(PythonToolConfig(isolation=isolation, preload=("math",)))  # type: ignore[arg-type]
-    except ToolError as error:
+    except (ToolError, OSError) as error:
         return Check(name, False, str(error))
     try:
         started = time.monotonic() - began

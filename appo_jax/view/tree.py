@@ -43,9 +43,9 @@ def render_tree(record: dict[str, Any]) -> Tree:
         children[node["parent"]].append(node)
     top = Tree(
         Text.assemble(
-            (_harmless(f"step {record['step']} · {record['id']}"), "bold"),
-            f"\n{_harmless(record['question'])}\n",
-            (_harmless("gold: " + " | ".join(record["golds"])), "green"),
+            (harmless(f"step {record['step']} · {record['id']}"), "bold"),
+            f"\n{harmless(record['question'])}\n",
+            (harmless("gold: " + " | ".join(record["golds"])), "green"),
         ),
         guide_style="bright_black",
     )
@@ -68,18 +68,18 @@ def _render_node(node: dict[str, Any], branches: list[dict[str, Any]]) -> Text:
         f" ({origin}) ",
         right,
         f" reward {reward} · {node['tokens']} tokens · {node['stop_reason']}"
-        + (f" · calls: {_harmless(calls)}" if calls else ""),
+        + (f" · calls: {harmless(calls)}" if calls else ""),
         "\n",
     )
     for segment in node["segments"]:
         for branch in branches:
             if branch["fork"] == segment["start"]:
                 text.append(f"⑂{branch['node']}", style="bold magenta")
-        text.append(_harmless(segment["text"]), style="" if segment["sampled"] else "cyan dim")
+        text.append(harmless(segment["text"]), style="" if segment["sampled"] else "cyan dim")
     return text
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """Text with control characters shown as �: text of a policy, a web page or a data set must not control the
     terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)

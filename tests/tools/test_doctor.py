@@ -8,6 +8,7 @@ from test_attacks import REFUSED
 
 from appo_jax.config import PythonToolConfig
 from appo_jax.errors import ToolError
+from appo_jax.tools import doctor
 from appo_jax.tools.doctor import probe
 from appo_jax.tools.python import PythonTool
 from appo_jax.tools.sandbox import seccomp
@@ -31,6 +32,15 @@ def test_a_machine_without_bubblewrap(monkeypatch, tmp_path):
     for name in ("bubblewrap", "user namespaces", "python tool, isolation bubblewrap"):
         assert not checks[name].ok
     assert "apt-get install bubblewrap" in checks["bubblewrap"].detail
+
+
+@pytest.mark.parametrize(("script", "told"), [("/bin/sleep 60", "no answer within"), (None, "Exec format error")])
+def test_a_bubblewrap_that_hangs_or_is_no_program_is_told(monkeypatch, tmp_path, script, told):
+    (tmp_path / "bwrap").write_text(f"#!/bin/sh\nexec {script}" if script else "\0")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "SECONDS", 0.2)
+    assert told in doctor._namespaces().detail
 
 
 @pytest.mark.skipif(bool(REFUSED), reason=REFUSED)

@@ -10,9 +10,11 @@ from matplotlib import image
 from rich.console import Console
 
 from appo_jax import heartbeat
+from appo_jax.ask import show_turns
 from appo_jax.config import Config, PolicyConfig, SFTConfig
 from appo_jax.config_io import save_config
 from appo_jax.errors import DataError
+from appo_jax.types import Outcome, ToolCall
 from appo_jax.view import plots
 from appo_jax.view.progress import PHASES, Progress
 from appo_jax.view.tree import render_tree, show_tree
@@ -205,3 +207,11 @@ def test_progress_on_a_terminal_is_a_live_panel():
     assert "2/3" in text
     assert "reward" in text
     assert "\x1b[?25h" in text  # the cursor is given back
+
+
+def test_what_a_policy_and_a_page_write_does_not_reach_the_terminal():
+    out = io.StringIO()
+    call = ToolCall("[/x]\x1b[2J", "q", "a\x1b]0;title\x07b", Outcome.OK, 0.5, 1, 2, {})
+    show_turns(["think\x1b[31m", "done"], [call], Console(file=out, width=80))
+    assert "\x1b" not in out.getvalue()
+    assert "[/x]" in out.getvalue()
