@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -98,12 +98,11 @@ def _feed(
         q: jax.Array, new_k: jax.Array, new_v: jax.Array, prefix: Blocks, suffix: LayerCache, places: Places,
         start: jax.Array, slot: jax.Array, count: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
-        w, slots = jnp.arange(len(q))[:, None], suffix[1].shape[2]
+        slots = suffix[1].shape[2]
         # Padding gets an index out of bounds; the scatter drops it.
         target = jnp.where(offsets < count[:, None], slot[:, None] + offsets, slots)  # [W, Q]
-        k = suffix[0].at[w, :, :, target].set(new_k, mode="drop", unique_indices=True)
-        v = suffix[1].at[w, :, target].set(new_v, mode="drop", unique_indices=True)
-        return attention.tree(q, prefix, (k, v), places, prefix_length=start, cached=slot), (k, v)
+        written = write(suffix, (new_k, new_v), target, by_head=platform() == "tpu")
+        return attention.tree(q, prefix, written, places, prefix_length=start, cached=slot), written
 
     def attend(
         of_layer: tuple[Blocks, LayerCache], q: jax.Array, new_k: jax.Array, new_v: jax.Array
@@ -114,6 +113,21 @@ def _feed(
     rotation = jax.tree.map(lambda x: x.at[positions].get(mode="clip"), table)
     caches = list(zip(prefixes.slots, cache, strict=True))
     return hidden_states(params, arch, tokens, rotation, attend, LayerPass(dtype, scan=scan), caches)
+
+
+def write(suffix: LayerCache, new: LayerCache, target: jax.Array, by_head: bool) -> LayerCache:
+    """The suffix caches of a layer with new keys and values `[W, Q, K, E]` in the slots `target [W, Q]`; slots out of bounds are
+    dropped.
+
+    `by_head`: each head is written by itself. With more than one head on a device, the TPU compiler would otherwise lay out the
+    heads of a token side by side, and copy the caches into the order of the kernel at every token.
+    """
+    w, heads = jnp.arange(len(target))[:, None], cast(Any, slice(None))
+    if by_head:
+        w, target, heads = w[..., None], target[..., None], jnp.arange(suffix[1].shape[1])
+    k = suffix[0].at[w, heads, :, target].set(new[0], mode="drop", unique_indices=True)
+    v = suffix[1].at[w, heads, target].set(new[1], mode="drop", unique_indices=True)
+    return k, v
 
 
 def _rotation_table(arch: Architecture, prefixes: Prefixes, suffix_length: int) -> Rotations:

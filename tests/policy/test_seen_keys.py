@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from appo_jax.policy.attention import Places, tree
 from appo_jax.policy.seen_keys import seen_keys
+from appo_jax.rollout.decode import write
 
 R, C, W, K, G, E, T, S = 3, 3, 5, 2, 2, 8, 1100, 530  # both caches end in the middle of a block
 
@@ -108,3 +109,20 @@ def test_it_compiles_for_tpus() -> None:
     pytest.importorskip("libtpu")
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=os.environ, check=False)
     assert done.stdout.split() == ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"], done.stderr[-3000:]
+
+
+def test_keys_and_values_are_written_at_their_slots() -> None:
+    """By head or not; what lies out of bounds is dropped."""
+    rng = np.random.default_rng(0)
+    keys, values = rng.normal(size=(W, K, E, S)), rng.normal(size=(W, K, S, E))
+    new_keys, new_values = rng.normal(size=(2, W, 3, K, E))
+    target = np.array([[0, 1, 2], [5, 6, S], [S, S, S], [S - 2, S - 1, S], [7, S, S]])
+    expected_keys, expected_values = keys.copy(), values.copy()
+    for w, q in np.argwhere(target < S):
+        expected_keys[w, :, :, target[w, q]] = new_keys[w, q]
+        expected_values[w, :, target[w, q]] = new_values[w, q]
+    for by_head in (False, True):
+        cache, new = (jnp.asarray(keys), jnp.asarray(values)), (jnp.asarray(new_keys), jnp.asarray(new_values))
+        k, v = write(cache, new, jnp.asarray(target), by_head)
+        np.testing.assert_array_equal(k, expected_keys.astype(k.dtype))
+        np.testing.assert_array_equal(v, expected_values.astype(v.dtype))
