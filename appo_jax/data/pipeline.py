@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import grain
 import numpy as np
 
-from appo_jax.config import Config
+from appo_jax.config import Config, OnMalformed
 from appo_jax.data.demonstrations import LeftOut
-from appo_jax.data.records import OnMalformed
 from appo_jax.errors import DataError
 from appo_jax.reward.response import prompt_opening, text_after
 from appo_jax.text.tokenizer import Tokenizer
