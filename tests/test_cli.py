@@ -109,7 +109,19 @@ def test_overrides_stand_on_top_of_the_file():
 
 
 def test_dotted_options_are_told_from_a_commands_own():
-    args = ["RUN", "Why a.b?", "--mesh.fsdp", "4", "--out", "a.b", "--tools.enabled", "python", "search", "--x=1.5", "-1"]
+    args = [
+        "RUN",
+        "Why a.b?",
+        "--mesh.fsdp",
+        "4",
+        "--out",
+        "a.b",
+        "--tools.enabled",
+        "python",
+        "search",
+        "--x=1.5",
+        "-1",
+    ]
     own, dotted = split_dotted(args)
     assert own == ["RUN", "Why a.b?", "--out", "a.b", "--x=1.5", "-1"]
     assert dotted == ["--mesh.fsdp", "4", "--tools.enabled", "python", "search"]
