@@ -80,7 +80,7 @@ def _decoded(text: str) -> Any:
     for read, written in ((json.loads, text), (ast.literal_eval, apart)):
         try:
             value = read(written)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(value, dict) and any(key in value for key in _TARGETS):
             return value

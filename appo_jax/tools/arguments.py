@@ -65,7 +65,7 @@ def _value(text: str) -> Any:
         return value
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # TypeError: {{}}, which cannot be hashed
         return None
 
 

@@ -46,6 +46,7 @@ ROWS = [{"question": "Who?", "answer": "Ada"}, {"question": "How many?", "answer
         ("['a', \"b's\"]", ("a", "b's")),  # as pandas writes a list into a CSV
         ("['New York' 'NYC'\n 'the city']", ("New York", "NYC", "the city")),  # and an array
         ("['a']['b']", ("['a']['b']",)),
+        ('{{"a"}: 1}', ('{{"a"}: 1}',)),
         ("[1, 2]", ("[1, 2]",)),  # an interval, not two answers
         ('["a"', ('["a"',)),
         (np.array(["a", "b"], object), ("a", "b")),

@@ -97,6 +97,10 @@ def test_tags_explain_what_is_malformed(text, words):
         # what only looks like it is left alone
         (r'{"name": "python", "arguments": {"code": "{\"a\": 1}"}}', Call("python", '{"a": 1}')),
         (r'{"name": "search", "arguments": {"query": "\"New York\""}}', Call("search", '"New York"')),
+        # the doubled braces of a template
+        (r'{"name": "search", "arguments": "{{\"query\": \"x\"}}"}', Call("search", '{{"query": "x"}}')),
+        (r'{"name": "python", "arguments": {"code": "{[1, 2]: 3}"}}', Call("python", "{[1, 2]: 3}")),
+        ('{"name": "python", "arguments": "{{}}"}', Call("python", "{{}}")),
         ('{"name": "search", "arguments": {"q": "who?"}}', Call("search", "who?")),  # one text: no doubt what is meant
         ('{"name": "weather", "arguments": {"city": "Bern"}}', Call("weather", '{"city": "Bern"}')),
         # the call's own tags inside its code
@@ -170,6 +174,7 @@ def test_json_explains_what_is_malformed(text, words):
         ('{"code": "print(1)"}', True), ("{'code': 'print(1)'}", True), ('["a", "b"]', True), ('"print(1)"', True),
         ("'print(1)'", True), ("print(1)", False), ("[1, 2]", False), ("{1: 2}", False), ("5", False), ("'a' * 3", False),
         ("'doc'\nprint(1)", False), ("[" * 100_000, False), ("", False), ("{x}", False),
+        ("{{1}}", False), ("{[1]: 2}", False), ("{{'a': 1}}", False),
     ],
 )  # fmt: skip
 def test_code_that_is_only_data(code, data):
