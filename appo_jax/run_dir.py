@@ -32,7 +32,7 @@ from appo_jax.config.effects import Affects
 from appo_jax.config_io import changed_effects, config_json, flatten, load_config
 from appo_jax.dumps import dumped_steps
 from appo_jax.errors import CheckpointError, ConfigError
-from appo_jax.storage import lock, set_aside, usable_path, write_atomically
+from appo_jax.storage import lock, naming, set_aside, usable_path, write_atomically
 
 # An NFS 4 server frees the lock of a machine that it has lost after about 90 s.
 LOST_LOCK_S = 120.0
@@ -111,11 +111,12 @@ def open_run(config: Config) -> RunDir:
     mark = secrets.token_hex(8)
     if distributed.host() == 0:
         try:
-            run = _open(config)
+            run = _open(config, mark)
         except CheckpointError as refused:
             error = refused
-    if run is not None and run.lock is not None:
-        os.pwrite(run.lock, mark.encode(), 0)
+        except OSError as failed:
+            error = CheckpointError(f"run_dir = {config.run_dir}: cannot be read, written or locked: {failed}")
+            error.__cause__ = failed
     problem, continued, mark = distributed.exchange(
         [None if error is None else str(error), run is not None and run.continued, mark]
     )[0]
@@ -150,15 +151,13 @@ def _holds(file: Path, text: str) -> bool:
     return False
 
 
-def _open(config: Config) -> RunDir:
+def _open(config: Config, mark: str) -> RunDir:
+    """Open the run on the first host, and write the mark for which the other hosts look. Raises CheckpointError or OSError."""
     path = usable_path(config.run_dir)
     if not _holds_results(path):
         _require_ours(path / "config.json")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        held = _lock(path)
-    except OSError as error:
-        raise CheckpointError(f"run_dir = {config.run_dir}: cannot be written or locked: {error}") from error
+    path.mkdir(parents=True, exist_ok=True)
+    held = _lock(path)
     try:
         run = RunDir(path, _holds_results(path), config.checkpoint_every, held)
         if run.continued:
@@ -173,6 +172,9 @@ def _open(config: Config) -> RunDir:
             run.keep(config)
         for folder in (run.checkpoints, run.rollouts, run.plots, run.tensorboard):
             folder.mkdir(exist_ok=True)
+        with naming(path / "lock"):
+            os.pwrite(held, mark.encode(), 0)
+            os.fsync(held)  # NFS sends what is written to an open file to its server after half a minute
     except BaseException:
         os.close(held)
         raise

@@ -203,8 +203,29 @@ def test_two_processes_cannot_write_one_run(config, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"run_dir = .*file/run: cannot be written"):
+    with pytest.raises(CheckpointError, match=r"run_dir = .*file/run: cannot be read, written or locked"):
         open_run(dataclasses.replace(config, run_dir=str(tmp_path / "file" / "run")))
+
+
+@pytest.mark.parametrize("name", ["lock", "config.json.tmp"])
+def test_a_full_disk_is_told_with_the_file(config, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match=rf"run: cannot be .*: \[Errno 28\] No space left .*/run/{name[:6]}"):
+        open_run(config)
+
+
+def test_what_the_other_hosts_look_for_is_on_the_disk_before_they_look(config, tmp_path, monkeypatch):
+    synced, fsync = {}, os.fsync
+
+    def watched(descriptor):
+        file = Path(f"/proc/self/fd/{descriptor}")
+        synced[file.readlink().name] = file.read_bytes() if file.is_file() else b""
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with open_run(config) as run:
+        assert synced["lock"] == (run.path / "lock").read_bytes() != b""
 
 
 @pytest.mark.parametrize("name", ["a[b]c", "a*b", "a?b", "a\\b"])
