@@ -76,16 +76,34 @@ def read_status(run_dir: Path) -> Status | None:
 
 
 def runs_under(folder: Path) -> Iterator[Path]:
-    """The run directories in a folder: the folder itself if it is one, else those one or two levels below it."""
-    if _is_run(folder):
+    """The run directories in a folder: the folder itself if it is one, else those one or two levels below it.
+
+    A folder below it that this user may not enter, such as lost+found, is passed over. One that the disk does not give counts
+    as a run: `read_status` says what is wrong with it.
+    """
+
+    def is_run(path: Path) -> bool:
+        try:
+            return _is_run(path)
+        except OSError as error:
+            return path == folder or not isinstance(error, PermissionError)
+
+    if is_run(folder):
         yield folder
         return
-    yield from sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if _is_run(path))
+    yield from sorted(path for child in _entries(folder) for path in (child, *_entries(child)) if is_run(path))
 
 
 def _is_run(folder: Path) -> bool:
     """Whether a folder is a run's. Folders of weights have a config.json, too, but no lock."""
     return (folder / FILE).exists() or ((folder / "config.json").exists() and (folder / "lock").exists())
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder; nothing if it is none, or cannot be read."""
+    with contextlib.suppress(OSError):
+        return list(folder.iterdir())
+    return []
 
 
 def describe(run_dir: Path, now: float | None = None) -> str:

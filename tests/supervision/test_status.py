@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -78,6 +79,25 @@ def test_folders_of_other_things_are_no_runs(tmp_path: Path) -> None:
     assert list(runs_under(tmp_path)) == [tmp_path / name for name in ("new", "old", "sweep/trial")]
     assert list(runs_under(tmp_path / "new")) == [tmp_path / "new"]
     assert list(runs_under(tmp_path / "weights")) == []
+
+
+def test_a_folder_that_may_not_be_entered_hides_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As lost+found in the root of a disk, which every user but root meets."""
+    for name in ("run", "lost+found/run"):
+        (tmp_path / name).mkdir(parents=True)
+        status().write(tmp_path / name)
+    (tmp_path / "lost+found").chmod(0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    me = os.geteuid()
+    os.seteuid(65534 if me == 0 else me)
+    try:
+        assert list(runs_under(Path())) == [Path("run")]
+        with pytest.raises(DataError, match=r"lost\+found/status\.json: cannot be read \(.*Permission denied"):
+            describe(*runs_under(Path("lost+found")))
+    finally:
+        os.seteuid(me)
+        (tmp_path / "lost+found").chmod(0o700)
 
 
 @pytest.mark.parametrize("damage", ["", '{"time": 17, "ho', "\0\n", "{}\n", "[1]\n", '{"host": [3], "machine": {}}\n'])
