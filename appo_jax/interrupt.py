@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 # A command that is asked to stop may clean up for this time, in seconds.
 LEAVE_S = 5.0
+# Signals within this time, in seconds, are one request: systemd ends a session by SIGTERM and SIGHUP, `timeout` by SIGTERM twice.
+ONE_REQUEST_S = 0.3
 
 
 def stop_signals() -> set[signal.Signals]:
@@ -24,13 +27,37 @@ def stop_signals() -> set[signal.Signals]:
     return {signal.SIGINT, signal.SIGTERM, *hangup}
 
 
+class Requests:
+    """Requests to stop, heard as signals. `hear` is a handler of signals."""
+
+    def __init__(self) -> None:
+        self.count, self._first = 0, 0.0
+
+    def hear(self, signum: int, frame: Any) -> None:
+        """Count a request, but not a signal that belongs to the first one, nor a terminal that is closed after it."""
+        now = time.monotonic()
+        if self.count == 0:
+            self._first = now
+        elif signum == signal.SIGHUP or now - self._first < ONE_REQUEST_S:
+            return
+        self.count += 1
+
+
 def leave(signum: int, frame: Any) -> None:
-    """A handler of signals that ends the process: by KeyboardInterrupt; by force at a second signal, and after LEAVE_S.
+    """A handler of signals that ends the process: by KeyboardInterrupt; by force at a second request, and after LEAVE_S.
 
     KeyboardInterrupt alone is not enough: Python drops it if it is raised in a callback of the garbage collector, as JAX has one.
     """
+    requests = Requests()
+    requests.hear(signum, frame)
+
+    def hear_again(signum: int, frame: Any) -> None:
+        requests.hear(signum, frame)
+        if requests.count > 1:
+            os._exit(130)
+
     for number in stop_signals():
-        signal.signal(number, lambda *_: os._exit(130))
+        signal.signal(number, hear_again)
     timer = threading.Timer(LEAVE_S, os._exit, (130,))
     timer.daemon = True
     timer.start()
@@ -50,18 +77,20 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """A context in which the first of the `stop_signals` sets `requested`, and the second ends the process at once.
+    """A context in which the first request by one of the `stop_signals` sets `requested`, and the second raises KeyboardInterrupt.
 
-    If there is a supervisor, it handles the signals: it sends SIGTERM, and ends the process at the second one. Signals reach
+    If there is a supervisor, it handles the signals: it sends SIGTERM, and ends the process at the second request. Signals reach
     only the main thread; a program that calls `train` in another thread must handle them itself.
     """
-    stop, supervised = Stop(), heartbeat.supervised()
+    stop, requests, supervised = Stop(), Requests(), heartbeat.supervised()
 
     def ask(signum: int, frame: Any) -> None:
-        stop.requested = True
-        log.warning("asked to stop: stopping after this step (again: at once, without saving it)")
-        for number in () if supervised else previous:
-            signal.signal(number, signal.default_int_handler)
+        requests.hear(signum, frame)
+        if requests.count > 1 and not supervised:
+            raise KeyboardInterrupt
+        if not stop.requested:
+            stop.requested = True
+            log.warning("asked to stop: stopping after this step (again: at once, without saving it)")
 
     numbers = {signal.SIGTERM} if supervised else stop_signals()
     if threading.current_thread() is not threading.main_thread():

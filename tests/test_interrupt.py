@@ -4,9 +4,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
+from appo_jax import interrupt
 from appo_jax.interrupt import stop_requests
 
 
@@ -32,6 +34,31 @@ def test_a_run_in_the_main_thread_hears_them():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    ("signals", "again"),  # None: a pause
+    [
+        ([TERM], 0), ([TERM, HUP], 0), ([HUP, HUP], 0), ([HUP, TERM], 0), ([TERM, TERM], 0),
+        ([INT, None, HUP], 0),  # the terminal is closed while the step ends
+        ([INT, None, INT], 1), ([HUP, None, TERM], 1), ([TERM, HUP, None, INT], 1),
+    ],
+)  # fmt: skip
+def test_signals_of_one_event_are_one_request(monkeypatch, signals, again):
+    monkeypatch.setattr(interrupt, "ONE_REQUEST_S", 0.1)
+    before = signal.signal(HUP, signal.SIG_DFL)  # under nohup it is ignored
+    with stop_requests() as stop:
+        for number in signals:
+            try:
+                time.sleep(0.11) if number is None else signal.raise_signal(number)
+            except KeyboardInterrupt:
+                again -= 1
+    signal.signal(HUP, before)
+    assert stop.requested
+    assert again == 0
+
+
 DROPPED = """
 import gc, os, signal, sys, time
 from appo_jax import interrupt
@@ -51,5 +78,6 @@ def test_a_request_that_python_drops_ends_the_process_all_the_same(seconds, sign
     process = subprocess.Popen([sys.executable, "-c", DROPPED, str(seconds)], stdout=subprocess.PIPE, text=True)
     if signals:
         assert process.stdout.readline() == "still here\n"
+        time.sleep(2 * interrupt.ONE_REQUEST_S)
         process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130

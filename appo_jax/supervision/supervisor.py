@@ -94,7 +94,7 @@ class Supervisor:
         self._cause: Cause | None = None
         self._own_error: Cause | None = None  # the first error that the child has reported
         self._cause_at = 0.0
-        self._requests = self._passed_on = 0
+        self._requests, self._passed_on = interrupt.Requests(), 0
         self._grace_ends = float("inf")
         self._records: Records | None = None  # when the child has opened the run's folder
         self._written, self._reported, self._listened = 0.0, 0.0, time.monotonic()
@@ -104,11 +104,11 @@ class Supervisor:
         """Watch until the child has ended. Returns its exit code, or that of the cause for which it was ended."""
         stops = interrupt.stop_signals()
         for number in stops:
-            signal.signal(number, self._on_signal)
+            signal.signal(number, self._requests.hear)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
         while (status := self._ended()) is None:
             self._listen()
-            if self._requests > self._passed_on:
+            if self._requests.count > self._passed_on:
                 self._fail(self._hear_child())  # for the latest heartbeat, which says whether the child can stop
                 self._fail(self._pass_on())
             if time.monotonic() > self._grace_ends:
@@ -226,15 +226,12 @@ class Supervisor:
         assert self._cause is not None
         return self._cause.secondary and self._peers.hosts > 1 and time.monotonic() - self._cause_at < SECONDARY_S
 
-    def _on_signal(self, signum: int, _: Any) -> None:
-        self._requests += 1
-
     def _pass_on(self) -> Cause | None:
         """Pass a request to stop on to the child. A cause is returned if it has nothing to save yet, or at a second request."""
-        if self._requests == self._passed_on:
+        if (requests := self._requests.count) == self._passed_on:
             return None
-        first, self._passed_on = self._passed_on == 0, self._requests
-        if first and self._requests == 1 and self._beat.get("stoppable"):
+        first, self._passed_on = self._passed_on == 0, requests
+        if first and requests == 1 and self._beat.get("stoppable"):
             os.kill(self._pid, signal.SIGTERM)
             self._grace_ends = time.monotonic() + (self._config.stop_grace_seconds or float("inf"))
             return None
@@ -272,7 +269,7 @@ class Supervisor:
         """After this host has ended without failure: wait until all have, or one fails, so that all give the same exit code."""
         if self._peers.host != 0:
             self._peers.tell(beat=self._beat, left=True)
-        while self._cause is None and not self._peers.may_leave() and self._requests == self._passed_on:
+        while self._cause is None and not self._peers.may_leave() and self._requests.count == self._passed_on:
             self._listen()
             self._report()
         return self._cause
