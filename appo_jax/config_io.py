@@ -38,8 +38,8 @@ def load_config(path: str | Path) -> Config:
     if path.suffix == ".json":
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; give the directory of a run, which holds its config.json")
-        return _parse(path.read_bytes(), str(path))
-    return _parse(_to_json(read_variable(path, "config", Config)), str(path))
+        return parse_config(path.read_bytes(), str(path))
+    return parse_config(_to_json(read_variable(path, "config", Config)), str(path))
 
 
 def check(config: Config) -> Config:
@@ -48,7 +48,7 @@ def check(config: Config) -> Config:
     Values are converted to the declared types (a list becomes a tuple). Raises ConfigError that lists every problem: the
     field, what was given, what was expected, what to do.
     """
-    config = _parse(_to_json(config))
+    config = parse_config(_to_json(config))
     if problems := [*rules.broken(config), *algorithms.broken(config)]:
         raise ConfigError.of(problems)
     return config
@@ -62,7 +62,7 @@ def save_config(config: Config, path: str | Path) -> None:
 def config_json(config: Config, path: str | Path) -> bytes:
     """What `save_config` writes to `path`. Raises ConfigError if it would not be read back as an equal config."""
     text = _to_json(config)
-    if (back := _parse(text, str(path))) != config:
+    if (back := parse_config(text, str(path))) != config:
         fields = ", ".join(diff_configs(config, back))
         raise ConfigError(f"{path}: these fields are not the same when they are read back from JSON: {fields}")
     return text + b"\n"
@@ -114,7 +114,7 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
         if not isinstance(node, dict):
             raise ConfigError(f"{name} is not a field of the config")
         node[last] = value
-    return _parse(pydantic_core.to_json(record, inf_nan_mode="null"), "the config")
+    return parse_config(pydantic_core.to_json(record, inf_nan_mode="null"), "the config")
 
 
 def read_variable(path: str | Path, name: str, kind: type[T]) -> T:
@@ -158,7 +158,7 @@ def _to_json(config: Config) -> bytes:
         raise ConfigError(f"a field of the config holds a value that is not a number or text: {error}") from error
 
 
-def _parse(text: bytes, source: str | None = None) -> Config:
+def parse_config(text: str | bytes, source: str | None = None) -> Config:
     """The config in a JSON text, checked field by field. `source`: the file of the text, for errors."""
     try:
         return _ADAPTER.validate_json(text)

@@ -29,7 +29,7 @@ from appo_jax import distributed, heartbeat
 from appo_jax.checkpoint_read import NO_RECORD, record_here
 from appo_jax.config import Config
 from appo_jax.config.effects import Affects
-from appo_jax.config_io import changed_effects, config_json, flatten, load_config
+from appo_jax.config_io import changed_effects, config_json, flatten, load_config, parse_config
 from appo_jax.dumps import dumped_steps
 from appo_jax.errors import CheckpointError, ConfigError
 from appo_jax.storage import lock, naming, set_aside, usable_path, write_atomically
@@ -240,25 +240,34 @@ def _last_sign(path: Path) -> tuple[float, str] | None:
 
 
 def _kept_config(run: RunDir) -> Config:
-    """The config with which the run was started last. If config.json cannot be read, it is written again from a checkpoint.
+    """The config with which the run was started last. If config.json is damaged or gone, it is written again from a checkpoint.
 
-    Raises CheckpointError if no checkpoint holds it either."""
+    Raises CheckpointError if no checkpoint holds it either, OSError if config.json cannot be read or written."""
     try:
         return load_config(run.config)
     except ConfigError as error:
-        for phase in ("rl", "sft"):
-            steps = [folder for folder in (run.checkpoints / phase).glob("*") if folder.name.isdecimal()]
-            for folder in sorted(steps, key=lambda folder: int(folder.name), reverse=True):
-                with contextlib.suppress(ConfigError, *NO_RECORD):
-                    text = record_here(folder)["meta"]["config"]
-                    aside = f"; the damaged file is kept as {set_aside(run.config).name}" if run.config.exists() else ""
-                    log.warning("%s: is written again from the checkpoint %s%s", run.config, folder, aside)
-                    write_atomically(run.config, text)
-                    return load_config(run.config)
-        raise CheckpointError(
-            f"{run.path} holds results, but neither a readable config.json nor a checkpoint says to which run they belong; put "
-            f"config.json back, give another --run-dir, or delete this one to start from the beginning\n{error}"
-        ) from error
+        if (found := _config_in_a_checkpoint(run)) is None:
+            raise CheckpointError(
+                f"{run.path} holds results, but neither a readable config.json nor a checkpoint says to which run they belong; put "
+                f"config.json back, give another --run-dir, or delete this one to start from the beginning\n{error}"
+            ) from error
+    text, folder = found
+    aside = f"; the damaged file is kept as {set_aside(run.config).name}" if run.config.exists() else ""
+    write_atomically(run.config, text)
+    log.warning("%s: is written again from the checkpoint %s%s", run.config, folder, aside)
+    return load_config(run.config)
+
+
+def _config_in_a_checkpoint(run: RunDir) -> tuple[str, Path] | None:
+    """The JSON of the config in the newest checkpoint that holds one, and that checkpoint's folder."""
+    for phase in ("rl", "sft"):
+        steps = [folder for folder in (run.checkpoints / phase).glob("*") if folder.name.isdecimal()]
+        for folder in sorted(steps, key=lambda folder: int(folder.name), reverse=True):
+            with contextlib.suppress(ConfigError, *NO_RECORD):
+                text = record_here(folder)["meta"]["config"]
+                parse_config(text)
+                return text, folder
+    return None
 
 
 def _check_same_run(run: RunDir, config: Config) -> Config:

@@ -142,14 +142,31 @@ def test_results_without_their_config_are_refused(config, run_with_results):
         open_run(config)
 
 
+def write_record(run, step, config, seal=sha256):
+    """The metadata of a checkpoint with a config."""
+    meta = run.checkpoints / f"rl/{step}/meta/metadata"
+    meta.parent.mkdir(parents=True)
+    record = {"step": step, "meta": {"config": config_json(config, "config.json").decode()}}
+    meta.write_text(json.dumps({"record": record, "sha256": seal(record)}))
+
+
+def test_a_config_that_cannot_be_written_again_is_told_and_nothing_is_lost(config, run_with_results):
+    """The disk is full. Once, the message was that no checkpoint holds the config, and that the run may be deleted."""
+    write_record(run_with_results, 9, config)
+    run_with_results.config.write_text('{"steps": 10')
+    run_with_results.config.with_name("config.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match=r"Errno 28\] No space left on device: .*/run/config\.json"):
+        open_run(config)
+    assert run_with_results.path.joinpath("config.damaged-1.json").read_text() == '{"steps": 10'
+    with open_run(config) as run:  # there is space again
+        assert load_config(run.config) == config
+
+
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text('{"steps": 10')])
 def test_an_unreadable_config_is_written_again_from_a_checkpoint(config, run_with_results, caplog, damage):
     damage(run_with_results.config)
     for step, other in ((9, config), (10, config), (11, dataclasses.replace(config, seed=7))):
-        meta = run_with_results.checkpoints / f"rl/{step}/meta/metadata"
-        meta.parent.mkdir(parents=True)
-        record = {"step": step, "meta": {"config": config_json(other, "config.json").decode()}}
-        meta.write_text(json.dumps({"record": record, "sha256": sha256(record) if step < 11 else "damaged"}))
+        write_record(run_with_results, step, other, sha256 if step < 11 else lambda record: "damaged")
     with open_run(config) as run:
         assert run.continued
         assert load_config(run.config) == config
