@@ -143,7 +143,8 @@ def test_what_the_compiler_fails_on_is_passed_over_and_named():
     assert found.finished
     assert found.plan.step_s < landscape(CONFIG).step_s
     assert found.failed
-    assert all("--rollout.decode-rows 384" in options and "INTERNAL" in e for options, e in found.failed.items())
+    doubled = f"--rollout.decode-rows {2 * CONFIG.rollout.decode_rows}"
+    assert all(doubled in options and "INTERNAL" in e for options, e in found.failed.items())
     assert any(name.startswith("not compiled, --") for name in found.report(CONFIG))
     with pytest.raises(PlanError):
         search(CONFIG, lambda config: fails_on_more_rows(wider(config)), 60, lambda *_: None)
