@@ -109,6 +109,8 @@ def open_run(config: Config) -> RunDir:
     """
     run = error = None
     mark = secrets.token_hex(8)
+    # CPU hosts wait only 30 s for each other in their first exchange (gloo), and the first host may wait longer for the lock.
+    distributed.exchange(None)
     if distributed.host() == 0:
         try:
             run = _open(config, mark)
@@ -227,6 +229,7 @@ def _lock(path: Path) -> int:
                 "%s: %s holds the run's lock; waiting up to %.0f s, in case it is lost", path, now[1], LOST_LOCK_S
             )
         told = True
+        heartbeat.progress()
         time.sleep(0.2)
     return held
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from appo_jax import heartbeat
 from appo_jax.checkpoint_read import sha256
 from appo_jax.config import (
     BranchingConfig,
@@ -200,6 +201,8 @@ def test_the_lock_of_a_machine_that_may_be_lost_is_waited_for(config, monkeypatc
     else:
         threading.Timer(0.2, os.close, [held]).start()
         open_run(config).close()
+        never_made_progress = heartbeat.doing()[2]
+        assert not never_made_progress
 
 
 def test_two_processes_cannot_write_one_run(config, tmp_path):
