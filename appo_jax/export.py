@@ -53,7 +53,8 @@ def export_adapters(run: Path, out: Path) -> str:
         raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl; it has no adapters yet")
     where, trained, meta = found
     path, base = _base(run, config, meta["base"])
-    save_adapters(out, trained, arch, str(Path(path or out / "base").absolute()))  # whoever reads it is in another folder
+    weights = Path(path or out / "base").absolute()  # whoever reads it is in another folder
+    save_adapters(out, trained, arch, str(weights))
     if path is None:
         _save(out / "base", base, config.policy)
     return f"{where}; its frozen weights are those of {path or out / 'base'}"

@@ -144,6 +144,6 @@ class Config:
     sft: SFTConfig = SFTConfig()
     """The cold start."""
     eval: EvalConfig = EvalConfig()
-    """How the policy is judged."""
+    """How the policy is evaluated."""
     mesh: MeshConfig = MeshConfig()
     """The devices."""
