@@ -53,8 +53,8 @@ def export_adapters(run: Path, out: Path) -> str:
         raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl; it has no adapters yet")
     where, trained, meta = found
     path, base = _base(run, config, meta["base"])
-    weights = Path(path or out / "base").absolute()  # whoever reads it is in another folder
-    save_adapters(out, trained, arch, str(weights))
+    frozen = Path(path or out / "base").absolute()  # whoever reads it is in another folder
+    save_adapters(out, trained, arch, str(frozen))
     if path is None:
         _save(out / "base", base, config.policy)
     return f"{where}; its frozen weights are those of {path or out / 'base'}"
