@@ -15,7 +15,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +67,15 @@ def record_here(folder: Path) -> dict[str, Any]:
     if sha256(meta["record"]) != meta["sha256"] or str(meta["record"]["step"]) != folder.name:
         raise ValueError("its metadata is not what was written")
     return meta["record"]
+
+
+def require_meta(meta: Mapping[str, Any], names: Collection[str], folder: Path) -> None:
+    """Raises CheckpointError if the `meta` of a checkpoint in `folder` lacks one of `names`."""
+    if missing := [name for name in names if name not in meta]:
+        raise CheckpointError(
+            f"{folder}: its checkpoints hold no {', '.join(map(repr, missing))}, so another version of appo_jax has written them; "
+            "go on with that version, or begin again in another --run-dir"
+        )
 
 
 def read_arrays(folder: Path, abstract_state: PyTree, written: Mapping[str, Any]) -> PyTree:

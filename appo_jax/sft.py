@@ -17,7 +17,7 @@ import numpy as np
 from appo_jax import distributed, failures, heartbeat
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
-from appo_jax.checkpoint_read import sha256
+from appo_jax.checkpoint_read import require_meta, sha256
 from appo_jax.components import Components, build, initial_params
 from appo_jax.config import Config
 from appo_jax.config.effects import Affects
@@ -271,7 +271,10 @@ def _restore(folder: Path, components: Components) -> tuple[int, Params, dict[st
         found = checkpointer.restore_latest({"params": abstract}, None, partial=True)
     finally:
         checkpointer.close()
-    return None if found is None else (found[0], found[1]["params"], found[2])
+    if found is None:
+        return None
+    require_meta(found[2], ("accuracy_base", "finished"), folder)
+    return found[0], found[1]["params"], found[2]
 
 
 def _take_over(other: Path, components: Components) -> ColdStart:

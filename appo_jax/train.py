@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from appo_jax import distributed, failures, heartbeat
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
+from appo_jax.checkpoint_read import require_meta
 from appo_jax.components import Components, build
 from appo_jax.config import Config
 from appo_jax.config_io import check, config_json
@@ -65,6 +66,9 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         reached, last = Reached(), None
         if (restored := checkpointer.restore_latest(state, prompts)) is not None:
             step, state, meta = restored
+            require_meta(
+                meta, ("sampled_tokens", "wall_s", "record", "accuracies", *trainer.origin), run.checkpoints / "rl"
+            )
             _require_same_origin(meta, trainer.origin, run.checkpoints)
             reached, clock.before = Reached(step, meta["sampled_tokens"]), meta["wall_s"]
             last, accuracies = meta["record"], meta["accuracies"]

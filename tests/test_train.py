@@ -24,6 +24,7 @@ import pytest
 from appo_jax import heartbeat, sft
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
+from appo_jax.checkpoint_read import sha256
 from appo_jax.components import Components, build, initial_params, response_of
 from appo_jax.config import Config, EvalConfig, JudgeConfig
 from appo_jax.config_io import check, save_config
@@ -217,6 +218,14 @@ def test_a_request_to_stop_loses_no_step_of_the_cold_start(
             in caplog.text
         )
         assert "sft.jsonl: the file as it was is kept" in caplog.text
+        meta = run.checkpoints / "sft/2/meta/metadata"
+        record = json.loads(meta.read_text())["record"]
+        del record["meta"]["finished"]  # which an older version did not write
+        meta.write_text(json.dumps({"record": record, "sha256": sha256(record)}))
+        with pytest.raises(
+            CheckpointError, match="sft: its checkpoints hold no 'finished', so another version of appo"
+        ):
+            sft.cold_start(components, run, on_step, stop)
         assert "the records of steps 1-2 are lost" in caplog.text
     assert steps == [1, 2]
 
