@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,7 +22,14 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
 @pytest.mark.timeout(900)  # a cold start and six steps: a minute of an idle core, many of a busy machine
-@pytest.mark.parametrize("call_format", ["tags", "json"])
+@pytest.mark.parametrize(
+    "call_format",
+    [
+        "json",
+        # The format of `make demo`.
+        pytest.param("tags", marks=pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="set APPO_JAX_LONG=1")),
+    ],
+)
 def test_the_world_learns_in_either_format(tmp_path, monkeypatch, call_format):
     """This network cannot compute with three numbers, so it answers correctly only with the tool."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
