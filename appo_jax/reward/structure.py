@@ -27,13 +27,18 @@ _LETTER = r"(?:[(\[]\s*([A-Ja-j])\s*[)\]]|([A-J])|([a-j])(?=\s*[.):]))"
 _NAMED = rf"(?i:(?:the )?(?:(?:correct|final|best|right) )?(?:answer|option|choice)(?: is)?\s*:?\s*)?{_LETTER}"
 _CHOICE = re.compile(rf"{_NAMED}\s*(?:$|[.):]|(?<=[)\]]))(?P<rest>.*)", re.DOTALL)
 _CHOSEN = re.compile(
-    rf"{_NAMED}\s*(?:$|[.):!]|(?<=[)\]])|, | - | (?=\()|(?= is (?:the )?(?:correct|right|answer)))(?P<rest>.*)",
+    rf"{_NAMED}\s*(?:$|[.):!]|(?<=[)\]])| (?=\()| is (?:the )?(?:correct|right|answer)(?: answer| choice| option)?$)"
+    r"(?P<rest>.*)",
     re.DOTALL,
 )
-
-
-# A second letter in what follows the choice: (E) but not (D).
-_ANOTHER = re.compile(r"[(\[]\s*[A-J]\s*[)\]]|^\W*(?:(?:and|or|but|nor) )?\W*(?:[B-J]|A(?! [a-z]))(?![a-zA-Z'])")
+# What follows a letter that is a part of a list or of an expression.
+_GOES_ON = re.compile(r"\s*(?:and|or|[,;&+*/^=<>-])")
+# A second letter in what follows the choice: (E) but not (D). "I" may be a numeral or a pronoun, C and F may be degrees.
+_ANOTHER = re.compile(r"[(\[]\s*[A-Ja-j]\s*[)\]]|(?<!circ )(?<![a-zA-Z\\'])(?:[A-HJ](?![a-zA-Z'])|[a-jI](?=[.):]))")
+# The article of "E) A rectangle"; "E) A is right, too" names another letter.
+_ARTICLE = re.compile(r"^\s*A (?!(?:and|or|but|nor|is|was|too|also|as|may|might|could|would|with|if|then)\b)(?=[a-z])")
+# A column, written as a row: (1, 2)^T.
+_COLUMN = re.compile(r"^(?:(\(.*\))|\[([^\[\]]*)\])\s*\^\s*\{?\s*(?:T|\\top|\\intercal)\s*\}?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,7 @@ def read_group(text: str, thousands: bool = False) -> Group | None:
     """
     if rows := _matrix_rows(text):
         return Group("matrix", "", tuple(rows))
-    text = re.sub(r"^(\(.*\))\s*\^\s*\{?\s*(?:T|\\top|\\intercal)\s*\}?$", r"\1", text)  # a column, written as a row
+    text = _COLUMN.sub(lambda m: m[1] or f"({m[2]})", text)
     opening, inside, closing = _outer_brackets(text)
     if opening == "\\{":
         return Group(opening, closing, tuple(_split(inside, thousands=thousands)))
@@ -101,21 +106,16 @@ def unwrapped(text: str) -> str:
 def choice(text: str) -> str | None:
     """The letter, in capitals, that an answer in clean notation chooses: E, (E), E., option E, (e), (E) 24; else None."""
     match = _CHOICE.fullmatch(text)
-    if match is None or (match["rest"].strip() and re.match(r"\s*(?:and|or|[,;&+*/^=<>-])", match["rest"])):
+    if match is None or _GOES_ON.match(match["rest"]):
         return None
     return (match[1] or match[2] or match[3]).upper()
 
 
 def chosen(text: str) -> str | None:
     """The letter, in capitals, that an answer chooses where the gold is a letter: as `choice`, and with an explanation
-    behind (E - 24, E is correct). None for an answer that names several letters."""
+    behind (E (24), E is correct). None for an answer that names several letters."""
     match = _CHOSEN.fullmatch(text)
-    if match is None:
-        return None
-    rest = match["rest"]
-    if _ANOTHER.search(rest):
-        return None
-    if re.match(r"\s*(?:and|or|[;&+*/^=<>])", rest):
+    if match is None or _GOES_ON.match(match["rest"]) or _ANOTHER.search(_ARTICLE.sub("", match["rest"])):
         return None
     return (match[1] or match[2] or match[3]).upper()
 
