@@ -6,6 +6,8 @@ import re
 
 # A box, a brace, or an escape to step over (\\{ and \\}); `\\\\boxed`, escaped once too often, is a box as well.
 _BOX_OR_BRACE = re.compile(r"(?P<box>(?<!\\)\\++boxed\s*\{)|\\.|[{}]", re.DOTALL)
+_LAYOUT = r"\\(?:text[a-z]*|mbox|q?quad|boxed)\b|\\[,;: ()\[\]]|\*\*|[${}~]"
+_ITEM = r"(?:\n\s*[-*•]|\(?\d[.)])\s*"  # the mark of an item of a list
 _MAX_GAP = 60  # characters between two boxes of one answer
 _TEXT_OR_BRACE = re.compile(
     r"(?P<text>\\(?:text|mbox|mathrm|mathbf|mathit|operatorname|emph|underline)[a-z]*\s*\{)|[{}]"
@@ -37,7 +39,7 @@ def boxed_answer(text: str, repeats: bool = False) -> str | None:
     answers: list[str] = []
     following = None  # where the box after this one begins
     for start, begin, end in reversed(innermost):
-        if following is not None and not _joined(text[end + 1 : following]):
+        if following is not None and not _joined(text[max(0, start - _MAX_GAP) : start], text[end + 1 : following]):
             break
         answers.append(text[begin:end])
         following = start
@@ -61,14 +63,14 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
     return sorted(boxes)
 
 
-def _joined(gap: str) -> bool:
-    """Whether the text between two boxes joins them to one answer. `y =` may precede the second box, and so may the mark
-    of an item of a list (a dash, `2.`)."""
+def _joined(before: str, gap: str) -> bool:
+    """Whether the text between two boxes joins them to one answer. `y =` may precede the second box. So may the mark of an
+    item of a list (a dash, `2.`) if one precedes the first box, too; else it begins a new step."""
     if len(gap) > _MAX_GAP:
         return False
-    gap = re.sub(r"\\(?:text[a-z]*|mbox|q?quad|boxed)\b|\\[,;: ()\[\]]|\*\*|[${}~]", "", gap)
-    if re.fullmatch(r"[,;.]?\s*(?:\n\s*[-*•]|\(?\d[.)])\s*", gap):
-        return True
+    before, gap = (re.sub(_LAYOUT, "", part) for part in (before, gap))
+    if re.fullmatch(rf"[,;.]?\s*{_ITEM}", gap):
+        return re.search(rf"(?:^\s*[-*•]|(?:^|\s){_ITEM})\s*$", before) is not None
     gap = re.sub(r"\s", "", gap)
     return re.fullmatch(r"(?:[,;]|[,;]?(?:and|or|&|aswellas))(?:\\?[a-zA-Z]\w{0,8}=)?", gap) is not None
 
