@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from math import gcd
 
-from appo_jax.reward.units import Unit, read_unit
+from appo_jax.reward.units import Unit, read_unit, same_unit
 
 _CLOCK = re.compile(r"(\d{1,2})(?:\s*:\s*([0-5]\d))?\s*([ap]m)?", re.IGNORECASE)
+_HALF = re.compile(r"[ap]m", re.IGNORECASE)
 _MONTHS = [
     "january",
     "february",
@@ -33,37 +35,54 @@ _MEASURE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)(?:,? and |,? |$)")
 
 def same(answer: str, gold: str) -> bool | None:
     """Whether two texts in clean notation name one time, date, ratio or compound measure; None if they are none."""
-    for read in (_date, _compound):
-        a, g = read(answer), read(gold)
-        if a is not None and g is not None:
-            return a == g
+    a_date, g_date = _date(answer), _date(gold)
+    if a_date is not None and g_date is not None:
+        return a_date == g_date
+    a_parts, g_parts = _compound(answer), _compound(gold)
+    if a_parts is not None and g_parts is not None:
+        return len(a_parts) == len(g_parts) and all(
+            a == g and same_unit(x, y) for (a, x), (g, y) in zip(a_parts, g_parts, strict=True)
+        )
     a_time, g_time = _clock(answer), _clock(gold)
     if a_time is not None and g_time is not None:
-        return a_time[0] == g_time[0] and (None in (a_time[1], g_time[1]) or a_time[1] == g_time[1])
+        return bool(a_time & g_time) if _HALF.search(answer + gold) else a_time == g_time
     a_ratio, g_ratio = _ratio(answer), _ratio(gold)
     if a_ratio is None and g_ratio is None:
         return None
-    # A fraction is a ratio of two numbers, but never a time (3:15); a plain number is neither.
-    a_ratio = a_ratio or (None if g_time else _fraction(answer))
-    g_ratio = g_ratio or (None if a_time else _fraction(gold))
+    # A fraction is a ratio of two numbers, but no time; a plain number is neither.
+    a_ratio = a_ratio or (None if _only_time(gold) else _fraction(answer))
+    g_ratio = g_ratio or (None if _only_time(answer) else _fraction(gold))
     return a_ratio is not None and a_ratio == g_ratio
 
 
-def _clock(text: str) -> tuple[tuple[int, int], str | None] | None:
-    """((hour, minute), am or pm) of a time with minutes or am or pm."""
+def _clock(text: str) -> set[int] | None:
+    """The minutes since midnight that a time with minutes or am or pm may be: 2:30 is in the morning or the afternoon."""
     match = _CLOCK.fullmatch(text)
-    if match is None or (match[2] is None and match[3] is None) or int(match[1]) > 24:
+    if match is None or (match[2] is None and match[3] is None) or (hour := int(match[1])) > 24:
         return None
-    return (int(match[1]), int(match[2] or 0)), match[3].lower() if match[3] else None
+    if match[3] is not None:
+        hours = {hour % 12 + 12 * (match[3].lower() == "pm")}
+    else:
+        hours = {hour % 12, hour % 12 + 12} if 1 <= hour <= 12 else {hour % 24}
+    return {60 * hour + int(match[2] or 0) for hour in hours}
 
 
-def _date(text: str) -> tuple[int, str, str] | None:
-    """(month, day, year) of a date that names its month."""
+def _only_time(text: str) -> bool:
+    """Whether a text in the form of a time is no ratio in lowest terms: 3:15, 2:05, 3 pm."""
+    if _clock(text) is None:
+        return False
+    hour, colon, minute = text.partition(":")
+    return not colon or not minute.strip().isdigit() or minute.strip()[0] == "0" or gcd(int(hour), int(minute)) > 1
+
+
+def _date(text: str) -> tuple[int, int, str] | None:
+    """(month, day, year) of a date that names its month; the day 0 if it names none."""
     match = _DATE.fullmatch(text)
     if match is None:
         return None
     month = next((i for i, name in enumerate(_MONTHS) if name.startswith(match["month"].lower())), None)
-    return None if month is None else (month, re.sub(r"\D", "", match["day"] or match["day2"] or ""), match["year"])
+    day = int(re.sub(r"\D", "", match["day"] or match["day2"] or "0"))
+    return None if month is None else (month, day, match["year"])
 
 
 def _ratio(text: str) -> tuple[Fraction, ...] | None:
@@ -83,8 +102,10 @@ def _reduced(numbers: list[Fraction]) -> tuple[Fraction, ...]:
     return tuple(number / scale for number in numbers)
 
 
-def _compound(text: str) -> list[tuple[Fraction, Unit | None]] | None:
+def _compound(text: str) -> list[tuple[Fraction, Unit]] | None:
     """The parts of a measure in several units: 1 hour 30 minutes."""
-    parts = [(Fraction(match[1]), read_unit(match[2], any_words=False)) for match in _MEASURE.finditer(text)]
-    whole = "".join(match[0] for match in _MEASURE.finditer(text)) == text
-    return parts if whole and len(parts) > 1 and all(unit for _, unit in parts) else None
+    found = list(_MEASURE.finditer(text))
+    units = [(Fraction(match[1]), read_unit(match[2], any_words=False)) for match in found]
+    parts = [(number, unit) for number, unit in units if unit is not None]
+    whole = "".join(match[0] for match in found) == text and len(parts) == len(found) > 1
+    return parts if whole else None
