@@ -90,9 +90,11 @@ def lock(path: Path) -> int | None:
     return descriptor
 
 
-def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
-    """Write a file so that a reader sees the old or the new content, never a partial one. `durable`: also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_atomically(path: Path, content: str | bytes, durable: bool = True, writer: str = "") -> None:
+    """Write a file so that a reader sees the old or the new content, never a partial one. `durable`: also after a power cut.
+
+    `writer`: the name of this process, if several may write the file at the same time."""
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
     with naming(path):
         try:
             with temporary.open("wb") as file:

@@ -45,6 +45,8 @@ class Store:
             str, tuple[dict[str, Any], float]
         ] = {}  # task: its last lease, and the time at which it was new
         self._owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        # If the holder of the lock stalls for 30 s, another process gets the lock, and both may write.
+        self._writer = f".{self._owner['host']}.{self._owner['pid']}"
         self._lock_file = str(self.folder / "claims")
         with self.lock():
             self._check_same_sweep()
@@ -60,13 +62,20 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """The lock of all leases. It works over NFS and is held for milliseconds. If its holder dies, it is free after 30 s."""
+        """The lock of all leases. It works over NFS and is held for milliseconds. If its holder dies, it is free after 30 s.
+
+        Raises OSError if the disk fails, or if another process has taken the lock over."""
         lock = JournalFileOpenLock(self._lock_file)
         lock.acquire()
         try:
             yield
         finally:
-            lock.release()
+            try:
+                lock.release()
+            except RuntimeError as error:
+                raise OSError(
+                    f"{self._lock_file}.lock: cannot be removed, or another process has taken it over"
+                ) from error
 
     # ---- trials
     def trials(self) -> list[FrozenTrial]:
@@ -141,7 +150,7 @@ class Store:
         file = self.folder / "definition.json"
         definition = _description(self.sweep)
         if not file.exists():
-            write_atomically(file, json.dumps(definition))
+            write_atomically(file, json.dumps(definition), writer=self._writer)
             return
         stored = json.loads(file.read_text())
         if different := [key for key in definition if definition[key] != stored.get(key)]:
@@ -159,12 +168,14 @@ class Store:
     def _lease(self, task: str) -> dict[str, Any]:
         """The lease of a task; empty if there is none, or a damaged one."""
         with contextlib.suppress(FileNotFoundError, ValueError):
-            return json.loads((self.folder / "leases" / f"{task}.json").read_text())
+            lease = json.loads((self.folder / "leases" / f"{task}.json").read_text())
+            if isinstance(lease, dict) and isinstance(lease.get("host"), str) and isinstance(lease.get("pid"), int):
+                return lease
         return {}
 
     def _write_lease(self, task: str) -> None:
         file = self.folder / "leases" / f"{task}.json"
-        write_atomically(file, json.dumps(self._owner | {"time": time.time()}), durable=False)
+        write_atomically(file, json.dumps(self._owner | {"time": time.time()}), durable=False, writer=self._writer)
 
     def take(self, task: str) -> bool:
         """Take the lease of a task if it is free or this process has it already. Returns whether this process has it now."""
@@ -202,7 +213,7 @@ def _alive(pid: int) -> bool:
     """Whether a process of this host lives."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # OverflowError: no process has such a number
         return False
     except PermissionError:
         return True

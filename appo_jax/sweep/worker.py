@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.2  # seconds between two checks of a process
 IDLE_S = 2.0  # seconds between two attempts to get a task while other workers have all of them
+AWAY_S = 300.0  # seconds for which the shared disk may fail
 ATTEMPTS = 2  # to do a run that fails
 
 
@@ -40,17 +41,27 @@ class LeaseLost(Exception):
 
 
 def work(sweep: Sweep) -> None:
-    """Do trials until all are done. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when the current run is saved."""
-    store = Store(sweep)
+    """Do trials until all are done. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when the current run is saved; OSError if
+    the shared disk fails for longer than AWAY_S."""
+    store, failing_since = Store(sweep), None
     with stop_requests() as stop:
-        while not store.all_done():
-            if stop.requested:
-                raise KeyboardInterrupt
-            if (trial := store.claim_trial()) is None:
+        while not stop.requested:
+            try:
+                if store.all_done():
+                    return
+                if (trial := store.claim_trial()) is None:
+                    time.sleep(IDLE_S)
+                else:
+                    with contextlib.suppress(LeaseLost):
+                        _run_trial(store, trial, stop)
+                failing_since = None
+            except OSError as error:  # the shared disk may answer again
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since > AWAY_S:
+                    raise
+                log.warning("the shared disk fails: %s; trying again", error)
                 time.sleep(IDLE_S)
-                continue
-            with contextlib.suppress(LeaseLost):
-                _run_trial(store, trial, stop)
+        raise KeyboardInterrupt
 
 
 def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:
@@ -156,7 +167,7 @@ def _wait(seconds: float, stop: Stop, lost: Sequence[threading.Event]) -> None:
 def holding(store: Store, task: str) -> Iterator[threading.Event]:
     """A context in which a thread renews the lease of a task. The event that it gives is set if the lease is lost.
 
-    At its end, also after an error, the lease is released, so that another worker need not wait until it runs out.
+    At its end, also after an error, a lease that is not lost is released, so that another worker need not wait until it runs out.
     """
     lost, ended = threading.Event(), threading.Event()
 
@@ -165,23 +176,32 @@ def holding(store: Store, task: str) -> Iterator[threading.Event]:
         while not ended.wait(RENEW_S):
             try:
                 if not store.renew(task):
-                    lost.set()
                     return
                 renewed = time.monotonic()
             except OSError as error:  # the shared disk may answer again
                 log.warning("the lease of %s cannot be renewed: %s", task, error)
                 if time.monotonic() - renewed > LEASE_S - RENEW_S:  # soon another worker may take it
-                    lost.set()
                     return
 
-    thread = threading.Thread(target=renew, daemon=True)
+    def renew_until_lost() -> None:
+        try:
+            renew()
+        finally:  # also after an error that nobody expected
+            if not ended.is_set():
+                lost.set()
+
+    thread = threading.Thread(target=renew_until_lost, daemon=True)
     thread.start()
     try:
         yield lost
     finally:
         ended.set()
         thread.join()
-        store.release(task)
+        if not lost.is_set():
+            try:
+                store.release(task)
+            except OSError as error:
+                log.warning("the lease of %s cannot be given back, and runs out by itself: %s", task, error)
 
 
 def objective(sweep: Sweep, run: Path) -> float:

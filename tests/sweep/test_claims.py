@@ -122,6 +122,90 @@ def test_a_disk_that_fails_for_a_moment_costs_no_lease_and_one_that_stays_away_d
         away.rename(leases)
 
 
+def test_a_lease_that_is_lost_with_its_disk_is_not_given_back(store, tmp_path, monkeypatch):
+    """Once, giving it back raised OSError in place of LeaseLost, and the worker ended."""
+    monkeypatch.setattr(worker, "RENEW_S", 0.02)
+    monkeypatch.setattr(worker, "LEASE_S", 0.1)
+    assert store.take("cold-0")
+
+    def lose():
+        with worker.holding(store, "cold-0") as lost:
+            (tmp_path / "leases").rename(tmp_path / "away")
+            assert lost.wait(2)
+            raise worker.LeaseLost
+
+    with pytest.raises(worker.LeaseLost):
+        lose()
+    (tmp_path / "away").rename(tmp_path / "leases")
+    assert store.take("cold-0")
+    with worker.holding(store, "cold-0"):  # the disk fails at its end
+        (tmp_path / "leases").rename(tmp_path / "away")
+
+
+def test_a_worker_outlives_a_disk_that_fails_for_a_moment(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "IDLE_S", 0.1)
+    monkeypatch.setattr(worker, "Store", lambda sweep: store)  # the disk fails after the start
+    done = tmp_path / "journal.done"
+    while (trial := store.claim_trial()) is not None:
+        store.study.tell(trial, 0.0)
+        store.release(f"trial-{trial.number}")
+    journal = tmp_path / "journal.log"
+    journal.rename(done)
+    journal.mkdir()  # IsADirectoryError
+
+    def repair():
+        journal.rmdir()
+        done.rename(journal)
+
+    threading.Timer(0.5, repair).start()
+    worker.work(store.sweep)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "5", "[]", '["x"]', "null", '{"host": "another"}', '{"host": 3, "pid": "x"}', '{"pid": 1}', "\x80"],
+)
+def test_a_damaged_lease_is_none(store, tmp_path, damage):
+    assert store.take("cold-0")
+    (tmp_path / "leases" / "cold-0.json").write_text(damage, encoding="latin-1")
+    assert not store.renew("cold-0")
+    assert store.take("cold-0")
+    assert store.renew("cold-0")
+
+
+def test_an_error_that_nobody_expects_costs_the_lease(store, monkeypatch):
+    """Otherwise, the worker would go on although nobody renews its lease."""
+    monkeypatch.setattr(worker, "RENEW_S", 0.02)
+    assert store.take("cold-0")
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with worker.holding(store, "cold-0") as lost:
+        store._owner = None
+        assert lost.wait(2)
+
+
+def test_two_processes_that_both_believe_to_have_the_lock_write_whole_leases(store, tmp_path):
+    """The first one stalled so long that its lock was taken over. Each writes under a name of its own."""
+    other = Store(make_sweep(tmp_path))
+    other._writer = ".another.1"
+
+    def write(one):
+        for _ in range(200):
+            one._write_lease("cold-0")
+
+    threads = [threading.Thread(target=write, args=[one]) for one in (store, other)]
+    failed = []
+    threading.excepthook, before = failed.append, threading.excepthook
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        threading.excepthook = before
+    assert not failed
+    assert store._lease("cold-0")["host"]
+
+
 def test_a_worker_that_lost_its_lease_is_told(store, tmp_path):
     assert store.take("cold-0")
     assert store.renew("cold-0")
