@@ -234,7 +234,7 @@ def _without_units(answer: str, gold: str) -> tuple[str, str] | None:
 
 def _touching(text: str, found: tuple[str, Unit | None], other: Unit | None) -> tuple[str, Unit | None]:
     """The value and unit of a text whose last letter is a unit if it is that of the other answer; else `found`."""
-    match = re.fullmatch(r"(.*\d)([a-zA-Z])", text)
+    match = re.fullmatch(r"(.*\d)((?:\s*\\mu\s*)?[a-zA-Z])", text)
     if match and found[1] is None and other is not None and read_unit(match[2]) == other:
         return match[1], other
     return found

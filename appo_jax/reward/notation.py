@@ -21,6 +21,7 @@ _SMALL_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda 
 GREEK_NAMES = _SMALL_GREEK.split()
 _CAPITAL_GREEK = "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 _GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", f"{_SMALL_GREEK} {_CAPITAL_GREEK}".split(), strict=True))
+_GREEK |= {"\u00b5": "mu", "\u2126": "Omega"}  # the micro sign and the ohm sign of keyboards
 _DASHES = dict.fromkeys(map(ord, "−‐‑‒–—"), "-")
 _SYNONYMS = {
     "leq": "le", "leqslant": "le", "lt": "<", "geq": "ge", "geqslant": "ge", "gt": ">", "neq": "ne", "varnothing": "emptyset",
@@ -33,7 +34,7 @@ _SYNONYMS = {
 _COMMAND = re.compile(r"\\\\|\\([a-zA-Z]+)")
 _BRACED = r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 _TEXT = re.compile(r"\\(?:text[a-z]*|mbox|hbox)" + _BRACED)
-_UPRIGHT = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bm|rm|underline)" + _BRACED)
+_UPRIGHT = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bm|rm|underline|fbox)" + _BRACED)
 _COLOR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
 _UNIT_LETTERS = "mgshlLNJWVAKCF"
 _ONE_TOKEN = rf"(?:{_BRACED}|\s*(\d|[a-zA-Z]|\\[a-zA-Z]+))"
@@ -47,11 +48,16 @@ _FUNCTION = re.compile(
 _SENTENCE = re.compile(
     r"(?:the )?(?:(?:correct|final|right) )?(?:answer|result|solution) ?(?:is|=|:) ?:? ?|=\s*", re.IGNORECASE
 )
-_NUMBER_WORD = (
-    "(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|"
-    "nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|and)"
+_BELOW_20 = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen"
 )
-_SPELLED = re.compile(rf"(?<=\d)\s*\({_NUMBER_WORD}(?:[ -]{_NUMBER_WORD})*\)$")  # 5 (five)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_SPELLED = _BELOW_20.split() + [
+    f"{ten} {one}".removesuffix(" zero") for ten in _TENS.split() for one in _BELOW_20.split()[:10]
+]
+"""The numbers from 0 to 99 in words, each at its own place."""
+_AND_SPELLED = re.compile(r"(\d{1,2})\s*\(([a-z -]+)\)", re.IGNORECASE)  # 5 (five)
 _QUOTES = re.compile(r"\*([^*]+)\*|`+([^`]+)`+|\"([^\"]*)\"")
 _MIXED = re.compile(
     r"(?<![\w.,^/\\])(?<![\^_/] )(\d{1,3}(?:[, ]\d{3})+|\d+)"
@@ -114,11 +120,19 @@ def _rows(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text without the marks around the whole of it (*5*, `5`, "5"), and without "the answer is" or `=` before it."""
-    text = _SENTENCE.sub("", text, count=1) if _SENTENCE.match(text) else text
-    text = _SPELLED.sub("", text)
-    mark = _QUOTES.fullmatch(text)
-    return (mark[1] or mark[2] or mark[3] or "").strip() if mark else text
+    """A text without the marks around the whole of it (*5*, `5`, "5", # 5), without "the answer is" or `=` before it, and
+    without its number in words behind it (5 (five))."""
+    previous = None
+    while text != previous:
+        previous = text
+        text = re.sub(r"^#+ ", "", _BOLD.sub(r"\1", text)).strip()
+        text = text[found.end() :] if (found := _SENTENCE.match(text)) else text
+        spelled = _AND_SPELLED.fullmatch(text)
+        if spelled and _SPELLED[int(spelled[1])] == spelled[2].lower().replace("-", " "):
+            text = spelled[1]
+        mark = _QUOTES.fullmatch(text)
+        text = (mark[1] or mark[2] or mark[3] or "").strip() if mark else text
+    return text
 
 
 def _half_open(match: re.Match[str]) -> str:
@@ -141,8 +155,8 @@ def _mixed_numbers(text: str) -> str:
 
 
 def _powers(text: str) -> str:
-    """`**` around a text is bold in Markdown; between operands it is a power."""
-    text = re.sub(r"\s*\*\*\s*(-?\d+|[a-zA-Z])", r"^{\1}", _BOLD.sub(r"\1", text))
+    """`**` between operands is a power."""
+    text = re.sub(r"\s*\*\*\s*(-?(?:\d+(?:\.\d+)?|\.\d+)|[a-zA-Z])", r"^{\1}", text)
     return re.sub(r"\s*\*\*\s*", "^", text)
 
 
@@ -159,6 +173,7 @@ def _ascii_signs(text: str) -> str:
     """Letters, digits and signs of Unicode in plain spelling; invisible characters are dropped."""
     parts: list[str] = []
     raised = ""  # "^" or "_" while a run of small digits is open
+    text = re.sub(r"(?<=\d)\s*\u00b5(?=[a-zA-Z])", " micro", text)  # of a unit; the letter \u03bc may be a factor
     for ch in text.translate(_DASHES):
         mark = "^" if ch in _SUPERSCRIPTS else "_" if ch in _SUBSCRIPTS else ""
         if raised and mark != raised:

@@ -11,7 +11,7 @@ from appo_jax.reward import notation
 
 _SPELLINGS = """
 meter: m metre; centimeter: cm centimetre; millimeter: mm millimetre; kilometer: km kilometre; decimeter: dm; nanometer: nm
-micrometer: um microm micron; angstrom: å; microsecond: micros; millisecond: ms
+micrometer: um microm micron; angstrom: å; microsecond: micros; microliter: ul microl; millisecond: ms
 inch: in; foot: ft feet; yard: yd; mile: mi
 gram: g gm; kilogram: kg kilo kgs; milligram: mg; microgram: ug microg; tonne: ton; poundmass: lb lbs; ounce: oz
 second: s sec secs; minute: min mins; hour: h hr hrs; day: d; week: wk; month: mo; year: yr yrs
@@ -44,13 +44,20 @@ SCALES = {
 # Words after a number that change its value or connect it to other text.
 _NO_UNIT_WORDS = """
 and or plus minus times over divided by mod modulo to if is not than less factorial choose point squared cubed root
-half halves third thirds quarter quarters percent percentage pct out below above under beyond negative positive
-twice thrice double triple quadruple wrong incorrect unknown undefined approximately about around mil mill bil tril
+half halves third thirds quarter quarters percent percentage pct out below above under beyond fold micro
+twice thrice approximately about around mil mill bil tril
 sin cos tan cot csc log ln exp sqrt infinity pm mp cdot true false none yes no but when where for the a an i e
 one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety zero
 abc xyz
 """
-_NO_UNIT = frozenset([*_NO_UNIT_WORDS.split(), *notation.GREEK_NAMES]) - {"psi"}  # pounds per square inch
+_NO_UNIT = frozenset(_NO_UNIT_WORDS.split())
+# Words that change a value at the end (5 double, 5 theta), and describe what they stand before (5 double rooms).
+_ATTRIBUTE_WORDS = "negative positive double triple quadruple wrong incorrect unknown undefined"
+_ATTRIBUTES = frozenset([*_ATTRIBUTE_WORDS.split(), *notation.GREEK_NAMES]) - {"psi"}  # pounds per square inch
+# Two-digit numbers, ten-dollar bills: the hyphen joins a number to an attribute.
+_NUMBER_IN_ATTRIBUTE = re.compile(
+    r"(?<![a-z-])(one|two|three|four|five|six|seven|eight|nine|ten)-([a-z]+)(?= [a-z]{3})"
+)
 # Scales (millions), parts (thirds, hundredths), numbers (thirteen), and functions that touch their variable (lnx).
 _NUMBER_WORD = re.compile(
     rf"(?:{'|'.join(SCALES)}|[a-z]*illion)s?|[a-z]*teen|(?:ln|log|exp|sin|cos|tan)[nxyz]|"
@@ -59,7 +66,9 @@ _NUMBER_WORD = re.compile(
 _FRONT = re.compile(
     r"(-?)\s*((?:US|CA?|AU?)?\$|[€£¥₹₩₽]|(?:USD|EUR|GBP|CAD|AUD|CHF|JPY|CNY|INR|KRW|Rs)(?![a-zA-Z])\.?)\s*(?=[-.\d\\(])"
 )
-_START = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]|\^\s*\{?\s*\\circ|\\(?:Omega|mu)(?![a-zA-Z])|[$€£¥₹₩₽¢%Åå円元]")
+_START = re.compile(
+    r"(?<![a-zA-Z\\])[a-zA-Z]|\^\s*\{?\s*\\circ|\\Omega(?![a-zA-Z])|(?<=\s)\\mu\s*[msL](?![a-zA-Z])|[$€£¥₹₩₽¢%Åå円元]"
+)
 _OVER = re.compile(r"\\frac\s*\{\s*([a-zA-Z ]+(?:\^\{?\d\}?)?)\s*\}\s*\{\s*([a-zA-Z ]+(?:\^\{?\d\}?)?)\s*\}$")
 _WORDS_IN_VALUE = re.compile(rf"(?<![a-zA-Z\\])(?!(?:{'|'.join(SCALES)})s?(?![a-z]))[a-zA-Z]{{2,}}")
 
@@ -99,7 +108,7 @@ def _split_end(text: str) -> tuple[str, Unit | None]:
         value, tail = text[: start.start()], text[start.start() :]
         # Letters that touch a value are a factor of it (5x), unless they name a unit that is longer than a letter (5cm).
         apart = not value or value[-1].isspace() or not tail[0].isascii() or not tail[0].isalpha()
-        if not _is_value(value.strip()):
+        if not _is_value(value.strip()) or value.rstrip().endswith("\\mu"):  # 2\mu g has no gram
             continue
         unit = read_unit(tail, any_words=apart)
         if unit is not None and (apart or len(re.match(r"[a-zA-Z]*", tail)[0]) > 1):  # type: ignore[index]
@@ -117,12 +126,13 @@ def _is_value(text: str) -> bool:
 def read_unit(text: str, any_words: bool = True) -> Unit | None:
     """The unit that `text` names, or None. `any_words`: words of the table or any others from three letters on."""
     text = re.sub(r"(?<![a-zA-Z])k(?![a-zA-Z])", "thousand", text)  # kelvin is K
-    text = re.sub(r"\\mu\s*", "micro", re.sub(r"\\Omega(?![a-zA-Z])\s*", "ohm ", text))
+    text = re.sub(r"\\mu\s*(?=[a-zA-Z]$|[a-zA-Z]\W)", "micro", re.sub(r"\\Omega(?![a-zA-Z])\s*", "ohm ", text))
     text = text.lower().replace("^{\\circ}", "°").replace("^\\circ", "°").partition(" of ")[0]
+    text = _NUMBER_IN_ATTRIBUTE.sub(lambda m: m[1] + m[2] if _names(m[2], any_words) else m[0], text)
     text = re.sub(r"\\cdot|\\times|\*|(?<=[a-z])-(?=[a-z])|(?<=°)(?=[a-z])", " ", text)
     text = re.sub(r"(?<![a-z])per(?![a-z])", "/", re.sub(r"[{}.,']", "", text))
     powers: Counter[str] = Counter()
-    sign, power, last = 1, 1, ""
+    sign, power, last, word = 1, 1, "", ""
     for token in re.findall(r"[^\s/]+|/", re.sub(r"\s*\^\s*", "^", text)):
         word, _, exponent = re.sub(r"(?<=[a-z]m)([23])$", r"^\1", token).partition("^")  # cm3
         if token == "/":
@@ -140,7 +150,7 @@ def read_unit(text: str, any_words: bool = True) -> Unit | None:
             power, last = 1, names[-1][0]
     if "celsius" in powers or "fahrenheit" in powers:
         del powers["degree"]
-    return tuple(sorted(powers.items())) if last else None
+    return tuple(sorted(powers.items())) if last and word not in _ATTRIBUTES else None
 
 
 def _names(word: str, any_words: bool) -> list[tuple[str, int]]:
