@@ -21,6 +21,8 @@ from appo_jax.errors import ToolError
 from appo_jax.tools.protocol import ToolResult
 from appo_jax.types import Outcome
 
+MAX_PAGES = 100  # in an MCP server's list of tools
+
 
 class FunctionTool:
     """A stateless tool made from a function.
@@ -193,25 +195,30 @@ class McpTool:
     def _list_tools(self) -> dict[str, dict[str, Any]]:
         """The server's tools by name, from all pages of its list."""
         tools: dict[str, dict[str, Any]] = {}
-        cursor: dict[str, Any] = {}
-        while True:
-            page = self._request("tools/list", cursor)
+        cursors: list[Any] = []
+        for _ in range(MAX_PAGES):
+            page = self._request("tools/list", {"cursor": cursors[-1]} if cursors else {})
             if "tools" not in page:
                 raise ConnectionError(f"it does not list its tools: {page['content'][0]['text'] or 'an error'}")
             tools |= {tool["name"]: tool for tool in page["tools"]}
-            if not page.get("nextCursor") or cursor.get("cursor") == page["nextCursor"]:
+            cursor = page.get("nextCursor")
+            if not cursor or cursor in cursors:
                 return tools
-            cursor = {"cursor": page["nextCursor"]}
+            cursors.append(cursor)
+        raise ConnectionError(f"its list of tools has more than {MAX_PAGES} pages")
 
     def _request(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         identity = next(self._ids)
         self._send({"jsonrpc": "2.0", "id": identity, "method": method, "params": parameters})
         deadline = time.monotonic() + self.timeout
         while True:
+            left = deadline - time.monotonic()
             try:
-                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+                line = self._lines.get(timeout=left) if left > 0 else None  # the server may have printed much else
             except queue.Empty:
-                raise TimeoutError(f"no answer to {method} within {self.timeout} s") from None
+                line = None
+            if line is None:
+                raise TimeoutError(f"no answer to {method} within {self.timeout} s")
             if not line:
                 raise ConnectionError("the server has ended")
             try:

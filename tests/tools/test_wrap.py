@@ -22,11 +22,16 @@ for line in sys.stdin:
     m = json.loads(line)
     if "id" not in m: continue
     p = m.get("params", {})
+    while "talks on" in sys.argv: print("noise")
     if m["method"] == "tools/list" and "no list" in sys.argv:
         print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "error": {"message": "no list"}}), flush=True)
         continue
     if m["method"] == "tools/list":
-        if p.get("cursor") == "2":
+        if "endless" in sys.argv:
+            r = {"tools": [], "nextCursor": str(int(p.get("cursor", 0)) + 1)}
+        elif "circle" in sys.argv:
+            r = {"tools": [], "nextCursor": {"a": "b"}.get(p.get("cursor"), "a")}
+        elif p.get("cursor") == "2":
             r = {"tools": [{"name": "add", "inputSchema": {"properties": {"a": {}, "b": {}}, "required": ["a", "b"]}}]}
         else:
             r = {"tools": [{"name": "other"}], "nextCursor": "2"}
@@ -143,9 +148,16 @@ def test_an_mcp_server_that_cannot_be_used_is_an_error():
         McpTool([sys.executable, "-c", SERVER], "multiply")
 
 
-def test_an_mcp_server_without_a_list_is_an_error():
-    with pytest.raises(ToolError, match="no list"):
-        McpTool([sys.executable, "-c", SERVER, "no list"], "add")
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("no list", "no list"), ("endless", "its list of tools has more than 100 pages"), ("circle", "has no tool 'add'"),
+        ("talks on", r"no answer to initialize within 1\.0 s"),
+    ],
+)  # fmt: skip
+def test_an_mcp_server_without_a_list_is_an_error(fault, message):
+    with pytest.raises(ToolError, match=message):
+        McpTool([sys.executable, "-c", SERVER, fault], "add", timeout=1.0 if fault == "talks on" else 30.0)
 
 
 def test_an_mcp_server_that_does_not_read_is_left():
