@@ -35,10 +35,17 @@ Answer: {answer}
 
 Reply with one line: "correct: yes" or "correct: no"."""
 
-# A line that is a verdict: "correct: yes", {"correct": "yes"}, "Correct.", "Verdict: incorrect".
-_ASKED = re.compile(r"\W*correct\W+(yes|no)\b", re.IGNORECASE)
-_WORD = re.compile(r"\W*(?:verdict\W+)?(in)?correct\W*", re.IGNORECASE)
-_YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+# A line that begins with a verdict: "correct: yes", {"correct": true}, "1. Answer: correct: no, it differs"; both words are none.
+_ASKED = re.compile(
+    r"\W*(?:\d+[.)]\W*)?(?:(?:final )?(?:answer|verdict|judge?ment)\W+)?"
+    r"""correct["'*_`]*\s*[:=-]?\s*["'*_`]*(yes|no|true|false)\b(?!["'*_`.]*\s*(?:[/|]|or\b)|\W+correct\b)""",
+    re.IGNORECASE,
+)
+# A line that is a verdict: "Correct.", "Verdict: incorrect", "Judgement: yes".
+_WORD = re.compile(
+    r"\W*(?:(?:(?:final )?(?:verdict|judge?ment)\W+)?(in)?correct|(?:final )?(?:verdict|judge?ment)\W+(?:yes|(no)))\W*",
+    re.IGNORECASE,
+)
 # `decide` stops asking after so many answers in a row without a verdict: the endpoint is down, or refuses every request.
 UNDECIDED_IN_A_ROW = 16
 
@@ -203,14 +210,13 @@ class LanguageJudge:
 
 
 def read_verdict(reply: str) -> bool | None:
-    """The verdict of a reply: that of its lines that are nothing but a verdict. None: there is no such line, or they differ.
+    """The verdict of a reply: that of its lines that begin with one. None: there is no such line, or they differ.
 
     A reasoning model's thoughts, which end with </think>, are left out: they may quote both verdicts."""
     found: set[bool] = set()
     for line in reply.rpartition("</think>")[2].splitlines():
-        words = {word.lower() for word in _YES_OR_NO.findall(line)}
-        if _ASKED.match(line):
-            found |= {word == "yes" for word in words}
+        if asked := _ASKED.match(line):
+            found.add(asked[1].lower() in ("yes", "true"))
         elif word := _WORD.fullmatch(line):
-            found.add(word[1] is None)
+            found.add(word[1] is None and word[2] is None)
     return found.pop() if len(found) == 1 else None
