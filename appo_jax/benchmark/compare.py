@@ -13,6 +13,7 @@ from appo_jax.benchmark.sets import benchmark
 from appo_jax.benchmark.statistics import paired_difference
 from appo_jax.errors import DataError
 
+_FIELDS = ("correct", "official", "judged", "judge_reason")  # of a sample
 Items = Mapping[str, Mapping[str, Any]]  # by id
 
 
@@ -88,8 +89,15 @@ def _read(folder: Path) -> tuple[str, dict[str, dict[str, Any]]]:
         name = json.loads(file.read_bytes())["set"]
         file = folder / "items.jsonl"
         records = [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
+        if missing := {
+            field for record in records for sample in record["samples"] for field in _FIELDS if field not in sample
+        }:
+            raise KeyError(", ".join(sorted(missing)))
         return name, {record["id"]: record for record in records}
     except FileNotFoundError:
         raise DataError(f"{file}: no such file; --compare takes two folders that `appo-jax eval` wrote") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: it is not complete ({error}); let `appo-jax eval` write it again") from error
+        raise DataError(
+            f"{file}: it is not complete, or of another version ({type(error).__name__}: {error}); let `appo-jax eval` write it "
+            "again"
+        ) from error

@@ -143,6 +143,12 @@ def test_two_reports_are_compared_question_by_question(data, tmp_path):
     assert "| 4 | 100 % | 0 % | 4? |" in text
     with pytest.raises(DataError, match=r"report\.json: no such file"):
         compare(tmp_path / "a", tmp_path / "c")
+    items = tmp_path / "a" / "items.jsonl"
+    items.write_text(items.read_text().replace('"judge_reason"', '"an_older_name"'))
+    with pytest.raises(
+        DataError, match=r"or of another version \(KeyError: 'judge_reason'\); let `appo-jax eval` write it"
+    ):
+        compare(tmp_path / "a", tmp_path / "b")
 
 
 def test_reports_of_two_sets_or_two_versions_of_a_set_are_not_compared(data, tmp_path):
