@@ -16,14 +16,18 @@ import numpy as np
 logger = logging.getLogger(__name__)
 _TARGETS = ("target", "ground_truth", "value", "answer", "answers", "text", "aliases")
 """The fields of an object that may hold answers."""
+_APART = re.compile(r"(?<=['\"])\s+(?=['\"])")  # numpy writes no comma between texts, which Python would join
+_TOUCHING = re.compile(r"[^\s,\[({:](?:''|\"\")[^\s,\])}:]")  # don''t, which Python would join to dont
+# A command of LaTeX after one backslash, which JSON and Python would read as a control character.
+_LATEX = re.compile(r"(?<!\\)\\(?=[abfv][a-z]|(?:ne|neq|nu|rho|right|tan|tfrac|theta|times)(?![a-z])|text)")
 
 
 def accepted_answers(value: Any) -> tuple[str, ...]:
     """The answers as texts, in order, each once, without blank ones. An empty tuple means that there is no answer.
 
     `value` may be text, a number, a date, a truth value (yes or no), a list of these, the text of a list as JSON, Python or numpy
-    write it, an object that holds them under `target` (veRL, Search-R1), `ground_truth`, `value` and `aliases` (TriviaQA),
-    `answer`, `answers` or `text` (SQuAD), all together, or the text of such an object. Raises TypeError for anything else.
+    write it, an object that holds them under `target` (veRL, Search-R1), `ground_truth`, `value` and `aliases` (TriviaQA), `answer`
+    or `answers`, all together, or else under `text` (SQuAD), or the text of such an object. Raises TypeError for anything else.
     """
     return tuple(dict.fromkeys(text for text in (answer.strip() for answer in _walk(value, 0)) if text))
 
@@ -51,7 +55,9 @@ def _walk(value: Any, depth: int) -> list[str]:
     if isinstance(value, list | tuple):
         return [answer for item in value for answer in _walk(item, depth + 1)]
     if isinstance(value, dict):
-        found = [value[key] for key in _TARGETS if key in value]
+        answered = any(value.get(key) is not None for key in _TARGETS if key not in ("text", "aliases"))
+        # Beside an answer, a text explains it.
+        found = [value[key] for key in _TARGETS if key in value and not (answered and key == "text")]
         if found:
             return [answer for item in found for answer in _walk(item, depth + 1)]
         raise TypeError(
@@ -72,12 +78,11 @@ def _shortest(value: float) -> str:
 def _decoded(text: str) -> Any:
     """The list in a text such as `["a", "b"]` (JSON), `['a', None]` (Python) or `['a' 'b']` (numpy), or the object in the text of
     one; else None. Lists of numbers may be vectors: they stay text."""
-    text = text.strip()
+    text = _LATEX.sub(r"\\\\", text.strip())
     if not re.match(r"[\[{].*['\"]", text, re.DOTALL):
         return None
-    # numpy writes no comma between texts, which Python would join
-    apart = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", text)
-    for read, written in ((json.loads, text), (ast.literal_eval, apart)):
+    readings = [(json.loads, text)] + ([] if _TOUCHING.search(text) else [(ast.literal_eval, _APART.sub(", ", text))])
+    for read, written in readings:
         try:
             value = read(written)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
