@@ -177,6 +177,10 @@ def test_official_prompts_malformed(tmp_path):
 
 def test_repair_touches_broken_escapes_only():
     assert repair("\x08oxed \x0crac \x0barphi") == r"\boxed \frac \varphi"
+    assert (
+        repair("\x08igcup \x08f \x08ecause \x0barnothing \x0bspace \x0cbox")
+        == r"\bigcup \bf \because \varnothing \vspace \fbox"
+    )
     plain = "a\tb\r\n\\boxed \x0c \x08 a page\x0cthe next \x0bold"
     assert repair(plain) == plain
     # As in rows of train_10k.parquet: TeX's ligatures are no escapes.

@@ -6,6 +6,7 @@ Columns used: prompt (messages system, user), ability ("math", "qa" or null), re
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from appo_jax.data.examples import Reader, split_files
 from appo_jax.data.source import Dataset
 from appo_jax.types import Example
 
+log = logging.getLogger(__name__)
 TRAIN_FILE, HELD_OUT_FILE = "train_10k.parquet", "valid.parquet"
 COLUMNS = ColumnsConfig("prompt", "reward_model.ground_truth", "", "ability", "data_source", "")
 
@@ -36,22 +38,29 @@ class OfficialReader(Reader):
         example = super().example(record, path, number)
         if example is None:
             return None
-        golds = tuple(map(repair, example.golds))
-        return dataclasses.replace(
-            example, question=repair(example.question), golds=golds, system=repair(example.system)
-        )
+        question, system, *golds = map(repair, (example.question, example.system, *example.golds))
+        if left := next(filter(None, map(_LEFT.search, (question, *golds))), None):
+            log.warning(
+                "%s, row %d: the character before %r may be a LaTeX command that was read as an escape",
+                path,
+                number,
+                left[1],
+            )
+        return dataclasses.replace(example, question=question, golds=tuple(golds), system=system)
 
 
 # LaTeX commands that begin with a string escape, without their first letter.
 _COMMANDS = {
-    "\b": "oxed ar egin eta ig igl igr inom mod oldsymbol ot ullet",
-    "\f": "box lat orall rac",
-    "\v": "arepsilon arphi artheta dots ec ee ert",
+    "\b": "oxed ar egin eta inom mod oldsymbol ot ullet f m ecause ackslash lacksquare lacktriangle owtie reve eth etween "
+    "ox ig igl igr igg iggl iggr igcup igcap igoplus igotimes igodot igsqcup igvee igwedge igcirc igstar",
+    "\f": "box lat orall rac rown ramebox colorbox ootnotesize",
+    "\v": "arepsilon arphi artheta arnothing arrho arpi arsigma arkappa dots ec ee ert space dash fill phantom line",
 }
 _LETTER = {"\b": r"\b", "\f": r"\f", "\v": r"\v"}
 _BROKEN = re.compile(
     "|".join(f"{escape}(?=(?:{rest.replace(' ', '|')})(?![a-z]))" for escape, rest in _COMMANDS.items())
 )
+_LEFT = re.compile(r"[\b\f\v]([a-z]\w*)")
 # The characters of the ligatures ff and fi in TeX's fonts, each left before the letters that a program wrote for it.
 _LIGATURE = re.compile("\v(?=ff)|\f(?=fi)")
 
