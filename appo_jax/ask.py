@@ -12,8 +12,8 @@ from rich.text import Text
 
 from appo_jax.components import Components, build, response_of
 from appo_jax.config import Config
-from appo_jax.config.bounds import require_at_least
-from appo_jax.errors import DataError
+from appo_jax.config.bounds import temperature_problem
+from appo_jax.errors import ConfigError, DataError
 from appo_jax.export import policy_params
 from appo_jax.policy.parameters import Params
 from appo_jax.reward.grade import final_answer
@@ -26,7 +26,8 @@ def ask(config: Config, run: Path, question: str | None, temperature: float) -> 
     """Answer `question` with the policy of a run. None: read questions from the terminal, one per line, until an empty line.
 
     config: the run's, perhaps with another mesh."""
-    require_at_least({"--temperature": (temperature, 0)})
+    for problem in temperature_problem("--temperature", temperature):
+        raise ConfigError(problem)
     with build(config) as components:
         _, params = policy_params(components, run)
         console = Console()

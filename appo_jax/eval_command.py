@@ -23,7 +23,7 @@ from appo_jax.benchmark.report import write_report
 from appo_jax.benchmark.sets import Item, benchmark
 from appo_jax.components import build
 from appo_jax.config import Config, JudgeConfig
-from appo_jax.config.bounds import require_at_least
+from appo_jax.config.bounds import require_at_least, temperature_problem
 from appo_jax.config.effects import Affects, affects
 from appo_jax.config_io import flatten
 from appo_jax.errors import ConfigError
@@ -56,10 +56,11 @@ class Evaluation:
             {
                 "--limit": (self.limit, 1),
                 "--samples": (self.samples, 1),
-                "--temperature": (self.temperature, 0),
                 "--step": (self.step, 1),
             }
         )
+        for problem in temperature_problem("--temperature", self.temperature):
+            raise ConfigError(problem)
 
 
 def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path | None = None) -> str:
@@ -148,7 +149,7 @@ def _files(config: Config) -> dict[str, str]:
     names = {config.policy.path, config.policy.tokenizer, config.tools.search.corpus, *data} - {None}
     paths = {str(name): Path(str(name)) for name in names}
     for module in {tool.partition(":")[0] for tool in config.tools.enabled if ":" in tool}:
-        with contextlib.suppress(ImportError, ValueError):  # the tool's own error says more
+        with contextlib.suppress(Exception, SystemExit):  # it imports the package; the tool's own error says more
             if (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
                 paths[module] = Path(spec.origin)
     found = {}

@@ -181,6 +181,8 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
     base = evaluate(params, components).accuracy
     log.info("held-out accuracy before the cold start: %.3f", base)
     if config.sft.steps == 0:
+        if config.sft.traces:
+            log.warning("sft.traces is given, but sft.steps = 0: there is no cold start, and the traces are not used")
         return params, {"accuracy_base": base, "accuracy_sft": base}
     optimizer = sft_optimizer(config.sft, config.optimizer)
     state = init_state(params, optimizer, components.arch, components.mesh)

@@ -14,6 +14,7 @@ from appo_jax import algorithms, cli, config_io
 from appo_jax.algorithms import ALGORITHMS
 from appo_jax.config import Architecture, Config, DataPart, EvalSetConfig, PolicyConfig, RopeScaling, YarnScaling, rules
 from appo_jax.errors import ConfigError
+from appo_jax.eval_command import Evaluation
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = config_io.load_config(ROOT / "configs/quickstart.py")
@@ -141,7 +142,6 @@ def test_a_shape_whose_numbers_contradict_each_other_is_refused(fields, message)
     ("fields", "message"),
     [
         ({"data.mixture": (DataPart("world"),)}, "data.mixture: only data.source = 'mixture' uses it, not 'world'"),
-        ({"sft.traces": ("t.jsonl",), "sft.steps": 0}, "sft.steps = 0 trains on none of them"),
         ({"tools.search.corpus": "c", "tools.search.url": "http://h:1"}, "give one"),
         ({"tools.python.url": "http://h:1"}, "only isolation = 'remote' uses it"),
         ({"tools.enabled": ("python", "python")}, "a tool is given twice"),
@@ -286,5 +286,10 @@ def test_sets_whose_figures_mean_nothing_are_refused():
     found = [text for text in rules.broken(replaced(QUICKSTART, "eval.sets", sets)) if text.startswith("eval.sets")]
     assert "a set is given twice (aime24, aime24, gsm8k)" in found[0]
     assert "gsm8k has samples = 4 at temperature = 0, where all samples are the same" in found[1]
+    for temperature in (-1.0, 1e-30, 1e7):  # float32 has no such logits
+        with pytest.raises(ConfigError, match="temperature"):
+            config_io.check(replaced(QUICKSTART, "eval.sets", (EvalSetConfig("a", "a", temperature=temperature),)))
+        with pytest.raises(ConfigError, match=r"--temperature .*: expected 0"):
+            Evaluation("aime24", Path("a"), Path("out"), temperature=temperature)
     good = (EvalSetConfig("aime24", "a", samples=4, temperature=0.6), EvalSetConfig("gsm8k", "c"))
     config_io.check(replaced(QUICKSTART, "eval.sets", good))

@@ -76,7 +76,7 @@ def test_the_commands_of_the_page_on_the_paper_are_understood(monkeypatch: pytes
     )
     described, cold, trained = [config_from("train", command.split()) for command in commands]
     assert described.sft.traces == cold.sft.traces == ("/mnt/shared/traces/traces.json",)
-    assert (cold.sft.steps, trained.sft.steps) == (1266, 0)
+    assert (described.sft.steps, cold.sft.steps, trained.sft.steps) == (0, 1266, 0)
     assert cold.run_dir in re.findall(r"^appo-jax convert (\S+) --out " + str(trained.policy.path), text, re.MULTILINE)
     assert {described.policy.path, cold.policy.path} == {"/mnt/shared/qwen2_5_7b"}
     assert {config.data.path for config in (described, cold, trained)} == {"/mnt/shared/appo_rl"}

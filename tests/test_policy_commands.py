@@ -97,7 +97,7 @@ def test_a_person_asks_a_policy(run: Path, capsys: pytest.CaptureFixture[str], m
         assert main(["ask", str(run)]) == 0
     assert capsys.readouterr().out.count("1. the policy") == 2
     assert main(["ask", str(run), "Where?", "--temperature", "-1"]) == 2
-    assert "--temperature -1.0: expected 0 or more" in capsys.readouterr().err
+    assert "--temperature -1.0: expected 0 (greedy), or a number from 1e-6 to 1e6" in capsys.readouterr().err
     assert main(["ask", str(run), "why " * 500]) == 1
     assert "more than rollout.max_prompt_tokens" in capsys.readouterr().err
     assert main(["ask", str(run), "Where?", "--mesh.fsdp", "2"]) == 2  # a field of the run's config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated
 
 from annotated_types import Interval
@@ -20,6 +20,12 @@ Pause = Annotated[float, Interval(ge=0, le=1e9)]
 """A wait, in seconds, which may be 0."""
 Seed = Annotated[int, Interval(ge=0, lt=2**31)]
 """What every random generator of the program takes as its seed."""
+
+
+def temperature_problem(what: str, temperature: float) -> Iterator[str]:
+    """A sentence if a temperature is neither 0 (greedy) nor one that logits can be divided by. `what`: the words before it."""
+    if temperature != 0 and not 1e-6 <= temperature <= 1e6:  # NaN too
+        yield f"{what} {temperature}: expected 0 (greedy), or a number from 1e-6 to 1e6"
 
 
 def require_at_least(bounds: Mapping[str, tuple[float | None, float]]) -> None:

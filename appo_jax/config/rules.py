@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import get_args
 
+from appo_jax.config.bounds import temperature_problem
 from appo_jax.config.method import TurnRule
 from appo_jax.config.policy import Architecture, RopeScaling, YarnScaling
 from appo_jax.config.run import Config
@@ -89,14 +90,12 @@ def _reward(config: Config) -> Iterator[str]:
 
 
 def _data(config: Config) -> Iterator[str]:
-    data, sft = config.data, config.sft
+    data = config.data
     if data.mixture and data.source != "mixture":
         yield (
             f"data.mixture: only data.source = 'mixture' uses it, not {data.source!r}; set data.source = 'mixture', or leave out "
             "the mixture"
         )
-    if sft.traces and sft.steps == 0:
-        yield f"sft.traces = {sft.traces}: sft.steps = 0 trains on none of them; set sft.steps, or leave out the files"
 
 
 def _tools(config: Config) -> Iterator[str]:
@@ -127,6 +126,7 @@ def _evaluation(config: Config) -> Iterator[str]:
     if len(set(names)) < len(names):
         yield f"eval.sets: a set is given twice ({', '.join(names)}), and its figures would overwrite each other; give it once"
     for chosen in sets:
+        yield from temperature_problem(f"eval.sets: temperature of {chosen.set} =", chosen.temperature)
         if chosen.samples > 1 and chosen.temperature == 0:
             yield (
                 f"eval.sets: {chosen.set} has samples = {chosen.samples} at temperature = 0, where all samples are the same; "

@@ -52,7 +52,7 @@ class EvalSetConfig:
     samples: PositiveInt = 1
     """Rollouts of every question."""
     temperature: Annotated[float, Interval(ge=0, le=1e6)] = 0.0
-    """Sampling temperature of these rollouts. 0: greedy."""
+    """Sampling temperature of these rollouts: 0 (greedy), or from 1e-6 to 1e6."""
 
 
 @dataclasses.dataclass(frozen=True)
