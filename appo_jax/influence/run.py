@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,10 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
     """Measure, write influence.md, influence.json and influence.png into `out`, and return the text of influence.md."""
     config = load_config(run / "config.json")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "influence.md").touch()  # a folder that cannot be written is told before the measurement, not after it
+    with tempfile.TemporaryFile(
+        dir=out
+    ):  # a folder that cannot be written is told before the measurement, not after it
+        pass
     with build(config) as components:
         where, params = policy_params(components, run)
         trainer, state = begin(components, params)

@@ -8,7 +8,7 @@ from faulty_judge import FaultyJudge
 
 from appo_jax.benchmark.compare import compare
 from appo_jax.cli import main
-from appo_jax.config import Config, DataConfig, DataPart, JudgeConfig, PolicyConfig
+from appo_jax.config import Config, DataConfig, DataPart, JudgeConfig, PolicyConfig, ToolsConfig
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.eval_command import Evaluation, _setting, evaluate_set
 
@@ -291,6 +291,14 @@ def test_samples_of_weights_or_tools_that_were_replaced_are_refused(data, tmp_pa
             ConfigError, match=r"holds samples of another setting: files = .* bytes.* \(now .*another --out"
         ):
             evaluate_set(asked, config)
+
+
+def test_a_package_of_tools_that_exits_when_it_is_imported_ends_no_listing_of_files(tmp_path, monkeypatch):
+    (tmp_path / "exits_at_once").mkdir()
+    (tmp_path / "exits_at_once" / "__init__.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = Config(tools=ToolsConfig(enabled=("exits_at_once.tools:look_up",)))
+    assert "exits_at_once" not in str(_setting(Evaluation("math500", tmp_path, tmp_path), config, None)["files"])
 
 
 def test_open_verdicts_count_as_accuracy_counts_them(judge, tmp_path):

@@ -29,6 +29,8 @@ def test_a_folder_that_cannot_be_written_is_told_first(tiny: Config, tmp_path, c
     asked = ["--questions", "1", "--rollouts", "1", "--positions", "1", "--continuations", "2"]
     assert main(["influence", str(tmp_path), "--out", str(tmp_path / "file"), *asked]) != 0
     assert str(tmp_path / "file") in capsys.readouterr().err
+    assert main(["influence", str(tmp_path), "--out", str(tmp_path / "out"), *asked]) != 0
+    assert not list((tmp_path / "out").iterdir())  # an empty report would look like a finished one
 
 
 def test_the_report_of_a_run(tiny: Config, tmp_path) -> None:
