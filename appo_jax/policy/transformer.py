@@ -96,6 +96,11 @@ def _rows(columns: jax.Array, *shape: int) -> jax.Array:
     return jax.lax.optimization_barrier(columns).T.reshape(shape)
 
 
+def _in_dtype(layer: Params, dtype: Any) -> Params:
+    """A layer's parameters in the dtype of the matrix products. Norm scales stay in float32, whatever their axes."""
+    return {name: w if LAYER[name].kind == "norm" else w.astype(dtype) for name, w in layer.items()}
+
+
 class Layer(nnx.Module):
     """Pre-norm attention and a SwiGLU MLP, each added to the residual stream. Its parameters are a layer's rows of the table.
 
@@ -113,8 +118,7 @@ class Layer(nnx.Module):
 
         `wide`: the MLP is split over WIDE, and each part computes for the rows of all devices along fsdp.
         """
-        a, stored = self.arch, {name: w[...] for name, w in self.params.items()}
-        p = {name: w if LAYER[name].kind == "norm" else w.astype(x.dtype) for name, w in stored.items()}
+        a, p = self.arch, _in_dtype({name: w[...] for name, w in self.params.items()}, x.dtype)
         transposed = (
             p["q"].shape[0] != a.width
         )  # a policy with as many heads as channels is refused, so the first axis shows whether the matrix is transposed
@@ -204,11 +208,8 @@ def hidden_states(
     layers = list(zip(weights, caches or [None] * len(weights), strict=True))
     kept: list[Any] = []
     if scan:
-
-        def stack(*of_layers: jax.Array) -> jax.Array:  # norm scales, which are vectors, stay in float32
-            return jnp.stack([x.astype(dtype) if x.ndim > 1 else x for x in of_layers])
-
-        x, stacked = jax.lax.scan(block, x, jax.tree.map(stack, *layers))
+        in_dtype = [(_in_dtype(of_layer, dtype), cache) for of_layer, cache in layers]
+        x, stacked = jax.lax.scan(block, x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *in_dtype))
         kept = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(len(layers))]
     else:
         for of_layer in layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -58,6 +59,21 @@ def test_only_time_and_memory_change(family: str, remat: Remat, scan: bool) -> N
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
     assert min(np.abs(x).max() for x in jax.tree.leaves(grads["layers"])) > 1e-4
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_norm_scales_with_two_axes_stay_in_float32(scan: bool) -> None:
+    """Without eps, the queries after their norm have the root mean square of the scale. 1.0039 in bfloat16 would be 1."""
+    arch = dataclasses.replace(FAMILIES["qwen3"], num_layers=1, norm_eps=1e-12)
+    params = init_params(arch, 0)
+    params["layers"][0]["q_norm"] = jnp.full((arch.num_heads, arch.head_dim), 1.0039)
+
+    def queries(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return q, q
+
+    how = LayerPass(jnp.bfloat16, scan=scan)
+    _, (q,) = hidden_states(params, arch, TOKENS, rotations(positions(TOKENS), arch), queries, how)
+    assert np.sqrt(np.square(np.float64(q)).mean()) == pytest.approx(1.0039, abs=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
