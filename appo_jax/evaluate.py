@@ -26,7 +26,7 @@ from appo_jax.reward.language_judge import LanguageJudge
 from appo_jax.rollout.sampler import GenerationStats, Purpose
 from appo_jax.rollout.stats import accuracy
 from appo_jax.text.tokenizer import Tokenizer
-from appo_jax.tools.outage import Drawn, with_tools
+from appo_jax.tools.outage import Drawn, Stopping, with_tools
 from appo_jax.types import Example, Kind, Rollout
 
 
@@ -61,8 +61,9 @@ def held_out_examples(components: Components) -> Sequence[Example]:
 
 
 @heartbeat.phase("evaluate")
-def evaluate(params: Params, components: Components) -> Evaluation:
-    """Draw one greedy rollout, with tools, for every held-out question. Raises ToolError if a tool is down and stays down."""
+def evaluate(params: Params, components: Components, stopping: Stopping | None = None) -> Evaluation:
+    """Draw one greedy rollout, with tools, for every held-out question. Raises ToolsDown if a tool is down and stays down, or if
+    the run is asked to stop (`stopping`) while it is down."""
     began, questions = time.perf_counter(), held_out_examples(components)
     heartbeat.detail(f"{len(questions)} questions")
     rollouts = _with_tools(
@@ -72,15 +73,16 @@ def evaluate(params: Params, components: Components) -> Evaluation:
             for rollout in tree
         ],
         components,
+        stopping,
     )
     give_rewards(rollouts, components)
     components.sampler.take_stats()  # calls and tokens of an evaluation must not count for a training step
     return Evaluation(rollouts, time.perf_counter() - began)
 
 
-def _with_tools(draw: Callable[[], Drawn], components: Components) -> Drawn:
+def _with_tools(draw: Callable[[], Drawn], components: Components, stopping: Stopping | None) -> Drawn:
     """The result of `draw`, during which the tools answered (`outage.with_tools`). Its calls do not count for a training step."""
-    return with_tools(draw, components.executor.metrics, "an evaluation", components.config.tools)
+    return with_tools(draw, components.executor.metrics, "an evaluation", components.config.tools, stopping)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +95,17 @@ class Draws:
 
 
 def draw_samples(
-    params: Params, components: Components, items: Sequence[Item], rule: Rule, draws: Draws
+    params: Params,
+    components: Components,
+    items: Sequence[Item],
+    rule: Rule,
+    draws: Draws,
+    stopping: Stopping | None = None,
 ) -> list[list[Sample]]:
     """Rollouts of every question of a set, under the system prompt of the first held-out question of its kind, or of the first.
 
     Every sample has its share of the time that the questions took together. Raises DataError for a question that is longer than
-    `rollout.max_prompt_tokens`, ToolError if a tool is down and stays down."""
+    `rollout.max_prompt_tokens`, ToolsDown as `evaluate`."""
     examples = _examples(components, items, rule)
     draw_id = (
         Purpose.EVALUATION_SET,
@@ -110,7 +117,7 @@ def draw_samples(
         trees = components.sampler.initial(params, examples, draws.samples, draw_id, draws.temperature, draws.max_items)
         return trees, components.sampler.take_stats(), time.perf_counter() - began
 
-    trees, stats, seconds = _with_tools(draw, components)
+    trees, stats, seconds = _with_tools(draw, components, stopping)
     drawn = len(items) * draws.samples
     times = {"seconds": seconds / drawn, "decode_seconds": stats.decode_s / drawn}
     return [[_sample(rollout, components.tokenizer, times) for rollout in tree] for tree in trees]
@@ -163,14 +170,17 @@ def load_sets(components: Components) -> Sets:
 
 
 @heartbeat.phase("evaluate")
-def evaluate_sets(params: Params, components: Components, sets: Sets, folder: Path) -> dict[str, float]:
-    """The metrics of `eval.sets`. The first host writes a report of each set into `folder`, as `appo-jax eval` does."""
+def evaluate_sets(
+    params: Params, components: Components, sets: Sets, folder: Path, stopping: Stopping | None = None
+) -> dict[str, float]:
+    """The metrics of `eval.sets`. The first host writes a report of each set into `folder`, as `appo-jax eval` does. Raises
+    ToolsDown as `evaluate`."""
     metrics: dict[str, float] = {}
     for chosen, questions in sets:
         began, name, items = time.perf_counter(), chosen.set, questions.items
         heartbeat.detail(f"{len(items)} questions of {name}")
         draws = Draws(chosen.samples, chosen.temperature, len(items))
-        drawn = draw_samples(params, components, items, benchmark(name).rule, draws)
+        drawn = draw_samples(params, components, items, benchmark(name).rule, draws, stopping)
         samples = {item.id: found for item, found in zip(items, drawn, strict=True)}
         found = _report(components, name, questions, samples, folder / name) if distributed.host() == 0 else None
         figures = distributed.exchange(found)[0]

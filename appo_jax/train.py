@@ -34,7 +34,7 @@ from appo_jax.run_dir import RunDir, open_run
 from appo_jax.sft import cold_start
 from appo_jax.storage import plain
 from appo_jax.timing import Clock
-from appo_jax.tools.outage import OutageWatch
+from appo_jax.tools.outage import OutageWatch, Stopping, ToolsDown
 from appo_jax.train_step import Trainer, train_step
 from appo_jax.view.plots import try_to_draw_plots
 from appo_jax.view.progress import Progress
@@ -66,9 +66,6 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         reached, last = Reached(), None
         if (restored := checkpointer.restore_latest(state, prompts)) is not None:
             step, state, meta = restored
-            require_meta(
-                meta, ("sampled_tokens", "wall_s", "record", "accuracies", *trainer.origin), run.checkpoints / "rl"
-            )
             _require_same_origin(meta, trainer.origin, run.checkpoints)
             reached, clock.before = Reached(step, meta["sampled_tokens"]), meta["wall_s"]
             last, accuracies = meta["record"], meta["accuracies"]
@@ -78,8 +75,8 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         metrics.resume(reached.step, last, run.max_unsaved)
         run.keep(config)
 
-        stopping = stop.agreed()
-        while not reached.end(config) and not stopping:
+        stopping, down = stop.agreed(), None
+        while not (reached.end(config) or stopping or down):
             state, record, trees = train_step(trainer, reached.step, state, next(prompts), prompts)
             reached = reached.after(record)
             heartbeat.at_step(reached.step)
@@ -87,22 +84,21 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             outages.see(reached.step, record)
             require_finite(record, "update", reached.step, "optimizer.learning_rate")
             if config.eval.every and reached.step % config.eval.every == 0 and not reached.end(config):
-                record |= _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
+                folder = run.evaluations(reached.step)
+                down = _evaluate_into(record, trainer.policy(state), components, sets, folder, stop.agreed)
             record |= {"rollout/sampled_tokens_total": reached.sampled_tokens} | clock.metrics()
             metrics.dump_trees(reached.step, trees, components.tokenizer.decode)
             del trees  # otherwise they would live through the next step
             metrics.log(reached.step, record)
             progress.step(reached.step, record)
             stopping = stop.agreed()
-            if reached.step % config.checkpoint_every == 0 or reached.end(config) or stopping:
-                meta = {"sampled_tokens": reached.sampled_tokens, "wall_s": record["time/wall_s"]} | trainer.origin
-                meta |= {"accuracies": accuracies, "record": plain(record)}
-                meta |= {"config": config_json(config, run.config).decode()}
+            if reached.step % config.checkpoint_every == 0 or reached.end(config) or stopping or down:
+                meta = _meta(config, run, reached, record, accuracies) | trainer.origin
                 checkpointer.save(reached.step, state, meta, prompts, record.get("eval/accuracy"))
         checkpointer.wait()
         if not reached.end(config):
             log.warning("stopped after step %d, which is saved; the same command goes on from there", reached.step)
-            raise KeyboardInterrupt
+            raise down if down and not stopping else KeyboardInterrupt
         heartbeat.stoppable(False)  # the last step is on disk
         final = _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
         summary = _summary(accuracies, final, config, reached) | {"wall_s": clock.wall_s()}
@@ -118,9 +114,33 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         metrics.close()
 
 
-def _evaluated(params: Params, components: Components, sets: Sets, reports: Path) -> dict[str, float]:
+def _evaluated(
+    params: Params, components: Components, sets: Sets, reports: Path, stopping: Stopping | None = None
+) -> dict[str, float]:
     """The metrics of the held-out questions and of `eval.sets`."""
-    return evaluate(params, components).metrics | evaluate_sets(params, components, sets, reports)
+    held_out = evaluate(params, components, stopping).metrics
+    return held_out | evaluate_sets(params, components, sets, reports, stopping)
+
+
+def _evaluate_into(
+    record: dict[str, Any], params: Params, components: Components, sets: Sets, reports: Path, stopping: Stopping
+) -> ToolsDown | None:
+    """Add `_evaluated` to the record of a step. Returns the error if a tool is down, because the step must be saved first."""
+    try:
+        record |= _evaluated(params, components, sets, reports, stopping)
+    except ToolsDown as error:
+        return error
+    return None
+
+
+def _meta(
+    config: Config, run: RunDir, reached: Reached, record: Mapping[str, Any], accuracies: Mapping[str, float]
+) -> dict[str, Any]:
+    """What a checkpoint holds of a run beside its state and the `Trainer.origin`."""
+    return {
+        "sampled_tokens": reached.sampled_tokens, "wall_s": record["time/wall_s"], "accuracies": dict(accuracies),
+        "record": plain(record), "config": config_json(config, run.config).decode(),
+    }  # fmt: skip
 
 
 def _summary(
@@ -136,7 +156,8 @@ def _summary(
 
 def _require_same_origin(saved: Mapping[str, Any], now: Mapping[str, str], checkpoints: Path) -> None:
     """Compares what a checkpoint and this start begin with (`Trainer.origin`). Raises CheckpointError for other frozen weights or
-    another π_ref; warns of another precision."""
+    another π_ref, and for checkpoints of another version of the program; warns of another precision."""
+    require_meta(saved, ("sampled_tokens", "wall_s", "record", "accuracies", *now), checkpoints / "rl")
     what = {"base": "its adapters were trained with other frozen weights", "reference": "its KL is from another π_ref"}
     for name, problem in what.items():
         if saved[name] != now[name]:

@@ -38,6 +38,7 @@ from appo_jax.prepare import prepare_world
 from appo_jax.reward import Judge, Response
 from appo_jax.rollout.growth import TreeGrower
 from appo_jax.run_dir import open_run
+from appo_jax.tools.outage import ToolsDown, with_tools
 from appo_jax.train import train
 from appo_jax.train_step import Trainer, train_step
 from appo_jax.types import RewardResult
@@ -237,6 +238,35 @@ def test_a_run_that_goes_on_says_at_which_step(tiny: Config, tmp_path: Path, mon
     monkeypatch.setattr(heartbeat, "_life", heartbeat._Life())
     train(config)
     assert heartbeat.now()[1] == config.steps
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_tool_that_is_down_in_an_evaluation_loses_no_step(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """Whether the run ends by it, or is asked to stop in the pause."""
+    config = dataclasses.replace(
+        tiny, run_dir=str(tmp_path / "run"), eval=dataclasses.replace(tiny.eval, every=1), checkpoint_every=2
+    )
+
+    def without_search(params: object, components: Components, stopping: Any = None) -> Any:
+        if asked:
+            signal.raise_signal(signal.SIGINT)
+        tools = dataclasses.replace(config.tools, pause_seconds=600.0 if asked else 0.0)
+        calls = {"tools/search/calls": 9.0, "tools/search/unavailable": 9.0}
+        return with_tools(lambda: None, lambda: calls, "an evaluation", tools, stopping)
+
+    with monkeypatch.context() as outage:
+        outage.setattr("appo_jax.train.evaluate", without_search)
+        with pytest.raises(KeyboardInterrupt if asked else ToolsDown):
+            train(config)
+    assert [path.name for path in (tmp_path / "run/checkpoints/rl").iterdir()] == ["1"]
+    if asked:
+        return
+    train(config)
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2]
+    assert "eval/accuracy" not in records[0]
 
 
 def test_a_run_may_be_ended_at_once_only_when_its_last_step_is_on_disk(tiny: Config, tmp_path: Path) -> None:

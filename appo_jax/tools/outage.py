@@ -12,23 +12,29 @@ from appo_jax import heartbeat
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ToolError
 
+
+class ToolsDown(ToolError):
+    """A tool stays down. All hosts raise it together."""
+
+
 # A tool with fewer calls than this is not judged.
 MIN_CALLS = 8
 ROUND_S = 1.0  # a pause is as many rounds on every host
 _log = logging.getLogger(__name__)
 Drawn = TypeVar("Drawn")
+Stopping = Callable[[], bool]
+"""Whether the run was asked to stop. All hosts call it together and get the same answer."""
 
 
 class OutageWatch:
     """Checks the calls of every step. All hosts get the same numbers, so they wait or stop together."""
 
-    def __init__(self, config: ToolsConfig, stopping: Callable[[], bool] | None = None) -> None:
-        """`stopping`: whether the run was asked to stop. All hosts call it together and get the same answer."""
+    def __init__(self, config: ToolsConfig, stopping: Stopping | None = None) -> None:
         self._config, self._stopping = config, stopping
         self._down_before: set[str] = set()
 
     def see(self, step: int, metrics: Mapping[str, object]) -> None:
-        """After a step: pause if a tool was down in it; raise ToolError if it was also down in the step before.
+        """After a step: pause if a tool was down in it; raise ToolsDown if it was also down in the step before.
 
         A tool is down if more than the share `tools.max_unavailable` of its calls were unavailable. A request to stop ends the
         pause.
@@ -42,17 +48,22 @@ class OutageWatch:
 
 
 def with_tools(
-    draw: Callable[[], Drawn], metrics: Callable[[], Mapping[str, object]], what: str, config: ToolsConfig
+    draw: Callable[[], Drawn],
+    metrics: Callable[[], Mapping[str, object]],
+    what: str,
+    config: ToolsConfig,
+    stopping: Stopping | None = None,
 ) -> Drawn:
     """The result of `draw`, an evaluation whose wrong answers must be the policy's own.
 
-    If a tool was down meanwhile, everything is drawn again after a pause. Raises ToolError if the tool is still down. `metrics`:
-    the figures of the calls since it was called last. `what`: the evaluation, in words.
+    If a tool was down meanwhile, everything is drawn again after a pause. Raises ToolsDown if the tool is still down, or if the run
+    was asked to stop in the pause. `metrics`: the figures of the calls since it was called last. `what`: the evaluation, in words.
     """
     metrics()
     drawn = draw()
     if found := down(metrics(), config):
-        _pause(found, what, "then all is drawn again; if it is no better", config)
+        if _pause(found, what, "then all is drawn again; if it is no better", config, stopping):
+            raise _stays_down(found, f"in {what}", config)
         drawn = draw()
         if found := down(metrics(), config):
             raise _stays_down(found, f"in {what}", config)
@@ -72,9 +83,9 @@ def down(metrics: Mapping[str, object], config: ToolsConfig) -> dict[str, str]:
     return found
 
 
-def _stays_down(found: Mapping[str, str], where: str, config: ToolsConfig) -> ToolError:
+def _stays_down(found: Mapping[str, str], where: str, config: ToolsConfig) -> ToolsDown:
     name, description = next(iter(found.items()))
-    return ToolError(
+    return ToolsDown(
         f"the tool {name!r} is down: {description} {where}, after a pause of {config.pause_seconds:.0f} s. "
         "Repair its server (the log above has its answers), then start again: a run goes on from its last checkpoint. "
         f"tools.max_unavailable = {config.max_unavailable} is the share of calls that may fail"
@@ -86,14 +97,16 @@ def _pause(
     where: str,
     otherwise: str,
     config: ToolsConfig,
-    stopping: Callable[[], bool] | None = None,
-) -> None:
+    stopping: Stopping | None = None,
+) -> bool:
+    """Wait. Returns whether the run was asked to stop meanwhile."""
     text = "; ".join(f"{name}: {description}" for name, description in found.items())
     _log.warning("%s: %s. Waiting %.0f s; %s, the run stops", where, text, config.pause_seconds, otherwise)
     for i in range(
         math.ceil(config.pause_seconds / ROUND_S)
     ):  # not until a time, which hosts would reach in different rounds
         if stopping is not None and stopping():
-            return
+            return True
         time.sleep(min(ROUND_S, config.pause_seconds - i * ROUND_S))
         heartbeat.progress()
+    return False

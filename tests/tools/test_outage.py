@@ -7,7 +7,7 @@ import pytest
 
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import ToolError
-from appo_jax.tools.outage import OutageWatch, with_tools
+from appo_jax.tools.outage import OutageWatch, ToolsDown, with_tools
 
 CONFIG = ToolsConfig(pause_seconds=0.3)
 
@@ -53,6 +53,16 @@ def test_a_request_to_stop_ends_the_pause():
     began = time.monotonic()
     watch.see(1, step(search=(20, 20)))
     assert time.monotonic() - began < 5
+
+
+def test_a_request_to_stop_ends_the_pause_of_an_evaluation_which_is_not_made_again():
+    asked, draws = iter([False, True]), iter(range(1, 3))
+    config = dataclasses.replace(CONFIG, pause_seconds=600.0)
+    began = time.monotonic()
+    with pytest.raises(ToolsDown, match="'search' is down"):
+        with_tools(lambda: next(draws), lambda: step(search=(20, 20)), "an evaluation", config, lambda: next(asked))
+    assert time.monotonic() - began < 5
+    assert next(draws) == 2
 
 
 @pytest.mark.parametrize(
