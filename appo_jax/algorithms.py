@@ -241,22 +241,25 @@ ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
 }
 
 
+def resolved(config: Config) -> Config:
+    """`config` with the values that the algorithm's name sets: what a run computes with."""
+    if config.algorithm not in ALGORITHMS:
+        return config  # `broken` reports it
+    algorithm = make_algorithm(config)
+    return dataclasses.replace(
+        config, rollout=algorithm.rollout, branching=algorithm.branching, advantage=algorithm.advantage, loss=algorithm.loss,
+        reward=dataclasses.replace(config.reward, overlong_buffer=algorithm.overlong_buffer),
+        max_resamples=algorithm.max_resamples,
+    )  # fmt: skip
+
+
 def overwritten(config: Config) -> dict[str, Any]:
     """Dotted name -> the value that the algorithm's name sets, for the fields to which the config gives another one."""
-    if config.algorithm not in ALGORITHMS:
-        return {}  # `broken` reports it
-    algorithm = make_algorithm(config)
-    used = {
-        f"{part}.{field.name}": (
-            getattr(getattr(config, part), field.name),
-            getattr(getattr(algorithm, part), field.name),
-        )
-        for part in ("rollout", "branching", "advantage", "loss")
-        for field in dataclasses.fields(getattr(config, part))
-    }
-    used["reward.overlong_buffer"] = config.reward.overlong_buffer, algorithm.overlong_buffer
-    used["max_resamples"] = config.max_resamples, algorithm.max_resamples
-    return {name: sets for name, (given, sets) in used.items() if given != sets}
+    names = ["reward.overlong_buffer", "max_resamples"]
+    for part in ("rollout", "branching", "advantage", "loss"):
+        names += [f"{part}.{field.name}" for field in dataclasses.fields(getattr(config, part))]
+    given, used = (operator.attrgetter(*names)(which) for which in (config, resolved(config)))
+    return {name: sets for name, value, sets in zip(names, given, used, strict=True) if value != sets}
 
 
 def broken(config: Config) -> Iterator[str]:

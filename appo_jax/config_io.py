@@ -45,11 +45,18 @@ def load_config(path: str | Path) -> Config:
 def check(config: Config) -> Config:
     """Check a config against all types, bounds and rules between fields. All configs pass through this function.
 
-    Values are converted to the declared types (a list becomes a tuple). Raises ConfigError that lists every problem: the
-    field, what was given, what was expected, what to do.
+    Values are converted to the declared types (a list becomes a tuple). The rules between fields are those of the config with
+    the values that its algorithm sets. Raises ConfigError that lists every problem: the field, what was given, what was
+    expected, what to do.
     """
     config = parse_config(_to_json(config))
-    if problems := [*rules.broken(config), *algorithms.broken(config)]:
+    name = f"algorithm = {config.algorithm!r}"
+    used = parse_config(_to_json(algorithms.resolved(config)), name)
+    problems = []
+    for problem in rules.broken(used):
+        sets = ", ".join(field for field in algorithms.overwritten(config) if field in problem)
+        problems.append(f"{problem} ({name} sets {sets})" if sets else problem)
+    if problems := [*problems, *algorithms.broken(config)]:
         raise ConfigError.of(problems)
     return config
 

@@ -6,6 +6,7 @@ import inspect
 import math
 import threading
 import typing
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -215,8 +216,7 @@ def test_all_broken_rules_are_listed_at_once():
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.stem)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_config_may_be_trained_by_every_algorithm(file, name):
-    config = replaced(config_io.load_config(file), "algorithm", name)
-    assert not list(algorithms.broken(config))
+    config_io.check(replaced(config_io.load_config(file), "algorithm", name))
 
 
 @pytest.mark.parametrize(
@@ -240,6 +240,45 @@ def test_a_value_that_an_algorithm_would_overwrite_is_refused(name, field, given
     option = "--" + field.replace("_", "-")
     told = f"{field} = {given!r}: algorithm = {name!r} sets it to {sets!r}; leave it out (if a file gives it: {option} {sets})"
     assert found == ([] if sets is None else [told])
+
+
+@pytest.mark.parametrize(
+    ("part", "sets", "given", "told"),
+    [
+        ("loss", {"surrogate": "nope"}, {}, r"algorithm = 'new': loss\.surrogate = 'nope': .*'clip'"),
+        ("loss", {"clip_high": -1.0}, {}, r"algorithm = 'new': loss\.clip_high = -1\.0: .*greater"),
+        (
+            "loss",
+            {"surrogate": "gppo"},
+            {"loss.dual_clip": 3.0},
+            r"loss\.dual_clip = 3\.0: .*'new' sets loss\.surrogate\)",
+        ),
+        ("branching", {"clip_high": 0.9}, {}, r"clip_low = 1\.0 must be below .*'new' sets branching\.clip_high\)"),
+        (
+            "branching",
+            {"score": "random_turn"},
+            {"branching.allocation": "pooled"},
+            r"allocation = 'pooled': .*score\)",
+        ),
+        ("branching", {"clip_high": 2.0}, {"branching.clip_low": 1.5}, None),
+    ],
+)
+def test_the_rules_hold_for_the_values_that_an_algorithm_sets(monkeypatch, part, sets, given, told):
+    monkeypatch.setitem(
+        ALGORITHMS, "new", lambda config: algorithms._varied(ALGORITHMS["appo"](config), **{part: sets})
+    )
+    config = replaced(QUICKSTART, "algorithm", "new")
+    for field, value in given.items():
+        config = replaced(config, field, value)
+    with nullcontext() if told is None else pytest.raises(ConfigError, match=told):
+        config_io.check(config)
+
+
+def test_a_bound_of_another_estimator_is_refused():
+    config = replaced(replaced(QUICKSTART, "algorithm", "reinforce_pp"), "loss.max_k3", 10.0)
+    told = r"loss\.max_k3 = 10\.0: .*not 'k1'; set it to 0 \(algorithm = 'reinforce_pp' sets loss\.kl_estimator\)"
+    with pytest.raises(ConfigError, match=told):
+        config_io.check(config)
 
 
 @pytest.mark.parametrize(

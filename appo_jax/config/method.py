@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from appo_jax.config.bounds import BelowOne
+from appo_jax.config.bounds import Fraction
 
 # Names of the modules in branching/rules/: a score ranks every position; a rule by turns draws turns at random.
 Score = Literal["product", "entropy", "future", "additive"]
@@ -87,8 +87,8 @@ class AdvantageConfig:
 class LossConfig:
     """The objective (eq. 8) and the terms that other methods add to it."""
 
-    clip_low: BelowOne = 0.2
-    """ε of eq. 8, downwards: the ratio is clipped to [1 − clip_low, 1 + clip_high]. Official code: 0.2."""
+    clip_low: Fraction = 0.2
+    """ε of eq. 8, downwards: the ratio is clipped to [1 − clip_low, 1 + clip_high]. Official code: 0.2. 1: no lower bound."""
     clip_high: NonNegativeFloat = 0.2
     """ε of eq. 8, upwards. The paper gives no ε; official code and DAPO: 0.28."""
     surrogate: Literal["clip", "gppo", "gppo_high", "cispo"] = "clip"
