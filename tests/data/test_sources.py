@@ -163,6 +163,12 @@ def test_official_prompts_are_repaired(tmp_path):
     assert {e.system for e in ours.train} == {"Be brief."}
 
 
+def test_a_command_that_is_not_repaired_is_told(tmp_path, caplog):
+    load_dataset(write_appo_rl(tmp_path, [row(), row("A page.\x0c Who?", "\x08lubb{1}")]))
+    (told,) = caplog.messages
+    assert "train_10k.parquet, row 2: the character before 'lubb' may be a LaTeX command" in told
+
+
 def test_official_prompts_malformed(tmp_path):
     config = write_appo_rl(tmp_path, [row(), row(question=None)])
     with pytest.raises(DataError, match=r"train_10k\.parquet, row 2: field 'prompt.user': expected text, got None"):
