@@ -107,23 +107,23 @@ def open_run(config: Config) -> RunDir:
     cannot be written, or cannot hold checkpoints (`usable_path`). With several hosts, the first does all this and tells the others
     the result, and all check that they see the same folder.
     """
-    run = error = None
+    run = problem = number = None
     mark = secrets.token_hex(8)
     # CPU hosts wait only 30 s for each other in their first exchange (gloo), and the first host may wait longer for the lock.
     distributed.exchange(None)
     if distributed.host() == 0:
         try:
             run = _open(config, mark)
-        except CheckpointError as refused:
-            error = refused
-        except OSError as failed:
-            error = CheckpointError(f"run_dir = {config.run_dir}: cannot be read, written or locked: {failed}")
-            error.__cause__ = failed
-    problem, continued, mark = distributed.exchange(
-        [None if error is None else str(error), run is not None and run.continued, mark]
-    )[0]
-    if error is not None or problem is not None:
-        raise error or CheckpointError(problem)
+        except CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem, number = f"run_dir = {config.run_dir}: cannot be read, written or locked: {error}", error.errno
+    message = [problem, number, run is not None and run.continued, mark]
+    problem, number, continued, mark = distributed.exchange(message)[0]
+    if problem is not None:
+        # On every host, the disk's error decides whether the run is started again.
+        disk = OSError(number, os.strerror(number), config.run_dir) if number else None
+        raise CheckpointError(problem) from disk
     run = run or RunDir(Path(config.run_dir).absolute(), continued, config.checkpoint_every, lock=None)
     if distributed.num_hosts() > 1:
         _require_shared(run, mark)

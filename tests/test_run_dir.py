@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from appo_jax import heartbeat
+from appo_jax import failures, heartbeat
 from appo_jax.checkpoint_read import sha256
 from appo_jax.config import (
     BranchingConfig,
@@ -141,6 +141,16 @@ def test_results_without_their_config_are_refused(config, run_with_results):
     run_with_results.config.unlink()
     with pytest.raises(CheckpointError, match=r"neither a readable config\.json nor a checkpoint"):
         open_run(config)
+
+
+def test_a_config_that_the_disk_does_not_give_is_left_alone_and_the_run_is_started_again(config, run_with_results):
+    run_with_results.config.unlink()
+    run_with_results.config.symlink_to("/proc/self/mem")  # reading it is an EIO
+    write_record(run_with_results, 9, config)
+    with pytest.raises(CheckpointError, match=r"cannot be read, written or locked: \[Errno 5\]") as error:
+        open_run(config)
+    assert failures.exit_code(error.value) == failures.START_AGAIN
+    assert run_with_results.config.is_symlink()
 
 
 def write_record(run, step, config, seal=sha256):
