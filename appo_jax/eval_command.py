@@ -26,6 +26,7 @@ from appo_jax.config import Config, JudgeConfig
 from appo_jax.config.bounds import require_at_least, temperature_problem
 from appo_jax.config.effects import Affects, affects
 from appo_jax.config_io import flatten
+from appo_jax.data.source import makes_files
 from appo_jax.errors import ConfigError
 from appo_jax.evaluate import Draws, draw_samples
 from appo_jax.export import policy_params
@@ -142,14 +143,14 @@ def _setting(asked: Evaluation, config: Config, weights: Path | None) -> dict[st
 
 def _files(config: Config) -> dict[str, str]:
     """The number, size and time of the files behind each name that the config has: weights, tokenizer and chat template, the
-    questions and corpus, and modules of tools. A folder may be written again under its old name."""
-    generated = ("world", "decisions")  # the first command writes the files of these sources
+    questions and corpus, and modules of tools and of data sources. A folder may be written again under its old name."""
     sources = [(part.source, part.path) for part in config.data.mixture] + [(config.data.source, config.data.path)]
-    data = {path for source, path in sources if source not in generated}
+    data = {path for source, path in sources if not makes_files(source)}  # else the first command may write them
     names = {config.policy.path, config.policy.tokenizer, config.tools.search.corpus, *data} - {None}
     paths = {str(name): Path(str(name)) for name in names}
-    for module in {tool.partition(":")[0] for tool in config.tools.enabled if ":" in tool}:
-        with contextlib.suppress(Exception, SystemExit):  # it imports the package; the tool's own error says more
+    own = [*config.tools.enabled, *(source for source, _ in sources)]
+    for module in {name.partition(":")[0] for name in own if ":" in name}:
+        with contextlib.suppress(Exception, SystemExit):  # it imports the package; the error of its user says more
             if (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
                 paths[module] = Path(spec.origin)
     found = {}

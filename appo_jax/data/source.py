@@ -1,7 +1,8 @@
 """Data sources. A data source is a function from the config to a `Dataset`.
 
 A built-in source is a file in `data/sources/` with a function `load(config: DataConfig) -> Dataset`; the file's name is the
-source's name. Your own source is a function of the same signature, given as `package.module:function`.
+source's name. If `load` makes the files under `data.path` when they are missing, the file says `MAKES_FILES = True`. Your own
+source is a function of the same signature, given as `package.module:function`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ class Dataset:
 def source_names() -> list[str]:
     """The sources that come with the program."""
     return sorted(module.name for module in pkgutil.iter_modules(sources.__path__))
+
+
+def makes_files(name: str) -> bool:
+    """Whether a source that comes with the program makes the files under its `data.path`, if they are missing."""
+    return name in source_names() and getattr(
+        importlib.import_module(f"{sources.__name__}.{name}"), "MAKES_FILES", False
+    )
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -114,7 +122,11 @@ def _find(name: str) -> Callable[[DataConfig], Dataset]:
     if ":" in name:
         load = imported("data.source", name, expected)
     elif name in source_names():
-        load = importlib.import_module(f"{sources.__name__}.{name}").load
+        load = getattr(importlib.import_module(f"{sources.__name__}.{name}"), "load", None)
+        if load is None:
+            raise ConfigError(
+                f"data.source = {name!r}: data/sources/{name}.py defines no `load`; expected `load(config: DataConfig) -> Dataset`"
+            )
     else:
         raise ConfigError(f"data.source = {name!r}: expected {expected}")
     if not callable(load):

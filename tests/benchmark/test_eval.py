@@ -275,15 +275,18 @@ def test_samples_of_weights_or_tools_that_were_replaced_are_refused(data, tmp_pa
     """Nothing is drawn: the head of the file of samples is that of the same command before the change."""
     (tmp_path / "policy").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    files = [tmp_path / name for name in ("policy/w.safetensors", "policy/chat_template.jinja", "a_tool.py", "q.jsonl")]
+    names = ("policy/w.safetensors", "policy/chat_template.jinja", "a_tool.py", "q.jsonl", "a_source.py", "b_source.py")
+    files = [tmp_path / name for name in names]
     for file in files:
         file.write_text("old")
     tools = dataclasses.replace(Config().tools, enabled=("a_tool:make",))
-    questions = DataConfig(source="mixture", mixture=(DataPart("files", path=str(tmp_path / "q.jsonl")),))
-    config = Config(policy=PolicyConfig(path=str(tmp_path / "policy")), tools=tools, data=questions)
+    parts = (DataPart("files", path=str(tmp_path / "q.jsonl")), DataPart("a_source:load"))
+    questions = DataConfig(source="mixture", mixture=parts)
+    mixed = Config(policy=PolicyConfig(path=str(tmp_path / "policy")), tools=tools, data=questions)
     asked = Evaluation("math500", data, tmp_path / "out")
     asked.out.mkdir()
     for file in files:
+        config = dataclasses.replace(mixed, data=DataConfig("b_source:load")) if file.stem == "b_source" else mixed
         (asked.out / "generations.jsonl").write_text(json.dumps(_setting(asked, config, None)) + "\n")
         assert _setting(asked, config, None) == _setting(asked, config, None)
         file.write_text("newer")
@@ -291,6 +294,14 @@ def test_samples_of_weights_or_tools_that_were_replaced_are_refused(data, tmp_pa
             ConfigError, match=r"holds samples of another setting: files = .* bytes.* \(now .*another --out"
         ):
             evaluate_set(asked, config)
+
+
+def test_files_that_a_source_makes_at_the_first_start_are_no_other_setting(tmp_path):
+    config = Config(data=DataConfig("world", str(tmp_path / "world")))
+    before = _setting(Evaluation("math500", tmp_path, tmp_path), config, None)
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "features.json").write_text("{}")
+    assert _setting(Evaluation("math500", tmp_path, tmp_path), config, None) == before
 
 
 def test_a_package_of_tools_that_exits_when_it_is_imported_ends_no_listing_of_files(tmp_path, monkeypatch):

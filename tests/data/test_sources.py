@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from appo_jax.config import DataConfig, ToolsConfig
+from appo_jax.data import sources
 from appo_jax.data.demonstrations import demonstrate
 from appo_jax.data.source import load_dataset, source_names
 from appo_jax.data.sources import gsm8k
@@ -220,6 +221,7 @@ def test_real_official_prompts(data):
 
 
 MY_SOURCE = """
+from appo_jax.data import sources
 from appo_jax.data.source import Dataset
 from appo_jax.types import Example, Segment, Trace
 
@@ -275,6 +277,13 @@ def test_a_source_of_your_own(executor):
 def test_an_unusable_source_is_refused_by_name(source, error, complaint):
     with pytest.raises(error, match=complaint):
         load_dataset(DataConfig(source=source))
+
+
+def test_a_file_without_load_is_named(monkeypatch, tmp_path):
+    (tmp_path / "without_load.py").touch()
+    monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"'without_load': data/sources/without_load\.py defines no `load`"):
+        load_dataset(DataConfig(source="without_load"))
 
 
 def test_source_names():

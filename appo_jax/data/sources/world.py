@@ -10,6 +10,7 @@ from appo_jax.data.source import Dataset
 from appo_jax.data.world import Question, load_world
 from appo_jax.types import Example
 
+MAKES_FILES = True
 WORLD_FOLDER = Path("artifacts/world")  # relative to the working directory; used when data.path is not given
 
 
