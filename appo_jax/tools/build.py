@@ -57,6 +57,10 @@ def _build(name: str, config: ToolsConfig, documents: Sequence[Document] | None)
         module = importlib.import_module(f"{package.__name__}.{name}")
         if hasattr(module, "make_tool"):
             return module.make_tool(config, documents)
+        raise ConfigError(
+            f"tools.enabled = {name!r}: {module.__file__} is no tool; expected `make_tool(config: ToolsConfig, documents) -> Tool` "
+            "in it"
+        )
     known = ", ".join(tool_names())
     raise ConfigError(f"tools.enabled: unknown tool {name!r}; expected {known} or `package.module:factory`")
 

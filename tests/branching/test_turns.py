@@ -6,13 +6,16 @@ from collections import Counter
 
 import numpy as np
 import oracle
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from appo_jax.branching import rules
 from appo_jax.branching.rule import rollouts_from_the_prompt
 from appo_jax.branching.rules.entropy_change import after_tool_calls, branch_probabilities
 from appo_jax.branching.rules.random_turn import random_turns
 from appo_jax.branching.tree import Loop
+from appo_jax.errors import ConfigError
 from appo_jax.types import stretches, turn_starts
 
 V = 50
@@ -119,3 +122,10 @@ def test_every_turn_is_as_likely():
 def test_what_is_left_goes_to_whole_new_rollouts():
     assert rollouts_from_the_prompt(2, 7, 5) == [(0, 7), (1, 7), (0, 7), (1, 7), (0, 7)]
     assert rollouts_from_the_prompt(2, 7, 0) == []
+
+
+def test_a_file_without_a_rule_is_named(monkeypatch, tmp_path):
+    (tmp_path / "without_rule.py").touch()
+    monkeypatch.setattr(rules, "__path__", [str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"without_rule\.py: expected `RULE = ByScore"):
+        rules._rule("without_rule")

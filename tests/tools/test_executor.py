@@ -340,6 +340,8 @@ def test_tools_by_import_path(monkeypatch):
         import_tool("builtins:list")
     with pytest.raises(ConfigError, match="unknown tool 'calculator'"):
         build_executor(ToolsConfig(enabled=("calculator",)))
+    with pytest.raises(ConfigError, match=r"'executor': .*/tools/executor\.py is no tool; expected `make_tool"):
+        build_executor(ToolsConfig(enabled=("executor",)))
 
 
 def test_the_built_in_tools_together():

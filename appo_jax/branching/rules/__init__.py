@@ -7,7 +7,14 @@ import importlib
 import pkgutil
 
 from appo_jax.branching.rule import Rule
+from appo_jax.errors import ConfigError
 
-RULES: dict[str, Rule] = {
-    module.name: importlib.import_module(f"{__name__}.{module.name}").RULE for module in pkgutil.iter_modules(__path__)
-}
+
+def _rule(name: str) -> Rule:
+    module = importlib.import_module(f"{__name__}.{name}")
+    if not hasattr(module, "RULE"):
+        raise ConfigError(f"{module.__file__}: expected `RULE = ByScore(…)` or `RULE = ByTurns(…)`, found no `RULE`")
+    return module.RULE
+
+
+RULES: dict[str, Rule] = {module.name: _rule(module.name) for module in pkgutil.iter_modules(__path__)}
