@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from typing import get_args
 
 import pytest
 from matplotlib import image
 
 from appo_jax.cli import main
 from appo_jax.config import Config
+from appo_jax.config.method import Score
 from appo_jax.config_io import save_config
 from appo_jax.errors import ConfigError
 from appo_jax.influence.run import Asked
@@ -45,7 +47,7 @@ def test_the_report_of_a_run(tiny: Config, tmp_path) -> None:
     assert figures["positions_without_value"] == 0
     # of Ω, which one small step moves little; that of its z-scores is about 0.9
     assert 0 < figures["future_std"] < 0.3
-    assert set(figures["scores"]) == {"product", "entropy", "future", "additive", "random", "turn start"}
+    assert set(figures["scores"]) == {*get_args(Score), "random", "turn start"}
     assert set(figures["scatter"]["variance"]) == {"per_rollout", "proportional"}
     text = (out / "influence.md").read_text()
     assert "4 rollouts of" in text
