@@ -6,8 +6,8 @@ Muon (learner/optimizer.py), `init_params` and `transposed` read this table. tra
 
 LoRA's adapters are rows of the table, too: two for each matrix that may have an adapter.
 
-To add a model family: an entry in FAMILIES, rows for the parameters that only this family has, and its mathematics in
-transformer.py. There a layer applies a parameter if the layer has it.
+To add a model family: an entry in FAMILIES, rows for the parameters that only this family has, `families` of the rows that it
+lacks, and its mathematics in transformer.py. There a layer applies a parameter if the layer has it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Parameter:
     residual: bool = False
     """A matrix whose output is added to the residual stream."""
     families: tuple[str, ...] = tuple(FAMILIES)
-    """The families that have it."""
+    """The families that have it; by default every one, a new family included."""
 
     def shape(self, arch: Architecture) -> tuple[int, ...]:
         a = arch

@@ -28,6 +28,14 @@ def test_gguf_names_are_those_of_the_gguf_library(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_no_two_parameters_have_the_same_name_in_a_file(family: str) -> None:
+    """Else two rows would read one tensor: a row of other families that this family has by mistake."""
+    layer = [row for path, row in parameters(ARCHITECTURES[family]) if path[:2] == ("layers", 0)]
+    for names in ([(row.hf, row.suffix) for row in layer], [(row.gguf, row.suffix) for row in layer]):
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_random_parameters(family: str) -> None:
     arch = ARCHITECTURES[family]
     params = init_params(arch, 0)
