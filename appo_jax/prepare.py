@@ -23,8 +23,9 @@ from appo_jax.tools.format import CallFormat, offer_tools
 def prepare_world(config: Config) -> str:
     """Make the world of `config.data` (unless it exists) and train `config.policy.tokenizer` on it.
 
-    The tokenizer is trained on documents, training questions and demonstrations with real tool results, but not on held-out
-    questions. Returns a line that says what was made. Raises ConfigError if a tokenizer cannot be trained for this config.
+    The tokenizer is trained on documents, training questions, their system prompts and demonstrations with real tool results, but
+    not on held-out questions. Returns a line that says what was made. Raises ConfigError if a tokenizer cannot be trained for this
+    config.
     """
     path, architecture = config.policy.tokenizer, config.policy.architecture
     if path is None or not path.endswith(".model") or architecture is None:
@@ -87,3 +88,5 @@ def _texts(dataset: Dataset, executor: ToolExecutor) -> Iterator[str]:
     yield from (f"{document.title} {document.text}" for document in dataset.documents or ())
     yield from (example.question for example in dataset.train)
     yield from ("".join(segment.text for segment in trace.segments) for trace in traces)
+    introduced = (introduce(example, executor.call_format.instructions()) for example in dataset.train)
+    yield from dict.fromkeys(example.system for example in introduced if example.system)

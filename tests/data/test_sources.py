@@ -20,6 +20,7 @@ from appo_jax.data.source import load_dataset, source_names
 from appo_jax.data.sources import gsm8k
 from appo_jax.data.sources.appo_rl import repair
 from appo_jax.errors import ConfigError, DataError
+from appo_jax.prepare import _texts
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.wrap import FunctionTool
 
@@ -221,7 +222,6 @@ def test_real_official_prompts(data):
 
 
 MY_SOURCE = """
-from appo_jax.data import sources
 from appo_jax.data.source import Dataset
 from appo_jax.types import Example, Segment, Trace
 
@@ -257,6 +257,15 @@ def test_a_source_of_your_own(executor):
         " <result>\n5\n</result>",
         "5",
     ]
+
+
+@pytest.mark.usefixtures("my_source")
+@pytest.mark.parametrize("prompt", ["Mind the gap. {tools}", "Mind the gap."])
+def test_a_tokenizer_is_trained_on_the_prompts_as_the_policy_reads_them(executor, prompt):
+    """Each prompt once, however many questions have it."""
+    dataset = load_dataset(DataConfig(source="my_source:load", system_prompt=prompt))
+    texts = list(_texts(dataclasses.replace(dataset, train=[*dataset.train] * 3), executor))
+    assert texts.count(prompt.replace("{tools}", executor.call_format.instructions())) == 1
 
 
 @pytest.mark.usefixtures("my_source")
