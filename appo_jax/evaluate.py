@@ -134,7 +134,7 @@ def _examples(components: Components, items: Sequence[Item], rule: Rule) -> list
         if length > limit:
             raise DataError(
                 f"question {example.id!r} has {length} tokens: raise rollout.max_prompt_tokens = {limit} "
-                "(`appo-jax eval` takes limits from the config that --config names)"
+                "(for `appo-jax eval`: --rollout.max-prompt-tokens N at the end of the command, or a config with --config)"
             )
     return examples
 

@@ -168,6 +168,7 @@ def test_samples_of_two_policies_or_sets_are_never_mixed(
     assert "".join(lines[:2]) in (out / "generations.jsonl").read_text()  # those of question 0 are kept
     items = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     assert [len(item["samples"]) for item in items] == [2, 2, 2]
+    assert "| calls per right answer | – |" in (out / "report.md").read_text()  # no answer is right
 
     other = json.loads((own / "config.json").read_text())
     other["rollout"]["max_response_tokens"] += 1

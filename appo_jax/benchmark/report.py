@@ -97,4 +97,6 @@ def percent(figure: Sequence[float]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {count}" for name, count in value.items())
+    if value is None:  # a ratio to nothing
+        return "–"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
