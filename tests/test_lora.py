@@ -114,10 +114,12 @@ def test_what_is_sampled_is_what_is_scored(tiny: Config) -> None:
 
 
 def test_what_a_run_began_with_is_compared_when_it_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def origin(base: float | None, reference: float | None, dtype: str = "float32") -> dict[str, str]:
+    rest: Any = {"sampled_tokens": 0, "wall_s": 0.0, "record": {}, "accuracies": {}}  # of a checkpoint
+
+    def origin(base: float | None, reference: float | None, dtype: str = "float32") -> dict[str, Any]:
         base, reference = (None if x is None else {"w": jnp.full(3, x)} for x in (base, reference))
         parts: Any = SimpleNamespace(dtype=jnp.dtype(dtype))
-        return Trainer(parts, None, None, None, base if reference is None else reference, base).origin
+        return rest | Trainer(parts, None, None, None, base if reference is None else reference, base).origin
 
     assert origin(None, None)["reference"] == origin(1.0, None)["reference"] == ""  # with adapters, π_ref is the base
     assert origin(None, 1.0) == origin(None, 1.0)

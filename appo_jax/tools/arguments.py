@@ -70,11 +70,21 @@ def _value(text: str) -> Any:
 
 
 def is_data(code: str) -> bool:
-    """Whether a text that should be code is only a string, or a dictionary or list with strings in it: an argument that
-    is encoded twice, which Python would show and not run."""
+    """Whether a text that should be code is only a string, or a dictionary or list of strings, that holds code: an argument
+    that is encoded twice, which Python would show and not run. (Other strings are values that a policy may want to see.)"""
     value = _value(code)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return any(isinstance(part, str) for part in parts)
+    return any(isinstance(part, str) and _is_code(part) for part in parts)
+
+
+def _is_code(text: str) -> bool:
+    """Whether a text is Python that does more than name a value."""
+    try:
+        body = ast.parse(text).body
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+    lone = len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Name | ast.Constant)
+    return bool(body) and not lone
 
 
 def decode(text: str) -> Any:

@@ -171,10 +171,12 @@ def test_json_explains_what_is_malformed(text, words):
 @pytest.mark.parametrize(
     ("code", "data"),
     [
-        ('{"code": "print(1)"}', True), ("{'code': 'print(1)'}", True), ('["a", "b"]', True), ('"print(1)"', True),
+        ('{"code": "print(1)"}', True), ("{'code': 'print(1)'}", True), ('["x = 1", "b"]', True), ('"print(1)"', True),
         ("'print(1)'", True), ("print(1)", False), ("[1, 2]", False), ("{1: 2}", False), ("5", False), ("'a' * 3", False),
         ("'doc'\nprint(1)", False), ("[" * 100_000, False), ("", False), ("{x}", False),
         ("{{1}}", False), ("{[1]: 2}", False), ("{{'a': 1}}", False),
+        ("'a'", False), ("'two words'", False), ('["a", "b"]', False), ("{'a': 'b'}", False), ("'5'", False), ("''", False),
+        ("'# a comment'", False), ("'" + "(" * 100_000 + "'", False),
     ],
 )  # fmt: skip
 def test_code_that_is_only_data(code, data):
