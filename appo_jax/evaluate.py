@@ -107,10 +107,8 @@ def draw_samples(
     Every sample has its share of the time that the questions took together. Raises DataError for a question that is longer than
     `rollout.max_prompt_tokens`, ToolsDown as `evaluate`."""
     examples = _examples(components, items, rule)
-    draw_id = (
-        Purpose.EVALUATION_SET,
-        zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF,
-    )  # different for each part of a set
+    # The second number differs for each part of a set.
+    draw_id = (Purpose.EVALUATION_SET, zlib.crc32(items[0].id.encode()) & 0x7FFFFFFF)
 
     def draw() -> tuple[list[list[Rollout]], GenerationStats, float]:
         began = time.perf_counter()

@@ -8,8 +8,9 @@ Known faults, kept and tested: answers keep their punctuation, so "Paris." is no
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
+
+from appo_jax.reward.qa import overlap_f1
 
 
 def official_figures(answer: str, golds: Sequence[str], math: bool) -> dict[str, float]:
@@ -20,7 +21,10 @@ def official_figures(answer: str, golds: Sequence[str], math: bool) -> dict[str,
     if not answer:
         return {"em": 0.0, "f1": 0.0}
     found, expected = _without_articles(answer), [_without_articles(gold) for gold in golds]
-    return {"em": float(found in expected), "f1": max((_f1(found, gold) for gold in expected), default=0.0)}
+    return {
+        "em": float(found in expected),
+        "f1": max((overlap_f1(found.split(), gold.split()) for gold in expected), default=0.0),
+    }
 
 
 def is_equiv(a: str, b: str) -> bool:
@@ -37,12 +41,6 @@ def _plain(text: str) -> str:
 
 def _without_articles(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower()).split())
-
-
-def _f1(answer: str, gold: str) -> float:
-    found, expected = answer.split(), gold.split()
-    common = (Counter(found) & Counter(expected)).total()
-    return 2 * common / (len(found) + len(expected)) if common else 0.0
 
 
 def _rewritten(text: str) -> str:

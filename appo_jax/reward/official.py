@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import string
-from collections import Counter
 from collections.abc import Sequence
 
 from appo_jax.reward.grade import grade
+from appo_jax.reward.qa import overlap_f1
 from appo_jax.reward.response import Response
 from appo_jax.types import RewardResult
 
@@ -85,6 +85,5 @@ def official_f1(answer: str, golds: Sequence[str]) -> float:
         expected = tokens(gold)
         if predicted != expected and any(" ".join(side) in _CLOSED for side in (predicted, expected)):
             continue
-        if common := (Counter(predicted) & Counter(expected)).total():
-            best = max(best, 2 * common / (len(predicted) + len(expected)))
+        best = max(best, overlap_f1(predicted, expected))
     return best

@@ -99,6 +99,10 @@ def _f1(answer: str, gold: str) -> float:
         return 1.0
     if answer != gold and (answer in _CLOSED or gold in _CLOSED):
         return 0.0
-    answer_tokens, gold_tokens = answer.split(), gold.split()
-    common = (Counter(answer_tokens) & Counter(gold_tokens)).total()
-    return 2 * common / (len(answer_tokens) + len(gold_tokens)) if common else 0.0
+    return overlap_f1(answer.split(), gold.split())
+
+
+def overlap_f1(answer: Sequence[str], gold: Sequence[str]) -> float:
+    """F1 of two lists of tokens, in any order, in [0, 1]; 0 if they have no token in common."""
+    common = (Counter(answer) & Counter(gold)).total()
+    return 2 * common / (len(answer) + len(gold)) if common else 0.0

@@ -69,9 +69,8 @@ def _set_up_child(parent: int, channel: socket.socket, config: Config) -> None:
     if os.getppid() != parent:  # the parent ended before the call of prctl
         os._exit(failures.START_AGAIN)
     stops = interrupt.stop_signals()
-    for number in stops - {
-        signal.SIGTERM
-    }:  # a terminal sends them to both processes; the parent passes them on as SIGTERM
+    # A terminal sends the others to both processes; the parent passes them on as SIGTERM.
+    for number in stops - {signal.SIGTERM}:
         signal.signal(number, lambda *_: None)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)

@@ -102,9 +102,8 @@ def _pause(
     """Wait. Returns whether the run was asked to stop meanwhile."""
     text = "; ".join(f"{name}: {description}" for name, description in found.items())
     _log.warning("%s: %s. Waiting %.0f s; %s, the run stops", where, text, config.pause_seconds, otherwise)
-    for i in range(
-        math.ceil(config.pause_seconds / ROUND_S)
-    ):  # not until a time, which hosts would reach in different rounds
+    # Rounds are counted, because hosts would reach a time in different rounds.
+    for i in range(math.ceil(config.pause_seconds / ROUND_S)):
         if stopping is not None and stopping():
             return True
         time.sleep(min(ROUND_S, config.pause_seconds - i * ROUND_S))
