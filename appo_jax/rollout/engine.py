@@ -197,8 +197,7 @@ class Engine:
         """Give free rows to waiting forks and start them; whether any row holds a rollout."""
         opened, seated = g.seating.seat()
         for slot, index in opened:
-            prefix = next(prefix for i, prefix in g.source if i == index)  # indices rise
-            g.slots = load_prefix(g.slots, *prefix, slot)
+            g.slots = load_prefix(g.slots, *self._prefix(g, index), slot)
         if seated:
             new = NewRows.none(g.shapes.rows, len(g.draw.id) + 2)
             deadline = time.monotonic() + self.config.max_seconds
@@ -211,6 +210,15 @@ class Engine:
                 new.ids[w] = *g.draw.id, group, fork.node
             g.state = begin_rows(g.state, new, self.seed)
         return bool(g.rows)
+
+    def _prefix(self, g: Generation, index: int) -> Prefix:
+        """The prefix of a group. Its prefill, if it is the first of its pass, ends here and not in the next decode step, whose time
+        says how long segments may be while tools run."""
+        began = time.perf_counter()
+        prefix = next(prefix for i, prefix in g.source if i == index)  # indices rise
+        jax.block_until_ready(prefix.cache)
+        self.stats.prefill_s += time.perf_counter() - began
+        return prefix
 
     def automaton_state(self, tokens: np.ndarray) -> int:
         """State of the stop automaton after `tokens`; a completed stop string does not carry over."""

@@ -55,6 +55,7 @@ class GenerationStats:
     sampled_tokens: int = 0
     decode_steps: int = 0
     row_steps: int = 0  # decode steps × rows: the capacity that was paid for
+    prefill_s: float = 0.0
     decode_s: float = 0.0
     append_s: float = 0.0  # tool results into the caches
     wait_s: float = 0.0  # nothing to decode, tools still running

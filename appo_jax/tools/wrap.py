@@ -6,6 +6,7 @@ A run uses them by import path: a user's module with `def my_tool(): return McpT
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import inspect
 import itertools
@@ -22,6 +23,7 @@ from appo_jax.tools.protocol import ToolResult
 from appo_jax.types import Outcome
 
 MAX_PAGES = 100  # in an MCP server's list of tools
+MAX_COMPLAINT = 500  # characters of a line of its stderr
 
 
 class FunctionTool:
@@ -177,11 +179,14 @@ class McpTool:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            start_new_session=True,
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace", start_new_session=True,
         )  # fmt: skip
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_pump, args=(self._process, self._lines), daemon=True).start()
+        self._complaint: collections.deque[str] = collections.deque(maxlen=1)  # the last line that it wrote to stderr
+        self._listener = threading.Thread(target=_keep_last, args=(self._process, self._complaint), daemon=True)
+        self._listener.start()
         client = {"name": "appo_jax", "version": "1"}
         self._request("initialize", {"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": client})
         self._send({"jsonrpc": "2.0", "method": "notifications/initialized"})
@@ -220,7 +225,7 @@ class McpTool:
             if line is None:
                 raise TimeoutError(f"no answer to {method} within {self.timeout} s")
             if not line:
-                raise ConnectionError("the server has ended")
+                raise self._ended()
             try:
                 message = json.loads(line)
             except ValueError:
@@ -238,8 +243,15 @@ class McpTool:
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._ended() from error
         finally:
             stuck.cancel()
+
+    def _ended(self) -> ConnectionError:
+        """The error for a server that has ended, with the last line that it wrote to stderr."""
+        self._listener.join(timeout=1.0)
+        return ConnectionError(": ".join(["the server has ended", *self._complaint]))
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -256,3 +268,11 @@ def _pump(process: subprocess.Popen[str], lines: queue.SimpleQueue[str]) -> None
         for line in out:
             lines.put(line)
     lines.put("")
+
+
+def _keep_last(process: subprocess.Popen[str], last: collections.deque[str]) -> None:
+    assert process.stderr is not None
+    with process.stderr as errors:
+        for line in iter(lambda: errors.readline(MAX_COMPLAINT), ""):
+            if line.strip():
+                last.append(line.strip())

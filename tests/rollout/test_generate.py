@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from appo_jax.errors import ConfigError
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.growth import TreeGrower
+from appo_jax.rollout.prefixes import Prefix
 from appo_jax.rollout.scoring import scores
 from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.text.tokenizer import SentencePieceTokenizer
@@ -67,6 +69,28 @@ def test_scores_of_trees_that_lack_branches_compile_nothing(
         jax.monitoring.clear_event_listeners()
     for some, all_of_them in zip(fewer, whole, strict=True):
         np.testing.assert_allclose(np.concatenate(some[0]), np.concatenate(all_of_them[0][:2]), atol=1e-5)
+
+
+def test_the_time_of_a_prefill_is_not_counted_as_decoding(
+    sampler: TreeSampler, params: Params, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @jax.jit
+    def late(keys: jax.Array) -> jax.Array:  # JAX returns at once, and computes the array in the background
+        x = jax.lax.fori_loop(0, 2000, lambda _, x: jnp.tanh(x @ x), jnp.full((256, 256), 0.01))
+        return keys + 0 * x[0, 0]
+
+    prefill, stats = sampler.engine.prefill, []
+
+    def slow(*args: Any) -> Iterator[Prefix]:
+        for prefix in prefill(*args):
+            (keys, values), *others = prefix.cache
+            yield prefix._replace(cache=[(late(keys), values), *others])
+
+    monkeypatch.setattr(sampler.engine, "prefill", slow)
+    for _ in range(2):  # the first compiles
+        sampler.initial(params, examples, 1, (0, 0))
+        stats.append(sampler.take_stats())
+    assert stats[1].prefill_s > stats[1].decode_s > 0
 
 
 def test_rollouts_are_well_formed(sampler: TreeSampler, params: Params, examples: list[Example]) -> None:

@@ -144,6 +144,8 @@ def test_calls_of_an_mcp_tool_wait_for_each_other_outside_their_time_limit(mcp, 
 def test_an_mcp_server_that_cannot_be_used_is_an_error():
     with pytest.raises(ToolError, match="does not start"):
         McpTool(["/no/such/server"], "add")
+    with pytest.raises(ToolError, match="the server has ended: ModuleNotFoundError: No module named 'no_such_sdk'"):
+        McpTool([sys.executable, "-c", "import no_such_sdk"], "add")
     with pytest.raises(ToolError, match="it has: other, add"):
         McpTool([sys.executable, "-c", SERVER], "multiply")
 
