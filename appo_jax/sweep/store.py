@@ -56,9 +56,7 @@ class Store:
                 storage=storage, study_name="sweep", direction="maximize" if sweep.maximize else "minimize",
                 load_if_exists=True, sampler=self._sampler(),
             )  # fmt: skip
-            if not self.study.trials:
-                for point in sweep.queued_points():
-                    self.study.enqueue_trial(point)
+            self._queue_points()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -76,6 +74,13 @@ class Store:
                 raise OSError(
                     f"{self._lock_file}.lock: cannot be removed, or another process has taken it over"
                 ) from error
+
+    def _queue_points(self) -> None:
+        """Queue the points of a grid or of a random sweep that are not queued yet: all of them; the rest, if a process was killed
+        before it had queued all; or those of a number of `trials` that was raised. Points are always queued in their order."""
+        queued = sum("retry_of" not in trial.user_attrs for trial in self.trials())
+        for point in self.sweep.queued_points()[queued:]:
+            self.study.enqueue_trial(point)
 
     # ---- trials
     def trials(self) -> list[FrozenTrial]:
