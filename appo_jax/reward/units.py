@@ -34,6 +34,7 @@ _NAMES = {
     for name, _, others in [entry.partition(":")]
     for spelling in (name.strip(), *others.split())
 }
+_TABLE = frozenset(_NAMES.values())
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _FILLERS = ("old", "us", "american", "sterling", "more", "fewer")  # "years old" is years, "US dollars" are dollars
 SCALES = {
@@ -83,15 +84,25 @@ def split_unit(text: str) -> tuple[str, Unit | None] | None:
     after a space. None where two units contradict each other ($5 euros).
     """
     front = _FRONT.match(text)
-    unit = read_unit(front[2]) if front else None
+    currency = read_unit(front[2]) if front else None
     if front:
         text = front[1] + text[front.end() :]
-    value, back = _split_end(_OVER.sub(lambda m: f" {m[1]}/{m[2]}", text))
+    value, back = _split_end(_OVER.sub(lambda m: f" {m[1]}/{m[2]}", text), money=front is not None)
     if back is None:
-        return text.strip(), unit
-    if unit is not None and not same_unit(unit, back):
+        return text.strip(), currency
+    if currency is None:
+        return value, back
+    unit = _of_money(currency, back)
+    return None if unit is None else (value, unit)
+
+
+def _of_money(currency: Unit, back: Unit) -> Unit | None:
+    """The unit of an amount with a currency sign and with the unit `back` behind it. $18 per day are dollars per day, words that
+    are no unit ($18 profit) say nothing. None if `back` names another unit ($5 euros)."""
+    named = tuple((name, power) for name, power in back if power > 0 and name in _TABLE)
+    if named and not same_unit(named, currency):
         return None
-    return value, unit or back
+    return tuple(sorted([*currency, *((name, power) for name, power in back if power < 0)]))
 
 
 def same_unit(a: Unit, b: Unit) -> bool:
@@ -103,15 +114,19 @@ def _with_pound(unit: Unit, kind: str) -> Unit:
     return tuple(sorted((kind if name == "pound" else name, power) for name, power in unit))
 
 
-def _split_end(text: str) -> tuple[str, Unit | None]:
+def _split_end(text: str, money: bool) -> tuple[str, Unit | None]:
+    """(value, unit) at the end of a text. `money`: it stands behind a currency sign."""
     for start in _START.finditer(text):
         value, tail = text[: start.start()], text[start.start() :]
+        letters = re.match(r"[a-zA-Z]*", tail)[0]  # type: ignore[index]
         # Letters that touch a value are a factor of it (5x), unless they name a unit that is longer than a letter (5cm).
         apart = not value or value[-1].isspace() or not tail[0].isascii() or not tail[0].isalpha()
+        if value.rstrip().endswith("/"):  # 18/hour; 1/x is a fraction
+            value, tail, apart = value.rstrip()[:-1], f"/{tail}", money
         if not _is_value(value.strip()) or value.rstrip().endswith("\\mu"):  # 2\mu g has no gram
             continue
         unit = read_unit(tail, any_words=apart)
-        if unit is not None and (apart or len(re.match(r"[a-zA-Z]*", tail)[0]) > 1):  # type: ignore[index]
+        if unit is not None and (apart or len(letters) > 1):
             return value.strip(), unit
     return text, None
 
@@ -130,7 +145,8 @@ def read_unit(text: str, any_words: bool = True) -> Unit | None:
     text = text.lower().replace("^{\\circ}", "°").replace("^\\circ", "°").partition(" of ")[0]
     text = _NUMBER_IN_ATTRIBUTE.sub(lambda m: m[1] + m[2] if _names(m[2], any_words) else m[0], text)
     text = re.sub(r"\\cdot|\\times|\*|(?<=[a-z])-(?=[a-z])|(?<=°)(?=[a-z])", " ", text)
-    text = re.sub(r"(?<![a-z])per(?![a-z])", "/", re.sub(r"[{}.,']", "", text))
+    text = re.sub(r"(?<![a-z])in (?=(?!squared|cubed)[a-z]{3})", "", text)  # in total, in profit: no inches
+    text = re.sub(r"(?<![a-z])(?:per|an?(?= [a-z]{3}))(?![a-z])", "/", re.sub(r"[{}.,']", "", text))
     powers: Counter[str] = Counter()
     sign, power, last, word = 1, 1, "", ""
     for token in re.findall(r"[^\s/]+|/", re.sub(r"\s*\^\s*", "^", text)):
