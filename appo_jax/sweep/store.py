@@ -97,15 +97,32 @@ class Store:
         None: all trials are done, or other workers have the rest. Raises ConfigError if TPE proposes no possible point.
         """
         with self.lock():
-            trials = self.trials()
-            for trial in trials:
+            for trial in self.trials():
                 if trial.state == TrialState.RUNNING and self._take(f"trial-{trial.number}"):
-                    return Trial(self.study, trial._trial_id)
-            if not self._needs_new_trial(trials):
-                return None
-            new = self._new_trial()
-            self._take(f"trial-{new.number}")
-            return new
+                    found = Trial(self.study, trial._trial_id)
+                    if self._has_point(found):
+                        return found
+            for _ in range(MAX_ASKS):
+                if not self._needs_new_trial(self.trials()):
+                    return None
+                new = self.study.ask()
+                if self._has_point(new):
+                    self._take(f"trial-{new.number}")
+                    return new
+        raise ConfigError(
+            f"space: {MAX_ASKS} points that {self.sweep.search} chose in a row break a rule between fields; narrow the space"
+        )
+
+    def _has_point(self, trial: Trial) -> bool:
+        """Give a trial its point: the one that it was queued with, or one that the sampler chooses. A worker that was killed here
+        has left a part of it. A point that breaks a rule is recorded as failed and impossible, and the result is False."""
+        for name, distribution in self.sweep.distributions.items():
+            trial._suggest(name, distribution)  # as `Study.ask` does it; a field that has its value keeps it
+        if self.sweep.possible(trial.params):
+            return True
+        trial.set_user_attr("impossible", True)
+        self.study.tell(trial, state=TrialState.FAIL)
+        return False
 
     def retry_failed(self) -> int:
         """Queue the point of every failed trial again, once for each failure. Returns the number of queued points."""
@@ -130,19 +147,6 @@ class Store:
         retried = {t.user_attrs.get("retry_of") for t in trials}
         begun = [t for t in trials if "impossible" not in t.user_attrs and t.number not in retried]
         return self.sweep.search == "tpe" and len(begun) < self.sweep.trials
-
-    def _new_trial(self) -> Trial:
-        """The next trial of the queue, or one with a point that the sampler chooses. Points that break a rule are recorded as
-        failed and impossible."""
-        for _ in range(MAX_ASKS):
-            trial = self.study.ask(self.sweep.distributions)
-            if self.sweep.possible(trial.params):
-                return trial
-            trial.set_user_attr("impossible", True)
-            self.study.tell(trial, state=TrialState.FAIL)
-        raise ConfigError(
-            f"space: {MAX_ASKS} points that {self.sweep.search} chose in a row break a rule between fields; narrow the space"
-        )
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         if self.sweep.search == "tpe":

@@ -2,6 +2,7 @@
 
 import optuna
 import pytest
+from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 from test_claims import make_sweep
 
@@ -18,19 +19,24 @@ def queued(store):
     return [tuple(trial.system_attrs["fixed_params"].values()) for trial in store.trials()]
 
 
+def stop_in_call(monkeypatch, of, name, number):
+    """From the call of this number on, the method `name` fails, as if the process ended there."""
+    calls, method = [], getattr(of, name)
+
+    def fail(*args, **others):
+        calls.append(1)
+        if len(calls) >= number:
+            raise OSError(5, "Input/output error")
+        return method(*args, **others)
+
+    monkeypatch.setattr(of, name, fail)
+
+
 @pytest.mark.parametrize("fails_at", [1, 4, 9])
 def test_a_start_that_stops_while_it_queues_points_loses_none(tmp_path, monkeypatch, fails_at):
     """Once, the next start queued nothing, so that a grid of 9 had 3 trials."""
-    calls, enqueue = [], optuna.Study.enqueue_trial
-
-    def fail(study, *args, **others):
-        calls.append(1)
-        if len(calls) == fails_at:
-            raise OSError(5, "Input/output error")
-        enqueue(study, *args, **others)
-
     with monkeypatch.context() as patched:
-        patched.setattr(optuna.Study, "enqueue_trial", fail)
+        stop_in_call(patched, optuna.Study, "enqueue_trial", fails_at)
         with pytest.raises(OSError, match="Input/output"):
             Store(small(tmp_path / "a"))
     assert queued(Store(small(tmp_path / "a"))) == queued(Store(small(tmp_path / "b")))
@@ -47,3 +53,33 @@ def test_a_random_sweep_gets_the_further_points_of_more_trials(tmp_path):
     assert len(Store(more).trials()) == 7
     points = [t.system_attrs["fixed_params"] for t in Store(more).trials() if "retry_of" not in t.user_attrs]
     assert points == more.queued_points()
+
+
+@pytest.mark.parametrize("search", ["grid", "random", "tpe"])
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_trial_whose_worker_stopped_while_it_got_its_point_gets_the_rest(tmp_path, monkeypatch, search, written):
+    """Once, it was run with the base's values, and the report raised KeyError."""
+    sweep = small(tmp_path, search=search, trials=4)
+    with monkeypatch.context() as patched:
+        stop_in_call(patched, JournalStorage, "set_trial_param", written + 1)
+        with pytest.raises(OSError, match="Input/output"):
+            Store(sweep).claim_trial()
+    assert len(Store(sweep).trials()[0].params) == written
+    trial = Store(sweep).claim_trial()
+    assert (trial.number, trial.params.keys()) == (0, SPACE.keys())
+    if search != "tpe":
+        assert trial.params == sweep.queued_points()[0]
+
+
+@pytest.mark.parametrize("stopped_in", ["set_trial_user_attr", "set_trial_state_values"])
+def test_an_impossible_point_is_never_run(tmp_path, monkeypatch, stopped_in):
+    """Its worker stopped before it was recorded as impossible, or as failed."""
+    sweep = small(tmp_path, search="tpe", trials=2, space={"rollout.num_initial": (4, 16)})
+    Store(sweep).study.enqueue_trial({"rollout.num_initial": 16})
+    with monkeypatch.context() as patched:
+        stop_in_call(patched, JournalStorage, stopped_in, 1 if stopped_in == "set_trial_user_attr" else 2)
+        with pytest.raises(OSError, match="Input/output"):
+            Store(sweep).claim_trial()
+    assert Store(sweep).trials()[0].state == TrialState.RUNNING
+    assert Store(sweep).claim_trial().params == {"rollout.num_initial": 4}
+    assert Store(sweep).trials()[0].state == TrialState.FAIL
