@@ -43,10 +43,10 @@ class Result:
 
 
 def results(store: Store) -> list[Result]:
-    """All trials that have results. Complete trials come first, then those that skipped seeds or still run; within both groups
-    the best mean objective comes first."""
+    """All trials that have results and stand for their points. Complete trials come first, then those that skipped seeds or still
+    run; within both groups the best mean objective comes first."""
     sign = -1 if store.sweep.maximize else 1
-    unsorted = [Result(t.number, t.params, store.values(t), t.state) for t in store.trials() if store.values(t)]
+    unsorted = [Result(t.number, store.point(t), store.values(t), t.state) for t in store.standing() if store.values(t)]
     return sorted(unsorted, key=lambda r: (r.state != TrialState.COMPLETE, sign * r.mean))
 
 
@@ -91,7 +91,7 @@ def _runs(found: Sequence[Result]) -> Runs:
 def _summary(store: Store, found: Sequence[Result]) -> str:
     """The objective, the number of trials in each state, and the best trial."""
     sweep = store.sweep
-    states = [trial.state for trial in store.trials() if "impossible" not in trial.user_attrs]
+    states = [trial.state for trial in store.standing()]
     counts = ", ".join(
         f"{states.count(state)} {name}"
         for state, name in (

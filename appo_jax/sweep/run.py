@@ -55,12 +55,10 @@ def run_sweep(sweep: Sweep, file: Path, jobs: int) -> str:
         if stop.requested:
             raise KeyboardInterrupt
     text = write_report(sweep)
-    failed = [t.number for t in store.trials() if t.state == TrialState.FAIL and "error" in t.user_attrs]
-    retried_numbers = {t.user_attrs.get("retry_of") for t in store.trials()}
-    if still_failed := [number for number in failed if number not in retried_numbers]:
+    if failed := store.failed():
         print(text)
         raise TrainingError(
-            f"trials {', '.join(map(str, still_failed))} failed: see the logs in {sweep.out}/runs; the same command repeats them"
+            f"trials {', '.join(map(str, failed))} failed: see the logs in {sweep.out}/runs; the same command repeats them"
         )
     if not store.all_done():
         raise TrainingError(
@@ -98,8 +96,8 @@ def _progress(store: Store) -> Iterator[None]:
 
 def _progress_table(store: Store) -> Table:
     """The state of the trials: running trials with their seed and step, then the best trials so far."""
-    trials = store.trials()
-    ended = sum(t.state.is_finished() and "impossible" not in t.user_attrs for t in trials)
+    trials = store.standing()
+    ended = sum(t.state.is_finished() for t in trials)
     total = store.sweep.trials if store.sweep.search == "tpe" else len(trials)
     table = Table(title=f"{ended} of {total} trials have ended", title_justify="left")
     for column in ("trial", *store.sweep.space, "state", "objective"):
@@ -108,7 +106,7 @@ def _progress_table(store: Store) -> Table:
     for t in running:
         values = store.values(t)
         seed = next((seed for seed in store.sweep.seeds if seed not in values), None)
-        step = "" if seed is None else _step(store.sweep.run_dir(t.number, seed))
+        step = "" if seed is None else _step(store.sweep.run_dir(store.runs_of(t), seed))
         mean = f"{sum(values.values()) / len(values):.4f}" if values else ""
         table.add_row(str(t.number), *(str(t.params.get(n, "")) for n in store.sweep.space), f"seed {seed}{step}", mean)
     for r in results(store)[:5]:

@@ -87,6 +87,26 @@ class Store:
         """All trials, in the order of their numbers."""
         return self.study.get_trials(deepcopy=False)
 
+    def standing(self) -> list[FrozenTrial]:
+        """The trials that stand for their points: without points that break a rule, and without failed trials that are tried
+        again in a later trial."""
+        trials = self.trials()
+        retried = {t.user_attrs.get("retry_of") for t in trials}
+        return [t for t in trials if "impossible" not in t.user_attrs and t.number not in retried]
+
+    def failed(self) -> list[int]:
+        """The numbers of the trials that failed and are not tried again."""
+        return [trial.number for trial in self.standing() if trial.state == TrialState.FAIL]
+
+    def point(self, trial: FrozenTrial) -> Point:
+        """The point of a trial, which may still wait."""
+        return trial.system_attrs.get("fixed_params", {}) | trial.params
+
+    def runs_of(self, trial: FrozenTrial | Trial) -> int:
+        """The number in the names of a trial's run directories. A trial that tries a failed one again goes on in its directories:
+        finished runs stay, and the run that failed continues from its last checkpoint."""
+        return trial.user_attrs.get("runs_of", trial.number)
+
     def values(self, trial: FrozenTrial) -> dict[int, float]:
         """The objective of a trial by seed, for the seeds that it has run."""
         return {int(name[5:]): value for name, value in trial.user_attrs.items() if name.startswith("seed-")}
@@ -128,12 +148,12 @@ class Store:
         """Queue the point of every failed trial again, once for each failure. Returns the number of queued points."""
         with self.lock():
             trials = self.trials()
-            retried = {t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs}
-            failed = [t for t in trials if t.state == TrialState.FAIL and "impossible" not in t.user_attrs]
-            not_retried = [t for t in failed if t.number not in retried]
-            for trial in not_retried:
-                self.study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
-            return len(not_retried)
+            failed = [trials[number] for number in self.failed()]
+            for trial in failed:
+                results = {name: value for name, value in trial.user_attrs.items() if name.startswith("seed-")}
+                origin = {"retry_of": trial.number, "runs_of": self.runs_of(trial)}
+                self.study.enqueue_trial(trial.params, user_attrs=origin | results)
+            return len(failed)
 
     def all_done(self) -> bool:
         """Whether every trial has ended."""
@@ -144,9 +164,7 @@ class Store:
         """Whether a new trial must begin: one waits in the queue, or TPE has not chosen all its points yet."""
         if any(trial.state == TrialState.WAITING for trial in trials):
             return True
-        retried = {t.user_attrs.get("retry_of") for t in trials}
-        begun = [t for t in trials if "impossible" not in t.user_attrs and t.number not in retried]
-        return self.sweep.search == "tpe" and len(begun) < self.sweep.trials
+        return self.sweep.search == "tpe" and len(self.standing()) < self.sweep.trials
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         if self.sweep.search == "tpe":

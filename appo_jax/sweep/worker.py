@@ -99,7 +99,7 @@ def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: Sequence[
     objective."""
     sweep = store.sweep
     _cold_start(store, seed, stop, lost)
-    config = sweep.config(trial.number, trial.params, seed)
+    config = sweep.config(store.runs_of(trial), trial.params, seed)
     if read_summary(Path(config.run_dir)) is None:
         _run(store, "train", config, stop, lost)
     return objective(sweep, Path(config.run_dir))
@@ -221,8 +221,8 @@ def objective(sweep: Sweep, run: Path) -> float:
 
 
 def _values_of_others(store: Store, number: int) -> list[dict[int, float]]:
-    """For each trial with results except this one, its values by seed; higher is better."""
-    trials = [trial for trial in store.trials() if trial.number != number]
+    """For each other trial that stands for its point and has results, its values by seed; higher is better."""
+    trials = [trial for trial in store.standing() if trial.number != number]
     return [_higher_is_better(store.sweep, values) for trial in trials if (values := store.values(trial))]
 
 

@@ -1,11 +1,17 @@
 """The storage of a sweep: its queue of points, after a stop at any moment."""
 
+from pathlib import Path
+
 import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 from test_claims import make_sweep
 
+from appo_jax.errors import TrainingError
+from appo_jax.interrupt import stop_requests
+from appo_jax.sweep import worker
+from appo_jax.sweep.report import results, write_report
 from appo_jax.sweep.store import Store
 
 SPACE = {"branching.tau": (8.0, 32.0, 128.0), "branching.clip_high": (1.1, 1.2, 1.5)}
@@ -83,3 +89,32 @@ def test_an_impossible_point_is_never_run(tmp_path, monkeypatch, stopped_in):
     assert Store(sweep).trials()[0].state == TrialState.RUNNING
     assert Store(sweep).claim_trial().params == {"rollout.num_initial": 4}
     assert Store(sweep).trials()[0].state == TrialState.FAIL
+
+
+def test_a_failed_trial_that_is_tried_again_counts_once_and_keeps_its_runs(tmp_path, monkeypatch):
+    """Once, its point stood twice in the report, it was its own rival, and its finished seeds were run again elsewhere."""
+    monkeypatch.setattr(worker, "_cold_start", lambda *_: None)
+    monkeypatch.setattr(worker, "objective", lambda sweep, run: 0.5)
+    sweep = small(tmp_path, seeds=(0, 1), space={"branching.tau": (8.0, 32.0)})
+    ran, fails = [], [False, True, False, True, True]  # of the runs of seed 1, the last first
+
+    def run(store, command, config, stop, lost):
+        ran.append(Path(config.run_dir).name)
+        if config.seed == 1 and fails.pop():
+            raise TrainingError("exit code 1")
+
+    monkeypatch.setattr(worker, "_run", run)
+    store = Store(sweep)
+    with stop_requests() as stop:
+        for number in range(5):
+            if number in (2, 4):
+                store.retry_failed()
+            assert [len(r.values) for r in results(store)] == [[], [1], [1, 1], [2, 1], [2, 1]][number]
+            worker._run_trial(store, store.claim_trial(), stop)
+    assert store.all_done()
+    assert ran == ["0000-0", "0000-1", "0001-0", "0001-1", "0000-1", "0001-1", "0001-1"]
+    assert [sorted(r.values) for r in results(store)] == [[0, 1], [0, 1]]
+    assert len(worker._values_of_others(store, 4)) == 1
+    text = write_report(sweep)
+    assert "Trials: 2 complete." in text
+    assert text.count("| 2 | 0.5000") == 2
