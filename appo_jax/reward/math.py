@@ -229,7 +229,7 @@ def _without_units(answer: str, gold: str) -> tuple[str, str] | None:
         a, g = _touching(answer, a, g[1]), _touching(gold, g, a[1])
     if a is None or g is None or not (g[1] is None or a[1] is None or same_unit(a[1], g[1])):
         return None
-    return (answer if a[1] is None else a[0]), (gold if g[1] is None else g[0])
+    return a[0], g[0]
 
 
 def _touching(text: str, found: tuple[str, Unit | None], other: Unit | None) -> tuple[str, Unit | None]:

@@ -112,11 +112,12 @@ def numbers_equal(answer: Number, gold: Number) -> bool:
 
     A decimal written to at least six places may be off by 1e-6 of the smaller of 1 and the gold (1/3 = 0.333333).
     A percent sign on one side only is read either way: 10% is 10 and 0.1.
-    A unit may be left out, or added if the gold has none; two different units are never equal.
+    A unit may be left out, or added if the gold has none; two different units are never equal,
+    and a percent sign is none of the other's unit.
     """
-    if gold.unit is not None and (answer.percent or not (answer.unit is None or same_unit(answer.unit, gold.unit))):
+    if answer.unit is not None and gold.unit is not None and not same_unit(answer.unit, gold.unit):
         return False
-    if gold.percent and answer.unit is not None:
+    if answer.percent != gold.percent and (answer if gold.percent else gold).unit is not None:  # 29% for 29 dollars
         return False
     readings = [answer.value]
     if answer.percent != gold.percent:

@@ -89,7 +89,7 @@ def split_unit(text: str) -> tuple[str, Unit | None] | None:
         text = front[1] + text[front.end() :]
     value, back = _split_end(_OVER.sub(lambda m: f" {m[1]}/{m[2]}", text), money=front is not None)
     if back is None:
-        return text.strip(), currency
+        return value.strip(), currency
     if currency is None:
         return value, back
     unit = _of_money(currency, back)
@@ -125,10 +125,20 @@ def _split_end(text: str, money: bool) -> tuple[str, Unit | None]:
             value, tail, apart = value.rstrip()[:-1], f"/{tail}", money
         if not _is_value(value.strip()) or value.rstrip().endswith("\\mu"):  # 2\mu g has no gram
             continue
+        if _says_of_what(tail):
+            return value.strip(), read_unit(re.sub(r"^of (?:(?:an?|the) )?", "", tail), any_words=False)
         unit = read_unit(tail, any_words=apart)
         if unit is not None and (apart or len(letters) > 1):
             return value.strip(), unit
     return text, None
+
+
+def _says_of_what(tail: str) -> bool:
+    """Whether the words say of what a value is a part (5/6 of the cake, 2/3 of an hour). Of a number or a letter is a product."""
+    first, *words = tail.lower().replace("'", "").split()
+    named = [len(word) > 2 and bool(_names(word, any_words=True)) for word in words]
+    small = [word in ("of", "a", "an", "the") for word in words]
+    return first == "of" and all(map(max, named, small)) and named[-1:] == [True] and words[-1] not in _ATTRIBUTES
 
 
 def _is_value(text: str) -> bool:
@@ -147,6 +157,7 @@ def read_unit(text: str, any_words: bool = True) -> Unit | None:
     text = re.sub(r"\\cdot|\\times|\*|(?<=[a-z])-(?=[a-z])|(?<=°)(?=[a-z])", " ", text)
     text = re.sub(r"(?<![a-z])in (?=(?!squared|cubed)[a-z]{3})", "", text)  # in total, in profit: no inches
     text = re.sub(r"(?<![a-z])(?:per|an?(?= [a-z]{3}))(?![a-z])", "/", re.sub(r"[{}.,']", "", text))
+    text = re.sub(r"(?<![a-z])times(?=\s*(?:$|/))", "time", text)  # how often; 5 times x is a product
     powers: Counter[str] = Counter()
     sign, power, last, word = 1, 1, "", ""
     for token in re.findall(r"[^\s/]+|/", re.sub(r"\s*\^\s*", "^", text)):
@@ -176,6 +187,8 @@ def _names(word: str, any_words: bool) -> list[tuple[str, int]]:
     for spelling in (word, word.removesuffix("s"), word.removesuffix("es")):
         if spelling in _NAMES:
             return [(_NAMES[spelling], 1)]
+    if any_words and word in ("am", "pm"):
+        return [(word, 1)]
     if any_words and len(word) > 2 and word.isalpha() and word not in _NO_UNIT and not _NUMBER_WORD.fullmatch(word):
         return [(Stemmer.Stemmer("english").stemWord(word), 1)]
     return []
