@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import subprocess
 import threading
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from optuna.trial import Trial, TrialState
 
 from appo_jax.config import Config
-from appo_jax.errors import TrainingError
+from appo_jax.errors import DataError, TrainingError
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.metrics import read_metrics, read_summary
 from appo_jax.study.process import log_file, start_run
@@ -81,7 +82,7 @@ def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:
                 ):
                     state = TrialState.PRUNED
                     break
-        except TrainingError as error:
+        except (TrainingError, DataError) as error:
             state, reason = TrialState.FAIL, str(error)
         if lost.is_set():
             raise LeaseLost
@@ -95,14 +96,17 @@ def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:
 
 
 def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: Sequence[threading.Event]) -> float:
-    """Do a run, or the rest of it, and return its objective. Raises TrainingError if it fails ATTEMPTS times or lacks the
-    objective."""
+    """Do a run, or the rest of it, and return its objective. Raises TrainingError or DataError if it fails ATTEMPTS times or lacks
+    the objective."""
     sweep = store.sweep
     _cold_start(store, seed, stop, lost)
     config = sweep.config(store.runs_of(trial), trial.params, seed)
     if read_summary(Path(config.run_dir)) is None:
         _run(store, "train", config, stop, lost)
-    return objective(sweep, Path(config.run_dir))
+    value = objective(sweep, Path(config.run_dir))
+    if not math.isfinite(value):
+        raise TrainingError(f"objective = {sweep.objective!r} is {value} in {config.run_dir}")
+    return value
 
 
 def _cold_start(store: Store, seed: int, stop: Stop, lost: Sequence[threading.Event]) -> None:
@@ -205,7 +209,8 @@ def holding(store: Store, task: str) -> Iterator[threading.Event]:
 
 
 def objective(sweep: Sweep, run: Path) -> float:
-    """The objective of a finished run, from the files in its directory `run`. Raises TrainingError if its metrics lack it."""
+    """The objective of a finished run, from the files in its directory `run`. Raises TrainingError if its metrics lack it,
+    DataError if its summary does."""
     if sweep.objective == "on_the_way":
         return load_outcome(run).on_the_way(sweep.max_sampled_tokens)
     if sweep.objective == "final":

@@ -118,3 +118,28 @@ def test_a_failed_trial_that_is_tried_again_counts_once_and_keeps_its_runs(tmp_p
     text = write_report(sweep)
     assert "Trials: 2 complete." in text
     assert text.count("| 2 | 0.5000") == 2
+
+
+@pytest.mark.parametrize(("final", "metric", "objective"), [("null", 0.5, "final"), (0.5, "NaN", "time/wall_s")])
+def test_a_run_without_an_objective_fails_its_trial_and_the_others_go_on(
+    tmp_path, monkeypatch, final, metric, objective
+):
+    """All rewards of its last evaluation failed, or a metric is no number. Once, the worker ended."""
+    monkeypatch.setattr(worker, "_cold_start", lambda *_: None)
+
+    def run(store, command, config, stop, lost):
+        folder = Path(config.run_dir)
+        folder.mkdir()
+        broken = config.branching.tau == 8.0
+        (folder / "metrics.jsonl").write_text(f'{{"step": 1, "time/wall_s": {metric if broken else 0.5}}}\n')
+        (folder / "summary.json").write_text(
+            f'{{"accuracy_sft": 0, "accuracy_final": {final if broken else 0.5}, "sampled_tokens": 9, "wall_s": 1}}'
+        )
+
+    monkeypatch.setattr(worker, "_run", run)
+    store = Store(small(tmp_path, objective=objective))
+    with stop_requests() as stop:
+        while (trial := store.claim_trial()) is not None:
+            worker._run_trial(store, trial, stop)
+    assert store.failed() == [0, 1, 2]
+    assert len(results(store)) == 6
