@@ -7,12 +7,15 @@
 #   launch/sweep.sh delete                                    # gives all slices back
 #
 #   TPU_WORKERS  number of slices (default 2), each of one host: a worker trains on the devices of its own machine
+#
+# Exit codes are those of resume.sh: 3 if the workers on all slices have ended, 2 if a variable is missing on any, else 1 if one failed.
 source "$(dirname "$0")/common.sh"
 here=$(dirname "$0")
 (($# > 0)) || { echo "sweep.sh: give the arguments of 'appo-jax sweep', e.g. --config configs/sweeps/quickstart.py" >&2; exit 2; }
 ((slices == 1)) || { echo "sweep.sh: TPU_SLICES is $slices; a worker of a sweep has one slice; TPU_WORKERS is their number" >&2; exit 2; }
+[[ $1 == delete ]] || require TPU_TYPE TPU_RUNTIME
 
-workers=() failed=() ended=0
+workers=() failed=() ended=0 worst=1
 for ((i = 0; i < ${TPU_WORKERS:-2}; i++)); do
   if [[ $1 == delete ]]; then
     TPU_NAME=$TPU_NAME-$i "$here/stop.sh" delete &
@@ -27,11 +30,14 @@ for i in "${!workers[@]}"; do
   case $code in
     0) ;;
     3) ended=$((ended + 1)) ;; # its worker has ended: all trials are done, or it failed
-    *) failed+=("$TPU_NAME-$i") ;;
+    *)
+      failed+=("$TPU_NAME-$i")
+      ((code != 2)) || worst=2 # a wrong argument or variable: trying again does not help
+      ;;
   esac
 done
 if ((${#failed[@]})); then
   echo "sweep.sh: failed: ${failed[*]}; delete incomplete slices (TPU_NAME=… launch/stop.sh delete), then try again" >&2
-  exit 1
+  exit "$worst"
 fi
 ((ended < ${#workers[@]})) || exit 3

@@ -431,6 +431,17 @@ def test_a_sweep_names_the_slices_that_it_does_not_get(launch):
     assert "failed: pod-1;" in done.stderr
 
 
+def test_a_sweep_that_lacks_a_variable_does_not_try_for_ever(launch):
+    """Once, its exit code was 1, at which the loop in sweep.sh's header tries again."""
+    done, calls = launch("sweep.sh", "--config", "s.py", **POD)
+    assert (done.returncode, calls) == (2, [])
+    assert done.stderr.count("set TPU_TYPE TPU_RUNTIME") == 1
+    states = "pod-0 ACTIVE\npod-1 ACTIVE\n"
+    done, _ = launch("sweep.sh", "--config", "s.py", states_told=states, BY_NODE="1", TPU_ENV="MISSING", **POD, **KIND)
+    assert done.returncode == 2, done.stderr
+    assert launch("sweep.sh", "delete", **POD)[0].returncode == 0
+
+
 def test_a_sweep_whose_workers_have_ended_has_ended(launch, workers):
     folder, variables = workers
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
