@@ -179,7 +179,7 @@ def _sweep(args: Sequence[str]) -> None:
             config: A python file with `sweep = Sweep(...)`: see configs/sweeps/.
             jobs: Number of trials at a time, each on its share of this machine's cores.
             worker: Be one worker: take trials from the sweep's folder, which workers on other machines may share, until
-                all are done. Writes no report.
+                all are done. Writes no report, and does not try failed trials again.
             report: Run nothing; only write the report of the finished trials.
         """
         from appo_jax.sweep.definition import load_sweep

@@ -42,14 +42,14 @@ class LeaseLost(Exception):
 
 
 def work(sweep: Sweep) -> None:
-    """Do trials until all are done. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when the current run is saved; OSError if
-    the shared disk fails for longer than AWAY_S."""
+    """Do trials until all are done. Raises TrainingError then if some of them failed, here or elsewhere; KeyboardInterrupt after
+    Ctrl-C or SIGTERM, when the current run is saved; OSError if the shared disk fails for longer than AWAY_S."""
     store, failing_since = Store(sweep), None
     with stop_requests() as stop:
         while not stop.requested:
             try:
                 if store.all_done():
-                    return
+                    return _require_success(store)
                 if (trial := store.claim_trial()) is None:
                     time.sleep(IDLE_S)
                 else:
@@ -63,6 +63,15 @@ def work(sweep: Sweep) -> None:
                 log.warning("the shared disk fails: %s; trying again", error)
                 time.sleep(IDLE_S)
         raise KeyboardInterrupt
+
+
+def _require_success(store: Store) -> None:
+    """Raises TrainingError that names the failed trials. Workers do not try them again: every start of one would."""
+    if failed := store.failed():
+        raise TrainingError(
+            f"trials {', '.join(map(str, failed))} failed: see the logs in {store.folder / 'runs'}; the same command without "
+            "--worker tries them again"
+        )
 
 
 def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:

@@ -143,3 +143,16 @@ def test_a_run_without_an_objective_fails_its_trial_and_the_others_go_on(
             worker._run_trial(store, trial, stop)
     assert store.failed() == [0, 1, 2]
     assert len(results(store)) == 6
+
+
+def test_a_worker_names_the_trials_that_failed_anywhere(tmp_path):
+    """Once, `--worker` ended with exit code 0 and no word."""
+    sweep = small(tmp_path, space={"branching.tau": (8.0, 32.0)})
+    store = Store(sweep)
+    store.study.tell(store.claim_trial(), 0.5)
+    store.study.tell(store.claim_trial(), state=TrialState.FAIL)
+    with pytest.raises(TrainingError, match=r"trials 1 failed: .* without --worker tries them again"):
+        worker.work(sweep)
+    store.retry_failed()
+    store.study.tell(store.claim_trial(), 0.5)
+    worker.work(sweep)
