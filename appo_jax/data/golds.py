@@ -69,10 +69,15 @@ def _walk(value: Any, depth: int) -> list[str]:
 
 
 def _shortest(value: float) -> str:
-    """The shortest decimal of a number. One that came from a column of 32-bit numbers is 0.1, not 0.10000000149011612."""
-    with np.errstate(over="ignore"):
-        single = np.float32(value)
-    return str(single) if float(single) == value else repr(value)
+    """The decimal of a number. One that came from a column of 32-bit numbers is 0.1, not 0.10000000149011612; a number with few
+    digits has no such noise (1250000.25). An integer with many is exact (2.0**60)."""
+    written = repr(value)
+    if len(re.sub(r"e.*|\D", "", written).lstrip("0")) <= 12:
+        return written
+    if value.is_integer():
+        return str(int(value))
+    single = np.float32(value)
+    return str(single) if float(single) == value else written
 
 
 def _decoded(text: str) -> Any:

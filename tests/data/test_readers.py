@@ -53,6 +53,13 @@ ROWS = [{"question": "Who?", "answer": "Ada"}, {"question": "How many?", "answer
         (np.float32(2), ("2",)),
         (float(np.float32(0.1)), ("0.1",)),  # as a column of 32-bit numbers gives it
         (np.array([0.1], np.float32), ("0.1",)),
+        (float(np.float32(100000.1)), ("100000.1",)),
+        (1250000.25, ("1250000.25",)),  # a 32-bit number holds it exactly, and would be shown as 1.2500002e+06
+        (2400000.75, ("2400000.75",)),
+        (250000.0625, ("250000.0625",)),
+        (2.0**60, ("1152921504606846976",)),
+        (1e23, ("1e+23",)),
+        (1e300, ("1e+300",)),
         (1 / 3, ("0.3333333333333333",)),
         (1e15, ("1000000000000000",)),
         (Decimal("2.50"), ("2.5",)),
