@@ -38,7 +38,8 @@ Reply with one line: "correct: yes" or "correct: no"."""
 # A line that begins with a verdict: "correct: yes", {"correct": true}, "1. Answer: correct: no, it differs"; both words are none.
 _ASKED = re.compile(
     r"\W*(?:\d+[.)]\W*)?(?:(?:final )?(?:answer|verdict|judge?ment)\W+)?"
-    r"""correct["'*_`]*\s*[:=-]?\s*["'*_`]*(yes|no|true|false)\b(?!["'*_`.]*\s*(?:[/|]|or\b)|\W+correct\b)""",
+    r"""correct["'*_`]*\s*[:：=-]?[\s"'*_`\[]*(yes|no|true|false)\b"""
+    r"""(?!["'*_`.\]]*\s*(?:[/|]|or\b)|\W+correct\W+(?:yes|no|true|false)\b)""",
     re.IGNORECASE,
 )
 # A line that is a verdict: "Correct.", "Verdict: incorrect", "Judgement: yes".
