@@ -24,14 +24,15 @@ def write_report(folder: Path, record: Mapping[str, Any], graded: Sequence[Grade
     text = to_markdown(record)
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    # What UTF-8 cannot hold (half of a surrogate pair) becomes JSON's escape for it.
+    # What UTF-8 cannot hold (half of a surrogate pair) becomes JSON's escape for it, what JSON cannot (a date) its text.
     with (folder / "items.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         for g in graded:
             samples = [
                 {"prediction": sample.text, "record": sample.record} | sample.rollout | dataclasses.asdict(verdict)
                 for sample, verdict in zip(g.samples, g.verdicts, strict=True)
             ]
-            file.write(json.dumps(dataclasses.asdict(g.item) | {"samples": samples}, ensure_ascii=False) + "\n")
+            line = dataclasses.asdict(g.item) | {"samples": samples}
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
     return text
 
 

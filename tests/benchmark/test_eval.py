@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+from datetime import datetime
+from decimal import Decimal
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from faulty_judge import FaultyJudge
 
@@ -184,6 +188,14 @@ def test_a_report_is_read_back_whatever_its_texts_hold(data, tmp_path):
     (tmp_path / "out" / "items.jsonl").write_bytes('{"id": "ä'.encode()[:-1])
     with pytest.raises(DataError, match=r"items\.jsonl: it is not complete"):
         compare(tmp_path / "out", tmp_path / "out")
+
+
+def test_the_other_fields_of_a_parquet_file_of_predictions_may_be_dates(data, tmp_path):
+    row = {"id": 1, "prediction": "1", "time": datetime(2024, 5, 6, 7), "cost": Decimal("0.10"), "key": b"k"}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "p.parquet")
+    evaluate_set(Evaluation("math500", data, tmp_path / "out", tmp_path / "p.parquet"))
+    first = json.loads((tmp_path / "out" / "items.jsonl").read_text().splitlines()[0])
+    assert first["samples"][0]["record"] == {"time": "2024-05-06 07:00:00", "cost": "0.10", "key": "b'k'"}
 
 
 @pytest.fixture
