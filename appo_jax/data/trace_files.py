@@ -175,6 +175,8 @@ def _conversation(record: Any) -> tuple[str | None, str, list[dict[str, Any]]]:
         raise CannotDemonstrate(str(record["left_out"]))
     system = record.get("system")
     if "instruction" in record:  # LLaMA-Factory's other format
+        if record.get("history"):
+            raise ValueError(f"expected one question, at the beginning; it has {len(record['history']) + 1}")
         question = "\n".join(text for text in (record["instruction"], record.get("input")) if text)
         return system or None, question, [{"role": "assistant", "content": record["output"]}]
     listed = record["messages"] if "messages" in record else record["conversations"]

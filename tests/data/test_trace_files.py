@@ -44,7 +44,7 @@ SPELLINGS = {
         ],
         "system": "S",
     },
-    "instruction": {"instruction": "Q", "input": "", "output": WHOLE, "system": "S"},
+    "instruction": {"instruction": "Q", "input": "", "output": WHOLE, "system": "S", "history": []},
     "messages": {
         "messages": [
             {"role": "system", "content": "S"},
@@ -242,6 +242,7 @@ def conversation(text, **more):
         (conversation("A") | {"conversations": [{"from": "human", "value": " "}, ANSWERED]}, "the question is blank"),
         ({"conversations": []}, "expected one question, at the beginning; it has 0"),
         ({"conversations": [{"from": "gpt", "value": "A"}, {"from": "human", "value": "Q"}]}, "expected one question"),
+        ({"instruction": "Q", "output": "A", "history": [["P", "B"]]}, "at the beginning; it has 2"),
         ({"messages": [{"role": "judge", "content": "x"}]}, "the role 'judge' is unknown"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a message's content must be text"),
         ({"text": "T"}, "it has no field 'conversations'"),
