@@ -45,19 +45,24 @@ def load_questions(name: str, path: Path) -> Questions:
     """The questions of a set, in the order of the file. A question without an id gets its position, from 0.
 
     `path`: a file, or a folder whose files are read in the order of their names (only those of the test split, if it has one). A
-    record without a question or an answer, of an unknown level, or with the id of an earlier question is left out with a
-    warning. Raises DataError for a missing file (it says where to get it), for one that is not of its type, and if nothing is left.
+    record without a question or an answer, of an unknown level, with the id of an earlier question, or without an id and equal to a
+    question of another file of the folder is left out with a warning. Raises DataError for a missing file (it says where to get
+    it), for one that is not of its type, and if nothing is left.
     """
     found = benchmark(name)
     if not path.exists():
         raise DataError(f"{path}: no such file; {found.title} comes from {found.where}, give its file with --data")
     items: dict[str, Item] = {}
     left_out: dict[str, list[str]] = {}
+    files: dict[tuple[str, tuple[str, ...]], str] = {}  # the file that a question without an id is in
     for position, (place, record) in enumerate(published_records(path)):
         try:
             item = _item(found, record, position, path)
             if item.id in items:
                 raise ValueError("its id is that of an earlier question")
+            file = place.rpartition(", ")[0]
+            if item.id == str(position) and files.setdefault((item.question, item.golds), file) != file:
+                raise ValueError("it is in another file, too")
         except (TypeError, ValueError) as error:
             left_out.setdefault(str(error), []).append(place)
         else:

@@ -58,6 +58,16 @@ def test_gsm8ks_answer_is_what_follows_the_mark(tmp_path):
     assert load_items("gsm8k", file)[0].golds == ("72",)
 
 
+def test_two_files_of_the_same_questions_are_one_set(tmp_path):
+    """As in the folder of GSM8K; a question that one file has twice is asked twice."""
+    write(tmp_path / "test.jsonl", *[{"question": q, "answer": f"#### {q}"} for q in "1223"])
+    write(tmp_path / "test_socratic.jsonl", *[{"question": q, "answer": f"Why?\n#### {q}"} for q in "12234"])
+    assert [(item.id, item.question) for item in load_items("gsm8k", tmp_path)] == [*zip("01238", "12234", strict=True)]
+    assert left_out("gsm8k", tmp_path) == {
+        "it is in another file, too": [f"test_socratic.jsonl, line {number}" for number in (1, 2, 3, 4)]
+    }
+
+
 def test_the_answer_of_a_solution_is_in_its_last_box(tmp_path):
     rows = [{"problem": "?", "solution": r"Not \boxed{1}, but \boxed{\frac{1}{2}}."}, {"problem": "?", "solution": 7}]
     items = load_items("math", write(tmp_path / "m.jsonl", *rows))
