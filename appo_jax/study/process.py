@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from appo_jax.config import Config
 from appo_jax.config_io import save_config
+from appo_jax.storage import lock
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -47,6 +49,15 @@ def end_with_parent(parent: int) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it ended before the call of prctl
         os._exit(128 + signal.SIGTERM)
+
+
+def in_use(run_dir: Path) -> bool:
+    """Whether a living process writes the run in a directory: that of another study or sweep which shares a cold start."""
+    with contextlib.suppress(OSError):  # no directory yet, or none that this user can write, which the run itself tells
+        if (held := lock(run_dir / "lock")) is None:
+            return True
+        os.close(held)
+    return False
 
 
 def log_file(folder: Path, name: str) -> Path:

@@ -17,7 +17,7 @@ from appo_jax.config import Config
 from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.interrupt import stop_requests
 from appo_jax.study.definition import Study
-from appo_jax.study.process import log_file, start_run
+from appo_jax.study.process import in_use, log_file, start_run
 from appo_jax.study.report import write_report
 from appo_jax.text.tokenizer import lacks_tokenizer
 
@@ -91,15 +91,18 @@ def shares(jobs: int) -> list[list[int]]:
 
 def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list[Job]:
     """Run the jobs, and return those that failed. The next job is always the first one that need not wait for another. One that
-    was lost (`failures.START_AGAIN`) is started again once.
+    was lost (`failures.START_AGAIN`) is started again once; one whose directory another process has, when that has ended.
 
     A Ctrl-C at the terminal reaches only this process (see `start_run`), which then stops the others.
     """
-    waiting, done, again, failed = list(queue), set[str](), set[str](), list[Job]()
+    waiting, done, again, held, failed = list(queue), set[str](), set[str](), set[str](), list[Job]()
     running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}  # by index into `cores`
 
-    def next_ready() -> Job | None:
-        return next((job for job in waiting if job.after is None or job.after.name in done), None)
+    def ready() -> list[Job]:
+        return [job for job in waiting if job.after is None or job.after.name in done]
+
+    def startable() -> Job | None:
+        return next((job for job in ready() if job.name not in held or not in_use(Path(job.config.run_dir))), None)
 
     def ask_to_stop() -> None:
         for _, process, _ in running.values():
@@ -107,9 +110,9 @@ def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list
 
     try:
         with stop_requests() as stop:
-            while running or next_ready():
+            while running or ready():
                 for share in range(len(cores)):
-                    if share not in running and (job := next_ready()):
+                    if share not in running and (job := startable()):
                         waiting.remove(job)
                         process = start_run(job.command, job.config, _runs_folder(study), cores[share])
                         running[share] = job, process, time.perf_counter()
@@ -121,6 +124,10 @@ def _run(queue: Sequence[Job], cores: Sequence[list[int]], study: Study) -> list
                         if code == failures.START_AGAIN and job.name not in again:
                             word = "lost, and is started again,"
                             again.add(job.name)
+                            waiting.insert(0, job)
+                        elif code != 0 and in_use(Path(job.config.run_dir)):
+                            word = "in use by another process, and waits until that ends,"
+                            held.add(job.name)
                             waiting.insert(0, job)
                         else:
                             done.add(job.name) if code == 0 else failed.append(job)

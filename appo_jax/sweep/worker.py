@@ -22,7 +22,7 @@ from appo_jax.config import Config
 from appo_jax.errors import DataError, TrainingError
 from appo_jax.interrupt import Stop, stop_requests
 from appo_jax.metrics import read_metrics, read_summary
-from appo_jax.study.process import log_file, start_run
+from appo_jax.study.process import in_use, log_file, start_run
 from appo_jax.study.report import load_outcome
 from appo_jax.sweep.definition import Sweep
 from appo_jax.sweep.racing import excluded
@@ -121,17 +121,20 @@ def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: Sequence[
 def _cold_start(store: Store, seed: int, stop: Stop, lost: Sequence[threading.Event]) -> None:
     """Do the cold start with which a seed begins. If the data must still be generated, do this first."""
     config = store.sweep.cold_start(seed)
-    if lacks_tokenizer(config.policy):
+    tokenizer = config.policy.tokenizer
+    if tokenizer is not None and lacks_tokenizer(config.policy):
         world = dataclasses.replace(config, run_dir=str(store.folder / "runs" / "world"))
-        run_shared(store, "world", "data world", world, stop, lost)
-    run_shared(store, Path(config.run_dir).name, "sft", config, stop, lost)
+        run_shared(store, "data world", world, Path(tokenizer), stop, lost)
+    run_shared(store, "sft", config, Path(config.run_dir) / "cold_start.done", stop, lost)
 
 
 def run_shared(
-    store: Store, task: str, command: str, config: Config, stop: Stop, lost: Sequence[threading.Event]
+    store: Store, command: str, config: Config, done: Path, stop: Stop, lost: Sequence[threading.Event]
 ) -> None:
-    """Do a task that all trials share. If another worker has it, wait until it is done."""
-    done = store.folder / "runs" / f"{task}.done"
+    """Do a task that all trials share. If another worker has it, wait until it is done.
+
+    `done`: the file that says so. It is a part of the result, so that it is gone when the result is."""
+    task = Path(config.run_dir).name
     while not done.exists():
         if not store.take(task):
             _wait(IDLE_S, stop, lost)
@@ -142,10 +145,11 @@ def run_shared(
 
 
 def _run(store: Store, command: str, config: Config, stop: Stop, lost: Sequence[threading.Event]) -> None:
-    """Run `appo-jax COMMAND` in a process until it ends. Raises TrainingError if it fails ATTEMPTS times; KeyboardInterrupt after
-    Ctrl-C or SIGTERM; LeaseLost."""
-    folder = store.folder / "runs"
-    for attempt in range(ATTEMPTS):
+    """Run `appo-jax COMMAND` in a process until it ends. If another process, such as that of another sweep, has the run
+    directory, wait until that ends. Raises TrainingError if it fails ATTEMPTS times; KeyboardInterrupt after Ctrl-C or SIGTERM;
+    LeaseLost."""
+    folder, run_dir, failures = store.folder / "runs", Path(config.run_dir), 0
+    while failures < ATTEMPTS:
         process = start_run(command, config, folder)
         try:
             while (code := process.poll()) is None:
@@ -154,10 +158,14 @@ def _run(store: Store, command: str, config: Config, stop: Stop, lost: Sequence[
             _stop_process(process)
         if code == 0:
             return
-        log.warning(
-            "%s ended with exit code %d (attempt %d of %d)", Path(config.run_dir).name, code, attempt + 1, ATTEMPTS
-        )
-    raise TrainingError(f"exit code {code}, see {log_file(folder, Path(config.run_dir).name)}")
+        if in_use(run_dir):
+            log.warning("%s: another process writes there; waiting until it ends", run_dir)
+            while in_use(run_dir):
+                _wait(IDLE_S, stop, lost)
+            continue
+        failures += 1
+        log.warning("%s ended with exit code %d (attempt %d of %d)", run_dir.name, code, failures, ATTEMPTS)
+    raise TrainingError(f"exit code {code}, see {log_file(folder, run_dir.name)}")
 
 
 def _stop_process(process: subprocess.Popen[bytes]) -> None:

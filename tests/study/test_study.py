@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from appo_jax.cli import main
 from appo_jax.config_io import check, load_config, save_config, with_fields
 from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.metrics import read_metrics
+from appo_jax.storage import lock
 from appo_jax.study import report
+from appo_jax.study import run as run_module
 from appo_jax.study.definition import Study, check_study, load_study
 from appo_jax.study.run import jobs_left, run_study
 
@@ -244,6 +247,21 @@ def test_a_run_that_is_lost_is_started_again_and_one_that_fails_is_not(base, tmp
     with pytest.raises(TrainingError, match="1 runs failed"):
         run_study(dataclasses.replace(study(arm, tmp_path / "out"), seeds=(0,)))
     assert (tmp_path / "calls").read_text() == "xx"
+
+
+def test_a_cold_start_that_a_sweep_has_begun_is_waited_for(base, tmp_path, monkeypatch):
+    """Once, it counted as failed, and its runs were not made."""
+    arm = without_world(base, tmp_path)
+    s = dataclasses.replace(study(arm, tmp_path / "out"), seeds=(0,))
+    codes, cold = [0, 0, 1], Path(s.cold_start(0).run_dir)
+    cold.mkdir(parents=True)
+    held = lock(cold / "lock")
+    threading.Timer(1.0, lambda: os.close(held)).start()
+    monkeypatch.setattr(run_module, "start_run", lambda *_: subprocess.Popen(["sh", "-c", f"exit {codes.pop()}"]))
+    begun = time.monotonic()
+    assert run_module._run(jobs_left(s), [[0]], s) == []
+    assert time.monotonic() - begun > 1.0
+    assert codes == []
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two jobs need two cores")

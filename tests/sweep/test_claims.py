@@ -240,8 +240,8 @@ def test_a_shared_task_stops_when_its_own_lease_is_lost(store, tmp_path, monkeyp
 
     threading.Timer(0.5, steal).start()  # while the process of the cold start begins
     with stop_requests() as stop, worker.holding(store, "trial-0") as lost, pytest.raises(worker.LeaseLost):
-        worker.run_shared(store, "cold-0", "sft", config, stop, [lost])
-    assert not (tmp_path / "runs" / "cold-0.done").exists()
+        worker.run_shared(store, "sft", config, tmp_path / "done", stop, [lost])
+    assert not (tmp_path / "done").exists()
     assert lease.read_text() == other
 
 

@@ -1,5 +1,9 @@
 """The storage of a sweep: its queue of points, after a stop at any moment."""
 
+import os
+import shutil
+import subprocess
+import threading
 from pathlib import Path
 
 import optuna
@@ -10,6 +14,7 @@ from test_claims import make_sweep
 
 from appo_jax.errors import TrainingError
 from appo_jax.interrupt import stop_requests
+from appo_jax.storage import lock
 from appo_jax.sweep import worker
 from appo_jax.sweep.report import results, write_report
 from appo_jax.sweep.store import Store
@@ -156,3 +161,35 @@ def test_a_worker_names_the_trials_that_failed_anywhere(tmp_path):
     store.retry_failed()
     store.study.tell(store.claim_trial(), 0.5)
     worker.work(sweep)
+
+
+def test_a_cold_start_that_was_removed_is_made_again(tmp_path, monkeypatch):
+    """Once, a file elsewhere said that it was done, and every trial failed."""
+    made = []
+    monkeypatch.setattr(worker, "lacks_tokenizer", lambda policy: False)
+    monkeypatch.setattr(worker, "_run", lambda *args: (made.append(1), Path(args[2].run_dir).mkdir()))
+    store = Store(small(tmp_path, cold_starts=(str(tmp_path / "cold"),)))
+    with stop_requests() as stop:
+        for times in (1, 1, 2):
+            if times == 2:
+                shutil.rmtree(tmp_path / "cold")
+            worker._cold_start(store, 0, stop, [])
+            assert len(made) == times
+
+
+def test_a_run_that_another_sweep_has_begun_is_waited_for(tmp_path, monkeypatch):
+    """Once, it counted as failed. Its process has the lock of the directory; afterwards, attempts are counted."""
+    store = Store(small(tmp_path))
+    config = store.sweep.cold_start(0)
+    codes, run = [0, 1, 1], Path(config.run_dir)
+    run.mkdir()
+    held = lock(run / "lock")
+    monkeypatch.setattr(worker, "IDLE_S", 0.1)
+    monkeypatch.setattr(worker, "start_run", lambda *_: subprocess.Popen(["sh", "-c", f"exit {codes.pop()}"]))
+    threading.Timer(1.0, lambda: os.close(held)).start()
+    with stop_requests() as stop:
+        worker._run(store, "sft", config, stop, [])
+        assert codes == []
+        codes.extend([0, 1, 1])
+        with pytest.raises(TrainingError, match="exit code 1"):
+            worker._run(store, "sft", config, stop, [])
