@@ -17,7 +17,7 @@ from appo_jax.data.golds import accepted_answers
 from appo_jax.data.question_files import lower_case, published_records, question_of
 from appo_jax.data.records import field
 from appo_jax.errors import DataError
-from appo_jax.reward.latex import last_boxed
+from appo_jax.reward.latex import boxed_gold
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _boxed(solution: Any) -> Any:
     """The answer in a solution: its last box if it is text. Raises ValueError if that has none."""
     if not isinstance(solution, str):
         return solution
-    if (answer := last_boxed(solution)) is None:
+    if (answer := boxed_gold(solution)) is None:
         raise ValueError(f"no answer, and no \\boxed{{…}} in the solution; expected either ({', '.join(ANSWER)})")
     return answer
 

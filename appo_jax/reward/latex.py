@@ -6,6 +6,11 @@ import re
 
 # A box, a brace, or an escape to step over (\\{ and \\}); `\\\\boxed`, escaped once too often, is a box as well.
 _BOX_OR_BRACE = re.compile(r"(?P<box>(?<!\\)\\++boxed\s*\{)|\\.|[{}]", re.DOTALL)
+_FRAME = re.compile(r"\\fbox\s*\{")
+# A box without braces: what follows on the line, to the end of the formula.
+_BARE_BOX = re.compile(
+    r"\\boxed(?![a-zA-Z])\s*(?![\s{])((?:[^${}\\\n]|\{(?:[^{}]|\{[^{}]*\})*\}|\\(?!end(?![a-z]))[a-zA-Z]+)+)"
+)
 _LAYOUT = r"\\(?:text[a-z]*|mbox|q?quad|boxed)\b|\\[,;: ()\[\]]|\*\*|[${}~]"
 _ITEM = r"(?:\n\s*[-*•]|\(?\d[.)])\s*"  # the mark of an item of a list
 _MAX_GAP = 60  # characters between two boxes of one answer
@@ -23,6 +28,12 @@ def last_boxed(text: str) -> str | None:
     None."""
     boxes = _boxes(text)
     return text[boxes[-1][1] : boxes[-1][2]] if boxes else None
+
+
+def boxed_gold(solution: str) -> str | None:
+    """The answer in a solution of a data set: its last box. MATH also writes `\\boxed 2`, and `\\fbox{4}` if there is no box."""
+    solution = _BARE_BOX.sub(lambda box: rf"\boxed{{{box[1].rstrip(' .,')}}}", solution)
+    return last_boxed(solution if "\\boxed" in solution else _FRAME.sub(r"\\boxed{", solution))
 
 
 def boxed_answer(text: str, repeats: bool = False) -> str | None:

@@ -70,8 +70,9 @@ def test_two_files_of_the_same_questions_are_one_set(tmp_path):
 
 def test_the_answer_of_a_solution_is_in_its_last_box(tmp_path):
     rows = [{"problem": "?", "solution": r"Not \boxed{1}, but \boxed{\frac{1}{2}}."}, {"problem": "?", "solution": 7}]
+    rows.append({"problem": "?", "solution": r"So it is $\boxed 2$."})
     items = load_items("math", write(tmp_path / "m.jsonl", *rows))
-    assert [item.golds for item in items] == [(r"\frac{1}{2}",), ("7",)]
+    assert [item.golds for item in items] == [(r"\frac{1}{2}",), ("7",), ("2",)]
     file = write(tmp_path / "m.jsonl", {"problem": "?", "solution": "It is 1."})
     with pytest.raises(DataError, match=r"line 1: no answer, and no .boxed"):
         load_items("math", file)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appo_jax.reward.latex import last_boxed, plain
+from appo_jax.reward.latex import boxed_gold, last_boxed, plain
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,27 @@ from appo_jax.reward.latex import last_boxed, plain
 )
 def test_last_boxed(text, content):
     assert last_boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    ("solution", "gold"),
+    [
+        (r"so \boxed{5}", "5"),
+        (r"Thus $x = \boxed 2$.", "2"),
+        (r"Thus $\boxed 25$. It is not 5.", "25"),
+        (r"$\boxed\frac{\sqrt{3}}{2}$", r"\frac{\sqrt{3}}{2}"),
+        ("\\[\\boxed 2.\\]", "2"),
+        ("\\begin{align*}x&=\\boxed 2\\end{align*}", "2"),
+        (r"$\fbox{4}$", "4"),
+        (r"$\boxed{1}$ and $\fbox{4}$", "1"),
+        (r"$\boxed 1$, then $\boxed{4}$", "4"),
+        (r"\boxed{\boxed 2}", "2"),
+        (r"\boxedfoo 5", None),
+        ("5", None),
+    ],
+)
+def test_the_gold_of_a_solution(solution, gold):
+    assert boxed_gold(solution) == gold
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from appo_jax.data.examples import Reader, data_path, split_files
 from appo_jax.data.records import parse_each
 from appo_jax.data.source import Dataset
 from appo_jax.errors import DataError
-from appo_jax.reward.latex import last_boxed
+from appo_jax.reward.latex import boxed_gold
 from appo_jax.types import Example
 
 COLUMNS = ColumnsConfig("problem", "answer", "unique_id", "", "", "", ("level", "type", "subject"))
@@ -40,7 +40,7 @@ class MathReader(Reader):
         if "problem" not in record and "question" in record:
             record = record | {"problem": record["question"]}
         if "answer" not in record and isinstance(record.get("solution"), str):
-            record = record | {"answer": last_boxed(record["solution"])}
+            record = record | {"answer": boxed_gold(record["solution"])}
         return super().example(record, path, number)
 
 
