@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import re
-from datetime import date
+from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
@@ -50,6 +50,8 @@ def _walk(value: Any, depth: int) -> list[str]:
         return [str(int(value)) if value.is_integer() and abs(value) <= 2**53 else _shortest(value)]
     if isinstance(value, Decimal):
         return [format(value.normalize(), "f")]
+    if isinstance(value, datetime) and value.time() == time():  # parquet has columns of times where days are meant
+        value = value.date()
     if isinstance(value, date):
         return [value.isoformat()]
     if isinstance(value, list | tuple):

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import shutil
-from datetime import date
+from datetime import UTC, date, datetime
 from decimal import Decimal
 
 import numpy as np
@@ -65,6 +65,9 @@ ROWS = [{"question": "Who?", "answer": "Ada"}, {"question": "How many?", "answer
         (Decimal("2.50"), ("2.5",)),
         (Decimal("300"), ("300",)),
         (date(2020, 5, 4), ("2020-05-04",)),
+        (datetime(2020, 5, 5), ("2020-05-05",)),  # as a column of timestamps gives a day
+        (datetime(2020, 5, 5, tzinfo=UTC), ("2020-05-05",)),
+        (datetime(2020, 5, 5, 7, 30), ("2020-05-05T07:30:00",)),
         ({"value": "X", "aliases": []}, ("X",)),
         ({"value": "X", "aliases": ["Y", "X"]}, ("X", "Y")),  # TriviaQA
         ({"target": None, "ground_truth": "x"}, ("x",)),  # a struct of parquet has all fields
