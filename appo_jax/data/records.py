@@ -107,15 +107,35 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         else:
             csv.field_size_limit(2**31 - 1)  # the default of 128 KB is less than ten Wikipedia paragraphs
             with path.open(newline="", encoding="utf-8-sig") as text:
-                rows = csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-                for row in rows:
-                    yield rows.line_num, {name: cell or None for name, cell in row.items()}  # a blank cell has no value
+                yield from _cells(text, "\t" if suffix == ".tsv" else ",")
     except (pyarrow.ArrowException, csv.Error, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected a {suffix[1:]} file: {error}") from error
 
 
+def _cells(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, dict[str, Any] | csv.Error]]:
+    """(number, row) of a table; a row that cannot be read is an error, with the number of its first line. Raises csv.Error for
+    a faulty header, and for a row without end."""
+    rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+    begins = rows.line_num if rows.fieldnames is None else rows.line_num + 1
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "end of data" in str(error):  # a quotation mark that never closes: the rest of the file is lost
+                raise csv.Error(f"{error} in the row that begins at line {begins}") from error
+            yield begins, error
+        else:
+            yield rows.line_num, {name: cell or None for name, cell in row.items()}  # a blank cell has no value
+        begins = rows.line_num + 1
+
+
 def _value(raw: Any) -> Any:
-    """A record from what `_rows` yields. Raises ValueError for broken JSON, and for a row with more cells than the header."""
+    """A record from what `_rows` yields. Raises ValueError for broken JSON, for a row that cannot be read, and for one with more
+    cells than the header."""
+    if isinstance(raw, csv.Error):
+        raise ValueError(f"{raw}: quote the whole of a cell that holds a quotation mark, and double the mark in it")
     if isinstance(raw, dict) and None in raw:  # csv's key for what has no name
         names = [name for name in raw if name is not None]
         raise ValueError(

@@ -229,6 +229,24 @@ def test_cells_of_a_table(tmp_path, caplog):
     assert (third.question, third.golds) == ("c, d?", ("1,001",))
 
 
+def test_a_quotation_mark_in_a_cell_without_quotes_is_named_by_its_line(tmp_path):
+    rows = [
+        "question\tanswer",
+        '"a\nb"\t1',
+        '"Hello" is a song by whom?\tAdele',
+        '"""Hi"" by whom?"\tB',
+        'Who says "c"?\tC',
+    ]
+    (tmp_path / "train.tsv").write_text("\n".join(rows))
+    write(tmp_path / "test.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"train\.tsv, line 4: .*quote the whole of a cell.*data\.malformed"):
+        load_dataset(DataConfig("files", str(tmp_path)))
+    train = load_dataset(DataConfig("files", str(tmp_path), malformed="skip")).train
+    assert [(e.id, e.question) for e in train] == [
+        ("train-3", "a\nb"), ("train-5", '"Hi" by whom?'), ("train-6", 'Who says "c"?')
+    ]  # fmt: skip
+
+
 def test_records_without_an_answer_are_left_out_by_name(tmp_path, caplog):
     file = write(
         tmp_path / "train.jsonl",
@@ -246,7 +264,7 @@ def test_records_without_an_answer_are_left_out_by_name(tmp_path, caplog):
         ("train.json", b'{"a": 1}', "expected a list of records"),
         ("train.json", b"[1", "expected a json file"),
         ("train.parquet", b"PAR1 no parquet", "expected a parquet file"),
-        ("train.csv", b'question,answer\n"a,b', "expected a csv file"),
+        ("train.csv", b'question,answer\n"a,b', "expected a csv file.*begins at line 2"),
         ("train.csv", b"question,answer\n\xff,b", "expected a csv file"),
         ("train.txt", b"a", "expected a file that ends in .jsonl"),
     ],
