@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from appo_jax.sweep.definition import Point, Sweep
 
 LEASE_S = 60.0  # seconds without renewal after which a lease is free
 RENEW_S = 5.0  # seconds between two renewals
+PROCESS = secrets.token_hex(8)  # the name of this process among those of all machines
 MAX_ASKS = 100  # points in a row that break a rule between fields, after which a sampler is not asked again
 
 
@@ -44,9 +46,9 @@ class Store:
         self._seen: dict[
             str, tuple[dict[str, Any], float]
         ] = {}  # task: its last lease, and the time at which it was new
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "pids": _pids(), "id": PROCESS}
         # If the holder of the lock stalls for 30 s, another process gets the lock, and both may write.
-        self._writer = f".{self._owner['host']}.{self._owner['pid']}"
+        self._writer = f".{PROCESS}"
         self._lock_file = str(self.folder / "claims")
         with self.lock():
             self._check_same_sweep()
@@ -224,20 +226,29 @@ class Store:
             (self.folder / "leases" / f"{task}.json").unlink(missing_ok=True)
 
     def _held_by_another(self, task: str, lease: dict[str, Any]) -> bool:
-        """Whether another process holds the lease: it was renewed in time, and its process, if it is on this host, lives.
+        """Whether another process holds the lease: it was renewed in time, and its process, if this one can see it, lives.
 
         The clocks of machines differ. So the time of a renewal only tells one from the next, and LEASE_S is counted from when this
-        process first saw the last one.
+        process first saw the last one. Containers may have one host name, and each may have a process of this number.
         """
         if self._seen.get(task, ({}, 0.0))[0] != lease:
             self._seen[task] = lease, time.monotonic()
-        if time.monotonic() - self._seen[task][1] > LEASE_S:
+        if lease.get("id") == PROCESS or time.monotonic() - self._seen[task][1] > LEASE_S:
             return False
-        return lease["host"] != self._owner["host"] or (lease["pid"] != self._owner["pid"] and _alive(lease["pid"]))
+        if any(lease.get(key) != self._owner[key] for key in ("host", "pids")):
+            return True
+        return lease["pid"] != self._owner["pid"] and _alive(lease["pid"])
+
+
+def _pids() -> str:
+    """A name of the processes that this one sees: those of its machine since it was booted, or of its container there."""
+    with contextlib.suppress(OSError):
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return PROCESS  # not known: no other process has this name
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process of this host lives."""
+    """Whether a process lives, of those that this one sees."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):  # OverflowError: no process has such a number

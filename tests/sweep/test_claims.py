@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -99,6 +100,26 @@ def test_a_silent_workers_trial_goes_to_another_and_a_living_ones_does_not(store
     store.study.tell(second, 0.0)
     time.sleep(0.3)
     assert store.claim_trial().number == trial.number
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [{"pids": "this boot pid:[1]"}, {"pids": "another boot pid:[4026531836]"}, {"host": "another"}],
+    ids=["container", "machine", "host"],
+)
+@pytest.mark.parametrize("pid", [os.getpid(), 2**30], ids=["own", "none"])
+def test_a_living_worker_of_another_container_keeps_its_lease(store, tmp_path, elsewhere, pid):
+    """Both have one host name. The number of its process is that of this one, or of none here."""
+    assert store.take("cold-0")
+    lease = tmp_path / "leases" / "cold-0.json"
+    own = json.loads(lease.read_text())
+    lease.write_text(json.dumps(own | {"pid": pid, "id": "another"} | elsewhere))
+    assert not store.take("cold-0")
+    assert not store.renew("cold-0")
+    lease.write_text(
+        json.dumps(own | {"pid": pid, "id": "another"})
+    )  # it has ended, and was one that this one would see
+    assert store.take("cold-0")
 
 
 def test_a_disk_that_fails_for_a_moment_costs_no_lease_and_one_that_stays_away_does(store, tmp_path, monkeypatch):
