@@ -94,6 +94,8 @@ def right(tree: Sequence[Rollout], components: Components, left_out: LeftOut) ->
             left_out.add(problem, example.id)
         elif any(call.outcome is not Outcome.OK for call in rollout.calls):
             left_out.add("a call of it failed", example.id)
+        elif not response.segments[-1].sampled:  # it answered, called once more, and was stopped
+            left_out.add("the policy writes nothing at its end", example.id)
         elif calls in kept:
             left_out.add("it makes the calls of another one", example.id)
         else:

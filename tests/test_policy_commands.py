@@ -206,11 +206,11 @@ def test_traces_that_are_right_are_kept_once_and_read_back(tiny: Config, tmp_pat
         notation = components.executor.call_format
 
         def rollout(
-            answer: str, code: str, correct: bool = True, outcome: Outcome = Outcome.OK, end: str = ""
+            answer: str, code: str, correct: bool = True, outcome: Outcome = Outcome.OK, end: str = "", first: str = ""
         ) -> Rollout:
-            said = f"<think>T</think>{notation.render_call('python', code)}"
+            said = f"<think>T</think>{first}{notation.render_call('python', code)}"
             texts = [(said, True), (render_result(notation, "7"), False), (f"{answer}{end}", True)]
-            pieces = [(components.tokenizer.encode(text), sampled) for text, sampled in texts]
+            pieces = [(components.tokenizer.encode(text), sampled) for text, sampled in texts if text]
             tokens = [0, *(token for ids, _ in pieces for token in ids)]
             sampled = [False, *(flag for ids, flag in pieces for _ in ids)]
             call = ToolCall("python", code, "7", outcome, 0.1, 1, 2, {})
@@ -227,6 +227,7 @@ def test_traces_that_are_right_are_kept_once_and_read_back(tiny: Config, tmp_pat
             rollout(good, "print(8)", correct=False),
             rollout("7", "print(9)"),
             rollout(good, "print(1/0)", outcome=Outcome.ERROR),
+            rollout("", "print(10)", first=good),
         ]
         left_out = LeftOut()
         records = right(tree, components, left_out)
@@ -234,7 +235,7 @@ def test_traces_that_are_right_are_kept_once_and_read_back(tiny: Config, tmp_pat
         traces = read_traces([tmp_path / "t.jsonl"], notation, "", LeftOut())
     assert {reason: told["count"] for reason, told in left_out.to_json().items()} == {
         "it makes the calls of another one": 1, "its answer is wrong": 1, "not exactly one <answer>…</answer>": 1,
-        "a call of it failed": 1,
+        "a call of it failed": 1, "the policy writes nothing at its end": 1,
     }  # fmt: skip
     assert [trace.example.golds for trace in traces] == [("7",)] * 2
     assert traces[0].segments == (
