@@ -14,7 +14,7 @@ import numpy as np
 from appo_jax.errors import DataError
 from appo_jax.metrics import read_metrics, read_summary
 from appo_jax.study.definition import Study
-from appo_jax.study.statistics import Interval, detectable, format_p, holm, mean_interval, paired
+from appo_jax.study.statistics import EXACT_PAIRS, Interval, detectable, format_p, holm, mean_interval, paired
 from appo_jax.view.plots import STYLE
 
 
@@ -146,8 +146,10 @@ def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, ru
     others = {arm: runs for arm, runs in outcomes.items() if arm != baseline and runs.keys() & baseline_runs.keys()}
     if not others:
         return f"No seed is finished in both {baseline} and another arm yet."
+    pairs = max(len(runs.keys() & baseline_runs.keys()) for runs in others.values())
+    signs_test = "exact sign-flip test" if pairs <= EXACT_PAIRS else f"sign-flip test, exact up to {EXACT_PAIRS} seeds"
     lines = [
-        f"Differences from {baseline}, paired by seed. p (t): paired t-test; p (signs): exact sign-flip test; both adjusted by "
+        f"Differences from {baseline}, paired by seed. p (t): paired t-test; p (signs): {signs_test}; both adjusted by "
         f"Holm's method for {len(others)} arms. detectable: the smallest true difference that the t-test finds significant with "
         f"95 % probability, at the level of 5 % and at that of 5 % / {len(others)}.",
         "",

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-RESAMPLES = 10_000
+EXACT_PAIRS = (
+    16  # the sign-flip test tries all ways to flip up to this many pairs (0.4 s), and of more, as many by chance
+)
 EQUAL = 1e-9  # accuracies that differ by less are equal
 
 
@@ -25,7 +27,7 @@ class Paired(NamedTuple):
     """The mean difference of two arms over the seeds that they share, and its p-values."""
 
     difference: Interval
-    p_permutation: float  # two-sided sign-flip test; exact unless there are more than RESAMPLES ways to flip
+    p_permutation: float  # two-sided sign-flip test; exact up to EXACT_PAIRS seeds
     p_t: float  # two-sided, paired t-test
 
 
@@ -51,7 +53,7 @@ def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> 
     if np.abs(difference).max() <= EQUAL:
         return Paired(interval, 1.0, 1.0)
     flips = stats.permutation_test(
-        (difference,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
+        (difference,), np.mean, permutation_type="samples", n_resamples=2**EXACT_PAIRS, rng=np.random.default_rng(0)
     )
     t = float("nan") if np.ptp(difference) <= EQUAL else float(stats.ttest_1samp(difference, 0.0).pvalue)
     return Paired(interval, float(flips.pvalue), t)

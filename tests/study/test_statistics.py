@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from appo_jax.study.statistics import detectable, mean_interval, paired
+from appo_jax.study.statistics import EXACT_PAIRS, detectable, mean_interval, paired
 
 values = st.lists(st.integers(-20, 20).map(lambda x: x / 4), min_size=2, max_size=6)
 
@@ -54,6 +54,13 @@ def test_five_seeds_that_all_gain_have_the_smallest_possible_p():
     t = d.mean() / (d.std(ddof=1) / math.sqrt(5))
     assert got.p_t == pytest.approx(2 * stats.t.sf(t, df=4))
     assert got.difference.mean == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("n", [13, 14, 16])
+def test_the_permutation_test_is_exact_for_as_many_seeds_as_the_report_says(n):
+    """Once, 14 seeds were compared by a sample of the sign patterns, and the report called it exact."""
+    assert paired(np.arange(1.0, n + 1), np.zeros(n)).p_permutation == 2 / 2**n
+    assert n <= EXACT_PAIRS
 
 
 def test_degenerate_tests():

@@ -331,6 +331,16 @@ def test_the_table_by_hand(base, tmp_path):
     assert kept["grpo"]["1"]["final"] == 0.9
 
 
+@pytest.mark.parametrize(("seeds", "words"), [(16, "(signs): exact sign-flip"), (17, "test, exact up to 16 seeds;")])
+def test_the_report_calls_only_an_exact_test_exact(base, tmp_path, seeds, words):
+    s = dataclasses.replace(study(base, tmp_path, grpo=base), seeds=tuple(range(seeds)))
+    outcomes = {
+        arm: {seed: report.Outcome(0, 0, np.array([0, 9]), np.array([0, 9]), np.array([0, 0.5])) for seed in s.seeds}
+        for arm in s.arms
+    }
+    assert words in report.differences(outcomes, "appo", report.measures(9, 9.0))
+
+
 def test_curves_begin_at_the_cold_start_and_end_at_the_final_accuracy(base, tmp_path):
     s = study(base, tmp_path)
     write_run(s.run_dir("appo", 0), 0.8, evals=((40, 0.5), (80, 0.6)))
