@@ -182,7 +182,7 @@ class Store:
             write_atomically(file, json.dumps(definition), writer=self._writer)
             return
         stored = json.loads(file.read_text())
-        if different := [key for key in definition if definition[key] != stored.get(key)]:
+        if different := _differences(stored, definition):
             raise ConfigError(f"{self.folder} holds another sweep: {', '.join(different)} differ; give another `out`")
 
     # ---- leases
@@ -266,3 +266,15 @@ def _description(sweep: Sweep) -> dict[str, Any]:
         "base": fields, "space": space, "seeds": list(sweep.seeds), "max_sampled_tokens": sweep.max_sampled_tokens,
         "cold_starts": list(sweep.cold_starts), "search": sweep.search, "objective": sweep.objective, "maximize": sweep.maximize,
     }  # fmt: skip
+
+
+def _differences(stored: dict[str, Any], given: dict[str, Any], within: str = "") -> list[str]:
+    """The names of the values that differ between two descriptions; for fields of the base and of the space, with theirs."""
+    different = []
+    for name in dict.fromkeys([*given, *stored]):
+        was, now = stored.get(name), given.get(name)
+        if isinstance(was, dict) and isinstance(now, dict):
+            different += _differences(was, now, f"{name}: ")
+        elif was != now:
+            different.append(f"{within}{name}")
+    return different

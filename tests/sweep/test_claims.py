@@ -282,8 +282,12 @@ def test_a_folder_belongs_to_one_sweep(store, tmp_path):
         Store(make_sweep(tmp_path, seeds=(0, 1)))
     base = load_config(QUICKSTART)
     other = dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, learning_rate=1.0))
-    with pytest.raises(ConfigError, match="holds another sweep: base differ"):
+    with pytest.raises(ConfigError, match=r"holds another sweep: base: optimizer\.learning_rate differ;"):
         Store(make_sweep(tmp_path, base=other))
+    space = {"branching.tau": (2.0, 4.0), "branching.clip_high": (1.1, 1.2)}
+    names = r"space: branching\.tau, space: branching\.clip_high, space: branching\.num_branch_points differ"
+    with pytest.raises(ConfigError, match=names):
+        Store(make_sweep(tmp_path, space=space))
 
 
 def test_a_sweep_with_its_report_can_be_opened_again(store, tmp_path):
