@@ -79,10 +79,13 @@ class Store:
 
     def _queue_points(self) -> None:
         """Queue the points of a grid or of a random sweep that are not queued yet: all of them; the rest, if a process was killed
-        before it had queued all; or those of a number of `trials` that was raised. Points are always queued in their order."""
-        queued = sum("retry_of" not in trial.user_attrs for trial in self.trials())
-        for point in self.sweep.queued_points()[queued:]:
-            self.study.enqueue_trial(point)
+        before it had queued all; or those of a number of `trials` that was raised."""
+        queued = [self.point(trial) for trial in self.trials() if "retry_of" not in trial.user_attrs]
+        for point in self.sweep.queued_points():
+            if point in queued:
+                queued.remove(point)  # a random sweep may draw a point twice
+            else:
+                self.study.enqueue_trial(point)
 
     # ---- trials
     def trials(self) -> list[FrozenTrial]:

@@ -1,5 +1,6 @@
 """The storage of a sweep: its queue of points, after a stop at any moment."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -52,6 +53,20 @@ def test_a_start_that_stops_while_it_queues_points_loses_none(tmp_path, monkeypa
             Store(small(tmp_path / "a"))
     assert queued(Store(small(tmp_path / "a"))) == queued(Store(small(tmp_path / "b")))
     assert len(Store(small(tmp_path / "a")).trials()) == 9
+    Store(small(tmp_path / "a", space=dict(reversed(SPACE.items()))))  # the order of the fields means nothing
+    assert len(Store(small(tmp_path / "a")).trials()) == 9
+
+
+def test_a_start_after_one_that_stopped_may_give_the_fields_in_another_order(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_in_call(patched, optuna.Study, "enqueue_trial", 4)
+        with pytest.raises(OSError, match="Input/output"):
+            Store(small(tmp_path))
+    store = Store(small(tmp_path, space=dict(reversed(SPACE.items()))))
+    points = [trial.system_attrs["fixed_params"] for trial in store.trials()]
+    assert sorted((p["branching.tau"], p["branching.clip_high"]) for p in points) == sorted(
+        itertools.product(*SPACE.values())
+    )
 
 
 def test_a_random_sweep_gets_the_further_points_of_more_trials(tmp_path):
