@@ -7,37 +7,22 @@ traces of the cold start, `data.held_out` the other one; the tool searches the p
     appo-jax sft --config configs/smollm2_hotpotqa.py --data DIR_OF_HOTPOTQA
 """
 
-from appo_jax.config import (
-    BranchingConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    RewardConfig,
-    RolloutConfig,
-    SearchToolConfig,
-    SFTConfig,
-    ToolsConfig,
-)
+import dataclasses
+from pathlib import Path
 
-config = Config(
+from appo_jax.config import DataConfig, SearchToolConfig, ToolsConfig
+from appo_jax.config_io import load_config
+
+gsm8k = load_config(Path(__file__).parent / "smollm2_gsm8k.py")
+
+config = dataclasses.replace(
+    gsm8k,
     run_dir="runs/smollm2_hotpotqa",
-    steps=20,
-    prompts_per_step=2,
-    prompts_per_minibatch=1,
-    checkpoint_every=1,
-    policy=PolicyConfig(path="artifacts/smollm2"),
     data=DataConfig(source="hotpotqa"),
     # One page an answer: pages have about 130 tokens, and a question needs two of them.
     tools=ToolsConfig(enabled=("search",), search=SearchToolConfig(top_k=1)),
-    reward=RewardConfig(tool_bonus=0.0),  # there is one tool, so a bonus for using every tool would reward nothing
-    rollout=RolloutConfig(
-        num_initial=4, budget=8, max_prompt_tokens=256, max_response_tokens=768, max_result_tokens=256, max_tool_calls=4,
-        decode_rows=32, max_seconds=300,
+    rollout=dataclasses.replace(
+        gsm8k.rollout, max_prompt_tokens=256, max_response_tokens=768, max_result_tokens=256, max_tool_calls=4
     ),
-    branching=BranchingConfig(num_branch_points=1),
-    optimizer=OptimizerConfig(learning_rate=2e-6, micro_batch=2),
-    sft=SFTConfig(steps=12, batch_size=8, max_tokens=768, learning_rate=1e-4, micro_batch=2),
-    eval=EvalConfig(num_prompts=16),
-)  # fmt: skip
+    sft=dataclasses.replace(gsm8k.sft, max_tokens=768),
+)

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-EXACT_PAIRS = (
-    16  # the sign-flip test tries all ways to flip up to this many pairs (0.4 s), and of more, as many by chance
-)
+# The sign-flip test tries all ways to flip up to this many pairs (0.4 s), and of more, as many by chance.
+EXACT_PAIRS = 16
 EQUAL = 1e-9  # accuracies that differ by less are equal
 
 
