@@ -46,7 +46,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = body["messages"][0]["content"].split("\nAnswer: ")[1].split("\n")[0]
+        prompt = body["messages"][0]["content"]
+        answer = prompt.split("\nAnswer: ")[1].split("\n")[0]
         self.server.asked.append(answer)
         if answer == "slow":
             time.sleep(1.5)
@@ -80,6 +81,8 @@ class Handler(BaseHTTPRequestHandler):
         reply = (
             "I think it could be either." if answer == "prose" else "correct: yes" if answer != "bad" else "Correct: No"
         )
+        if answer == "rounded" and "small margin of error" not in prompt:
+            reply = "correct: no"
         content = {"choices": [{"message": {"content": reply}}], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}
         self.reply(b"{" if answer == "garbage" else json.dumps(content).encode())
 

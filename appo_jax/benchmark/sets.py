@@ -15,6 +15,7 @@ from typing import Any, Literal
 from appo_jax.data.question_files import decrypted
 from appo_jax.data.sources import wiki2
 from appo_jax.errors import ConfigError
+from appo_jax.reward.language_judge import EXACT
 from appo_jax.tools.user_code import imported
 
 Rule = Literal["math", "qa", "gaia", "judge"]
@@ -46,6 +47,8 @@ class Benchmark:
     prepare: Callable[[Record, Path], Record] = _unchanged
     """A record of the file at the path, in the form that `questions.load_questions` reads. Raises ValueError for a record that is
     no question of the set: it is left out, and counted under this reason."""
+    numbers: str = EXACT
+    """What a language model as judge is told about answers that are numbers."""
 
 
 def benchmark(name: str) -> Benchmark:
@@ -111,6 +114,8 @@ def _xbench(record: Record, path: Path) -> Record:
 
 
 _F1 = "token F1 as HotpotQA's script computes it, best over the aliases"
+# The judge's prompts of Humanity's Last Exam and of xbench-DeepSearch allow it.
+_ROUNDED = "A number may differ in form, and in value by a small margin of error."
 _JUDGE = "a language model as judge (paper: Qwen2.5-72B-Instruct)"
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -138,9 +143,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         103, ("1", "2", "3"), _gaia,
     ),
     "hle": Benchmark(
-        "Humanity's Last Exam, text only", "judge", "judge", "its judge prompt (o3-mini)", "cais/hle", 500, prepare=_hle
+        "Humanity's Last Exam, text only", "judge", "judge", "a judge (o3-mini) with a prompt of the set's own", "cais/hle", 500,
+        prepare=_hle, numbers=_ROUNDED,
     ),
     "xbench": Benchmark(
-        "xbench-DeepSearch", "judge", "judge", "its judge prompt", "xbench-ai/xbench-evals", 100, prepare=_xbench
+        "xbench-DeepSearch", "judge", "judge", "a judge with a prompt of the set's own", "xbench-ai/xbench-evals", 100,
+        prepare=_xbench, numbers=_ROUNDED,
     ),
 }  # fmt: skip

@@ -246,6 +246,16 @@ def test_a_judge_gives_every_set_a_second_verdict(judge, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("name", "right"), [("hle", 1.0), ("xbench", 1.0), ("webwalker", 0.0), ("math500", 0.0)])
+def test_the_judge_may_forgive_rounding_where_a_set_s_own_judge_does(judge, tmp_path, name, right):
+    """Humanity's Last Exam and xbench-DeepSearch: "within a small margin of error" is right."""
+    data = tmp_path / "set.jsonl"
+    data.write_text(json.dumps({"question": "?", "answer": "3.14159"}) + "\n")
+    predictions = write_predictions(tmp_path / "p.jsonl", (0, "rounded"))
+    evaluation = Evaluation(name, data, tmp_path / "out", predictions, judge=JudgeConfig(judge.url, "m", attempts=1))
+    assert report_of(evaluation)["judged"][0] == right
+
+
 def test_a_judged_set_without_a_judge_says_so(data, tmp_path):
     record = report_of(Evaluation("hle", data, tmp_path / "out", write_predictions(tmp_path / "p.jsonl", (1, "1"))))
     assert record["counted_as_wrong"]["without_verdict"] == ["1"]
