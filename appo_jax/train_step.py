@@ -196,7 +196,7 @@ class Step:
             length = self.shapes.rollout_length
             terms, base = make_terms(minibatch.trees, measured, self.algorithm, length)
             tokens = [rollout.tokens for tree in minibatch.trees for rollout in self.algorithm.trained(tree)]
-            batch = make_batch(tokens, terms, length, self.shapes.update_rows(self.components.config, self.algorithm))
+            batch = make_batch(tokens, terms, self.shapes.update(self.components.config, self.algorithm))
             state, results = self.trainer.update(state, place(batch, batch_shardings(batch, mesh), mesh))
             results = jax.device_get(results)
             minibatch.update = update_metrics(results, base, minibatch.growth, self.algorithm.initial)

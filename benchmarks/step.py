@@ -50,6 +50,7 @@ from appo_jax.policy import weights
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.reward import Judge
 from appo_jax.rollout.engine import Engine
+from appo_jax.rollout.shapes import PackedShape, Shapes
 from appo_jax.rollout.tree_sampler import TreeSampler
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.train import begin
@@ -308,10 +309,13 @@ def update_alone(params: Params, data: Sequence[tuple[list[int], int]], repeats:
     update = make_train_step(optimizer, StepSpec(ARCH, make_algorithm(config).loss, 1.0, jnp.float32))
     state = TrainState(copy := jax.tree.map(jnp.copy, params), optimizer.init(copy))
     times = dict[str, list[float]](packed=[], padded=[])
+    at_once = 2  # rows of the maximum length, in a micro-batch
+    rollout = RolloutConfig(max_prompt_tokens=MAX_PROMPT, max_response_tokens=response)
+    joined = Shapes(rollout, BranchingConfig()).packed(len(texts), at_once)  # the same number of slots in longer rows
     for _ in range(repeats + 1):  # the two forms in turns, so that changes of the machine's speed affect both
-        for name, rows in (("packed", texts), ("padded", padded)):
+        for name, rows, shape in (("packed", texts, joined), ("padded", padded, PackedShape(at_once, length))):
             began = time.perf_counter()
-            state, metrics = update(state, make_batch(rows, terms, length, 2))
+            state, metrics = update(state, make_batch(rows, terms, shape))
             jax.block_until_ready(metrics)
             times[name].append(time.perf_counter() - began)
     packed_s, padded_s = (statistics.median(seconds[1:]) for seconds in times.values())

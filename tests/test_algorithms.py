@@ -23,6 +23,7 @@ from appo_jax.config import (
 )
 from appo_jax.learner.batch import Measured, make_batch, make_terms
 from appo_jax.learner.loss import policy_loss
+from appo_jax.rollout.shapes import PackedShape
 from appo_jax.types import Example, Outcome, Rollout, StopReason, ToolCall
 
 EXAMPLE = Example("e", "?", ("1",), "qa", "")
@@ -98,7 +99,7 @@ def test_missing_branches_change_no_shape() -> None:
         terms, base = make_terms([tree], Measured(old, old), algorithm, length=4)
         assert len(base) == len(tree)
         assert (terms.weights.any(-1) == (np.arange(6) < len(tree))).all()
-        batches.append(make_batch([r.tokens for r in tree], terms, 4, at_once=1))
+        batches.append(make_batch([r.tokens for r in tree], terms, PackedShape(1, 4)))
     assert jax.tree.map(np.shape, batches[0]) == jax.tree.map(np.shape, batches[1])
     # 1/M · 1/|H_n| of each of the three, whatever is missing
     assert batches[1].terms.weights.sum() == pytest.approx(3 / 6)

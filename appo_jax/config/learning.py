@@ -30,7 +30,8 @@ class OptimizerConfig:
     """Adam's decay of the second moment."""
     micro_batch: NonNegativeInt = 0
     """Rows per forward-backward pass, each as long as the longest rollout and filled with several; gradients are accumulated.
-    0: as many as hold about 500 tokens on each device."""
+    Short rows are joined to fewer, longer ones with the same number of tokens. 0: as many as hold about 500 tokens on each
+    device."""
     remat: Remat = "none"
     """What the backward pass computes again instead of keeping it. none: nothing; matmuls: all except each layer's matrix
     products; layers: all except each layer's input. Each choice needs less memory and more time than the one before."""

@@ -17,6 +17,7 @@ from appo_jax.learner.loss import Terms, sampler_correction, token_weights, with
 from appo_jax.learner.step import TrainBatch
 from appo_jax.policy.packing import Packing, pack
 from appo_jax.rollout import scoring
+from appo_jax.rollout.shapes import PackedShape
 from appo_jax.types import Tree
 
 ByTree: TypeAlias = Sequence[Sequence[np.ndarray]]
@@ -95,16 +96,16 @@ def make_terms(
     return terms, [base[i][every_sampled[i]] for i in range(len(rollouts))]
 
 
-def make_batch(tokens: Sequence[np.ndarray], terms: Terms, length: int, at_once: int) -> TrainBatch:
-    """Pack rollouts (`tokens`: `[t]` each) and their `terms [R, T]` into rows of `length` slots.
+def make_batch(tokens: Sequence[np.ndarray], terms: Terms, shape: PackedShape) -> TrainBatch:
+    """Pack rollouts (`tokens`: `[t]` each) and their `terms [R, T]` into micro-batches of rows of this shape.
 
-    A micro-batch has `at_once` rows. The batch's shape depends on R only, the maximal number of rollouts; how many
-    micro-batches are used depends on the rollouts, on their lengths and on what they share.
+    The batch's shape depends on R and T only, the maximal number and length of rollouts; how many micro-batches are used
+    depends on the rollouts, on their lengths and on what they share.
     """
-    packing = pack(tokens, length, at_once)
-    parts = -(-len(terms.weights) // at_once)
-    rows, packed = (cut(x, at_once, parts) for x in (packing.rows, _packed(terms, packing)))
-    return TrainBatch(rows, packed, np.int32(len(packing.rows.tokens) // at_once))
+    packing = pack(tokens, shape.length, shape.rows)
+    parts = shape.max_passes(*terms.weights.shape)
+    rows, packed = (cut(x, shape.rows, parts) for x in (packing.rows, _packed(terms, packing)))
+    return TrainBatch(rows, packed, np.int32(len(packing.rows.tokens) // shape.rows))
 
 
 def cut(tree: Any, at_once: int, parts: int) -> Any:

@@ -20,7 +20,7 @@ from appo_jax.policy.adapters import abstract_adapters, frozen, with_adapters
 from appo_jax.policy.attention import Places
 from appo_jax.policy.parameters import Adapted, Params, abstract_params
 from appo_jax.policy.score import Rows
-from appo_jax.rollout.shapes import GenerationShapes
+from appo_jax.rollout.shapes import GenerationShapes, PackedShape
 from appo_jax.rollout.state import DecodeState, Prefixes, empty_prefixes, empty_state
 
 
@@ -81,9 +81,9 @@ class Arrays:
         places = Places(self.of((shapes.rows, 2), jnp.int32), self.of((shapes.slots, shapes.columns), jnp.int32))
         return Prefixes(self.caches(shapes.slots, shapes.prefix_length), places), self._placed(rows)
 
-    def batch(self, parts: int, rows: int, length: int, algorithm: Algorithm) -> TrainBatch:
-        """The mini-batch of an update: `parts` micro-batches of `rows` packed rows of `length` slots."""
-        floats = self.rows((parts, 2, rows, length), jnp.float32)
+    def batch(self, parts: int, shape: PackedShape, algorithm: Algorithm) -> TrainBatch:
+        """The mini-batch of an update: `parts` micro-batches of packed rows of this shape."""
+        floats = self.rows((parts, 2, *shape), jnp.float32)
         terms = Terms(
             floats, floats, floats,
             ref_log_probs=floats if algorithm.scores_reference else None,
@@ -91,7 +91,7 @@ class Arrays:
             kl_weights=floats if algorithm.adds_kl else None,
             counts=floats,
         )  # fmt: skip
-        return TrainBatch(self.packed(parts, rows, length), terms, self.of((), jnp.int32))
+        return TrainBatch(self.packed(parts, *shape), terms, self.of((), jnp.int32))
 
     def demonstrations(self, parts: int, rows: int, length: int) -> TrainBatch:
         """The batch of an update of the cold start: `parts` micro-batches of `rows` packed rows of `length` slots."""

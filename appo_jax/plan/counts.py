@@ -18,7 +18,7 @@ from appo_jax.algorithms import Algorithm, make_algorithm
 from appo_jax.config import Config
 from appo_jax.plan.lengths import Lengths, RolloutLengths
 from appo_jax.policy.packing import pack
-from appo_jax.rollout.shapes import GenerationShapes, Shapes
+from appo_jax.rollout.shapes import GenerationShapes, PackedShape, Shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ class PlannedGeneration:
 class Scoring:
     """Score passes of one shape."""
 
-    rows: int
-    """Packed rows of one pass."""
+    shape: PackedShape
+    """Of the packed rows of one pass."""
     times: int
     """Passes in a step."""
     kept: int
@@ -71,7 +71,7 @@ class Counts:
     branches: tuple[PlannedGeneration, ...]
     """Those that draw branches, by their shapes, in the order in which they run."""
     scorings: tuple[Scoring, ...]
-    """By rising number of rows."""
+    """By rising size of their shapes."""
     reshards: int
     """Copies of the parameters into the generating layout: one for each generation. None is made if the parameters
     already have this layout."""
@@ -79,6 +79,8 @@ class Counts:
     """Mini-batches in a step, each with one update."""
     trained: int
     """Rollouts that one update trains on."""
+    update: PackedShape
+    """Of the packed rows of a micro-batch."""
     parts: int
     """Micro-batches of one update, which their packed rows fill."""
 
@@ -110,7 +112,8 @@ def count(config: Config, shapes: Shapes, lengths: RolloutLengths | None = None)
         reshards=sum(generation.times for generation in (initial, *branches)),
         updates=minibatches,
         trained=config.prompts_per_minibatch * algorithm.trained_per_prompt,
-        parts=packing.passes(range(algorithm.trained_per_prompt), shapes.update_rows(config, algorithm)),
+        update=shapes.update(config, algorithm),
+        parts=packing.passes(range(algorithm.trained_per_prompt), shapes.update(config, algorithm)),
     )
 
 
@@ -122,8 +125,8 @@ class _Packing:
     algorithm: Algorithm
     lengths: RolloutLengths
 
-    def passes(self, nodes: Sequence[int], rows_per_pass: int) -> int:
-        """Number of passes of `rows_per_pass` packed rows over these nodes of every prompt's tree.
+    def passes(self, nodes: Sequence[int], shape: PackedShape) -> int:
+        """Number of passes of packed rows of this shape over these nodes of every prompt's tree.
 
         The rollouts of a prompt share the slots of the prompt. The slots that a branch shares with its parent are counted
         again. Prompts and tool results have their maximum length.
@@ -138,8 +141,8 @@ class _Packing:
                 node_id = prompt * self.algorithm.budget + node
                 # Token ids only say which tokens are equal: those of the prompt are, those of two responses are not.
                 texts.append(np.repeat([prompt, node_id], [rollout.max_prompt_tokens, response]))
-        packing = pack(texts, rollout.max_prompt_tokens + rollout.max_response_tokens, rows_per_pass)
-        return len(packing.rows.tokens) // rows_per_pass
+        packing = pack(texts, shape.length, shape.rows)
+        return len(packing.rows.tokens) // shape.rows
 
 
 def _branch_generations(
@@ -163,20 +166,20 @@ def _branch_generations(
 
 
 def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes, packing: _Packing) -> tuple[Scoring, ...]:
-    """All score passes of a step, grouped by their number of rows."""
+    """All score passes of a step, grouped by their shape."""
     prompts = config.prompts_per_minibatch
     minibatches = config.prompts_per_step // prompts
-    passes: dict[int, int] = {}
-    kept: dict[int, int] = {}
+    passes: dict[PackedShape, int] = {}
+    kept: dict[PackedShape, int] = {}
 
     def add_passes(nodes: range, keep: bool = False) -> None:
         """Count the passes that score these nodes of each tree, for every mini-batch. `keep`: branches are drawn from their
         caches."""
-        rows = shapes.packed_rows(prompts * len(nodes))
-        times = packing.passes(nodes, rows)
-        passes[rows] = passes.get(rows, 0) + minibatches * times
+        shape = shapes.packed(prompts * len(nodes))
+        times = packing.passes(nodes, shape)
+        passes[shape] = passes.get(shape, 0) + minibatches * times
         if keep:
-            kept[rows] = max(kept.get(rows, 0), times)
+            kept[shape] = max(kept.get(shape, 0), times)
 
     add_passes(range(algorithm.initial))  # log π_old
     if algorithm.branches:
@@ -192,4 +195,6 @@ def _scorings(config: Config, algorithm: Algorithm, shapes: Shapes, packing: _Pa
         add_passes(range(algorithm.budget))
         if algorithm.branches_later:
             add_passes(range(algorithm.initial, algorithm.budget))
-    return tuple(Scoring(rows, times, kept.get(rows, 0)) for rows, times in sorted(passes.items()))
+    return tuple(
+        Scoring(shape, passes[shape], kept.get(shape, 0)) for shape in sorted(passes, key=lambda s: (math.prod(s), s))
+    )

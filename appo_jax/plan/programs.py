@@ -211,10 +211,11 @@ class _StepPrograms:
 
     def score(self, scoring: Scoring) -> Program:
         """Computes log-probs, entropies and KV caches of finished rollouts in one pass."""
-        rows = self.arrays.packed(scoring.rows, self.shapes.rollout_length)
-        cache = on_chip(self.arrays.caches(scoring.rows, self.shapes.rollout_length))
+        shape = scoring.shape
+        rows = self.arrays.packed(*shape)
+        cache = on_chip(self.arrays.caches(*shape))
         return Program(
-            "score" if len(self.counts.scorings) == 1 else f"score, {scoring.rows} rows",
+            "score" if len(self.counts.scorings) == 1 else f"score, {shape.rows} × {shape.length}",
             lambda: score.trace(
                 self.policy,
                 rows,
@@ -223,7 +224,7 @@ class _StepPrograms:
                 dtype=self.arrays.dtype,
             ),
             scoring.times,
-            f"passes of {scoring.rows} packed rows",
+            f"passes of {shape.rows} packed rows",
             self.optimizer_and_reference + max(0, scoring.kept - 1) * cache,
             self.kept_training,
             "prompts_per_minibatch, rollout.max_response_tokens",
@@ -232,15 +233,16 @@ class _StepPrograms:
 
     def train(self) -> Program:
         """Updates the parameters on one mini-batch. `times` counts micro-batches."""
-        config, counts, rows = self.config, self.counts, self.shapes.update_rows(self.config, self.algorithm)
+        config, counts, shape = self.config, self.counts, self.counts.update
         spec = StepSpec.of_update(config, self.algorithm.loss, self.arch, self.arrays.dtype)
         step: Any = make_train_step(self.arrays.optimizer, spec)  # jitted
-        batch = self.arrays.batch(-(-counts.trained // rows), rows, self.shapes.rollout_length, self.algorithm)
+        parts = shape.max_passes(counts.trained, self.shapes.rollout_length)
+        batch = self.arrays.batch(parts, shape, self.algorithm)
         return Program(
             "train",
             lambda: step.trace(self.state, batch, self.base),
             counts.updates * counts.parts,
-            f"{counts.updates} mini-batches × {counts.parts} micro-batches of {rows} packed rows",
+            f"{counts.updates} mini-batches × {counts.parts} micro-batches of {shape.rows} packed rows",
             self.reference_bytes,
             self.kept_training,
             "optimizer.micro_batch",
@@ -274,5 +276,4 @@ class _StepPrograms:
         """Bytes per device of the KV caches from which a generation's prefixes are loaded."""
         if generation is self.counts.initial:
             return on_chip(self.arrays.caches(self.counts.prefill_rows, self.config.rollout.max_prompt_tokens))
-        length = self.shapes.rollout_length
-        return max(s.kept * on_chip(self.arrays.caches(s.rows, length)) for s in self.counts.scorings)
+        return max(s.kept * on_chip(self.arrays.caches(*s.shape)) for s in self.counts.scorings)

@@ -101,7 +101,9 @@ def _candidates(config: Config) -> Iterator[Config]:
     index = remats.index(optimizer.remat)
     for remat in (*remats[max(0, index - 1) : index], *remats[index + 1 : index + 2]):
         yield replace(config, optimizer=replace(optimizer, remat=remat))
-    micro_batch = Shapes.of(algorithm, mesh.data * mesh.fsdp).update_rows(config, algorithm)
+    shapes = Shapes.of(algorithm, mesh.data * mesh.fsdp)
+    update = shapes.update(config, algorithm)
+    micro_batch = update.rows * update.length // shapes.rollout_length
     for size in (2 * micro_batch, micro_batch // 2):
         if 0 < size <= max_rows:
             yield replace(config, optimizer=replace(optimizer, micro_batch=size))

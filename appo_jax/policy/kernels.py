@@ -1,7 +1,7 @@
 """Attention over whole rows, by the fastest kernel that the platform has and that supports the shapes.
 
 TPU: splash attention, which never holds the `[T, T]` logits. GPU: cuDNN's flash attention for causal rows. All other cases:
-plain XLA. All compute the same function.
+plain XLA, in blocks of queries. All compute the same function.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from appo_jax.policy.constraints import ROWS, divided, platform
 
 LANES = 128  # of a TPU's registers: splash attention needs row lengths and head widths that are multiples of this
+# Plain XLA computes blocks of QUERIES queries, at most MAX_BLOCKS of a row. A block leaves out the keys after it: for long rows
+# that is nearly half of the work. More blocks are programs that take longer to compile.
+QUERIES, MAX_BLOCKS = 128, 8
 BLOCKS = (512, 256, 128)  # sizes of a splash block in tokens; the largest that divides the row's length is used
 
 
@@ -25,14 +28,26 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return splash_attention(q, k, v)
     # cuDNN supports half precision and head widths up to 128 that are multiples of 8.
     cudnn = where in ("gpu", "cuda") and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if cudnn else None)
+    if cudnn:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return packed_attention(q, k, v, jnp.full(q.shape[:2], q.shape[1]))
 
 
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) -> jax.Array:
     """`causal_attention` in which key t is seen only by queries before `ends[t]`. `ends [R, T]` int32, with ends[t] > t."""
     if platform() == "tpu":
         return splash_attention(q, k, v, ends)
-    return jax.nn.dot_product_attention(q, k, v, mask=visible(ends)[:, None])
+    T = q.shape[1]
+    size = max(QUERIES, -(-T // MAX_BLOCKS))
+    mask = visible(ends)[:, None]
+    blocks = [(first, min(first + size, T)) for first in range(0, T, size)]
+    return jnp.concatenate(
+        [
+            jax.nn.dot_product_attention(q[:, first:end], k[:, :end], v[:, :end], mask=mask[..., first:end, :end])
+            for first, end in blocks
+        ],
+        axis=1,
+    )
 
 
 def visible(ends: jax.Array) -> jax.Array:

@@ -59,10 +59,14 @@ def token_log_probs(
 
 
 def positions_at_once(rows: int, length: int, vocab: int) -> int:
-    """The number of positions whose logits, for all `rows` rows, take LOGITS_BYTES on a device: all, or a power of two.
+    """The number of positions of a chunk, whose logits for all `rows` rows take at most LOGITS_BYTES on a device: all, or the
+    largest power of two, or half of it if that pads the last chunk less.
 
     A TPU's arrays are tiled in powers of two. Other chunk sizes cost copies, and minutes of compilation.
     """
     on_device = (rows // parts(rows, ROWS)) * (vocab // parts(vocab, "tensor"))
     max_positions = max(1, LOGITS_BYTES // (4 * on_device))
-    return length if max_positions >= length else 2 ** (max_positions.bit_length() - 1)
+    if max_positions >= length:
+        return length
+    largest = 2 ** (max_positions.bit_length() - 1)
+    return min(largest, max(1, largest // 2), key=lambda n: -(-length // n) * n)

@@ -6,6 +6,7 @@ mesh and bounds that are known before a step.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from appo_jax.algorithms import Algorithm
 from appo_jax.branching.rules import RULES
@@ -14,9 +15,27 @@ from appo_jax.config import BranchingConfig, Config, RolloutConfig
 # Tool results are appended for this many rows at a time (for more on a mesh that cannot split this many). The number is
 # fixed because a row's arithmetic must not depend, even in the last bit, on how many tools finish at the same moment.
 APPEND_ROWS = 8
-# A pass over packed rows has as many rows as hold this many tokens on each device, at least one. With more rows, more of a
+# A pass over packed rows has this many slots on each device, or as many as the longest rollout needs. With more, more of a
 # mini-batch's last pass is empty, and on a CPU the time per token is not shorter.
 AT_ONCE = 512
+# Rows are joined to rows of at most this many slots: rollouts of one prompt share its slots only within a row, and long rows
+# are filled better. Attention over still longer rows costs more than that saves where it computes the slots that it masks.
+MAX_JOINED = 1024
+
+
+class PackedShape(NamedTuple):
+    """The shape of the packed rows that go through the policy at once."""
+
+    rows: int  # R
+    length: int  # T: the slots of a row
+
+    def max_passes(self, rollouts: int, max_tokens: int) -> int:
+        """The passes that hold this many rollouts of at most `max_tokens` tokens, whatever their lengths.
+
+        A rollout needs a slot for each of its tokens but the last. A row that has no room for another holds at least as many
+        rollouts as fit if all are of maximum length.
+        """
+        return -(-rollouts // (self.rows * (self.length // max(1, max_tokens - 1))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +90,23 @@ class Shapes:
         """Prompts of one prefill pass, for at most `max_prompts` prompts."""
         return self.rounded_up(min(self.rollout.decode_rows, max_prompts))
 
-    def packed_rows(self, max_rollouts: int, rows: int = 0) -> int:
-        """Packed rows that go through the policy at once, where there are at most `max_rollouts` rollouts.
+    def packed(self, max_rollouts: int, rows: int = 0) -> PackedShape:
+        """The packed rows that go through the policy at once, where there are at most `max_rollouts` rollouts.
 
-        rows: as many; 0: as many as hold AT_ONCE tokens on each device. No more than there may be.
+        rows: their slots are those of so many of the longest rollouts; 0: AT_ONCE slots on each device. No more than there may
+        be. These rows are joined to fewer, longer ones, as far as the mesh can split them.
         """
-        rows = rows or self.shards * max(1, AT_ONCE // self.rollout_length)
-        return self.rounded_up(min(rows, max_rollouts))
+        length = self.rollout_length
+        rows = rows or self.shards * max(1, AT_ONCE // length)
+        rows = self.rounded_up(min(rows, max_rollouts))
+        on_device = rows // self.shards
+        joined = max(n for n in range(1, on_device + 1) if on_device % n == 0 and (n == 1 or n * length <= MAX_JOINED))
+        return PackedShape(rows // joined, joined * length)
 
-    def update_rows(self, config: Config, algorithm: Algorithm) -> int:
-        """Packed rows of a micro-batch of the update."""
+    def update(self, config: Config, algorithm: Algorithm) -> PackedShape:
+        """The packed rows of a micro-batch of the update."""
         trained = config.prompts_per_minibatch * algorithm.trained_per_prompt
-        return self.packed_rows(trained, config.optimizer.micro_batch)
+        return self.packed(trained, config.optimizer.micro_batch)
 
     def max_scored(self, num_trees: int, num_initial: int) -> list[int]:
         """For each branching loop, the maximal number of rollouts that it scores. Each tree begins with `num_initial`

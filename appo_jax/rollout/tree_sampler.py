@@ -63,11 +63,11 @@ class TreeSampler:
         """See `Sampler.score`. The rollouts are packed into rows, which are scored in passes of one shape."""
         max_rollouts, length = max_rollouts or len(rollouts), self.shapes.rollout_length
         scored = ScorePass(rollouts, [], [], ScoredPrefixes([], max_rollouts) if to_branch else None)
-        at_once = self.shapes.packed_rows(max_rollouts)
-        packing = pack([rollout.tokens for rollout in rollouts], length, at_once)
+        shape = self.shapes.packed(max_rollouts)
+        packing = pack([rollout.tokens for rollout in rollouts], shape.length, shape.rows)
         passes = []
-        for first in range(0, len(packing.rows.tokens), at_once):
-            rows = Rows(*(x[first : first + at_once] for x in packing.rows))
+        for first in range(0, len(packing.rows.tokens), shape.rows):
+            rows = Rows(*(x[first : first + shape.rows] for x in packing.rows))
             result = score(
                 params, rows, arch=self.engine.arch, temperature=self.engine.config.temperature, dtype=self.engine.dtype
             )
@@ -76,8 +76,8 @@ class TreeSampler:
             )
             del result  # its cache, unless it is kept, before the next pass makes another
         for at, slots in zip(packing.row, packing.slots, strict=True):
-            log_probs, entropies, cache = passes[at // at_once]
-            row = int(at) % at_once
+            log_probs, entropies, cache = passes[at // shape.rows]
+            row = int(at) % shape.rows
             scored.log_probs.append(np.append(np.float32(0), log_probs[row, slots]))  # nothing predicts a first token
             scored.entropies.append(np.append(np.float32(0), entropies[row, slots]))
             if to_branch:

@@ -30,6 +30,7 @@ from appo_jax.policy import attention
 from appo_jax.policy.parameters import abstract_params
 from appo_jax.policy.score import positions
 from appo_jax.policy.transformer import hidden_states, rotations, unembedding
+from appo_jax.rollout.shapes import PackedShape
 from appo_jax.sft import to_train_batch
 
 R, T, P, M = 4, 7, 2, 6
@@ -364,7 +365,7 @@ _accumulate = jax.jit(gradients, static_argnames="spec")
 
 def accumulate(params, batch, spec, at_once=R):
     tokens, terms = batch
-    return _accumulate(params, make_batch(tokens, terms, T - 1, at_once), spec=spec)
+    return _accumulate(params, make_batch(tokens, terms, PackedShape(at_once, T - 1)), spec=spec)
 
 
 @pytest.fixture(scope="module")
@@ -469,7 +470,7 @@ def test_step_on_nothing_is_no_step_and_a_nan_leaves_the_state(params, batch):
 
     def run(terms):
         copy = jax.tree.map(jnp.copy, params)  # the step consumes its state
-        new, metrics = step(TrainState(copy, optimizer.init(copy)), make_batch(tokens, terms, T - 1, R))
+        new, metrics = step(TrainState(copy, optimizer.init(copy)), make_batch(tokens, terms, PackedShape(R, T - 1)))
         moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), new.params, params)
         return max(jax.tree.leaves(moved)), metrics
 

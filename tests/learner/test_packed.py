@@ -18,6 +18,7 @@ from appo_jax.policy.packing import pack
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.score import positions, score
 from appo_jax.policy.transformer import hidden_states, rotations, unembedding
+from appo_jax.rollout.shapes import PackedShape
 from appo_jax.sft import to_train_batch
 
 ARCH = Architecture(vocab_size=50, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64)
@@ -98,7 +99,7 @@ def test_loss_and_gradient_are_those_of_the_flat_batch(params: Params, name: str
         dropped = (terms.surrogate_weights == 0) & (terms.weights > 0)
         assert dropped.any()
     spec = StepSpec(ARCH, loss, TEMPERATURE, jnp.float32)
-    batch = make_batch(texts, terms, length, at_once)
+    batch = make_batch(texts, terms, PackedShape(at_once, length))
     assert 0 < batch.used < len(batch.rows.tokens)
     found, packed_grads, sums = jax.jit(gradients, static_argnames="spec")(params, batch, spec=spec)
     np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)

@@ -26,6 +26,7 @@ from appo_jax.policy.architecture import read_architecture
 from appo_jax.policy.parameters import KeyPath, Parameter, Params, adapted, adapters, build, init_params, transposed
 from appo_jax.policy.score import positions
 from appo_jax.policy.transformer import hidden_states, rotations, unembedding
+from appo_jax.rollout.shapes import PackedShape
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 make = runpy.run_path(str(GOLDEN / "make_golden.py"))
@@ -117,7 +118,9 @@ def test_gradients_are_finite_differences_of_the_factored_model() -> None:
     rng = np.random.default_rng(1)
     tokens_weights = rng.uniform(0.1, 1.0, TOKENS.shape) * (np.arange(TOKENS.shape[1]) > 1)
     ones = np.ones(TOKENS.shape, np.float32)
-    batch = make_batch(list(TOKENS), Terms(tokens_weights.astype(np.float32), ones, ones), TOKENS.shape[1] - 1, 2)
+    batch = make_batch(
+        list(TOKENS), Terms(tokens_weights.astype(np.float32), ones, ones), PackedShape(2, TOKENS.shape[1] - 1)
+    )
     spec = StepSpec(ARCH, None, 1.0, jnp.float32)
     _, grads, _ = jax.jit(gradients, static_argnames="spec")(own, batch, spec, base)
     assert jax.tree.structure(grads) == jax.tree.structure(own)
@@ -152,7 +155,7 @@ def test_a_step_moves_the_adapters_alone() -> None:
     assert base["norm"].dtype == jnp.float32
     ones = np.ones(TOKENS.shape, np.float32)
     mask = ones * (np.arange(TOKENS.shape[1]) > 0)
-    batch = make_batch(list(TOKENS), Terms(mask / TOKENS.size, ones, 0 * ones), TOKENS.shape[1] - 1, 1)
+    batch = make_batch(list(TOKENS), Terms(mask / TOKENS.size, ones, 0 * ones), PackedShape(1, TOKENS.shape[1] - 1))
     optimizer = optax.adam(0.1)
     step = make_train_step(optimizer, StepSpec(ARCH, LossConfig(), 1.0, jnp.float32))
     own = init_adapters(ARCH, 0)

@@ -11,6 +11,16 @@ from appo_jax.policy import logprobs
 R, T, D, V = 3, 8, 5, 11
 
 
+@pytest.mark.parametrize(
+    ("length", "limit", "chunk"),
+    [(300, 300, 300), (384, 341, 128), (768, 682, 256), (5120, 700, 512), (1000, 600, 512), (1000, 127, 64), (9, 1, 1)],
+)
+def test_a_chunk_pads_little(monkeypatch, length, limit, chunk):
+    """A chunk holds at most `limit` positions: all, or the better of two powers of two."""
+    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * V * limit)
+    assert logprobs.positions_at_once(1, length, V) == chunk
+
+
 @pytest.mark.parametrize("at_once", [T, 3, 1])  # positions of each row: one chunk; several with padding; one by one
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_token_log_probs_are_the_oracles(monkeypatch, at_once, temperature):

@@ -34,6 +34,7 @@ from appo_jax.policy.sharding import (
     state_shardings,
     use_mesh,
 )  # fmt: skip
+from appo_jax.rollout.shapes import PackedShape
 
 FAMILIES = {
     "qwen2": Architecture(96, 32, 2, 4, 2, 8, 48, family="qwen2"),
@@ -70,7 +71,7 @@ def batch(at_once: int) -> TrainBatch:
         rng.normal(size=mask.shape).astype(np.float32),
         old.astype(np.float32),
     )
-    return make_batch(texts(), terms, T - 1, at_once)
+    return make_batch(texts(), terms, PackedShape(at_once, T - 1))
 
 
 def sgd_step(family: str):

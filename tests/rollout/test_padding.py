@@ -23,6 +23,7 @@ from appo_jax.policy.packing import pack
 from appo_jax.policy.parameters import Params, init_params
 from appo_jax.policy.score import score
 from appo_jax.rollout.growth import blank_tokens, valid_positions
+from appo_jax.rollout.shapes import PackedShape
 from appo_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.types import Example, Rollout
@@ -121,7 +122,7 @@ def test_log_probs_entropies_and_gradients_are_those_without_padding(
     )  # fmt: skip
 
     def numbers(arch: Architecture, params: Params, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, Params]:
-        batch, rows = make_batch(tokens, terms, 10, 2), pack(tokens, 10).rows
+        batch, rows = make_batch(tokens, terms, PackedShape(2, 10)), pack(tokens, 10).rows
         scored = score(params, rows, arch=arch, temperature=0.7, dtype=jnp.dtype("float32"))
         loss = LossConfig(entropy_weight=0.5)  # the entropy's gradient is where masked logits give NaN
         step = make_train_step(optax.sgd(1.0), StepSpec(arch, loss, 0.7, jnp.dtype("float32")))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from appo_jax.config import BranchingConfig, RolloutConfig
-from appo_jax.rollout.shapes import GenerationShapes, Shapes
+from appo_jax.policy.packing import pack
+from appo_jax.rollout.shapes import GenerationShapes, PackedShape, Shapes
 
 QUICKSTART = RolloutConfig(
     num_initial=4, budget=16, max_prompt_tokens=24, max_response_tokens=112, max_result_tokens=48, decode_rows=64
@@ -24,9 +26,13 @@ def test_the_quickstarts_shapes() -> None:
     # 64 rows at 3 to a prefix sit on 22 prefixes; twice as many slots are more than the 32 rollouts that there are.
     assert shapes.branches(32) == GenerationShapes(rows=64, slots=32, columns=3, prefix_length=136, **every)
     assert shapes.prefill_rows(16) == 16
-    # 3 rows of 136 tokens are less than 512, 4 are more; each of 3 devices has 3.
-    assert (shapes.packed_rows(32), shapes.packed_rows(2), shapes.packed_rows(32, 16)) == (3, 2, 16)
-    assert Shapes(QUICKSTART, BranchingConfig(), shards=3).packed_rows(32) == 9
+    # 3 rows of 136 tokens are less than 512, 4 are more; each of 3 devices has 3. They are joined to rows of at most 1,024.
+    assert (shapes.packed(32), shapes.packed(2), shapes.packed(32, 16)) == ((1, 408), (1, 272), (4, 544))
+    assert Shapes(QUICKSTART, BranchingConfig(), shards=3).packed(32) == (3, 408)
+    assert Shapes(dataclasses.replace(QUICKSTART, max_response_tokens=1000), BranchingConfig()).packed(32, 4) == (
+        4,
+        1024,
+    )
     assert Shapes(QUICKSTART, BranchingConfig(), shards=3).initial(16, 4).append_rows == 9
 
 
@@ -73,3 +79,12 @@ def test_every_row_has_a_place_and_the_mesh_can_split_all(
     assert shapes.rows % shards == shapes.slots % shards == 0
     assert min(rows, groups * columns) <= shapes.rows < min(rows, groups * columns) + shards
     assert shapes.slots * shapes.columns >= min(rows, groups * columns)
+
+
+@given(st.data())
+def test_rollouts_of_any_lengths_fit_into_the_passes_that_are_allowed_for(data: st.DataObject) -> None:
+    max_tokens = data.draw(st.integers(2, 12))
+    texts = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=max_tokens), min_size=1, max_size=24))
+    shape = PackedShape(data.draw(st.integers(1, 3)), data.draw(st.integers(max_tokens - 1, 40)))
+    packing = pack([np.array(text, np.int32) for text in texts], shape.length, shape.rows)
+    assert len(packing.rows.tokens) <= shape.rows * shape.max_passes(len(texts), max_tokens)
