@@ -23,7 +23,7 @@ from appo_jax.policy import sharding
 from appo_jax.policy.attention import SEEN_PREFIX, SEEN_SUFFIX
 from appo_jax.policy.constraints import row_shards
 from appo_jax.policy.score import prefill, score
-from appo_jax.policy.seen_keys import block_of
+from appo_jax.policy.seen_keys import block_of, query_blocks
 from appo_jax.rollout.decode import AppendBatch, DecodeSpec, StopTables, Until, append_tokens, decode_segment
 from appo_jax.rollout.engine import SEGMENT_STEPS
 from appo_jax.rollout.shapes import Shapes
@@ -49,7 +49,7 @@ class Program:
     fields: str  # config fields whose lower values make the program's other memory smaller
     depends_on: tuple[str, ...]  # the fields that `search` changes and on which the program or `beside` depends
     steps: int = 1  # iterations of the program's loop of unknown length; `times` counts iterations, not calls
-    # Name of a kernel's calls -> the share of its KV caches that it reads.
+    # Name of a kernel's calls -> how often it reads its KV caches; below 1: the share of them that it reads.
     seen: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -182,7 +182,7 @@ class _StepPrograms:
             "rollout.decode_rows, rollout.max_response_tokens",
             _ROWS,
             SEGMENT_STEPS,
-            self._read_shares(generation),
+            self._reads(generation, shapes.columns, 1),
         )
 
     def append(self, generation: PlannedGeneration) -> Program:
@@ -207,6 +207,7 @@ class _StepPrograms:
             self.kept_generating,
             "rollout.max_result_tokens, rollout.decode_rows",
             _ROWS,
+            seen=self._reads(generation, 1, length),
         )
 
     def score(self, scoring: Scoring) -> Program:
@@ -259,17 +260,20 @@ class _StepPrograms:
         slots = f", {shapes.slots} slots" if any(other.rows == shapes.rows for other in others) else ""
         return f"{generation.name}, {shapes.rows} rows{slots}"
 
-    def _read_shares(self, generation: PlannedGeneration) -> dict[str, float]:
-        """For each kernel of decoding, the share of its KV cache that it reads: up to the end of the block with the last key."""
+    def _reads(self, generation: PlannedGeneration, columns: int, tokens: int) -> dict[str, float]:
+        """For each kernel's part, how often it reads its KV caches: to the end of the block with the last key, for each block of
+        queries. Each row has `tokens` new tokens; `columns` rows share a prefix."""
         arch, dtype, shapes = self.arrays.generating_arch, self.arrays.dtype, generation.shapes
         heads = -(-arch.num_kv_heads // self.mesh.shape["tensor"])
+        queries = tokens * (arch.num_heads // arch.num_kv_heads)  # of a row and key/value head
 
-        def share(tokens: float, length: int) -> float:
-            return min(1.0, (tokens + block_of(heads, length, arch.head_dim, dtype.itemsize) / 2) / length)
+        def reads(seen: float, length: int, queries: int) -> float:
+            block = block_of(heads, length, arch.head_dim, dtype.itemsize)
+            return query_blocks(heads, queries) * min(1.0, (seen + block / 2) / length)
 
         return {
-            SEEN_PREFIX: share(generation.lengths.prefix, shapes.prefix_length),
-            SEEN_SUFFIX: share(generation.lengths.suffix, shapes.suffix_length - 1),
+            SEEN_PREFIX: reads(generation.lengths.prefix, shapes.prefix_length, columns * queries),
+            SEEN_SUFFIX: reads(generation.lengths.suffix, shapes.suffix_length - 1, queries),
         }
 
     def _source_bytes(self, generation: PlannedGeneration) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from appo_jax.policy.constraints import ROWS, constrain, merged, platform
 from appo_jax.policy.kernels import causal_attention, packed_attention
-from appo_jax.policy.seen_keys import MAX_QUERIES, seen_keys
+from appo_jax.policy.seen_keys import seen_keys
 
 # (the layer's caches, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], the layer's new cache or None)
 Attend = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -100,8 +100,8 @@ def tree(
     below `prefix_length [W]`; its i-th new token sees suffix slots up to `cached + i` (`cached [W]`: the number of slots before
     the new tokens). One softmax joins the two parts. Returns `[W, Q, H, E]`.
 
-    On a TPU, a kernel computes the parts of a decode step and reads only the blocks of a cache that hold seen keys
-    (seen_keys.py). `interpret` runs that kernel without a TPU.
+    On a TPU, a kernel computes the parts and reads only the blocks of a cache that hold seen keys (seen_keys.py). `interpret`
+    runs that kernel without a TPU.
     """
     W, Q, H, E = q.shape
     R, K = prefix[0][1].shape[:2]
@@ -112,7 +112,7 @@ def tree(
     seen_prefix = seen[:, None, :, None, None, None]  # [R, 1, C, 1, 1, 1]
     seen_suffix = (cached[:, None] + 1 + jnp.arange(Q))[:, None, :, None, None]  # [W, 1, Q, 1, 1]
     by_place, by_row = by_place.transpose(0, 3, 1, 2, 4, 5), q.swapaxes(1, 2)
-    if (platform() == "tpu" or interpret) and C * Q * G <= MAX_QUERIES:
+    if platform() == "tpu" or interpret:
         on_prefix = _seen_part(by_place, prefix[0], seen_prefix, SEEN_PREFIX, interpret)
         on_suffix = _seen_part(by_row, suffix, seen_suffix, SEEN_SUFFIX, interpret)
     else:  # flat batches of small matrix products: only this form is fast on every backend

@@ -1,8 +1,10 @@
-"""A TPU kernel for attention in decoding that reads only the part of a cache that queries see.
+"""A TPU kernel for attention over caches that reads only the part of a cache that queries see.
 
 A cache is as long as the longest rollout may be, and most of it is usually empty. The time of decoding is the time to read
 memory. The kernel reads a cache in blocks of keys, up to the last block that any query of the row sees. Index maps over
 prefetched lengths choose the blocks: if the index does not change from one grid step to the next, nothing is fetched.
+
+The queries of an appended tool result are taken in blocks, each of which reads the cache. Their logits never leave the chip.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from appo_jax.policy.kernels import LANES
 
-SUBLANES = 16  # rows of a bfloat16 tile: queries are padded to a multiple of it
+SUBLANES = 16  # rows of a bfloat16 tile: queries are padded to a multiple of it, or of a block
 MAX_KEYS = 512  # in a block
 MAX_BLOCK_BYTES = 512 * 1024  # of a block's keys; on-chip memory holds two blocks of keys and two of values
-MAX_QUERIES = 256  # of one row and key/value head
+MAX_QUERIES = 1024  # in a block, of all key/value heads together, but at least MIN_QUERIES of each
+MIN_QUERIES = 256
 
 
 def seen_keys(
@@ -40,38 +43,46 @@ def seen_keys(
     """
     N, K, M, E = q.shape
     T = keys.shape[2]
-    rows = -M % SUBLANES
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows), (0, 0)))
-    seen = jnp.pad(seen.astype(jnp.int32), ((0, 0), (0, rows)))
+    parts = query_blocks(K, M)
+    rows = -(-M // parts // SUBLANES) * SUBLANES  # in a block of queries
+    padding = parts * rows - M
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    seen = jnp.pad(seen.astype(jnp.int32), ((0, 0), (0, padding)))
     block = block_of(K, T, E, keys.dtype.itemsize)
-    needed = jnp.maximum(-(-seen.max(-1) // block), 1)  # [N]: how many blocks of each cache row are read
+    # [N * parts]: how many blocks of its cache row a block of queries reads
+    needed = jnp.maximum(-(-seen.reshape(N * parts, rows).max(-1) // block), 1)
 
-    def cache(n: jax.Array, t: jax.Array, needed: jax.Array) -> tuple[jax.Array | int, ...]:
-        return n, 0, jnp.minimum(t, needed[n] - 1), 0  # after the needed blocks the index stays, so nothing is fetched
+    def cache(n: jax.Array, m: jax.Array, t: jax.Array, needed: jax.Array) -> tuple[jax.Array | int, ...]:
+        # After the needed blocks the index stays, so nothing is fetched.
+        return n, 0, jnp.minimum(t, needed[n * parts + m] - 1), 0
 
-    def row(n: jax.Array, t: jax.Array, needed: jax.Array) -> tuple[jax.Array | int, ...]:
-        return n, 0, 0, 0
+    def queries(n: jax.Array, m: jax.Array, t: jax.Array, needed: jax.Array) -> tuple[jax.Array | int, ...]:
+        return n, 0, m, 0
 
-    of_row = [pl.BlockSpec((1, K, M + rows, width), row) for width in (E, 1, 1)]
     out, top, total = pl.pallas_call(
-        functools.partial(_kernel, block=block, length=T),
+        functools.partial(_kernel, block=block, length=T, parts=parts),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(N, pl.cdiv(T, block)),
+            grid=(N, parts, pl.cdiv(T, block)),
             in_specs=[
-                pl.BlockSpec((1, M + rows, 1), lambda n, t, needed: (n, 0, 0)),
-                pl.BlockSpec((1, K, M + rows, E), row),
+                pl.BlockSpec((1, rows, 1), lambda n, m, t, needed: (n, m, 0)),
+                pl.BlockSpec((1, K, rows, E), queries),
                 pl.BlockSpec((1, K, block, E), cache),
                 pl.BlockSpec((1, K, block, E), cache),
             ],
-            out_specs=of_row,
+            out_specs=[pl.BlockSpec((1, K, rows, width), queries) for width in (E, 1, 1)],
         ),
-        out_shape=[jax.ShapeDtypeStruct((N, K, M + rows, width), jnp.float32) for width in (E, 1, 1)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        out_shape=[jax.ShapeDtypeStruct((N, K, parts * rows, width), jnp.float32) for width in (E, 1, 1)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name=name,
     )(needed, seen[..., None], q, keys, values)
     return out[:, :, :M], top[:, :, :M], total[:, :, :M]
+
+
+def query_blocks(heads: int, queries: int) -> int:
+    """The number of blocks into which the queries of a row are cut, each of which reads the row's cache."""
+    return -(-queries // max(MIN_QUERIES, MAX_QUERIES // heads))
 
 
 def block_of(heads: int, length: int, width: int, itemsize: int) -> int:
@@ -82,10 +93,11 @@ def block_of(heads: int, length: int, width: int, itemsize: int) -> int:
 
 def _kernel(
     needed: jax.Array, seen_ref: jax.Array, q_ref: jax.Array, k_ref: jax.Array, v_ref: jax.Array, out_ref: jax.Array,
-    top_ref: jax.Array, sum_ref: jax.Array, *, block: int, length: int,
+    top_ref: jax.Array, sum_ref: jax.Array, *, block: int, length: int, parts: int,
 ) -> None:  # fmt: skip
-    """Process one block of keys of one row. The outputs stay in on-chip memory until the row's last block."""
-    n, t = pl.program_id(0), pl.program_id(1)
+    """Process one block of keys for one block of a row's queries. The outputs stay in on-chip memory until the last block of
+    keys."""
+    n, m, t = (pl.program_id(axis) for axis in range(3))
 
     @pl.when(t == 0)
     def begin() -> None:
@@ -93,7 +105,7 @@ def _kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
         top_ref[...] = jnp.full_like(top_ref, jnp.finfo(jnp.float32).min)
 
-    @pl.when(t < needed[n])
+    @pl.when(t < needed[n * parts + m])
     def add_block() -> None:
         seen = seen_ref[0]  # [M, 1]
         first = t * block

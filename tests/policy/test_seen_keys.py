@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from appo_jax.policy import seen_keys as module
 from appo_jax.policy.attention import Places, tree
 from appo_jax.policy.seen_keys import seen_keys
 from appo_jax.rollout.decode import write
@@ -23,7 +24,7 @@ R, C, W, K, G, E, T, S = 3, 3, 5, 2, 2, 8, 1100, 530  # both caches end in the m
 
 
 class Tree(NamedTuple):
-    q: np.ndarray  # [W, 1, H, E]
+    q: np.ndarray  # [W, Q, H, E]
     prefix: tuple[np.ndarray, np.ndarray]
     suffix: tuple[np.ndarray, np.ndarray]
     places: Places
@@ -31,8 +32,8 @@ class Tree(NamedTuple):
     cached: np.ndarray
 
 
-def random_tree(seed: int, longest_prefix: int, longest_suffix: int) -> Tree:
-    """W rows at random places of R prefixes, each with a fork position and a suffix of its own."""
+def random_tree(seed: int, longest_prefix: int, longest_suffix: int, new: int = 1) -> Tree:
+    """W rows with `new` tokens each, at random places of R prefixes, each with a fork position and a suffix of its own."""
     rng = np.random.default_rng(seed)
     at = rng.permutation(R * C)[:W]
     of_row = np.stack([at // C, at % C], axis=1).astype(np.int32)
@@ -43,22 +44,22 @@ def random_tree(seed: int, longest_prefix: int, longest_suffix: int) -> Tree:
         return rng.normal(size=shape).astype(np.float32)
 
     return Tree(
-        normal(W, 1, K * G, E), (normal(R, K, E, T), normal(R, K, T, E)), (normal(W, K, E, S), normal(W, K, S, E)),
+        normal(W, new, K * G, E), (normal(R, K, E, T), normal(R, K, T, E)), (normal(W, K, E, S), normal(W, K, S, E)),
         Places(of_row, members), rng.integers(0, longest_prefix + 1, W).astype(np.int32),
         rng.integers(0, longest_suffix, W).astype(np.int32),
     )  # fmt: skip
 
 
 def by_hand(t: Tree) -> np.ndarray:
-    """Float64 `[W, 1, H, E]`: each row over its part of its prefix and its own suffix, in one softmax."""
+    """Float64 `[W, Q, H, E]`: each row over its part of its prefix and its own suffix, in one softmax."""
     out = np.zeros(t.q.shape)
-    for w, h in np.ndindex(W, K * G):
-        r, seen, own = t.places.of_row[w, 0], t.prefix_length[w], t.cached[w] + 1
+    for w, i, h in np.ndindex(t.q.shape[:3]):
+        r, seen, own = t.places.of_row[w, 0], t.prefix_length[w], t.cached[w] + 1 + i
         keys = np.concatenate([t.prefix[0][r, h // G, :, :seen], t.suffix[0][w, h // G, :, :own]], axis=1).astype(float)
         values = np.concatenate([t.prefix[1][r, h // G, :seen], t.suffix[1][w, h // G, :own]]).astype(float)
-        logits = t.q[w, 0, h] @ keys / np.sqrt(E)
+        logits = t.q[w, i, h] @ keys / np.sqrt(E)
         p = np.exp(logits - logits.max())
-        out[w, 0, h] = p @ values / p.sum()
+        out[w, i, h] = p @ values / p.sum()
     return out
 
 
@@ -73,6 +74,17 @@ def test_trees_of_any_lengths(seed: int, longest_prefix: int, longest_suffix: in
     for interpret in (True, False):
         found = run(t.q, [t.prefix], *t[2:], interpret=interpret)
         np.testing.assert_allclose(found, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("new", [2, 7])
+def test_new_tokens_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch, new: int) -> None:
+    """Of 32 queries each: the first block of an appended result sees fewer keys than the last."""
+    monkeypatch.setattr(module, "MIN_QUERIES", 32)
+    monkeypatch.setattr(module, "MAX_QUERIES", 32 * K)
+    t = random_tree(new, T, S - 8 * new, 8 * new)
+    assert module.query_blocks(K, 8 * new * G) == new // 2 + new % 2
+    found = jax.jit(functools.partial(tree, interpret=True))(t.q, [t.prefix], *t[2:])
+    np.testing.assert_allclose(found, by_hand(t), atol=2e-6, rtol=0)
 
 
 def test_blocks_that_nobody_sees_are_not_read() -> None:
@@ -96,7 +108,10 @@ from appo_jax.policy.seen_keys import seen_keys
 
 for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
     here = jax.sharding.SingleDeviceSharding(compiler_for(topology).devices[0])
-    for (N, K, M, E, T), dtype in (((6, 4, 7, 128, 1500), "bfloat16"), ((6, 2, 4, 64, 300), "float32")):
+    for (N, K, M, E, T), dtype in (
+        ((6, 4, 7, 128, 1500), "bfloat16"), ((6, 2, 4, 64, 300), "float32"),
+        ((2, 1, 8000, 128, 9216), "bfloat16"), ((2, 8, 2048, 128, 5121), "bfloat16"),  # an appended result
+    ):
         shapes = (((N, K, M, E), dtype), ((N, K, T, E), dtype), ((N, K, T, E), dtype), ((N, M), "int32"))
         arrays = [jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=here) for shape, kind in shapes]
         text = jax.jit(seen_keys).lower(*arrays).compile().as_text()
