@@ -247,7 +247,11 @@ def unembed(
     """
     equation = "vd,wd->vw" if columns else "...d,vd->...v"
     operands = (weights, hidden) if columns else (hidden, weights)
+    if platform() == "cpu" and not columns:  # as in `_product`
+        equation, operands = "nd,vd->nv", (hidden.reshape(-1, hidden.shape[-1]), weights)
     logits = jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+    if not columns:
+        logits = logits.reshape(*hidden.shape[:-1], -1)
     if arch is None or (arch.num_tokens in (None, len(weights)) and not arch.missing_ids):
         return logits
     has_token = jnp.arange(len(weights)) < (arch.num_tokens or len(weights))
