@@ -446,7 +446,8 @@ def test_programs_of_a_small_config_compile_and_are_counted():
         "train",
     ]  # fmt: skip
     # 16 prompts, 8 a mini-batch, N = 4, M = 16, B = 3, 112 tokens, 64 rows: 64 initial rollouts at once; 96 branches of
-    # each of 2 mini-batches take 2 fills of 64 rows; 32 parents, the longest, go through the score in passes of 3 rows, twice.
+    # each of 2 mini-batches take 2 fills of 64 rows; 32 parents, the longest, go through the score in passes of a row of 408
+    # slots, twice.
     assert found["decode, initial"].times == 112
     assert found["decode, branches"].times == 2 * 2 * 112
     # …, for log π_old and before branching

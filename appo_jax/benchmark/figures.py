@@ -42,15 +42,15 @@ def grade_all(name: str, items: Sequence[Item], predictions: Predictions, judge:
     """The verdicts of every question. With a judge, every answer gets its verdict too; it decides the sets whose rule is "judge".
 
     Without a judge, answers of such a set have token F1 but no verdict."""
-    of = benchmark(name)
+    known_set = benchmark(name)
     pairs = [(item, sample) for item in items for sample in predictions.samples[item.id]]
     verdicts = []
     for item, sample in pairs:
-        verdicts.append(grade_prediction(item, sample, of.rule))
+        verdicts.append(grade_prediction(item, sample, known_set.rule))
         heartbeat.progress()
     if judge is not None:
-        verdicts = _judged([item for item, _ in pairs], verdicts, judge, of)
-    elif of.rule == "judge":
+        verdicts = _judged([item for item, _ in pairs], verdicts, judge, known_set)
+    elif known_set.rule == "judge":
         verdicts = [dataclasses.replace(v, reason="no judge was given") if v.correct is None else v for v in verdicts]
     found = iter(verdicts)
     return [
@@ -60,7 +60,9 @@ def grade_all(name: str, items: Sequence[Item], predictions: Predictions, judge:
     ]
 
 
-def _judged(items: Sequence[Item], verdicts: Sequence[Verdict], judge: LanguageJudge, of: Benchmark) -> list[Verdict]:
+def _judged(
+    items: Sequence[Item], verdicts: Sequence[Verdict], judge: LanguageJudge, known_set: Benchmark
+) -> list[Verdict]:
     """Verdicts with those of the judge. As in the official evaluation, an answer that equals a gold is right without asking."""
     out = [
         dataclasses.replace(verdict, judged=equal or (None if verdict.answer else False), judge_reason=reason)
@@ -69,10 +71,10 @@ def _judged(items: Sequence[Item], verdicts: Sequence[Verdict], judge: LanguageJ
         for reason in ["it equals a gold" if equal else "no answer"]
     ]
     asked = [i for i, verdict in enumerate(out) if verdict.judged is None]
-    decisions = judge.decide([(items[i].question, items[i].golds, out[i].answer) for i in asked], of.numbers)
+    decisions = judge.decide([(items[i].question, items[i].golds, out[i].answer) for i in asked], known_set.number_rule)
     for i, decision in zip(asked, decisions, strict=True):
         out[i] = dataclasses.replace(out[i], judged=decision.correct, judge_reason=decision.reason)
-    if of.rule == "judge":
+    if known_set.rule == "judge":
         out = [dataclasses.replace(verdict, correct=verdict.judged, reason=verdict.judge_reason) for verdict in out]
     return out
 

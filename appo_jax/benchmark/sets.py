@@ -47,7 +47,7 @@ class Benchmark:
     prepare: Callable[[Record, Path], Record] = _unchanged
     """A record of the file at the path, in the form that `questions.load_questions` reads. Raises ValueError for a record that is
     no question of the set: it is left out, and counted under this reason."""
-    numbers: str = EXACT
+    number_rule: str = EXACT
     """What a language model as judge is told about answers that are numbers."""
 
 
@@ -144,10 +144,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "hle": Benchmark(
         "Humanity's Last Exam, text only", "judge", "judge", "a judge (o3-mini) with a prompt of the set's own", "cais/hle", 500,
-        prepare=_hle, numbers=_ROUNDED,
+        prepare=_hle, number_rule=_ROUNDED,
     ),
     "xbench": Benchmark(
         "xbench-DeepSearch", "judge", "judge", "a judge with a prompt of the set's own", "xbench-ai/xbench-evals", 100,
-        prepare=_xbench, numbers=_ROUNDED,
+        prepare=_xbench, number_rule=_ROUNDED,
     ),
 }  # fmt: skip

@@ -51,7 +51,7 @@ class Scoring:
     """Score passes of one shape."""
 
     shape: PackedShape
-    """Of the packed rows of one pass."""
+    """The shape of the packed rows of one pass."""
     times: int
     """Passes in a step."""
     kept: int
@@ -80,7 +80,7 @@ class Counts:
     trained: int
     """Rollouts that one update trains on."""
     update: PackedShape
-    """Of the packed rows of a micro-batch."""
+    """The shape of the packed rows of a micro-batch."""
     parts: int
     """Micro-batches of one update, which their packed rows fill."""
 

@@ -71,7 +71,7 @@ def read(text: str, steps: int = 1, seen: Mapping[str, float] = MappingProxyType
     """Read the text of a compiled (partitioned) program, `Compiled.as_text()`.
 
     A loop of unknown length, such as decoding, is assumed to run `steps` times, and the result is divided by `steps`. `seen`:
-    name of a kernel's calls -> how often it reads their two largest operands (keys and values); below 1: the share that it reads.
+    name of a kernel's calls -> how often it reads their last two operands (keys and values); below 1: the share that it reads.
     """
     computations, entry = _parse(text)
     times = defaultdict(float, {entry: 1 / steps})
@@ -245,11 +245,10 @@ def _traffic(
 
 
 def _unread_bytes(instruction: _Instruction, by_name: dict[str, _Instruction], seen: Mapping[str, float]) -> float:
-    """Bytes of its two largest operands that a kernel does not read, according to `seen`; negative if it reads them again."""
+    """Bytes of its last two operands that a kernel does not read, according to `seen`; negative if it reads them again."""
     for name, share in seen.items():
         if instruction.op == "custom-call" and instruction.name.startswith(name):
-            sizes = sorted(by_name[operand].hbm for operand in instruction.operands if operand in by_name)
-            return (1 - share) * sum(sizes[-2:])
+            return (1 - share) * sum(by_name[operand].hbm for operand in instruction.operands[-2:])
     return 0.0
 
 

@@ -225,7 +225,7 @@ class _StepPrograms:
                 dtype=self.arrays.dtype,
             ),
             scoring.times,
-            f"passes of {shape.rows} packed rows",
+            f"passes of {shape.rows} packed rows of {shape.length} tokens",
             self.optimizer_and_reference + max(0, scoring.kept - 1) * cache,
             self.kept_training,
             "prompts_per_minibatch, rollout.max_response_tokens",
@@ -243,7 +243,7 @@ class _StepPrograms:
             "train",
             lambda: step.trace(self.state, batch, self.base),
             counts.updates * counts.parts,
-            f"{counts.updates} mini-batches × {counts.parts} micro-batches of {shape.rows} packed rows",
+            f"{counts.updates} mini-batches × {counts.parts} micro-batches of {shape.rows} packed rows of {shape.length} tokens",
             self.reference_bytes,
             self.kept_training,
             "optimizer.micro_batch",
@@ -269,7 +269,8 @@ class _StepPrograms:
 
         def reads(seen: float, length: int, queries: int) -> float:
             block = block_of(heads, length, arch.head_dim, dtype.itemsize)
-            return query_blocks(heads, queries) * min(1.0, (seen + block / 2) / length)
+            times = query_blocks(heads, queries) if length > block else 1  # a cache of one block is read once
+            return times * min(1.0, (seen + block / 2) / length)
 
         return {
             SEEN_PREFIX: reads(generation.lengths.prefix, shapes.prefix_length, columns * queries),

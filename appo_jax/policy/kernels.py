@@ -15,11 +15,11 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from appo_jax.policy.constraints import ROWS, divided, platform
 
 LANES = 128  # of a TPU's registers: splash attention needs row lengths and head widths that are multiples of this
-# Plain XLA computes blocks of QUERIES queries, at most MAX_BLOCKS of a row. A block leaves out the keys after it: for long rows
-# that is nearly half of the work. Heads come first, so that no array of logits is transposed: with `dot_product_attention`, an
-# update of SmolLM2's shape on a CPU takes a tenth longer. More blocks are programs that take longer to compile.
-QUERIES, MAX_BLOCKS = 128, 8
 BLOCKS = (512, 256, 128)  # sizes of a splash block in tokens; the largest that divides the row's length is used
+# Plain XLA computes blocks of BLOCK_QUERIES queries, at most MAX_PARTS of a row. A block leaves out the keys after it: for long
+# rows that is nearly half of the work. With more blocks, programs take longer to compile. Heads come first, so that no array of
+# logits is transposed: with `dot_product_attention`, the layers of SmolLM2's shape take a tenth longer on a CPU.
+BLOCK_QUERIES, MAX_PARTS = 128, 8
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -42,7 +42,7 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) 
     G = H // K
     q = (q * E**-0.5).reshape(R, T, K, G, E).transpose(0, 2, 3, 1, 4)
     k, v, mask = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), visible(ends)
-    size = max(QUERIES, -(-T // MAX_BLOCKS))
+    size = max(BLOCK_QUERIES, -(-T // MAX_PARTS))
 
     def block(first: int) -> jax.Array:
         end = min(first + size, T)
@@ -52,7 +52,7 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) 
         logits = jnp.where(seen, logits, -jnp.inf)
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))  # a query sees its own key
         values = v[:, :, :end]
-        out = jnp.einsum("rkqt,rkte->rkqe", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        out = jnp.einsum("rkqt,rkte->rkqe", weights.astype(v.dtype), values)
         return (out / weights.sum(-1, keepdims=True)).astype(v.dtype).reshape(R, K, G, -1, E)
 
     out = jnp.concatenate([block(first) for first in range(0, T, size)], axis=3)

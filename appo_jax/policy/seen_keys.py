@@ -21,8 +21,7 @@ from appo_jax.policy.kernels import LANES
 SUBLANES = 16  # rows of a bfloat16 tile: queries are padded to a multiple of it, or of a block
 MAX_KEYS = 512  # in a block
 MAX_BLOCK_BYTES = 512 * 1024  # of a block's keys; on-chip memory holds two blocks of keys and two of values
-MAX_QUERIES = 1024  # in a block, of all key/value heads together, but at least MIN_QUERIES of each
-MIN_QUERIES = 256
+MAX_QUERIES = 1024  # in a block, of all key/value heads of a device: they and their results lie in on-chip memory
 
 
 def seen_keys(
@@ -82,7 +81,8 @@ def seen_keys(
 
 def query_blocks(heads: int, queries: int) -> int:
     """The number of blocks into which the queries of a row are cut, each of which reads the row's cache."""
-    return -(-queries // max(MIN_QUERIES, MAX_QUERIES // heads))
+    per_head = max(1, MAX_QUERIES // heads // SUBLANES) * SUBLANES
+    return -(-queries // per_head)
 
 
 def block_of(heads: int, length: int, width: int, itemsize: int) -> int:

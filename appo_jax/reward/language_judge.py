@@ -27,7 +27,7 @@ from appo_jax.tools.exchange import Fault, post, split_url
 from appo_jax.tools.protocol import writable
 
 PROMPT = """Decide whether an answer to a question is right. Compare it with the reference answer alone; do not solve the question.
-Wording may differ, the meaning may not. {numbers}
+Wording may differ, the meaning may not. {number_rule}
 
 Question: {question}
 Reference answer: {gold}
@@ -95,8 +95,8 @@ class LanguageJudge:
                 f"reward.judge.cache = {cache}: cannot be opened as an SQLite file ({error}); give another file"
             ) from error
 
-    def decide(self, questions: Sequence[tuple[str, Sequence[str], str]], numbers: str = EXACT) -> list[Decision]:
-        """The decision of each (question, golds, answer), in order. `numbers`: the judge's rule for answers that are numbers.
+    def decide(self, questions: Sequence[tuple[str, Sequence[str], str]], number_rule: str = EXACT) -> list[Decision]:
+        """The decision of each (question, golds, answer), in order. `number_rule`: the judge's rule for answers that are numbers.
 
         After `UNDECIDED_IN_A_ROW` answers in a row without a verdict, only the verdicts in the cache are used."""
         undecided = 0
@@ -105,8 +105,8 @@ class LanguageJudge:
             nonlocal undecided
             if undecided >= UNDECIDED_IN_A_ROW:
                 reason = f"not asked: the judge decided none of the last {UNDECIDED_IN_A_ROW} answers"
-                return self._kept(self._prompt(*asked, numbers)) or Decision(None, reason)
-            found = self.verdict(*asked, numbers)
+                return self._kept(self._prompt(*asked, number_rule)) or Decision(None, reason)
+            found = self.verdict(*asked, number_rule)
             with self._lock:
                 undecided = undecided + 1 if found.correct is None else 0
             return found
@@ -137,9 +137,9 @@ class LanguageJudge:
     def close(self) -> None:
         self._cache.close()
 
-    def verdict(self, question: str, golds: Sequence[str], answer: str, numbers: str = EXACT) -> Decision:
+    def verdict(self, question: str, golds: Sequence[str], answer: str, number_rule: str = EXACT) -> Decision:
         """The decision on one answer, from the cache if it was decided before."""
-        prompt = self._prompt(question, golds, answer, numbers)
+        prompt = self._prompt(question, golds, answer, number_rule)
         if (kept := self._kept(prompt)) is not None:
             return kept
         decision = self._ask(prompt)
@@ -152,8 +152,8 @@ class LanguageJudge:
         return decision
 
     @staticmethod
-    def _prompt(question: str, golds: Sequence[str], answer: str, numbers: str) -> str:
-        return PROMPT.format(numbers=numbers, question=question, gold=" / ".join(golds), answer=answer)
+    def _prompt(question: str, golds: Sequence[str], answer: str, number_rule: str) -> str:
+        return PROMPT.format(number_rule=number_rule, question=question, gold=" / ".join(golds), answer=answer)
 
     def _key(self, prompt: str) -> str:
         return hashlib.sha256(json.dumps([self.config.model, prompt]).encode()).hexdigest()

@@ -93,8 +93,8 @@ class Shapes:
     def packed(self, max_rollouts: int, rows: int = 0) -> PackedShape:
         """The packed rows that go through the policy at once, where there are at most `max_rollouts` rollouts.
 
-        rows: their slots are those of so many of the longest rollouts; 0: AT_ONCE slots on each device. No more than there may
-        be. These rows are joined to fewer, longer ones, as far as the mesh can split them.
+        `rows`: the pass has as many slots as this many rollouts of maximum length; 0: AT_ONCE slots on each device. It never has
+        more than `max_rollouts` of them need. Rows are joined to fewer, longer ones, as far as the mesh can split them.
         """
         length = self.rollout_length
         rows = rows or self.shards * max(1, AT_ONCE // length)

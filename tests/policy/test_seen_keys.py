@@ -79,7 +79,6 @@ def test_trees_of_any_lengths(seed: int, longest_prefix: int, longest_suffix: in
 @pytest.mark.parametrize("new", [2, 7])
 def test_new_tokens_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch, new: int) -> None:
     """Of 32 queries each: the first block of an appended result sees fewer keys than the last."""
-    monkeypatch.setattr(module, "MIN_QUERIES", 32)
     monkeypatch.setattr(module, "MAX_QUERIES", 32 * K)
     t = random_tree(new, T, S - 8 * new, 8 * new)
     assert module.query_blocks(K, 8 * new * G) == new // 2 + new % 2
@@ -111,6 +110,7 @@ for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
     for (N, K, M, E, T), dtype in (
         ((6, 4, 7, 128, 1500), "bfloat16"), ((6, 2, 4, 64, 300), "float32"),
         ((2, 1, 8000, 128, 9216), "bfloat16"), ((2, 8, 2048, 128, 5121), "bfloat16"),  # an appended result
+        ((2, 16, 512, 128, 5121), "bfloat16"), ((2, 32, 512, 64, 5121), "bfloat16"),
     ):
         shapes = (((N, K, M, E), dtype), ((N, K, T, E), dtype), ((N, K, T, E), dtype), ((N, M), "int32"))
         arrays = [jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=here) for shape, kind in shapes]
