@@ -167,6 +167,39 @@ def test_slices_of_two_views_of_one_array_are_all_that_is_read():
     assert hlo.read(TWO_VIEWS).hbm == 2 * 4 * 128 + 4 * 2 * 128
 
 
+# A loop over layers as the TPU compiler writes it: the weight is sliced out of the stack in a fusion inside that of its product.
+STACKED = """HloModule jit_step, is_scheduled=true
+
+%one_layer (w: bf16[36,64,128], layer: s32[]) -> bf16[64,128] {
+  %w = bf16[36,64,128]{2,1,0} parameter(0)
+  %layer = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = bf16[1,64,128]{2,1,0} dynamic-slice(%w, %layer, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  ROOT %squeezed = bf16[64,128]{1,0} bitcast(%slice)
+}
+
+%product (x: bf16[16,64], w.1: bf16[36,64,128], layer.1: s32[]) -> bf16[16,128] {
+  %x = bf16[16,64]{1,0} parameter(0)
+  %w.1 = bf16[36,64,128]{2,1,0} parameter(1)
+  %layer.1 = s32[]{:T(128)} parameter(2)
+  %weight = bf16[64,128]{1,0} fusion(%w.1, %layer.1), kind=kLoop, calls=%one_layer
+  ROOT %dot = bf16[16,128]{1,0} convolution(%x, %weight), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x.1: bf16[16,64], w.2: bf16[36,64,128], layer.2: s32[]{S(2)}) -> bf16[16,128] {
+  %x.1 = bf16[16,64]{1,0} parameter(0)
+  %w.2 = bf16[36,64,128]{2,1,0} parameter(1)
+  %layer.2 = s32[]{S(2)} parameter(2)
+  ROOT %out = bf16[16,128]{1,0} fusion(%x.1, %w.2, %layer.2), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_of_stacked_weights_one_layer_is_read():
+    scalar = 4  # the index of the layer, as the fusion's parameter
+    assert hlo.read(STACKED).hbm == 2 * (16 * 64 + 64 * 128 + 16 * 128) + scalar
+
+
 KERNEL = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main (q: bf16[4,2,16,128], k: bf16[4,2,128,1024], v: bf16[4,2,1024,128]) -> f32[4,2,16,128] {

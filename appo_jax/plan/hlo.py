@@ -231,7 +231,7 @@ def _traffic(
     if instruction.name.startswith("async-collective-done"):
         return 0.0
     if op == "fusion":
-        return _traffic_of_fusion(instruction, computations[instruction.callees[0]])
+        return _traffic_of_fusion(instruction, computations)
     if op in _SLICED:
         return min(instruction.size, operands[0].hbm) + instruction.hbm
     if op == "slice-start":  # ((operand), result, flag)
@@ -252,9 +252,10 @@ def _unread_bytes(instruction: _Instruction, by_name: dict[str, _Instruction], s
     return 0.0
 
 
-def _traffic_of_fusion(fusion: _Instruction, body: list[_Instruction]) -> float:
+def _traffic_of_fusion(fusion: _Instruction, computations: dict[str, list[_Instruction]]) -> float:
     """`_traffic` of a fusion: its result and its parameters. Of those that it slices or updates in place, only the slice or the
     update counts; those that it only hands on, such as the arrays of an asynchronous collective, do not."""
+    body = computations[fusion.callees[0]]
     by_name = {i.name: i for i in body}
     written, total, result = fusion.hbm, 0.0, body[-1]
     outputs = [by_name[operand] for operand in result.operands] if result.op == "tuple" else []
@@ -264,19 +265,39 @@ def _traffic_of_fusion(fusion: _Instruction, body: list[_Instruction]) -> float:
         if instruction.op in _UPDATED and instruction.size <= written:
             written -= instruction.size - by_name[instruction.operands[_UPDATED[instruction.op]]].size
     for parameter in (i for i in body if i.op == "parameter" and i.hbm):
-        names = {parameter.name}
-        for instruction in body:  # operands stand before their users
-            if instruction.op == "bitcast" and instruction.operands[0] in names:
-                names.add(instruction.name)
-        users = [i for i in body if i.op != "bitcast" and names & set(i.operands)]
-        if handed_on and all(user is result or user in handed_on for user in users):
-            continue
-        only_first_operand = all(u.operands[0] in names and not names & set(u.operands[1:]) for u in users)
-        if users and only_first_operand and all(u.op in _SLICED for u in users):
-            total += min(parameter.hbm, sum(u.size for u in users))
-        elif not (users and only_first_operand and all(u.op in _UPDATED for u in users)):
-            total += parameter.hbm
+        _, users = _users(parameter, body)
+        if not (handed_on and all(user is result or user in handed_on for user in users)):
+            total += min(parameter.hbm, _bytes_read(parameter, body, computations))
     return total + written
+
+
+def _users(array: _Instruction, body: list[_Instruction]) -> tuple[set[str], list[_Instruction]]:
+    """The names of an array in a computation, which bitcasts give it, and the instructions that use it."""
+    names = {array.name}
+    for instruction in body:  # operands stand before their users
+        if instruction.op == "bitcast" and instruction.operands[0] in names:
+            names.add(instruction.name)
+    return names, [i for i in body if i.op != "bitcast" and names & set(i.operands)]
+
+
+def _bytes_read(
+    parameter: _Instruction, body: list[_Instruction], computations: dict[str, list[_Instruction]]
+) -> float:
+    """Bytes that the body of a fusion reads of a parameter: of a slice the slice, of an update in place nothing, and of a fusion
+    inside what that one reads."""
+    names, users = _users(parameter, body)
+    total = 0.0 if users else parameter.size
+    for user in users:
+        at = [i for i, operand in enumerate(user.operands) if operand in names]
+        if user.op == "fusion":
+            inner = computations[user.callees[0]]
+            inputs = {int(i.attributes.split(")")[0]): i for i in inner if i.op == "parameter"}
+            total += sum(_bytes_read(inputs[i], inner, computations) for i in at)
+        elif at == [0] and user.op in _SLICED:
+            total += user.size
+        elif not (at == [0] and user.op in _UPDATED):
+            total += parameter.size
+    return total
 
 
 def matmul_flops(jaxpr: Any, loops: bool = True) -> float:
