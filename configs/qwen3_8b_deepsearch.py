@@ -1,7 +1,7 @@
 """APPO of Qwen3-8B on deep search, with web search and python.
 
 Source: arXiv 2606.12384, deep search. 5 epochs over hard_search_1k.parquet: 41 steps.
-Hardware: TPU v5p:2x4x4 (32 chips): 39 of 96 GiB each, as planned. The paper used 8 H100.
+Hardware: TPU v5p:2x4x4 (32 chips): 42 of 96 GiB each, as planned. The paper used 8 H100.
 Expected: GAIA average 42.7 (GRPO 32.0, ARPO 38.8).
 The weights are those of a cold start: SFT on tool-use traces, lr 7e-6, batch 128, weight decay 0.1, 3 epochs, length 4096.
 
@@ -31,6 +31,12 @@ config = dataclasses.replace(
     policy=PolicyConfig(path="artifacts/qwen3_8b_sft", architecture=architecture),  # after the cold start
     data=DataConfig(source="appo_rl", path="artifacts/appo_rl/hard_search_1k.parquet"),
     tools=dataclasses.replace(paper.tools, search=search),
-    rollout=dataclasses.replace(paper.rollout, max_response_tokens=8192, max_result_tokens=1024, max_tool_calls=10),
-    mesh=MeshConfig(fsdp=16, tensor=2),
+    rollout=dataclasses.replace(
+        paper.rollout,
+        max_response_tokens=8192,
+        max_result_tokens=1024,
+        max_tool_calls=10,
+        decode_rows=512,  # all initial rollouts of a step at once
+    ),
+    mesh=MeshConfig(data=4, fsdp=1, tensor=8),
 )
