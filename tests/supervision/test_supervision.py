@@ -25,6 +25,7 @@ Start = Callable[..., subprocess.Popen[str]]
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start a program of programs.py; the run directory is tmp_path / "run"."""
     started: list[subprocess.Popen[str]] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests started under nohup ignore it, and so would the programs
 
     def run(name: str, *settings: str) -> subprocess.Popen[str]:
         command = [sys.executable, PROGRAMS, name, str(tmp_path / "run"), *settings]
@@ -32,6 +33,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         return started[-1]
 
     yield run
+    signal.signal(signal.SIGHUP, before)
     for process in started:
         process.kill()
 
