@@ -25,7 +25,8 @@ Start = Callable[..., subprocess.Popen[str]]
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start a program of programs.py; the run directory is tmp_path / "run"."""
     started: list[subprocess.Popen[str]] = []
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests started under nohup ignore it, and so would the programs
+    # Tests that are started under nohup ignore this signal, and so would the programs.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def run(name: str, *settings: str) -> subprocess.Popen[str]:
         command = [sys.executable, PROGRAMS, name, str(tmp_path / "run"), *settings]
