@@ -29,10 +29,8 @@ def test_the_quickstarts_shapes() -> None:
     # 3 rows of 136 tokens are less than 512, 4 are more; each of 3 devices has 3. They are joined to rows of at most 1,024.
     assert (shapes.packed(32), shapes.packed(2), shapes.packed(32, 16)) == ((1, 408), (1, 272), (4, 544))
     assert Shapes(QUICKSTART, BranchingConfig(), shards=3).packed(32) == (3, 408)
-    assert Shapes(dataclasses.replace(QUICKSTART, max_response_tokens=1000), BranchingConfig()).packed(32, 4) == (
-        4,
-        1024,
-    )
+    long = dataclasses.replace(QUICKSTART, max_response_tokens=1000)
+    assert Shapes(long, BranchingConfig()).packed(32, 4) == (4, 1024)
     assert Shapes(QUICKSTART, BranchingConfig(), shards=3).initial(16, 4).append_rows == 9
 
 
