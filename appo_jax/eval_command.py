@@ -186,7 +186,7 @@ def _kept(file: Path, items: Sequence[Item], setting: Mapping[str, Any]) -> dict
             raise ConfigError(f"{file} holds samples of another question with the id {item.id!r}; give another --out")
         own = ("id", "question", "prediction")
         samples[item.id] = [
-            Sample(record["prediction"], {key: value for key, value in record.items() if key not in own})
+            Sample.of_line(record["prediction"], {key: value for key, value in record.items() if key not in own})
             for record in found
         ]
     lines = [head, *(record for found in whole.values() for record in found)]

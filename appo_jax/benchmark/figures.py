@@ -154,7 +154,7 @@ def _grouped(
 
 
 def _rollout_figures(graded: Sequence[Graded]) -> dict[str, Any]:
-    """Tool calls, tokens, time and stop reasons of the predictions that come from rollouts of ours."""
+    """Tool calls, tokens, time and stop reasons of the predictions that are rollouts of ours."""
     found = [
         (sample.rollout, verdict)
         for g in graded
@@ -173,7 +173,7 @@ def _rollout_figures(graded: Sequence[Graded]) -> dict[str, Any]:
         "calls_per_right_answer": len(calls) / right if right else None,
         "calls": dict(sorted(Counter(f"{call['name']}/{call['outcome']}" for call in calls).items())),
         "tokens_per_prediction": tokens / len(found),
-        "seconds_per_question": seconds / sum(bool(g.verdicts) for g in graded),
+        "seconds_per_question": seconds / sum(any(sample.rollout for sample in g.samples) for g in graded),
         "tokens_per_second_of_decoding": tokens / decoding if decoding else None,
         "stop_reasons": dict(sorted(Counter(rollout["stop_reason"] for rollout, _ in found).items())),
     }

@@ -14,6 +14,8 @@ from appo_jax.errors import DataError
 
 # The fields that may hold a prediction. `answer` is none of them: in most files of results it is the gold.
 TEXT = ("prediction", "response", "output", "text")
+# What `evaluate.draw_samples` says about a rollout, beside its text.
+ROLLOUT = ("calls", "tokens", "stop_reason", "seconds", "decode_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,13 @@ class Sample:
     """The facts about the rollout of ours that it comes from (`evaluate.draw_samples`). Empty: it was made elsewhere."""
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The other fields of its line in a file of predictions."""
+
+    @classmethod
+    def of_line(cls, text: str, fields: dict[str, Any]) -> Sample:
+        """A sample with the other fields of its line: the facts about a rollout of ours are among them, or it has none."""
+        ours = set(ROLLOUT) <= fields.keys() and isinstance(fields["calls"], list)
+        rollout = {name: fields[name] for name in ROLLOUT} if ours else {}
+        return cls(text, rollout, {name: value for name, value in fields.items() if name not in rollout})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +80,7 @@ def _predictions(number: int, record: Any) -> tuple[str, list[Sample]]:
         if text is not None and (isinstance(text, bool) or not isinstance(text, str | int | float)):
             raise ValueError(f"field {name}: expected a text, a number, null or a list of these, got {text!r}"[:300])
     others = {key: value for key, value in record.items() if key not in ("id", *TEXT)}
-    return str(record["id"]), [Sample("" if text is None else str(text), record=others) for text in texts]
+    return str(record["id"]), [Sample.of_line("" if text is None else str(text), others) for text in texts]
 
 
 def check_samples(samples: dict[str, list[Sample]], unknown: list[str]) -> Predictions:
