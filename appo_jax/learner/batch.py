@@ -85,6 +85,12 @@ def make_terms(
         advantages = scaled_by_entropy(
             advantages, padded(measured.entropies), loss_mask, algorithm.advantage.entropy_weight
         )
+    later = None
+    if algorithm.trains_later_branches:
+        own = [[np.full(rollout.length, not rollout.is_initial) for rollout in tree] for tree in trees]
+        first, branches = [tree[: algorithm.initial] for tree in own], [tree[algorithm.initial :] for tree in own]
+        by_tree = scoring.of_drawers(trees, first, branches)
+        later = scoring.padded([x for xs in by_tree for x in algorithm.trained(xs)], rows, length)
     terms = Terms(
         weights=weights(loss_mask, loss.aggregation),
         advantages=advantages,
@@ -92,6 +98,7 @@ def make_terms(
         ref_log_probs=None if measured.ref_log_probs is None else padded(measured.ref_log_probs),
         surrogate_weights=weights(kept, loss.aggregation) if algorithm.drops_dual_clipped else None,
         kl_weights=weights(loss_mask, "seq_mean") if algorithm.adds_kl else None,
+        later=later,
     )
     return terms, [base[i][every_sampled[i]] for i in range(len(rollouts))]
 
@@ -121,10 +128,12 @@ def cut(tree: Any, at_once: int, parts: int) -> Any:
 
 
 def _packed(terms: Terms, packing: Packing) -> Terms:
-    """Move the terms `[R, T]` of rollouts to the slots of packed rows that predict their tokens, `[2, R, T]`.
+    """Move the terms `[R, T]` of rollouts to the slots of packed rows that predict their tokens, `[C, R, T]`.
 
-    A token that several rollouts share has one log ρ and one advantage per rollout. Every surrogate is |A| times its value at
-    the sign of A. So the rollouts with A ≥ 0 become one term (index 0) and those with A < 0 another (index 1). A term has the
+    A token that several rollouts share has one advantage per rollout, and one log ρ if one policy drew it for all of them. Every
+    surrogate is |A| times its value at the sign of A. So the rollouts with A ≥ 0 become one term (index 0) and those with A < 0
+    another (index 1). If a branch that π_θ drew may be trained on, it can have drawn its parent's token again, with another log
+    ρ: what π_θ drew has terms of its own (2 and 3). C is 2 or 4. A term has the
     sum of its rollouts' weights and the weighted mean of their advantages. This changes neither the loss nor its gradient. It
     changes the clip fraction: where a rollout with A = 0 shares a token with one that has A > 0, both count as clipped if that
     one is.
@@ -135,10 +144,13 @@ def _packed(terms: Terms, packing: Packing) -> Terms:
     on = terms.weights[rollout, token] > 0
     rollout, token, slot, row = rollout[on], token[on], slot[on], row[on]
     advantages = terms.advantages[rollout, token]
-    at = (advantages < 0).astype(int), row, slot
+    term = (advantages < 0).astype(int)
+    if terms.later is not None:
+        term += 2 * terms.later[rollout, token]
+    at = term, row, slot
 
     def added(values: np.ndarray) -> np.ndarray:
-        out = np.zeros((2, *packing.rows.tokens.shape))  # float64: the value of an unshared token is not rounded
+        out = np.zeros((2 if terms.later is None else 4, *packing.rows.tokens.shape))  # float64: the value of an unshared token is not rounded
         np.add.at(out, at, values)
         return out
 

@@ -16,7 +16,7 @@ from appo_jax.config import LossConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """The inputs of the loss for each token. All are float32 of one shape: `[R, T]` of rollouts, or that of packed rows."""
+    """The inputs of the loss for each token. All but `later` are float32 of one shape: `[R, T]` of rollouts, or that of packed rows."""
 
     weights: Any  # weight of the token in the loss; 0 outside the loss mask
     advantages: Any
@@ -25,6 +25,7 @@ class Terms:
     surrogate_weights: Any = None  # weights of the surrogate; None: `weights`
     kl_weights: Any = None  # weights of the KL term; None: `weights`
     counts: Any = None  # how many rollouts share a packed token; None: 1 where the weight is positive
+    later: Any = None  # of rollouts, bool: whether π_θ drew the token, and not π_old. None: π_old drew all of them
 
 
 def token_weights(

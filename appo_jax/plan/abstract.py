@@ -83,7 +83,7 @@ class Arrays:
 
     def batch(self, parts: int, shape: PackedShape, algorithm: Algorithm) -> TrainBatch:
         """The mini-batch of an update: `parts` micro-batches of packed rows of this shape."""
-        floats = self.rows((parts, 2, *shape), jnp.float32)
+        floats = self.rows((parts, 4 if algorithm.trains_later_branches else 2, *shape), jnp.float32)
         terms = Terms(
             floats, floats, floats,
             ref_log_probs=floats if algorithm.scores_reference else None,

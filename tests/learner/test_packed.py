@@ -57,22 +57,26 @@ def flat(params: Params, texts: list[np.ndarray]) -> tuple[jax.Array, jax.Array]
     return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in (own, -(jnp.exp(log_p) * log_p).sum(-1)))
 
 
-def make_case(params: Params, loss: LossConfig) -> tuple[list[np.ndarray], Terms, np.ndarray]:
-    """Tokens, terms and π_θ's log-probs. If rollouts share a token, its log π_old and log π_ref are the same."""
+def make_case(params: Params, loss: LossConfig, drawers: int) -> tuple[list[np.ndarray], Terms, np.ndarray]:
+    """Tokens, terms and π_θ's log-probs. If rollouts share a token, its log π_ref is the same, and so is its log π_old if one
+    policy drew it for all of them. Of two drawers, the second one drew every other rollout from token 6 on."""
     rng = np.random.default_rng(0)
     texts = trees(rng)
     mask = np.array([(np.arange(T) >= 3) & (np.arange(T) < len(x)) & (np.arange(T) % 7 != 6) for x in texts])
     new = np.asarray(flat(params, texts)[0])
-    known: dict[bytes, float] = {}
+    later = np.zeros_like(mask)
+    later[1::2, 6:] = drawers == 2
+    known: dict[tuple[bytes, bool], float] = {}
 
-    def moved(choices: list[float]) -> np.ndarray:
+    def moved(choices: list[float], drawer: np.ndarray) -> np.ndarray:
         known.clear()
         out = np.zeros_like(new)
         for (r, t), x in np.ndenumerate(new):
-            out[r, t] = x - known.setdefault(texts[r][: t + 1].tobytes(), rng.choice(choices))
+            out[r, t] = x - known.setdefault((texts[r][: t + 1].tobytes(), drawer[r, t]), rng.choice(choices))
         return out
 
-    old, ref = moved([-1.5, -0.4, -0.1, 0.05, 0.1, 0.3, 1.0, 1.5]), moved([-0.5, 0.2, 1.0])
+    old = moved([-1.5, -0.4, -0.1, 0.05, 0.1, 0.3, 1.0, 1.5], later)
+    ref = moved([-0.5, 0.2, 1.0], np.zeros_like(later))
     advantages = (rng.choice([-2.0, -0.5, 1.0, 1.5], len(texts))[:, None] * rng.uniform(1, 1.6, mask.shape)).astype(
         np.float32
     )
@@ -81,13 +85,18 @@ def make_case(params: Params, loss: LossConfig) -> tuple[list[np.ndarray], Terms
         token_weights(mask, 5, 3, "paper"), advantages, old, ref if loss.kl_weight else None,
         None if kept is None else token_weights(kept, 5, 3, "paper"),
         token_weights(mask, 5, 3, "seq_mean") if loss.kl_weight and loss.kl_in == "outside" else None,
+        later=later if drawers == 2 else None,
     ), new  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "length", "at_once"), [("clip", T, 2), ("gppo", 4 * T, 1)])
-def test_loss_and_gradient_are_those_of_the_flat_batch(params: Params, name: str, length: int, at_once: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "length", "at_once", "drawers"), [("clip", T, 2, 1), ("gppo", 4 * T, 1, 1), ("clip", 4 * T, 1, 2)]
+)
+def test_loss_and_gradient_are_those_of_the_flat_batch(
+    params: Params, name: str, length: int, at_once: int, drawers: int
+) -> None:
     loss = LOSSES[name]
-    texts, terms, new = make_case(params, loss)
+    texts, terms, new = make_case(params, loss, drawers)
 
     def unpacked(params: Params, terms: Terms) -> tuple[jax.Array, dict[str, jax.Array]]:
         log_probs, entropies = flat(params, texts)

@@ -29,7 +29,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Runs of training compile far more than they compute: quickly, as in tests/conftest.py, and once for all cases (main).
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import jax
 import tiny
 
 import appo_jax.train  # noqa: F401 - what hosts import, once for all of them: they are forked
@@ -206,9 +211,11 @@ def main() -> int:
         "| fault | hosts | moments | median s | longest s | as it should be |\n|---|---:|---:|---:|---:|---:|",
         flush=True,
     )
-    with tempfile.TemporaryDirectory() as name, multiprocessing.get_context("fork").Pool(options.at_once) as pool:
-        folder = Path(name)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{Path(__file__).parents[2]}"
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+        pool = stack.enter_context(multiprocessing.get_context("fork").Pool(options.at_once))
         for fault in options.faults:
             for hosts in options.hosts:
                 config = training(folder, hosts) if fault in TRAINING else None
