@@ -7,6 +7,7 @@ turns, with or without such tags. In all cases, the trace is written in the run'
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +29,13 @@ _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "developer": "system",
     "observation": "tool", "tool": "tool", "function": "tool", "function_response": "tool", "function_call": "call",
 }  # fmt: skip
-_RESULT = re.compile(r"[ \t]*\n?[ \t]*<(result|tool_response)>\n?(.*?)\n?</\1>\n?", re.DOTALL)
+# The tags of both formats, of ReTool, of Search-R1 and of others.
+_RESULT = re.compile(
+    r"[ \t]*\n?[ \t]*<(result|tool_response|interpreter|information|observation)>\n?(.*?)\n?</\1>\n?", re.DOTALL
+)
 _ONLY_A_RESULT = re.compile(rf"\s*{_RESULT.pattern}\s*", re.DOTALL)
 _CLOSING = re.compile(r"</([\w.-]+)>\s*\Z")
+_OUTPUT = re.compile(r"^```output\b", re.MULTILINE)
 
 
 def read_traces(
@@ -79,7 +84,11 @@ class _Writer:
     def __init__(self, call_format: CallFormat, system_prompt: str | None):
         self.format, self.system_prompt = call_format, system_prompt
         self.known = {tool.name: tool for tool in call_format.tools}
-        self.tags, self.json = TagFormat(call_format.tools), JsonFormat(call_format.tools)
+        for tool in call_format.tools:
+            if "run_python" in tool.skills:
+                self.known.setdefault("code", tool)  # as ReTool calls it
+        named = tuple(dataclasses.replace(tool, name=name) for name, tool in self.known.items())
+        self.tags, self.json = TagFormat(named), JsonFormat(named)
 
     def trace(self, record: Any, name: str) -> Trace:
         """The trace of a record. Raises CannotDemonstrate, KeyError, TypeError or ValueError."""
@@ -124,7 +133,10 @@ class _Writer:
         yield Segment(written, sampled=True)
 
     def without_call(self, text: str) -> str:
-        """`text`. Raises CannotDemonstrate if a call ends in it, because sampling would pause there for a result."""
+        """`text`. Raises CannotDemonstrate if a call ends in it, because sampling would pause there for a result, and if it holds
+        what a tool printed."""
+        if _OUTPUT.search(text):
+            raise CannotDemonstrate("a result stands in the policy's text, after ```output")
         if any(stop in text for stop in (*self.tags.stop_strings, *self.json.stop_strings)):
             raise CannotDemonstrate("a call has no result")
         return text
@@ -138,7 +150,7 @@ class _Writer:
                 raise CannotDemonstrate(f"it calls {found.name[:40]!r}, which is no tool of the run")
             openings = [mark.start() for mark in re.finditer(f"<(?:tool_call|{re.escape(found.name)})>", text)]
             start = next(at for at in reversed(openings) if notation.parse(text[at:]) == found)
-            return text[:start], found
+            return text[:start], Call(self.known[found.name].name, found.argument)
         closing = _CLOSING.search(text)
         if closing is None:
             raise CannotDemonstrate("a result follows no call")
@@ -154,7 +166,7 @@ class _Writer:
         argument = read_argument(self.known[name], call["arguments"])
         if isinstance(argument, Problem):
             raise CannotDemonstrate(f"a call's {argument}")
-        return Call(name, argument)
+        return Call(self.known[name].name, argument)
 
     def with_call(self, text: str, call: Call) -> str:
         """A turn of the policy in the run's call format: `text` and the call at its end."""

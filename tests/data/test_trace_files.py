@@ -259,6 +259,52 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path, record, reaso
     assert told == {"count": 1, "first": ["traces-1"]}
 
 
+RETOOL = "I compute.\n<code>\n```python\nprint(6*7)\n```\n</code>\n<interpreter>\n42\n</interpreter>\n<answer>\\boxed{42}</answer>"
+SEARCH_R1 = (
+    "<think>T</think>\n<search> who </search>\n\n<information>Doc 1: him</information>\n\n<answer> him </answer>"
+)
+
+
+def runs_code(**attributes):
+    tool = FunctionTool(str, attributes.pop("name"))
+    vars(tool).update(attributes)
+    return ToolExecutor([tool], ToolsConfig())
+
+
+def test_results_of_retool_and_search_r1_are_not_the_policys_text(tmp_path):
+    with runs_code(name="py", skills=("run_python",)) as executor:
+        (trace,), _ = read(tmp_path, executor.call_format, conversation(RETOOL))
+    assert trace.segments == (
+        Segment("I compute.\n<py>\n```python\nprint(6*7)\n```\n</py>", True),
+        Segment(" <result>\n42\n</result>", False),
+        Segment("<answer>\\boxed{42}</answer>", True),
+    )
+    with runs_code(name="search") as executor:
+        (trace,), _ = read(tmp_path, executor.call_format, conversation(SEARCH_R1))
+    assert trace.segments == (
+        Segment("<think>T</think>\n<search> who </search>", True),
+        Segment(" <result>\nDoc 1: him\n</result>", False),
+        Segment("\n<answer> him </answer>", True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "skills", "reason"),
+    [
+        (RETOOL, (), "it calls 'code', which is no tool of the run"),
+        (RETOOL.partition("<interpreter>")[0] + "A", ("run_python",), "a call has no result"),
+        (SEARCH_R1, (), "it calls 'search', which is no tool of the run"),
+        (SEARCH_R1.replace("information", "observation"), (), "it calls 'search', which is no tool of the run"),
+        ("```python\n1\n```\n```output\n1\n```\nA", (), "a result stands in the policy's text, after ```output"),
+    ],
+)
+def test_such_traces_are_left_out_if_the_run_lacks_the_tool(tmp_path, text, skills, reason):
+    with runs_code(name="py", skills=skills) as executor:
+        traces, left_out = read(tmp_path, executor.call_format, conversation(text), conversation("B"))
+    assert [trace.segments for trace in traces] == [(Segment("B", True),)]
+    assert str(left_out) == f"1: {reason}"
+
+
 @pytest.mark.parametrize("said", ["I write <tool_call> and then ", "Is <py> better? "])
 def test_a_tag_before_a_call_belongs_to_the_text(tmp_path, call_format, said):
     """In tags, two opening tags make the call malformed."""
