@@ -98,7 +98,9 @@ class _Writer:
         if self.system_prompt is not None:
             system = self.system_prompt
         elif system is not None and record.get("tools") and TOOLS_PLACE not in system and self.format.instructions():
-            system = f"{system}\n{TOOLS_PLACE}"  # LLaMA-Factory describes the tools of a record after its system prompt
+            system = (
+                f"{system}\n{TOOLS_PLACE}" if system else TOOLS_PLACE
+            )  # LLaMA-Factory describes the tools of a record after its system prompt
         example = Example(
             str(record.get("id") or name), question, accepted_answers(record.get("answer")),
             "math" if record.get("kind") == "math" else "qa", SYSTEM_PROMPT if system is None else system,
@@ -190,7 +192,7 @@ def _conversation(record: Any) -> tuple[str | None, str, list[dict[str, Any]]]:
         if record.get("history"):
             raise ValueError(f"expected one question, at the beginning; it has {len(record['history']) + 1}")
         question = "\n".join(text for text in (record["instruction"], record.get("input")) if text)
-        return system or None, question, [{"role": "assistant", "content": record["output"]}]
+        return system, question, [{"role": "assistant", "content": record["output"]}]
     listed = record["messages"] if "messages" in record else record["conversations"]
     messages = [_message(entry) for entry in listed]
     for message in messages[2:]:
@@ -203,7 +205,7 @@ def _conversation(record: Any) -> tuple[str | None, str, list[dict[str, Any]]]:
         raise ValueError(f"expected one question, at the beginning; it has {roles.count('user')}")
     if "system" in roles:
         raise ValueError("a system message stands in its middle")
-    return system or None, messages[0]["content"], messages[1:]
+    return system, messages[0]["content"], messages[1:]
 
 
 def _message(entry: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from test_pipeline import Letters
 
 from appo_jax.config import ToolsConfig
 from appo_jax.data.demonstrations import LeftOut
+from appo_jax.data.examples import SYSTEM_PROMPT
 from appo_jax.data.pipeline import encode_trace
 from appo_jax.data.trace_files import read_traces
 from appo_jax.errors import DataError
@@ -317,6 +318,25 @@ def test_a_tag_before_a_call_belongs_to_the_text(tmp_path, call_format, said):
         assert traces[0].segments[0].text == said + notation.render_call("py", "1+1")
 
 
+EMPTY_MESSAGE = {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "Q"}, ANSWERED]}
+
+
+@pytest.mark.parametrize(
+    ("record", "system"),
+    [
+        (conversation("A", system=""), ""),  # as `sft --collect` writes it for the embedded world
+        (EMPTY_MESSAGE, ""),
+        ({"instruction": "Q", "output": "A", "system": ""}, ""),
+        (conversation("A", system=None), SYSTEM_PROMPT),
+        (conversation("A"), SYSTEM_PROMPT),
+    ],
+)
+def test_an_empty_system_prompt_stays_empty_and_a_missing_one_is_the_default(tmp_path, call_format, record, system):
+    _, notation = call_format
+    (trace,), _ = read(tmp_path, notation, record)
+    assert trace.example.system == system.replace("{tools}", notation.instructions())
+
+
 def test_repeated_traces_system_prompts_and_golds(tmp_path):
     with ToolExecutor([FunctionTool(str, "py")], ToolsConfig()) as executor:
         notation = executor.call_format
@@ -327,6 +347,8 @@ def test_repeated_traces_system_prompts_and_golds(tmp_path):
         assert str(left_out) == "1: it repeats an earlier trace"
         (trace,), _ = read(tmp_path, notation, conversation("A", system="S", tools='[{"name": "py"}]'))
         assert trace.example.system == f"S\n{notation.instructions()}"
+        (trace,), _ = read(tmp_path, notation, conversation("A", system="", tools='[{"name": "py"}]'))
+        assert trace.example.system == notation.instructions()
         (trace,), _ = read(tmp_path, notation, *records, system_prompt="mine")
         assert trace.example.system == "mine"
     with pytest.raises(DataError, match=r"no trace in them can be used \(1: it has no field 'conversations'\)"):
