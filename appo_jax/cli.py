@@ -7,7 +7,6 @@ before jax is imported: exit code 2 for a bad command line or config, 1 for erro
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import logging
@@ -152,15 +151,10 @@ def _study(args: Sequence[str]) -> None:
             use one job per core.
             report: Start no runs; only write the table and the figure of the finished ones.
         """
-        from appo_jax.study.definition import check_study, load_study
+        from appo_jax.study.definition import check_kept_runs, load_study
 
-        chosen = load_study(config)
-        if unknown := [arm for arm in arms if arm not in chosen.arms]:
-            raise ConfigError(f"--arms {unknown[0]}: not an arm of {config}; it has {', '.join(chosen.arms)}")
-        chosen = dataclasses.replace(
-            chosen, arms={arm: chosen.arms[arm] for arm in arms or chosen.arms}, seeds=seeds or chosen.seeds
-        )
-        check_study(chosen)
+        chosen = load_study(config, arms, seeds)
+        check_kept_runs(chosen)
         from appo_jax.study.report import write_report
         from appo_jax.study.run import run_study
 

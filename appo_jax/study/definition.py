@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from appo_jax.config import Config
@@ -126,14 +127,20 @@ def check_cold_starts(folders: tuple[str, ...], config: Config, out: str, run_na
         shared_cold_start(config, folders, out, seed)
 
 
-def load_study(path: str | Path) -> Study:
-    """The module-level variable `study` of a python file, checked.
+def load_study(path: str | Path, arms: Sequence[str] = (), seeds: tuple[int, ...] = ()) -> Study:
+    """The module-level variable `study` of a python file, with `arms` and `seeds` alone if they are given; checked.
 
-    Raises ConfigError if the file does not exist or has no study, and for the reasons of `check_study`.
+    Raises ConfigError if the file does not exist, has no study or not all of these arms, and for the reasons of `check_study`.
     """
     study = read_variable(path, "study", Study)
     check_study(study)
-    return study
+    if unknown := [arm for arm in arms if arm not in study.arms]:
+        raise ConfigError(f"--arms {unknown[0]}: not an arm of {path}; it has {', '.join(study.arms)}")
+    chosen = dataclasses.replace(
+        study, arms={arm: study.arms[arm] for arm in arms or study.arms}, seeds=seeds or study.seeds
+    )
+    check_study(chosen)
+    return chosen
 
 
 def check_study(study: Study) -> None:
@@ -172,3 +179,30 @@ def check_study(study: Study) -> None:
         check(study.cold_start(seed))
         for name in study.arms:
             check(study.config(name, seed))
+
+
+def check_kept_runs(study: Study) -> None:
+    """Raise ConfigError if a run that the study's folder holds was made with another config than its arm has now, or does not say
+    with which: its results would be reported as those of the arm. A change of fields that affect nothing, or only rounding, may
+    stay.
+
+    The config.json of a run that is not finished may be damaged: the run writes it again when it goes on.
+    """
+    problems = []
+    for arm, seed in itertools.product(study.arms, study.seeds):
+        folder = study.run_dir(arm, seed)
+        if not (folder / "config.json").exists():
+            continue
+        try:
+            effects = changed_effects(load_config(folder / "config.json"), study.config(arm, seed))
+        except ConfigError as error:
+            if study.finished(arm, seed):
+                problems.append(f"{error}; put the file back, or remove {folder} to make the run again")
+            continue
+        if different := [name for name, effect in effects.items() if effect not in (Affects.NOTHING, Affects.ROUNDING)]:
+            problems.append(
+                f"arm {arm!r}: the run in {folder} was made with other values of {', '.join(different)}; give them back to the "
+                "arm, give another `out`, or remove that run to make it again"
+            )
+    if problems:
+        raise ConfigError.of(problems)

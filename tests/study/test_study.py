@@ -22,7 +22,7 @@ from appo_jax.metrics import read_metrics
 from appo_jax.storage import lock
 from appo_jax.study import report
 from appo_jax.study import run as run_module
-from appo_jax.study.definition import Study, check_study, load_study
+from appo_jax.study.definition import Study, check_kept_runs, check_study, load_study
 from appo_jax.study.run import jobs_left, run_study
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "studies"
@@ -166,6 +166,44 @@ def test_a_run_is_kept_once_its_budget_is_used(base, tmp_path):
     write_run(s.run_dir("appo", 0), 0.5, tokens=120)
     assert s.finished("appo", 0)
     assert not dataclasses.replace(s, max_sampled_tokens=200).finished("appo", 0)
+
+
+STUDY = """
+from appo_jax.config_io import load_config, with_fields
+from appo_jax.study.definition import Study
+study = Study({out!r}, {{"appo": with_fields(load_config({base!r}), {fields!r})}}, seeds=(0, 1), max_sampled_tokens=100)
+"""
+
+
+def test_results_of_another_config_are_not_those_of_an_edited_arm(base, tmp_path, capsys):
+    """Once, the report showed the accuracies of the old learning rate as those of the new one."""
+    s, file = study(base, tmp_path / "out"), tmp_path / "s.py"
+    for seed in s.seeds:
+        write_run(s.run_dir("appo", seed), 0.5)
+        save_config(s.config("appo", seed), s.run_dir("appo", seed) / "config.json")
+
+    def report_with(fields):
+        file.write_text(STUDY.format(out=s.out, base=str(CONFIGS.parent / "quickstart.py"), fields=fields))
+        return main(["study", "--config", str(file), "--report"]), capsys.readouterr()
+
+    assert report_with({"checkpoint_every": 3, "optimizer.micro_batch": 4})[0] == 0
+    code, printed = report_with({"optimizer.learning_rate": 5e-2})
+    assert code == 2
+    assert "appo-1 was made with other values of optimizer.learning_rate; give them back" in printed.err
+    assert main(["study", "--config", str(file)]) == 2  # nor are jobs started, or the report written
+    edited = dataclasses.replace(s, arms={"appo": with_fields(base, {"data.path": "elsewhere"})})
+    with pytest.raises(ConfigError, match=r"appo-0 was made with other values of data\.path"):
+        check_kept_runs(edited)
+
+
+def test_a_finished_run_must_say_with_which_config_it_was_made(base, tmp_path):
+    """One that is not finished writes its damaged config.json again when it goes on."""
+    s = study(base, tmp_path)
+    write_run(s.run_dir("appo", 0), 0.5, tokens=50)
+    (s.run_dir("appo", 0) / "config.json").write_text("{")
+    check_kept_runs(s)
+    with pytest.raises(ConfigError, match=r"config\.json: not valid JSON.*put the file back, or remove .*appo-0"):
+        check_kept_runs(dataclasses.replace(s, max_sampled_tokens=50))
 
 
 def test_a_seed_is_made_in_order_and_what_is_finished_is_left_out(base, tmp_path):
