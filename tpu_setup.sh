@@ -24,7 +24,8 @@ if [[ -n "${TPU_SHARED:-}" ]]; then
   mountpoint -q /mnt/shared || sudo mount -t nfs "$TPU_SHARED" /mnt/shared
 fi
 
+rm -rf build ./*.egg-info # of an earlier version: pip would install its modules again, if they are newer or gone now
 [[ -x .venv/bin/pip ]] || "$python" -m venv .venv # pip comes last: without python3-venv there would be only a python
 .venv/bin/python -m pip install --quiet --upgrade pip
-.venv/bin/python -m pip install --quiet '.[tpu]'
+.venv/bin/python -m pip install --quiet --constraint requirements.txt '.[tpu]'
 .venv/bin/appo-jax doctor

@@ -1,4 +1,4 @@
-"""APPO of Llama-3.1-8B-Instruct on mathematics and multi-hop questions, with python and search.
+r"""APPO of Llama-3.1-8B-Instruct on mathematics and multi-hop questions, with python and search.
 
 Source: arXiv 2606.12384, computational and knowledge-intensive reasoning. 2 epochs over train_10k.parquet: 156 steps.
 Hardware: TPU v6e:4x8 (32 chips): 20.5 of 31.25 GiB each, as planned. The paper used 8 H100.
@@ -6,7 +6,8 @@ Expected: average over ten sets 57.4 (GRPO 51.1, ARPO 55.3).
 The weights are those of a cold start: SFT on tool-use traces, lr 7e-6, batch 128, weight decay 0.1, 3 epochs, length 4096.
 
     appo-jax plan --config configs/llama3_1_8b_reasoning.py --topology v6e:4x8
-    launch/run.sh --config configs/llama3_1_8b_reasoning.py --run-dir /mnt/shared/runs/llama3_1_8b_reasoning
+    launch/run.sh --config configs/llama3_1_8b_reasoning.py --run-dir /mnt/shared/runs/llama3_1_8b_reasoning \
+        --policy.path /mnt/shared/llama3_1_8b_sft --data /mnt/shared/appo_rl --tools.search.url http://10.0.0.3:8000/retrieve
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""APPO of Qwen2.5-7B-Instruct on mathematics and multi-hop questions, with python and search.
+r"""APPO of Qwen2.5-7B-Instruct on mathematics and multi-hop questions, with python and search.
 
 Source: arXiv 2606.12384, computational and knowledge-intensive reasoning. 2 epochs over train_10k.parquet: 156 steps.
 Hardware: TPU v5e:8x8 (64 chips): 9.5 of 15.75 GiB each, as planned. The paper used 8 H100.
@@ -6,7 +6,8 @@ Expected: average over ten sets 62.2 (GRPO 56.5, ARPO 58.3); five QA sets 58.1.
 The weights are those of a cold start: SFT on tool-use traces, lr 7e-6, batch 128, weight decay 0.1, 3 epochs, length 4096.
 
     appo-jax plan --config configs/qwen2_5_7b_reasoning.py --topology v5e:8x8
-    launch/run.sh --config configs/qwen2_5_7b_reasoning.py --run-dir /mnt/shared/runs/qwen2_5_7b_reasoning
+    launch/run.sh --config configs/qwen2_5_7b_reasoning.py --run-dir /mnt/shared/runs/qwen2_5_7b_reasoning \
+        --policy.path /mnt/shared/qwen2_5_7b_sft --data /mnt/shared/appo_rl --tools.search.url http://10.0.0.3:8000/retrieve
 """
 
 import dataclasses

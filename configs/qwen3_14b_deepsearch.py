@@ -1,4 +1,4 @@
-"""APPO of Qwen3-14B on deep search, with web search and python.
+r"""APPO of Qwen3-14B on deep search, with web search and python.
 
 Source: arXiv 2606.12384, deep search. 5 epochs over hard_search_1k.parquet: 41 steps.
 Hardware: TPU v5p:4x4x4 (64 chips): 30 of 96 GiB each, as planned. The paper used 16 H100.
@@ -6,7 +6,8 @@ Expected: GAIA average 46.6 (GRPO 36.9, ARPO 43.7).
 The weights are those of a cold start: SFT on tool-use traces, lr 7e-6, batch 128, weight decay 0.1, 3 epochs, length 4096.
 
     appo-jax plan --config configs/qwen3_14b_deepsearch.py --topology v5p:4x4x4
-    launch/run.sh --config configs/qwen3_14b_deepsearch.py --run-dir /mnt/shared/runs/qwen3_14b_deepsearch
+    TPU_ENV=SERPER_API_KEY launch/run.sh --config configs/qwen3_14b_deepsearch.py --run-dir /mnt/shared/runs/qwen3_14b_deepsearch \
+        --policy.path /mnt/shared/qwen3_14b_sft --data /mnt/shared/appo_rl/hard_search_1k.parquet
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Start one command on all workers under a supervisor. Arguments are those of `appo-jax train`:
 #
-#   launch/run.sh --config configs/qwen2_5_7b_reasoning.py --run-dir /mnt/shared/runs/qwen
+#   launch/run.sh --config configs/qwen2_5_7b_reasoning.py --policy.path /mnt/shared/qwen2_5_7b_sft --data /mnt/shared/appo_rl \
+#       --tools.search.url http://10.0.0.3:8000/retrieve --run-dir /mnt/shared/runs/qwen
 #
 #   TPU_RETRIES  restarts after a crash before systemd gives up (default 20)
 #   TPU_ENV      names of variables of this shell that the command gets, e.g. "OPENAI_API_KEY XLA_FLAGS". Their values are copied in

@@ -2,21 +2,23 @@
 # Run a sweep on several slices. Each slice is a separate queued resource, TPU_NAME-0, TPU_NAME-1, …, on which a worker takes trials
 # from the sweep's folder on the shared storage. Arguments are those of `appo-jax sweep`; variables are those of create and setup:
 #
-#   TPU_TYPE=v6e-8 TPU_WORKERS=4 launch/sweep.sh --config configs/sweeps/quickstart.py
+#   export TPU_TYPE=v6e-1 TPU_WORKERS=4
+#   launch/sweep.sh --config configs/sweeps/slices.py
 #   until launch/sweep.sh --config … ; [[ $? == [23] ]]; do sleep 60; done      # replaces slices that are taken away, until all end
 #   launch/sweep.sh delete                                    # gives all slices back
 #
-#   TPU_WORKERS  number of slices (default 2), each of one host: a worker trains on the devices of its own machine
+#   TPU_WORKERS  number of slices, each of one host: a worker trains on the devices of its own machine
 #
 # Exit codes are those of resume.sh: 3 if the workers on all slices have ended, 2 if a variable is missing on any, else 1 if one failed.
 source "$(dirname "$0")/common.sh"
 here=$(dirname "$0")
-(($# > 0)) || { echo "sweep.sh: give the arguments of 'appo-jax sweep', e.g. --config configs/sweeps/quickstart.py" >&2; exit 2; }
+(($# > 0)) || { echo "sweep.sh: give the arguments of 'appo-jax sweep', e.g. --config configs/sweeps/slices.py" >&2; exit 2; }
 ((slices == 1)) || { echo "sweep.sh: TPU_SLICES is $slices; a worker of a sweep has one slice; TPU_WORKERS is their number" >&2; exit 2; }
-[[ $1 == delete ]] || require TPU_TYPE TPU_RUNTIME
+[[ $1 == delete ]] || require TPU_TYPE TPU_RUNTIME TPU_WORKERS
+require TPU_WORKERS # with a smaller number, `delete` would leave slices that go on, and cost
 
 workers=() failed=() ended=0 worst=1
-for ((i = 0; i < ${TPU_WORKERS:-2}; i++)); do
+for ((i = 0; i < TPU_WORKERS; i++)); do
   if [[ $1 == delete ]]; then
     TPU_NAME=$TPU_NAME-$i "$here/stop.sh" delete &
   else

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -42,14 +43,17 @@ if [[ $* == *" describe "* ]]; then
   [[ $state != OFFLINE ]] || { echo "ERROR: Unable to connect" >&2; exit 1; }
   echo "$state"
 fi
-if [[ $* == *" scp "* && $6 == *.tar.gz ]]; then tar -tzf "$5" > "$CALLS.files"; fi
+if [[ $* == *" scp "* && $6 == *.tar.gz ]]; then
+  tar -tzf "$5" > "$CALLS.files"
+  [[ -z "${WORKERS:-}" ]] || for i in 0 1; do cp "$5" "$WORKERS/$i/${6#*:}"; done
+fi
 if [[ $* == *" scp "* && $6 == *.env.new && -n "${WORKERS:-}" ]]; then
   for i in 0 1; do cp "$5" "$WORKERS/$i/${6#*:}"; done
 fi
 if [[ $* == *not-started* && -z "${WORKERS:-}" && "$5" != "${STARTED:-}" ]]; then echo not-started; fi
 if [[ $* == *" ssh "* && -n "${WORKERS:-}" && ( -z ${NO_SETUP:-} || $* != *tpu_setup.sh* ) ]]; then
   [[ -z ${BY_NODE:-} ]] || ONLY=${5##*-}  # node pod-1 is worker 1
-  for i in ${ONLY:-0 1}; do HOME=$WORKERS/$i OMPI_COMM_WORLD_RANK=$i bash -c "${@: -1}" & workers+=($!); done
+  for i in ${ONLY:-0 1}; do (cd "$WORKERS/$i" && HOME=$PWD OMPI_COMM_WORLD_RANK=$i exec bash -c "${@: -1}") & workers+=($!); done
   for worker in "${workers[@]}"; do wait "$worker"; done
 fi
 """
@@ -92,7 +96,7 @@ esac
 @pytest.fixture
 def launch(tmp_path):
     (tmp_path / "bin").mkdir()
-    command, journal = '#!/bin/sh\nexec "$@"\n', '#!/bin/sh\ntail -1 "$HOME/journal"\n'
+    command, journal = '#!/bin/sh\nexec env "$@"\n', '#!/bin/sh\ntail -1 "$HOME/journal"\n'
     programs = {"gcloud": GCLOUD, "systemd-run": SYSTEMD_RUN, "systemctl": SYSTEMCTL, "sudo": command}
     for name, text in (programs | {"journalctl": journal}).items():
         (tmp_path / "bin" / name).write_text(text)
@@ -154,6 +158,61 @@ def test_setup_copies_the_commit_to_every_worker_of_every_slice(launch, tmp_path
     assert sorted(call.split()[4] for call in commands) == ["pod-0", "pod-1"]
     assert all("TPU_SHARED=10.0.0.2:/share bash tpu_setup.sh" in call for call in commands)
     assert {"tpu_setup.sh", "pyproject.toml", "appo_jax/cli.py"} <= set((tmp_path / "calls.files").read_text().split())
+
+
+# A worker's own python. It lets setuptools build the package where it lies, as pip does, and installs what was built.
+PYTHON = """#!/bin/sh
+echo "$*" >> pip.calls
+case "$*" in *.\\[tpu\\]*)
+  "{python}" -c 'import setuptools; setuptools.setup()' --quiet egg_info build && rm -rf installed && cp -r build/lib installed ;;
+esac
+"""
+
+
+def test_setup_goes_back_to_an_earlier_commit(launch, workers, tmp_path):
+    """Once, modules of a later commit were installed again: the newer files in build/ won, and so did those deleted since."""
+    pytest.importorskip("setuptools")
+    folder, variables = workers
+    (tmp_path / "bin/apt-get").symlink_to("/bin/true")
+    for i in range(2):
+        python = folder / str(i) / "appo_jax/.venv/bin/python"
+        python.write_text(PYTHON.format(python=sys.executable))
+        python.chmod(0o755)
+        (python.parent / "pip").symlink_to("/bin/true")
+        (python.parent / "appo-jax").unlink()
+        (python.parent / "appo-jax").symlink_to("/bin/true")
+        (folder / str(i) / "appo_jax/runs").mkdir()
+    repository = tmp_path / "repository"
+    shutil.copytree(ROOT / "launch", repository / "launch")
+    shutil.copy(ROOT / "tpu_setup.sh", repository)
+    (repository / "setup.cfg").write_text("[metadata]\nname = toy\n[options]\npackages = appo_jax\n")
+    package = repository / "appo_jax"
+    package.mkdir()
+
+    def git(*args: str, at: str) -> None:
+        who = [x for name in ("user.name=t", "user.email=t@t") for x in ("-c", name)]
+        dates = {"GIT_COMMITTER_DATE": at, "GIT_AUTHOR_DATE": at}
+        subprocess.run(["git", *who, *args], cwd=repository, env=os.environ | dates, check=True)
+
+    git("init", "--quiet", "--initial-branch", "main", at="2026-01-01T00:00:00")
+    for day, text in ((1, "first"), (2, "second")):
+        at = f"2026-01-0{day}T00:00:00"
+        (package / "__init__.py").write_text(text)
+        (package / f"only_{text}.py").write_text("")
+        (package / "only_first.py").unlink() if day == 2 else None
+        git("add", "-A", at=at)
+        git("commit", "--quiet", "--message", text, at=at)
+    for commit, text in (("main", "second"), ("main~", "first")):
+        git("checkout", "--quiet", commit, at="2026-01-03T00:00:00")
+        done, _ = launch(str(repository / "launch/setup.sh"), **variables)
+        assert done.returncode == 0, done.stderr
+        for i in range(2):
+            installed = folder / str(i) / "appo_jax/installed/appo_jax"
+            assert (installed / "__init__.py").read_text() == text
+            assert sorted(file.name for file in installed.iterdir()) == ["__init__.py", f"only_{text}.py"]
+            assert (folder / str(i) / "appo_jax/runs").is_dir()
+    asked = (folder / "0/appo_jax/pip.calls").read_text().splitlines()
+    assert asked[-1] == "-m pip install --quiet --constraint requirements.txt .[tpu]"  # the tested versions
 
 
 def test_run_starts_the_same_command_on_all_workers_under_a_supervisor(launch):
@@ -426,7 +485,8 @@ def test_a_sweep_has_a_worker_on_every_slice(launch):
 
 def test_a_sweep_names_the_slices_that_it_does_not_get(launch):
     states = "pod-0 ACTIVE\npod-1 MISSING\npod-1 FAILED\n"
-    done, _ = launch("sweep.sh", "--config", "s.py", states_told=states, BY_NODE="1", **POD, **KIND)
+    given = {"BY_NODE": "1", "TPU_WORKERS": "2"} | POD | KIND
+    done, _ = launch("sweep.sh", "--config", "s.py", states_told=states, **given)
     assert done.returncode == 1
     assert "failed: pod-1;" in done.stderr
 
@@ -435,11 +495,11 @@ def test_a_sweep_that_lacks_a_variable_does_not_try_for_ever(launch):
     """Once, its exit code was 1, at which the loop in sweep.sh's header tries again."""
     done, calls = launch("sweep.sh", "--config", "s.py", **POD)
     assert (done.returncode, calls) == (2, [])
-    assert done.stderr.count("set TPU_TYPE TPU_RUNTIME") == 1
+    assert done.stderr.count("set TPU_TYPE TPU_RUNTIME TPU_WORKERS") == 1
     states = "pod-0 ACTIVE\npod-1 ACTIVE\n"
-    done, _ = launch("sweep.sh", "--config", "s.py", states_told=states, BY_NODE="1", TPU_ENV="MISSING", **POD, **KIND)
+    given = {"BY_NODE": "1", "TPU_ENV": "MISSING", "TPU_WORKERS": "2"} | POD | KIND
+    done, _ = launch("sweep.sh", "--config", "s.py", states_told=states, **given)
     assert done.returncode == 2, done.stderr
-    assert launch("sweep.sh", "delete", **POD)[0].returncode == 0
 
 
 def test_a_sweep_whose_workers_have_ended_has_ended(launch, workers):
@@ -448,7 +508,7 @@ def test_a_sweep_whose_workers_have_ended_has_ended(launch, workers):
     for i, code in enumerate((0, 1)):
         (folder / str(i) / "appo_jax.started").write_text(boot)
         (folder / str(i) / "exits").write_text(f"{code}\n")
-    states = {"states_told": "pod-0 ACTIVE\npod-1 ACTIVE\n", "BY_NODE": "1"} | KIND | variables
+    states = {"states_told": "pod-0 ACTIVE\npod-1 ACTIVE\n", "BY_NODE": "1", "TPU_WORKERS": "2"} | KIND | variables
     done, _ = launch("sweep.sh", "--config", "s.py", **states)
     assert done.returncode == 3, done.stderr
     (folder / "1/state").write_text("active\n")
@@ -461,6 +521,9 @@ def test_a_sweep_gives_its_slices_back(launch):
     assert sorted(calls) == [
         f"compute tpus queued-resources delete pod-{i} {WHERE} --force --quiet" for i in range(3)
     ]  # fmt: skip
+    done, calls = launch("sweep.sh", "delete", **POD)  # of four slices, two would stay, and cost
+    assert (done.returncode, calls) == (2, [])
+    assert "set TPU_WORKERS" in done.stderr
 
 
 def test_a_sweep_does_not_join_slices(launch):
@@ -498,6 +561,7 @@ def test_the_very_command_sweeps_on_two_slices(launch, workers, tiny: Config, tm
         states_told=states,
         BY_NODE="1",
         NO_SETUP="1",
+        TPU_WORKERS="2",
         **alone,
         **KIND,
     )
