@@ -40,6 +40,8 @@ _UNIT_LETTERS = "mgshlLNJWVAKCF"
 _ONE_TOKEN = rf"(?:{_BRACED}|\s*(\d|[a-zA-Z]|\\[a-zA-Z]+))"
 _FRACTION = re.compile(r"\\(frac|binom)(?![a-zA-Z])" + _ONE_TOKEN + _ONE_TOKEN)
 _CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}|(?:\{\})?[_^]\{?(\d+)\}?\s*C_\{?(\d+)\}?")
+# 4/3 π and 4/3π: the number before what is set apart, or before a sign that is no letter, is the whole fraction.
+_FACTOR = re.compile(r"(?<![\w.,^/)}\]])(\d+)/(\d+)(?=\s|\\(?:pi|sqrt)(?![a-zA-Z]))")
 # Functions in plain text, before their argument.
 _FUNCTION = re.compile(
     r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt)"
@@ -68,7 +70,9 @@ _TRIGONOMETRIC = re.compile(r"(?<![a-z])(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])
 _DEGREES = re.compile(
     r"(\d+(?:\.\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}|[a-zA-Z]|\\[a-zA-Z]+)\s*\^\s*\{?\s*\\circ(?![a-z])\s*\}?"
 )
-_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?(?:\s*(\d+)|\s*([a-zA-Z])(?![a-zA-Z])|\s*\(([^()]*)\))")
+_ROOT = re.compile(
+    r"\\sqrt\s*(\[[^\[\]]*\])?(?:\s*(\d+)|\s*([a-zA-Z])(?![a-zA-Z])|\s*\(([^()]*)\)|\s*(\\frac\{\d+\}\{\d+\}))"
+)
 
 
 def clean(text: str) -> str:
@@ -82,16 +86,17 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<!\\)\\[,;: ]|~", " ", text)
     text = _COMMAND.sub(_synonym, text)
     text = _dollars(re.sub(r"(?<!\\)\\[()\[\]]", "", text))
-    while (unwrapped := _UPRIGHT.sub(_set_apart, _TEXT.sub(r" \1 ", text))) != text:
+    while (unwrapped := _UPRIGHT.sub(_set_apart, _TEXT.sub(r" \1 ", _BOLD.sub(r"\1", text)))) != text:
         text = unwrapped
     text = re.sub(r"\\([%$&#_])", r"\1", text)
     text = re.sub(r"\\sqrt\s*\{\s*-\s*1\s*\}", "i", _functions(text))
-    text = _ROOT.sub(lambda m: rf"\sqrt{m[1] or ''}{{{m[2] or m[3] or m[4]}}}", text)
+    text = _ROOT.sub(lambda m: rf"\sqrt{m[1] or ''}{{{m[2] or m[3] or m[4] or m[5]}}}", text)
     text = re.sub(r"\\sqrt\s*\[(\d*[13579])\]\s*\{\s*-", r"-\\sqrt[\1]{", text)
     text = _CHOOSE.sub(lambda m: rf"\binom{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}", text)
     text = _FRACTION.sub(lambda m: rf"\{m[1]}{{{(m[2] or m[3]).strip()}}}{{{(m[4] or m[5]).strip()}}}", text)
     text = re.sub(r"(?<![a-zA-Z\\])(?:infinity|infty)(?![a-zA-Z])", r"\\infty", text)
     text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", text)
+    text = _FACTOR.sub(r"\\frac{\1}{\2}", text)
     text = re.sub(r"(?<=[\d}])\s*(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?![a-zA-Z])", "%", text)
     text = re.sub(r"(?<=\d), (?=0\d\d(?!\d))", ",", text)  # 80, 000: a list has no part that begins with 0
     text = re.sub(r"(?<![a-zA-Z])([ap])\.\s?m(?![a-zA-Z])\.?", r"\1m", text)
@@ -125,7 +130,7 @@ def _quoted(text: str) -> str:
     previous = None
     while text != previous:
         previous = text
-        text = re.sub(r"^#+ ", "", _BOLD.sub(r"\1", text)).strip()
+        text = re.sub(r"^#+ ", "", text).strip()
         text = text[found.end() :] if (found := _SENTENCE.match(text)) else text
         spelled = _AND_SPELLED.fullmatch(text)
         if spelled and _SPELLED[int(spelled[1])] == spelled[2].lower().replace("-", " "):
@@ -150,14 +155,15 @@ def _mixed_numbers(text: str) -> str:
             return match[0]
         return rf"({re.sub('[, ]', '', match[1])}+\frac{{{top}}}{{{bottom}}})"
 
-    text = re.sub(r"\^\{?(\d+)\}?\s*/\s*_\{?(\d+)\}?", r" \1/\2", text)  # ¹/₄
+    text = re.sub(r"\^\{?(\d+)\}?\s*/\s*_\{?(\d+)\}?", r" \\frac{\1}{\2}", text)  # ¹/₄
     return _MIXED.sub(total, text)
 
 
 def _powers(text: str) -> str:
-    """`**` between operands is a power."""
+    """`**` between operands is a power; an exponent or index that is a fraction stands in braces."""
     text = re.sub(r"\s*\*\*\s*(-?(?:\d+(?:\.\d+)?|\.\d+)|[a-zA-Z])", r"^{\1}", text)
-    return re.sub(r"\s*\*\*\s*", "^", text)
+    text = re.sub(r"\s*\*\*\s*", "^", text)
+    return re.sub(r"([\^_])\s*(\\frac\{[^{}]*\}\{[^{}]*\})", r"\1{\2}", text)
 
 
 def _in_radians(text: str) -> str:
@@ -187,8 +193,10 @@ def _ascii_signs(text: str) -> str:
             parts.append(_SYMBOLS[ch])
         elif ch in _GREEK:
             parts.append(f"\\{_GREEK[ch]} ")
-        elif unicodedata.decomposition(ch).startswith("<fraction>"):  # ½ after a digit is a mixed number
-            parts.append(" " + unicodedata.normalize("NFKC", ch).replace("⁄", "/"))
+        elif unicodedata.decomposition(ch).startswith("<fraction>"):  # ½; after a digit it is a mixed number
+            parts.append(
+                r"\frac" + "".join(f"{{{number}}}" for number in unicodedata.normalize("NFKC", ch).split("⁄") if number)
+            )
         elif unicodedata.category(ch) != "Cf":
             parts.append(str(unicodedata.decimal(ch, ch)))
     return unicodedata.normalize("NFKC", "".join(parts) + ("}" if raised else "")).translate(_DASHES)
