@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -94,7 +95,9 @@ class Checkpointer:
         self._set_aside(self._not_given)  # orbax saves no step before them
         self._not_given = []
         arrays = describe(state)
-        accuracy = None if accuracy is None else float(accuracy)
+        accuracy = (
+            None if accuracy is None or math.isnan(accuracy) else float(accuracy)
+        )  # NaN is neither best nor worst
         record: dict[str, Any] = {"step": step, "meta": dict(meta), "arrays": arrays, "accuracy": accuracy}
         if iterator is not None:  # all hosts read the same data and are at the same position
             record["position"] = _position(iterator)

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ def usable_path(path: str | Path) -> Path:
         raise CheckpointError(
             "run_dir = '': it would be the current folder; give the folder of the run (a variable may be unset)"
         )
-    if "://" in str(path):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):  # a Path has one slash where a URL has two
         raise CheckpointError(
             f"{path}: runs are written through the file system; mount the bucket or share (docs/pods.md) and give its folder"
         )

@@ -1,6 +1,7 @@
 """Checkpoints survive faults of disks and killed processes. They are compared with the arrays before saving."""
 
 import importlib
+import math
 import os
 import random
 import resource
@@ -118,6 +119,15 @@ def test_the_best_are_kept_beside_the_newest(tmp_path):
     checkpointer = Checkpointer(tmp_path / "c", 2, keep_best=2)
     assert checkpointer.restore_latest({"w": jnp.zeros(3)}, None)[0] == 7
     checkpointer.close()
+
+
+def test_an_accuracy_that_is_not_a_number_is_none(tmp_path):
+    """Compared with NaN, nothing is better: the best step would have been removed."""
+    checkpointer = Checkpointer(tmp_path / "c", 1, keep_best=1)
+    for step, accuracy in enumerate((0.9, math.nan, 0.5, 0.4)):
+        checkpointer.save(step, {"w": jnp.ones(3)}, {}, None, accuracy)
+    checkpointer.close()
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["0", "3"]
 
 
 def test_a_step_whose_accuracy_is_damaged_is_kept_and_named(tmp_path, caplog):

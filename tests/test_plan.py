@@ -336,6 +336,16 @@ def test_a_program_that_was_refused_has_no_roofline():
     assert (record["step_s"], record["needs"][0]["seconds"], record["needs"][1]["seconds"]) == (None, None, 3.0)
 
 
+def test_a_program_that_was_refused_does_not_fit():
+    """Though the figures in the compiler's message, of its temporaries alone, are less than the chip has."""
+    plan = report.Plan("v5e:2x2", 4, CHIP, (need("append", 8 * GIB, refused=True), need("train", 12 * GIB)))
+    assert not plan.fits
+    assert plan.verdict() == (
+        "does not fit v5e:2x2: 12.00 of 16.00 GiB per chip (train); the compiler refused append for lack of memory. "
+        "append: lower a.b, or raise mesh.fsdp or mesh.tensor"
+    )
+
+
 def test_what_a_checkpoint_takes(tiny):
     """Float32 weights and both moments of Adam, and two counters; written by all hosts at 200 MB/s."""
     mesh = make_mesh(tiny.mesh)

@@ -29,7 +29,7 @@ from appo_jax.config_io import config_json, flatten, load_config, save_config, w
 from appo_jax.errors import CheckpointError
 from appo_jax.metrics import MetricsLogger
 from appo_jax.run_dir import open_run
-from appo_jax.storage import lock
+from appo_jax.storage import lock, usable_path
 from appo_jax.supervision.status import Status, note_failure
 
 
@@ -268,6 +268,8 @@ def test_a_path_under_which_checkpoints_are_lost_is_refused_before_anything_is_w
 def test_an_object_store_is_refused_with_what_to_do(config):
     with pytest.raises(CheckpointError, match="gs://bucket/run: runs are written through the file system; mount"):
         open_run(dataclasses.replace(config, run_dir="gs://bucket/run"))
+    with pytest.raises(CheckpointError, match="gs:/bucket/run: runs are written through the file system"):
+        usable_path(Path("gs://bucket/run"))  # as commands give it; it was a folder on the machine's own disk
 
 
 def test_training_steps_without_their_checkpoints_are_refused(config, run_with_results):

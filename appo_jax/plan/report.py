@@ -103,8 +103,13 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every program fits the HBM of a device."""
-        return self.tightest.peak <= self.chip.hbm
+        """Whether every program fits the HBM of a device, and the compiler refused none."""
+        return not self._too_large
+
+    @property
+    def _too_large(self) -> tuple[Need, ...]:
+        # A refused program may need more than the figures of the compiler's message, of which there may be only one.
+        return tuple(need for need in self.needs if need.refused or need.peak > self.chip.hbm)
 
     def verdict(self) -> str:
         """One line: whether the config fits, how much memory is left or lacking, and what makes it fit."""
@@ -113,12 +118,16 @@ class Plan:
         if self.fits:
             left = hbm - need.peak
             return f"fits {self.topology}: {figures}; {left / GIB:.2f} GiB left ({left / hbm:.0%})"
+        too_much = f", {(need.peak - hbm) / GIB:.2f} GiB too much" if need.peak > hbm else ""
+        refused = " and ".join(other.name for other in self.needs if other.refused)
         programs: dict[str, list[str]] = {}  # advice -> the programs that need it
-        for other in self.needs:
-            if other.peak > hbm:
-                programs.setdefault(_advice(other, hbm), []).append(other.name)
+        for other in self._too_large:
+            programs.setdefault(_advice(other, hbm), []).append(other.name)
         all_advice = "; ".join(f"{' and '.join(names)}: {advice}" for advice, names in programs.items())
-        return f"does not fit {self.topology}: {figures}, {(need.peak - hbm) / GIB:.2f} GiB too much. {all_advice}"
+        return (
+            f"does not fit {self.topology}: {figures}{too_much}"
+            f"{f'; the compiler refused {refused} for lack of memory' if refused else ''}. {all_advice}"
+        )
 
     def storage(self) -> str:
         """One line: the size of a checkpoint, and how long a host writes its part of it."""

@@ -1,6 +1,6 @@
 """The sweep of quickstart.py on TPU slices, which share /mnt/shared: each worker takes trials from its folder there.
 
-Hardware: slices of one chip (TPU_TYPE=v6e-1), as many as TPU_WORKERS says. Commands, the first on a machine that mounts /mnt/shared:
+Hardware: slices of one chip (TPU_TYPE=v6e-1), as many as TPU_WORKERS says. Commands, the first where /mnt/shared is mounted:
     appo-jax data world --config configs/quickstart.py --data /mnt/shared/world --policy.tokenizer /mnt/shared/world/tokenizer.model
     launch/sweep.sh --config configs/sweeps/slices.py
 """
