@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from appo_jax.benchmark.sets import Item
+from appo_jax.data.golds import plain
 from appo_jax.data.records import read_records
 from appo_jax.errors import DataError
 
@@ -69,7 +70,7 @@ def read_predictions(path: Path, items: Sequence[Item], limit: int | None = None
 
 
 def _predictions(number: int, record: Any) -> tuple[str, list[Sample]]:
-    """(id, samples) of one record. A prediction that is null is a sample without an answer. Raises ValueError."""
+    """(id, samples) of one record. A prediction that is null or NaN is a sample without an answer. Raises ValueError."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
     name = next((name for name in TEXT if name in record), None)
@@ -80,7 +81,8 @@ def _predictions(number: int, record: Any) -> tuple[str, list[Sample]]:
         if text is not None and (isinstance(text, bool) or not isinstance(text, str | int | float)):
             raise ValueError(f"field {name}: expected a text, a number, null or a list of these, got {text!r}"[:300])
     others = {key: value for key, value in record.items() if key not in ("id", *TEXT)}
-    return str(record["id"]), [Sample.of_line("" if text is None else str(text), others) for text in texts]
+    answers = ["" if text is None or text != text else plain(text) for text in texts]  # NaN is pandas' null
+    return plain(record["id"]), [Sample.of_line(text, others) for text in answers]
 
 
 def check_samples(samples: dict[str, list[Sample]], unknown: list[str]) -> Predictions:

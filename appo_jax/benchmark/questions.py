@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from appo_jax.benchmark.sets import Benchmark, Item, benchmark
-from appo_jax.data.golds import accepted_answers
+from appo_jax.data.golds import accepted_answers, plain
 from appo_jax.data.question_files import lower_case, published_records, question_of
 from appo_jax.data.records import field
 from appo_jax.errors import DataError
@@ -97,7 +97,7 @@ def _item(found: Benchmark, record: Any, position: int, path: Path) -> Item:
         raise ValueError(f"level {level!r} is unknown; {found.title} has {', '.join(found.levels)}")
     id = _first(prepared, ID)
     more = (str(_first(prepared, names) or "") for names in (TYPE, LANGUAGE))
-    return Item(str(position if id is None else id), question, golds, level, *more)
+    return Item(plain(position if id is None else id), question, golds, level, *more)
 
 
 def _boxed(solution: Any) -> Any:

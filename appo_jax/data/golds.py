@@ -42,12 +42,10 @@ def _walk(value: Any, depth: int) -> list[str]:
         return [value] if decoded is None else _walk(decoded, depth + 1)
     if isinstance(value, bool):
         return ["yes" if value else "no"]
-    if isinstance(value, int):
-        return [str(value)]
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise TypeError(f"an accepted answer is {value}")
-        return [str(int(value)) if value.is_integer() and abs(value) <= 2**53 else _shortest(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"an accepted answer is {value}")
+    if isinstance(value, int | float):
+        return [plain(value)]
     if isinstance(value, Decimal):
         return [format(value.normalize(), "f")]
     if isinstance(value, datetime) and value.time() == time():  # parquet has columns of times where days are meant
@@ -68,6 +66,13 @@ def _walk(value: Any, depth: int) -> list[str]:
     if hasattr(value, "tolist"):  # numpy's arrays and numbers
         return _walk(value.tolist(), depth + 1)
     raise TypeError(f"accepted answers: expected text, a number or a list of them, got {value!r}")
+
+
+def plain(value: Any) -> str:
+    """A text or a number as text. A whole number has no point: pandas makes 1990.0 of 1990 in a column with gaps."""
+    if not isinstance(value, float):
+        return str(value)
+    return str(int(value)) if value.is_integer() and abs(value) <= 2**53 else _shortest(value)
 
 
 def _shortest(value: float) -> str:

@@ -90,6 +90,20 @@ def test_what_is_left_out_of_the_set_is_in_the_report(data, tmp_path):
     assert f"Left out of the set's file:\n\n- {reason}: 1 (line 5)" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_numbers_that_pandas_made_floats_are_whole_and_nan_is_no_answer(tmp_path):
+    """A column of integers with a gap is a column of floats."""
+    data = tmp_path / "set.jsonl"
+    golds = {1: 1990, 2: 7, 3: "nan", 4: 0.5}
+    data.write_text("".join(json.dumps({"id": i, "question": f"{i}?", "answer": g}) + "\n" for i, g in golds.items()))
+    file = tmp_path / "p.parquet"
+    columns = {"id": [1.0, 2.0, 3.0, 4.0], "prediction": [1990.0, 8.0, float("nan"), 0.5]}
+    parquet.write_table(pyarrow.table(columns), file)
+    record = report_of(Evaluation("hotpotqa", data, tmp_path / "out", file))
+    assert record["accuracy"][0] == 0.5
+    assert record["counted_as_wrong"]["without_answer"] == ["3"]
+    assert record["unknown_ids"] == []
+
+
 def test_a_gold_in_a_file_of_predictions_is_no_prediction(data, tmp_path):
     """Null is a sample without an answer, whatever else the line holds."""
     lines = [{"id": 1, "prediction": None, "answer": "1"}, {"id": 2, "output": None, "response": "2", "answer": "7"}]
