@@ -272,7 +272,7 @@ class Checkpointer:
         folder = self._directory / str(step)
         try:
             # The record is the first host's, whose `meta` may differ from this host's.
-            if read_record(folder)["arrays"] != written:
+            if read_record(folder, ours=True)["arrays"] != written:
                 raise Broken("its metadata is not what was written")
             check_arrays(folder, abstract_state, written)
         except Broken as error:
@@ -284,7 +284,7 @@ class Checkpointer:
     def _restore(self, step: int, abstract_state: PyTree, partial: bool) -> tuple[PyTree, dict[str, Any]]:
         """(state, record) of a step. Raises Broken, or CheckpointError if `abstract_state` does not fit."""
         folder = self._directory / str(step)
-        record = read_record(folder)
+        record = read_record(folder, ours=not self._read_only)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
         written = record["arrays"]
         if partial:

@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from appo_jax import distributed, failures
+from appo_jax import distributed, failures, heartbeat
 from appo_jax.digests import describe
 from appo_jax.errors import CheckpointError
-from appo_jax.storage import unreadable, usable_path
+from appo_jax.storage import SHARED_S, unreadable, usable_path
 
 PyTree = Any
 T = TypeVar("T")
@@ -56,9 +56,23 @@ class Broken(Exception):
         self.number = number
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The metadata of the step in `folder`. Raises Broken if it is not what was written."""
+def read_record(folder: Path, ours: bool = False) -> dict[str, Any]:
+    """The metadata of the step in `folder`. Raises Broken if it is not what was written.
+
+    `ours`: this run alone removes steps there. If a host does not see the step, NFS shows it late: it is waited for.
+    """
+    until = time.monotonic() + (SHARED_S if ours else 0.0)
+    while not _listed(folder) and time.monotonic() < until:
+        heartbeat.progress()
+        time.sleep(0.2)
     return _on_all_hosts(folder, lambda: record_here(folder))
+
+
+def _listed(folder: Path) -> bool:
+    """Whether the folder is there. Listing its parent makes NFS ask the server: the answer to a look-up may be an old one."""
+    with contextlib.suppress(OSError):
+        return folder.name in os.listdir(folder.parent)
+    return False
 
 
 def record_here(folder: Path) -> dict[str, Any]:

@@ -32,12 +32,10 @@ from appo_jax.config.effects import Affects
 from appo_jax.config_io import changed_effects, config_json, flatten, load_config, parse_config
 from appo_jax.dumps import dumped_steps
 from appo_jax.errors import CheckpointError, ConfigError
-from appo_jax.storage import lock, naming, set_aside, usable_path, write_atomically
+from appo_jax.storage import SHARED_S, lock, naming, set_aside, usable_path, write_atomically
 
 # An NFS 4 server frees the lock of a machine that it has lost after about 90 s.
 LOST_LOCK_S = 120.0
-# In this time, a host must find in the run's folder what the first host has written there. NFS shows it late.
-SHARED_S = 60.0
 
 log = logging.getLogger(__name__)
 

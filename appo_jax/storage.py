@@ -19,6 +19,8 @@ from appo_jax.errors import CheckpointError
 
 # Orbax finds a checkpoint's files by a glob over the full path: a star may match another run's files, and a backslash is lost.
 REFUSED = "*?[\\"
+# In this time, in seconds, a host must find what another host has written on a shared disk. NFS shows it late.
+SHARED_S = 60.0
 
 
 def usable_path(path: str | Path) -> Path:

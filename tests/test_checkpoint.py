@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import grain
@@ -119,6 +120,33 @@ def test_the_best_are_kept_beside_the_newest(tmp_path):
     checkpointer = Checkpointer(tmp_path / "c", 2, keep_best=2)
     assert checkpointer.restore_latest({"w": jnp.zeros(3)}, None)[0] == 7
     checkpointer.close()
+
+
+def late(path: Path) -> threading.Timer:
+    """Hide a step for a second, as NFS does on a host that looked for it before it was there."""
+    hidden = path.rename(path.with_name("hidden"))
+    timer = threading.Timer(1.0, lambda: hidden.rename(path))
+    timer.start()
+    return timer
+
+
+def test_a_step_that_is_shown_late_is_waited_for(tmp_path):
+    """The run ended with "the storage loses data"."""
+    checkpointer = Checkpointer(tmp_path / "c", 1)
+    checkpointer.save(1, {"w": jnp.ones(3)}, {}, None)
+    while checkpointer._manager.is_saving_in_progress():
+        time.sleep(0.01)
+    late(tmp_path / "c/1")
+    checkpointer.wait()
+    late(tmp_path / "c/1")
+    assert checkpointer.restore_step(1, {"w": jnp.zeros(3)})[0] == 1
+    checkpointer.close()
+    reader = Checkpointer(tmp_path / "c", 1, read_only=True)  # beside a run that may have removed it
+    timer = late(tmp_path / "c/1")
+    with pytest.raises(CheckpointError, match="removed in the meantime"):
+        reader.restore_step(1, {"w": jnp.zeros(3)})
+    timer.join()
+    reader.close()
 
 
 def test_an_accuracy_that_is_not_a_number_is_none(tmp_path):
