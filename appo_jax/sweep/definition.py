@@ -23,7 +23,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 Search = Literal["grid", "random", "tpe"]
 Point = dict[str, Any]  # a value for every field of the space
 
-# A random sweep draws at most this many points per trial. It is refused if too few of them keep the rules between fields.
+# At most this many random points are drawn per trial. A sweep is refused if too few different ones keep the rules between fields.
 MAX_DRAWS = 200
 
 
@@ -45,7 +45,7 @@ class Sweep:
     and other sweeps may share the folders. (): every seed makes its own cold start in `out`."""
     search: Search = "grid"
     """grid: every point of the space. random: `trials` points, drawn with a fixed seed. tpe: `trials` points that Optuna's TPE
-    sampler chooses from the results so far."""
+    sampler chooses from the results so far. No point has two trials: the second would be the same runs again."""
     trials: int = 0
     """Number of trials. A grid ignores it: it has one trial per point."""
     objective: str = "on_the_way"
@@ -103,8 +103,8 @@ class Sweep:
     def queued_points(self) -> list[Point]:
         """The points of a grid or of a random sweep, in their order. Points that break a rule between fields are left out.
 
-        Empty for TPE, which chooses points during the sweep. Raises ConfigError if too few points keep the rules, or if a grid
-        has a field without a tuple of values.
+        Empty for TPE, which chooses points during the sweep. Raises ConfigError if no point of a grid keeps the rules, if a grid
+        has a field without a tuple of values, or for the reason of `random_points`.
         """
         if self.search == "tpe":
             return []
@@ -117,12 +117,25 @@ class Sweep:
                     "space: every point of the grid breaks a rule between fields (appo_jax/config/rules.py); give other values"
                 )
             return points
-        drawn = (p for p in itertools.islice(self._random_points(), MAX_DRAWS * self.trials) if self.possible(p))
-        points = list(itertools.islice(drawn, self.trials))
+        return self.random_points()
+
+    def random_points(self) -> list[Point]:
+        """`trials` different points that keep the rules between fields, the same for every call; for more trials, these come first.
+
+        Raises ConfigError if there are fewer.
+        """
+        points: list[Point] = []
+        seen = set[tuple[Any, ...]]()
+        for point in itertools.islice(self._draws(), MAX_DRAWS * self.trials):
+            if len(points) == self.trials:
+                break
+            if (values := tuple(point.values())) not in seen:
+                seen.add(values)
+                points += [point] if self.possible(point) else []
         if len(points) < self.trials:
             raise ConfigError(
-                f"space: only {len(points)} of {MAX_DRAWS * self.trials} random points keep the rules between fields, but "
-                f"{self.trials} are needed; narrow the space, or lower `trials`"
+                f"trials = {self.trials}: only {len(points)} different points that keep the rules between fields were found in "
+                f"{MAX_DRAWS * self.trials} random ones; lower `trials`, or widen the space"
             )
         return points
 
@@ -134,8 +147,8 @@ class Sweep:
             )
         return found
 
-    def _random_points(self) -> Iterator[Point]:
-        """An endless sequence of random points, the same for every call."""
+    def _draws(self) -> Iterator[Point]:
+        """An endless sequence of random points, the same for every call. Points may come again."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         while True:
             yield study.ask(self.distributions).params
@@ -199,6 +212,8 @@ def check_sweep(sweep: Sweep) -> None:
     if "algorithm" not in sweep.space:
         _check_used(sweep)
     check_cold_starts(sweep.cold_starts, sweep.base, sweep.out, r"trial-\d+|\d{4,}-\d+")
+    if sweep.search == "tpe":
+        sweep.random_points()  # there are enough points
     sweep.queued_points()
     for seed in sweep.seeds:
         check(sweep.cold_start(seed))

@@ -31,7 +31,7 @@ from appo_jax.sweep.definition import Point, Sweep
 LEASE_S = 60.0  # seconds without renewal after which a lease is free
 RENEW_S = 5.0  # seconds between two renewals
 PROCESS = secrets.token_hex(8)  # the name of this process among those of all machines
-MAX_ASKS = 100  # points in a row that break a rule between fields, after which a sampler is not asked again
+MAX_ASKS = 20  # points in a row that cannot be used, after which a random one takes the place of TPE's choice
 
 
 class Store:
@@ -82,9 +82,7 @@ class Store:
         before it had queued all; or those of a number of `trials` that was raised."""
         queued = [self.point(trial) for trial in self.trials() if "retry_of" not in trial.user_attrs]
         for point in self.sweep.queued_points():
-            if point in queued:
-                queued.remove(point)  # a random sweep may draw a point twice
-            else:
+            if point not in queued:
                 self.study.enqueue_trial(point)
 
     # ---- trials
@@ -93,11 +91,11 @@ class Store:
         return self.study.get_trials(deepcopy=False)
 
     def standing(self) -> list[FrozenTrial]:
-        """The trials that stand for their points: without points that break a rule, and without failed trials that are tried
-        again in a later trial."""
+        """The trials that stand for their points: without points that break a rule or have an earlier trial, and without failed
+        trials that are tried again in a later trial."""
         trials = self.trials()
         retried = {t.user_attrs.get("retry_of") for t in trials}
-        return [t for t in trials if "impossible" not in t.user_attrs and t.number not in retried]
+        return [t for t in trials if not {"impossible", "repeated"} & t.user_attrs.keys() and t.number not in retried]
 
     def failed(self) -> list[int]:
         """The numbers of the trials that failed and are not tried again."""
@@ -119,7 +117,8 @@ class Store:
     def claim_trial(self) -> Trial | None:
         """Take a trial whose lease is free, or, if there is none, a new trial.
 
-        None: all trials are done, or other workers have the rest. Raises ConfigError if TPE proposes no possible point.
+        None: all trials are done, or other workers have the rest. If TPE proposes no point that can be used, the trial gets the
+        next random one.
         """
         with self.lock():
             for trial in self.trials():
@@ -127,26 +126,36 @@ class Store:
                     found = Trial(self.study, trial._trial_id)
                     if self._has_point(found):
                         return found
-            for _ in range(MAX_ASKS):
-                if not self._needs_new_trial(self.trials()):
-                    return None
-                new = self.study.ask()
-                if self._has_point(new):
-                    self._take(f"trial-{new.number}")
-                    return new
-        raise ConfigError(
-            f"space: {MAX_ASKS} points that {self.sweep.search} chose in a row break a rule between fields; narrow the space"
-        )
+                    self.study.tell(found, state=TrialState.FAIL)
+            new, unusable = None, list[Trial]()
+            while new is None and self._needs_new_trial(self.trials()):
+                if self.sweep.search == "tpe" and len(unusable) == MAX_ASKS:
+                    tried = [self.point(trial) for trial in self.standing()]
+                    self.study.enqueue_trial(next(p for p in self.sweep.random_points() if p not in tried))
+                asked = self.study.ask()
+                if self._has_point(asked):
+                    new = asked
+                else:
+                    unusable.append(asked)
+            # They have run until here, so that TPE took them for bad results and did not propose them again and again.
+            for failed in unusable:
+                self.study.tell(failed, state=TrialState.FAIL)
+            if new is not None:
+                self._take(f"trial-{new.number}")
+            return new
 
     def _has_point(self, trial: Trial) -> bool:
         """Give a trial its point: the one that it was queued with, or one that the sampler chooses. A worker that was killed here
-        has left a part of it. A point that breaks a rule is recorded as failed and impossible, and the result is False."""
+        has left a part of it. A point that breaks a rule, or has a trial already, is marked, and the result is False."""
         for name, distribution in self.sweep.distributions.items():
             trial._suggest(name, distribution)  # as `Study.ask` does it; a field that has its value keeps it
-        if self.sweep.possible(trial.params):
+        earlier = [other for other in self.standing() if other.number < trial.number]
+        if not self.sweep.possible(trial.params):
+            trial.set_user_attr("impossible", True)
+        elif any(self.point(other) == trial.params for other in earlier):
+            trial.set_user_attr("repeated", True)
+        else:
             return True
-        trial.set_user_attr("impossible", True)
-        self.study.tell(trial, state=TrialState.FAIL)
         return False
 
     def retry_failed(self) -> int:

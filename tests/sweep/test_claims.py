@@ -1,6 +1,7 @@
 """Claims on a shared disk: real processes, real kills."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -21,6 +24,7 @@ from appo_jax.interrupt import stop_requests
 from appo_jax.sweep import store as store_module
 from appo_jax.sweep import worker
 from appo_jax.sweep.definition import Sweep
+from appo_jax.sweep.effects import Runs, field_effects
 from appo_jax.sweep.report import write_report
 from appo_jax.sweep.store import Store
 
@@ -301,14 +305,47 @@ def test_a_sweep_with_its_report_can_be_opened_again(store, tmp_path):
     assert Store(make_sweep(tmp_path)).all_done()
 
 
-def test_tpe_chooses_only_possible_points_and_as_many_as_asked(tmp_path):
-    space = {"rollout.num_initial": (4, 16), "branching.tau": (2.0, 4.0, 8.0)}
-    store = Store(make_sweep(tmp_path, search="tpe", trials=6, space=space))
-    numbers = []
+def run_all(store, value):
+    """Do all trials of a store, each with the value of its point. Returns their points."""
+    points = []
     while (trial := store.claim_trial()) is not None:
-        assert trial.params["rollout.num_initial"] == 4
-        numbers.append(trial.number)
-        store.study.tell(trial, trial.params["branching.tau"])
+        points.append(trial.params)
+        trial.set_user_attr("seed-0", value(trial.params))
+        store.study.tell(trial, value(trial.params))
         store.release(f"trial-{trial.number}")
-    assert len(numbers) == 6
+    return points
+
+
+@pytest.mark.parametrize("asks", [store_module.MAX_ASKS, 0])
+def test_tpe_chooses_different_possible_points_and_as_many_as_asked(tmp_path, monkeypatch, asks):
+    """Also where it proposes the same points again and again, and random ones take their place. Once, 25 trials on 27 points had
+    16 different ones."""
+    monkeypatch.setattr(store_module, "MAX_ASKS", asks)
+    space = {"rollout.num_initial": (4, 16), "branching.tau": (2.0, 4.0, 8.0, 16.0)}
+    store = Store(make_sweep(tmp_path, search="tpe", trials=4, space=space))
+    points = run_all(store, lambda point: point["branching.tau"])
+    assert {p["rollout.num_initial"] for p in points} == {4}
+    assert sorted(p["branching.tau"] for p in points) == [2.0, 4.0, 8.0, 16.0]
     assert store.all_done()
+    assert [store.point(trial) for trial in store.standing()] == points
+
+
+@pytest.mark.parametrize("search", ["random", "tpe"])
+def test_chance_alone_seldom_makes_a_field_matter(tmp_path, search):
+    """The runs of a point give the same values again, so a copy would be no observation of its own: with copies, about half of
+    these sweeps found a field."""
+    space = {"branching.tau": (8.0, 32.0, 128.0), "branching.clip_high": (1.1, 1.2, 1.5, 1.7)}
+    sweep = make_sweep(tmp_path, search=search, trials=10, space=space)
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(100):
+        noise = {point: rng.normal() for point in itertools.product(*space.values())}
+        if search == "tpe":
+            store = Store(sweep)
+            store.study = optuna.create_study(direction="maximize", sampler=store.study.sampler)  # in memory: faster
+            points = run_all(store, lambda point, noise=noise: noise[tuple(point.values())])
+        else:
+            points = sweep.queued_points()
+        values = np.array([noise[tuple(point.values())] for point in points])
+        effects = field_effects(Runs(points, range(10), [0] * 10, values), list(space))
+        found += any(field.p < 0.05 for field in effects.fields)
+    assert found <= 10

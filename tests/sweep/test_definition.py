@@ -1,6 +1,7 @@
 """What a sweep may be, and which points it has."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,18 @@ def test_random_points_are_possible_and_the_same_each_time(base):
     assert sum(p["branching.tau"] < 32 for p in points) == pytest.approx(15, abs=8)  # uniform in the logarithm
 
 
+def test_random_points_are_all_different(base):
+    """Once, 20 points of 27 were 14 with 6 copies, whose runs were made again."""
+    space = {
+        "branching.tau": (8.0, 32.0, 128.0), "branching.clip_high": (1.1, 1.2, 1.5), "advantage.future_weight": (0.0, 0.5, 1.0),
+    }  # fmt: skip
+    points = [tuple(p.values()) for p in sweep(base, space, search="random", trials=20).queued_points()]
+    assert len(set(points)) == 20
+    every = [tuple(p.values()) for p in sweep(base, space, search="random", trials=27).queued_points()]
+    assert every[:20] == points
+    assert set(every) == set(itertools.product(*space.values()))
+
+
 @pytest.mark.parametrize(
     ("space", "others", "message"),
     [
@@ -76,7 +89,9 @@ def test_random_points_are_possible_and_the_same_each_time(base):
         ({"branching.tau": (8.0,)}, {"search": "tpe"}, "trials = 0"),
         ({"branching.tau": FloatDistribution(1.0, 2.0)}, {}, "a grid needs a tuple"),
         ({"rollout.num_initial": (16,)}, {}, "every point of the grid breaks a rule"),
-        ({"rollout.num_initial": (16,)}, {"search": "random", "trials": 2}, "only 0 of"),
+        ({"rollout.num_initial": (16,)}, {"search": "random", "trials": 2}, "trials = 2: only 0 different points"),
+        ({"branching.tau": (8.0, 16.0)}, {"search": "random", "trials": 3}, "trials = 3: only 2 different points"),
+        ({"rollout.num_initial": (4, 8, 16)}, {"search": "tpe", "trials": 3}, "trials = 3: only 2 different points"),
     ],
 )
 def test_what_cannot_be_a_sweep_is_named(base, space, others, message):
