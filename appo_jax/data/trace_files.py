@@ -165,7 +165,10 @@ class _Writer:
         name = str(call["name"])
         if name not in self.known:
             raise CannotDemonstrate(f"it calls {name[:40]!r}, which is no tool of the run")
-        argument = read_argument(self.known[name], call["arguments"])
+        arguments = call["arguments"]
+        if isinstance(arguments, dict):  # in parquet, every call has the arguments of all tools, null where it has none
+            arguments = {key: value for key, value in arguments.items() if value is not None}
+        argument = read_argument(self.known[name], arguments)
         if isinstance(argument, Problem):
             raise CannotDemonstrate(f"a call's {argument}")
         return Call(self.known[name].name, argument)
@@ -185,16 +188,16 @@ def _conversation(record: Any) -> tuple[str | None, str, list[dict[str, Any]]]:
     """(system prompt, question, the messages after the question) of a record."""
     if not isinstance(record, dict):
         raise TypeError(f"expected an object, got {type(record).__name__}")
-    if "left_out" in record:  # `appo-jax sft --collect` writes this for a question without a usable trace
+    if record.get("left_out") is not None:  # `appo-jax sft --collect` writes this for a question without a usable trace
         raise CannotDemonstrate(str(record["left_out"]))
     system = record.get("system")
-    if "instruction" in record:  # LLaMA-Factory's other format
+    if record.get("instruction") is not None:  # LLaMA-Factory's other format
         if record.get("history"):
             raise ValueError(f"expected one question, at the beginning; it has {len(record['history']) + 1}")
         question = "\n".join(text for text in (record["instruction"], record.get("input")) if text)
         return system, question, [{"role": "assistant", "content": record["output"]}]
-    listed = record["messages"] if "messages" in record else record["conversations"]
-    messages = [_message(entry) for entry in listed]
+    listed = record["conversations"] if record.get("messages") is None else record["messages"]
+    messages = [_message(entry) for entry in listed or ()]
     for message in messages[2:]:
         if message["role"] == "user" and _ONLY_A_RESULT.fullmatch(message["content"]):
             message["role"] = "tool"
@@ -210,10 +213,14 @@ def _conversation(record: Any) -> tuple[str | None, str, list[dict[str, Any]]]:
 
 def _message(entry: Any) -> dict[str, Any]:
     """A message in the form with `role` and `content`, from either form."""
-    role = _ROLES.get(entry["role"] if "role" in entry else entry["from"])
+    if not isinstance(entry, dict):
+        raise TypeError(f"a message must be an object, not {type(entry).__name__}")
+    role = _ROLES.get(entry["from"] if entry.get("role") is None else entry["role"])
     if role is None:
-        raise ValueError(f"the role {entry.get('role', entry.get('from'))!r} is unknown; expected {', '.join(_ROLES)}")
-    content = entry["content"] if "content" in entry else entry.get("value")
+        raise ValueError(
+            f"the role {entry.get('role') or entry.get('from')!r} is unknown; expected {', '.join(_ROLES)}"
+        )
+    content = entry.get("value") if entry.get("content") is None else entry["content"]
     if role == "call":
         calls = decode(content) if isinstance(content, str) else content
         calls = calls if isinstance(calls, list) else [calls]

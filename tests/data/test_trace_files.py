@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from test_pipeline import Letters
 
@@ -248,6 +250,8 @@ def conversation(text, **more):
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a message's content must be text"),
         ({"text": "T"}, "it has no field 'conversations'"),
         ([1], "expected an object, got list"),
+        ({"messages": ["Q"]}, "a message must be an object, not str"),
+        ({"messages": None, "conversations": None}, "expected one question, at the beginning; it has 0"),
         ({"messages": [{"role": "user", "content": "Q"}, called("T", "1"), ANSWERED]}, "a call has no result"),
     ],
 )
@@ -335,6 +339,49 @@ def test_an_empty_system_prompt_stays_empty_and_a_missing_one_is_the_default(tmp
     _, notation = call_format
     (trace,), _ = read(tmp_path, notation, record)
     assert trace.example.system == system.replace("{tools}", notation.instructions())
+
+
+def test_parquet_gives_every_record_the_fields_of_all_others(tmp_path):
+    """Arrow has one schema for all records: fields that one has are null in the others, and so are arguments of other tools."""
+    names = {"code": "py", "query": "search"}
+    messages = {
+        key: [
+            {"role": "user", "content": "Q"},
+            {
+                "role": "assistant",
+                "content": "T",
+                "tool_calls": [{"function": {"name": name, "arguments": {key: "1"}}}],
+            },
+            {"role": "tool", "content": "2"},
+            ANSWERED,
+        ]
+        for key, name in names.items()
+    }
+    table = pyarrow.Table.from_pylist(
+        [{"messages": turns, "left_out": None} for turns in messages.values()]
+        + [
+            {"messages": None, "left_out": "none of its answers was kept"},
+            {"instruction": "Q", "output": "B"},
+            conversation("C"),
+        ],
+        pyarrow.schema(
+            {
+                "messages": pyarrow.array(list(messages.values())).type,
+                "left_out": pyarrow.string(), "instruction": pyarrow.string(), "output": pyarrow.string(),
+                "conversations": pyarrow.array([conversation("C")["conversations"]]).type,
+            }
+        ),
+    )  # fmt: skip
+    assert table["messages"][0][1]["tool_calls"][0]["function"]["arguments"].as_py() == {"code": "1", "query": None}
+    parquet.write_table(table, tmp_path / "traces.parquet")
+    tools = [FunctionTool(str, name) for name in names.values()]
+    for tool, key in zip(tools, names, strict=True):
+        tool.argument_name = key
+    left_out = LeftOut()
+    with ToolExecutor(tools, ToolsConfig()) as executor:
+        traces = read_traces([tmp_path / "traces.parquet"], executor.call_format, None, left_out)
+    assert [trace.segments[0].text for trace in traces] == ["T<py>1</py>", "T<search>1</search>", "B", "C"]
+    assert str(left_out) == "1: none of its answers was kept"
 
 
 def test_repeated_traces_system_prompts_and_golds(tmp_path):
