@@ -21,13 +21,13 @@ from appo_jax.types import Document, Example, Segment, Trace
 
 
 class MultihopReader(Reader):
-    """Also reads `id`, and `answers` or FlashRAG's `golden_answers`, if a record does not have the fields of `columns`."""
+    """Also reads `id`, and `answers` or FlashRAG's `golden_answers`, if the fields of `columns` are missing or null."""
 
     def example(self, record: Any, path: Path, number: int) -> Example | None:
         columns = self.columns
         if isinstance(record, dict):
-            golds = (name for name in (columns.golds, "answers", "golden_answers") if name in record)
-            id = columns.id if columns.id in record else "id"
+            golds = (name for name in (columns.golds, "answers", "golden_answers") if record.get(name) is not None)
+            id = "id" if record.get(columns.id) is None else columns.id
             columns = dataclasses.replace(columns, golds=next(golds, columns.golds), id=id)
         return Reader(self.config, columns, self.kind, self.system).example(record, path, number)
 
@@ -125,7 +125,7 @@ def titled_paragraphs(record: Any) -> list[Document]:
     found = []
     for entry in context:
         if isinstance(entry, dict):
-            title, text = entry["title"], entry["text"] if "text" in entry else entry["sentences"]
+            title, text = entry["title"], entry["sentences"] if entry.get("text") is None else entry["text"]
         else:
             title, text = entry
         found.append(Document(title, _joined(text) if isinstance(text, list) else text))

@@ -383,6 +383,12 @@ def test_hotpotqa_and_2wiki(tmp_path):
                 documents,
             )
 
+    for split in ("train", "dev"):
+        write(tmp_path / f"flash/{split}.jsonl", [flash_rag | {"id": split}])
+    for source in ("hotpotqa", "wiki2", "musique"):
+        dataset = load_dataset(DataConfig(source, str(tmp_path / "flash")))
+        assert [example.id for example in (*dataset.train, *dataset.held_out)] == ["train", "dev"]
+
     glued = [["Bern", ["Bern is a town.", "It lies on the Aare. ", "Yes.", ""]]]
     for name in ("train.json", "dev.json"):
         write(tmp_path / name, [HOTPOT | {"answer_id": "Q1", "context": glued}, HOTPOT | {"answer_id": None}])
@@ -390,7 +396,7 @@ def test_hotpotqa_and_2wiki(tmp_path):
     assert whole == "Bern is a town. It lies on the Aare. Yes."
     assert load_dataset(DataConfig("wiki2", str(tmp_path))).train[0].golds == ("Aare",)
     file = tmp_path / "id_aliases.json"
-    file.write_text('{"Q_id": "Q1", "aliases": ["A\u2028r", "Aare"], "demonyms": []}\n')
+    file.write_text('{"Q_id": "Q1", "aliases": ["A\u2028r", "Aare"], "demonyms": null}\n')
     assert [e.golds for e in load_dataset(DataConfig("wiki2", str(tmp_path))).train] == [
         ("Aare", "A\u2028r"),
         ("Aare",),
@@ -415,6 +421,35 @@ def test_a_question_is_demonstrated_from_its_own_paragraphs(tmp_path):
         first, _, last = dataset.demonstration(0, ToolKit(executor)).segments
     assert first.text == "<think>I look up Bern.</think><search>Bern</search>"
     assert last.text.startswith("<think>Bern lies on the Aare. So the answer is Aare.</think>")
+
+
+PAGE = {"title": "Bern", "text": None, "sentences": ["A town."]}
+
+
+@pytest.mark.parametrize(
+    ("source", "record"),
+    [
+        ("math", {"problem": "1+2?", "answer": None, "solution": r"\boxed{3}"}),
+        ("math", {"problem": None, "question": "1+2?", "answer": "3"}),
+        ("hotpotqa", {"_id": None, "id": "a", "question": "1+2?", "answer": None, "golden_answers": ["3"]}),
+        ("hotpotqa", {"question": "1+2?", "answer": "3", "answers": None, "context": [PAGE]}),
+        ("musique", {"question": "1+2?", "answer": None, "answers": ["3"], "answerable": None, "answer_aliases": None}),
+        ("verl", {"question": "1+2?", "reward_model": None, "golden_answers": ["3"]}),
+        (
+            "verl",
+            {"question": "1+2?", "reward_model": {"ground_truth": None, "style": "rule"}, "golden_answers": ["3"]},
+        ),
+        ("verl", {"question": None, "prompt": "1+2?", "golden_answers": None, "reward_model": {"ground_truth": "3"}}),
+    ],
+)
+def test_a_null_field_is_a_missing_one(tmp_path, source, record):
+    """Files of several sets have the fields of all of them, null where a record has none."""
+    file = write(tmp_path / "train.jsonl", [record])
+    dataset = load_dataset(DataConfig(source, str(file), held_out=twin(file)))
+    (example,) = dataset.train
+    assert (example.question, example.golds) == ("1+2?", ("3",))
+    assert example.id == (record.get("id") or "train-1")
+    assert dataset.documents == ((Document("Bern", "A town."),) if "context" in record else None)
 
 
 def test_musique(tmp_path, caplog):

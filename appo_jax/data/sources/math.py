@@ -37,9 +37,9 @@ class MathReader(Reader):
     def example(self, record: Any, path: Path, number: int) -> Example | None:
         if not isinstance(record, dict):
             raise TypeError(f"expected an object, got {type(record).__name__}")
-        if "problem" not in record and "question" in record:
+        if record.get("problem") is None and record.get("question") is not None:
             record = record | {"problem": record["question"]}
-        if "answer" not in record and isinstance(record.get("solution"), str):
+        if record.get("answer") is None and isinstance(record.get("solution"), str):
             record = record | {"answer": boxed_gold(record["solution"])}
         return super().example(record, path, number)
 

@@ -12,7 +12,7 @@ from appo_jax.data.multihop import MultihopReader, load_multihop
 from appo_jax.data.source import Dataset
 from appo_jax.types import Document, Example
 
-FILES = (["musique_ans_v1.0_train.jsonl"], ["musique_ans_v1.0_dev.jsonl"])
+FILES = (["musique_ans_v1.0_train.jsonl", "train.jsonl"], ["musique_ans_v1.0_dev.jsonl", "dev.jsonl"])
 COLUMNS = ColumnsConfig("question", "answer", "id", "", "", "", ("answerable",))
 
 

@@ -34,14 +34,14 @@ def load(config: DataConfig) -> Dataset:
 
 
 class VerlReader(Reader):
-    """Reads the question alone if the record has it, else `prompt`; and `golden_answers` if the record has no `reward_model`."""
+    """Reads the question alone if the record has it, else `prompt`; and `golden_answers` if `reward_model` holds no answer."""
 
     def example(self, record: Any, path: Path, number: int) -> Example | None:
         columns = self.columns
         questions = ("question", "extra_info.question")
         alone = next((name for name in questions if isinstance(optional_field(record, name), str)), columns.question)
         columns = dataclasses.replace(columns, question=alone)
-        if isinstance(record, dict) and "reward_model" not in record:
+        if optional_field(record, columns.golds) is None and optional_field(record, "golden_answers") is not None:
             columns = dataclasses.replace(columns, golds="golden_answers")
         ability = str(optional_field(record, "ability") or "").lower()
         if ability not in ABILITIES:

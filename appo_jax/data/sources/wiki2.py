@@ -18,6 +18,7 @@ from appo_jax.data.source import Dataset
 from appo_jax.errors import DataError
 from appo_jax.types import Example
 
+FILES = (["train.json", "train.jsonl"], ["dev.json", "dev.jsonl"])
 COLUMNS = ColumnsConfig("question", "answer", "_id", "", "", "", ("type", "answer_id"))
 
 
@@ -27,7 +28,7 @@ def load(config: DataConfig) -> Dataset:
     path = data_path(config)
     aliases = read_aliases((path if path.is_dir() else path.parent) / "id_aliases.json")
     reader = AliasReader(config, COLUMNS, "qa", aliases=aliases)
-    return load_multihop(config, reader, titled_paragraphs, (["train.json"], ["dev.json"]), what)
+    return load_multihop(config, reader, titled_paragraphs, FILES, what)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_aliases(path: Path) -> dict[str, tuple[str, ...]]:
             continue
         try:
             record = json.loads(line)
-            found[text_field(record, "Q_id")] = (*record.get("aliases", ()), *record.get("demonyms", ()))
+            found[text_field(record, "Q_id")] = (*(record.get("aliases") or ()), *(record.get("demonyms") or ()))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{path}, line {number}: {error}; correct it, or remove the file to go without aliases"
