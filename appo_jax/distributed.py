@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from appo_jax import heartbeat
-from appo_jax.errors import ConfigError
+from appo_jax.errors import ConfigError, JoinError
 
 # Bytes of a message in the first collective. The rest of a longer message takes a second collective, whose size is a power of two
 # so that few programs are compiled.
@@ -27,17 +27,22 @@ def initialize() -> None:
     """Join the other hosts if `APPO_DISTRIBUTED=1` is set (launch/run.sh sets it); else this process is the only host.
 
     It is an environment variable and not a config field, because a run can continue on another number of hosts. JAX finds the
-    other hosts on Cloud TPU, Slurm and MPI. Raises ConfigError if it cannot.
+    other hosts on Cloud TPU, Slurm and MPI. Raises ConfigError if it finds no cluster, and JoinError for any other error: the name
+    of a host may not be known yet, or the cloud's metadata server may not answer.
     """
     if os.environ.get("APPO_DISTRIBUTED") != "1":
         return
     try:
         with heartbeat.phase("join"):
             _jax().distributed.initialize(initialization_timeout=JOIN_S)
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"APPO_DISTRIBUTED = 1, but the other hosts cannot be joined: {error}. On one host leave it unset; on a pod "
             "start the command on all hosts (launch/run.sh)"
+        ) from error
+    except (RuntimeError, OSError) as error:
+        raise JoinError(
+            f"the other hosts cannot be joined now: {type(error).__name__}: {error}; start again"
         ) from error
 
 

@@ -45,5 +45,9 @@ class TrainingError(AppoError):
     """Training had to stop (a non-finite loss)."""
 
 
+class JoinError(AppoError):
+    """The other hosts could not be joined now. A later start may join them."""
+
+
 class PlanError(AppoError):
     """A plan that cannot be made on this machine."""

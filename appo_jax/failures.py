@@ -1,7 +1,7 @@
 """Exit codes and messages of failures. A message says what failed, in which phase, and what to do.
 
-0    done                              75   the process was lost, hung or crashed, or its disk did not answer: the
-1    an error that a restart repeats            supervisor starts it again
+0    done                              75   the process was lost, hung or crashed, could not join the other hosts, or
+1    an error that a restart repeats            its disk did not answer: the supervisor starts it again
 2    a bad command line or config      130  asked to stop, by Ctrl-C or SIGTERM
 """
 
@@ -16,7 +16,7 @@ import sys
 import traceback
 
 from appo_jax import heartbeat
-from appo_jax.errors import AppoError, ConfigError
+from appo_jax.errors import AppoError, ConfigError, JoinError
 
 FAILED, BAD_CONFIG, START_AGAIN, INTERRUPTED = 1, 2, 75, 130
 
@@ -46,7 +46,7 @@ def exit_code(error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, ConfigError):
         return BAD_CONFIG
-    if may_follow_from_another_host(error) or _is_of_the_disk(error):
+    if isinstance(error, JoinError) or may_follow_from_another_host(error) or _is_of_the_disk(error):
         return START_AGAIN
     return FAILED
 

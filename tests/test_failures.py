@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import resource
 import socket
 import subprocess
@@ -10,14 +11,15 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 import tensorstore
 from jax.errors import JaxRuntimeError
 
-from appo_jax import failures, heartbeat
+from appo_jax import distributed, failures, heartbeat
 from appo_jax.checkpoint_items import not_written
-from appo_jax.errors import ConfigError, DataError
+from appo_jax.errors import AppoError, ConfigError, DataError
 
 
 def caught(action) -> Exception:
@@ -162,6 +164,27 @@ os._exit(0)
 )  # fmt: skip
 def test_exit_codes(error: BaseException, code: int) -> None:
     assert failures.exit_code(error) == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("coordinator_address should be defined."), 2),
+        (RuntimeError("Failed to recognize coordinator address t1v-n-0"), 75),  # its name is not known yet
+        (ConnectionError("HTTPConnectionPool(host='metadata.google.internal', port=80): Max retries exceeded"), 75),
+    ],
+)  # fmt: skip
+def test_a_host_that_cannot_join_yet_is_started_again(monkeypatch, error, code):
+    """`error` is what JAX raises. Each was final, so the host was not started again, and the others waited for it in vain."""
+
+    def initialize(**_):
+        raise error
+
+    monkeypatch.setenv("APPO_DISTRIBUTED", "1")
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(AppoError, match=r"other hosts cannot be joined.*" + re.escape(str(error))) as told:
+        distributed.initialize()
+    assert failures.exit_code(told.value) == code
 
 
 def test_an_error_is_explained_where_the_working_directory_is_gone(tmp_path, monkeypatch):
