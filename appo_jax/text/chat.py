@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jinja2
 import jinja2.ext
 import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from appo_jax.errors import DataError
@@ -30,21 +32,48 @@ def compile_template(source: str) -> jinja2.Template:
     """A template in the environment of transformers' `apply_chat_template`, except for one thing: `strftime_now` is
     undefined, so that templates which print the date (Llama 3.2) fall back to their fixed one and runs can be repeated.
     Raises DataError for a template that jinja2 cannot parse."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _raise
     try:
-        return environment.from_string(source)
+        return _environment().from_string(source)
     except jinja2.TemplateError as error:
         raise DataError(f"chat template: jinja2 cannot parse it: {error}") from error
 
 
 def variables_of(source: str) -> set[str]:
     """Names of the variables that a template reads and does not set itself."""
-    environment = ImmutableSandboxedEnvironment(extensions=[jinja2.ext.loopcontrols])
-    return jinja2.meta.find_undeclared_variables(environment.parse(source))
+    return jinja2.meta.find_undeclared_variables(_environment().parse(source))
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    return environment
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` around a reply, by which transformers tells it from the rest. As there, what is set in it stays in it."""
+
+    tags = {"generation"}  # noqa: RUF012 (declared so by jinja2)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def render(
@@ -61,9 +90,10 @@ def render(
         return template.render(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=None, **variables
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # whatever the template's expressions raise
         roles = [message["role"] for message in messages]
-        raise DataError(f"chat template: cannot render a conversation with the roles {roles}: {error}") from error
+        problem = f"{type(error).__name__}: {error}"
+        raise DataError(f"chat template: cannot render a conversation with the roles {roles}: {problem}") from error
 
 
 def control_pattern(tokens: Sequence[str]) -> re.Pattern[str]:

@@ -89,9 +89,37 @@ def test_a_template_that_refuses_is_an_error_with_its_words(tokenizers_by_templa
         )
 
 
+REPLIES = """\
+{%- for message in messages %}
+{%- set mark = '<' %}
+{%- if message.role == 'assistant' %}
+{%- generation %}
+{%- set mark = '[' %}
+{{- mark + message.content + end }}
+{%- endgeneration %}
+{{- mark }}
+{%- else %}
+{{- {'b': message.content, 'a': 1} | tojson(ensure_ascii=False, separators=(',', ':'), sort_keys=True) }}
+{%- endif %}
+{%- endfor %}
+"""
+
+
+def test_generation_blocks_and_the_keywords_of_tojson_are_those_of_transformers(tmp_path):
+    """Compared by hand: what is set in the block does not reach the text after it, because transformers calls it like a macro."""
+    folder = folder_of(tmp_path, "chatml")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": REPLIES}))
+    tokenizer = JsonTokenizer(folder).with_variables({"end": "]"})
+    turns = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "yes"}]
+    assert tokenizer.decode(tokenizer.render_chat(turns)) == '{"a":1,"b":"é"}[yes]<'
+
+
 def test_a_broken_template_is_an_error():
     with pytest.raises(DataError, match="cannot parse"):
         chat.compile_template("{% for message in messages %}")
+    with pytest.raises(DataError, match=r"cannot render .*\['user'\]: TypeError: "):
+        chat.render(chat.compile_template("{{ 1 + messages[0].content }}"), [{"role": "user", "content": "x"}], True)
 
 
 def test_templates_run_in_a_sandbox():
