@@ -19,6 +19,7 @@ from appo_jax.config.bounds import require_at_least
 from appo_jax.data.demonstrations import LeftOut
 from appo_jax.errors import DataError
 from appo_jax.export import policy_params
+from appo_jax.reward import require_rewards
 from appo_jax.reward.format import format_error
 from appo_jax.rollout.sampler import Purpose
 from appo_jax.storage import read_resumable
@@ -63,7 +64,9 @@ def collect(config: Config, asked: Collecting) -> str:
                     (Purpose.COLLECT, len(done) + first),
                     max_examples=min(size, len(examples)),
                 )
-                give_rewards([rollout for tree in trees for rollout in tree], components)
+                rollouts = [rollout for tree in trees for rollout in tree]
+                give_rewards(rollouts, components)
+                require_rewards(rollouts)
                 for example, tree in zip(some, trees, strict=True):
                     records = right(tree, components, left_out)
                     records = [record | {"system": systems[example.id]} for record in records]

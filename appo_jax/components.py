@@ -164,7 +164,7 @@ def response_of(rollout: Rollout, tokenizer: Tokenizer) -> Response:
 def give_rewards(rollouts: Sequence[Rollout], components: Components, overlong_buffer: int = 0) -> None:
     """Fill in `reward`, `correct` and `reward_detail` of finished rollouts, including the punishment of overlong ones.
     Each host judges its share of the rollouts and sends the results to the others. A rollout without a finite reward
-    keeps NaN and `reward_error`, and groups leave it out. Raises TrainingError if no rollout has a finite reward.
+    keeps NaN and `reward_error`, and groups leave it out.
     """
     limit = components.config.rollout.max_response_tokens
     mine = [i for i, rollout in enumerate(rollouts) if rollout.host == distributed.host()]

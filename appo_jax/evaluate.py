@@ -22,6 +22,7 @@ from appo_jax.config import EvalSetConfig
 from appo_jax.data.examples import system_prompt
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.policy.parameters import Params
+from appo_jax.reward import require_rewards
 from appo_jax.reward.language_judge import LanguageJudge
 from appo_jax.rollout.sampler import GenerationStats, Purpose
 from appo_jax.rollout.stats import accuracy
@@ -63,7 +64,7 @@ def held_out_examples(components: Components) -> Sequence[Example]:
 @heartbeat.phase("evaluate")
 def evaluate(params: Params, components: Components, stopping: Stopping | None = None) -> Evaluation:
     """Draw one greedy rollout, with tools, for every held-out question. Raises ToolsDown if a tool is down and stays down, or if
-    the run is asked to stop (`stopping`) while it is down."""
+    the run is asked to stop (`stopping`) while it is down; TrainingError if no rollout has a reward."""
     began, questions = time.perf_counter(), held_out_examples(components)
     heartbeat.detail(f"{len(questions)} questions")
     rollouts = _with_tools(
@@ -76,6 +77,7 @@ def evaluate(params: Params, components: Components, stopping: Stopping | None =
         stopping,
     )
     give_rewards(rollouts, components)
+    require_rewards(rollouts)
     components.sampler.take_stats()  # calls and tokens of an evaluation must not count for a training step
     return Evaluation(rollouts, time.perf_counter() - began)
 

@@ -27,6 +27,7 @@ from appo_jax.policy.adapters import with_adapters
 from appo_jax.policy.constraints import row_shards
 from appo_jax.policy.parameters import Params
 from appo_jax.policy.sharding import batch_shardings, place
+from appo_jax.reward import require_rewards
 from appo_jax.rollout.growth import Growth, TreeGrower
 from appo_jax.rollout.sampler import Purpose, Sampler
 from appo_jax.rollout.scoring import log_probs, of_drawers, scores
@@ -124,13 +125,14 @@ class Step:
         self.resampled = 0
 
     def sample(self, params: Params, examples: Sequence[Example], more: Iterator[Sequence[Example]]) -> list[Tree]:
-        """The initial rollouts of every prompt, with rewards.
+        """The initial rollouts of every prompt, with rewards. Raises TrainingError if no rollout has one.
 
         Dynamic sampling: a prompt whose rewards are all equal gives no gradient. It is replaced by another prompt, at most
         `max_resamples` times. Batches of `more` are taken as they are needed. A step begins with a new batch: what is left of
         them at its end is not used, because a checkpoint holds the position of `more` only.
         """
         trees = self._draw(params, examples, (Purpose.INITIAL, self.index))
+        require_rewards([rollout for tree in trees for rollout in tree])
         unused: list[Example] = []
         attempts = self.algorithm.max_resamples
         for attempt in range(attempts):

@@ -62,7 +62,7 @@ from appo_jax.components import Components, give_rewards
 from appo_jax.config_io import load_config
 from appo_jax.distributed import num_hosts
 from appo_jax.errors import TrainingError
-from appo_jax.reward import Judge
+from appo_jax.reward import Judge, require_rewards
 from appo_jax.text.tokenizer import load_tokenizer
 from appo_jax.types import Example, RewardResult, Rollout, StopReason
 
@@ -81,6 +81,7 @@ def judged(function):
     reward = Judge("mine:f", function)
     try:
         give_rewards(rollouts, Components(**parts | {"config": config, "tokenizer": tokenizer, "reward": reward}))
+        require_rewards(rollouts)
     except TrainingError as error:
         return str(error)
     return [[None if math.isnan(r.reward) else r.reward, r.reward_detail, r.reward_error] for r in rollouts]

@@ -38,6 +38,7 @@ from appo_jax.influence.ranking import (
     top_words,
 )
 from appo_jax.policy.parameters import Params
+from appo_jax.reward import require_rewards
 from appo_jax.rollout.growth import blank_tokens, score_positions, valid_positions
 from appo_jax.rollout.sampler import Branch, Purpose, ScorePass
 from appo_jax.rollout.scoring import log_probs
@@ -90,6 +91,7 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
         trees = components.sampler.initial(trainer.policy(state), examples, asked.rollouts, (Purpose.INFLUENCE, 0))
         rollouts = [rollout for tree in trees for rollout in tree]
         give_rewards(rollouts, components)
+        require_rewards(rollouts)
         old = [values for tree in log_probs(components.sampler, trainer.policy(state), trees) for values in tree]
         state, record, _ = train_step(trainer, 0, state, others, iter(()))
         policy = trainer.policy(state)
@@ -180,10 +182,11 @@ def decision_tokens(rollout: Rollout, words: Sequence[bytes], known: Any) -> np.
     """`[T]` bool: tokens in which a decision of the response begins, according to the data source."""
     start = rollout.prompt_length
     ends = np.cumsum([len(word) for word in words[start:]])
-    text = b"".join(words[start:]).decode(errors="replace")
+    # Each byte that is not UTF-8 is one character, which becomes that byte again.
+    text = b"".join(words[start:]).decode(errors="surrogateescape")
     out = np.zeros(rollout.length, bool)
     for begin_at, _ in known(text):
-        byte = len(text[:begin_at].encode())
+        byte = len(text[:begin_at].encode(errors="surrogateescape"))
         out[start + int(np.searchsorted(ends, byte, side="right"))] = True
     return out & rollout.sampled
 

@@ -10,14 +10,14 @@ from typing import Any
 from appo_jax import distributed
 from appo_jax.config import RewardConfig
 from appo_jax.errors import ConfigError
-from appo_jax.reward.judge import Judge, Judgement
+from appo_jax.reward.judge import Judge, Judgement, require_rewards
 from appo_jax.reward.official import official_reward
 from appo_jax.reward.response import Response
 from appo_jax.reward.robust import robust_reward
 from appo_jax.tools.format import CallFormat
 from appo_jax.tools.user_code import imported
 
-__all__ = ["Judge", "Judgement", "Response", "make_reward"]
+__all__ = ["Judge", "Judgement", "Response", "make_reward", "require_rewards"]
 
 
 def make_reward(config: RewardConfig, call_format: CallFormat, folder: Path) -> Judge:

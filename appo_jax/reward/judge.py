@@ -19,7 +19,7 @@ import numpy as np
 from appo_jax import distributed, heartbeat
 from appo_jax.errors import AppoError, ConfigError, TrainingError
 from appo_jax.reward.response import Response
-from appo_jax.types import Example, RewardResult, Segment, StopReason
+from appo_jax.types import Example, RewardResult, Rollout, Segment, StopReason
 
 if TYPE_CHECKING:
     from appo_jax.reward.language_judge import LanguageJudge
@@ -124,20 +124,29 @@ class Judge:
                 )
 
     def report(self, judgements: Sequence[tuple[str, Judgement]]) -> None:
-        """Log which rollouts have no reward and why, by the id of their question. Raises TrainingError if none of them
-        has one."""
-        errors = Counter(judgement.error for _, judgement in judgements if judgement.error)
-        if not errors:
-            return
-        [(error, count)] = errors.most_common(1)
-        example = next(identity for identity, judgement in judgements if judgement.error == error)
-        problem = f"{error} ({count} times, first for {example!r})"
-        if errors.total() == len(judgements):
-            raise TrainingError(f"none of {len(judgements)} rollouts has a reward: {problem}; correct the function")
-        log.warning(
-            "%d of %d rollouts have no reward and are left out of their groups: %s",
-            errors.total(), len(judgements), problem,
-        )  # fmt: skip
+        """Log which rollouts have no reward and why, by the id of their question."""
+        failed, problem = _most_common_error([(identity, judgement.error) for identity, judgement in judgements])
+        if failed:
+            log.warning(
+                "%d of %d rollouts have no reward and are left out of their groups: %s", failed, len(judgements), problem
+            )
+
+
+def require_rewards(rollouts: Sequence[Rollout]) -> None:
+    """Raise TrainingError if none of these rollouts has a reward. They are those of a step or an evaluation: one question whose
+    reward always fails ends nothing."""
+    failed, problem = _most_common_error([(rollout.example.id, rollout.reward_error) for rollout in rollouts])
+    if failed and failed == len(rollouts):
+        raise TrainingError(f"none of {failed} rollouts has a reward: {problem}; correct the function")
+
+
+def _most_common_error(errors: Sequence[tuple[str, str | None]]) -> tuple[int, str]:
+    """How many rollouts, each with the id of its question, have an error; and the most common error, in words."""
+    counts = Counter(error for _, error in errors if error)
+    if not counts:
+        return 0, ""
+    [(error, count)] = counts.most_common(1)
+    return counts.total(), f"{error} ({count} times, first for {next(id for id, e in errors if e == error)!r})"
 
 
 def limited(

@@ -92,13 +92,14 @@ def test_tool_tokens_have_no_say_in_the_future_value():
     st.sampled_from([(1.0, 1.2), (0.8, 1.2)]),
 )  # fmt: skip
 def test_branching_score_is_the_oracles(future, entropies, masks, kind, clip):
-    # grids of 1/20 and 1/4, so that float32 and float64 agree on what is constant
+    # Grids of 1/20 and 1/4, and bounds in float32 for the oracle too: so float32 and float64 agree on what is constant.
     future, entropies, (_, valid) = future / 20, entropies / 4, masks
+    low, high = map(float, np.float32(clip))
     config = BranchingConfig(score=kind, clip_low=clip[0], clip_high=clip[1], entropy_weight=2.0, future_weight=0.5)
     got = scores(future, entropies, valid, config=config)
     for r in range(R):
         expected, z_h, z_o, constant = oracle.branching_score(
-            entropies[r], future[r], valid[r], *clip, score=kind, entropy_weight=2.0, future_weight=0.5
+            entropies[r], future[r], valid[r], low, high, score=kind, entropy_weight=2.0, future_weight=0.5
         )
         np.testing.assert_allclose(got.score[r], expected, atol=1e-4)
         assert bool(got.constant_future[r]) == constant

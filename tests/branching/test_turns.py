@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from appo_jax.branching import rules
 from appo_jax.branching.rule import rollouts_from_the_prompt
 from appo_jax.branching.rules.entropy_change import after_tool_calls, branch_probabilities
-from appo_jax.branching.rules.random_turn import random_turns
-from appo_jax.branching.tree import Loop
+from appo_jax.branching.rules.random_turn import random_turns, turns
+from appo_jax.branching.tree import Loop, TreeView
+from appo_jax.config import BranchingConfig
 from appo_jax.errors import ConfigError
 from appo_jax.types import stretches, turn_starts
 
@@ -98,11 +99,34 @@ def test_aepo_branches_less_often_after_a_branch():
         assert abs(drawn[branched] / 8000 - expected) < 4 * math.sqrt(expected * (1 - expected) / 8000)
 
 
+def test_aepo_counts_the_branches_of_earlier_loops():
+    """A rollout of turns at 1, 3, 5, 7 was branched at 3 and 5 (l = 2 at 7), and its branch begins at 5 (l = 2 at 7, too); a third
+    one was branched at 3 alone (l = 0)."""
+    sampled = np.array([False] + [True, False] * 3 + [True])
+    branched = [np.isin(np.arange(8), taken) for taken in ([3, 5], [3, 5], [3], [1])]
+    rng, drawn = np.random.default_rng(0), Counter()
+    for _ in range(4000):
+        cuts = after_tool_calls([np.zeros(8)] * 4, [sampled] * 4, [5, 5, 5, 1], loop(99, rng), 0.3, branched)
+        drawn.update(cut.node for cut in cuts if cut.length == (3 if cut.node == 3 else 7))
+    for node, expected in enumerate([0.5 * 0.4, 0.5 * 0.4, 0.5, 0.5]):  # the first turn follows no call
+        assert abs(drawn[node] / 4000 - expected) < 4 * math.sqrt(expected * (1 - expected) / 4000)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tree_grpo_takes_no_turn_twice(seed):
+    """Turns at 1, 3, 5. The first loop has branched rollout 0 at 3: both its turn 3 and its branch's are that point."""
+    sampled = np.array([False, True, False, True, False, True])
+    zeros = [np.zeros(6)] * 2
+    tree = TreeView(1, [None, 0], [None, 3], [0, 1], [sampled] * 2, zeros, zeros, zeros, zeros)
+    cuts = turns(tree, loop(9, np.random.default_rng(seed)), BranchingConfig(num_branch_points=3))
+    assert set(cuts) == {(0, 1), (1, 1), (0, 5), (1, 5)}
+
+
 @given(st.lists(rollouts(), min_size=1, max_size=4), st.integers(1, 3), st.integers(0, 8), st.integers(0, 5))
 def test_tree_grpo_serves_random_turns_in_rounds(prompt, per_rollout, budget, seed):
     sampled = [s for _, s in prompt]
-    points = random_turns(sampled, per_rollout, loop(budget, np.random.default_rng(seed)))
     starts = [[turn[0] for turn in oracle.turns(s)] for s in sampled]
+    points = random_turns([np.array(s, int) for s in starts], per_rollout, loop(budget, np.random.default_rng(seed)))
     assert len(points) == min(budget, sum(min(per_rollout, len(s)) for s in starts))
     assert len(set(points)) == len(points)
     assert all(t in starts[n] for n, t in points)
@@ -112,9 +136,8 @@ def test_tree_grpo_serves_random_turns_in_rounds(prompt, per_rollout, budget, se
 
 
 def test_every_turn_is_as_likely():
-    sampled = [np.array([False, True, False, True, False, True])]
     rng = np.random.default_rng(0)
-    first = [random_turns(sampled, 1, loop(1, rng))[0].length for _ in range(3000)]
+    first = [random_turns([np.array([1, 3, 5])], 1, loop(1, rng))[0].length for _ in range(3000)]
     for t in (1, 3, 5):
         assert abs(first.count(t) / 3000 - 1 / 3) < 4 * math.sqrt(2 / 9 / 3000)
 

@@ -12,8 +12,8 @@ import pytest
 
 from appo_jax import heartbeat
 from appo_jax.errors import AppoError, ConfigError, TrainingError
-from appo_jax.reward import Judge, Judgement, Response
-from appo_jax.types import Example, RewardResult, StopReason
+from appo_jax.reward import Judge, Judgement, Response, require_rewards
+from appo_jax.types import Example, RewardResult, Rollout, StopReason
 
 EXAMPLE = Example("q-7", "2 + 3?", ("5",), "math", "")
 RESPONSE = Response((), ("5",), "math", frozenset(), StopReason.ANSWERED)
@@ -119,11 +119,16 @@ def test_failures_are_counted_named_and_said_once(caplog):
     )
 
 
-def test_no_reward_at_all_ends_the_run():
+def test_a_step_without_any_reward_ends_the_run():
+    x = np.zeros(1)
+    failed = Rollout(EXAMPLE, x, 0, x, x, x, StopReason.ANSWERED, (), 0, reward_error="returned nan")
+    good = dataclasses.replace(failed, reward=1.0, reward_error=None)
     with pytest.raises(
-        TrainingError, match=r"none of 2 rollouts has a reward: reward.function = 'mine:f' returned the reward nan"
+        TrainingError, match=r"none of 2 rollouts has a reward: returned nan \(2 times, first for 'q-7'\); correct"
     ):
-        judge(None).report([("a", BAD), ("b", BAD)])
+        require_rewards([failed, failed])
+    require_rewards([failed, good])
+    require_rewards([])
 
 
 def test_nothing_to_report(caplog):

@@ -172,6 +172,24 @@ def test_tool_states_live_only_while_a_branch_may_begin_from_them(step, name: st
     assert not any(living[-first:])
 
 
+def test_questions_whose_reward_always_fails_end_no_step(step) -> None:
+    """All questions of a mini-batch, and one that replaces another: they are left out, and the step goes on with the others."""
+
+    def reward(response: Response) -> RewardResult:
+        if response.question in ("the fox", "dog", "new"):
+            raise ValueError("no gold")
+        return even_text(response)
+
+    record, trees, _, moved = step(Config(branching=BranchingConfig(num_branch_points=1)), reward)
+    assert moved
+    assert record["reward/failed"] == 2 * M
+    assert [all(r.reward_error for r in tree) for tree in trees] == [True, True, False, False]
+    batch = [Example("new", "new", ("x",), "qa", "")] * P
+    record, trees, _, _ = step(Config(algorithm="grpo", max_resamples=1), reward, iter([batch]))
+    assert record["rollout/resampled_prompts"] >= 2
+    assert [tree[0].example.id for tree in trees][:2] == ["new", "new"]
+
+
 def test_dynamic_sampling_replaces_prompts_without_spread_and_is_bounded(step, monkeypatch) -> None:
     config = Config(algorithm="grpo", max_resamples=2)
     ids, initial = [], TreeSampler.initial

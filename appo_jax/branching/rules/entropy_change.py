@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from appo_jax.branching.rule import ByTurns
-from appo_jax.branching.tree import Cut, Loop, TreeView
+from appo_jax.branching.tree import Cut, Loop, TreeView, already_branched
 from appo_jax.config import BranchingConfig
 from appo_jax.types import turn_starts
 
@@ -45,16 +45,20 @@ def after_tool_calls(
     undrawn_from: Sequence[int],
     loop: Loop,
     penalty: float = 0.0,
+    branched: Sequence[np.ndarray] | None = None,
 ) -> list[Cut]:
     """The cuts of a prompt, within the budget; turns after the rollouts' first calls come first. Beam 2: a turn that is
     drawn is continued twice. `undrawn_from`: for each rollout, the index after which turns have not been drawn yet.
-    `penalty`: a turn's probability falls by this share for every branch at the turns just before it.
+    `penalty`: a turn's probability falls by this share for every branch at the turns just before it. `branched`: for each rollout,
+    `[T]` bool, where branches of earlier loops begin (None: nowhere).
     """
     points = []
     for node, (entropy, mask) in enumerate(zip(entropies, sampled, strict=True)):
         probabilities = branch_probabilities(entropy, mask, loop.vocab_size)
         chances = [(t, p) for t, p in probabilities.items() if t > undrawn_from[node]]
-        in_a_row = 0
+        drawn = [t for t in probabilities if t <= undrawn_from[node]]
+        taken = branched[node][drawn] if branched is not None else np.zeros(len(drawn), bool)
+        in_a_row = int(np.cumprod(taken[::-1]).sum())
         for call, (t, p) in enumerate(chances):
             if loop.rng.random() < p * max(0.0, 1.0 - penalty * in_a_row):
                 points.append((call, node, t))
@@ -68,7 +72,8 @@ def turns(tree: TreeView, loop: Loop, config: BranchingConfig, penalty: float = 
     """Every turn is drawn once, by the first loop after the turn was sampled."""
     latest = [(fork or 0) if at == loop.number - 1 else None for fork, at in zip(tree.forks, tree.loops, strict=True)]
     undrawn_from = [len(s) if fork is None else fork for fork, s in zip(latest, tree.sampled, strict=True)]
-    return after_tool_calls(tree.entropies, tree.sampled, undrawn_from, loop, penalty)
+    branched = already_branched(tree, include_token=False)
+    return after_tool_calls(tree.entropies, tree.sampled, undrawn_from, loop, penalty, branched)
 
 
 RULE = ByTurns(turns)
