@@ -15,11 +15,9 @@ from appo_jax.benchmark.official import is_equiv
 from appo_jax.benchmark.predictions import Predictions, Sample
 from appo_jax.benchmark.sets import Benchmark, Item, benchmark
 from appo_jax.benchmark.statistics import (
-    FEW_QUESTIONS,
     Figure,
     majority_at_k,
     over_questions,
-    over_questions_and_samples,
     pass_at_k,
 )
 from appo_jax.reward.language_judge import LanguageJudge
@@ -86,10 +84,7 @@ def summarize(name: str, graded: Sequence[Graded], predictions: Predictions, ks:
     fewest = min(len(g.verdicts) for g in answered)
 
     def figure(value: Callable[[Verdict], float], some: Sequence[Graded] = graded) -> Figure:
-        rows = [[value(v) for v in g.verdicts] or [0.0] for g in some]
-        if len(graded) >= FEW_QUESTIONS or samples == 1:
-            return over_questions([float(np.mean(row)) for row in rows])
-        return over_questions_and_samples(rows)
+        return over_questions([float(np.mean([value(v) for v in g.verdicts] or [0.0])) for g in some])
 
     def accuracy(some: Sequence[Graded]) -> Figure:
         return figure(lambda v: float(v.correct is True), some)

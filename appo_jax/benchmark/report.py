@@ -11,7 +11,6 @@ from typing import Any
 from appo_jax.benchmark.figures import Graded
 from appo_jax.benchmark.questions import shown
 from appo_jax.benchmark.sets import Benchmark, benchmark
-from appo_jax.benchmark.statistics import FEW_QUESTIONS
 
 # Figures as report.md and `eval --compare` call them.
 RULES = {"math": "equal value", "qa": "exact match", "gaia": "quasi-exact match", "judge": "a judge"}
@@ -41,8 +40,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     lines = [
         f"# {record['title']}", "",
         f"{record['questions']} questions, {record['samples']} samples each. Graded by {RULES[found.rule]}; elsewhere: "
-        f"{found.convention}. Intervals: 95 %, over questions"
-        + (" and samples." if record["questions"] < FEW_QUESTIONS and record["samples"] > 1 else "."),
+        f"{found.convention}. Intervals: 95 %, over questions.",
         "", "| figure | value |", "|---|---|", *_rows(record, found),
     ]  # fmt: skip
     if found.headline == "judge" and "judged" not in record:
