@@ -84,7 +84,12 @@ def shown(names: list[str], most: int = 20) -> str:
 
 def _item(found: Benchmark, record: Any, position: int, path: Path) -> Item:
     """The item of a record. Without an id it gets its position. Raises TypeError or ValueError."""
-    prepared = found.prepare(lower_case(record), path)
+    try:
+        prepared = found.prepare(lower_case(record), path)
+    except (LookupError, AttributeError) as error:  # of a set's own function, for a record without what it reads
+        raise ValueError(f"the set's `prepare` raised {type(error).__name__}: {error}") from error
+    if not isinstance(prepared, Mapping):
+        raise TypeError(f"the set's `prepare` returned a {type(prepared).__name__}; expected the record as an object")
     question = question_of(prepared)
     answer = _first(prepared, ANSWER)
     if answer is None:

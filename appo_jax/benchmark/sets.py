@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from appo_jax.data.question_files import decrypted
 from appo_jax.data.sources import wiki2
@@ -19,6 +19,7 @@ from appo_jax.reward.language_judge import EXACT
 from appo_jax.tools.user_code import imported
 
 Rule = Literal["math", "qa", "gaia", "judge"]
+Headline = Literal["accuracy", "f1", "judge"]
 Record = Mapping[str, Any]  # of a set's file, with the names of its fields in lower case
 
 
@@ -33,7 +34,7 @@ class Benchmark:
     title: str
     rule: Rule
     """math: equal value. qa: exact match, and token F1. gaia: GAIA's quasi-exact match. judge: a language model decides."""
-    headline: Literal["accuracy", "f1", "judge"] = "accuracy"
+    headline: Headline = "accuracy"
     """The figure that is published: accuracy by `rule`, token F1 as the official evaluation computes it, or accuracy by a language
     model as judge. The report marks it, and `eval --compare` compares it."""
     convention: str = "its authors' rule"
@@ -59,6 +60,9 @@ def benchmark(name: str) -> Benchmark:
     found = imported("set", name, expected)
     if not isinstance(found, Benchmark):
         raise ConfigError(f"set = {name!r} is a {type(found).__name__}; expected {expected}")
+    for field, choices in (("rule", get_args(Rule)), ("headline", get_args(Headline))):
+        if (value := getattr(found, field)) not in choices:
+            raise ConfigError(f"set = {name!r}: {field} = {value!r}; expected one of {', '.join(choices)}")
     return found
 
 

@@ -13,7 +13,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from appo_jax.config import DataConfig
 from appo_jax.data import sources
@@ -23,7 +23,7 @@ from appo_jax.data.records import parse_each
 from appo_jax.data.repetitions import drop_repetitions
 from appo_jax.errors import AppoError, ConfigError, DataError
 from appo_jax.tools.user_code import imported
-from appo_jax.types import Document, Example, Trace
+from appo_jax.types import Document, Example, Kind, Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +71,32 @@ def load_dataset(config: DataConfig) -> Dataset:
             f"data.source = {config.source!r} returned a {type(dataset).__name__}; expected an appo_jax.data.source.Dataset"
         )
     for part in ("train", "held_out"):
-        wrong = next((item for item in getattr(dataset, part) if not isinstance(item, Example)), None)
-        if wrong is not None:
-            raise DataError(
-                f"data.source = {config.source!r}: {part} holds a {type(wrong).__name__}; expected appo_jax.types.Example"
-            )
+        if problem := _problem(getattr(dataset, part)):
+            raise DataError(f"data.source = {config.source!r}: {part} {problem}")
     if not config.drop:
         return dataset
     return _only(dataset, drop_repetitions(dataset.train, for_evaluation(dataset, config), config.drop))
+
+
+def _problem(examples: Any) -> str | None:
+    """What is wrong with a part of a user's dataset; None if it is a sequence of examples with fields of the right types."""
+    if not isinstance(examples, Sequence):
+        return f"is a {type(examples).__name__}; expected a list of appo_jax.types.Example"
+    for example in examples:
+        if not isinstance(example, Example):
+            return f"holds a {type(example).__name__}; expected appo_jax.types.Example"
+        for name in ("id", "question", "system"):
+            if not isinstance(value := getattr(example, name), str):
+                return f"holds the example {example.id!r} with {name} = {value!r}; expected a text"
+        golds = example.golds
+        if not isinstance(golds, tuple | list) or not golds or not all(isinstance(gold, str) for gold in golds):
+            return (
+                f'holds the example {example.id!r} with golds = {golds!r}; expected a tuple of texts, such as ("42",)'
+            )
+        if example.kind not in get_args(Kind):
+            expected = " or ".join(map(repr, get_args(Kind)))
+            return f"holds the example {example.id!r} with kind = {example.kind!r}; expected {expected}"
+    return None
 
 
 def _only(dataset: Dataset, train: Sequence[Example]) -> Dataset:

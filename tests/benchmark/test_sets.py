@@ -203,15 +203,31 @@ def test_a_set_of_ones_own(tmp_path, monkeypatch):
         "    return {'question': record['q'], 'answer': record['a']}\n"
         "mine = Benchmark('Mine', 'qa', prepare=prepare)\n"
         "other = 3\n"
+        "ruled = Benchmark('Mine', 'qq', prepare=prepare)\n"
+        "headed = Benchmark('Mine', 'qa', 'F1', prepare=prepare)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    file = write(tmp_path / "x.jsonl", {"Q": "Who?", "A": "x"}, {"Q": "no", "A": "x"})
+    file = write(tmp_path / "x.jsonl", {"Q": "Who?", "A": "x"}, {"Q": "no", "A": "x"}, {"A": "x"})
     found = load_questions("own_sets:mine", file)
     assert [(item.question, item.golds) for item in found.items] == [("Who?", ("x",))]
-    assert found.left_out == {"not mine": ["line 2"]}
+    assert found.left_out == {"not mine": ["line 2"], "the set's `prepare` raised KeyError: 'q'": ["line 3"]}
+    with pytest.raises(ConfigError, match="set = 'own_sets:ruled': rule = 'qq'; expected one of math, qa, gaia, judge"):
+        load_questions("own_sets:ruled", file)
+    with pytest.raises(ConfigError, match="set = 'own_sets:headed': headline = 'F1'; expected one of accuracy, f1"):
+        load_questions("own_sets:headed", file)
     for name in ("own_sets:other", "own_sets:missing", "aime"):
         with pytest.raises(ConfigError, match=rf"set = '{name}'.*expected aime24, .* or `package.module:set`"):
             load_questions(name, file)
+
+
+def test_a_set_whose_function_returns_nothing_is_told(tmp_path, monkeypatch):
+    (tmp_path / "empty_sets.py").write_text(
+        "from appo_jax.benchmark.sets import Benchmark\nmine = Benchmark('Mine', 'qa', prepare=lambda r, path: None)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file = write(tmp_path / "x.jsonl", {"q": "Who?", "a": "x"})
+    with pytest.raises(DataError, match="line 1: the set's `prepare` returned a NoneType; expected"):
+        load_questions("empty_sets:mine", file)
 
 
 def test_a_missing_set_says_where_it_comes_from(tmp_path):

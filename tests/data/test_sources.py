@@ -236,6 +236,15 @@ def load(config):
 def wrong(config): return [1]
 def ends(config): raise SystemExit(0)
 def wrong_examples(config): return Dataset([{"question": "?"}], [])
+def one(*fields): return Dataset([Example("a", "?", ("1",), "math", "")], [Example(*fields)])
+def no_comma(config): return one("q7", "What is 6 * 7?", ("42"), "math", "")
+def numbers(config): return one("q7", "What is 6 * 7?", (42,), "math", "")
+def no_golds(config): return one("q7", "What is 6 * 7?", (), "math", "")
+def other_kind(config): return one("q7", "What is 6 * 7?", ("42",), "maths", "")
+def no_question(config): return one("q7", None, ("42",), "math", "")
+def no_system(config): return one("q7", "What is 6 * 7?", ("42",), "math", None)
+def number_as_id(config): return one(7, "What is 6 * 7?", ("42",), "math", "")
+def no_sequence(config): return Dataset([], (example for example in ()))
 CONSTANT = 3
 """
 
@@ -280,6 +289,18 @@ def test_a_tokenizer_is_trained_on_the_prompts_as_the_policy_reads_them(executor
         ("my_script:load", ConfigError, r"cannot be imported \(SystemExit"),
         ("my_source:wrong", ConfigError, "returned a list; expected an appo_jax.data.source.Dataset"),
         ("my_source:wrong_examples", DataError, "train holds a dict; expected appo_jax.types.Example"),
+        (
+            "my_source:no_comma",
+            DataError,
+            "held_out holds the example 'q7' with golds = '42'; expected a tuple of texts",
+        ),
+        ("my_source:numbers", DataError, r"'q7' with golds = \(42,\); expected a tuple of texts"),
+        ("my_source:no_golds", DataError, r"'q7' with golds = \(\); expected a tuple of texts"),
+        ("my_source:other_kind", DataError, "'q7' with kind = 'maths'; expected 'math' or 'qa'"),
+        ("my_source:no_question", DataError, "'q7' with question = None; expected a text"),
+        ("my_source:no_system", DataError, "'q7' with system = None; expected a text"),
+        ("my_source:number_as_id", DataError, "example 7 with id = 7; expected a text"),
+        ("my_source:no_sequence", DataError, "held_out is a generator; expected a list of appo_jax.types.Example"),
         ("gsm8k", ConfigError, r"data\.path: needed for data\.source = 'gsm8k'"),
     ],
 )
