@@ -287,7 +287,7 @@ def _check_same_run(run: RunDir, config: Config) -> Config:
     lines = [
         f"  {name}: {old.get(name, absent)!r} in the run, {new.get(name, absent)!r} given"
         for name, effect in effects.items()
-        if effect not in (Affects.NOTHING, Affects.ROUNDING)
+        if effect not in (Affects.NOTHING, Affects.ROUNDING, Affects.CURVE)
     ]
     lines += _sets_measured_otherwise(kept, config)
     if lines:

@@ -19,6 +19,8 @@ class Affects(enum.Flag):
     """The policy after the cold start."""
     ACCURACY = enum.auto()
     """How the held-out accuracy of a given policy is measured."""
+    CURVE = enum.auto()
+    """At which steps the held-out accuracy is measured."""
     SAMPLES = enum.auto()
     """The rollouts that `appo-jax eval` draws from a given policy."""
     ADDRESS = enum.auto()
@@ -32,7 +34,7 @@ _TABLE: dict[str, Affects] = {
     **dict.fromkeys(
         (
             "run_dir", "steps", "max_sampled_tokens", "checkpoint_every", "sft.checkpoint_every", "keep_checkpoints",
-            "keep_best_checkpoints", "keep_rollouts", "stop_grace_seconds", "max_silent_seconds", "eval.every", "eval.sets",
+            "keep_best_checkpoints", "keep_rollouts", "stop_grace_seconds", "max_silent_seconds", "eval.sets",
             "tools.max_unavailable", "tools.pause_seconds", "tools.python.allow_private", "tools.search.allow_private",
             "tools.search.timeout", "tools.search.max_retries", "tools.search.max_per_second", "reward.timeout",
             # A judge that is given or left out while another function gives the rewards decides only sets of `eval.sets`.
@@ -62,6 +64,7 @@ _TABLE: dict[str, Affects] = {
     "seed": Affects.STEP | Affects.COLD_START | Affects.SAMPLES,
     **dict.fromkeys(("rollout.top_p", "rollout.top_k"), Affects.STEP | Affects.SAMPLES),
     "eval.num_prompts": Affects.ACCURACY,
+    "eval.every": Affects.CURVE,
     **dict.fromkeys(("reward.function", "reward.judge.model"), Affects.STEP | Affects.ACCURACY),
     **dict.fromkeys(
         (
@@ -86,4 +89,4 @@ def affects(field: str) -> Affects:
 def shared_by_runs(effect: Affects) -> bool:
     """Whether runs that are compared must have the same value: they are evaluated by it, or it affects only the cold start,
     which they share."""
-    return bool(effect & Affects.ACCURACY) or effect == Affects.COLD_START
+    return bool(effect & (Affects.ACCURACY | Affects.CURVE)) or effect == Affects.COLD_START

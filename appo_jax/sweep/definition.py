@@ -167,7 +167,8 @@ def load_sweep(path: str | Path) -> Sweep:
 def check_sweep(sweep: Sweep) -> None:
     """Raise ConfigError if a sweep cannot be run, or if its trials cannot be compared.
 
-    That is: it has no field, no seed, the same seed twice, no budget or no number of trials; the space has an unknown field, a
+    That is: it has no field, no seed, the same seed twice, no budget or no number of trials; its objective is the accuracy on the
+    way, and nothing is evaluated there; the space has an unknown field, a
     field of the cold start or of the evaluation, a value of the wrong type or too few points that keep the rules between fields;
     the base config breaks a rule; or `check_cold_starts` refuses the cold starts.
     """
@@ -208,6 +209,11 @@ def check_sweep(sweep: Sweep) -> None:
             raise ConfigError(f"space: {name!r}: {values!r} has a value twice; give every value once")
         for value in values:
             with_fields(sweep.base, {name: value})  # raises for a value of the wrong type
+    if sweep.objective == "on_the_way" and sweep.base.eval.every == 0:
+        raise ConfigError(
+            "eval.every = 0: the objective is 'on_the_way', the accuracy averaged over a run, but nothing is evaluated on the way; "
+            "set eval.every in `base`, such as 1, or objective='final'"
+        )
     check(sweep.base)
     if "algorithm" not in sweep.space:
         _check_used(sweep)

@@ -7,12 +7,13 @@ Interrupted or killed, the same command goes on. It ends in runs/sweeps/quicksta
 
 from pathlib import Path
 
-from appo_jax.config_io import load_config
+from appo_jax.config_io import load_config, with_fields
 from appo_jax.sweep.definition import Sweep
 
 sweep = Sweep(
     out="runs/sweeps/quickstart",
-    base=load_config(Path(__file__).parents[1] / "quickstart.py"),
+    # a run has few steps, and the objective is the accuracy on the way
+    base=with_fields(load_config(Path(__file__).parents[1] / "quickstart.py"), {"eval.every": 1}),
     space={
         "branching.tau": (8.0, 32.0, 128.0),
         "branching.clip_high": (1.1, 1.2, 1.5),

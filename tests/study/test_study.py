@@ -120,7 +120,8 @@ def test_what_cannot_be_a_study_is_named(base, tmp_path):
         load_study(tmp_path / "s.py")
     with pytest.raises(ConfigError, match=r"missing\.py: no such file"):
         load_study(tmp_path / "missing.py")
-    for field, value in {"sft.steps": 7, "reward.function": "official", "rollout.max_tool_calls": 1}.items():
+    fields = {"sft.steps": 7, "reward.function": "official", "rollout.max_tool_calls": 1, "eval.every": 3}
+    for field, value in fields.items():
         with pytest.raises(ConfigError, match=rf"'other' differs from 'appo' in {field}"):
             check_study(study(base, tmp_path, other=with_fields(base, {field: value})))
     check_study(

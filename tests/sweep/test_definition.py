@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from appo_jax.config_io import load_config, save_config
+from appo_jax.config_io import load_config, save_config, with_fields
 from appo_jax.errors import ConfigError
 from appo_jax.sweep.definition import Sweep, check_sweep, load_sweep
 
@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.fixture(scope="module")
 def base():
-    return load_config(CONFIGS / "quickstart.py")
+    return with_fields(load_config(CONFIGS / "quickstart.py"), {"eval.every": 2})
 
 
 def sweep(base, space, **others):
@@ -71,6 +71,7 @@ def test_random_points_are_all_different(base):
         ({"branching.tau": ("much",)}, {}, r"branching\.tau = 'much'"),
         ({"sft.steps": (1, 2)}, {}, r"'sft\.steps' cannot vary"),
         ({"seed": (1, 2)}, {}, "'seed' cannot vary"),
+        ({"eval.every": (1, 2)}, {}, r"'eval\.every' cannot vary"),
         ({"reward.function": ("robust", "official")}, {}, r"'reward\.function' cannot vary"),
         ({"algorithm": ("dapo",), "loss.clip_high": (0.2, 0.4)}, {}, "every point of the grid breaks a rule"),
         ({}, {}, "at least one field"),
@@ -146,6 +147,14 @@ def test_a_cold_start_of_another_kind_is_named_before_any_worker_begins(base, tm
     save_config(dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=7)), tmp_path / "config.json")
     with pytest.raises(ConfigError, match=r"differs in sft.steps; give another folder"):
         check_sweep(sweep(base, {"branching.tau": (8.0,)}, cold_starts=(str(tmp_path),)))
+
+
+def test_an_average_on_the_way_needs_evaluations_there(base):
+    """Once, it was the mean of the accuracies before and after the run, also in the example of the page."""
+    ends = with_fields(base, {"eval.every": 0})
+    with pytest.raises(ConfigError, match=r"eval\.every = 0: the objective is 'on_the_way'.*or objective='final'"):
+        check_sweep(sweep(ends, {"branching.tau": (8.0,)}))
+    check_sweep(sweep(ends, {"branching.tau": (8.0,)}, objective="final"))
 
 
 def test_an_unknown_search_is_named(base):

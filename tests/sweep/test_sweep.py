@@ -19,14 +19,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 SWEEP = """
-import dataclasses
-from appo_jax.config_io import load_config
+from appo_jax.config_io import load_config, with_fields
 from appo_jax.sweep.definition import Sweep
 
 base = load_config({base!r})
 sweep = Sweep(
     out={out!r},
-    base=dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=2), eval=dataclasses.replace(base.eval, num_prompts=8)),
+    base=with_fields(base, {{"sft.steps": 2, "eval.num_prompts": 8, "eval.every": 1}}),
     space={{"branching.tau": (8.0, 32.0)}},
     seeds=(0, 1),
     max_sampled_tokens=4000,
