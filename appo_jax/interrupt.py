@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -32,10 +33,14 @@ class Requests:
 
     def __init__(self) -> None:
         self.count, self._first = 0, 0.0
+        # When SIGTERM or Ctrl-C was heard first; infinity: not yet. The machine may end soon after it, but not after SIGHUP.
+        self.pressing_since = math.inf
 
     def hear(self, signum: int, frame: Any) -> None:
         """Count a request, but not a signal that belongs to the first one, nor a terminal that is closed after it."""
         now = time.monotonic()
+        if signum != signal.SIGHUP:
+            self.pressing_since = min(self.pressing_since, now)
         if self.count == 0:
             self._first = now
         elif signum == signal.SIGHUP or now - self._first < ONE_REQUEST_S:

@@ -31,7 +31,7 @@ case $state in
 esac
 # What each worker says: not-started, or how the unit has ended for good. A worker whose unit runs, or waits for a restart, says nothing.
 asked="if [[ \$(cat $boot) != \$(cat \$HOME/$home.started 2>/dev/null) ]]; then echo not-started; exit; fi; \
-case \$(systemctl is-active appo) in active|activating|deactivating) exit ;; esac; \
+case \$(systemctl is-active appo) in active|activating|deactivating) exit 0 ;; esac; \
 echo \"ended: \$(hostname): \$(systemctl show --property Result,ExecMainStatus appo | tr '\n' ' ')\"; \
 journalctl --unit appo --lines 1 --output cat || true"
 if ! told=$(on_all "$asked"); then

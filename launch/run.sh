@@ -37,7 +37,8 @@ echo \"\$(hostname): the unit appo runs; 'launch/stop.sh' ends it\" >&2; exit 1 
 # systemd is the supervisor: it outlives the ssh connection, restarts the command after a crash, and gives up after TPU_RETRIES
 # restarts. A crash of one host ends the others too, so that all of them start again and go on from the last checkpoint.
 # Exit codes 1 (an error that a restart meets again), 2 (a config that cannot run) and 130 (asked to stop) are final.
-# A run that is stopped finishes its step, which may take many minutes, and saves it.
+# A run that stop.sh asks to stop finishes its step, which may take many minutes, and saves it. At a shutdown of the machine, systemd sends
+# KillSignal instead, and the run has stop_grace_seconds.
 # When memory runs out, the kernel ends a process of a tool, and its call fails. OOMPolicy=continue: systemd does not stop the run then.
 on_all "$refuse; $environment; sudo systemctl reset-failed appo 2>/dev/null; sudo systemd-run --unit appo --uid \$(id -u) --gid \$(id -g) \
 --working-directory \$HOME/$home --setenv HOME=\$HOME $together --property EnvironmentFile=-\$HOME/$home.env \

@@ -87,7 +87,12 @@ for _ in range(int(properties["StartLimitBurst"])):
 # The state of the unit: that in ~/state, else that after the last of ~/exits.
 SYSTEMCTL = """#!/usr/bin/env bash
 case $1 in
-  is-active) cat "$HOME/state" 2>/dev/null || { [[ ! -e $HOME/exits ]] || echo failed; exit 3; } ;;
+  is-active)
+    state=$(cat "$HOME/state" 2>/dev/null || { [[ ! -e $HOME/exits ]] || echo failed; })
+    [[ $2 == --quiet ]] || echo "$state"
+    [[ $state == active ]] || exit 3
+    ;;
+  kill | stop) echo "$*" >>"$HOME/asked"; echo inactive >"$HOME/state" ;;
   show) printf 'Result=exit-code\\nExecMainStatus=%s\\n' "$(tail -1 "$HOME/exits")" ;;
 esac
 """
@@ -342,12 +347,24 @@ def test_run_needs_a_command(launch):
 
 
 def test_stop_ends_the_run_or_gives_the_pod_back(launch):
-    _, calls = launch("stop.sh", **POD)
-    assert calls == [f"compute tpus tpu-vm ssh pod {WHERE} --worker all --command sudo systemctl stop appo"]
+    _, (call,) = launch("stop.sh", **POD)
+    assert call.startswith(f"compute tpus tpu-vm ssh pod {WHERE} --worker all --command ")
     _, calls = launch("stop.sh", "delete", **POD)
     assert calls == [f"compute tpus queued-resources delete pod {WHERE} --force --quiet"]
     done, calls = launch("stop.sh", "destroy", **POD)
     assert (done.returncode, calls) == (2, [])
+
+
+def test_stop_gives_a_run_the_time_that_it_needs(launch, workers):
+    """The signal of a shutdown, which it sent before, begins stop_grace_seconds: the run gave up its step after 20 s."""
+    folder, variables = workers
+    for i, state in enumerate(("active", "activating")):  # the second waits for a restart, and hears no signal
+        (folder / str(i) / "state").write_text(state)
+    for _ in range(2):
+        done, _ = launch("stop.sh", **variables)
+        assert done.returncode == 0, done.stderr
+        asked = [(folder / str(i) / "asked").read_text() for i in range(2)]
+        assert asked == ["kill --kill-who main --signal HUP appo\n", "stop appo\n"]
 
 
 def test_logs_follow_the_first_worker(launch):

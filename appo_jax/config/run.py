@@ -121,8 +121,9 @@ class Config:
     pod, a study and a sweep then start it again. The limit is at least ten times the longest wait of the phase so far, and
     three times as long while a phase may still be compiling."""
     stop_grace_seconds: Pause = 0.0
-    """A run that is asked to stop finishes and saves its step. If this many seconds pass first, it ends without that
-    step; set it where the machine is taken away (spot capacity: about 30 s). 0: no limit."""
+    """A run that is asked to stop finishes and saves its step. If this many seconds pass after SIGTERM or Ctrl-C, it ends without
+    that step; set it where the machine is taken away (spot capacity: about 30 s). SIGHUP, which `launch/stop.sh` sends, has no
+    limit. 0: no limit."""
     policy: PolicyConfig = PolicyConfig()
     """The policy that the run starts from."""
     data: DataConfig = DataConfig()

@@ -94,7 +94,6 @@ class Supervisor:
         self._own_error: Cause | None = None  # the first error that the child has reported
         self._cause_at = 0.0
         self._requests, self._passed_on = interrupt.Requests(), 0
-        self._grace_ends = float("inf")
         self._records: Records | None = None  # when the child has opened the run's folder
         self._written, self._reported, self._listened = 0.0, 0.0, time.monotonic()
         self._stopped_since: float | None = None
@@ -110,7 +109,7 @@ class Supervisor:
             if self._requests.count > self._passed_on:
                 self._fail(self._hear_child())  # for the latest heartbeat, which says whether the child can stop
                 self._fail(self._pass_on())
-            if time.monotonic() > self._grace_ends:
+            if time.monotonic() > self._requests.pressing_since + (self._config.stop_grace_seconds or float("inf")):
                 self._fail(Cause(self._peers.host, self._out_of_time(), failures.INTERRUPTED))
             self._fail(self._hanging())
             self._report()
@@ -232,7 +231,6 @@ class Supervisor:
         first, self._passed_on = self._passed_on == 0, requests
         if first and requests == 1 and self._beat.get("stoppable"):
             os.kill(self._pid, signal.SIGTERM)
-            self._grace_ends = time.monotonic() + (self._config.stop_grace_seconds or float("inf"))
             return None
         return Cause(self._peers.host, "interrupted", failures.INTERRUPTED)
 

@@ -64,6 +64,18 @@ def train() -> None:
         raise KeyboardInterrupt
 
 
+def long_step() -> None:
+    """A step of three seconds, which a request to stop lets end."""
+    with interrupt.stop_requests() as stop:
+        stop.agreed()
+        print("training", flush=True)
+        for _ in range(30):
+            time.sleep(0.1)
+        print("saved", flush=True)
+        if stop.agreed():
+            raise KeyboardInterrupt
+
+
 def ignore() -> None:
     """Reports that it handles requests to stop, but ignores them."""
     heartbeat.stoppable(True)

@@ -241,6 +241,24 @@ def test_a_step_that_is_longer_than_the_grace_is_given_up(start: Start) -> None:
     assert "step 1 did not end within stop_grace_seconds and is made again" in err
 
 
+@pytest.mark.parametrize(
+    ("numbers", "saved"),
+    [([signal.SIGHUP], True), ([signal.SIGINT], False), ([signal.SIGTERM], False), ([signal.SIGHUP, signal.SIGTERM], False)],
+)  # fmt: skip
+def test_the_grace_begins_with_the_signal_of_a_shutdown(
+    start: Start, numbers: list[signal.Signals], saved: bool
+) -> None:
+    """launch/stop.sh sends SIGHUP. A run of the paper's configs, whose steps take minutes, gave up its step after 20 s."""
+    process = start("long_step", "stop_grace_seconds=1")
+    assert process.stdout is not None
+    process.stdout.readline()
+    for number in numbers:
+        process.send_signal(number)
+    code, out, _ = end(process)
+    assert code == 130
+    assert ("saved" in out) == saved
+
+
 def test_a_step_that_could_not_be_written_within_the_grace_is_named(start: Start) -> None:
     process = start("save", "stop_grace_seconds=1")
     assert process.stdout is not None
