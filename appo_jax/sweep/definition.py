@@ -199,16 +199,25 @@ def check_sweep(sweep: Sweep) -> None:
                 f"space: {name!r} cannot vary, because all trials share their seeds, their budget, the cold start of each seed and "
                 "the evaluation; remove it from `space`"
             )
-        if isinstance(values, BaseDistribution):
+        if isinstance(values, CategoricalDistribution):
+            values = values.choices
+        elif isinstance(values, BaseDistribution):
             continue
         if not isinstance(values, tuple | list) or not values:
             raise ConfigError(
                 f"space: {name!r}: {values!r} given; expected a tuple of values, or an Optuna distribution"
             )
-        if len(set(map(repr, values))) < len(values):
-            raise ConfigError(f"space: {name!r}: {values!r} has a value twice; give every value once")
         for value in values:
-            with_fields(sweep.base, {name: value})  # raises for a value of the wrong type
+            # The journal stores values as JSON, which gives a tuple back as a list.
+            if not isinstance(value, None | bool | int | float | str):
+                raise ConfigError(
+                    f"space: {name!r}: {value!r} given; expected numbers, texts, True, False or None; compare other values as "
+                    "arms of a study"
+                )
+        # Of the types of the field, so that 1 and 1.0 are one value. Raises for a value of the wrong type.
+        used = [flatten(with_fields(sweep.base, {name: value}))[name] for value in values]
+        if len(set(used)) < len(used):
+            raise ConfigError(f"space: {name!r}: {values!r} has a value twice; give every value once")
     if sweep.objective == "on_the_way" and sweep.base.eval.every == 0:
         raise ConfigError(
             "eval.every = 0: the objective is 'on_the_way', the accuracy averaged over a run, but nothing is evaluated on the way; "

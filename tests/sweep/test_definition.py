@@ -5,7 +5,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from appo_jax.config_io import load_config, save_config, with_fields
 from appo_jax.errors import ConfigError
@@ -85,6 +85,13 @@ def test_random_points_are_all_different(base):
         ({"branching.tau": 16.0}, {}, "16.0 given; expected a tuple"),
         ({"branching.tau": ()}, {}, "expected a tuple of values"),
         ({"branching.tau": (16.0, 16.0)}, {}, "has a value twice"),
+        ({"branching.tau": (16, 16.0)}, {}, "has a value twice"),
+        (
+            {"reward.terms": ((), ("mm:f",))},
+            {},
+            r"'reward\.terms': \(\) given; expected numbers, texts.* arms of a study",
+        ),
+        ({"branching.tau": CategoricalDistribution((1.0, -1.0))}, {}, r"branching\.tau = -1\.0"),
         ({"branching.tau": [16.0, "32"]}, {}, "'32'"),
         ({"branching.tau": [16.0, -1.0]}, {}, r"branching\.tau = -1\.0"),
         ({"branching.tau": (8.0,)}, {"search": "tpe"}, "trials = 0"),
