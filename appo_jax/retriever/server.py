@@ -7,18 +7,23 @@ POST /retrieve {"queries": [text, …], "topk": 3, "return_scores": true} is ans
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from uvicorn.supervisors import Multiprocess
 
 from appo_jax.config.bounds import require_at_least
+from appo_jax.errors import ConfigError
 from appo_jax.retriever.index import Index, build, folder_of
 from appo_jax.tools.search import join_contents
 
@@ -48,18 +53,41 @@ class Serving:
 def serve(serving: Serving) -> None:
     """Build the index if it is missing, and serve until the process is asked to stop. Raises ConfigError, DataError."""
     require_at_least({
-        "--port": (serving.port, 1), "--workers": (serving.workers, 1), "--max-per-second": (serving.max_per_second, 0),
-        "--cached": (serving.cached, 0),
+        "--workers": (serving.workers, 1), "--max-per-second": (serving.max_per_second, 0), "--cached": (serving.cached, 0),
     })  # fmt: skip
-    folder = folder_of(serving.corpus, serving.index)
-    build(serving.corpus, folder)
-    pages = Index(folder).pages  # an error is raised here, before any process is started
-    os.environ[_SETTING] = json.dumps([str(folder), serving.max_per_second / serving.workers, serving.cached])
-    print(f"{pages} pages of {serving.corpus} at http://{serving.host}:{serving.port}/retrieve", flush=True)
-    uvicorn.run(
-        f"{__name__}:app", factory=True, host=serving.host, port=serving.port, workers=serving.workers,
-        log_level="warning", access_log=False, limit_concurrency=1024, timeout_keep_alive=30,
-    )  # fmt: skip
+    with _bound(serving.host, serving.port) as address:  # before the index is built, which may take an hour
+        folder = folder_of(serving.corpus, serving.index)
+        build(serving.corpus, folder)
+        pages = Index(folder).pages  # an error is raised here, before any process is started
+        os.environ[_SETTING] = json.dumps([str(folder), serving.max_per_second / serving.workers, serving.cached])
+        config = uvicorn.Config(
+            f"{__name__}:app", factory=True, workers=serving.workers, log_level="warning", access_log=False,
+            limit_concurrency=1024, timeout_keep_alive=30,
+        )  # fmt: skip
+        print(f"{pages} pages of {serving.corpus} at http://{serving.host}:{serving.port}/retrieve", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            if serving.workers > 1:
+                Multiprocess(config, sockets=[address]).run()
+            else:
+                uvicorn.Server(config).run(sockets=[address])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address of this machine. Raises ConfigError that names the option that is wrong."""
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"--port {port}: expected a port from 1 to 65535")
+    address = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a server that has just ended is free
+    try:
+        address.bind((host, port))
+    except OSError as error:
+        address.close()
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise ConfigError(f"--port {port}: {error.strerror}; give another port") from error
+        raise ConfigError(
+            f"--host {host}: {error.strerror}; give an address of this machine, or 0.0.0.0 for all of them"
+        ) from error
+    return address
 
 
 def app() -> Retriever:

@@ -186,6 +186,23 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(server, body, status
     assert requests.get(f"{server.url}/nothing", timeout=5).status_code == 404
 
 
+def test_an_address_that_cannot_be_used_is_refused_before_it_is_told(tmp_path):
+    write(tmp_path / "corpus.jsonl", PAGES)
+    command = [sys.executable, "-m", "appo_jax", "retriever", "--corpus", str(tmp_path / "corpus.jsonl")]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for options, complaint in (
+            (["--port", "99999"], "--port 99999: expected a port from 1 to 65535"),
+            (["--port", str(port)], f"--port {port}: Address already in use; give another port"),
+            (["--port", str(port), "--workers", "2"], f"--port {port}: Address already in use; give another port"),
+            (["--host", "192.0.2.1"], "--host 192.0.2.1: Cannot assign requested address; give an address of this"),
+            (["--host", "no.such.host.invalid"], "--host no.such.host.invalid: "),
+        ):
+            ran = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60)
+            assert (ran.returncode, ran.stdout) == (2, "")
+            assert complaint in ran.stderr
+
+
 def test_clients_that_hang_up_do_not_end_it(tmp_path):
     write(tmp_path / "corpus.jsonl", PAGES)
     server = Running(tmp_path)
