@@ -89,6 +89,26 @@ def test_masked_truncated_rollouts_have_no_weight() -> None:
     assert batch.weights.sum(-1).tolist() == [0.25, 0.0]
 
 
+def test_a_redrawn_token_keeps_the_ratio_of_its_own_drawer() -> None:
+    """π_old drew the parent. π_θ drew one branch from token 1 on and another from token 3 on, with the parent's tokens again. They
+    keep their own log-probabilities in packed rows, where one slot holds a token of all three."""
+    config = dataclasses.replace(CONFIG, algorithm="appo_all", rollout=RolloutConfig(num_initial=1, budget=3))
+    algorithm = make_algorithm(config)
+    tree = [rollout(0, 1.0), rollout(1, 0.0, parent=0), dataclasses.replace(rollout(2, 0.5, parent=0), fork=3)]
+    old = [np.array([0, *own], np.float32) for own in ([-1, 0, -1.5], [-2, 0, -2.5], [-1, 0, -2.5])]
+    terms, _ = make_terms([tree], Measured([old], [old]), algorithm, length=4)
+    sampled = tree[0].sampled
+    assert [row[sampled].tolist() for row in terms.later] == [[False, False], [True, True], [False, True]]
+    packed = make_batch([r.tokens for r in tree], terms, PackedShape(1, 4)).terms
+    assert packed.weights.shape[1] == 4
+    found = {
+        (slot + 1, float(value))  # a slot gives the next token's log-probability
+        for (_, _, _, slot), value in np.ndenumerate(packed.old_log_probs)
+        if value
+    }
+    assert found == {(1, -1.0), (3, -1.5), (1, -2.0), (3, -2.5)}
+
+
 def test_missing_branches_change_no_shape() -> None:
     config = dataclasses.replace(CONFIG, algorithm="appo_all", rollout=RolloutConfig(num_initial=2, budget=6))
     algorithm = make_algorithm(config)

@@ -21,8 +21,9 @@ from appo_jax.algorithms import make_algorithm
 from appo_jax.branching.rule import ByScore
 from appo_jax.branching.rules import RULES
 from appo_jax.components import Components, build, give_rewards
+from appo_jax.config import Config
 from appo_jax.config.bounds import require_at_least
-from appo_jax.config_io import load_config
+from appo_jax.config_io import load_config, with_fields
 from appo_jax.data.pipeline import prompt_batches
 from appo_jax.export import policy_params
 from appo_jax.influence.allocation import Scatter, advantage_scatter
@@ -74,7 +75,7 @@ class Asked:
 
 def study_influence(run: Path, out: Path, asked: Asked) -> str:
     """Measure, write influence.md, influence.json and influence.png into `out`, and return the text of influence.md."""
-    config = load_config(run / "config.json")
+    config = config_of(run)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(
         dir=out
@@ -124,6 +125,12 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
     (out / "influence.md").write_text(text + "\n", encoding="utf-8")
     draw(figures, out / "influence.png")
     return text
+
+
+def config_of(run: Path) -> Config:
+    """The config of a run, for its newest policy. Its adapters are merged into the weights, where bfloat16 would lose them."""
+    config = load_config(run / "config.json")
+    return config if config.policy.lora is None else with_fields(config, {"policy.lora.base_dtype": "float32"})
 
 
 def _scatter(

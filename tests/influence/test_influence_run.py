@@ -4,16 +4,20 @@ import dataclasses
 import json
 from typing import get_args
 
+import jax
+import numpy as np
 import pytest
 from matplotlib import image
 
 from appo_jax.cli import main
-from appo_jax.config import Config
+from appo_jax.components import build, initial_params
+from appo_jax.config import Config, LoRAConfig
 from appo_jax.config.method import Score
 from appo_jax.config_io import save_config
 from appo_jax.errors import ConfigError
-from appo_jax.influence.run import Asked
-from appo_jax.train import train
+from appo_jax.influence.run import Asked, config_of, decision_tokens
+from appo_jax.train import begin, train
+from appo_jax.types import Example, Rollout, StopReason
 
 
 @pytest.mark.parametrize(
@@ -33,6 +37,32 @@ def test_a_folder_that_cannot_be_written_is_told_first(tiny: Config, tmp_path, c
     assert str(tmp_path / "file") in capsys.readouterr().err
     assert main(["influence", str(tmp_path), "--out", str(tmp_path / "out"), *asked]) != 0
     assert not list((tmp_path / "out").iterdir())  # an empty report would look like a finished one
+
+
+def test_the_policy_of_a_run_with_adapters_is_not_rounded(tiny: Config, tmp_path) -> None:
+    policy = dataclasses.replace(tiny.policy, lora=LoRAConfig(rank=2))
+    save_config(dataclasses.replace(tiny, policy=policy), tmp_path / "config.json")
+    with build(config_of(tmp_path)) as components:
+        params = initial_params(
+            components.config, components.arch, components.mesh
+        )  # drawn in float32: more bits than bfloat16 has
+        before = jax.tree.map(np.asarray, params)
+        trainer, state = begin(components, params)
+        found = trainer.policy(state)
+    for i, layer in before["layers"].items():
+        for name, values in layer.items():
+            np.testing.assert_array_equal(found["layers"][i][name], values)
+
+
+def test_decisions_after_bytes_that_are_no_text_are_found() -> None:
+    words = [b"<think> ", *[b"\xf0"] * 5, b" ", b"people", b" and more"]
+    count = len(words)
+    zeros, sampled = np.zeros(count), np.ones(count, bool)
+    rollout = Rollout(
+        Example("q", "?", ("1",), "qa", ""), np.arange(count), 0, sampled, zeros, zeros, StopReason.ANSWERED, (), 0
+    )
+    found = decision_tokens(rollout, words, lambda text: [(text.index("people"), text.index(" and"))])
+    assert np.flatnonzero(found).tolist() == [7]
 
 
 def test_the_report_of_a_run(tiny: Config, tmp_path) -> None:
