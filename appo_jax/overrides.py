@@ -12,26 +12,35 @@ from typing import Any
 import tyro
 
 from appo_jax.config import Config
+from appo_jax.errors import ConfigError, did_you_mean
 
 
 def override(config: Config, args: Sequence[str], prog: str, description: str) -> Config:
     """`config` with the fields set that `args` give. A wrong argument ends the process with code 2, `--help` with code 0.
 
     A field of an optional part that `config` lacks (`--policy.architecture.width 64`) adds the part; the part's fields without a
-    default must then be given too. `--policy.architecture None` removes an optional part.
+    default must then be given too. `--policy.architecture None` removes an optional part. Raises ConfigError for a field that
+    such a part does not have.
     """
-    args = list(args)
-    for path, part in _optional_parts(Config, ()):
-        option = "--" + ".".join(path).replace("_", "-")
+    args, parts, absent = list(args), list(_optional_parts(Config, ())), []
+    for path, part in parts:
+        option, fields = _option(path), _names(part)
+        if not _has(config, path):
+            absent.append(f"{option}.{{{','.join(fields).replace('_', '-')}}}")
         if not _has(config, path[:-1]):
             continue
         if (named := _position(args, option)) is not None:
             config, args = _replaced(config, path, None), args[:named] + args[named + 2 :]
         elif _get(config, path) is None and (given := _given(args, option)):
-            if not given <= {f.name for f in dataclasses.fields(part)}:
-                continue  # fields of another type of this part, or a mistake, which tyro reports
+            known = [name for other, kind in parts if other == path for name in _names(kind)]
+            for name in sorted(given - set(known)):
+                raise ConfigError(f"{option}.{name} is not a field of the config; {did_you_mean(name, known)}")
+            if not given <= set(fields):
+                continue  # fields of another type of this part, or of both, which tyro reports
             required = [f.name for f in dataclasses.fields(part) if f.default is dataclasses.MISSING]
             config = _replaced(config, path, part(**dict.fromkeys(required, tyro.MISSING)))
+    if absent:
+        description += f" Parts that this config does not have, and that any of their fields adds: {'; '.join(absent)}."
     options = (tyro.conf.AvoidSubcommands,)
     with warnings.catch_warnings():  # tyro warns of `Annotated[A | B, …] | None`, although it reads it correctly
         warnings.filterwarnings("ignore", module="tyro")
@@ -58,6 +67,14 @@ def _optional_parts(cls: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str
                 if option is not hint:
                     yield (*path, name), option
                 yield from _optional_parts(option, (*path, name))
+
+
+def _option(path: Sequence[str]) -> str:
+    return "--" + ".".join(path).replace("_", "-")
+
+
+def _names(part: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(part)]
 
 
 def _given(args: Sequence[str], option: str) -> set[str]:

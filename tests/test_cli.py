@@ -54,6 +54,11 @@ def test_a_cold_start_on_several_hosts_is_one_run(tmp_path):
             ["reward.overlong_buffer = 112", "below rollout.max_response_tokens = 112"],
         ),
         (["--max-resamples", "-1"], ["max_resamples = -1"]),
+        (
+            ["--policy.lora.rank", "16", "--policy.lora.alpa", "3"],
+            ["--policy.lora.alpa is not a field of the config; did you mean 'alpha'?"],
+        ),
+        (["--reward.judge.modle=x"], ["--reward.judge.modle is not a field of the config; did you mean 'model'?"]),
         (["--algorithm", "grpoo"], ["algorithm = 'grpoo': no algorithm has this name; did you mean 'grpo'?"]),
         (["--mesh.fsdp", "3", "--optimizer.micro-batch", "4"], ["optimizer.micro_batch = 4 rows cannot be split"]),
         (["--algorithm", "arpo", "--rollout.num-initial", "16"], ["rollout.budget = 16 leaves no room for branches"]),
@@ -95,7 +100,13 @@ def test_help_of_everything():
     assert done.returncode == 0
     for command in cli.COMMANDS:
         assert f"\n  {command} " in done.stdout
-    assert "--branching.num-branch-points INT" in appo_jax("train", "--help").stdout
+    for config in ([], ["--config", QUICKSTART]):  # which has a policy.architecture
+        shown = appo_jax("train", *config, "--help").stdout
+        assert "--branching.num-branch-points INT" in shown
+        assert ("--policy.architecture.width INT" in shown) == bool(config)
+        assert ("--policy.architecture.{vocab-size,width,num-layers," in shown) == (not config)
+        assert "--policy.lora.{rank,alpha,targets,base-dtype}" in shown
+        assert "--reward.judge.{url,model," in shown
 
 
 def test_overrides_stand_on_top_of_the_file():
