@@ -55,11 +55,9 @@ def run_sweep(sweep: Sweep, file: Path, jobs: int) -> str:
         if stop.requested:
             raise KeyboardInterrupt
     text = write_report(sweep)
-    if failed := store.failed():
+    if store.failed():
         print(text)
-        raise TrainingError(
-            f"trials {', '.join(map(str, failed))} failed: see the logs in {sweep.out}/runs; the same command repeats them"
-        )
+        store.require_success()
     if not store.all_done():
         raise TrainingError(
             f"the workers ended with exit codes {codes} before all trials were done; see their messages above"

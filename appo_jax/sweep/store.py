@@ -24,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from appo_jax.config_io import flatten
-from appo_jax.errors import ConfigError
+from appo_jax.errors import ConfigError, TrainingError
 from appo_jax.storage import write_atomically
 from appo_jax.sweep.definition import Point, Sweep
 
@@ -100,6 +100,14 @@ class Store:
     def failed(self) -> list[int]:
         """The numbers of the trials that failed and are not tried again."""
         return [trial.number for trial in self.standing() if trial.state == TrialState.FAIL]
+
+    def require_success(self) -> None:
+        """Raises TrainingError that names the failed trials. Workers do not try them again: every start of one would."""
+        if failed := self.failed():
+            raise TrainingError(
+                f"trials {', '.join(map(str, failed))} failed: see the logs in {self.folder / 'runs'}; the command without "
+                "--worker tries them again"
+            )
 
     def point(self, trial: FrozenTrial) -> Point:
         """The point of a trial, which may still wait."""

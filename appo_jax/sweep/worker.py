@@ -49,7 +49,7 @@ def work(sweep: Sweep) -> None:
         while not stop.requested:
             try:
                 if store.all_done():
-                    return _require_success(store)
+                    return store.require_success()
                 if (trial := store.claim_trial()) is None:
                     time.sleep(IDLE_S)
                 else:
@@ -63,15 +63,6 @@ def work(sweep: Sweep) -> None:
                 log.warning("the shared disk fails: %s; trying again", error)
                 time.sleep(IDLE_S)
         raise KeyboardInterrupt
-
-
-def _require_success(store: Store) -> None:
-    """Raises TrainingError that names the failed trials. Workers do not try them again: every start of one would."""
-    if failed := store.failed():
-        raise TrainingError(
-            f"trials {', '.join(map(str, failed))} failed: see the logs in {store.folder / 'runs'}; the same command without "
-            "--worker tries them again"
-        )
 
 
 def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:

@@ -171,7 +171,7 @@ def test_a_worker_names_the_trials_that_failed_anywhere(tmp_path):
     store = Store(sweep)
     store.study.tell(store.claim_trial(), 0.5)
     store.study.tell(store.claim_trial(), state=TrialState.FAIL)
-    with pytest.raises(TrainingError, match=r"trials 1 failed: .* without --worker tries them again"):
+    with pytest.raises(TrainingError, match=r"trials 1 failed: .* command without --worker tries them again"):
         worker.work(sweep)
     store.retry_failed()
     store.study.tell(store.claim_trial(), 0.5)
