@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 
 from appo_jax import distributed
 from appo_jax.algorithms import make_algorithm
+from appo_jax.checkpoint_read import require_meta
 from appo_jax.config import Architecture, Config
 from appo_jax.data.demonstrations import introduce
 from appo_jax.data.pipeline import check_prompts
 from appo_jax.data.source import Dataset, load_dataset
-from appo_jax.errors import DataError
+from appo_jax.errors import CheckpointError, DataError
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import architecture_of, check_positions, for_tokenizer
 from appo_jax.policy.parameters import Params, init_params
@@ -32,7 +33,7 @@ from appo_jax.reward.response import Response, prompt_opening
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.sampler import Sampler
 from appo_jax.rollout.tree_sampler import TreeSampler
-from appo_jax.text.tokenizer import Tokenizer, check_tags, lacks_tokenizer, policy_tokenizer
+from appo_jax.text.tokenizer import Tokenizer, check_tags, lacks_tokenizer, policy_tokenizer, vocabulary
 from appo_jax.text.train_tokenizer import structure
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.executor import ToolExecutor
@@ -109,6 +110,16 @@ def make_sampler(
     algorithm = make_algorithm(config)
     engine = Engine(arch, tokenizer, executor, algorithm.rollout, config.seed, dtype, mesh)
     return TreeSampler(engine, algorithm.branching)
+
+
+def require_vocabulary(meta: Mapping[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
+    """Raises CheckpointError if the policy of a checkpoint in `folder`, with this `meta`, was trained with other token ids."""
+    require_meta(meta, ("tokenizer",), folder)
+    if meta["tokenizer"] != (now := vocabulary(tokenizer)):
+        raise CheckpointError(
+            f"{folder}: its policy was trained with another tokenizer ({meta['tokenizer']}) than there is now ({now}), so its ids "
+            "would be read as other text; put back the file or folder that policy.tokenizer (or policy.path) named then"
+        )
 
 
 def _warn_of_long_calls(tokenizer: Tokenizer, executor: ToolExecutor) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from appo_jax.checkpoint import Checkpointer
-from appo_jax.components import Components, initial_params
+from appo_jax.components import Components, initial_params, require_vocabulary
 from appo_jax.config import Config, PolicyConfig
 from appo_jax.config_io import load_config
 from appo_jax.digests import identity
@@ -20,7 +20,7 @@ from appo_jax.policy.architecture import architecture_of
 from appo_jax.policy.parameters import Params, abstract_params, init_params
 from appo_jax.policy.sharding import param_shardings
 from appo_jax.text.export import tokenizer_files
-from appo_jax.text.tokenizer import policy_tokenizer
+from appo_jax.text.tokenizer import Tokenizer, policy_tokenizer
 
 
 def export_run(run: Path, out: Path) -> str:
@@ -48,7 +48,7 @@ def export_adapters(run: Path, out: Path) -> str:
             f"convert {run} --adapter: the run has no policy.lora, so it has no adapters; leave --adapter out"
         )
     arch, out = architecture_of(config.policy), weights.new_folder(out)
-    found = _newest(run, "rl", abstract_adapters(arch))
+    found = _newest(run, "rl", abstract_adapters(arch), policy_tokenizer(config.policy))
     if found is None:
         raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl; it has no adapters yet")
     where, trained, meta = found
@@ -60,15 +60,16 @@ def export_adapters(run: Path, out: Path) -> str:
     return f"{where}; its frozen weights are those of {path or out / 'base'}"
 
 
-def newest_params(run: Path, step: int | None = None) -> tuple[str, Params]:
+def newest_params(run: Path, step: int | None = None, tokenizer: Tokenizer | None = None) -> tuple[str, Params]:
     """A text that names a run's newest checkpoint, and its parameters as float32 in host memory.
 
-    `step`: that RL checkpoint instead. Adapters are merged. Raises CheckpointError if there is no such checkpoint.
+    `step`: that RL checkpoint instead. `tokenizer`: the one that is used with them; None: the run's. Adapters are merged. Raises
+    CheckpointError if there is no such checkpoint, or if its policy was trained with another tokenizer.
     """
     config = load_config(run / "config.json")
-    arch = architecture_of(config.policy)
+    arch, tokenizer = architecture_of(config.policy), tokenizer or policy_tokenizer(config.policy)
     adapts = config.policy.lora is not None
-    found = _newest(run, "rl", abstract_adapters(arch) if adapts else abstract_params(arch), step)
+    found = _newest(run, "rl", abstract_adapters(arch) if adapts else abstract_params(arch), tokenizer, step)
     if found is not None:
         where, params, meta = found
         return where, merged(_base(run, config, meta["base"])[1], params, arch) if adapts else params
@@ -76,7 +77,7 @@ def newest_params(run: Path, step: int | None = None) -> tuple[str, Params]:
         raise CheckpointError(
             f"{run}: no checkpoint under checkpoints/rl, so there is no step {step}; leave --step out"
         )
-    if (found := _newest(run, "sft", abstract_params(arch))) is not None:
+    if (found := _newest(run, "sft", abstract_params(arch), tokenizer)) is not None:
         return found[:2]
     raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl or checkpoints/sft; it has no policy yet")
 
@@ -86,7 +87,7 @@ def policy_params(components: Components, run: Path | None, step: int | None = N
     of the components' mesh, and a text that names it."""
     if run is None:
         return "the initial policy", initial_params(components.config, components.arch, components.mesh)
-    where, found = newest_params(run, step)
+    where, found = newest_params(run, step, components.tokenizer)
     # Not `place`: on a mesh of one device it would leave the arrays in host memory, where no program of the mesh can use them.
     return where, jax.device_put(found, param_shardings(components.arch, components.mesh, "train"))
 
@@ -102,10 +103,10 @@ def _base(run: Path, config: Config, base_id: str) -> tuple[str | None, Params]:
 
     Raises CheckpointError if they are not those of its training.
     """
-    arch, path = architecture_of(config.policy), config.policy.path
+    arch, path, tokenizer = architecture_of(config.policy), config.policy.path, policy_tokenizer(config.policy)
     starts = [run, *([Path(config.init_from)] if config.init_from is not None else [])]
     for start in starts:
-        if (found := _newest(start, "sft", abstract_params(arch))) is not None:
+        if (found := _newest(start, "sft", abstract_params(arch), tokenizer)) is not None:
             path, params = None, found[1]
             break
     else:
@@ -121,10 +122,10 @@ def _base(run: Path, config: Config, base_id: str) -> tuple[str | None, Params]:
 
 
 def _newest(
-    run: Path, phase: str, params: Params, step: int | None = None
+    run: Path, phase: str, params: Params, tokenizer: Tokenizer, step: int | None = None
 ) -> tuple[str, Params, dict[str, Any]] | None:
     """(name, parameters, meta) of a run's newest checkpoint of a phase, or of that of `step`, in host memory; None if there is
-    none yet.
+    none yet. Raises CheckpointError if the policy was trained with another tokenizer.
 
     `params`: a tree of the parameters' shapes and dtypes."""
     folder = run / "checkpoints" / phase
@@ -140,7 +141,10 @@ def _newest(
             found = checkpointer.restore_step(step, {"params": abstract})
     finally:
         checkpointer.close()
-    return None if found is None else (f"step {found[0]} of {folder}", found[1]["params"], found[2])
+    if found is None:
+        return None
+    require_vocabulary(found[2], tokenizer, folder)
+    return f"step {found[0]} of {folder}", found[1]["params"], found[2]
 
 
 def _on_host(tree: Params) -> Params:

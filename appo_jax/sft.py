@@ -18,7 +18,7 @@ from appo_jax import distributed, failures, heartbeat
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.checkpoint_read import require_meta, sha256
-from appo_jax.components import Components, build, initial_params
+from appo_jax.components import Components, build, initial_params, require_vocabulary
 from appo_jax.config import Config
 from appo_jax.config.effects import Affects
 from appo_jax.config_io import changed_effects, config_json, load_config
@@ -40,6 +40,7 @@ from appo_jax.policy.sharding import annotate, batch_shardings, param_shardings,
 from appo_jax.rollout.tool_results import ToolResults
 from appo_jax.run_dir import RunDir, open_run
 from appo_jax.storage import to_json, write_atomically
+from appo_jax.text.tokenizer import vocabulary
 from appo_jax.types import Example, Segment, Trace
 from appo_jax.view.progress import Progress
 
@@ -194,6 +195,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
         step = 0
         if (restored := checkpointer.restore_latest(state, batches)) is not None:
             step, state, meta = restored
+            require_vocabulary(meta, components.tokenizer, run.checkpoints / "sft")
             base = meta["accuracy_base"]
         metrics.resume(step)
         spec = StepSpec.of_cold_start(config, components.arch, components.dtype)
@@ -214,6 +216,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
                 known = {
                     "accuracy_base": base,
                     "finished": finished,
+                    "tokenizer": vocabulary(components.tokenizer),
                     "config": config_json(config, run.config).decode(),
                 }
                 checkpointer.save(step, state, known, batches)
@@ -276,6 +279,7 @@ def _restore(folder: Path, components: Components) -> tuple[int, Params, dict[st
     if found is None:
         return None
     require_meta(found[2], ("accuracy_base", "finished"), folder)
+    require_vocabulary(found[2], components.tokenizer, folder)
     return found[0], found[1]["params"], found[2]
 
 

@@ -16,7 +16,7 @@ from appo_jax import distributed, failures, heartbeat
 from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.checkpoint_read import require_meta
-from appo_jax.components import Components, build
+from appo_jax.components import Components, build, require_vocabulary
 from appo_jax.config import Config
 from appo_jax.config_io import check, config_json
 from appo_jax.data.pipeline import prompt_batches
@@ -66,6 +66,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         reached, last = Reached(), None
         if (restored := checkpointer.restore_latest(state, prompts)) is not None:
             step, state, meta = restored
+            require_vocabulary(meta, components.tokenizer, run.checkpoints / "rl")
             _require_same_origin(meta, trainer.origin, run.checkpoints)
             reached, clock.before = Reached(step, meta["sampled_tokens"]), meta["wall_s"]
             last, accuracies = meta["record"], meta["accuracies"]

@@ -33,6 +33,7 @@ from appo_jax.rollout.sampler import Purpose, Sampler
 from appo_jax.rollout.scoring import log_probs, of_drawers, scores
 from appo_jax.rollout.shapes import Shapes
 from appo_jax.rollout.stats import over_updates, rollout_metrics, update_metrics
+from appo_jax.text.tokenizer import vocabulary
 from appo_jax.timing import Timer
 from appo_jax.types import Example, Rollout, Tree, release_states
 
@@ -58,11 +59,13 @@ class Trainer:
 
     @functools.cached_property
     def origin(self) -> dict[str, str]:
-        """What a run that is continued finds again: digests of the frozen weights and of a π_ref of its own ("": it has none), and
-        the dtype of matrix products. A checkpoint keeps it."""
+        """What a run that is continued finds again: digests of the frozen weights, of a π_ref of its own ("": it has none) and of
+        the tokenizer's vocabulary, and the dtype of matrix products. A checkpoint keeps it."""
         parts = {"base": self.base, "reference": None if self.reference is self.base else self.reference}
         digests = {name: "" if params is None else identity(params) for name, params in parts.items()}
-        return digests | {"dtype": str(self.components.dtype)}
+        return digests | {
+            "tokenizer": vocabulary(self.components.tokenizer), "dtype": str(self.components.dtype),
+        }  # fmt: skip
 
 
 def train_step(

@@ -26,7 +26,8 @@ from appo_jax.policy import weights
 from appo_jax.policy.adapters import frozen, init_adapters
 from appo_jax.policy.architecture import architecture_of, read_architecture
 from appo_jax.policy.parameters import Params
-from appo_jax.text.tokenizer import load_tokenizer
+from appo_jax.text.export import tokenizer_files
+from appo_jax.text.tokenizer import load_tokenizer, vocabulary
 
 GOLDEN = Path(__file__).parent / "golden"
 make = runpy.run_path(str(GOLDEN / "make_golden.py"))
@@ -54,9 +55,10 @@ def save_checkpoints(folder: Path, params: Params, steps: int) -> None:
     """Step s holds the parameters times s."""
     optimizer = rl_optimizer(OptimizerConfig())
     checkpointer = Checkpointer(folder, keep=2)
+    meta = {"tokenizer": vocabulary(load_tokenizer(folder.parents[2] / "policy"))}
     for step in range(1, steps + 1):
         scaled = jax.tree.map(lambda x: x * step, params)  # noqa: B023
-        checkpointer.save(step, TrainState(scaled, optimizer.init(scaled)), {}, None)
+        checkpointer.save(step, TrainState(scaled, optimizer.init(scaled)), meta, None)
     checkpointer.close()
 
 
@@ -101,7 +103,8 @@ def test_adapters_of_a_policy_from_a_folder_name_it(tmp_path: Path, monkeypatch:
     own = init_adapters(arch, 0)
     checkpointer = Checkpointer(run / "checkpoints" / "rl", keep=1)
     base_id = identity(frozen(weights.load(policy), arch))
-    checkpointer.save(1, TrainState(own, rl_optimizer(OptimizerConfig()).init(own)), {"base": base_id}, None)
+    meta = {"base": base_id, "tokenizer": vocabulary(load_tokenizer(policy))}
+    checkpointer.save(1, TrainState(own, rl_optimizer(OptimizerConfig()).init(own)), meta, None)
     checkpointer.close()
     export_adapters(run, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(policy)
@@ -111,8 +114,9 @@ def test_adapters_of_a_policy_from_a_folder_name_it(tmp_path: Path, monkeypatch:
 
     changed = weights.load(policy)
     changed["embed"] += 1
+    files = tokenizer_files(policy)
     shutil.rmtree(policy)
-    weights.save(policy, changed, arch)
+    weights.save(policy, changed, arch, files=files)
     with pytest.raises(CheckpointError, match="frozen weights of its adapters are gone"):
         export_adapters(run, tmp_path / "other")
 

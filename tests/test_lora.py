@@ -24,6 +24,7 @@ from appo_jax.export import newest_params
 from appo_jax.policy import weights
 from appo_jax.policy.adapters import abstract_adapters, merged, with_adapters
 from appo_jax.rollout.scoring import log_probs
+from appo_jax.text.tokenizer import load_tokenizer
 from appo_jax.train import _require_same_origin, train
 from appo_jax.train_step import Trainer
 
@@ -113,12 +114,15 @@ def test_what_is_sampled_is_what_is_scored(tiny: Config) -> None:
             assert np.abs(a[sampled] - b[sampled]).max() > 0.1
 
 
-def test_what_a_run_began_with_is_compared_when_it_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_run_began_with_is_compared_when_it_goes_on(
+    tiny: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rest: Any = {"sampled_tokens": 0, "wall_s": 0.0, "record": {}, "accuracies": {}}  # of a checkpoint
+    tokenizer = load_tokenizer(tiny.policy.tokenizer)
 
     def origin(base: float | None, reference: float | None, dtype: str = "float32") -> dict[str, Any]:
         base, reference = (None if x is None else {"w": jnp.full(3, x)} for x in (base, reference))
-        parts: Any = SimpleNamespace(dtype=jnp.dtype(dtype))
+        parts: Any = SimpleNamespace(dtype=jnp.dtype(dtype), tokenizer=tokenizer)
         return rest | Trainer(parts, None, None, None, base if reference is None else reference, base).origin
 
     assert origin(None, None)["reference"] == origin(1.0, None)["reference"] == ""  # with adapters, π_ref is the base

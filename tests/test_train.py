@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from appo_jax.config import Config, EvalConfig, JudgeConfig
 from appo_jax.config_io import check, save_config
 from appo_jax.errors import CheckpointError, ConfigError, TrainingError
 from appo_jax.evaluate import evaluate
+from appo_jax.export import export_run
 from appo_jax.interrupt import Stop
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, make_train_step
@@ -38,6 +40,7 @@ from appo_jax.prepare import prepare_world
 from appo_jax.reward import Judge, Response
 from appo_jax.rollout.growth import TreeGrower
 from appo_jax.run_dir import open_run
+from appo_jax.text.tokenizer import load_tokenizer
 from appo_jax.tools.outage import ToolsDown, with_tools
 from appo_jax.train import train
 from appo_jax.train_step import Trainer, train_step
@@ -291,6 +294,7 @@ def test_a_run_may_be_ended_at_once_only_when_its_last_step_is_on_disk(tiny: Con
 
 FULL_DISK = """
 import resource
+import shutil
 from appo_jax import heartbeat
 from appo_jax.types import RewardResult
 
@@ -393,6 +397,36 @@ def test_a_policy_taken_over_is_judged_on_this_runs_questions(tiny: Config, tmp_
             assert sft.run(other) == {"accuracy_sft": pytest.approx(expected)}
     finally:
         sys.path.remove(str(folder))
+
+
+def test_a_policy_keeps_its_tokenizer(tiny: Config, tmp_path: Path) -> None:
+    """`data world` does not replace it, and if something else has, no command reads the policy's ids as other text."""
+    file = tmp_path / "tokenizer.model"
+    shutil.copyfile(tiny.policy.tokenizer, file)
+    config = dataclasses.replace(
+        tiny, run_dir=str(tmp_path / "run"), steps=1, policy=dataclasses.replace(tiny.policy, tokenizer=str(file))
+    )
+    other = dataclasses.replace(config, data=dataclasses.replace(tiny.data, seed=1, path=str(tmp_path / "other")))
+    before = file.read_bytes()
+    prepare_world(config)  # it is the same again
+    with pytest.raises(ConfigError, match=r"another tokenizer is there.* give another --policy\.tokenizer"):
+        prepare_world(other)
+    assert file.read_bytes() == before
+    train(config)
+    shutil.copytree(config.run_dir, tmp_path / "cold", ignore=shutil.ignore_patterns("rl", "metrics.jsonl", "rollouts"))
+    file.unlink()
+    prepare_world(other)
+    assert load_tokenizer(file).vocab_size == load_tokenizer(tiny.policy.tokenizer).vocab_size
+    for attempt in (
+        lambda: train(dataclasses.replace(config, steps=2)),
+        lambda: export_run(Path(config.run_dir), tmp_path / "out"),
+        lambda: train(dataclasses.replace(config, run_dir=str(tmp_path / "cold"), steps=2)),
+        lambda: train(dataclasses.replace(config, run_dir=str(tmp_path / "new"), init_from=config.run_dir)),
+    ):
+        with pytest.raises(CheckpointError, match=r"checkpoints/\w+: its policy was trained with another tokenizer"):
+            attempt()
+    file.write_bytes(before)
+    train(dataclasses.replace(config, steps=2))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ Text is UTF-8; a lone surrogate becomes "?". A sentencepiece model cannot tell U
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -300,6 +301,12 @@ def policy_tokenizer(policy: PolicyConfig) -> Tokenizer:
         names = ", ".join(policy.template_variables)
         raise ConfigError(f"policy.template_variables: a sentencepiece model has no chat template that reads {names}")
     return tokenizer.with_variables(policy.template_variables)
+
+
+def vocabulary(tokenizer: Tokenizer) -> str:
+    """A digest of what the ids mean: the bytes of every token, and which one ends a turn."""
+    meaning = repr((tokenizer.token_bytes(), tokenizer.eos_id)).encode()
+    return hashlib.sha256(meaning).hexdigest()[:16]
 
 
 def lacks_tokenizer(policy: PolicyConfig) -> bool:

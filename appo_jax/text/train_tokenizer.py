@@ -9,6 +9,7 @@ from pathlib import Path
 import sentencepiece
 
 from appo_jax.errors import ConfigError
+from appo_jax.storage import write_atomically
 from appo_jax.text.tokenizer import CONTROL_SYMBOLS
 
 SPACE = "\u2581"  # how sentencepiece writes a space inside a piece
@@ -25,7 +26,8 @@ def structure(call_pieces: Sequence[str]) -> tuple[str, ...]:
 
 def train_tokenizer(texts: Iterable[str], path: Path, call_pieces: Sequence[str], vocab_size: int = 1024) -> None:
     """Train on `texts` and write the model to `path` (.model). The same texts give the same bytes. A small text gives
-    fewer than `vocab_size` pieces. Raises ConfigError if `vocab_size` is too small for the letters in the text.
+    fewer than `vocab_size` pieces. Raises ConfigError if `vocab_size` is too small for the letters in the text, or if there is
+    another tokenizer at `path`: the policies that were trained with it need it.
 
     The model is a BPE, in which a frequent name becomes one piece. Digits are grouped in pairs; any byte can be
     encoded; spaces and line breaks are kept, so that pieces encoded separately decode to the joined text."""
@@ -34,8 +36,14 @@ def train_tokenizer(texts: Iterable[str], path: Path, call_pieces: Sequence[str]
         _train(texts, model, call_pieces, vocab_size)
     except RuntimeError as error:  # sentencepiece raises it if the vocabulary is too small for the letters of the text
         raise ConfigError(f"policy.architecture.vocab_size = {vocab_size}: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, model.getvalue())
+    elif path.read_bytes() != model.getvalue():
+        raise ConfigError(
+            f"policy.tokenizer = {str(path)!r}: another tokenizer is there, and the runs that use it need it; give another "
+            "--policy.tokenizer to `data world` and to the run, or delete the file if no run uses it"
+        )
 
 
 def _train(texts: Iterable[str], model: io.BytesIO, call_pieces: Sequence[str], vocab_size: int) -> None:
