@@ -46,6 +46,7 @@ _log = logging.getLogger(__name__)
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
 OLD = "removed_"  # beginning of the name of an old step that is being removed
+TOLD_WHEN_WRITTEN = ocp.AsyncOptions(post_finalization_callback=heartbeat.saved)
 MAX_LISTINGS = 20  # in a row that may fail because a step was removed meanwhile
 
 
@@ -71,14 +72,13 @@ class Checkpointer:
         options = (
             ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
             if read_only
-            else ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+            else ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, async_options=TOLD_WHEN_WRITTEN)
         )
         self._manager = _despite_removals(
             lambda: ocp.CheckpointManager(self._directory, options=options, item_handlers=items(self._directory))
         )
-        self._unread: tuple[int, PyTree, dict[str, Any]] | None = (
-            None  # (step, abstract state, arrays) of a step that was not read back yet
-        )
+        # (step, abstract state, arrays) of a step that was not read back yet
+        self._unread: tuple[int, PyTree, dict[str, Any]] | None = None
 
     @heartbeat.phase("checkpoint")
     def save(
@@ -106,6 +106,7 @@ class Checkpointer:
             "meta": ocp.args.JsonSave({"record": record, "sha256": sha256(record)}),
         }
         self._warn_of_full_disk(step)
+        heartbeat.saving(step)
         try:
             saved = self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:

@@ -30,6 +30,8 @@ class _Life:
 
     def __init__(self) -> None:
         self.phase, self.step = "start", 0
+        # Steps of the training, or updates of the cold start: done, on disk, and being written.
+        self.counted, self.done, self.saved, self.writing = "step", 0, 0, 0
         self.detail = ""
         self.failed_in: str | None = None
         self.stoppable = False  # whether requests to stop are handled
@@ -44,10 +46,20 @@ class _Life:
         longest = self.longest.get(self.phase)
         return self.floor_s * FIRST_PATIENCE if longest is None else max(self.floor_s, PATIENCE * longest)
 
+    def unsaved(self) -> str:
+        """What would be lost if the process ended now, in words: "steps 7 and 8". "": nothing."""
+        first, last = self.saved + 1, self.done + (self.phase != "checkpoint")  # the next one has begun
+        if first > last:
+            return ""
+        if first == last:
+            return f"{self.counted} {last}"
+        return f"{self.counted}s {first} {'and' if last == first + 1 else 'to'} {last}"
+
     def beat(self) -> dict[str, Any]:
         return {
             "phase": self.phase, "step": self.step, "silent_s": time.monotonic() - self.progressed,
             "limit_s": self.limit_s(), "exchanges": self.exchanges, "waiting": self.waiting, "stoppable": self.stoppable,
+            "unsaved": self.unsaved(),
         }  # fmt: skip
 
 
@@ -104,7 +116,28 @@ def doing() -> tuple[str, str, bool]:
 def at_step(step: int) -> None:
     """Report that this many training steps are done."""
     _life.step = step
+    _count("step", step)
+
+
+def at_update(update: int) -> None:
+    """Report that this many updates of the cold start are done."""
+    _count("update", update)
+
+
+def _count(counted: str, done: int) -> None:
+    _life.counted, _life.done = counted, done
     progress()
+    send(**_life.beat())
+
+
+def saving(step: int) -> None:
+    """Report that this step, or update, is being written in the background."""
+    _life.writing = step
+
+
+def saved(step: int | None = None) -> None:
+    """Report that this step, or update, is on disk; by default the one that is being written. Any thread may call it."""
+    _life.saved = _life.writing if step is None else step
     send(**_life.beat())
 
 

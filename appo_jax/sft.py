@@ -197,6 +197,8 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             step, state, meta = restored
             require_vocabulary(meta, components.tokenizer, run.checkpoints / "sft")
             base = meta["accuracy_base"]
+        heartbeat.at_update(step)
+        heartbeat.saved(step)
         metrics.resume(step)
         spec = StepSpec.of_cold_start(config, components.arch, components.dtype)
         train_step = make_train_step(optimizer, spec)
@@ -206,7 +208,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             batch = place(batch, batch_shardings(batch, components.mesh), components.mesh)
             state, results = train_step(state, batch)
             step += 1
-            heartbeat.progress()
+            heartbeat.at_update(step)
             record = {f"sft/{k}": float(v) for k, v in results.items()} | {"sft/seconds": time.perf_counter() - began}
             require_finite(record, "sft", step, "sft.learning_rate")
             metrics.log(step, record)

@@ -70,8 +70,9 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             _require_same_origin(meta, trainer.origin, run.checkpoints)
             reached, clock.before = Reached(step, meta["sampled_tokens"]), meta["wall_s"]
             last, accuracies = meta["record"], meta["accuracies"]
-            heartbeat.at_step(step)
             log.info("going on from step %d", step)
+        heartbeat.at_step(reached.step)
+        heartbeat.saved(reached.step)
         progress.accuracies(accuracies)
         metrics.resume(reached.step, last, run.max_unsaved)
         run.keep(config)

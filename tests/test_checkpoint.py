@@ -24,7 +24,7 @@ import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appo_jax import checkpoint_read, failures
+from appo_jax import checkpoint_read, failures, heartbeat
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.checkpoint_read import verify
 from appo_jax.digests import digest
@@ -147,6 +147,21 @@ def test_a_step_that_is_shown_late_is_waited_for(tmp_path):
         reader.restore_step(1, {"w": jnp.zeros(3)})
     timer.join()
     reader.close()
+
+
+def test_a_step_is_reported_as_saved_when_it_is_on_disk(tmp_path):
+    """While the next step is made, and not only when that is done and `wait` returns."""
+    checkpointer = Checkpointer(tmp_path / "c", 1)
+    heartbeat.at_step(7)
+    assert heartbeat._life.unsaved() == "steps 1 to 8"
+    checkpointer.save(7, {"w": jnp.ones(3)}, {}, None)
+    deadline = time.monotonic() + 30
+    while heartbeat._life.unsaved() != "step 8":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    while not (tmp_path / "c/7").exists():
+        assert time.monotonic() < deadline
+    checkpointer.close()
 
 
 def test_an_accuracy_that_is_not_a_number_is_none(tmp_path):

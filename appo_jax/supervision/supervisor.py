@@ -257,10 +257,9 @@ class Supervisor:
 
     def _out_of_time(self) -> str:
         """What is lost if the run does not end within stop_grace_seconds."""
-        step = self._beat["step"]
-        if self._beat["phase"] == "checkpoint":
-            return f"interrupted: step {step} could not be written within stop_grace_seconds and is made again"
-        return f"interrupted: step {step + 1} did not end within stop_grace_seconds and is made again"
+        if unsaved := self._beat.get("unsaved"):
+            return f"interrupted: within stop_grace_seconds, {unsaved} could not be saved; a restart makes it again"
+        return "interrupted: the run did not end within stop_grace_seconds, but everything is saved"
 
     def _leave(self) -> Cause | None:
         """After this host has ended without failure: wait until all have, or one fails, so that all give the same exit code."""

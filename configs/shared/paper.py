@@ -3,7 +3,7 @@
 It does not train by itself: the files in configs/ add the policy, its questions, the search and the mesh.
 """
 
-from appo_jax.config import BranchingConfig, Config, EvalConfig, OptimizerConfig, RolloutConfig, ToolsConfig
+from appo_jax.config import BranchingConfig, Config, EvalConfig, OptimizerConfig, RolloutConfig, SFTConfig, ToolsConfig
 
 config = Config(
     prompts_per_step=128,
@@ -16,6 +16,7 @@ config = Config(
         max_tool_calls=6, decode_rows=192, max_seconds=1800,
     ),
     branching=BranchingConfig(num_branch_points=3, tau=32.0, clip_low=1.0, clip_high=1.2),
+    sft=SFTConfig(checkpoint_every=25),  # about two minutes
     optimizer=OptimizerConfig(learning_rate=1e-6, micro_batch=16, remat="layers"),
     eval=EvalConfig(every=20),
 )  # fmt: skip

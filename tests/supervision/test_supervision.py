@@ -238,7 +238,7 @@ def test_a_step_that_is_longer_than_the_grace_is_given_up(start: Start) -> None:
     code, _, err = end(process)
     assert code == 130
     assert 2 <= time.monotonic() - began < 8
-    assert "step 1 did not end within stop_grace_seconds and is made again" in err
+    assert "within stop_grace_seconds, step 1 could not be saved; a restart makes it again" in err
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,22 @@ def test_a_step_that_could_not_be_written_within_the_grace_is_named(start: Start
     process.send_signal(signal.SIGTERM)
     code, _, err = end(process)
     assert code == 130
-    assert "step 7 could not be written within stop_grace_seconds and is made again" in err
+    assert "within stop_grace_seconds, step 7 could not be saved; a restart makes it again" in err
+
+
+@pytest.mark.parametrize(
+    ("written", "lost"), [("step 6", "steps 7 and 8"), ("step 7", "step 8"), ("update 25", "updates 26 to 31")]
+)
+def test_all_that_is_lost_is_named(start: Start, monkeypatch: pytest.MonkeyPatch, written: str, lost: str) -> None:
+    """The step before is lost, too, while it is being written; in the cold start, all updates since the last checkpoint."""
+    monkeypatch.setenv("WRITTEN", written)
+    process = start("write_in_the_background", "stop_grace_seconds=1")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    code, _, err = end(process)
+    assert code == 130
+    assert f"within stop_grace_seconds, {lost} could not be saved; a restart makes " in err
 
 
 def test_asked_again_it_ends_at_once(start: Start) -> None:
