@@ -283,6 +283,11 @@ def broken(config: Config) -> Iterator[str]:
             f"rollout.budget = {algorithm.budget} leaves no room for branches in addition to rollout.num_initial = "
             f"{algorithm.initial}: raise it (N·(B+1)^L = {full})"
         )
+    if algorithm.branches and algorithm.max_resamples:
+        yield (
+            f"max_resamples = {algorithm.max_resamples}: algorithm = {config.algorithm!r} branches, and prompts would be replaced "
+            "by the rewards of their initial rollouts alone, although their branches may differ; set it to 0"
+        )
     sizes, base = _group_sizes(algorithm), algorithm.advantage.base
     if base in sizes and sizes[base] < 2:
         field = "rollout.num_initial" if base == "init_only" and algorithm.branches else "rollout.budget"

@@ -64,7 +64,10 @@ def test_a_cold_start_on_several_hosts_is_one_run(tmp_path):
         (["--algorithm", "arpo", "--rollout.num-initial", "16"], ["rollout.budget = 16 leaves no room for branches"]),
         (
             ["--branching.score", "random_turn", "--branching.allocation", "pooled"],
-            ["branching.allocation = 'pooled'", "has no score to share by"],
+            [
+                "branching.allocation = 'pooled'",
+                "does not use it, because it branches where a turn begins; set it to 'per_rollout'",
+            ],
         ),
     ],
 )

@@ -13,7 +13,17 @@ import pytest
 
 from appo_jax import algorithms, cli, config_io
 from appo_jax.algorithms import ALGORITHMS
-from appo_jax.config import Architecture, Config, DataPart, EvalSetConfig, PolicyConfig, RopeScaling, YarnScaling, rules
+from appo_jax.config import (
+    Architecture,
+    Config,
+    DataPart,
+    EvalSetConfig,
+    LoRAConfig,
+    PolicyConfig,
+    RopeScaling,
+    YarnScaling,
+    rules,
+)
 from appo_jax.errors import ConfigError
 from appo_jax.eval_command import Evaluation
 
@@ -146,6 +156,21 @@ def test_a_shape_whose_numbers_contradict_each_other_is_refused(fields, message)
         ({"tools.search.corpus": "c", "tools.search.url": "http://h:1"}, "give one"),
         ({"tools.python.url": "http://h:1"}, "only isolation = 'remote' uses it"),
         ({"tools.enabled": ("python", "python")}, "a tool is given twice"),
+        (
+            {"policy.lora": LoRAConfig(targets=("q", "v", "q"))},
+            r"policy\.lora\.targets: a matrix is given twice \(q, v, q\)",
+        ),
+        ({"max_resamples": 2}, "max_resamples = 2: algorithm = 'appo' branches, .* set it to 0"),
+        ({"algorithm": "arpo", "max_resamples": 1}, "max_resamples = 1: algorithm = 'arpo' branches"),
+        (
+            {"branching.score": "random_turn", "branching.include_token": True},
+            "'random_turn' does not use it.*to False",
+        ),
+        ({"algorithm": "tree_grpo", "branching.min_spacing": 4}, "'random_turn' does not use it.*to 1 "),
+        (
+            {"algorithm": "arpo", "branching.skip_blank": False},
+            r"skip_blank = False: .*change' does not use it.*to True",
+        ),
     ],
 )
 def test_what_would_have_no_effect_is_refused(fields, message):
@@ -202,7 +227,9 @@ def test_training_from_python_checks_as_the_command_does(thread, tmp_path):
 
 
 def test_a_value_that_is_neither_number_nor_text_is_named():
-    with pytest.raises(ConfigError, match="a value that is not a number or text"):
+    with pytest.raises(
+        ConfigError, match=r"^run_dir = <object .*expected a plain number, .* not a value of type object$"
+    ):
         config_io.check(dataclasses.replace(QUICKSTART, run_dir=object()))
 
 

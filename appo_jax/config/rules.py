@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import get_args
 
 from appo_jax.config.bounds import temperature_problem
-from appo_jax.config.method import TurnRule
+from appo_jax.config.method import BranchingConfig, TurnRule
 from appo_jax.config.policy import Architecture, RopeScaling, YarnScaling
 from appo_jax.config.run import Config
 
@@ -53,6 +53,8 @@ def _start(config: Config) -> Iterator[str]:
         yield "policy.tokenizer: needed when policy.path is not given"
     if policy.architecture is not None:
         yield from (f"policy.architecture.{problem}" for problem in impossible(policy.architecture))
+    if policy.lora is not None and len(set(policy.lora.targets)) < len(policy.lora.targets):
+        yield f"policy.lora.targets: a matrix is given twice ({', '.join(policy.lora.targets)}); give it once"
 
 
 def _checkpoints(config: Config) -> Iterator[str]:
@@ -138,11 +140,13 @@ def _branching(config: Config) -> Iterator[str]:
     b = config.branching
     if b.clip_low >= b.clip_high:
         yield f"branching.clip_low = {b.clip_low} must be below branching.clip_high = {b.clip_high}"
-    if b.score in get_args(TurnRule) and b.allocation != "per_rollout":
-        yield (
-            f"branching.allocation = {b.allocation!r}: branching.score = {b.score!r} has no score to share by; set "
-            "per_rollout"
-        )
+    for name in ("allocation", "include_token", "min_spacing", "skip_blank") if b.score in get_args(TurnRule) else ():
+        given, default = getattr(b, name), getattr(BranchingConfig(), name)
+        if given != default:
+            yield (
+                f"branching.{name} = {given!r}: branching.score = {b.score!r} does not use it, because it branches where a turn "
+                f"begins; set it to {default!r}"
+            )
 
 
 def _objective(config: Config) -> Iterator[str]:

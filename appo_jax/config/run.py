@@ -104,7 +104,7 @@ class Config:
     """P: prompts of one update. Paper: 16."""
     max_resamples: NonNegativeInt = 0
     """Dynamic sampling: up to this many times, prompts whose rewards are all equal are replaced by others. 0: off (the
-    algorithm dapo then uses 3)."""
+    algorithm dapo then uses 3). Only for algorithms that do not branch."""
     max_sampled_tokens: NonNegativeInt = 0
     """Stop training once this many tokens have been sampled, for comparisons at an equal budget. 0: no limit."""
     checkpoint_every: PositiveInt = 10
