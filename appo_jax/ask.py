@@ -31,8 +31,14 @@ def ask(config: Config, run: Path, question: str | None, temperature: float) -> 
     with build(config) as components:
         _, params = policy_params(components, run)
         console = Console()
-        for number, text in enumerate([question] if question is not None else _typed(console)):
-            answer(components, params, text, (temperature, number), console)
+        if question is not None:
+            answer(components, params, question, (temperature, 0), console)
+            return
+        for number, text in enumerate(_typed(console)):
+            try:
+                answer(components, params, text, (temperature, number), console)
+            except DataError as error:  # the next question may be shorter
+                console.print(_plain(str(error)))
 
 
 def answer(components: Components, params: Params, question: str, draw: tuple[float, int], console: Console) -> None:

@@ -176,6 +176,8 @@ def _sweep(args: Sequence[str]) -> None:
                 all are done. Writes no report, and does not try failed trials again.
             report: Run nothing; only write the report of the finished trials.
         """
+        if worker and (report or jobs != 1):
+            raise ConfigError(f"sweep --worker with {'--report' if report else f'--jobs {jobs}'}: give one of the two")
         from appo_jax.sweep.definition import load_sweep
 
         chosen = load_sweep(config)
@@ -202,15 +204,14 @@ def _eval(args: Sequence[str]) -> None:
     if args and args[0] == "--compare":
         from appo_jax.benchmark.compare import compare
 
-        if len(args) != 3:
-            raise ConfigError("eval --compare A B: give two folders that `appo-jax eval` wrote")
-        print(compare(Path(args[1]), Path(args[2])))
+        about, places = "Compare two folders that `appo-jax eval` wrote, question by question.", (tyro.conf.Positional,)
+        print(tyro.cli(compare, prog="appo-jax eval --compare", description=about, args=args[1:], config=places))
         return
 
     def evaluate(
         set: str, data: Path, out: Path, predictions: Path | None = None, run: Path | None = None, config: Path | None = None,
         limit: int | None = None, samples: int = 1, temperature: float = 0.0, judge_url: str | None = None,
-        judge_model: str = "Qwen/Qwen2.5-72B-Instruct", step: int | None = None,
+        judge_model: str | None = None, step: int | None = None,
     ) -> None:  # fmt: skip
         """Evaluate one set. `appo-jax eval --compare A B` compares two reports, question by question. With --run or --config,
         fields of the config may follow: --mesh.fsdp 4 for four devices.
@@ -227,10 +228,12 @@ def _eval(args: Sequence[str]) -> None:
             samples: Number of samples of every question.
             temperature: Sampling temperature; 0 is greedy.
             judge_url: Base URL of an OpenAI-compatible endpoint that judges every answer, too (key in OPENAI_API_KEY).
-            judge_model: The judge's model.
+            judge_model: The judge's model; Qwen/Qwen2.5-72B-Instruct if it is left out.
             step: Draw with this checkpoint of the run instead of its newest.
         """
-        judge = JudgeConfig(judge_url, judge_model) if judge_url else None
+        if judge_model and not judge_url:
+            raise ConfigError(f"--judge-model {judge_model}: goes with --judge-url URL, the judge's endpoint")
+        judge = JudgeConfig(judge_url, judge_model or "Qwen/Qwen2.5-72B-Instruct") if judge_url else None
         asked = Evaluation(set, data, out, predictions, limit, samples, temperature, judge, step)
         file = config or (run / "config.json" if run else None)
         if dotted and file is None:
@@ -273,11 +276,12 @@ def _sft(args: Sequence[str]) -> None:
 
 def _data(args: Sequence[str]) -> None:
     """`data world`: make the embedded world's dataset and train its tokenizer. `data describe`: what a config's data holds."""
-    kind = args[0] if args else ""
+    kind, expected = args[0] if args else "", [f"appo-jax data {kind} --config FILE" for kind in ("world", "describe")]
+    if kind in ("-h", "--help"):
+        print("usage: {}\n       {}".format(*expected), _data.__doc__, sep="\n\n")
+        return
     if kind not in ("world", "describe"):
-        raise ConfigError(
-            f"data {kind}: expected `appo-jax data world --config FILE` or `appo-jax data describe --config FILE`"
-        )
+        raise ConfigError("data {}: expected `{}` or `{}`".format(kind, *expected))
     config = config_from(f"data {kind}", args[1:])
     from appo_jax.prepare import describe_data, prepare_world
 

@@ -40,6 +40,8 @@ def convert_command(args: Sequence[str]) -> None:
                 frozen weights, unless they are those of policy.path.
         """
         if source == "smollm2":
+            if adapter:
+                raise ConfigError("convert smollm2 --adapter: it has no adapters; leave --adapter out")
             from appo_jax.policy.convert import convert_smollm2
 
             convert_smollm2(out)

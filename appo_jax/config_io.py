@@ -26,20 +26,46 @@ _ADAPTER = pydantic.TypeAdapter(Config)
 
 
 def load_config(path: str | Path) -> Config:
-    """Read a config from a python file (its module-level `config`) or from a .json written by `save_config`.
+    """Read a config from a python file (its module-level `config`), from a .json written by `save_config`, or from the directory
+    of a run, which holds its config.json.
 
     Every value is checked against its field's type and bounds. Raises ConfigError that names the file, the dotted field,
     what was given, what was expected and, for an unknown field, the nearest name. Rules between fields are not checked here
     but in `check`, because overrides may still change the fields.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"
     if path.suffix not in (".py", ".json"):
-        raise ConfigError(f"{path}: a config file ends in .py or .json, not in {path.suffix!r}")
+        raise ConfigError(f"{path}: expected a config file, which ends in .py or .json, or the directory of a run")
     if path.suffix == ".json":
         if not path.is_file():
-            raise ConfigError(f"{path}: no such file; give the directory of a run, which holds its config.json")
-        return parse_config(path.read_bytes(), str(path))
-    return parse_config(_to_json(read_variable(path, "config", Config)), str(path))
+            raise ConfigError(f"{path}: no such file; give the directory of a run, or a config file")
+        text = _read(path)
+        if _is_of_weights(text):
+            raise ConfigError(
+                f"{path}: is the config of a model's weights, not of a run; give the directory of a run, or a config file with "
+                f"policy.path = {str(path.parent)!r}"
+            )
+        return parse_config(text, str(path))
+    return parse_config(_to_json(read_variable(path, "config", Config), f"{path}: "), str(path))
+
+
+def _read(path: Path) -> bytes:
+    """The content of a file. Raises ConfigError if the user may not read it, and OSError if its disk fails."""
+    try:
+        return path.read_bytes()
+    except PermissionError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give this user permission to read it") from error
+
+
+def _is_of_weights(text: bytes) -> bool:
+    """Whether a config.json is that of a Hugging Face folder."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and bool(content.keys() & {"architectures", "model_type"})
 
 
 def check(config: Config) -> Config:
@@ -116,7 +142,9 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     for name, value in values.items():
         *parents, last = name.split(".")
         node = record
-        for part in parents:
+        for i, part in enumerate(parents, 1):
+            if isinstance(node, dict) and node.get(part, ...) is None:
+                raise ConfigError(f"{name}: the config has no {'.'.join(parents[:i])}; add it to the config first")
             node = node.get(part) if isinstance(node, dict) else None
         if not isinstance(node, dict):
             raise ConfigError(f"{name} is not a field of the config")
@@ -143,26 +171,48 @@ def read_variable(path: str | Path, name: str, kind: type[T]) -> T:
 
 def _run_python(path: Path) -> dict[str, Any]:
     """The globals of an executed python file. Raises ConfigError with the file, the line and the error."""
+    _read(path)
     try:
         return runpy.run_path(str(path))
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
-        message = f"{path}:{line}: {type(error).__name__}: {error}"
+        file, line = str(path), frames[-1].lineno if frames else None
+        if (
+            isinstance(error, SyntaxError) and Path(error.filename or "").is_file()
+        ):  # of this file, or one that it imports
+            file, line = str(error.filename), error.lineno
+        said = error.msg if isinstance(error, SyntaxError) else error
+        message = f"{file}{f':{line}' if line else ''}: {type(error).__name__}: {said}"
+        if file != str(path):
+            message += f" (imported by {path})"
         if unknown := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
             owner = getattr(config_module, unknown[1], None)
             message += _nearest(unknown[2], [f.name for f in dataclasses.fields(owner)] if owner else [])
         raise ConfigError(message) from error
 
 
-def _to_json(config: Config) -> bytes:
-    """A config as JSON, before any check. Raises ConfigError for a value that JSON cannot hold."""
+def _to_json(config: Config, source: str = "") -> bytes:
+    """A config as JSON, before any check. `source`: the file in errors. Raises ConfigError for a value that JSON cannot hold."""
     try:
         return pydantic_core.to_json(config, indent=2, inf_nan_mode="constants")
     except pydantic_core.PydanticSerializationError as error:
-        raise ConfigError(f"a field of the config holds a value that is not a number or text: {error}") from error
+        problems = [
+            f"{source}{name} = {value!r}: expected a plain number, text, list or table, not a value of type {type(value).__name__}"
+            for name, value in flatten(config).items()
+            if not _is_plain(value)
+        ]
+        raise ConfigError.of(problems or [f"{source}{error}"]) from error
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold a value."""
+    try:
+        pydantic_core.to_json(value)
+    except pydantic_core.PydanticSerializationError:
+        return False
+    return True
 
 
 def parse_config(text: str | bytes, source: str | None = None) -> Config:

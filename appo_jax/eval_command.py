@@ -71,11 +71,8 @@ def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path 
     is the run whose checkpoint is used (None: the config's `policy.path`). Drawn samples are kept in the folder; the
     same command given again draws only the missing ones. Raises ConfigError and DataError.
     """
-    if asked.predictions is not None and config is not None:
-        raise ConfigError(
-            f"--predictions {asked.predictions}: the answers come from this file, so no policy is asked; leave out --run and "
-            "--config, or the file"
-        )
+    if asked.predictions is not None:
+        _require_no_policy(asked, config)
     every = load_questions(asked.set, asked.data)
     questions = every.first(asked.limit)
     if asked.predictions is not None:
@@ -96,6 +93,18 @@ def evaluate_set(asked: Evaluation, config: Config | None = None, weights: Path 
     if judge is not None:
         record["judge"] = dataclasses.asdict(judge.counts) | {"model": judge.config.model}
     return write_report(asked.out, record, graded)
+
+
+def _require_no_policy(asked: Evaluation, config: Config | None) -> None:
+    """Raises ConfigError if predictions from a file come with options that are about drawing."""
+    options = {f"--{name}": getattr(asked, name) for name in ("samples", "temperature", "step")}
+    given = [] if config is None else ["--run and --config"]
+    given += [f"{option} {value}" for option, value in options.items() if value != getattr(Evaluation, option[2:])]
+    if given:
+        raise ConfigError(
+            f"--predictions {asked.predictions}: the answers come from this file, so no policy is asked; leave out "
+            f"{', '.join(given)}, or the file"
+        )
 
 
 def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Path | None) -> Predictions:

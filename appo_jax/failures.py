@@ -128,18 +128,18 @@ def explain(error: BaseException) -> str:
     if (told := getattr(error, _TOLD, None)) is not None:
         return told
     phase, step = heartbeat.now()
-    where = f"in step {step + 1}, phase {phase!r}"
+    where = "" if phase == "start" else f" in step {step + 1}, phase {phase!r}"  # few commands make steps
     text = " ".join(str(error).split()) or type(error).__name__
     if is_out_of_memory(error):
         asked = _SIZE.search(text)
         return (
-            f"out of memory {where}{f' ({asked.group()} requested)' if asked else ''}; {_memory()}. Lower what the phase holds "
+            f"out of memory{where}{f' ({asked.group()} requested)' if asked else ''}; {_memory()}. Lower what the phase holds "
             "in memory: optimizer.micro_batch and sft.micro_batch (update, score), rollout.decode_rows (rollout, branch), set "
             f"optimizer.remat = 'layers', or take more devices (mesh.fsdp); `appo-jax plan` says what fits. JAX: {text[:300]}"
         )
     if _is_out_of_threads(error):
         return (
-            f"no more threads or processes {where}: {text}; this user may have {_limit('RLIMIT_NPROC')} of them, and "
+            f"no more threads or processes{where}: {text}; this user may have {_limit('RLIMIT_NPROC')} of them, and "
             f"this process has {len(os.listdir('/proc/self/task'))}. Raise the limit (ulimit -u, pids.max of the "
             "container), or lower tools.max_concurrency and rollout.decode_rows"
         )
@@ -150,7 +150,7 @@ def explain(error: BaseException) -> str:
         return f"JAX has no such device on this machine ({text[:300]}). {how} {install}"
     if isinstance(error, OSError) and _is_of_a_file(error):
         return _explain_os_error(error, where)
-    return f"{type(error).__name__} {where}: {text[:2000]}{_place(error)}"
+    return f"{type(error).__name__}{where}: {text[:2000]}{_place(error)}"
 
 
 def _place(error: BaseException) -> str:
@@ -178,6 +178,10 @@ def _explain_os_error(error: OSError, where: str) -> str:
         errno.EDQUOT: "the quota is used up: free some space, or give --run-dir on another disk",
         errno.EACCES: "give this user permission for it, or give another folder",
         errno.EPERM: "give this user permission for it, or give another folder",
+        errno.ENOENT: "check the path",
+        errno.EEXIST: "expected a folder, or a name that is free: give another path",
+        errno.ENOTDIR: "a part of the path is a file; expected folders: give another path",
+        errno.EISDIR: "expected a file, not a folder: give another path",
         errno.EROFS: "the file system is mounted read-only: mount it again, or give another folder",
         errno.EMFILE: f"raise the limit on open files (ulimit -n, now {_limit('RLIMIT_NOFILE')})",
         errno.ENOMEM: _memory(),
@@ -187,7 +191,7 @@ def _explain_os_error(error: OSError, where: str) -> str:
         with contextlib.suppress(OSError):
             space = f" ({shutil.disk_usage(folder).free / 1e6:.0f} MB are free)"
     goes_on = ". The run goes on from its last checkpoint" if heartbeat.supervised() else ""
-    return f"{file or 'a file'}: {error.strerror or error} {where}{space}; {advice}{goes_on}"
+    return f"{file or 'a file'}: {error.strerror or error}{where}{space}; {advice}{goes_on}"
 
 
 def _memory() -> str:

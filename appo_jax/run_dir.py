@@ -247,6 +247,8 @@ def _kept_config(run: RunDir) -> Config:
     try:
         return load_config(run.config)
     except ConfigError as error:
+        if isinstance(error.__cause__, OSError):  # it may be sound
+            raise error.__cause__ from None
         if (found := _config_in_a_checkpoint(run)) is None:
             raise CheckpointError(
                 f"{run.path} holds results, but neither a readable config.json nor a checkpoint says to which run they belong; put "

@@ -87,6 +87,9 @@ def test_a_bad_override_is_named_before_any_device_is_touched(args, expected):
         (["train", "--config", "configs/quikstart.py"], "configs/quikstart.py: no such file"),
         (["data", "word", "--config", QUICKSTART], "expected `appo-jax data world"),
         (["convert", "gpt", "--out", "x"], "smollm2"),
+        (["convert", "smollm2", "--out", "x", "--adapter"], "it has no adapters; leave --adapter out"),
+        (["sweep", "--config", "x.py", "--worker", "--report"], "sweep --worker with --report: give one of the two"),
+        (["sweep", "--config", "x.py", "--worker", "--jobs", "2"], "sweep --worker with --jobs 2: give one of the two"),
         (["sft", "--config", QUICKSTART, "--samples", "2"], "--samples: goes with --collect FILE"),
         (["sft", "--config", QUICKSTART, "--run", "runs/a", "--questions", "2"], "--run: goes with --collect FILE"),
     ],
@@ -103,6 +106,9 @@ def test_help_of_everything():
     assert done.returncode == 0
     for command in cli.COMMANDS:
         assert f"\n  {command} " in done.stdout
+    for option in ("-h", "--help"):
+        done = appo_jax("data", option)
+        assert (done.returncode, done.stdout.startswith("usage: appo-jax data world --config FILE\n")) == (0, True)
     for config in ([], ["--config", QUICKSTART]):  # which has a policy.architecture
         shown = appo_jax("train", *config, "--help").stdout
         assert "--branching.num-branch-points INT" in shown

@@ -3,6 +3,7 @@
 import collections.abc
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import typing
@@ -12,8 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appo_jax.config import Architecture, BranchingConfig, Config, PolicyConfig, RolloutConfig, RopeScaling, ToolsConfig
-from appo_jax.config_io import diff_configs, flatten, load_config, save_config
+from appo_jax.config import (
+    Architecture,
+    BranchingConfig,
+    Config,
+    LoRAConfig,
+    PolicyConfig,
+    RolloutConfig,
+    RopeScaling,
+    ToolsConfig,
+)
+from appo_jax.config_io import diff_configs, flatten, load_config, save_config, with_fields
 from appo_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +171,19 @@ IMPORT = "from appo_jax.config import *\n"
         ("c.py", "import sys\nsys.exit(0)", "c.py:2: SystemExit: 0"),
         ("c.json", "{", "not valid JSON"),
         ("c.json", "[]", "should be an object"),
+        (
+            "c.json",
+            '{"architectures": ["Qwen3ForCausalLM"], "hidden_size": 8}',
+            r"of a model's weights, .*policy\.path = ",
+        ),
+        ("c.json", '{"model_type": "llama"}', "is the config of a model's weights, not of a run"),
+        ("c.py", "x = 1\0", r"c\.py: SyntaxError: source code (string )?cannot contain null bytes"),
+        ("c.py", "\nexec('x = (')", "c.py:2: SyntaxError: '.' was never closed$"),
+        (
+            "c.py",
+            IMPORT + "import numpy\nconfig = Config(steps=numpy.int64(3))",
+            r"c\.py: steps = .*3.*: expected a plain number, .* not a value of type int64$",
+        ),
         ("c.yaml", "", "ends in .py or .json"),
     ],
 )
@@ -171,9 +194,58 @@ def test_a_bad_file_is_named(tmp_path, name, text, message):
     assert str(tmp_path / name) in str(error.value)
 
 
+def test_the_file_of_a_mistake_is_named_if_the_config_imports_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_helper.py").write_text("\n\nx = (\n")
+    (tmp_path / "c.py").write_text("import my_helper\n")
+    with pytest.raises(
+        ConfigError, match=r"^\S+my_helper\.py:3: SyntaxError: .* never closed \(imported by \S+c\.py\)$"
+    ):
+        load_config(tmp_path / "c.py")
+
+
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
-        load_config(tmp_path / "nothing.py")
+    for name in ("nothing.py", "nothing.json"):
+        with pytest.raises(ConfigError, match=f"{name}: no such file"):
+            load_config(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"nothing: expected a config file, .* or the directory of a run"):
+        load_config(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"config\.json: no such file; give the directory of a run"):
+        load_config(tmp_path)
+
+
+def test_the_directory_of_a_run_stands_for_its_config(tmp_path):
+    config = Config(steps=7, run_dir=str(tmp_path))
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path) == config
+
+
+def test_a_field_of_a_part_that_is_absent_is_told_from_an_unknown_field():
+    with pytest.raises(ConfigError, match=r"^policy\.lora\.rank: the config has no policy\.lora; add it to the config"):
+        with_fields(Config(), {"policy.lora.rank": 4})
+    for name in ("policy.lroa.rank", "steps.rank"):
+        with pytest.raises(ConfigError, match=f"^{name} is not a field of the config"):
+            with_fields(Config(), {name: 4})
+    assert with_fields(Config(), {"policy.lora": {}, "policy.lora.rank": 4}).policy.lora == LoRAConfig(rank=4)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+@pytest.mark.parametrize("name", ["c.py", "c.json"])
+def test_a_file_that_may_not_be_read_is_a_mistake_in_the_command(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    (tmp_path / name).chmod(0)
+    code = f"""
+import os
+from appo_jax.cli import main
+os.setuid(65533)
+raise SystemExit(main(["train", "--config", {str(tmp_path / name)!r}]))
+"""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.owner() == "root" and folder.is_relative_to("/tmp/"):
+            folder.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert f"{name}: Permission denied; give this user permission to read it" in done.stderr
 
 
 def test_a_list_in_a_python_file_becomes_the_declared_tuple(tmp_path):

@@ -119,6 +119,26 @@ def test_a_file_that_cannot_be_written_is_named(path: str) -> None:
     assert failures.exit_code(error) == 1
 
 
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (
+            lambda file: file.mkdir(exist_ok=True),
+            "File exists; expected a folder, or a name that is free: give another",
+        ),
+        (lambda file: (file / "x").write_text(""), "Not a directory; a part of the path is a file; expected folders"),
+        (lambda file: file.parent.read_text(), "Is a directory; expected a file, not a folder: give another path"),
+        (lambda file: (file.parent / "nothing").read_text(), "No such file or directory; check the path"),
+    ],
+)
+def test_a_path_of_a_command_without_steps_is_told_without_a_step(action, said, tmp_path: Path) -> None:
+    file = tmp_path / "pred.jsonl"
+    file.touch()
+    with pytest.raises(OSError) as error:  # noqa: PT011
+        action(file)
+    assert failures.explain(error.value).partition(": ")[2].startswith(said)
+
+
 def test_too_many_threads() -> None:
     """Run as a user that has a limit, because root has none."""
     program = """
@@ -134,7 +154,7 @@ except RuntimeError as error:
 os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert "no more threads or processes in step" in done.stdout, done
+    assert "no more threads or processes: " in done.stdout, done
     assert "tools.max_concurrency" in done.stdout
     assert done.stdout.rstrip().endswith(" 1")
 

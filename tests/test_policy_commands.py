@@ -93,9 +93,11 @@ def test_a_person_asks_a_policy(run: Path, capsys: pytest.CaptureFixture[str], m
     assert "1. the policy" in out
     assert "answer" in out.splitlines()[-1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.stdin", iter_lines("Where?\n", "Who?\n", "\n"))
+        patch.setattr("sys.stdin", iter_lines("Where?\n", "why " * 500 + "\n", "Who?\n", "\n"))
         assert main(["ask", str(run)]) == 0
-    assert capsys.readouterr().out.count("1. the policy") == 2
+    out = capsys.readouterr().out
+    assert out.count("1. the policy") == 2
+    assert "more than rollout.max_prompt_tokens" in " ".join(out.split())
     assert main(["ask", str(run), "Where?", "--temperature", "-1"]) == 2
     assert "--temperature -1.0: expected 0 (greedy), or a number from 1e-6 to 1e6" in capsys.readouterr().err
     assert main(["ask", str(run), "why " * 500]) == 1

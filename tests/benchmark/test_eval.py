@@ -315,6 +315,30 @@ def test_numbers_that_mean_nothing_are_refused(data, tmp_path, capsys, wrong):
     assert f"{wrong.replace('-1', '-1.0') if 'temp' in wrong else wrong}: expected" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--predictions", "p", "--samples", "8"], "no policy is asked; leave out --samples 8, or the file"),
+        (
+            ["--predictions", "p", "--temperature", "0.5"],
+            "no policy is asked; leave out --temperature 0.5, or the file",
+        ),
+        (["--predictions", "p", "--step", "5"], "no policy is asked; leave out --step 5, or the file"),
+        (["--predictions", "p", "--judge-model", "x"], "--judge-model x: goes with --judge-url URL"),
+    ],
+)
+def test_an_option_without_an_effect_is_refused(data, tmp_path, capsys, options, said):
+    assert main(["eval", "--set", "math500", "--data", str(data), "--out", str(tmp_path / "out"), *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_comparison_has_a_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["eval", "--compare", "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: appo-jax eval --compare ")
+
+
 def test_the_config_of_an_evaluation_is_checked(data, tmp_path, capsys):
     (tmp_path / "c.py").write_text("from appo_jax.config import *\nconfig = Config()")
     command = ["eval", "--set", "math500", "--data", str(data), "--out", str(tmp_path / "out")]
