@@ -113,19 +113,21 @@ def doing() -> tuple[str, str, bool]:
     return _life.phase, _life.detail, _life.phase not in _life.longest
 
 
-def at_step(step: int) -> None:
-    """Report that this many training steps are done."""
+def at_step(step: int, on_disk: bool = False) -> None:
+    """Report that this many training steps are done, and whether it is known that all are on disk."""
     _life.step = step
-    _count("step", step)
+    _count("step", step, on_disk)
 
 
-def at_update(update: int) -> None:
-    """Report that this many updates of the cold start are done."""
-    _count("update", update)
+def at_update(update: int, on_disk: bool = False) -> None:
+    """`at_step` for the updates of the cold start."""
+    _count("update", update, on_disk)
 
 
-def _count(counted: str, done: int) -> None:
+def _count(counted: str, done: int, on_disk: bool) -> None:
     _life.counted, _life.done = counted, done
+    if on_disk:
+        _life.saved = done
     progress()
     send(**_life.beat())
 
@@ -135,9 +137,9 @@ def saving(step: int) -> None:
     _life.writing = step
 
 
-def saved(step: int | None = None) -> None:
-    """Report that this step, or update, is on disk; by default the one that is being written. Any thread may call it."""
-    _life.saved = _life.writing if step is None else step
+def saved() -> None:
+    """Report that the step, or update, that was being written is on disk. Any thread may call it."""
+    _life.saved = _life.writing
     send(**_life.beat())
 
 

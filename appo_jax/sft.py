@@ -197,8 +197,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             step, state, meta = restored
             require_vocabulary(meta, components.tokenizer, run.checkpoints / "sft")
             base = meta["accuracy_base"]
-        heartbeat.at_update(step)
-        heartbeat.saved(step)
+        heartbeat.at_update(step, on_disk=True)
         metrics.resume(step)
         spec = StepSpec.of_cold_start(config, components.arch, components.dtype)
         train_step = make_train_step(optimizer, spec)

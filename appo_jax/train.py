@@ -71,8 +71,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             reached, clock.before = Reached(step, meta["sampled_tokens"]), meta["wall_s"]
             last, accuracies = meta["record"], meta["accuracies"]
             log.info("going on from step %d", step)
-        heartbeat.at_step(reached.step)
-        heartbeat.saved(reached.step)
+        heartbeat.at_step(reached.step, on_disk=True)
         progress.accuracies(accuracies)
         metrics.resume(reached.step, last, run.max_unsaved)
         run.keep(config)

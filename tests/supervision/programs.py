@@ -87,8 +87,8 @@ def ignore() -> None:
 def save() -> None:
     """Writes step 7 and does not end."""
     heartbeat.stoppable(True)
+    heartbeat.at_step(6, on_disk=True)
     heartbeat.at_step(7)
-    heartbeat.saved(6)
     signal.signal(signal.SIGTERM, lambda *_: None)
     with heartbeat.phase("checkpoint"):
         print("writing", flush=True)
@@ -98,18 +98,14 @@ def save() -> None:
 def write_in_the_background() -> None:
     """Makes step 8 while step 7 is being written, or is on disk. Before, the cold start has made 30 updates."""
     heartbeat.stoppable(True)
+    heartbeat.at_update(25, on_disk=True)
     heartbeat.at_update(30)
     if os.environ["WRITTEN"] != "update 25":
-        heartbeat.saved(30)
-        heartbeat.at_step(0)
-        heartbeat.saved(0)
+        heartbeat.at_step(6, on_disk=True)
         heartbeat.at_step(7)
-        heartbeat.saved(6)
         heartbeat.saving(7)
-        if os.environ["WRITTEN"] == "step 7":
-            heartbeat.saved()
-    else:
-        heartbeat.saved(25)
+    if os.environ["WRITTEN"] == "step 7":
+        heartbeat.saved()
     signal.signal(signal.SIGTERM, lambda *_: None)
     with heartbeat.phase("rollout"):
         print("training", flush=True)
