@@ -15,11 +15,11 @@ from appo_jax.config import Config
 from appo_jax.config.bounds import temperature_problem
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.export import policy_params
+from appo_jax.output import harmless
 from appo_jax.policy.parameters import Params
 from appo_jax.reward.grade import final_answer
 from appo_jax.rollout.sampler import Purpose
 from appo_jax.types import Example, ToolCall
-from appo_jax.view.tree import harmless
 
 
 def ask(config: Config, run: Path, question: str | None, temperature: float) -> None:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verbose or not failures.is_understood(error):  # show the whole traceback, the summary last
             traceback.print_exc()
         command = "" if isinstance(error, ConfigError) else f" {name}"
-        print(f"appo-jax{command}: {failures.explain(error)}", file=sys.stderr)
+        print(output.harmless(f"appo-jax{command}: {failures.explain(error)}"), file=sys.stderr)
         return failures.exit_code(error)
     return 0
 

@@ -1,4 +1,5 @@
-"""Standard output and error whose reader may go away: `| head`, a `tee` that Ctrl-C ended, a terminal that was closed."""
+"""What is printed: standard output and error whose reader may go away (`| head`, a `tee` that Ctrl-C ended, a terminal that was
+closed), and text that others have written."""
 
 from __future__ import annotations
 
@@ -7,6 +8,16 @@ import os
 import signal
 import sys
 from typing import Any
+
+
+def harmless(text: str) -> str:
+    """Text with control characters shown as �: text of a policy, a web page or a data set must not control the terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)
+
+
+def cell(text: object) -> str:
+    """Text as one cell of a Markdown table: harmless, on one line, without a bar that would end the cell."""
+    return harmless(" ".join(str(text).split())).replace("|", "\\|")
 
 
 def end_with_reader() -> None:

@@ -13,6 +13,7 @@ from appo_jax.data.repetitions import find_overlaps
 from appo_jax.data.source import Dataset, for_evaluation, load_dataset
 from appo_jax.data.trace_files import read_traces
 from appo_jax.errors import ConfigError
+from appo_jax.output import harmless
 from appo_jax.text.tokenizer import load_tokenizer, policy_tokenizer
 from appo_jax.text.train_tokenizer import train_tokenizer
 from appo_jax.tools.build import build_executor
@@ -70,7 +71,7 @@ def describe_data(config: Config) -> str:
             [introduce(e, call_format.instructions()) for e in part] for part in (dataset.train, dataset.held_out)
         )
         dataset = dataclasses.replace(dataset, train=train, held_out=held_out)
-    return describe(dataset, config.data, tokenizer, config.rollout.max_prompt_tokens) + traces
+    return harmless(describe(dataset, config.data, tokenizer, config.rollout.max_prompt_tokens) + traces)
 
 
 def _describe_traces(config: Config, dataset: Dataset, call_format: CallFormat) -> str:

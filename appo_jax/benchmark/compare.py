@@ -12,6 +12,7 @@ import numpy as np
 from appo_jax.benchmark.sets import benchmark
 from appo_jax.benchmark.statistics import paired_difference
 from appo_jax.errors import DataError
+from appo_jax.output import cell
 
 _FIELDS = ("correct", "official", "judged", "judge_reason")  # of a sample
 Items = Mapping[str, Mapping[str, Any]]  # by id
@@ -68,10 +69,11 @@ def _changed(first: Items, second: Items, shared: list[str]) -> list[str]:
     """A table of the questions whose share of right samples changed, by their text."""
     rates = {id: (_rate(first[id]), _rate(second[id])) for id in shared}
     changed = sorted((id for id, (x, y) in rates.items() if x != y), key=lambda id: first[id]["question"])
-    rows = [
-        f"| {id} | {100 * rates[id][0]:.0f} % | {100 * rates[id][1]:.0f} % | {' '.join(first[id]['question'].split())[:100]} |"
-        for id in changed
-    ]
+    rows = []
+    for id in changed:
+        before, after = rates[id]
+        question = " ".join(first[id]["question"].split())[:100]
+        rows.append(f"| {cell(id)} | {100 * before:.0f} % | {100 * after:.0f} % | {cell(question)} |")
     head = ["| id | before | after | question |", "|---|---|---|---|"]
     return ["", f"{len(changed)} questions changed:", "", *head, *rows]
 

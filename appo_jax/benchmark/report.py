@@ -11,6 +11,7 @@ from typing import Any
 from appo_jax.benchmark.figures import Graded
 from appo_jax.benchmark.questions import shown
 from appo_jax.benchmark.sets import Benchmark, benchmark
+from appo_jax.output import cell, harmless
 
 # Figures as report.md and `eval --compare` call them.
 RULES = {"math": "equal value", "qa": "exact match", "gaia": "quasi-exact match", "judge": "a judge"}
@@ -48,8 +49,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     lines += _problems(record)
     if record["rollouts"]:
         lines += ["", "| rollouts | |", "|---|---|"]
-        lines += [f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in record["rollouts"].items()]
-    return "\n".join(lines)
+        lines += [f"| {name.replace('_', ' ')} | {cell(_shown(value))} |" for name, value in record["rollouts"].items()]
+    return harmless("\n".join(lines))
 
 
 def _rows(record: Mapping[str, Any], found: Benchmark) -> list[str]:
@@ -67,7 +68,7 @@ def _rows(record: Mapping[str, Any], found: Benchmark) -> list[str]:
     for kind in ("level", "type", "language"):
         groups = record[f"by_{kind}"]
         rows |= {f"{kind} {name} ({group['questions']})": group["accuracy"] for name, group in groups.items()}
-    return [f"| {name} | {percent(x)} |" for name, x in rows.items()]
+    return [f"| {cell(name)} | {percent(x)} |" for name, x in rows.items()]
 
 
 def _problems(record: Mapping[str, Any]) -> list[str]:
@@ -79,7 +80,7 @@ def _problems(record: Mapping[str, Any]) -> list[str]:
         ("Not counted: these are no questions of the set", {"unknown ids": record["unknown_ids"]}),
         ("Left out of the set's file", record.get("left_out", {})),
     ):
-        found = [f"- {name}: {len(ids)} ({shown(ids)})" for name, ids in lists.items() if ids]
+        found = [" ".join(f"- {name}: {len(ids)} ({shown(ids)})".split()) for name, ids in lists.items() if ids]
         lines += ["", f"{title}:", "", *found] if found else []
     for figure, of in (("accuracy", "without_verdict"), ("judged", "without_verdict_of_the_judge")):
         if record["counted_as_wrong"][of]:

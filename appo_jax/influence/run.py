@@ -38,6 +38,7 @@ from appo_jax.influence.ranking import (
     share_after_tools,
     top_words,
 )
+from appo_jax.output import cell
 from appo_jax.policy.parameters import Params
 from appo_jax.reward import require_rewards
 from appo_jax.rollout.growth import blank_tokens, score_positions, valid_positions
@@ -236,7 +237,7 @@ def to_markdown(figures: dict[str, Any]) -> str:
     ]
     for name, f in figures["scores"].items():
         hits = [_shown(f["precision"][count], 2) for count in COUNTS] if f["precision"] else [""] * len(COUNTS)
-        words = ", ".join(f"{word} {count}" for word, count in f["words"][:8])
+        words = cell(", ".join(f"{word} {count}" for word, count in f["words"][:8]))
         cells = [
             name, _shown(f["correlation"], 2), _shown(f["influence_of_top_3"], 4), *hits, f"{100 * f['after_tools']:.0f} %", words,
         ]  # fmt: skip

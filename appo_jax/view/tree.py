@@ -12,6 +12,7 @@ from rich.tree import Tree
 
 from appo_jax.dumps import dumped_steps, read_dump, spans
 from appo_jax.errors import DataError
+from appo_jax.output import harmless
 
 
 def show_tree(run_dir: str | Path, step: int | None = None, index: int = 0, console: Console | None = None) -> None:
@@ -77,9 +78,3 @@ def _render_node(node: dict[str, Any], branches: list[dict[str, Any]]) -> Text:
                 text.append(f"⑂{branch['node']}", style="bold magenta")
         text.append(harmless(segment["text"]), style="" if segment["sampled"] else "cyan dim")
     return text
-
-
-def harmless(text: str) -> str:
-    """Text with control characters shown as �: text of a policy, a web page or a data set must not control the
-    terminal."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)

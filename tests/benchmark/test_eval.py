@@ -212,6 +212,21 @@ def test_the_published_figure_is_marked_and_compared(data, tmp_path):
     assert "Official token F1: 0.0 % -> 12.5 %; difference +12.5 points" in text
 
 
+def test_what_a_set_holds_neither_controls_the_terminal_nor_breaks_a_table(tmp_path):
+    record = {"id": "q|\x1b[31m", "question": "Is |x|\n= \x1b[2Jx?", "answer": "1", "level": "hard|\x1b]0;title\x07"}
+    (tmp_path / "m.jsonl").write_text(
+        json.dumps(record) + "\n" + json.dumps({"id": "n\x1b[1m", "question": "?"}) + "\n"
+    )
+    texts = []
+    for name, answer in (("a", "0"), ("b", "1")):
+        predictions = write_predictions(tmp_path / "p.jsonl", (record["id"], answer), ("z\x1b[1m", "1"))
+        texts.append(evaluate_set(Evaluation("math500", tmp_path / "m.jsonl", tmp_path / name, predictions)))
+    texts.append(compare(tmp_path / "a", tmp_path / "b"))
+    assert not any(character in text for text in texts for character in "\x1b\x07")
+    assert r"| level hard\|�]0;title� (1) | 100.0 %" in texts[1]
+    assert texts[2].splitlines()[-1] == r"| q\|�[31m | 0 % | 100 % | Is \|x\| = �[2Jx? |"
+
+
 def test_a_report_is_read_back_whatever_its_texts_hold(data, tmp_path):
     """U+2028 ends no line of JSON; half of a surrogate pair, which JSON can write, is no text in UTF-8."""
     lines = ['{"id": 1, "prediction": "1 \u2028 \x85"}', '{"id": 2, "prediction": "\\ud800"}']

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from appo_jax.components import build
-from appo_jax.config import DataConfig
+from appo_jax.config import Config, DataConfig
 from appo_jax.data.demonstrations import LeftOut
 from appo_jax.data.describe import describe
 from appo_jax.data.repetitions import SIMILARITY, find_repetitions
@@ -126,6 +126,19 @@ def test_what_data_drop_names_is_left_out_and_described(tmp_path, caplog):
     assert "overlaps: 1 of a question for evaluation" in report
     assert "such as train-5 and exam, line 1" in report
     assert report.count("accepted: 'a'") == 6
+
+
+def test_what_a_source_holds_does_not_control_the_terminal(tmp_path, monkeypatch):
+    (tmp_path / "wild_source.py").write_text(
+        "from appo_jax.data.source import Dataset\nfrom appo_jax.types import Example\n"
+        "def load(config):\n"
+        "    return Dataset([Example('a\\x1b[2J', 'Who\\x1b[31m?', ('x\\x07',), 'qa', '', 's\\x9b1m')], [])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    text = describe_data(Config(data=DataConfig(source="wild_source:load")))
+    assert "a�[2J" in text
+    assert "Who�[31m?" in text
+    assert not {"\x1b", "\x07", "\x9b"} & set(text)
 
 
 def test_traces_of_questions_for_evaluation_are_left_out_and_described(tiny, tmp_path):
