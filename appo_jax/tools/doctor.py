@@ -23,6 +23,10 @@ from appo_jax.tools.sandbox import seccomp
 from appo_jax.types import Outcome
 
 SECONDS = 10.0  # for a command that is tried
+DOCKER = (
+    "docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined "
+    "--security-opt systempaths=unconfined"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,7 @@ def _namespaces() -> Check:
     if tried.returncode == 0:
         return Check("user namespaces", True, "a process without privileges may make them")
     advice = "allow them: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu 23.10 and later), or "
-    advice += "kernel.unprivileged_userns_clone=1 (older Debian); in Docker run with --security-opt seccomp=unconfined"
+    advice += f"kernel.unprivileged_userns_clone=1 (older Debian); in Docker: {DOCKER}"
     return Check("user namespaces", False, f"refused ({tried.stderr.strip()}); {advice}")
 
 
@@ -113,9 +117,12 @@ def _seccomp() -> Check:
 
 
 def _limits() -> Check:
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    detail = f"open files {files}: a sandbox of n live states needs about 2n in its first process"
-    return Check("resource limits", files >= 1024, detail if files >= 1024 else f"{detail}; raise it with ulimit -n")
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the sandbox raises its own limit to the hard one
+    enough = files >= 1024 or files == resource.RLIM_INFINITY
+    detail = f"open files {'unlimited' if files == resource.RLIM_INFINITY else files}: a sandbox of n live states needs about 2n"
+    return Check(
+        "resource limits", enough, detail if enough else f"{detail}; raise the hard limit (ulimit -Hn, as root)"
+    )
 
 
 def _preload() -> Check:

@@ -1,6 +1,8 @@
 """The checks of the machine report what they found, and agree with the tool's behaviour."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,29 @@ def test_a_machine_without_bubblewrap(monkeypatch, tmp_path):
     for name in ("bubblewrap", "user namespaces", "python tool, isolation bubblewrap"):
         assert not checks[name].ok
     assert "apt-get install bubblewrap" in checks["bubblewrap"].detail
+
+
+@pytest.mark.parametrize(("soft", "hard", "enough"), [(512, 2048, True), (512, 1000, False)])
+def test_open_files_are_counted_as_the_sandbox_counts_them(soft, hard, enough):
+    """It raises its own limit to the hard one."""
+    code = f"""
+import resource
+from appo_jax.tools import doctor
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+check = doctor._limits()
+print(check.ok, check.detail)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(f"{enough} open files {hard}: "), done
+
+
+def test_the_advice_for_docker_is_that_of_the_page(monkeypatch, tmp_path):
+    (tmp_path / "bwrap").write_text("#!/bin/sh\nexit 1")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    page = (Path(__file__).parents[2] / "docs" / "tools.md").read_text()
+    (line,) = re.findall(r"`(docker run [^`]+)`", page)
+    assert line in doctor._namespaces().detail
 
 
 @pytest.mark.parametrize(("script", "told"), [("/bin/sleep 60", "no answer within"), (None, "Exec format error")])
