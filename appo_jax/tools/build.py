@@ -10,13 +10,14 @@ import contextlib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from appo_jax import tools as package
 from appo_jax.config import ToolsConfig
 from appo_jax.errors import AppoError, ConfigError, ToolError
 from appo_jax.tools.executor import ToolExecutor
-from appo_jax.tools.protocol import Tool
+from appo_jax.tools.protocol import Tool, ToolExample
 from appo_jax.tools.user_code import imported
 from appo_jax.types import Document
 
@@ -87,4 +88,30 @@ def import_tool(path: str) -> Tool:
         raise ConfigError(
             f"tools.enabled = {path!r} gave a {type(tool).__name__} without {', '.join(missing)} (tools/protocol.py)"
         )
+    for name, (fits, expected) in _ATTRIBUTES.items():
+        if hasattr(tool, name) and not fits(value := getattr(tool, name)):
+            raise ConfigError(
+                f"tools.enabled = {path!r} gave a {type(tool).__name__} with {name} = {value!r}; expected {expected}"
+            )
     return tool
+
+
+def _is_schema(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and isinstance(value.get("properties", {}), Mapping))
+
+
+def _holds(value: Any, kind: type) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(x, kind) for x in value)
+
+
+# The attributes that a tool has or may have (tools/protocol.py): what they must be, as a function and in words.
+_ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda x: isinstance(x, str) and bool(x), "a text"),
+    "timeout": (lambda x: isinstance(x, int | float) and x > 0, "a number of seconds above 0"),
+    "max_concurrency": (lambda x: isinstance(x, int) and x >= 1, "a whole number from 1"),
+    "description": (lambda x: isinstance(x, str), "a text"),
+    "argument_name": (lambda x: x is None or isinstance(x, str), "a text"),
+    "parameters": (_is_schema, 'a JSON schema, such as {"type": "object", "properties": {"city": {"type": "string"}}}'),
+    "skills": (lambda x: _holds(x, str), "a list of texts"),
+    "examples": (lambda x: _holds(x, ToolExample), "a list of appo_jax.tools.protocol.ToolExample"),
+}

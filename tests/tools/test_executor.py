@@ -1,5 +1,7 @@
 """The executor: every call is answered in time, and no fault of a tool raises an exception in the caller."""
 
+import re
+import sys
 import threading
 import time
 
@@ -331,6 +333,29 @@ def make_echo():
     return Echo()
 
 
+def make_wrong():
+    tool = Echo()
+    tool.max_concurrency = 0
+    return tool
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("name", ""), ("timeout", 0), ("timeout", "30"), ("max_concurrency", 0), ("max_concurrency", 1.5), ("description", None),
+        ("argument_name", 3), ("parameters", ["city"]), ("parameters", {"properties": ["city"]}), ("skills", "compute"),
+        ("examples", ("x",)),
+    ],
+)  # fmt: skip
+def test_what_a_tool_says_about_itself_is_checked(monkeypatch, name, value):
+    """A tool with max_concurrency = 0 would answer no call, and the policy would be blamed for the time that it takes."""
+    monkeypatch.setattr(Echo, name, value, raising=False)
+    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
+    monkeypatch.setitem(sys.modules, "test_executor", sys.modules[__name__])
+    with pytest.raises(ConfigError, match=rf"gave a Echo with {name} = {re.escape(repr(value))}; expected a"):
+        import_tool("test_executor:make_echo")
+
+
 def test_tools_by_import_path(monkeypatch):
     monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
     assert import_tool("test_executor:make_echo").name == "echo"
@@ -338,6 +363,10 @@ def test_tools_by_import_path(monkeypatch):
         import_tool("no_such_module:f")
     with pytest.raises(ConfigError, match="without name, start, call, close"):
         import_tool("builtins:list")
+    with pytest.raises(
+        ConfigError, match=r"test_executor:make_wrong' gave a Echo with max_concurrency = 0; expected a whole"
+    ):
+        import_tool("test_executor:make_wrong")
     with pytest.raises(ConfigError, match="unknown tool 'calculator'"):
         build_executor(ToolsConfig(enabled=("calculator",)))
     with pytest.raises(ConfigError, match=r"'executor': .*/tools/executor\.py is no tool; expected `make_tool"):
