@@ -12,6 +12,7 @@ from appo_jax.benchmark.figures import Graded
 from appo_jax.benchmark.questions import shown
 from appo_jax.benchmark.sets import Benchmark, benchmark
 from appo_jax.output import cell, harmless
+from appo_jax.types import StopReason
 
 # Figures as report.md and `eval --compare` call them.
 RULES = {"math": "equal value", "qa": "exact match", "gaia": "quasi-exact match", "judge": "a judge"}
@@ -86,6 +87,11 @@ def _problems(record: Mapping[str, Any]) -> list[str]:
         if record["counted_as_wrong"][of]:
             value = 100 * record[f"{figure}_if_open_are_right"]
             lines += ["", f"If all questions {of.replace('_', ' ')} were right: {value:.1f} %."]
+    if late := record["rollouts"].get("stop_reasons", {}).get(StopReason.TIME):
+        lines += [
+            "", f"{late} rollouts ended because `rollout.max_seconds` was over, so the figures depend on the speed of the machine: "
+            "raise it (`--rollout.max-seconds N` at the end of the command, with another `--out`)."
+        ]  # fmt: skip
     return lines
 
 

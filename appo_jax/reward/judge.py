@@ -128,7 +128,10 @@ class Judge:
         failed, problem = _most_common_error([(identity, judgement.error) for identity, judgement in judgements])
         if failed:
             log.warning(
-                "%d of %d rollouts have no reward and are left out of their groups: %s", failed, len(judgements), problem
+                "%d of %d rollouts have no reward and are left out of their groups: %s",
+                failed,
+                len(judgements),
+                problem,
             )
 
 

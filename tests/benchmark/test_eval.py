@@ -137,7 +137,7 @@ def test_rollouts_of_ours_in_a_file_of_predictions_keep_their_figures(data, tmp_
     facts = {"stop_reason": "answer", "seconds": 2.0, "decode_seconds": 0.5}
     lines = [
         {"id": 1, "prediction": "\\boxed{1}", "calls": [call, call], "tokens": 30} | facts,
-        {"id": 2, "prediction": "2", "calls": [call], "tokens": 10} | facts | {"stop_reason": "length"},
+        {"id": 2, "prediction": "2", "calls": [call], "tokens": 10} | facts | {"stop_reason": "time"},
         {"id": 3, "prediction": "3", "calls": 7, "tokens": 10},  # made elsewhere
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -146,8 +146,9 @@ def test_rollouts_of_ours_in_a_file_of_predictions_keep_their_figures(data, tmp_
     assert record["rollouts"] == {
         "calls_per_prediction": 1.5, "calls_per_right_answer": 3.0, "calls": {"search/ok": 3},
         "tokens_per_prediction": 20.0, "seconds_per_question": 2.0, "tokens_per_second_of_decoding": 40.0,
-        "stop_reasons": {"answer": 1, "length": 1},
+        "stop_reasons": {"answer": 1, "time": 1},
     }  # fmt: skip
+    assert "1 rollouts ended because `rollout.max_seconds` was over" in (tmp_path / "out/report.md").read_text()
 
 
 def test_files_of_predictions_that_cannot_be_graded_are_named(data, tmp_path):
