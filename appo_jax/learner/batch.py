@@ -132,11 +132,10 @@ def _packed(terms: Terms, packing: Packing) -> Terms:
 
     A token that several rollouts share has one advantage per rollout, and one log ρ if one policy drew it for all of them. Every
     surrogate is |A| times its value at the sign of A. So the rollouts with A ≥ 0 become one term (index 0) and those with A < 0
-    another (index 1). If a branch that π_θ drew may be trained on, it can have drawn its parent's token again, with another log
-    ρ: what π_θ drew has terms of its own (2 and 3). C is 2 or 4. A term has the
-    sum of its rollouts' weights and the weighted mean of their advantages. This changes neither the loss nor its gradient. It
-    changes the clip fraction: where a rollout with A = 0 shares a token with one that has A > 0, both count as clipped if that
-    one is.
+    another (index 1). If branches that π_θ drew are trained on, they may repeat their parent's tokens with another log ρ: what
+    π_θ drew has terms of its own (2 and 3). C is 2 or 4. A term has the sum of its rollouts' weights and the weighted mean of
+    their advantages. This changes neither the loss nor its gradient. It changes the clip fraction: where a rollout with A = 0
+    shares a token with one that has A > 0, both count as clipped if that one is.
     """
     rollout = np.concatenate([np.full(len(slots), i) for i, slots in enumerate(packing.slots)])
     token = np.concatenate([np.arange(1, len(slots) + 1) for slots in packing.slots])
@@ -144,13 +143,13 @@ def _packed(terms: Terms, packing: Packing) -> Terms:
     on = terms.weights[rollout, token] > 0
     rollout, token, slot, row = rollout[on], token[on], slot[on], row[on]
     advantages = terms.advantages[rollout, token]
-    term = (advantages < 0).astype(int)
+    term, num_terms = (advantages < 0).astype(int), 2
     if terms.later is not None:
-        term += 2 * terms.later[rollout, token]
+        term, num_terms = term + 2 * terms.later[rollout, token], 4
     at = term, row, slot
 
     def added(values: np.ndarray) -> np.ndarray:
-        out = np.zeros((2 if terms.later is None else 4, *packing.rows.tokens.shape))  # float64: the value of an unshared token is not rounded
+        out = np.zeros((num_terms, *packing.rows.tokens.shape))  # float64: the value of an unshared token is not rounded
         np.add.at(out, at, values)
         return out
 

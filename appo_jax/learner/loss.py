@@ -16,7 +16,8 @@ from appo_jax.config import LossConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """The inputs of the loss for each token. All but `later` are float32 of one shape: `[R, T]` of rollouts, or that of packed rows."""
+    """The inputs of the loss for each token. All have one shape, `[R, T]` of rollouts or that of packed rows. All but `later` are
+    float32."""
 
     weights: Any  # weight of the token in the loss; 0 outside the loss mask
     advantages: Any
