@@ -149,7 +149,8 @@ def _packed(terms: Terms, packing: Packing) -> Terms:
     at = term, row, slot
 
     def added(values: np.ndarray) -> np.ndarray:
-        out = np.zeros((num_terms, *packing.rows.tokens.shape))  # float64: the value of an unshared token is not rounded
+        # float64: the value of an unshared token is not rounded
+        out = np.zeros((num_terms, *packing.rows.tokens.shape))
         np.add.at(out, at, values)
         return out
 
