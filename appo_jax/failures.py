@@ -128,7 +128,8 @@ def explain(error: BaseException) -> str:
     if (told := getattr(error, _TOLD, None)) is not None:
         return told
     phase, step = heartbeat.now()
-    where = "" if phase == "start" else f" in step {step + 1}, phase {phase!r}"  # few commands make steps
+    inside = "" if phase == "start" else f", phase {phase!r}"
+    where = f" in step {step + 1}{inside}" if inside or step else ""  # few commands make steps
     text = " ".join(str(error).split()) or type(error).__name__
     if is_out_of_memory(error):
         asked = _SIZE.search(text)
