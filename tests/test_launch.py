@@ -556,7 +556,7 @@ from appo_jax.sweep.definition import Sweep
 
 base = load_config({base!r})
 sweep = Sweep(
-    out={out!r}, base=dataclasses.replace(base, eval=dataclasses.replace(base.eval, num_prompts=2)),
+    out={out!r}, base=dataclasses.replace(base, eval=dataclasses.replace(base.eval, num_prompts=2, every=1)),
     space={{"branching.tau": (8.0, 32.0)}}, seeds=(0,), max_sampled_tokens=500,
 )
 """
