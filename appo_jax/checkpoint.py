@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,9 +96,7 @@ class Checkpointer:
         self._set_aside(self._not_given)  # orbax saves no step before them
         self._not_given = []
         arrays = describe(state)
-        accuracy = (
-            None if accuracy is None or math.isnan(accuracy) else float(accuracy)
-        )  # NaN is neither best nor worst
+        accuracy = None if accuracy is None or math.isnan(accuracy) else float(accuracy)
         record: dict[str, Any] = {"step": step, "meta": dict(meta), "arrays": arrays, "accuracy": accuracy}
         if iterator is not None:  # all hosts read the same data and are at the same position
             record["position"] = _position(iterator)
@@ -228,10 +227,9 @@ class Checkpointer:
     def _remove_old(self) -> None:
         """Remove the steps that are neither among the newest nor among the best. One that cannot be removed is logged once."""
         steps = sorted(step for step in self._manager.all_steps() if (self._directory / str(step)).is_dir())
-        best = [
-            (accuracy, step) for step in steps if self._keep_best and (accuracy := self._accuracy(step)) is not None
-        ]
-        kept = {*steps[-self._keep :], *(step for _, step in sorted(best)[-self._keep_best :]), *self._lasting}
+        found = {step: a for step in steps if self._keep_best and (a := self._accuracy(step)) is not None}
+        best = sorted(found, key=lambda step: (found[step], step))[-self._keep_best :]
+        kept = {*steps[-self._keep :], *best, *self._lasting}
         for step in (step for step in steps if step not in kept):
             folder = self._directory / str(step)
             if folder.is_symlink() or not os.access(folder, os.W_OK, effective_ids=True):
@@ -262,8 +260,10 @@ class Checkpointer:
         return self._accuracies[step]
 
     def close(self) -> None:
-        """Wait, then free orbax's threads."""
+        """Wait, then free orbax's threads. While an error is raised, several hosts read nothing back: the others are elsewhere."""
         try:
+            if distributed.num_hosts() > 1 and sys.exc_info()[1] is not None:
+                self._unread = None
             self.wait()
         finally:
             self._manager.close()

@@ -36,6 +36,7 @@ def due(fault: str, phase: str) -> bool:
 
 
 def load(config: DataConfig) -> Dataset:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # here, in the main thread, for "checkpoint cannot be written"
     if due("data raises", "start"):
         strike()
         raise ValueError("the questions' server has gone away")
@@ -65,7 +66,6 @@ def reward(response: Response) -> RewardResult:
         os.kill(os.getpid(), signal.SIGSTOP)
     if due("checkpoint cannot be written", "reward"):  # no file of this process may grow beyond this: as on a full disk
         strike()
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         sys.stdout.flush()
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, resource.RLIM_INFINITY))
     return RewardResult(float(len(response.text)), False, {})
