@@ -179,9 +179,8 @@ def _run_python(path: Path) -> dict[str, Any]:
     except (Exception, SystemExit) as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         file, line = str(path), frames[-1].lineno if frames else None
-        if (
-            isinstance(error, SyntaxError) and Path(error.filename or "").is_file()
-        ):  # of this file, or one that it imports
+        # A mistake may be in this file, or in one that it imports.
+        if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
             file, line = str(error.filename), error.lineno
         said = error.msg if isinstance(error, SyntaxError) else error
         message = f"{file}{f':{line}' if line else ''}: {type(error).__name__}: {said}"

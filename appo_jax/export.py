@@ -47,12 +47,12 @@ def export_adapters(run: Path, out: Path) -> str:
         raise ConfigError(
             f"convert {run} --adapter: the run has no policy.lora, so it has no adapters; leave --adapter out"
         )
-    arch, out = architecture_of(config.policy), weights.new_folder(out)
-    found = _newest(run, "rl", abstract_adapters(arch), policy_tokenizer(config.policy))
+    arch, tokenizer, out = architecture_of(config.policy), policy_tokenizer(config.policy), weights.new_folder(out)
+    found = _newest(run, "rl", abstract_adapters(arch), tokenizer)
     if found is None:
         raise CheckpointError(f"{run}: no checkpoint under checkpoints/rl; it has no adapters yet")
     where, trained, meta = found
-    path, base = _base(run, config, meta["base"])
+    path, base = _base(run, config, meta["base"], tokenizer)
     frozen = Path(path or out / "base").absolute()  # whoever reads it is in another folder
     save_adapters(out, trained, arch, str(frozen))
     if path is None:
@@ -72,7 +72,7 @@ def newest_params(run: Path, step: int | None = None, tokenizer: Tokenizer | Non
     found = _newest(run, "rl", abstract_adapters(arch) if adapts else abstract_params(arch), tokenizer, step)
     if found is not None:
         where, params, meta = found
-        return where, merged(_base(run, config, meta["base"])[1], params, arch) if adapts else params
+        return where, merged(_base(run, config, meta["base"], tokenizer)[1], params, arch) if adapts else params
     if step is not None:
         raise CheckpointError(
             f"{run}: no checkpoint under checkpoints/rl, so there is no step {step}; leave --step out"
@@ -98,12 +98,12 @@ def _save(out: Path, params: Params, policy: PolicyConfig) -> None:
     weights.save(out, params, architecture_of(policy), policy.path, policy_tokenizer(policy).eos_ids, files)
 
 
-def _base(run: Path, config: Config, base_id: str) -> tuple[str | None, Params]:
+def _base(run: Path, config: Config, base_id: str, tokenizer: Tokenizer) -> tuple[str | None, Params]:
     """The frozen weights of a run with adapters, in host memory, and the folder from which they come (None: no folder).
 
     Raises CheckpointError if they are not those of its training.
     """
-    arch, path, tokenizer = architecture_of(config.policy), config.policy.path, policy_tokenizer(config.policy)
+    arch, path = architecture_of(config.policy), config.policy.path
     starts = [run, *([Path(config.init_from)] if config.init_from is not None else [])]
     for start in starts:
         if (found := _newest(start, "sft", abstract_params(arch), tokenizer)) is not None:

@@ -199,6 +199,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
             base = meta["accuracy_base"]
         heartbeat.at_update(step, on_disk=True)
         metrics.resume(step)
+        token_ids = vocabulary(components.tokenizer)
         spec = StepSpec.of_cold_start(config, components.arch, components.dtype)
         train_step = make_train_step(optimizer, spec)
         while step < config.sft.steps:
@@ -217,7 +218,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
                 known = {
                     "accuracy_base": base,
                     "finished": finished,
-                    "tokenizer": vocabulary(components.tokenizer),
+                    "tokenizer": token_ids,
                     "config": config_json(config, run.config).decode(),
                 }
                 checkpointer.save(step, state, known, batches)

@@ -127,6 +127,11 @@ def cut(tree: Any, at_once: int, parts: int) -> Any:
     return jax.tree.map(cut_array, tree)
 
 
+def terms_per_token(later_branches: bool) -> int:
+    """C, the number of terms of a packed token: for both signs of A; with branches that π_θ drew, for both drawers (`_packed`)."""
+    return 4 if later_branches else 2
+
+
 def _packed(terms: Terms, packing: Packing) -> Terms:
     """Move the terms `[R, T]` of rollouts to the slots of packed rows that predict their tokens, `[C, R, T]`.
 
@@ -143,9 +148,9 @@ def _packed(terms: Terms, packing: Packing) -> Terms:
     on = terms.weights[rollout, token] > 0
     rollout, token, slot, row = rollout[on], token[on], slot[on], row[on]
     advantages = terms.advantages[rollout, token]
-    term, num_terms = (advantages < 0).astype(int), 2
+    term, num_terms = (advantages < 0).astype(int), terms_per_token(terms.later is not None)
     if terms.later is not None:
-        term, num_terms = term + 2 * terms.later[rollout, token], 4
+        term += 2 * terms.later[rollout, token]
     at = term, row, slot
 
     def added(values: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from appo_jax.algorithms import Algorithm
 from appo_jax.config import Architecture, Config
+from appo_jax.learner.batch import terms_per_token
 from appo_jax.learner.loss import Terms
 from appo_jax.learner.optimizer import rl_optimizer, sft_optimizer
 from appo_jax.learner.step import TrainBatch, TrainState
@@ -83,7 +84,7 @@ class Arrays:
 
     def batch(self, parts: int, shape: PackedShape, algorithm: Algorithm) -> TrainBatch:
         """The mini-batch of an update: `parts` micro-batches of packed rows of this shape."""
-        floats = self.rows((parts, 4 if algorithm.trains_later_branches else 2, *shape), jnp.float32)
+        floats = self.rows((parts, terms_per_token(algorithm.trains_later_branches), *shape), jnp.float32)
         terms = Terms(
             floats, floats, floats,
             ref_log_probs=floats if algorithm.scores_reference else None,
