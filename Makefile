@@ -52,8 +52,7 @@ test: $(DEV)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-long: $(DEV)
-	APPO_JAX_LONG=1 $(BIN)/pytest tests/test_hosts.py tests/test_launch.py tests/sweep/test_sweep.py tests/test_start_up.py \
-		tests/test_call_formats.py $(ARGS)
+	$(BIN)/pytest -m long $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Measures the sampler against its peers and against the machine's limits: `make bench` (needs the `bench` extra).
 
     python benchmarks/sampler.py [--policy artifacts/smollm2] [--repeats 5]
+    python benchmarks/sampler.py --lengths 352 256  # only our rates, at the lengths of an evaluation or a run of yours
 
 All samplers run in one process, on the same weights, prompts and lengths; figures are medians over repeats. They are written to
 benchmarks/results/sampler.json and sampler.md, and benchmarks/RESULTS.md explains them. `appo-jax convert smollm2 --out
@@ -73,23 +74,25 @@ def shapes_of(engine: Engine) -> Shapes:
 Continue = Callable[[int], Any]  # continues the prompts of a batch by this number of new tokens
 
 
-def rates(samplers: dict[str, Continue], batch: int, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+def rates(
+    samplers: dict[str, Continue], batch: int, repeats: int, new: int = NEW
+) -> tuple[dict[str, float], dict[str, float]]:
     """New tokens per second of each sampler on `batch` rows: (decoding alone, prefill included). A first round compiles.
 
-    The samplers run in turns, and each alternates between 64 new tokens and 1, so that a change of the machine's speed affects all
-    of them equally.
+    The samplers run in turns, and each alternates between `new` new tokens and 1, so that a change of the machine's speed affects
+    all of them equally.
     """
     decoding: dict[str, list[float]] = {name: [] for name in samplers}
     with_prefill: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(repeats + 1):
         for name, run in samplers.items():
-            with_prefill[name].append(seconds(functools.partial(run, NEW)))
+            with_prefill[name].append(seconds(functools.partial(run, new)))
             decoding[name].append(with_prefill[name][-1] - seconds(functools.partial(run, 1)))
 
     def per_second(tokens: int, times_of: dict[str, list[float]]) -> dict[str, float]:
         return {name: tokens / statistics.median(times[1:]) for name, times in times_of.items()}
 
-    return per_second(batch * (NEW - 1), decoding), per_second(batch * NEW, with_prefill)
+    return per_second(batch * (new - 1), decoding), per_second(batch * new, with_prefill)
 
 
 # ---- the machine
@@ -203,11 +206,11 @@ class Bench:
         return [rollout for rows in groups for rollout in rows]
 
 
-def ours(bench: Bench, batch: int, copies: int = 1) -> Continue:
+def ours(bench: Bench, batch: int, copies: int = 1, prompt: int = PROMPT, new: int = NEW) -> Continue:
     """Our sampler, which also returns log-probs and entropies. `copies`: rows of each prompt."""
-    engine = bench.engine(max_prompt_tokens=PROMPT, max_response_tokens=NEW, decode_rows=batch)
-    prompts = bench.prompts(batch // copies, PROMPT)
-    return lambda new: bench.generate(engine, prompts, [new] * len(prompts), copies)
+    engine = bench.engine(max_prompt_tokens=prompt, max_response_tokens=new, decode_rows=batch)
+    prompts = bench.prompts(batch // copies, prompt)
+    return lambda count: bench.generate(engine, prompts, [count] * len(prompts), copies)
 
 
 def ours_groups(bench: Bench, batch: int) -> Continue:
@@ -407,6 +410,10 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, default=Path("artifacts/smollm2"), help="folder of the policy")
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement")
     parser.add_argument("--only-ours", action="store_true", help="measure only our sampler, and write no files")
+    parser.add_argument(
+        "--lengths", type=int, nargs=2, metavar=("PROMPT", "NEW"),
+        help="measure only the rates of our sampler, at these numbers of tokens, and write no files",
+    )  # fmt: skip
     options = parser.parse_args()
     bench, figures = Bench(options.policy), dict[str, float]()
 
@@ -420,6 +427,11 @@ def main() -> None:
     add(matmul_gflops=matmul_flops(options.repeats) / 1e9, memory_gb_per_s=memory_rate(options.repeats) / 1e9)
     limit = 1e9 * figures["matmul_gflops"] / flops_per_token(bench.arch)
     add(matmul_limit_tokens_per_s=limit)
+    if options.lengths:
+        prompt, new = options.lengths
+        decoding, with_prefill = rates({"ours": ours(bench, 64, 1, prompt, new)}, 64, options.repeats, new)
+        add(ours_b64=decoding["ours"], whole_ours_b64=with_prefill["ours"])
+        return
     peers = {} if options.only_ours else {64: (tunix, transformers), 16: (tunix,)}
     for batch in (64, 16):
         others = peers.get(batch, ())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 
@@ -27,7 +26,7 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
     [
         "json",
         # The format of `make demo`.
-        pytest.param("tags", marks=pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="set APPO_JAX_LONG=1")),
+        pytest.param("tags", marks=pytest.mark.long),
     ],
 )
 def test_the_world_learns_in_either_format(tmp_path, monkeypatch, call_format):

@@ -236,7 +236,7 @@ def test_a_file_that_one_host_cannot_read_sends_all_to_the_step_before(tmp_path:
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "refused_2"]
 
 
-@pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes four minutes: set APPO_JAX_LONG=1")
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_two_hosts_train_as_one_does(
     tmp_path: Path, short_quickstart: Callable[[Path], Config], one_of: Callable[[int, int], dict[str, str]]

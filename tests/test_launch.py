@@ -262,9 +262,7 @@ def told(workers: Path, i: int) -> tuple[list[str], str]:
     return (workers / str(i) / "exits").read_text().split(), (workers / str(i) / "journal").read_text()
 
 
-@pytest.mark.skipif(
-    "APPO_JAX_LONG" not in os.environ, reason="trains on two workers, which takes a minute: set APPO_JAX_LONG=1"
-)
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_very_command_trains_on_two_workers(launch, workers, tiny: Config, tmp_path: Path):
     folder, variables = workers
@@ -282,9 +280,7 @@ def test_the_very_command_trains_on_two_workers(launch, workers, tiny: Config, t
     assert (tmp_path / "a run/summary.json").exists()
 
 
-@pytest.mark.skipif(
-    "APPO_JAX_LONG" not in os.environ, reason="trains on two workers, which takes a minute: set APPO_JAX_LONG=1"
-)
+@pytest.mark.long
 def test_a_run_that_cannot_go_on_is_not_started_again(launch, workers, tiny: Config, tmp_path: Path):
     folder, variables = workers
     save_config(tiny, tmp_path / "tiny.json")  # its mesh is of one device, and there are two
@@ -562,7 +558,7 @@ sweep = Sweep(
 """
 
 
-@pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes minutes: set APPO_JAX_LONG=1")
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_very_command_sweeps_on_two_slices(launch, workers, tiny: Config, tmp_path: Path):
     folder, variables = workers

@@ -28,7 +28,7 @@ def wait_for_first_line(process: subprocess.Popen[str]) -> None:
     raise AssertionError("the program did not reach its first line")
 
 
-@pytest.mark.skipif("APPO_JAX_LONG" not in os.environ, reason="takes a minute and a half: set APPO_JAX_LONG=1")
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_one_request_ends_a_run_at_any_moment_of_its_start(tiny: Config, tmp_path: Path) -> None:
     """The moments are spread over the start of a run without requests, from the program's first line to APPO's first step."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 RESAMPLES = 10_000
 
@@ -73,7 +73,7 @@ def over_questions(values: Sequence[float]) -> Figure:
     rng = np.random.default_rng(0)
     means = np.concatenate([x[rng.integers(len(x), size=(n, len(x)))].mean(1) for n in _chunks(len(x))])
     freedom = len(x) - 1
-    tail = stats.norm.cdf(stats.t.ppf(0.025, freedom) * math.sqrt(len(x) / freedom)) if freedom else 0.0
+    tail = special.ndtr(special.stdtrit(freedom, 0.025) * math.sqrt(len(x) / freedom)) if freedom else 0.0
     return Figure(float(x.mean()), *map(float, np.quantile(means, (tail, 1 - tail))))
 
 

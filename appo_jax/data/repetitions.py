@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-
-import datasketch
+from typing import TYPE_CHECKING
 
 from appo_jax.types import Example
+
+if TYPE_CHECKING:
+    import datasketch
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +21,6 @@ SIMILARITY = 0.8  # the smallest Jaccard similarity of the word triples of near 
 NUM_PERMUTATIONS = 128
 _EXPONENT = re.compile("[⁰¹²³⁴-⁹]+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_EMPTY = datasketch.MinHash(num_perm=NUM_PERMUTATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,13 @@ def drop_repetitions(train: Sequence[Example], evaluation: Sequence[Example], ki
     return [example for index, example in enumerate(train) if index not in gone]
 
 
+@functools.cache
+def _empty_sketch() -> datasketch.MinHash:
+    from datasketch import MinHash  # not above, because it loads SciPy, which takes half a second, and few runs need it
+
+    return MinHash(num_perm=NUM_PERMUTATIONS)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Question:
     key: str  # equal for exact duplicates
@@ -95,7 +104,7 @@ class _Question:
         key = " ".join([re.sub(r"[\s.,;:?'\"“”‘’`]+", "", folded), *numbers])
         triples = (" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
         shingles = frozenset(triples)
-        sketch = _EMPTY.copy()
+        sketch = _empty_sketch().copy()
         sketch.update_batch([shingle.encode() for shingle in sorted(shingles)])
         return cls(key, shingles, numbers, sketch)
 
@@ -106,7 +115,9 @@ class _Index:
     def __init__(self) -> None:
         self._keys: dict[str, str] = {}
         self._questions: dict[str, _Question] = {}
-        self._lsh = datasketch.MinHashLSH(threshold=SIMILARITY - 0.2, num_perm=NUM_PERMUTATIONS)
+        from datasketch import MinHashLSH
+
+        self._lsh = MinHashLSH(threshold=SIMILARITY - 0.2, num_perm=NUM_PERMUTATIONS)
 
     def add(self, example: Example, question: _Question) -> None:
         if question.key in self._keys:

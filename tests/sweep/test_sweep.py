@@ -1,7 +1,6 @@
 """A sweep of real runs: the command is killed on the way, started again, and loses nothing."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,9 +13,7 @@ from matplotlib import image
 from appo_jax.config_io import load_config, save_config
 from appo_jax.metrics import read_metrics
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("APPO_JAX_LONG") != "1", reason="takes minutes; set APPO_JAX_LONG=1 to run it"
-)
+pytestmark = pytest.mark.long
 
 SWEEP = """
 from appo_jax.config_io import load_config, with_fields
