@@ -85,12 +85,6 @@ def make_terms(
         advantages = scaled_by_entropy(
             advantages, padded(measured.entropies), loss_mask, algorithm.advantage.entropy_weight
         )
-    later = None
-    if algorithm.trains_later_branches:
-        own = [[np.full(rollout.length, not rollout.is_initial) for rollout in tree] for tree in trees]
-        first, branches = [tree[: algorithm.initial] for tree in own], [tree[algorithm.initial :] for tree in own]
-        by_tree = scoring.of_drawers(trees, first, branches)
-        later = scoring.padded([x for xs in by_tree for x in algorithm.trained(xs)], rows, length)
     terms = Terms(
         weights=weights(loss_mask, loss.aggregation),
         advantages=advantages,
@@ -98,9 +92,19 @@ def make_terms(
         ref_log_probs=None if measured.ref_log_probs is None else padded(measured.ref_log_probs),
         surrogate_weights=weights(kept, loss.aggregation) if algorithm.drops_dual_clipped else None,
         kl_weights=weights(loss_mask, "seq_mean") if algorithm.adds_kl else None,
-        later=later,
+        later=_drawn_later(trees, algorithm, length) if algorithm.trains_later_branches else None,
     )
     return terms, [base[i][every_sampled[i]] for i in range(len(rollouts))]
+
+
+def _drawn_later(trees: Sequence[Tree], algorithm: Algorithm, length: int) -> np.ndarray:
+    """True at the tokens that branches drew, which are later than the initial rollouts: `[R, T]` as in `make_terms`."""
+    of_branch = [[np.full(rollout.length, not rollout.is_initial) for rollout in tree] for tree in trees]
+    first = [tree[: algorithm.initial] for tree in of_branch]
+    branches = [tree[algorithm.initial :] for tree in of_branch]
+    by_tree = scoring.of_drawers(trees, first, branches)
+    rows = len(trees) * algorithm.trained_per_prompt
+    return scoring.padded([x for xs in by_tree for x in algorithm.trained(xs)], rows, length)
 
 
 def make_batch(tokens: Sequence[np.ndarray], terms: Terms, shape: PackedShape) -> TrainBatch:

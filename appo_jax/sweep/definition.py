@@ -25,6 +25,7 @@ Point = dict[str, Any]  # a value for every field of the space
 
 # At most this many random points are drawn per trial. A sweep is refused if too few different ones keep the rules between fields.
 MAX_DRAWS = 200
+SET_FOR_EACH_RUN = ("seed", "run_dir", "init_from", "steps", "max_sampled_tokens")  # fields that a space cannot have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,14 +188,33 @@ def check_sweep(sweep: Sweep) -> None:
         raise ConfigError(
             f"trials = {sweep.trials!r}: search = {sweep.search!r} needs the number of trials, at least 1"
         )
+    _check_space(sweep)
+    if sweep.objective == "on_the_way" and sweep.base.eval.every == 0:
+        raise ConfigError(
+            "eval.every = 0: the objective is 'on_the_way', the accuracy averaged over a run, but nothing is evaluated on the way; "
+            "set eval.every in `base`, such as 1, or objective='final'"
+        )
+    check(sweep.base)
+    if "algorithm" not in sweep.space:
+        _check_used(sweep)
+    check_cold_starts(sweep.cold_starts, sweep.base, sweep.out, r"trial-\d+|\d{4,}-\d+")
+    if sweep.search == "tpe":
+        sweep.random_points()  # there are enough points
+    sweep.queued_points()
+    for seed in sweep.seeds:
+        check(sweep.cold_start(seed))
+        check(sweep.config(0, {}, seed))
+
+
+def _check_space(sweep: Sweep) -> None:
+    """Raise ConfigError for a field that cannot vary, and for values that the field cannot have."""
     known = flatten(sweep.base)
     for name, values in sweep.space.items():
         if name not in known:
             raise ConfigError(
                 f"space: {name!r} is not a field of the config; give dotted names such as 'branching.tau'"
             )
-        own = ("seed", "run_dir", "init_from", "steps", "max_sampled_tokens")  # set for each run
-        if name in own or shared_by_runs(affects(name)):
+        if name in SET_FOR_EACH_RUN or shared_by_runs(affects(name)):
             raise ConfigError(
                 f"space: {name!r} cannot vary, because all trials share their seeds, their budget, the cold start of each seed and "
                 "the evaluation; remove it from `space`"
@@ -218,21 +238,6 @@ def check_sweep(sweep: Sweep) -> None:
         used = [flatten(with_fields(sweep.base, {name: value}))[name] for value in values]
         if len(set(used)) < len(used):
             raise ConfigError(f"space: {name!r}: {values!r} has a value twice; give every value once")
-    if sweep.objective == "on_the_way" and sweep.base.eval.every == 0:
-        raise ConfigError(
-            "eval.every = 0: the objective is 'on_the_way', the accuracy averaged over a run, but nothing is evaluated on the way; "
-            "set eval.every in `base`, such as 1, or objective='final'"
-        )
-    check(sweep.base)
-    if "algorithm" not in sweep.space:
-        _check_used(sweep)
-    check_cold_starts(sweep.cold_starts, sweep.base, sweep.out, r"trial-\d+|\d{4,}-\d+")
-    if sweep.search == "tpe":
-        sweep.random_points()  # there are enough points
-    sweep.queued_points()
-    for seed in sweep.seeds:
-        check(sweep.cold_start(seed))
-        check(sweep.config(0, {}, seed))
 
 
 def _check_used(sweep: Sweep) -> None:

@@ -21,7 +21,7 @@ from appo_jax.plan.search import neighbours, search
 from appo_jax.plan.topology import CHIPS, GIB
 from appo_jax.types import Example, Outcome, Rollout, StopReason, ToolCall
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = load_config(ROOT / "configs/qwen2_5_7b_reasoning.py")
 
 

@@ -32,7 +32,7 @@ from appo_jax.policy.parameters import abstract_params
 from appo_jax.policy.sharding import make_mesh, use_mesh
 from appo_jax.sft import to_train_batch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAPER = ("qwen2_5_7b_reasoning", "llama3_1_8b_reasoning", "qwen3_8b_deepsearch", "qwen3_14b_deepsearch")
 MIB = 2**20
 

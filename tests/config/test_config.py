@@ -27,7 +27,7 @@ from appo_jax.config import (
 from appo_jax.errors import ConfigError
 from appo_jax.eval_command import Evaluation
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICKSTART = config_io.load_config(ROOT / "configs/quickstart.py")
 
 
