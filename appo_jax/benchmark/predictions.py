@@ -4,12 +4,13 @@ same id are samples, too."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from appo_jax.benchmark.sets import Item
-from appo_jax.data.golds import plain
+from appo_jax.data.golds import answer_text, plain
 from appo_jax.data.records import read_records
 from appo_jax.errors import DataError
 
@@ -32,9 +33,19 @@ class Sample:
     @classmethod
     def of_line(cls, text: str, fields: dict[str, Any]) -> Sample:
         """A sample with the other fields of its line: the facts about a rollout of ours are among them, or it has none."""
-        ours = set(ROLLOUT) <= fields.keys() and isinstance(fields["calls"], list)
-        rollout = {name: fields[name] for name in ROLLOUT} if ours else {}
+        rollout = {name: fields[name] for name in ROLLOUT} if _of_rollout(fields) else {}
         return cls(text, rollout, {name: value for name, value in fields.items() if name not in rollout})
+
+
+def _of_rollout(fields: dict[str, Any]) -> bool:
+    """Whether a line has all facts about a rollout of ours, each of its type."""
+    calls, numbers = fields.get("calls"), [fields.get(name) for name in ("tokens", "seconds", "decode_seconds")]
+    return (
+        isinstance(fields.get("stop_reason"), str)
+        and all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in numbers)
+        and isinstance(calls, list)
+        and all(isinstance(call, dict) and {"name", "outcome"} <= call.keys() for call in calls)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,24 +76,30 @@ def read_predictions(path: Path, items: Sequence[Item], limit: int | None = None
         )
     samples = {item.id: samples[item.id] for item in items[:limit]}
     if not any(samples.values()):
-        raise DataError(f"{path}: has no prediction for the first {len(samples)} questions; raise --limit")
+        some = "any question of the set" if limit is None else f"the first {len(samples)} questions; raise --limit"
+        raise DataError(f"{path}: has no prediction for {some}")
     return check_samples(samples, unknown)
 
 
 def _predictions(number: int, record: Any) -> tuple[str, list[Sample]]:
-    """(id, samples) of one record. A prediction that is null or NaN is a sample without an answer. Raises ValueError."""
+    """(id, samples) of one record: its first field in TEXT that is not null holds them. If all are null, it is one sample without
+    an answer; an empty list holds no sample. Raises ValueError."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
-    name = next((name for name in TEXT if name in record), None)
-    if record.get("id") is None or name is None:
+    names = [name for name in TEXT if name in record]
+    if record.get("id") is None or not names:
         raise ValueError(f"expected fields id and prediction, found {', '.join(record)}")
-    texts = record[name] if isinstance(record[name], list) and record[name] else [record[name]]
-    for text in texts:
-        if text is not None and (isinstance(text, bool) or not isinstance(text, str | int | float)):
-            raise ValueError(f"field {name}: expected a text, a number, null or a list of these, got {text!r}"[:300])
+    name = next((name for name in names if record[name] is not None), names[0])
     others = {key: value for key, value in record.items() if key not in ("id", *TEXT)}
-    answers = ["" if text is None or text != text else plain(text) for text in texts]  # NaN is pandas' null
-    return plain(record["id"]), [Sample.of_line(text, others) for text in answers]
+    samples = []
+    for value in record[name] if isinstance(record[name], list) else [record[name]]:
+        text = "" if value is None else answer_text(value)
+        if text is None:
+            raise ValueError(
+                f"field {name}: expected a text, a number, true, false, null or a list of these, got {value!r}"[:300]
+            )
+        samples.append(Sample.of_line(text, others))
+    return plain(record["id"]), samples
 
 
 def check_samples(samples: dict[str, list[Sample]], unknown: list[str]) -> Predictions:

@@ -14,14 +14,12 @@ from typing import Any
 
 from appo_jax.benchmark.sets import Benchmark, Item, benchmark
 from appo_jax.data.golds import accepted_answers, plain
-from appo_jax.data.question_files import lower_case, published_records, question_of
-from appo_jax.data.records import field
+from appo_jax.data.question_files import ANSWER, first_value, lower_case, published_records, question_of
 from appo_jax.errors import DataError
 from appo_jax.reward.latex import boxed_gold
 
 log = logging.getLogger(__name__)
 
-ANSWER = ("answer", "golden_answers", "final answer", "gold", "target", "answers")  # or a solution
 ALIASES = ("answer_aliases", "aliases")
 ID = ("id", "_id", "task_id", "unique_id", "question_id")
 LEVEL = ("level", "difficulty", "info.difficulty_level")
@@ -44,10 +42,10 @@ class Questions:
 def load_questions(name: str, path: Path) -> Questions:
     """The questions of a set, in the order of the file. A question without an id gets its position, from 0.
 
-    `path`: a file, or a folder whose files are read in the order of their names (only those of the test split, if it has one). A
-    record without a question or an answer, of an unknown level, with the id of an earlier question, or without an id and equal to a
-    question of another file of the folder is left out with a warning. Raises DataError for a missing file (it says where to get
-    it), for one that is not of its type, and if nothing is left.
+    `path`: a file, or a folder, of which one split is read (`published_records`). A record without a question or an answer, of an
+    unknown level, with the id of an earlier question, or without an id and equal to a question of another file of the folder is
+    left out with a warning. Raises DataError for a missing file (it says where to get it), for one that is not of its type, for a
+    folder with nothing but a training split, and if nothing is left.
     """
     found = benchmark(name)
     if not path.exists():
@@ -63,8 +61,9 @@ def load_questions(name: str, path: Path) -> Questions:
             file = place.rpartition(", ")[0]
             if item.id == str(position) and files.setdefault((item.question, item.golds), file) != file:
                 raise ValueError("it is in another file, too")
-        except (TypeError, ValueError) as error:
-            left_out.setdefault(str(error), []).append(place)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"missing field {error}" if isinstance(error, KeyError) else str(error)
+            left_out.setdefault(reason, []).append(place)
         else:
             items[item.id] = item
     if not items:
@@ -83,7 +82,7 @@ def shown(names: list[str], most: int = 20) -> str:
 
 
 def _item(found: Benchmark, record: Any, position: int, path: Path) -> Item:
-    """The item of a record. Without an id it gets its position. Raises TypeError or ValueError."""
+    """The item of a record. Without an id it gets its position. Raises KeyError, TypeError or ValueError."""
     try:
         prepared = found.prepare(lower_case(record), path)
     except (LookupError, AttributeError) as error:  # of a set's own function, for a record without what it reads
@@ -91,17 +90,16 @@ def _item(found: Benchmark, record: Any, position: int, path: Path) -> Item:
     if not isinstance(prepared, Mapping):
         raise TypeError(f"the set's `prepare` returned a {type(prepared).__name__}; expected the record as an object")
     question = question_of(prepared)
-    answer = _first(prepared, ANSWER)
+    answer = first_value(prepared, ANSWER)
     if answer is None:
         answer = _boxed(prepared.get("solution")) if found.rule == "math" else prepared.get("solution")
-    golds = accepted_answers([answer, _first(prepared, ALIASES)])
+    golds = accepted_answers([answer, first_value(prepared, ALIASES)])
     if not golds:
         raise ValueError(f"no answer; expected a text, a number or a list under one of {', '.join(ANSWER)}")
-    level = str(_first(prepared, LEVEL) or "")
+    level, *more = (_group(prepared, names) for names in (LEVEL, TYPE, LANGUAGE))
     if found.levels and level not in found.levels:
         raise ValueError(f"level {level!r} is unknown; {found.title} has {', '.join(found.levels)}")
-    id = _first(prepared, ID)
-    more = (str(_first(prepared, names) or "") for names in (TYPE, LANGUAGE))
+    id = first_value(prepared, ID)
     return Item(plain(position if id is None else id), question, golds, level, *more)
 
 
@@ -114,13 +112,6 @@ def _boxed(solution: Any) -> Any:
     return answer
 
 
-def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """The value of the first of these names, which may be dotted, that has one."""
-    for name in names:
-        try:
-            value = field(record, name)
-        except (KeyError, TypeError):
-            continue
-        if value is not None:
-            return value
-    return None
+def _group(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    value = first_value(record, names)
+    return "" if value is None else plain(value)

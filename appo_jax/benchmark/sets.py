@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from appo_jax.data.question_files import decrypted
+from appo_jax.data.question_files import HIDDEN, decrypted
 from appo_jax.data.sources import wiki2
 from appo_jax.errors import ConfigError
 from appo_jax.reward.language_judge import EXACT
@@ -102,7 +102,7 @@ def _musique(record: Record, path: Path) -> Record:
 def _gaia(record: Record, path: Path) -> Record:
     if record.get("file_name"):
         raise ValueError("it asks about a file")
-    if record.get("final answer") == "?":
+    if record.get("final answer") == HIDDEN:
         raise ValueError("no answer: those of the test split are not public; give the validation split")
     return record
 

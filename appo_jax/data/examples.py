@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from appo_jax.config import ColumnsConfig, DataConfig
-from appo_jax.data.golds import accepted_answers
+from appo_jax.data.golds import accepted_answers, plain
 from appo_jax.data.records import MissingField, field, read_records
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.types import Example, Kind
@@ -41,7 +41,7 @@ class Reader:
     def example(self, record: Any, path: Path, number: int) -> Example | None:
         """The example of a record; None, with a warning, if it has no accepted answer. Raises KeyError, TypeError, ValueError."""
         columns = self.columns
-        question, system = self._prompt(self._column(record, "question"))
+        question, system = prompt_of(self._column(record, "question"), columns.question)
         golds = accepted_answers(self._column(record, "golds"))
         if not golds:
             logger.warning("%s, record %d: no accepted answer; left out", path, number)
@@ -57,7 +57,7 @@ class Reader:
         if system is None:
             raise ValueError("it has no system message; give one with data.system_prompt")
         return Example(
-            f"{path.stem}-{number}" if id in (None, "") else str(id),
+            f"{path.stem}-{number}" if id in (None, "") else plain(id),
             question,
             golds,
             kind,
@@ -76,28 +76,27 @@ class Reader:
                 error.advice = f"; data.columns.{name} says which field is read"
             raise
 
-    def _prompt(self, value: Any) -> tuple[str, str | None]:
-        """(question, system prompt) from the value of the question's column, which is text or chat messages."""
-        name = self.columns.question
-        if not isinstance(value, list):
-            return _question(value, name), None
-        roles: dict[str, list[Any]] = {}
-        for message in value:
-            roles.setdefault(field(message, "role"), []).append(field(message, "content"))
-        users, systems = roles.pop("user", []), roles.pop("system", [])
-        if len(users) != 1 or len(systems) > 1 or roles:
-            turns = ", ".join(str(field(message, "role")) for message in value)
-            raise ValueError(
-                f"field {name!r}: expected one user message, after at most one system message; got {turns}"
-            )
-        return _question(users[0], f"{name}.user"), _text(systems[0], f"{name}.system") if systems else None
-
     def _kind(self, value: Any) -> Kind:
         if value is None:
             return self.kind
         if value not in ("math", "qa"):
             raise ValueError(f"field {self.columns.kind!r}: expected math or qa, got {value!r}")
         return value
+
+
+def prompt_of(value: Any, name: str) -> tuple[str, str | None]:
+    """(question, system prompt) from the value of a question's field, which is text or chat messages. name: of the field, for
+    messages. Raises KeyError, TypeError or ValueError."""
+    if not isinstance(value, list):
+        return _question(value, name), None
+    roles: dict[str, list[Any]] = {}
+    for message in value:
+        roles.setdefault(field(message, "role"), []).append(field(message, "content"))
+    users, systems = roles.pop("user", []), roles.pop("system", [])
+    if len(users) != 1 or len(systems) > 1 or roles:
+        turns = ", ".join(str(field(message, "role")) for message in value)
+        raise ValueError(f"field {name!r}: expected one user message, after at most one system message; got {turns}")
+    return _question(users[0], f"{name}.user"), _text(systems[0], f"{name}.system") if systems else None
 
 
 def _question(value: Any, name: str) -> str:

@@ -40,18 +40,10 @@ def _walk(value: Any, depth: int) -> list[str]:
     if isinstance(value, str):
         decoded = _decoded(value)
         return [value] if decoded is None else _walk(decoded, depth + 1)
-    if isinstance(value, bool):
-        return ["yes" if value else "no"]
     if isinstance(value, float) and not math.isfinite(value):
         raise TypeError(f"an accepted answer is {value}")
-    if isinstance(value, int | float):
-        return [plain(value)]
-    if isinstance(value, Decimal):
-        return [format(value.normalize(), "f")]
-    if isinstance(value, datetime) and value.time() == time():  # parquet has columns of times where days are meant
-        value = value.date()
-    if isinstance(value, date):
-        return [value.isoformat()]
+    if (text := answer_text(value)) is not None:
+        return [text]
     if isinstance(value, list | tuple):
         return [answer for item in value for answer in _walk(item, depth + 1)]
     if isinstance(value, dict):
@@ -66,6 +58,19 @@ def _walk(value: Any, depth: int) -> list[str]:
     if hasattr(value, "tolist"):  # numpy's arrays and numbers
         return _walk(value.tolist(), depth + 1)
     raise TypeError(f"accepted answers: expected text, a number or a list of them, got {value!r}")
+
+
+def answer_text(value: Any) -> str | None:
+    """The text of an answer that is a text, a number, a truth value (yes or no) or a date; None for anything else."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str | int | float):
+        return plain(value)
+    if isinstance(value, Decimal):
+        return format(value.normalize(), "f")
+    if isinstance(value, datetime) and value.time() == time():  # parquet has columns of times where days are meant
+        value = value.date()
+    return value.isoformat() if isinstance(value, date) else None
 
 
 def plain(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +38,8 @@ def read_records(
     malformed: OnMalformed | None,
     what: str = "a file of questions",
 ) -> list[Record]:
-    """`parse(number, record)` of every record of a jsonl, json, parquet, csv or tsv file, in order. Blank lines are ignored.
+    """`parse(number, record)` of every record of a jsonl, json, parquet, csv or tsv file, in order. Blank lines are ignored. NaN,
+    which pandas writes for a missing value, is read as None.
 
     `number` counts lines, rows or records from 1. `parse` returns None for a record that is left out, such as a question without
     an answer; their number is logged. It raises KeyError, TypeError or ValueError for a malformed one. `malformed`: with "fatal"
@@ -59,6 +61,7 @@ def parse_each(
     messages."""
     records: list[Record] = []
     skipped = left_out = 0
+    first = ""
     for where, raw in places:
         try:
             record = parse(raw)
@@ -72,6 +75,7 @@ def parse_each(
                 choice = ", or set data.malformed to skip" if malformed else ""
                 raise DataError(f"{where}: {problem}; correct it{choice}") from error
             logger.warning("%s: %s; skipped", where, problem)
+            first = first or f"; the first: {where}: {problem}"
             skipped += 1
         else:
             records += [] if record is None else [record]
@@ -82,7 +86,7 @@ def parse_each(
     if left_out:
         logger.warning("%s: %d of %d records are left out", whole, left_out, total)
     if not records:
-        raise DataError(f"{whole}: holds no usable record ({skipped} malformed, {left_out} left out)")
+        raise DataError(f"{whole}: holds no usable record ({skipped} malformed, {left_out} left out){first}")
     return records
 
 
@@ -142,7 +146,15 @@ def _value(raw: Any) -> Any:
             f"it has {len(names) + len(raw[None])} cells, the header {len(names)} ({', '.join(names)}): quote a cell that holds "
             "the delimiter"
         )
-    return json.loads(raw) if isinstance(raw, bytes) else raw
+    return _without_nan(json.loads(raw) if isinstance(raw, bytes) else raw)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _listed(content: Any, path: Path) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
 
 import pyarrow
@@ -29,9 +29,13 @@ def data(tmp_path):
     return file
 
 
-def write_predictions(path, *pairs):
-    path.write_text("".join(json.dumps({"id": id, "prediction": text}) + "\n" for id, text in pairs))
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def write_predictions(path, *pairs):
+    return write_lines(path, [{"id": id, "prediction": text} for id, text in pairs])
 
 
 def report_of(asked):
@@ -105,7 +109,7 @@ def test_numbers_that_pandas_made_floats_are_whole_and_nan_is_no_answer(tmp_path
 
 
 def test_a_gold_in_a_file_of_predictions_is_no_prediction(data, tmp_path):
-    """Null is a sample without an answer, whatever else the line holds."""
+    """If no field for predictions has a value, it is a sample without an answer, whatever else the line holds."""
     lines = [{"id": 1, "prediction": None, "answer": "1"}, {"id": 2, "output": None, "response": "2", "answer": "7"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = report_of(Evaluation("math500", data, tmp_path / "out", tmp_path / "p.jsonl"))
@@ -114,6 +118,33 @@ def test_a_gold_in_a_file_of_predictions_is_no_prediction(data, tmp_path):
     assert record["counted_as_wrong"]["without_prediction"] == ["3", "4"]
     with pytest.raises(DataError, match="line 1: expected fields id and prediction, found id, question, answer"):
         evaluate_set(Evaluation("math500", data, tmp_path / "out", data))
+
+
+def test_the_first_field_with_a_value_holds_the_prediction(data, tmp_path):
+    """Files of two programs that were joined have the fields of both, null (or NaN, as pandas writes it) where a line has none."""
+    pairs = [("1", None), (None, "2"), (float("nan"), "3"), (None, None)]
+    lines = [{"id": id, "prediction": p, "response": r} for id, (p, r) in enumerate(pairs, start=1)]
+    record = report_of(
+        Evaluation("math500", data, tmp_path / "out", write_lines(tmp_path / "p.jsonl", lines)),
+    )
+    assert record["accuracy"][0] == 3 / 4
+    assert record["counted_as_wrong"]["without_answer"] == ["4"]
+
+
+def test_an_empty_list_is_no_sample_and_truth_values_are_yes_or_no(tmp_path):
+    """As in golds; a date is one, too."""
+    golds = {1: "yes", 2: False, 3: "2020-05-04", 4: "x"}
+    data = write_lines(tmp_path / "set.jsonl", [{"id": i, "question": f"{i}?", "answer": g} for i, g in golds.items()])
+    lines = [{"id": 1, "prediction": True}, {"id": 2, "prediction": ["no", False]}, {"id": 4, "prediction": []}]
+    record = report_of(Evaluation("hotpotqa", data, tmp_path / "out", write_lines(tmp_path / "p.jsonl", lines)))
+    assert record["accuracy"][0] == 2 / 4
+    assert record["counted_as_wrong"]["without_prediction"] == ["3", "4"]
+    assert record["uneven_samples"] == ["2"]
+    parquet.write_table(pyarrow.table({"id": [3], "prediction": [date(2020, 5, 4)]}), tmp_path / "p.parquet")
+    assert report_of(Evaluation("hotpotqa", data, tmp_path / "out", tmp_path / "p.parquet"))["accuracy"][0] == 1 / 4
+    write_lines(tmp_path / "p.jsonl", lines[2:])
+    with pytest.raises(DataError, match=r"p\.jsonl: has no prediction for any question of the set$"):
+        evaluate_set(Evaluation("hotpotqa", data, tmp_path / "out", tmp_path / "p.jsonl"))
 
 
 def test_files_of_other_programs(data, tmp_path):
@@ -151,6 +182,25 @@ def test_rollouts_of_ours_in_a_file_of_predictions_keep_their_figures(data, tmp_
     assert "1 rollouts ended because `rollout.max_seconds` was over" in (tmp_path / "out/report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tokens": None}, {"tokens": True}, {"tokens": "9"}, {"stop_reason": None}, {"seconds": float("nan")},
+        {"decode_seconds": float("inf")}, {"calls": None}, {"calls": ["search"]}, {"calls": [{"name": "search"}]},
+    ],
+)  # fmt: skip
+def test_a_line_with_facts_of_other_types_is_a_prediction_without_them(data, tmp_path, wrong):
+    """The mean tokens and seconds are those of the other line; the odd one is graded as a prediction from elsewhere."""
+    facts = {"calls": [], "tokens": 30, "stop_reason": "answered", "seconds": 2.0, "decode_seconds": 0.5}
+    lines = [{"id": 1, "prediction": "\\boxed{1}"} | facts, {"id": 2, "prediction": "2"} | facts | wrong]
+    record = report_of(Evaluation("math500", data, tmp_path / "out", write_lines(tmp_path / "p.jsonl", lines)))
+    assert record["accuracy"][0] == 2 / 4
+    assert record["rollouts"] == {
+        "calls_per_prediction": 0.0, "calls_per_right_answer": 0.0, "calls": {}, "tokens_per_prediction": 30.0,
+        "seconds_per_question": 2.0, "tokens_per_second_of_decoding": 60.0, "stop_reasons": {"answered": 1},
+    }  # fmt: skip
+
+
 def test_files_of_predictions_that_cannot_be_graded_are_named(data, tmp_path):
     for lines, message in [
         ("", "the file is empty; expected one JSON object a line"),
@@ -158,8 +208,10 @@ def test_files_of_predictions_that_cannot_be_graded_are_named(data, tmp_path):
         ('{"id": 7, "prediction": "1"}', "none of its ids"),
         ("{", "line 1: not valid JSON"),
         ('{"id": 1, "prediction": {"text": "1"}}', r"line 1: field prediction: expected a text, .*, got {'text': '1'}"),
-        ('{"id": 1, "prediction": ["1", true]}', "line 1: field prediction: expected a text, a number, null or a list"),
-        ('{"id": 1, "prediction": []}', r"line 1: field prediction: expected a text, .*, got \[\]"),
+        (
+            '{"id": 1, "prediction": ["1", ["2"]]}',
+            r"line 1: field prediction: expected a text, a number, .*got \['2'\]",
+        ),
     ]:
         (tmp_path / "p.jsonl").write_text(lines)
         with pytest.raises(DataError, match=message):

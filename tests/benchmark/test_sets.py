@@ -179,6 +179,87 @@ def test_math_is_read_as_it_is_distributed(tmp_path):
         load_items("math", tmp_path / "empty")
 
 
+SPLITS = [
+    (["musique_ans_v1.0_train.jsonl", "musique_ans_v1.0_dev.jsonl"], "musique_ans_v1.0_dev.jsonl"),
+    (["train-00000-of-00002.jsonl", "validation-00000-of-00001.jsonl"], "validation-00000-of-00001.jsonl"),
+    (["train.jsonl", "val.jsonl"], "val.jsonl"),
+    (["data/Train/a.jsonl", "data/Valid/a.jsonl"], "data/Valid/a.jsonl"),
+    (["dev.jsonl", "main/test-00000.jsonl", "train.jsonl"], "main/test-00000.jsonl"),
+    (["train_test/train.jsonl", "train_test/test.jsonl"], "train_test/test.jsonl"),
+    (["train.jsonl", "questions.jsonl"], "questions.jsonl"),
+    (["latest.jsonl"], "latest.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("names", "read"), SPLITS)
+def test_of_a_folder_the_test_or_the_validation_split_is_read_and_never_the_training_split(tmp_path, names, read):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, {"question": name, "answer": "x"})
+    assert [item.question for item in load_items("hotpotqa", tmp_path)] == [read]
+
+
+def test_a_folder_with_nothing_but_a_training_split_is_refused(tmp_path):
+    write(tmp_path / "train.jsonl", {"question": "?", "answer": "x"})
+    write(tmp_path / "id_aliases.json", {"Q_id": "Q60", "aliases": ["NYC"]})
+    with pytest.raises(
+        DataError, match=r"holds only a training split \(train\.jsonl .*expected files of a test, valid"
+    ):
+        load_items("2wiki", tmp_path)
+
+
+def write_2wiki(folder):
+    """As it is distributed: the answers of the test split are not public."""
+    dev = {"_id": "d", "question": "Dev?", "answer": "New York", "answer_id": "Q60"}
+    test = {"_id": "t", "question": "Test?", "answer": "", "answer_id": None}
+    for split, record in (("train", dev | {"question": "Train?"}), ("dev", dev), ("test", test)):
+        (folder / f"{split}.json").write_text(json.dumps([record]))
+    write(folder / "id_aliases.json", *[{"Q_id": f"Q{i}", "aliases": ["NYC"], "demonyms": []} for i in (60, 61)])
+
+
+def test_a_test_split_without_answers_gives_way_to_the_validation_split(tmp_path, caplog):
+    for name in ("2wiki", "gaia/test", "gaia/validation"):
+        (tmp_path / name).mkdir(parents=True)
+    write_2wiki(tmp_path / "2wiki")
+    (item,) = load_items("2wiki", tmp_path / "2wiki")
+    assert (item.question, item.golds) == ("Dev?", ("New York", "NYC"))
+    assert "2wiki: its test split has no answers; its dev (validation) split is read" in caplog.text
+    gaia = {"task_id": "a", "Question": "Test?", "Final answer": "?", "Level": 1, "file_name": ""}
+    write(tmp_path / "gaia" / "test" / "metadata.jsonl", gaia)
+    write(tmp_path / "gaia/validation/metadata.jsonl", gaia | {"Question": "Validation?", "Final answer": "7"})
+    assert [item.question for item in load_items("gaia", tmp_path / "gaia")] == ["Validation?"]
+    (tmp_path / "gaia/validation/metadata.jsonl").unlink()
+    with pytest.raises(DataError, match="those of the test split are not public; give the validation split"):
+        load_items("gaia", tmp_path / "gaia")
+
+
+def test_numbers_and_missing_values_are_read_as_pandas_writes_them(tmp_path):
+    """A column of integers with a gap, or of missing texts alone, is one of floats with NaN."""
+    nan = float("nan")
+    columns = {"Question": ["a", "b", "c"], "Final answer": ["x", "y", "z"], "file_name": [nan] * 3}
+    parquet.write_table(pa.table(columns | {"Level": [1.0, 2.0, nan]}), tmp_path / "gaia.parquet")
+    found = load_questions("gaia", tmp_path / "gaia.parquet")
+    assert [(item.question, item.level) for item in found.items] == [("a", "1"), ("b", "2")]
+    assert found.left_out == {"level '' is unknown; GAIA, text only has 1, 2, 3": ["row 3"]}
+    columns = {"problem": ["a", "b", "c"], "answer": [1, 2, 3], "level": [0.0, 2.0, nan], "subject": [nan] * 3}
+    parquet.write_table(pa.table(columns), tmp_path / "math.parquet")
+    items = load_items("math500", tmp_path / "math.parquet")
+    assert [(item.level, item.type) for item in items] == [("0", ""), ("2", ""), ("", "")]
+
+
+def test_a_question_may_be_chat_messages(tmp_path):
+    """As for sources, exactly one of them is the user's; another record is left out and named."""
+    user, system = {"role": "user", "content": "Who?"}, {"role": "system", "content": "Think."}
+    prompts = [[system, user], [user, user], [{"role": "user"}], "Who?"]
+    file = write(tmp_path / "x.jsonl", *[{"prompt": prompt, "answer": "x"} for prompt in prompts])
+    found = load_questions("bamboogle", file)
+    assert [(item.id, item.question) for item in found.items] == [("0", "Who?"), ("3", "Who?")]
+    assert found.left_out == {
+        "field 'prompt': expected one user message, after at most one system message; got user, user": ["line 2"],
+        "missing field 'content' (it has 'role')": ["line 3"],
+    }
+
+
 def test_webwalkers_nested_fields_are_its_groups(tmp_path):
     info = {"difficulty_level": "hard", "type": "multi_source", "lang": "zh", "domain": "game"}
     (item,) = load_items("webwalker", write(tmp_path / "w.jsonl", {"question": "?", "answer": "x", "info": info}))

@@ -257,6 +257,24 @@ def test_records_without_an_answer_are_left_out_by_name(tmp_path, caplog):
     assert caplog.text.count("no accepted answer; left out") == 8
 
 
+def test_nan_is_a_missing_value(tmp_path):
+    """As pandas writes it: a column of integers with a gap is one of floats, and so is a column without any value."""
+    nan = math.nan
+    table = {
+        "question": ["a", "b", "c"], "answer": [1990.0, nan, 0.5], "id": [7.0, 8.0, nan], "system": [nan] * 3, "kind": [nan] * 3,
+        "source": [nan] * 3, "level": [[1.0, nan], [], []],
+    }  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "train.parquet")
+    write(tmp_path / "test.jsonl", [{"question": "a", "answer": ["1", nan], "id": nan, "level": nan}])
+    dataset = load_dataset(DataConfig("files", str(tmp_path), columns=ColumnsConfig(extra=("level",))))
+    assert [(e.id, e.question, e.golds, e.system, e.source) for e in dataset.train] == [
+        ("7", "a", ("1990",), SYSTEM_PROMPT, "train"),
+        ("train-3", "c", ("0.5",), SYSTEM_PROMPT, "train"),
+    ]
+    assert [e.extra for e in (*dataset.train, *dataset.held_out)] == [{"level": [1.0, None]}, {"level": []}, {}]
+    assert [(e.id, e.golds) for e in dataset.held_out] == [("test-1", ("1",))]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [

@@ -1,9 +1,12 @@
 """Questions asked twice, by hand and against a brute-force comparison of all pairs."""
 
 import dataclasses
+import json
 import random
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from appo_jax.components import build
@@ -187,8 +190,45 @@ def test_questions_of_every_published_form_are_compared(tmp_path, name, content)
     (tmp_path / "eval" / name).write_text(
         content.lower().replace("question", "q").replace("prompt", "q").replace("problem", "q")
     )
-    with pytest.raises(DataError, match="no question; expected a text under one of question, problem, prompt"):
+    with pytest.raises(DataError, match=r"no question; expected .* under one of question, problem, .*prompt"):
         for_evaluation(load_dataset(data), data)
+
+
+def compared(tmp_path, *evaluation):
+    """The questions of the files for evaluation of a run that trains on "Train?"."""
+    (tmp_path / "run").mkdir(exist_ok=True)
+    for split in ("train", "test"):
+        (tmp_path / "run" / f"{split}.jsonl").write_text(f'{{"question": "{split}?", "answer": "a"}}')
+    data = DataConfig("files", str(tmp_path / "run"), evaluation=tuple(map(str, evaluation)), drop=("overlaps",))
+    dataset = load_dataset(data)
+    assert [example.question for example in dataset.train] == ["train?"]
+    return [example.question for example in for_evaluation(dataset, data)][1:]
+
+
+def test_a_folder_for_evaluation_is_compared_without_its_training_split(tmp_path):
+    """As 2WikiMultihopQA is distributed: the test split has no answers, so `eval` asks the questions of dev.json."""
+    folder = tmp_path / "2wiki"
+    folder.mkdir()
+    for split, answer in (("train", "a"), ("dev", "a"), ("test", "")):
+        (folder / f"{split}.json").write_text(json.dumps([{"_id": split, "question": f"{split}?", "answer": answer}]))
+    (folder / "id_aliases.json").write_text('{"Q_id": "Q1", "aliases": []}\n{"Q_id": "Q2", "aliases": []}\n')
+    assert compared(tmp_path, folder) == ["dev?"]
+
+
+def test_a_record_that_is_no_question_is_left_out_as_in_an_evaluation(tmp_path, caplog):
+    rows = [{"question": "Where?", "answer": "a"}, {"answer": "a"}, [1], {"question": "When?"}]
+    (tmp_path / "exam.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert compared(tmp_path, tmp_path / "exam.jsonl") == ["Where?", "When?"]
+    assert "exam.jsonl, line 2: no question; expected" in caplog.text
+    assert "exam.jsonl, line 3: expected an object, got list" in caplog.text
+
+
+def test_prompts_that_are_chat_messages_are_compared(tmp_path):
+    """veRL's prompt asks for a format, so the question alone is compared if the record has it."""
+    prompt = [{"role": "system", "content": "Think."}, {"role": "user", "content": "Where? Answer after ####."}]
+    rows = [{"prompt": prompt, "extra_info": {"question": question}} for question in ("Where?", None)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "exam.parquet")
+    assert compared(tmp_path, tmp_path / "exam.parquet") == ["Where?", "Where? Answer after ####."]
 
 
 def test_a_run_without_questions_says_why(tiny, tmp_path):
