@@ -137,7 +137,7 @@ def _evaluate_into(
 def _meta(
     config: Config, run: RunDir, reached: Reached, record: Mapping[str, Any], accuracies: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What a checkpoint holds of a run beside its state and the `Trainer.origin`."""
+    """What a checkpoint holds of a run besides its state and the `Trainer.origin`."""
     return {
         "sampled_tokens": reached.sampled_tokens, "wall_s": record["time/wall_s"], "accuracies": dict(accuracies),
         "record": plain(record), "config": config_json(config, run.config).decode(),

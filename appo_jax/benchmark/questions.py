@@ -76,9 +76,9 @@ def load_questions(name: str, path: Path) -> Questions:
     return Questions(tuple(items.values()), left_out)
 
 
-def shown(names: list[str], most: int = 20) -> str:
-    """A list of names, cut after `most` of them."""
-    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
+def shown(names: list[str], max_names: int = 20) -> str:
+    """A list of names, cut after `max_names` of them."""
+    return ", ".join(names[:max_names]) + (" …" if len(names) > max_names else "")
 
 
 def _item(found: Benchmark, record: Any, position: int, path: Path) -> Item:

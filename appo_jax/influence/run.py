@@ -78,9 +78,8 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
     """Measure, write influence.md, influence.json and influence.png into `out`, and return the text of influence.md."""
     config = config_of(run)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(
-        dir=out
-    ):  # a folder that cannot be written is told before the measurement, not after it
+    # A folder that cannot be written is an error before the measurement, not after it.
+    with tempfile.TemporaryFile(dir=out):
         pass
     with build(config) as components:
         where, params = policy_params(components, run)

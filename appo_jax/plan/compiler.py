@@ -126,7 +126,7 @@ def measure(program: Program, network: Network) -> Need:
                 f"{program.fields or 'the architecture'}, may be compiled"
             ) from error
         return Need(
-            program.name, used + program.beside, program.beside, 0, 0, 0, 0, 0, {}, 0, time.perf_counter() - began,
+            program.name, used + program.resident, program.resident, 0, 0, 0, 0, 0, {}, 0, time.perf_counter() - began,
             program.times, program.counted, program.fields, program.kept, refused=True,
         )  # fmt: skip
     seconds = time.perf_counter() - began
@@ -142,8 +142,8 @@ def measure(program: Program, network: Network) -> Need:
     )
     return Need(
         name=program.name,
-        peak=program_bytes + program.beside,
-        beside=program.beside,
+        peak=program_bytes + program.resident,
+        resident=program.resident,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         output=output,

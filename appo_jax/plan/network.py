@@ -127,12 +127,12 @@ class Network:
                     place = self.places[device]
                     rows[number, place[:axis] + place[axis + 1 :]].append(place[axis])
             used: Counter[tuple[Any, ...]] = Counter()  # (the other coordinates, link) -> groups
-            links, most = 2, 1
+            links, longest = 2, 1
             for (_, others), row in rows.items():
                 if len(row) == 1:
                     continue
                 row.sort()
-                most = max(most, len(row))
+                longest = max(longest, len(row))
                 # The row goes around the ring if the gaps between its devices are equal, that over the end included.
                 around = self.rings[axis] and {b - a for a, b in itertools.pairwise([*row, row[0] + size])} == {
                     size // len(row)
@@ -140,7 +140,7 @@ class Network:
                 links = 2 if around and links == 2 else 1
                 used.update((others, link) for link in (range(size) if around else range(row[0], row[-1])))
             if used:
-                found.append(Line(links, max(used.values()), most))
+                found.append(Line(links, max(used.values()), longest))
         return found or [Line(1, 1, max(map(len, groups)))]
 
     def _diameter(self, groups: Groups) -> int:

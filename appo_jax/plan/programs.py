@@ -44,10 +44,10 @@ class Program:
     trace: Callable[[], Any]  # -> jax.stages.Traced
     times: int  # runs in one training step
     counted: str  # the calculation of `times`, in words
-    beside: int  # bytes per device that the run holds at the same time and that are no argument of the program
-    kept: int  # bytes per device of weights and optimizer state, in `beside` and in the arguments; only the mesh lowers them
+    resident: int  # bytes per device that the run holds at the same time and that are no argument of the program
+    kept: int  # bytes per device of weights and optimizer state, in `resident` and in the arguments; only the mesh lowers them
     fields: str  # config fields whose lower values make the program's other memory smaller
-    depends_on: tuple[str, ...]  # the fields that `search` changes and on which the program or `beside` depends
+    depends_on: tuple[str, ...]  # the fields that `search` changes and on which the program or `resident` depends
     steps: int = 1  # iterations of the program's loop of unknown length; `times` counts iterations, not calls
     # Name of a kernel's calls -> how often it reads its KV caches; below 1: the share of them that it reads.
     seen: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -82,8 +82,8 @@ class _StepPrograms:
         self.optimizer_and_reference = on_chip(self.state.opt_state) + self.reference_bytes
         self.in_place = sharding.generates_in_place(self.policy, mesh, self.arrays.dtype)
         # Programs of a generation take its copy of the parameters as an argument, or, without a copy, the parameters.
-        self.beside_generation = self.optimizer_and_reference + (0 if self.in_place else on_chip(self.policy))
-        self.kept_generating = self.beside_generation + on_chip(self.generating_params)
+        self.resident_in_generation = self.optimizer_and_reference + (0 if self.in_place else on_chip(self.policy))
+        self.kept_generating = self.resident_in_generation + on_chip(self.generating_params)
         self.kept_training = self.optimizer_and_reference + on_chip(self.policy)
 
     def all(self) -> Iterator[Program]:
@@ -152,7 +152,7 @@ class _StepPrograms:
             ),
             self.counts.prefills,
             f"passes of {rows} prompts",
-            self.beside_generation + on_chip(self.arrays.generation(initial.shapes)) + before,
+            self.resident_in_generation + on_chip(self.arrays.generation(initial.shapes)) + before,
             self.kept_generating,
             "rollout.max_prompt_tokens, rollout.decode_rows",
             _ROWS,
@@ -177,7 +177,7 @@ class _StepPrograms:
             trace,
             generation.times * generation.decode_steps,
             f"{generation.times} generations × {generation.decode_steps} steps of {shapes.rows} rows",
-            self.beside_generation + self._source_bytes(generation),
+            self.resident_in_generation + self._source_bytes(generation),
             self.kept_generating,
             "rollout.decode_rows, rollout.max_response_tokens",
             _ROWS,
@@ -203,7 +203,7 @@ class _StepPrograms:
             trace,
             generation.appends,
             f"{generation.times * generation.drawn} rollouts × {generation.lengths.calls:g} calls / {width}",
-            self.beside_generation + self._source_bytes(generation),
+            self.resident_in_generation + self._source_bytes(generation),
             self.kept_generating,
             "rollout.max_result_tokens, rollout.decode_rows",
             _ROWS,

@@ -36,12 +36,12 @@ class Sent:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What one program needs on one device. Sizes are in bytes. For a refused program only `peak` and `beside` are known; the
+    """What one program needs on one device. Sizes are in bytes. For a refused program only `peak` and `resident` are known; the
     other measured figures are 0."""
 
     name: str
-    peak: float  # HBM, `beside` included
-    beside: float  # HBM of what the run holds at the same time and the program does not take as an argument
+    peak: float  # HBM, `resident` included
+    resident: float  # HBM of what the run holds at the same time and the program does not take as an argument
     arguments: float
     temporaries: float
     output: float  # without output that takes the place of a donated argument
@@ -53,7 +53,7 @@ class Need:
     times: int  # runs in one training step
     counted: str  # the calculation of `times`, in words
     fields: str  # config fields whose lower values make the program's memory smaller
-    kept: float  # weights and optimizer state, in `arguments` and `beside`
+    kept: float  # weights and optimizer state, in `arguments` and `resident`
     refused: bool = False  # the compiler ran out of memory
 
     def seconds(self, chip: Chip) -> float:
@@ -164,10 +164,10 @@ def _advice(need: Need, hbm: float) -> str:
 def tables(plan: Plan) -> Sequence[Table]:
     """The two tables for the terminal: memory in GiB, and work and time."""
     memory = Table(title=f"memory per chip of {plan.topology}, {plan.chips} chips, GiB", title_justify="left")
-    for column in ("program", "arguments", "temporaries", "output", "beside", "peak", "left", "compile s"):
+    for column in ("program", "arguments", "temporaries", "output", "resident", "peak", "left", "compile s"):
         memory.add_column(column, justify="left" if column == "program" else "right")
     for n in plan.needs:
-        sizes = (n.arguments, n.temporaries, n.output, n.beside, n.peak, plan.chip.hbm - n.peak)
+        sizes = (n.arguments, n.temporaries, n.output, n.resident, n.peak, plan.chip.hbm - n.peak)
         cells = [f"{size / GIB:.2f}" for size in sizes]
         memory.add_row(n.name, *(["?"] * 3 if n.refused else cells[:3]), *cells[3:], f"{n.compile_s:.0f}")
     total = "not known, a program does not fit" if plan.step_s is None else f"{plan.step_s:.0f} s"

@@ -43,6 +43,13 @@ def variables_of(source: str) -> set[str]:
     return jinja2.meta.find_undeclared_variables(_environment().parse(source))
 
 
+def literals(source: str) -> set[str]:
+    """The texts in a template: those that it writes as they are, and the strings in its expressions."""
+    tree = _environment().parse(source)
+    strings = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+    return strings | {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -94,6 +101,36 @@ def render(
         roles = [message["role"] for message in messages]
         problem = f"{type(error).__name__}: {error}"
         raise DataError(f"chat template: cannot render a conversation with the roles {roles}: {problem}") from error
+
+
+_REPLY = "THE-REPLY"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": ""}}, "required": ["x"]},
+    },
+}
+
+
+def reply_end(
+    template: jinja2.Template, control: re.Pattern[str], with_tools: bool = False, **variables: Any
+) -> str | None:
+    """The control token that a template writes behind an assistant's message; None if it writes none there, or cannot render
+    such a conversation. It must be the same whether or not another message follows: otherwise it belongs to that message or to
+    the end of the conversation."""
+    question = {"role": "user", "content": "q"}
+    turns = [question, {"role": "assistant", "content": _REPLY}]
+    found = set()
+    for messages in (turns, [*turns, question]):
+        try:
+            text = render(template, messages, False, [_TOOL] if with_tools else None, **variables)
+        except DataError:
+            return None
+        end = control.match(text.partition(_REPLY)[2].lstrip())
+        found.add(end[0] if end else None)
+    return found.pop() if len(found) == 1 else None
 
 
 def control_pattern(tokens: Sequence[str]) -> re.Pattern[str]:

@@ -10,6 +10,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers
 
+from appo_jax.text.folder import ADDITIONAL_TEMPLATES, chat_templates, read_json
 from appo_jax.text.tokenizer import CONTROL_SYMBOLS
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,12 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     for name in COPIED:
         if (path / name).is_file():
             files[name] = (path / name).read_bytes()
+    if any(path.glob(ADDITIONAL_TEMPLATES)):  # as a list in tokenizer_config.json, because an export has no folders
+        config = read_json(path / "tokenizer_config.json")
+        templates = chat_templates(path, config)
+        config["chat_template"] = [{"name": name, "template": source} for name, source in templates.items()]
+        files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+        files.pop("chat_template.jinja", None)  # it would replace the list
     if "tokenizer.json" not in files and "tokenizer.model" in files:
         files |= _from_sentencepiece(files["tokenizer.model"], path)
     return files

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Set
+import re
+from collections.abc import Collection, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from appo_jax.errors import DataError
+
+ADDITIONAL_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,17 +36,81 @@ def is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
     return tokenizer.get("model", {}).get("type") == "BPE" and '"ByteLevel"' in json.dumps(tokenizer.get("decoder"))
 
 
-def chat_template(folder: Path, config: dict[str, Any]) -> str:
-    """Newer folders hold chat_template.jinja; older ones a string, or a list by name, in tokenizer_config.json."""
-    file = folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not template:
+def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a folder by name, as transformers reads them: from chat_template.jinja (`default`) and
+    additional_chat_templates/NAME.jinja; without such files from tokenizer_config.json, which has one template or a list."""
+    file, config_file = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    templates = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob(ADDITIONAL_TEMPLATES))}
+    if file.is_file():
+        templates["default"] = file.read_text(encoding="utf-8")
+    written = None if templates else config.get("chat_template")
+    if isinstance(written, list):
+        try:
+            templates = {entry["name"]: entry["template"] for entry in written}
+        except (KeyError, TypeError):
+            raise DataError(
+                f'{config_file}: chat_template = {written!r:.100}: expected a list of {{"name": …, "template": …}}'
+            ) from None
+    elif written:
+        templates = {"default": written}
+    if not templates:
+        raise DataError(f"{config_file}: no chat_template (nor {file.name}); use an instruction-tuned model")
+    if not templates.get("default"):
         raise DataError(
-            f"{folder / 'tokenizer_config.json'}: no chat_template (nor {file.name}); use an instruction-tuned model"
+            f"{config_file}: its chat templates are named {', '.join(sorted(templates))}; expected one named default "
+            f"(or {file.name})"
         )
-    return template
+    return templates
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The tokens that tokenizer_config.json names: `eos_token` and others, with their texts."""
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {
+        key: text for key, text in texts.items() if isinstance(text, str) and text
+    }  # add_bos_token is true or false
+
+
+# `<|im_end|>`, `[|user|]`, and DeepSeek's `<｜User｜>` with full-width bars.
+_CONTROL = re.compile(r"[<\[][|｜].*[|｜][>\]]", re.DOTALL)
+_IN_BRACKETS = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+
+
+def added_tokens(
+    tokenizer: Mapping[str, Any], written: Collection[str], text_tags: Collection[str]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The control tokens of a tokenizer.json and its other added tokens, as text -> id.
+
+    written: the texts in the chat templates, and the tokens that the templates write by name. An added token in brackets that
+    is part of them marks a turn, or a part of one, whether or not it is marked special."""
+    control: dict[str, int] = {}
+    plain: dict[str, int] = {}
+    for added in tokenizer.get("added_tokens", []):
+        token = added["content"]
+        marks = _CONTROL.fullmatch(token) or (_IN_BRACKETS.fullmatch(token) and any(token in text for text in written))
+        is_control = (added["special"] or marks) and token not in text_tags
+        (control if is_control else plain)[token] = added["id"]
+    return control, plain
+
+
+def without_control(
+    tokenizer: Mapping[str, Any], control: Collection[str], plain: Mapping[str, int]
+) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json without its control tokens, so that no text can give one.
+
+    plain: the other added tokens. They go into its vocabulary; otherwise the library would renumber them. Raises whatever the
+    library raises for a file that it cannot read."""
+    pieces = {piece: id for piece, id in tokenizer["model"]["vocab"].items() if piece not in control}
+    text_only = {
+        **tokenizer,
+        "added_tokens": [added for added in tokenizer["added_tokens"] if added["content"] in plain],
+        "model": tokenizer["model"] | {"vocab": pieces | dict(plain)},
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
+    return tokenizers.Tokenizer.from_str(json.dumps(text_only))
 
 
 def declared_ends(folder: Path, known: Set[int]) -> list[int]:

@@ -14,27 +14,31 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import re
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jinja2
 import sentencepiece
-import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from appo_jax.config import PolicyConfig
 from appo_jax.errors import ConfigError, DataError
 from appo_jax.text import chat
 from appo_jax.text.folder import (
+    added_tokens,
     byte_level_bytes,
-    chat_template,
+    chat_templates,
     declared_ends,
     is_byte_level,
     read_json,
     read_json_if_any,
+    special_tokens,
+    without_control,
 )
+
+log = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant")
 CONTROL_SYMBOLS = tuple(f"<|{role}|>" for role in ROLES)  # of a sentencepiece model
@@ -126,10 +130,11 @@ class SentencePieceTokenizer:
 
 
 class JsonTokenizer:
-    """A Hugging Face folder: tokenizer.json (byte-level BPE), tokenizer_config.json and its chat template.
+    """A Hugging Face folder: tokenizer.json (byte-level BPE), tokenizer_config.json and its chat templates.
 
-    Control tokens are the added tokens marked special and those written `<|…|>`. Added tokens such as Qwen3's `<think>`
-    are ordinary text that happens to be one token, also if they are marked special. Raises DataError for an unusable folder.
+    Control tokens are the added tokens marked special, those written `<|…|>` or alike, and those that a chat template writes.
+    Added tokens such as Qwen3's `<think>` are ordinary text that happens to be one token, also if they are marked special. Of
+    templates by name, `tool_use` is used where tools are given, and `default` otherwise. Raises DataError for an unusable folder.
     """
 
     def __init__(self, folder: str | Path):
@@ -143,29 +148,18 @@ class JsonTokenizer:
         config_file = folder / "tokenizer_config.json"
         config = read_json(config_file)
         vocabulary: dict[str, int] = dict(data["model"]["vocab"])
-        self._control: dict[str, int] = {}
-        plain_added: dict[str, int] = {}
-        for added in data.get("added_tokens", []):
-            marked = added["special"] or re.fullmatch(r"<\|.*\|>", added["content"])
-            is_control = marked and added["content"] not in _TEXT_TAGS
-            (self._control if is_control else plain_added)[added["content"]] = added["id"]
+        sources = chat_templates(folder, config)
+        self._sources = {name: sources[name] for name in ("default", "tool_use") if name in sources}
+        self._templates = {name: chat.compile_template(source) for name, source in self._sources.items()}
+        self._special = special_tokens(config)
+        written = {*self._special.values(), *(text for source in sources.values() for text in chat.literals(source))}
+        self._control, plain_added = added_tokens(data, written, _TEXT_TAGS)
         if not self._control:
             raise DataError(f"{folder / 'tokenizer.json'}: has no special token, so nothing can end a turn")
         for piece in (*self._control, *plain_added):
             vocabulary.pop(piece, None)
-
-        # This guarantees rule 1: the tokenizer that reads text has no control tokens. Plain added tokens go into its
-        # vocabulary; otherwise the library would renumber them.
-        pieces = {piece: id for piece, id in data["model"]["vocab"].items() if piece not in self._control}
-        text_only = data | {
-            "added_tokens": [added for added in data["added_tokens"] if added["content"] in plain_added],
-            "model": data["model"] | {"vocab": pieces | plain_added},
-            "post_processor": None,
-            "truncation": None,
-            "padding": None,
-        }
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(text_only))
+        try:  # this guarantees rule 1: the tokenizer that reads text has no control tokens
+            self._tokenizer = without_control(data, self._control, plain_added)
         except Exception as error:  # tokenizers raises bare Exception
             raise DataError(f"{folder / 'tokenizer.json'}: the tokenizers library cannot read it: {error}") from error
         ids = {*vocabulary.values(), *plain_added.values(), *self._control.values()}
@@ -177,15 +171,16 @@ class JsonTokenizer:
         for piece, id in plain_added.items():
             self._token_bytes[id] = piece.encode()
 
-        self._special = {key: _content(value) for key, value in config.items() if key.endswith("_token") and value}
         self.eos_id: int = self._special_id("eos_token", config_file)
         self.eos_ids: tuple[int, ...] = (self.eos_id,)
         self.pad_id: int = self._special_id("pad_token", config_file) if "pad_token" in self._special else self.eos_id
         self._pattern = chat.control_pattern(list(self._control))
-        self._template_source = chat_template(folder, config)
-        self._template = chat.compile_template(self._template_source)
         self._tools: list[Mapping[str, Any]] | None = None
         self._variables: dict[str, Any] = {}
+
+    @property
+    def _template(self) -> jinja2.Template:
+        return self._templates["tool_use" if self._tools and "tool_use" in self._templates else "default"]
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(_valid_unicode(text), add_special_tokens=False).ids
@@ -213,8 +208,8 @@ class JsonTokenizer:
         """This tokenizer with variables for its chat template, such as enable_thinking.
 
         Raises ConfigError for a variable that the template does not read, or that this program sets."""
-        known = chat.variables_of(self._template_source) - {"messages", "tools", "documents", "add_generation_prompt"}
-        known -= self._special.keys()
+        known = {name for source in self._sources.values() for name in chat.variables_of(source)}
+        known -= {"messages", "tools", "documents", "add_generation_prompt", *self._special}
         unknown = sorted(variables.keys() - known)
         if unknown:
             raise ConfigError(
@@ -251,6 +246,14 @@ class JsonTokenizer:
         variables = self._special | self._variables
         return self._ids(chat.render(self._template, guarded, add_generation_prompt, tools, **variables), mark)
 
+    def reply_ends(self) -> dict[str, int]:
+        """The control tokens with which the chat templates end an assistant's message, and their ids."""
+        ends = [
+            chat.reply_end(template, self._pattern, with_tools=name == "tool_use", **self._special)
+            for name, template in self._templates.items()
+        ]
+        return {end: self._control[end] for end in ends if end is not None}
+
     def _ids(self, text: str, mark: str = "") -> list[int]:
         """Ids of rendered text, whose control tokens the template wrote. mark: what `chat.guard` put into the others."""
         ids: list[int] = []
@@ -269,7 +272,8 @@ def load_tokenizer(path: str | Path, model: str | Path | None = None) -> Tokeniz
     """The tokenizer at `path`: a sentencepiece .model, or a folder that holds tokenizer.json or tokenizer.model.
 
     A turn is also ended by the ids that generation_config.json (where it names none, config.json) declares, in the folder
-    of the tokenizer or in that of the `model`. Raises DataError.
+    of the tokenizer or in that of the `model`, and by the token with which the chat template ends an assistant's message.
+    Raises DataError.
     """
     path = Path(path)
     tokenizer: JsonTokenizer | SentencePieceTokenizer
@@ -288,6 +292,10 @@ def load_tokenizer(path: str | Path, model: str | Path | None = None) -> Tokeniz
     known = set(range(tokenizer.vocab_size)) - set(tokenizer.missing_ids)
     declared = [id for folder in folders for id in declared_ends(folder, known)]
     tokenizer.eos_ids = tuple(dict.fromkeys([tokenizer.eos_id, *declared]))
+    for token, id in tokenizer.reply_ends().items() if isinstance(tokenizer, JsonTokenizer) else ():
+        if id not in tokenizer.eos_ids:  # such as <|im_end|> of base models that declare <|endoftext|> alone
+            tokenizer.eos_ids += (id,)
+            log.info("%s: %s ends a turn, too: the chat template ends replies with it", path, token)
     return tokenizer
 
 
@@ -339,7 +347,3 @@ def _join(token_bytes: Sequence[bytes], ids: Sequence[int]) -> str:
 
 def _valid_unicode(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode()
-
-
-def _content(token: str | dict[str, Any]) -> str:
-    return token["content"] if isinstance(token, dict) else token

@@ -23,6 +23,7 @@ def read_argument(tool: ToolSpec, arguments: Any, depth: int = 4) -> str | Probl
     """The text with which a tool is called: the argument if the tool has one argument, else the JSON object.
 
     `depth`: how many encodings inside each other are read."""
+    encoded = isinstance(arguments, str)
     for _ in range(depth):  # some models write the arguments as a string of JSON, as in OpenAI's interface
         if isinstance(arguments, str) and isinstance(decoded := _value(arguments), dict | list | str):
             arguments = decoded
@@ -36,11 +37,15 @@ def read_argument(tool: ToolSpec, arguments: Any, depth: int = 4) -> str | Probl
         return only if isinstance(only, str) and not declared else json.dumps(arguments, ensure_ascii=False)
     if depth and (inner := _arguments_inside(tool, only)) is not None:  # {"code": "{\"code\": …}"}
         return read_argument(tool, inner, depth - 1)
-    if not arguments or isinstance(only, str):
-        return only or ""
     extra = [key for key in arguments if key != tool.key]
-    if extra and len(arguments) > 1:
-        return Problem(f'{tool.name} takes one argument, "{tool.key}"; it was also given {", ".join(extra)[:80]}')
+    if extra and (encoded or len(arguments) > 1):  # a string with another name in it may be the argument itself
+        return Problem(f'{tool.name} takes one argument, "{tool.key}"; it was given {", ".join(arguments)[:80]}')
+    if not arguments:
+        return ""
+    if isinstance(only, str):
+        # A tool with a schema reads a JSON object as its arguments, so a text that looks like one is given by its name.
+        by_name = tool.parameters is not None and isinstance(decode(only), dict)
+        return json.dumps({tool.key: only}, ensure_ascii=False) if by_name else only
     if tool.parameters is not None:
         return json.dumps(arguments, ensure_ascii=False)
     return Problem(f'"{tool.key}" of {tool.name} must be a string, not {type(only).__name__}')
@@ -53,8 +58,7 @@ def _arguments_inside(tool: ToolSpec, value: Any) -> Any:
         return None
     if inner.get("name") == tool.name and "arguments" in inner:
         return inner["arguments"]
-    one_text = isinstance(value, str) and len(inner) == 1 and all(isinstance(text, str) for text in inner.values())
-    return inner if tool.key in inner or one_text else None
+    return inner if tool.key in inner else None
 
 
 def _value(text: str) -> Any:

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from appo_jax.errors import ConfigError
@@ -207,7 +207,7 @@ class TagFormat:
         return None if answered else "a tool call without a result"
 
     def instructions(self) -> str:
-        ways = [(tool, f"<{tool.name}>{tool.key}</{tool.name}>") for tool in self.tools]
+        ways = [(tool, f"<{tool.name}>{_object_of(tool) or tool.key}</{tool.name}>") for tool in self.tools]
         return _instructions(ways, "<result> and </result>")
 
 
@@ -260,25 +260,24 @@ class JsonFormat:
         argument = read_argument(tool, arguments)
         if isinstance(argument, Problem):
             return f"Malformed call: {argument}."
-        if not argument.strip() or argument == "{}":
+        if not argument.strip() or (argument == "{}" and not tool.several_arguments):
             return f"Empty call: {name} was given no argument."
         return Call(name, argument)
 
     def render_call(self, name: str, argument: str, closed: bool = True) -> str:
         tool = next((tool for tool in self.tools if tool.name == name), ToolSpec(name))
-        opening, closing = self._around(name)
-        if tool.several_arguments and isinstance(decode(argument), dict):
-            opening, text, closing = opening.rpartition("{")[0], argument, "}\n</tool_call>"
-        else:
-            text = json.dumps(argument, ensure_ascii=False)[1:-1]
+        as_object = tool.several_arguments and isinstance(decode(argument), dict)
+        opening, closing = self._around(name, as_object)
+        text = argument if as_object else json.dumps(argument, ensure_ascii=False)[1:-1]
         for tag in ("<tool_call>", "</tool_call>"):  # JSON's escape for any character
             text = text.replace(tag, "\\u003c" + tag[1:])
         return opening + text + (closing if closed else "")
 
-    def _around(self, name: str) -> tuple[str, str]:
+    def _around(self, name: str, as_object: bool = False) -> tuple[str, str]:
         tool = next((tool for tool in self.tools if tool.name == name), ToolSpec(name))
         parts = (json.dumps(part, ensure_ascii=False) for part in (name, tool.key))
-        return '<tool_call>\n{{"name": {}, "arguments": {{{}: "'.format(*parts), '"}}\n</tool_call>'
+        opening = '<tool_call>\n{{"name": {}, "arguments": {{{}: "'.format(*parts)
+        return (opening.rpartition("{")[0], "}\n</tool_call>") if as_object else (opening, '"}}\n</tool_call>')
 
     def invented_result(self, text: str) -> str | None:
         return _first_tag(_RESPONSE, text)
@@ -296,9 +295,8 @@ class JsonFormat:
         return None if answered else "a tool call without a result"
 
     def instructions(self) -> str:
-        ways = [
-            (tool, self.render_call(tool.name, '{"…": "…"}' if tool.several_arguments else "…")) for tool in self.tools
-        ]
+        around = [(tool, self._around(tool.name, tool.several_arguments)) for tool in self.tools]
+        ways = [(tool, (_object_of(tool) or "…").join(texts)) for tool, texts in around]
         return _instructions(ways, "<tool_response> and </tool_response>")
 
 
@@ -308,6 +306,18 @@ class ChatFormat(JsonFormat):
 
     def instructions(self) -> str:
         return ""  # the template gives them
+
+
+def _object_of(tool: ToolSpec) -> str | None:
+    """The JSON object of a tool's several arguments as a description shows it: `{"city": "…", "day": …}`; None for one argument."""
+    if not tool.several_arguments:
+        return None
+    properties = (tool.parameters or {}).get("properties", {})
+    texts = [
+        key for key, kind in properties.items() if isinstance(kind, Mapping) and "string" in (kind.get("type") or ())
+    ]
+    parts = (f"{json.dumps(key, ensure_ascii=False)}: " + ('"…"' if key in texts else "…") for key in properties)
+    return "{" + ", ".join(parts) + "}"
 
 
 def _instructions(ways: Sequence[tuple[ToolSpec, str]], marks: str) -> str:

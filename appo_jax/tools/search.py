@@ -105,7 +105,7 @@ class LocalSearch:
         return relevance
 
 
-_CLITIC = r"(?<=\w)'(?:s|t|re|ll|ve|d|m)(?!\w)"  # a word of its own: Who's is who and 's
+_CLITIC = r"(?<=[\w])'(?:s|t|re|ll|ve|d|m)(?![\w])"  # a word of its own: Who's is who and 's
 _WORD = re.compile(rf"{_CLITIC}|\w+")
 _STOPWORDS = """a an and are as at be been but by did do does for had has have how if in into is it no not of on or such
 that the their then there these they this to was were what when where which who whom whose why will with"""
@@ -118,16 +118,17 @@ _CAPITALS = {letter.upper(): plain for letter, plain in LATIN.items() if letter 
 _OTHERS = {"ß": "ss", "ẞ": "ss", "ς": "σ", "’": "'", "ʻ": "'", "ʼ": "'", "ʽ": "'"}
 _SPELLINGS = str.maketrans(LATIN | _CAPITALS | _OTHERS | _DIGITS)
 _local = threading.local()  # a Stemmer may not be shared between threads
-# Letters in one spelling, in lower case and without accents; every ideograph is a separate word.
+# Invisible characters; accents and optional points. In other scripts a mark makes another letter: the dots of ゲ, vowels of Thai.
+_SCRIPTS = r"\p{Inherited}\p{Latin}\p{Greek}\p{Cyrillic}\p{Arabic}\p{Hebrew}\p{Syriac}\p{Mongolian}"
+_IGNORED = Regex(rf"\p{{Cf}}|[\p{{Mn}}&&[{_SCRIPTS}]&&[^\u3099\u309A]]")
 _NORMALIZER = normalizers.Sequence(
-    [
-        normalizers.NFKC(),
-        normalizers.Replace(Regex(r"\p{Cf}"), ""),  # invisible characters
-        normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=True, strip_accents=True, lowercase=True),
-    ]
+    [normalizers.NFKD(), normalizers.Replace(_IGNORED, ""), normalizers.Lowercase(), normalizers.NFC()]
 )
+# Scripts without spaces between words: every character, with its marks, is a word.
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\u3099\u309A\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_ONE, _RUN = rf"[\p{{L}}\p{{N}}&&[{_UNSPACED}]]\p{{M}}*", rf"[\w&&[^{_UNSPACED}]]+"
 _SPLITTER = pre_tokenizers.Split(
-    Regex(_CLITIC.replace(r"\w", r"[\p{L}\p{M}\p{N}_]") + r"|[\p{L}\p{M}\p{N}_]+"), behavior="removed", invert=True
+    Regex(f"{_CLITIC}|{_ONE}|{_RUN}".replace(r"\w", r"\p{L}\p{M}\p{N}_")), behavior="removed", invert=True
 )
 
 
@@ -229,7 +230,7 @@ def stored_index(documents: Sequence[Document], folder: Path) -> bm25s.BM25:
 
 
 PROGRESS_EVERY = 10_000  # pages: reading and indexing millions of them is progress
-_INDEX_VERSION = b"appo_jax bm25 3"  # change it whenever the index of the same text changes
+_INDEX_VERSION = b"appo_jax bm25 4"  # change it whenever the index of the same text changes
 
 
 def cache_folder(folder: str | Path | None) -> Path:

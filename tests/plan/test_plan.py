@@ -500,7 +500,7 @@ def test_programs_of_a_small_config_compile_and_are_counted():
     assert found["train"].times == 2 * 32 / 8
     for program in found.values():
         measured = compiler.measure(program, ALONE)
-        assert measured.peak >= program.beside + measured.temporaries
+        assert measured.peak >= program.resident + measured.temporaries
         assert measured.flops > 0 or program.name == "reshard"
     params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: abstract_params(arch))))
     # Beside the float32 weights and two moments, what generates has its copy in bfloat16.
@@ -510,7 +510,7 @@ def test_programs_of_a_small_config_compile_and_are_counted():
     # of 16 prompts and of 64 rows that add a token to their prompt's last one and what they sample, in bfloat16.
     tokens = 16 * config.rollout.max_prompt_tokens + 64 * (config.rollout.max_response_tokens + 1)
     caches = 2 * 2 * tokens * arch.num_kv_heads * arch.head_dim
-    assert found["prefill"].beside == pytest.approx(12 * params + caches, abs=64 * 1024 * 2)
+    assert found["prefill"].resident == pytest.approx(12 * params + caches, abs=64 * 1024 * 2)
     assert caches > 2**20
 
 
@@ -524,7 +524,7 @@ def test_a_program_changes_only_with_the_fields_that_it_names():
     for i, program in enumerate(programs.programs(config, arch, mesh)):
         other = with_fields(config, {field: x for field, x in changes.items() if field not in program.depends_on})
         same = list(programs.programs(other, arch, mesh))[i]
-        assert (same.name, same.beside) == (program.name, program.beside)
+        assert (same.name, same.resident) == (program.name, program.resident)
         assert str(same.trace().jaxpr) == str(program.trace().jaxpr), program.name
 
 

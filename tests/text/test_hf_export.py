@@ -97,6 +97,20 @@ def test_special_tokens_and_prompts_are_the_same(both: tuple) -> None:
     assert tokenizer_files(folder) == {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
 
 
+def test_every_chat_template_of_a_folder_is_exported(tmp_path: Path) -> None:
+    """An export has no folders, so templates by name are a list in tokenizer_config.json, which transformers reads, too."""
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tööls")
+    (tmp_path / "chat_template.jinja").write_text("plain")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "é", "chat_template": "older"}')
+    files = tokenizer_files(tmp_path)
+    templates = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tööls"}]
+    assert files.keys() == {"tokenizer_config.json"}
+    config = json.loads(files["tokenizer_config.json"])
+    config["chat_template"].sort(key=lambda entry: entry["name"])
+    assert config == {"eos_token": "é", "chat_template": templates}
+
+
 @pytest.mark.parametrize("kind", ["word", "unigram"])
 def test_a_model_without_an_equal_is_said(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Sentencepiece's unigram models weigh their user-defined symbols against other pieces; the library cannot."""

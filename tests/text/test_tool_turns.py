@@ -62,6 +62,34 @@ def test_whole_conversations_render_as_in_transformers(template):
         assert tokenizer.render_chat(messages, add_generation_prompt=False) == ids, messages
 
 
+@pytest.mark.parametrize("as_files", [False, True])
+def test_of_templates_by_name_tool_use_is_taken_where_tools_are_given(tmp_path, as_files):
+    """As in the folders of Hermes and Mistral; against the ids of transformers for each template."""
+    named = {
+        name: (GOLDEN / "templates" / f"{template}.jinja").read_text()
+        for name, template in (("default", "chatml"), ("tool_use", "tools"), ("rag", "thinking"))
+    }
+    tokenizer_with(tmp_path, "thinking")
+    config_file = tmp_path / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    if as_files:  # they count, and not the template in tokenizer_config.json
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "chat_template.jinja").write_text(named.pop("default"))
+        for name, source in named.items():
+            (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(source)
+    else:
+        config["chat_template"] = [{"name": name, "template": source} for name, source in named.items()]
+        config_file.write_text(json.dumps(config))
+    tokenizer = JsonTokenizer(tmp_path)
+    for messages, ids in zip(make["conversations"](), golden("chatml"), strict=True):
+        assert tokenizer.render_chat(messages) == ids
+    offered = offer_tools(FORMAT, tokenizer)
+    for messages, ids in zip(make["tool_conversations"](), golden("tools"), strict=True):
+        assert offered.render_chat(messages, add_generation_prompt=False) == ids
+    (tmp_path / "tools").mkdir()
+    assert result_ids(FORMAT, offered) == result_ids(FORMAT, tokenizer_with(tmp_path / "tools", "tools"))
+
+
 def written(message):
     """An assistant's message as the policy writes it."""
     text = message["content"]

@@ -10,14 +10,23 @@ from hypothesis import strategies as st
 from appo_jax.errors import ConfigError
 from appo_jax.tools.arguments import is_data
 from appo_jax.tools.format import Call, JsonFormat, TagFormat, make_format, render_result
-from appo_jax.tools.protocol import ToolSpec
+from appo_jax.tools.protocol import ToolResult, ToolSpec
+from appo_jax.tools.wrap import FunctionTool
+from appo_jax.types import Outcome
 
 WEATHER = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "day": {"type": "integer"}},
     "required": ["city"],
 }
-TOOLS = (ToolSpec("python", "code"), ToolSpec("search", "query"), ToolSpec("weather", parameters=WEATHER))
+SAVE = {"properties": {"text": {"type": "string"}}, "required": ["text"]}
+TOOLS = (
+    ToolSpec("python", "code"),
+    ToolSpec("search", "query"),
+    ToolSpec("weather", parameters=WEATHER),
+    ToolSpec("save", parameters=SAVE),
+    ToolSpec("now", parameters={"type": "object", "properties": {}}),
+)
 TAGS, JSON = TagFormat(TOOLS), JsonFormat(TOOLS)
 
 
@@ -86,7 +95,6 @@ def test_tags_explain_what_is_malformed(text, words):
         ),
         (r'{"name": "python", "arguments": "\"{\\\"code\\\": \\\"1+1\\\"}\""}', Call("python", "1+1")),
         (r'{"name": "python", "arguments": "\"1+1\""}', Call("python", "1+1")),
-        (r'{"name": "python", "arguments": {"code": "{\"source\": \"1+1\"}"}}', Call("python", "1+1")),
         (
             r'{"name": "python", "arguments": {"code": "{\"name\": \"python\", \"arguments\": {\"code\": \"1+1\"}}"}}',
             Call("python", "1+1"),
@@ -96,6 +104,16 @@ def test_tags_explain_what_is_malformed(text, words):
         ("""{"name": "search", "arguments": {"query": "{'query': 'who?'}"}}""", Call("search", "who?")),
         # what only looks like it is left alone
         (r'{"name": "python", "arguments": {"code": "{\"a\": 1}"}}', Call("python", '{"a": 1}')),
+        (
+            r'{"name": "python", "arguments": {"code": "{\"capital\": \"Paris\"}"}}',
+            Call("python", '{"capital": "Paris"}'),
+        ),
+        ("""{"name": "python", "arguments": {"code": "{'x': 'import os'}"}}""", Call("python", "{'x': 'import os'}")),
+        (r'{"name": "search", "arguments": {"q": "{\"a\": \"b\"}"}}', Call("search", '{"a": "b"}')),
+        # a tool with a schema reads an object as its arguments, so a text that is one stays in its argument
+        (r'{"name": "save", "arguments": {"text": "{\"a\": \"b\"}"}}', Call("save", r'{"text": "{\"a\": \"b\"}"}')),
+        ('{"name": "save", "arguments": {"text": "plain"}}', Call("save", "plain")),
+        ('{"name": "now", "arguments": {}}', Call("now", "{}")),  # it has no arguments
         (r'{"name": "search", "arguments": {"query": "\"New York\""}}', Call("search", '"New York"')),
         # the doubled braces of a template
         (r'{"name": "search", "arguments": "{{\"query\": \"x\"}}"}', Call("search", '{{"query": "x"}}')),
@@ -148,6 +166,12 @@ def test_json(body, call):
             "top_k",
         ),
         (r'<tool_call>{"name": "python", "arguments": "[\"print(1)\"]"}</tool_call>', "must be an object or a string"),
+        # the code itself, or arguments with another name
+        (
+            """<tool_call>{"name": "python", "arguments": "{'x': 'import os'}"}</tool_call>""",
+            'python takes one argument, "code"; it was given x',
+        ),
+        (r'<tool_call>{"name": "search", "arguments": "{\"q\": \"who?\"}"}</tool_call>', 'takes one argument, "query"'),
         (
             '<tool_call>{"name": "python", "arguments": {"code": ["1", "2"]}}</tool_call>',
             '"code" of python must be a string',
@@ -218,7 +242,7 @@ def test_parsing_never_raises(text):
 
 
 def test_stop_strings():
-    assert TAGS.stop_strings == ("</python>", "</search>", "</weather>")
+    assert TAGS.stop_strings == ("</python>", "</search>", "</weather>", "</save>", "</now>")
     assert JSON.stop_strings == ("</tool_call>",)
 
 
@@ -273,6 +297,47 @@ def test_instructions_name_every_tool_and_show_a_call():
     assert "<python>code</python>" in TAGS.instructions()
     assert JSON.render_call("search", "…") in JSON.instructions()
     assert TagFormat(()).instructions() == JsonFormat(()).instructions() == ""
+
+
+def test_a_description_names_every_argument_of_a_tool():
+    """A call that fills it in reaches the tool. The descriptions of tools with one argument are as they always were."""
+    assert TAGS.instructions().split("\n")[:5] == [
+        "python. To call it, write <python>code</python>",
+        "search. To call it, write <search>query</search>",
+        'weather. To call it, write <weather>{"city": "…", "day": …}</weather>',
+        "save. To call it, write <save>text</save>",
+        "now. To call it, write <now>{}</now>",
+    ]
+    ways = JSON.instructions().split(". To call it, write ")[1:]
+    shown = [way.partition("\n</tool_call>")[0].removeprefix("<tool_call>\n") for way in ways]
+    assert shown == [
+        '{"name": "python", "arguments": {"code": "…"}}',
+        '{"name": "search", "arguments": {"query": "…"}}',
+        '{"name": "weather", "arguments": {"city": "…", "day": …}}',
+        '{"name": "save", "arguments": {"text": "…"}}',
+        '{"name": "now", "arguments": {}}',
+    ]
+    functions = {
+        "weather": FunctionTool(lambda city, day=0: f"{city} {day}", name="weather", parameters=WEATHER),
+        "now": FunctionTool(lambda: "noon", name="now", parameters={"properties": {}}),
+    }
+    for name, result in (("weather", "Bern 3"), ("now", "noon")):
+        for call_format in (TAGS, JSON):
+            [way] = [
+                text
+                for text in call_format.instructions().split(". To call it, write ")
+                if f"<{name}>" in text or f'"{name}"' in text
+            ]
+            filled = way.replace('"…"', '"Bern"').replace("…", "3")
+            end = max(filled.rfind(stop) + len(stop) for stop in call_format.stop_strings if stop in filled)
+            call = call_format.parse(filled[:end])
+            assert functions[name].call(None, call.argument)[0] == ToolResult(result, Outcome.OK)
+
+
+@pytest.mark.parametrize("kind", [{"type": ["string", "null"]}, {"type": None}, {}, True])
+def test_a_schema_of_any_kind_is_described(kind):
+    text = TagFormat((ToolSpec("f", parameters={"properties": {"a": kind, "ü": {"type": "array"}}}),)).instructions()
+    assert ('<f>{"a": "…", "ü": …}</f>' if "string" in str(kind) else '<f>{"a": …, "ü": …}</f>') in text
 
 
 @pytest.mark.parametrize("text", ["x</tool_call>", "<tool_call>{nope}</tool_call>", "<tool_call></tool_call>"])

@@ -135,6 +135,41 @@ def test_one_letter_has_one_spelling(query, first):
     assert titles(LocalSearch(ABROAD), query)[0] == first
 
 
+JAPANESE = [
+    Document("任天堂のゲーム", ""),
+    Document("スーパーマリオブラザーズ", ""),
+    Document("ケーキ", ""),
+    Document("ประเทศไทย", ""),
+    Document("ประเทศลาว", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("query", "first"),
+    [
+        ("ゲーム", "任天堂のゲーム"), ("ケ\u3099ーム", "任天堂のゲーム"), ("ｹﾞｰﾑ", "任天堂のゲーム"),
+        ("マリオ", "スーパーマリオブラザーズ"), ("ケーキ", "ケーキ"), ("ไทย", "ประเทศไทย"), ("ลาว", "ประเทศลาว"),
+    ],
+)  # fmt: skip
+def test_words_are_found_in_scripts_without_spaces(query, first):
+    assert titles(LocalSearch(JAPANESE), query)[0] == first
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("任天堂のゲーム", "任 天 堂 の ゲ ー ム"), ("ｶﾞ か\u3099 か", "ガ が か"), ("Tower東京Tower2", "tower 東 京 tower2"),
+        ("ประเทศไทย ที่", "ป ร ะ เ ท ศ ไ ท ย ที่"),
+        ("ລາວ", "ລ າ ວ"), ("ភាសា", "ភា សា"), ("မြန်မာ", "မြ န် မာ"),
+        # Marks that make another letter stay; accents and optional points go.
+        ("हिन्दी की", "हिन्दी की"), ("العَرَبِيَّة", "العربية"), ("שָׁלוֹם", "שלום"), ("Ё й ά é", "е и α e"), ("서울", "서울"),
+        ("葛\U000e0100 ❤\ufe0f é", "葛 e"), ("東京's é", "東 京 's e"), ("゛ é", "e"),
+    ],
+)  # fmt: skip
+def test_words_of_other_scripts(text, expected):
+    assert words(text) == expected.split()
+
+
 @given(st.text(string.printable))
 def test_the_short_way_for_plain_text_finds_the_same_words(text):
     assert words(text) == words(text + " é")[:-1]
