@@ -9,15 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from appo_jax.components import Components, build, give_rewards, response_of
 from appo_jax.config import Config
 from appo_jax.config.bounds import require_at_least
+from appo_jax.config.effects import Affects, affects
+from appo_jax.config_io import flatten
 from appo_jax.data.demonstrations import LeftOut
-from appo_jax.errors import DataError
+from appo_jax.errors import ConfigError, DataError
+from appo_jax.eval_command import changes, drawing_setting
 from appo_jax.export import policy_params
 from appo_jax.reward import require_rewards
 from appo_jax.reward.format import format_error
@@ -44,17 +47,22 @@ class Collecting:
 def collect(config: Config, asked: Collecting) -> str:
     """Sample rollouts, and write the traces that are kept to the file. Returns a line with the counts.
 
-    If the file exists, questions that it holds are skipped. Raises DataError if it is not a file of collected traces."""
-    done = _answered(asked.out)
-    left_out, kept = LeftOut(), 0
+    If the file exists, questions that it holds are skipped. A question without a reward is left out, and asked again by the next
+    start. Raises DataError if the file is not one of collected traces, ConfigError if they were collected with another setting,
+    and TrainingError if no question has a reward."""
+    setting = _setting(config, asked)
+    done = _answered(asked.out, setting)
+    left_out, kept, rewarded = LeftOut(), 0, len(done)
     with build(config) as components:
         _, params = policy_params(components, asked.run)
-        examples = [example for example in components.train[: asked.questions or None] if example.id not in done]
+        examples = [e for e in components.train[: asked.questions or None] if (e.id, e.question) not in done]
         # The system prompts of the data source still hold `{tools}`, so that a trace can be used with other tools.
         systems = {example.id: example.system for example in components.dataset.train}
         size = max(1, 4 * config.rollout.decode_rows // asked.samples)
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         with asked.out.open("a", encoding="utf-8") as file:
+            if file.tell() == 0:
+                file.write(json.dumps({"collected": setting}) + "\n")
             for first in range(0, len(examples), size):
                 some = examples[first : first + size]
                 trees = components.sampler.initial(
@@ -66,16 +74,20 @@ def collect(config: Config, asked: Collecting) -> str:
                 )
                 rollouts = [rollout for tree in trees for rollout in tree]
                 give_rewards(rollouts, components)
-                require_rewards(rollouts)
                 for example, tree in zip(some, trees, strict=True):
                     records = right(tree, components, left_out)
-                    records = [record | {"system": systems[example.id]} for record in records]
+                    if all(rollout.reward_error is not None for rollout in tree):
+                        continue
+                    rewarded += 1
                     kept += len(records)
+                    asked_as = {"id": example.id, "question": example.question, "system": systems[example.id]}
                     # A question without a kept trace gets a line too, so that it is not asked again.
-                    for record in records or [{"id": example.id, "left_out": "none of its answers was kept"}]:
-                        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    for record in records or [{"left_out": "none of its answers was kept"}]:
+                        file.write(json.dumps(asked_as | record, ensure_ascii=False) + "\n")
                 file.flush()
                 log.info("%d of %d questions answered, %d traces kept", first + len(some), len(examples), kept)
+        if not rewarded:
+            require_rewards(rollouts)  # it raises, with the reason of the last questions
     return (
         f"{kept} traces of {len(examples)} questions in {asked.out}; left out: {left_out if left_out.total else 'none'}"
     )
@@ -118,9 +130,27 @@ def to_record(rollout: Rollout, turns: Sequence[str]) -> dict[str, Any]:
     return {"id": example.id, "messages": messages, "answer": list(example.golds), "kind": example.kind}
 
 
-def _answered(file: Path) -> set[str]:
-    """The ids of the questions in a file of traces."""
+def _setting(config: Config, asked: Collecting) -> dict[str, Any]:
+    """Everything that the traces of a question depend on, by name: traces of two settings must not be mixed."""
+    kept_by = {
+        name: value
+        for name, value in flatten(config).items()
+        if name == "rollout.temperature" or (name.startswith("reward.") and affects(name) & Affects.ACCURACY)
+    }
+    return {"samples": asked.samples} | drawing_setting(config, asked.run) | kept_by
+
+
+def _answered(file: Path, setting: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """(id, question) of the questions in a file of traces. Its first line is the setting with which they were collected."""
     try:
-        return {record["id"] for record in read_resumable(file)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: it is not a file of collected traces ({error}); give another file") from error
+        head, *records = read_resumable(file) or [{"collected": setting}]
+        others = changes(head["collected"], setting)
+        done = {(record["id"], record["question"]) for record in records}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file}: it is not a file of traces that `sft --collect` of this version writes ({type(error).__name__}: {error}); "
+            "give another file"
+        ) from error
+    if others:
+        raise ConfigError(f"{file} holds traces of another setting: {others}; give another file to --collect")
+    return done

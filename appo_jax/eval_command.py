@@ -138,16 +138,28 @@ def _draw(asked: Evaluation, items: Sequence[Item], config: Config, weights: Pat
 
 def _setting(asked: Evaluation, config: Config, weights: Path | None) -> dict[str, Any]:
     """Everything that the samples of a question depend on, by name: samples of two settings must not be mixed."""
+    asked_for = {"set": asked.set, "samples": asked.samples, "temperature": asked.temperature}
+    return asked_for | drawing_setting(config, weights, asked.step)
+
+
+def drawing_setting(config: Config, weights: Path | None, step: int | None = None) -> dict[str, Any]:
+    """Everything of a policy and its tools that samples depend on, by name, in the types of JSON. step: None for the newest
+    checkpoint of the run `weights`."""
     steps = [] if weights is None else [entry for entry in entries(weights) if entry.kind == "checkpoint"]
-    if asked.step is not None:
-        steps = [entry for entry in steps if entry.path.parent.name == "rl" and entry.path.name == str(asked.step)]
+    if step is not None:
+        steps = [entry for entry in steps if entry.path.parent.name == "rl" and entry.path.name == str(step)]
     newest = [f"{entry.path.parent.name}/{entry.path.name} of {time.ctime(entry.written)}" for entry in steps[-1:]]
     drawn_by = Affects.SAMPLES | Affects.ADDRESS
     setting = {
-        "set": asked.set, "samples": asked.samples, "temperature": asked.temperature, "run": str(weights),
-        "checkpoint": "".join(newest), "appo_jax": __version__, "files": _files(config),
+        "run": str(weights), "checkpoint": "".join(newest), "appo_jax": __version__, "files": _files(config),
     } | {name: value for name, value in flatten(config).items() if affects(name) & drawn_by}  # fmt: skip
     return json.loads(pydantic_core.to_json(setting))
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The names whose values differ in two settings, with both values. Empty: the settings are the same."""
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return ", ".join(f"{name} = {then.get(name)!r} (now {now.get(name)!r})" for name in names)
 
 
 def _files(config: Config) -> dict[str, str]:
@@ -178,14 +190,13 @@ def _kept(file: Path, items: Sequence[Item], setting: Mapping[str, Any]) -> dict
     """
     try:
         head, *records = read_resumable(file) or [setting]
-        names = [name for name in {**head, **setting} if head.get(name) != setting.get(name)]
+        others = changes(head, setting)
         of_id: dict[str, list[dict[str, Any]]] = {}
-        for record in () if names else records:
+        for record in () if others else records:
             of_id.setdefault(record["id"], []).append(record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file}: it is not a file of samples ({error}); give another --out") from error
-    if names:
-        others = ", ".join(f"{name} = {head.get(name)!r} (now {setting.get(name)!r})" for name in names)
+    if others:
         raise ConfigError(f"{file} holds samples of another setting: {others}; give another --out")
     whole = {id: found for id, found in of_id.items() if len(found) == setting["samples"]}
     samples: dict[str, list[Sample]] = {}

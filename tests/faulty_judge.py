@@ -21,7 +21,7 @@ class FaultyJudge(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked, self.limited = [], set()
+        self.asked, self.temperatures, self.limited = [], [], set()
         self.lock, self.now, self.most = threading.Lock(), 0, 0  # requests in flight, and the most of them at once
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -49,6 +49,22 @@ class Handler(BaseHTTPRequestHandler):
         prompt = body["messages"][0]["content"]
         answer = prompt.split("\nAnswer: ")[1].split("\n")[0]
         self.server.asked.append(answer)
+        self.server.temperatures.append(body.get("temperature"))
+        if answer == "no temperature" and "temperature" in body:  # as OpenAI's reasoning models
+            self.reply(
+                b'{"error": {\n  "message": "Unsupported parameter: \'temperature\'\x1b[2J"}}' + b" " * 300 + b"end",
+                400,
+            )
+            return
+        if answer == "long":
+            self.reply("é".encode() * 300, 400)
+            return
+        if answer == "mute":  # an error whose body never comes
+            self.send_response(400)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            time.sleep(2)
+            return
         if answer == "slow":
             time.sleep(1.5)
         if answer == "drip":
@@ -92,8 +108,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(0.1)
 
-    def reply(self, data):
-        self.send_response(200)
+    def reply(self, data, status=200):
+        self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

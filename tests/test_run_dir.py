@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -245,6 +246,14 @@ def test_a_full_disk_is_told_with_the_file(config, tmp_path, name):
         open_run(config)
 
 
+def test_the_lock_holds_the_mark_alone_whatever_it_held(config):
+    """The other hosts compare all of it with the mark. They refused the run as that of another folder, at every start."""
+    Path(config.run_dir).mkdir(parents=True)
+    (Path(config.run_dir) / "lock").write_text("longer than any mark of a start")
+    with open_run(config) as run:
+        assert re.fullmatch("[0-9a-f]{16}", (run.path / "lock").read_text())
+
+
 def test_what_the_other_hosts_look_for_is_on_the_disk_before_they_look(config, tmp_path, monkeypatch):
     synced, fsync = {}, os.fsync
 
@@ -316,6 +325,8 @@ def test_a_judge_may_move_and_another_one_is_another_reward(config, tmp_path):
         assert run.continued
     with pytest.raises(CheckpointError, match=r"reward\.judge\.model: 'm' in the run, 'n' given"):
         open_run(judged(model="n"))
+    with pytest.raises(CheckpointError, match=r"reward\.judge\.temperature: 0\.0 in the run, None given"):
+        open_run(judged(temperature=None))
 
 
 @pytest.mark.parametrize("function", ["robust", "judge"])

@@ -65,7 +65,7 @@ _TABLE: dict[str, Affects] = {
     **dict.fromkeys(("rollout.top_p", "rollout.top_k"), Affects.STEP | Affects.SAMPLES),
     "eval.num_prompts": Affects.ACCURACY,
     "eval.every": Affects.CURVE,
-    **dict.fromkeys(("reward.function", "reward.judge.model"), Affects.STEP | Affects.ACCURACY),
+    **dict.fromkeys(("reward.function", "reward.judge.model", "reward.judge.temperature"), Affects.STEP | Affects.ACCURACY),
     **dict.fromkeys(
         (
             "policy", "data", "tools", "rollout.max_prompt_tokens", "rollout.max_response_tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 
 from appo_jax.config.bounds import Seconds
 
@@ -17,6 +17,8 @@ class JudgeConfig:
     """Base URL of an OpenAI-compatible endpoint; `/chat/completions` is appended."""
     model: str
     """Name of the model there. Paper: Qwen2.5-72B-Instruct."""
+    temperature: NonNegativeFloat | None = 0.0
+    """Sampling temperature of its replies. None: requests do not state one, for models that refuse it."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; no key is sent where it is not set."""
     concurrency: PositiveInt = 8

@@ -29,13 +29,21 @@ _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "developer": "system",
     "observation": "tool", "tool": "tool", "function": "tool", "function_response": "tool", "function_call": "call",
 }  # fmt: skip
+# From a tool's skill to the name that published traces give such a tool: ReTool for code, Search-R1 for search.
+_NAMES = {"run_python": "code", "look_up": "search"}
+# The marks of R1-Searcher and Search-o1 around queries and results, which are read as the tags of Search-R1.
+_MARKS = re.compile(r"<\|(begin|end)_(?:of_|search_)(query|documents|result)\|>")
 # The tags of both formats, of ReTool, of Search-R1 and of others.
 _RESULT = re.compile(
     r"[ \t]*\n?[ \t]*<(result|tool_response|interpreter|information|observation)>\n?(.*?)\n?</\1>\n?", re.DOTALL
 )
 _ONLY_A_RESULT = re.compile(rf"\s*{_RESULT.pattern}\s*", re.DOTALL)
 _CLOSING = re.compile(r"</([\w.-]+)>\s*\Z")
-_OUTPUT = re.compile(r"^```output\b", re.MULTILINE)
+# What stands before a result without tags: of ToRA, of a block of code, of ReAct; and marks of other tools, as WebThinker has.
+_PRINTED = re.compile(
+    r"^```output\b|^[ \t]*```[ \t]*\n[\s*#]*Output(?=\**:)|^Observation(?=(?: \d+)?:)|<\|begin_\w+_result\|>",
+    re.MULTILINE,
+)
 
 
 def read_traces(
@@ -49,6 +57,8 @@ def read_traces(
     writer = _Writer(call_format, system_prompt)
     for file in files:
         for number, record in read_records(file, lambda number, record: (number, record), None, WHAT):
+            if isinstance(record, dict) and [key for key in record if record[key] is not None] == ["collected"]:
+                continue  # the first line of `sft --collect`
             name = f"{file.stem}-{number}"
             try:
                 trace = writer.trace(record, name)
@@ -85,8 +95,8 @@ class _Writer:
         self.format, self.system_prompt = call_format, system_prompt
         self.known = {tool.name: tool for tool in call_format.tools}
         for tool in call_format.tools:
-            if "run_python" in tool.skills:
-                self.known.setdefault("code", tool)  # as ReTool calls it
+            for skill in _NAMES.keys() & tool.skills:
+                self.known.setdefault(_NAMES[skill], tool)
         named = tuple(dataclasses.replace(tool, name=name) for name, tool in self.known.items())
         self.tags, self.json = TagFormat(named), JsonFormat(named)
 
@@ -137,8 +147,10 @@ class _Writer:
     def without_call(self, text: str) -> str:
         """`text`. Raises CannotDemonstrate if a call ends in it, because sampling would pause there for a result, and if it holds
         what a tool printed."""
-        if _OUTPUT.search(text):
-            raise CannotDemonstrate("a result stands in the policy's text, after ```output")
+        if printed := _PRINTED.search(text):
+            raise CannotDemonstrate(
+                f"a result stands in the policy's text, after {printed[0].split()[-1].lstrip('*#')}"
+            )
         if any(stop in text for stop in (*self.tags.stop_strings, *self.json.stop_strings)):
             raise CannotDemonstrate("a call has no result")
         return text
@@ -221,11 +233,13 @@ def _message(entry: Any) -> dict[str, Any]:
             f"the role {entry.get('role') or entry.get('from')!r} is unknown; expected {', '.join(_ROLES)}"
         )
     content = entry.get("value") if entry.get("content") is None else entry["content"]
+    if role in ("assistant", "call") and entry.get("weight") == 0:
+        raise CannotDemonstrate("a message of the policy has weight 0, so it is not to be trained on")
     if role == "call":
         calls = decode(content) if isinstance(content, str) else content
         calls = calls if isinstance(calls, list) else [calls]
         return {"role": "assistant", "content": "", "tool_calls": [{"function": call} for call in calls]}
-    thought = entry.get("reasoning_content")
+    thought = _text(next(filter(None, map(entry.get, ("reasoning_content", "reasoning", "thinking"))), None))
     text = _text(content)
     text = f"<think>{thought}</think>{text}" if thought else text
     calls = entry.get("tool_calls") or [{"function": call} for call in [entry.get("function_call")] if call]
@@ -242,16 +256,21 @@ def _text(content: Any) -> str:
     return "".join(part or "" for part in parts)
 
 
+def _as_tag(mark: re.Match[str]) -> str:
+    return f"<{'/' if mark[1] == 'end' else ''}{'search' if mark[2] == 'query' else 'information'}>"
+
+
 def _steps(
     turns: Sequence[Mapping[str, Any]],
 ) -> Iterator[tuple[str, Mapping[str, Any] | None, str | None]]:
     """(text, call, result) in order. Each has either a text of the policy, or a call under `tool_calls`, or a result."""
     for turn in turns:
+        content = _MARKS.sub(_as_tag, turn["content"])
         if turn["role"] == "tool":
-            wrapped = _ONLY_A_RESULT.fullmatch(turn["content"])
+            wrapped = _ONLY_A_RESULT.fullmatch(content)
             yield "", None, wrapped[2] if wrapped else turn["content"]
             continue
-        before, *rest = _RESULT.split(turn["content"])
+        before, *rest = _RESULT.split(content)
         yield before, None, None
         for result, text in zip(rest[1::3], rest[2::3], strict=True):
             yield "", None, result

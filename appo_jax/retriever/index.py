@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import Stemmer
 import tantivy
 
@@ -28,7 +29,7 @@ from appo_jax.types import Document
 
 log = logging.getLogger(__name__)
 
-_VERSION = "appo_jax tantivy 3"  # change it whenever the index of the same text changes
+_VERSION = "appo_jax tantivy 4"  # change it whenever the index of the same text changes
 _MARK = "\N{MIDDLE DOT}"  # replaces the space that marks stop words, because tantivy splits terms at spaces
 HEAP = 512 << 20  # bytes that the writer's threads hold together before they write segments
 MAX_THREADS = 8  # of the writer; tantivy refuses less than 15 MB of HEAP per thread
@@ -55,7 +56,7 @@ def folder_of(corpus: Path, folder: Path | None = None) -> Path:
 
 
 def build(corpus: Path, folder: Path) -> None:
-    """Index the pages of a corpus file into `folder`, unless it exists. The folder appears when the index is complete.
+    """Index the pages of a corpus file, each once, into `folder`, unless it exists. The folder appears when the index is complete.
 
     Raises DataError that names file and line."""
     if folder.exists():
@@ -67,7 +68,9 @@ def build(corpus: Path, folder: Path) -> None:
         index = tantivy.Index(_schema(), path=str(scratch))
         writer = index.writer(HEAP, num_threads=min(os.cpu_count() or 1, MAX_THREADS))
         try:
-            for id, page in read_passages(corpus):
+            for (id, page), first in zip(read_passages(corpus), _first(corpus), strict=True):
+                if not first:
+                    continue
                 writer.add_document(_document(id, page))
                 count += 1
                 if count % 250_000 == 0:
@@ -86,6 +89,22 @@ def build(corpus: Path, folder: Path) -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     log.info("%s: %d pages indexed in %.0f s", corpus, count, time.monotonic() - began)
+
+
+def _first(corpus: Path) -> np.ndarray:
+    """For each page of a corpus file whether it is the first with its title and text, by a digest of 8 bytes. Read before the
+    index is built, so that 24 bytes a page are enough; a set would need 80."""
+    digests = np.fromiter((_digest(page) for _, page in read_passages(corpus)), np.uint64)
+    first = np.zeros(len(digests), bool)
+    first[np.unique(digests, return_index=True)[1]] = True
+    if repeated := len(first) - first.sum():
+        log.info("%s: %d of %d pages repeat earlier ones and are left out", corpus, repeated, len(first))
+    return first
+
+
+def _digest(page: Document) -> int:
+    content = f"{page.title}\0{page.text}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
 def _document(id: str, page: Document) -> tantivy.Document:

@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from appo_jax import heartbeat
 from appo_jax.config import JudgeConfig
 from appo_jax.errors import DataError
 from appo_jax.reward.grade import Grade, final_answer
 from appo_jax.reward.response import Response
+from appo_jax.tools.arguments import decode
 from appo_jax.tools.cache import going_on_without, open_shared
 from appo_jax.tools.exchange import Fault, post, split_url
 from appo_jax.tools.protocol import writable
@@ -36,12 +38,13 @@ Answer: {answer}
 Reply with one line: "correct: yes" or "correct: no"."""
 EXACT = "A number may differ in form, not in value."  # the rule for numbers, unless a set has its own
 
-# A line that begins with a verdict: "correct: yes", {"correct": true}, "1. Answer: correct: no, it differs"; both words are none.
+# A verdict: "correct: yes", "correct": true; both words are none.
+_VERDICT = re.compile(
+    r"""\bcorrect["'*_`]*\s*[:：=-]?[\s"'*_`\[]*(yes|no|true|false)\b(?!["'*_`.\]]*\s*(?:[/|]|or\b))""", re.IGNORECASE
+)
+# A line that begins with a verdict: "correct: yes", "1. Answer: correct: no, it differs".
 _ASKED = re.compile(
-    r"\W*(?:\d+[.)]\W*)?(?:(?:final )?(?:answer|verdict|judge?ment)\W+)?"
-    r"""correct["'*_`]*\s*[:：=-]?[\s"'*_`\[]*(yes|no|true|false)\b"""
-    r"""(?!["'*_`.\]]*\s*(?:[/|]|or\b)|\W+correct\W+(?:yes|no|true|false)\b)""",
-    re.IGNORECASE,
+    rf"\W*(?:\d+[.)]\W*)?(?:(?:final )?(?:answer|verdict|judge?ment)\W+)?{_VERDICT.pattern}", re.IGNORECASE
 )
 # A line that is a verdict: "Correct.", "Verdict: incorrect", "Judgement: yes".
 _WORD = re.compile(
@@ -156,7 +159,8 @@ class LanguageJudge:
         return PROMPT.format(number_rule=number_rule, question=question, gold=" / ".join(golds), answer=answer)
 
     def _key(self, prompt: str) -> str:
-        return hashlib.sha256(json.dumps([self.config.model, prompt]).encode()).hexdigest()
+        asked = [self.config.model, self.config.temperature, prompt]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def _kept(self, prompt: str) -> Decision | None:
         """The decision in the cache."""
@@ -175,7 +179,7 @@ class LanguageJudge:
             try:
                 reply = self._request(prompt)
             except Fault as fault:
-                problem, wait = str(fault)[:300], fault.wait
+                problem, wait = f"{fault}: {fault.said}" if fault.said else str(fault)[:300], fault.wait
                 if not fault.retry and fault.kind != "timeout":  # another request has a time limit of its own
                     break
             else:
@@ -190,7 +194,9 @@ class LanguageJudge:
         """The text of one reply. The timeout and a size limit hold for the whole exchange. Raises Fault."""
         key = os.environ.get(self.config.key_variable)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        body = {"model": self.config.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+        body: dict[str, Any] = {"model": self.config.model, "messages": [{"role": "user", "content": prompt}]}
+        if self.config.temperature is not None:
+            body["temperature"] = self.config.temperature
         self._count(requests=1)
         deadline = time.monotonic() + self.config.timeout
         data = post(self._url, json.dumps(body).encode(), headers, deadline, allow_private=True, section="reward.judge")
@@ -212,13 +218,20 @@ class LanguageJudge:
 
 
 def read_verdict(reply: str) -> bool | None:
-    """The verdict of a reply: that of its lines that begin with one. None: there is no such line, or they differ.
+    """The verdict of a reply: that of its lines that begin with one. None: there is no such line, or verdicts in them differ.
 
     A reasoning model's thoughts, which end with </think>, are left out: they may quote both verdicts."""
     found: set[bool] = set()
-    for line in reply.rpartition("</think>")[2].splitlines():
-        if asked := _ASKED.match(line):
-            found.add(asked[1].lower() in ("yes", "true"))
+    for line in map(_stated, reply.rpartition("</think>")[2].splitlines()):
+        if _ASKED.match(line):
+            found.update(verdict.lower() in ("yes", "true") for verdict in _VERDICT.findall(line))
         elif word := _WORD.fullmatch(line):
             found.add(word[1] is None and word[2] is None)
     return found.pop() if len(found) == 1 else None
+
+
+def _stated(line: str) -> str:
+    """The line; of a JSON object, only its field `correct`, which may stand after the reasons."""
+    fields = decode(line)
+    found = [value for name, value in fields.items() if name.lower() == "correct"] if isinstance(fields, dict) else []
+    return f"correct: {found[0]}" if found else line

@@ -19,9 +19,11 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from appo_jax.errors import ConfigError
+from appo_jax.output import harmless
 
 MAX_BYTES = 4 << 20  # of everything that is received
 MAX_WAIT = 3600.0  # the longest wait in seconds that a server may ask for
+MAX_SHOWN = 200  # characters of what a server says about an error
 
 # Private networks that `ipaddress` does not know or counts as public.
 _REFUSED = [
@@ -41,13 +43,16 @@ _COMPATIBLE = ipaddress.ip_network("::/96")
 
 
 class Fault(Exception):
-    """A request that failed. `kind` is counted in the metrics; `retry` says whether another attempt may help."""
+    """A request that failed. `kind` is counted in the metrics; `retry` says whether another attempt may help.
 
-    def __init__(self, kind: str, detail: str, retry: bool, wait: float = 0.0):
+    Its text never holds `said`, the server's words: a tool's faults are results, and the server must not write to the policy."""
+
+    def __init__(self, kind: str, detail: str, retry: bool, wait: float = 0.0, said: str = ""):
         super().__init__(detail)
         self.kind = kind
         self.retry = retry
         self.wait = wait  # seconds the server asks for
+        self.said = said  # the beginning of the body of an error's answer, on one line
 
 
 def split_url(field: str, url: str) -> SplitResult:
@@ -82,7 +87,8 @@ def post(
         if response.status != 200:
             passing = response.status == 429 or response.status >= 500
             detail = f"the server answered with status {response.status}"
-            raise Fault(f"status_{response.status}", detail, passing, _seconds(response.headers.get("Retry-After", "")))
+            wait = _seconds(response.headers.get("Retry-After", ""))
+            raise Fault(f"status_{response.status}", detail, passing, wait, _said(response))
         return response.read()
     except TimeoutError:
         raise Fault("timeout", "the server did not answer in time", retry=False) from None
@@ -180,6 +186,15 @@ def _literal(host: str) -> bool:
 def _seconds(text: str) -> float:
     """The seconds in `Retry-After`; 0 if it is not a plain number."""
     return min(float(text), MAX_WAIT) if re.fullmatch(r"[0-9]{1,9}", text.strip()) else 0.0
+
+
+def _said(response: http.client.HTTPResponse) -> str:
+    """The beginning of an error's body, on one line. What arrives first is enough: a slow body must not use up the time limit."""
+    try:
+        body = response.read1(4 * MAX_SHOWN)
+    except (OSError, http.client.HTTPException, ValueError, _TooLarge):
+        return ""
+    return harmless(" ".join(body.decode(errors="replace").split())[:MAX_SHOWN])
 
 
 def _connected(places: Sequence[tuple[str, int]], deadline: float) -> socket.socket:

@@ -293,9 +293,52 @@ def test_results_of_retool_and_search_r1_are_not_the_policys_text(tmp_path):
     )
 
 
+R1_SEARCHER = (
+    "<think>T\n<|begin_of_query|> who <|end_of_query|>\n\n<|begin_of_documents|>\n(1) him\n<|end_of_documents|>\n\nU</think>"
+    "\n<answer>\\boxed{him}</answer>"
+)
+SEARCH_O1 = (
+    "<think>T\n\n<|begin_search_query|>who<|end_search_query|>\n\n<|begin_search_result|>him<|end_search_result|>\n\nU</think>"
+    "\n\\boxed{him}"
+)
+
+
+@pytest.mark.parametrize("name", ["search", "wiki"])  # the run's search tool may have another name
+def test_marks_of_r1_searcher_and_search_o1_are_calls_of_search_and_results(tmp_path, name):
+    with runs_code(name=name, skills=("look_up",)) as executor:
+        traces, left_out = read(tmp_path, executor.call_format, conversation(R1_SEARCHER), conversation(SEARCH_O1))
+    assert [trace.segments for trace in traces] == [
+        (
+            Segment(f"<think>T\n<{name}> who </{name}>", True),
+            Segment(" <result>\n(1) him\n</result>", False),
+            Segment("\nU</think>\n<answer>\\boxed{him}</answer>", True),
+        ),
+        (
+            Segment(f"<think>T\n\n<{name}>who</{name}>", True),
+            Segment(" <result>\nhim\n</result>", False),
+            Segment("\nU</think>\n\\boxed{him}", True),
+        ),
+    ]
+    assert left_out.total == 0
+
+
+REACT = "Thought: I compute.\nAction: python\nAction Input: 2+2\nObservation: 4\nFinal Answer: 4"
+
+
 @pytest.mark.parametrize(
     ("text", "skills", "reason"),
     [
+        (R1_SEARCHER, (), "it calls 'search', which is no tool of the run"),
+        (SEARCH_O1, (), "it calls 'search', which is no tool of the run"),
+        (
+            SEARCH_O1.replace("_search_", "_click_"),
+            (),
+            "a result stands in the policy's text, after <|begin_click_result|>",
+        ),
+        ("T\n```python\n2+2\n```\nOutput:\n4\nA", (), "a result stands in the policy's text, after Output"),
+        ("T\n```python\n2+2\n```\n\n**Output:** 4\nA", (), "a result stands in the policy's text, after Output"),
+        (REACT, (), "a result stands in the policy's text, after Observation"),
+        ("Action 1: Search[x]\nObservation 1: y", (), "a result stands in the policy's text, after Observation"),
         (RETOOL, (), "it calls 'code', which is no tool of the run"),
         (RETOOL.partition("<interpreter>")[0] + "A", ("run_python",), "a call has no result"),
         (SEARCH_R1, (), "it calls 'search', which is no tool of the run"),
@@ -308,6 +351,35 @@ def test_such_traces_are_left_out_if_the_run_lacks_the_tool(tmp_path, text, skil
         traces, left_out = read(tmp_path, executor.call_format, conversation(text), conversation("B"))
     assert [trace.segments for trace in traces] == [(Segment("B", True),)]
     assert str(left_out) == f"1: {reason}"
+
+
+@pytest.mark.parametrize(
+    "text", ["My Observation: it is even.", "It prints this.\nOutput:\n4", "```python\n2+2\n```\nOutputs vary"]
+)
+def test_words_of_the_policy_are_no_result(tmp_path, text):
+    with runs_code(name="py") as executor:
+        (trace,), _ = read(tmp_path, executor.call_format, conversation(text))
+    assert trace.segments == (Segment(text, True),)
+
+
+def chat(**fields):
+    return {"messages": [{"role": "user", "content": "Q", "weight": 0}, ANSWERED | fields]}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_is_read_in_all_spellings(tmp_path, name):
+    with runs_code(name="py") as executor:
+        (trace,), _ = read(tmp_path, executor.call_format, chat(**{name: "T", "reasoning_content": "T"}))
+        (other,), _ = read(tmp_path, executor.call_format, chat(**{"reasoning_content": None, name: "T"}))
+    assert trace.segments == other.segments == (Segment("<think>T</think>A", True),)
+
+
+def test_a_message_that_is_not_to_be_trained_on_leaves_its_trace_out(tmp_path):
+    """OpenAI's `weight`. That of a question says nothing."""
+    with runs_code(name="py") as executor:
+        traces, left_out = read(tmp_path, executor.call_format, chat(weight=0), chat(weight=1, content="B"))
+    assert [trace.segments for trace in traces] == [(Segment("B", True),)]
+    assert str(left_out) == "1: a message of the policy has weight 0, so it is not to be trained on"
 
 
 @pytest.mark.parametrize("said", ["I write <tool_call> and then ", "Is <py> better? "])
@@ -360,6 +432,7 @@ def test_parquet_gives_every_record_the_fields_of_all_others(tmp_path):
     table = pyarrow.Table.from_pylist(
         [{"messages": turns, "left_out": None} for turns in messages.values()]
         + [
+            {"collected": {"samples": 4}},
             {"messages": None, "left_out": "none of its answers was kept"},
             {"instruction": "Q", "output": "B"},
             conversation("C"),
@@ -367,6 +440,7 @@ def test_parquet_gives_every_record_the_fields_of_all_others(tmp_path):
         pyarrow.schema(
             {
                 "messages": pyarrow.array(list(messages.values())).type,
+                "collected": pyarrow.struct({"samples": pyarrow.int64()}),
                 "left_out": pyarrow.string(), "instruction": pyarrow.string(), "output": pyarrow.string(),
                 "conversations": pyarrow.array([conversation("C")["conversations"]]).type,
             }

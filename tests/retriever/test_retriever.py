@@ -1,6 +1,7 @@
 """`appo-jax retriever`: the index against the search tool's own, and real processes behind one port."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -87,6 +88,19 @@ def test_a_page_keeps_the_id_of_its_record(tmp_path):
     build(corpus, tmp_path / "i")
     index = Index(tmp_path / "i")
     assert [index.search(name, 1)[0].id for name in ("Bern", "Chur", "Rome")] == ["wiki-7", "9", "2"]
+
+
+def test_a_repeated_page_is_indexed_once(tmp_path, caplog):
+    """As by the search tool: a page that stands there k times would take k of the places of an answer."""
+    repeated = [PAGES[0], *PAGES, PAGES[5], Document(PAGES[5].title, "Another text of a capital"), PAGES[5]]
+    with caplog.at_level(logging.INFO):
+        build(write(tmp_path / "c.jsonl", repeated), tmp_path / "i")
+    assert "3 of 10 pages repeat earlier ones" in caplog.text
+    index = Index(tmp_path / "i")
+    assert index.pages == 7
+    assert [hit.id for hit in index.search("rock band", 3)] == ["0"]
+    assert {hit.id for hit in index.search("capital", 6)} == {"5", "6", "8"}
+    assert index.pages == len(load_corpus(tmp_path / "c.jsonl"))
 
 
 def test_a_machine_with_many_cores_builds_an_index(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A language model as the reward: a real endpoint that answers, is slow, fails or is verbose; and functions that hang."""
 
+import dataclasses
 import sqlite3
 import threading
 import time
@@ -180,6 +181,13 @@ def test_replies_of_any_form_are_read_or_named(endpoint, tmp_path, answer):
         ('"correct: yes" or "correct: no"', None),
         ("correct: yes\ncorrect: no", None),
         ("<think>correct: no\nor rather</think>\ncorrect: yes", True),
+        ('{"reason": "same", "correct": "no"}', False),
+        ('{"reason": "correct: no would be too strict", "Correct": true}', True),
+        ('```json\n{"reason": "same", "correct": "yes"}\n```', True),
+        ('{"reason": "same", "correct": "yes/no"}', None),
+        ('{"reason": "correct: yes"}', None),
+        ("correct: no (but arguably correct: yes)", None),
+        ("correct: yes. An exact match would be correct: yes too.", True),
         ("The answer is correct", None),
         ("", None),
     ],
@@ -196,6 +204,31 @@ def test_a_judge_that_refuses_is_not_asked_again_and_one_that_is_busy_when_it_sa
     assert judge.verdict("?", ("x",), "busy").correct is None
     assert 0.65 < time.monotonic() - began < 2
     assert endpoint.asked == ["denied", "busy", "busy"]
+    judge.close()
+
+
+def test_a_judge_that_refuses_a_temperature_says_so_and_is_asked_without_one(endpoint, tmp_path):
+    config = JudgeConfig(endpoint.url, "m", attempts=1)
+    judge = LanguageJudge(config, tmp_path / "v.sqlite")
+    (decision,) = judge.decide([("?", ("x",), "no temperature")])
+    said = '{"error": { "message": "Unsupported parameter: \'temperature\'�[2J"}} end'
+    assert decision == Decision(None, f"the server answered with status 400: {said}")
+    assert judge.verdict("?", ("x",), "good").correct
+    judge.close()
+    judge = LanguageJudge(dataclasses.replace(config, temperature=None), tmp_path / "v.sqlite")
+    assert judge.verdict("?", ("x",), "no temperature").correct
+    assert judge.verdict("?", ("x",), "good").correct  # asked again: it is another judge
+    assert judge.take_counts() == Counts(requests=2, prompt_tokens=20, completion_tokens=6)
+    judge.close()
+    assert endpoint.temperatures == [0.0, 0.0, None, None]
+
+
+@pytest.mark.parametrize("answer", ["mute", "long"])
+def test_the_words_of_an_error_are_cut_and_may_be_missing(endpoint, tmp_path, answer):
+    judge = LanguageJudge(JudgeConfig(endpoint.url, "m", attempts=1, timeout=0.4), tmp_path / "v.sqlite")
+    (decision,) = judge.decide([("?", ("x",), answer)])
+    said = {"mute": "", "long": ": " + "é" * 200}[answer]
+    assert decision == Decision(None, f"the server answered with status 400{said}")
     judge.close()
 
 

@@ -80,6 +80,7 @@ def test_faults_are_text_in_time_and_counted(server, fault):
     kind, attempts = (FAULTS | ENDLESS)[fault]
     assert result.outcome is (Outcome.TIMEOUT if kind == "timeout" else Outcome.UNAVAILABLE)
     assert "The search failed" in result.text
+    assert "no." not in result.text  # the body of the server's errors: its words are not for the policy
     assert len(server.asked) == attempts
     assert tool.faults() == {kind: attempts}
     assert tool.faults() == {}
