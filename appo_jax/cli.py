@@ -25,9 +25,9 @@ from appo_jax import __version__, commands, distributed, failures, output
 from appo_jax.algorithms import ALGORITHMS
 from appo_jax.config import Config, JudgeConfig
 from appo_jax.config.bounds import require_at_least
-from appo_jax.config_io import check, load_config
+from appo_jax.config_io import check, load_config, require_own_folder
 from appo_jax.errors import ConfigError, PlanError, did_you_mean
-from appo_jax.overrides import override, split_dotted
+from appo_jax.overrides import expand_home, names_field, override, split_dotted
 from appo_jax.supervision.supervisor import connect_supervisors, supervise
 
 log = logging.getLogger("appo_jax.cli")
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (failures.py says what each means)."""
     name, *args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     verbose = "--verbose" in args
-    args = [arg for arg in args if arg != "--verbose"]
+    args = [expand_home(arg) for arg in args if arg != "--verbose"]
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {key:{width}}  {(command.__doc__ or '').splitlines()[0]}" for key, command in COMMANDS.items()]
@@ -88,8 +88,9 @@ def _set_up_logging() -> None:
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
-def config_from(command: str, args: Sequence[str]) -> Config:
-    """The config of `--config FILE`, with `--data DIR` (short for `--data.path DIR`) and dotted overrides on top.
+def config_from(command: str, args: Sequence[str], trains: bool = False) -> Config:
+    """The config of `--config FILE`, with `--data DIR` (short for `--data.path DIR`) and dotted overrides on top. `trains`: it is
+    that of a training in its `run_dir`.
 
     Raises ConfigError for a bad file or a broken rule between fields; a bad override exits with code 2 (tyro's message
     names the field, what it takes, and the nearest field for one that does not exist).
@@ -100,21 +101,20 @@ def config_from(command: str, args: Sequence[str]) -> Config:
     known, overrides = first.parse_known_args(args)
     if known.config is None and not {"-h", "--help"} & set(overrides):
         raise ConfigError("--config FILE is missing: a file of configs/, or the config.json of a run")
-    if known.data is not None:
-        overrides += ["--data.path", known.data]
-    config = override(
-        load_config(known.config) if known.config else Config(),
-        overrides,
-        prog=f"appo-jax {command}",
-        description="--config FILE is required; it sets the defaults below. --data DIR is short for --data.path DIR. "
-        f"--algorithm takes {', '.join(ALGORITHMS)}.",
-    )
-    return check(config)
+    if known.data is not None and names_field(overrides, "data.path"):
+        raise ConfigError(f"--data {known.data} and --data.path: both set data.path; give one of the two")
+    overrides += [] if known.data is None else ["--data.path", known.data]
+    about = "--config FILE is required; it sets the defaults below. --data DIR is short for --data.path DIR. --algorithm takes "
+    base = load_config(known.config) if known.config else Config()
+    config = check(override(base, overrides, f"appo-jax {command}", f"{about}{', '.join(ALGORITHMS)}."), trains)
+    if trains and not names_field(overrides, "run_dir"):
+        require_own_folder(known.config, config)
+    return config
 
 
 def _train(args: Sequence[str]) -> None:
     """Train a policy: cold start (if the config has one), then APPO or a baseline; goes on with a run that exists."""
-    config = config_from("train", args)
+    config = config_from("train", args, trains=True)
 
     def run() -> None:
         from appo_jax.train import train
@@ -252,7 +252,8 @@ def _sft(args: Sequence[str]) -> None:
     parser.add_argument("--samples", type=int)
     parser.add_argument("--questions", type=int)
     known, rest = parser.parse_known_args(args)
-    config = config_from("sft [--collect FILE [--run RUN] [--samples 4] [--questions N]]", rest)
+    usage = "sft [--collect FILE [--run RUN] [--samples 4] [--questions N]]"
+    config = config_from(usage, rest, trains=known.collect is None)
     given = {name: value for name, value in vars(known).items() if value is not None}
     if known.collect is not None:
         from appo_jax.collect import Collecting, collect

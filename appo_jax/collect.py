@@ -20,8 +20,8 @@ from appo_jax.config.effects import Affects, affects
 from appo_jax.config_io import flatten
 from appo_jax.data.demonstrations import LeftOut
 from appo_jax.errors import ConfigError, DataError
-from appo_jax.eval_command import changes, drawing_setting
 from appo_jax.export import policy_params
+from appo_jax.provenance import changes, provenance
 from appo_jax.reward import require_rewards
 from appo_jax.reward.format import format_error
 from appo_jax.rollout.sampler import Purpose
@@ -137,7 +137,7 @@ def _setting(config: Config, asked: Collecting) -> dict[str, Any]:
         for name, value in flatten(config).items()
         if name == "rollout.temperature" or (name.startswith("reward.") and affects(name) & Affects.ACCURACY)
     }
-    return {"samples": asked.samples} | drawing_setting(config, asked.run) | kept_by
+    return {"samples": asked.samples} | provenance(config, asked.run) | kept_by
 
 
 def _answered(file: Path, setting: Mapping[str, Any]) -> set[tuple[str, str]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import runpy
+import shlex
 import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +25,11 @@ from appo_jax.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 _ADAPTER = pydantic.TypeAdapter(Config)
+# The names of the fields that are paths, in all parts of a config (`data`: the file of a set in `eval.sets`), a study and a sweep.
+PATHS = (
+    "run_dir", "init_from", "path", "tokenizer", "held_out", "evaluation", "traces", "corpus", "cache", "cache_fill", "data", "out",
+    "cold_starts",
+)  # fmt: skip
 
 
 def load_config(path: str | Path) -> Config:
@@ -68,23 +75,56 @@ def _is_of_weights(text: bytes) -> bool:
     return isinstance(content, dict) and bool(content.keys() & {"architectures", "model_type"})
 
 
-def check(config: Config) -> Config:
+def check(config: Config, trains: bool = False) -> Config:
     """Check a config against all types, bounds and rules between fields. All configs pass through this function.
 
-    Values are converted to the declared types (a list becomes a tuple). The rules between fields are those of the config with
-    the values that its algorithm sets. Raises ConfigError that lists every problem: the field, what was given, what was
-    expected, what to do.
+    Values are converted to the declared types (a list becomes a tuple), and paths by `at_home`. The rules between fields are those
+    of the config with the values that its algorithm sets; `trains`: and those that only training must keep. Raises ConfigError that
+    lists every problem: the field, what was given, what was expected, what to do.
     """
-    config = parse_config(_to_json(config))
+    config = at_home(parse_config(_to_json(config)))
     name = f"algorithm = {config.algorithm!r}"
     used = parse_config(_to_json(algorithms.resolved(config)), name)
     problems = []
-    for problem in rules.broken(used):
+    for problem in rules.broken(used, trains):
         sets = ", ".join(field for field in algorithms.overwritten(config) if field in problem)
         problems.append(f"{problem} ({name} sets {sets})" if sets else problem)
     if problems := [*problems, *algorithms.broken(config)]:
         raise ConfigError.of(problems)
     return config
+
+
+def at_home(value: T, is_path: bool = False) -> T:
+    """A config, a study or a sweep with the user's home folder in place of each `~` that begins a path.
+
+    `is_path`: a text is a path. Other values come back as they are: `check` says what is wrong with them."""
+    new: Any = value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        new = dataclasses.replace(value, **{name: at_home(item, name in PATHS) for name, item in fields.items()})
+    elif isinstance(value, Mapping):
+        new = {name: at_home(item) for name, item in value.items()}
+    elif isinstance(value, tuple | list):
+        new = type(value)(at_home(item, is_path) for item in value)
+    elif is_path and isinstance(value, str | Path):
+        new = type(value)(os.path.expanduser(str(value)))
+    return new
+
+
+def require_own_folder(file: str | Path, config: Config) -> None:
+    """Raises ConfigError if `file` is a run, or its config.json, and `config.run_dir` is another folder: the run was copied or
+    moved, or its path was relative to another folder, and training would begin a new run there."""
+    path = Path(file)
+    folder = path if path.is_dir() else path.parent
+    if path not in (folder, folder / "config.json") or not (folder / "checkpoints").is_dir():
+        return
+    given = Path(config.run_dir)
+    if not (given.exists() and given.samefile(folder)):
+        raise ConfigError(
+            f"--config {file}: this run was copied or moved: its config has run_dir = {config.run_dir!r}, which is another folder; "
+            f"to continue the run in this one, give --config {shlex.quote(str(file))} --run-dir {shlex.quote(str(folder))}; to "
+            "begin a new run, give --run-dir NEW"
+        )
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -110,7 +150,8 @@ def diff_configs(a: Config, b: Config) -> list[str]:
 def changed_effects(a: Config, b: Config) -> dict[str, Affects]:
     """For each dotted name of `diff_configs`, what the change from `a` to `b` affects.
 
-    A field of an optional group that only one of the configs has affects what the group does."""
+    A field of an optional group that only one of the configs has affects what the group does. Another path of the same cold start
+    affects nothing."""
     left, right = flatten(a), flatten(b)
     effects = {}
     for name in diff_configs(a, b):
@@ -118,8 +159,20 @@ def changed_effects(a: Config, b: Config) -> dict[str, Affects]:
         effect = affects(group if group in left or group in right else name)
         if effect is Affects.ADDRESS:
             effect = EVERYTHING if None in (left[name], right[name]) else Affects.NOTHING
+        if name == "init_from" and _begin_alike(a, b):
+            effect = Affects.NOTHING
         effects[name] = effect
     return effects
+
+
+def _begin_alike(a: Config, b: Config) -> bool:
+    """Whether two runs begin with the cold start in one folder, or in folders that lie alike to their `run_dir`: the folder of a
+    study or a sweep was moved, with its runs and its cold starts, or is written in another way."""
+    if a.init_from is None or b.init_from is None:
+        return False
+    if os.path.realpath(a.init_from) == os.path.realpath(b.init_from):
+        return True
+    return os.path.relpath(a.init_from, a.run_dir) == os.path.relpath(b.init_from, b.run_dir)
 
 
 def flatten(config: Config) -> dict[str, Any]:

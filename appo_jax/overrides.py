@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import typing
 import warnings
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,18 @@ def split_dotted(args: Sequence[str]) -> tuple[list[str], list[str]]:
             chosen = dotted if "." in arg.partition("=")[0] else own
         chosen.append(arg)
     return own, dotted
+
+
+def names_field(args: Sequence[str], field: str) -> bool:
+    """Whether the arguments set the field with this dotted name."""
+    return any(arg.replace("_", "-").partition("=")[0] == _option(field.split(".")) for arg in args)
+
+
+def expand_home(arg: str) -> str:
+    """An argument with the user's home folder in place of a `~` that begins its value. The shell leaves it in `--out=~/r` and in
+    quotes."""
+    option, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+    return option + equals + (os.path.expanduser(value) if value == "~" or value.startswith("~/") else value)
 
 
 def _optional_parts(cls: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

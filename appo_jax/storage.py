@@ -142,6 +142,17 @@ def read_resumable(path: Path) -> list[Any]:
     return values
 
 
+def cut_unfinished_line(path: Path) -> None:
+    """Remove an incomplete last line from a file of lines: a full disk or a power cut has left a part of it."""
+    with path.open("r+b") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
 def set_aside(path: Path, copy: bool = False) -> Path:
     """Rename (or copy) a damaged file to a new name such as step_3.damaged-1.jsonl. Returns the new path."""
     stem, dot, ending = path.name.partition(".")

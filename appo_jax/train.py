@@ -48,7 +48,7 @@ def train(config: Config) -> None:
     Raises ConfigError for a config that breaks a bound or a rule, KeyboardInterrupt if the run was asked to stop (after
     saving), and TrainingError for a loss that is not finite.
     """
-    config = check(config)
+    config = check(config, trains=True)
     with open_run(config) as run, Progress(config) as progress, build(config) as components, stop_requests() as stop:
         _train(config, run, components, progress, stop)
 

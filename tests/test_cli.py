@@ -1,7 +1,9 @@
 """The command line as a user meets it: real processes, their output and exit codes."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from appo_jax import cli
 from appo_jax.config import Architecture, RopeScaling, YarnScaling
 from appo_jax.config_io import flatten, load_config, save_config
 from appo_jax.errors import ConfigError
-from appo_jax.overrides import split_dotted
+from appo_jax.overrides import expand_home, split_dotted
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 
@@ -91,6 +93,14 @@ def test_a_bad_override_is_named_before_any_device_is_touched(args, expected):
         (["sweep", "--config", "x.py", "--worker", "--report"], "sweep --worker with --report: give one of the two"),
         (["sweep", "--config", "x.py", "--worker", "--jobs", "2"], "sweep --worker with --jobs 2: give one of the two"),
         (["sft", "--config", QUICKSTART, "--samples", "2"], "--samples: goes with --collect FILE"),
+        (
+            ["train", "--config", QUICKSTART, "--data", "x", "--data.path", "y"],
+            "--data x and --data.path: both set data.path",
+        ),
+        (
+            ["plan", "--config", QUICKSTART, "--data.path=y", "--data", "x"],
+            "--data x and --data.path: both set data.path",
+        ),
         (["sft", "--config", QUICKSTART, "--run", "runs/a", "--questions", "2"], "--run: goes with --collect FILE"),
     ],
 )
@@ -207,6 +217,67 @@ def test_the_config_of_a_run_can_be_trained_from_again(tmp_path):
     config = cli.config_from("train", ["--config", QUICKSTART, "--seed", "5"])
     save_config(config, tmp_path / "config.json")
     assert cli.config_from("train", ["--config", str(tmp_path / "config.json")]) == config
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_run_that_was_moved_begins_no_new_run_where_it_was(tmp_path, monkeypatch, capsys, command):
+    """Once, `cp -r run moved; rm -r run; appo-jax train --config moved` trained from the beginning in `run`."""
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(load_config(QUICKSTART), run_dir="run", steps=1)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    save_config(config, tmp_path / "run/config.json")
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    for gone in (False, True):
+        for given in ("moved", "moved/config.json", str(tmp_path / "moved")):
+            assert cli.main([command, "--config", given, "--steps", "5"]) == 2
+            told = capsys.readouterr().err
+            assert f"--config {given}: this run was copied or moved: its config has run_dir = 'run'" in told
+            folder = given.removesuffix("/config.json")
+            assert f"to continue the run in this one, give --config {given} --run-dir {folder};" in told
+        if not gone:
+            shutil.rmtree(tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moved"]
+
+
+def test_a_run_is_trained_from_its_config_by_whatever_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(load_config(QUICKSTART), run_dir="run")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    save_config(config, tmp_path / "run/config.json")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for path in ("run", "run/", "run/config.json", str(tmp_path / "run"), "link"):
+        assert cli.config_from("train", ["--config", path], trains=True) == config
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    for option in (["--run-dir", "moved"], ["--run_dir=moved"], ["--run-dir", "run"]):
+        run_dir = cli.config_from("train", ["--config", "moved", *option], trains=True).run_dir
+        assert run_dir == option[-1].removeprefix("--run_dir=")
+    assert cli.config_from("data describe", ["--config", "moved"]) == config  # it writes no run
+    (tmp_path / "configs").mkdir()
+    save_config(config, tmp_path / "configs/config.json")  # a config that somebody keeps under this name, and no run
+    assert cli.config_from("train", ["--config", "configs/config.json"], trains=True) == config
+
+
+def test_a_tilde_in_a_path_of_the_command_line_is_the_users_home(tmp_path, monkeypatch, capsys):
+    """The shell leaves it in `--out=~/r` and in quotes, and a folder named `~` was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "q.py"
+    shutil.copy(QUICKSTART, file)
+    args = ["--config", str(file), "--run-dir=~/r", "--data", "~/d", "--sft.traces", "~/a", "b~", "~"]
+    config = cli.config_from("train", args)
+    assert (config.run_dir, config.data.path) == (f"{tmp_path}/r", f"{tmp_path}/d")
+    assert config.sft.traces == (f"{tmp_path}/a", "b~", str(tmp_path))
+    for args in (
+        ["status", "~/none"],
+        ["train", "--config=~/none.py"],
+        ["view", "~/none"],
+        ["convert", "~/none", "--out=~/o"],
+    ):
+        assert cli.main(args) != 0
+        assert f"{tmp_path}/none" in capsys.readouterr().err
+    assert [expand_home(arg) for arg in ("~/a", "--a=~", "--a=~b", "a~/b", "--a", "--~/a", "~a/b", "--a=b=~/c")] == [
+        f"{tmp_path}/a", f"--a={tmp_path}", "--a=~b", "a~/b", "--a", "--~/a", "~a/b", "--a=b=~/c",
+    ]  # fmt: skip
 
 
 def test_the_two_spellings_of_data_cannot_hide_a_typo():

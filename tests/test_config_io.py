@@ -23,7 +23,7 @@ from appo_jax.config import (
     RopeScaling,
     ToolsConfig,
 )
-from appo_jax.config_io import diff_configs, flatten, load_config, save_config, with_fields
+from appo_jax.config_io import PATHS, check, diff_configs, flatten, load_config, save_config, with_fields
 from appo_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -251,6 +251,52 @@ raise SystemExit(main(["train", "--config", {str(tmp_path / name)!r}]))
 def test_a_list_in_a_python_file_becomes_the_declared_tuple(tmp_path):
     (tmp_path / "c.py").write_text(IMPORT + "config = Config(tools=ToolsConfig(enabled=['python']))")
     assert load_config(tmp_path / "c.py").tools == ToolsConfig(enabled=("python",))
+
+
+# The fields that are texts, and no paths.
+TEXTS = {
+    "algorithm", "source", "system_prompt", "question", "golds", "id", "kind", "system", "extra", "enabled", "preload",
+    "modules", "url", "function", "terms", "model", "key_variable", "set", "family",
+}  # fmt: skip
+
+
+def texts(hint):
+    """The names of the fields that hold texts, or tuples of them, in a config and in all its parts."""
+    if dataclasses.is_dataclass(hint):
+        for name, declared in typing.get_type_hints(hint).items():
+            parts = {declared, *typing.get_args(declared)}
+            yield from [name] if str in parts and typing.get_origin(declared) is not collections.abc.Mapping else []
+            yield from texts(declared)
+    for part in typing.get_args(hint):
+        yield from texts(part)
+
+
+def test_every_text_of_a_config_is_a_path_or_is_none():
+    found = set(texts(Config))
+    assert found - TEXTS == set(PATHS) - {"out", "cold_starts"}  # which a study and a sweep have
+    assert found >= TEXTS - {"kind"}
+
+
+def test_a_tilde_at_the_beginning_of_a_path_is_the_users_home(monkeypatch):
+    """Once, run_dir="~/r" made a folder named `~`, and policy.path="~/m" was not found."""
+    monkeypatch.setenv("HOME", "/home/u")
+    quickstart = load_config(ROOT / "configs/quickstart.py")
+    paths = {
+        "run_dir": "r", "init_from": "i", "policy.path": "m", "policy.tokenizer": "t", "data.path": "d", "data.held_out": "h",
+        "tools.search.cache": "c", "tools.search.cache_fill": "f",
+    }  # fmt: skip
+    fields = {name: f"~/{value}" for name, value in paths.items()}
+    several = {"data.evaluation": ["~/a", "b"], "sft.traces": ["~"], "eval.sets": [{"set": "aime24", "data": "~/e"}]}
+    judge = {"reward.judge": {"url": "http://h", "model": "~/model", "cache": "~/j"}}
+    found = check(with_fields(quickstart, fields | several | judge))
+    assert {name: flatten(found)[name] for name in paths} == {name: f"/home/u/{value}" for name, value in paths.items()}
+    assert (found.data.evaluation, found.sft.traces) == (("/home/u/a", "b"), ("/home/u",))
+    assert found.eval.sets[0].data == "/home/u/e"
+    assert (found.reward.judge.cache, found.reward.judge.model) == ("/home/u/j", "~/model")
+    parts = [{"source": "files", "path": "~/p", "held_out": "x/~"}]
+    mixture = check(with_fields(quickstart, {"data.source": "mixture", "data.path": None, "data.mixture": parts}))
+    assert (mixture.data.mixture[0].path, mixture.data.mixture[0].held_out) == ("/home/u/p", "x/~")
+    assert check(with_fields(quickstart, {"tools.search.corpus": "~/w"})).tools.search.corpus == "/home/u/w"
 
 
 def test_what_json_cannot_hold_is_refused(tmp_path):

@@ -159,9 +159,8 @@ def test_setup_copies_the_commit_to_every_worker_of_every_slice(launch, tmp_path
     copies = [call for call in calls if " scp " in call]
     assert [call.split()[5] for call in copies] == ["pod-0:appo_jax.tar.gz", "pod-1:appo_jax.tar.gz"]
     assert all("--worker all" in call for call in calls)
-    commands = [call for call in calls if " ssh " in call]
+    commands = [call for call in calls if "TPU_SHARED=10.0.0.2:/share bash tpu_setup.sh" in call]
     assert sorted(call.split()[4] for call in commands) == ["pod-0", "pod-1"]
-    assert all("TPU_SHARED=10.0.0.2:/share bash tpu_setup.sh" in call for call in commands)
     assert {"tpu_setup.sh", "pyproject.toml", "appo_jax/cli.py"} <= set((tmp_path / "calls.files").read_text().split())
 
 
@@ -336,6 +335,21 @@ def test_a_running_unit_keeps_its_variables(launch, workers):
         assert not list((folder / str(i)).glob("*.new"))
 
 
+@pytest.mark.parametrize("state", ["active", "activating", "deactivating"])
+def test_setup_leaves_the_package_of_a_running_unit_alone(launch, workers, state):
+    """A unit that restarted in between could not import its package, and ended for good. If one of two workers runs, none is set
+    up."""
+    folder, variables = workers
+    for i in range(2):
+        (folder / str(i) / "appo_jax/appo_jax").mkdir()
+    (folder / "1" / "state").write_text(f"{state}\n")
+    done, calls = launch("setup.sh", **variables)
+    assert done.returncode == 1
+    assert "the unit appo runs; 'launch/stop.sh' ends it" in done.stderr
+    assert not [call for call in calls if " scp " in call]
+    assert all((folder / str(i) / "appo_jax/appo_jax").is_dir() for i in range(2))
+
+
 def test_run_needs_a_command(launch):
     done, calls = launch("run.sh", **POD)
     assert (done.returncode, calls) == (2, [])
@@ -386,7 +400,8 @@ def test_logs_show_the_status_of_a_run(launch, workers, tmp_path):
     assert done.returncode == 2
 
 
-STARTED = [f"tpu-vm {what}" for what in ("ssh", "ssh", "scp", "ssh", "ssh")]  # asked, stopped, set up, started
+# asked, stopped, asked whether a unit runs, given the files, set up, started
+STARTED = [f"tpu-vm {what}" for what in ("ssh", "ssh", "ssh", "scp", "ssh", "ssh")]
 
 
 def verbs(calls: list[str]) -> list[str]:

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import get_args
 
 from appo_jax.config.bounds import temperature_problem
+from appo_jax.config.data import DataConfig
 from appo_jax.config.method import BranchingConfig, TurnRule
 from appo_jax.config.policy import Architecture, RopeScaling, YarnScaling
 from appo_jax.config.run import Config
+from appo_jax.config.tools import PythonToolConfig, SearchToolConfig
 
 
-def broken(config: Config) -> list[str]:
-    """A sentence for every rule between fields that `config` breaks."""
-    return [problem for rules in _RULES for problem in rules(config)]
+def broken(config: Config, trains: bool = False) -> list[str]:
+    """A sentence for every rule between fields that `config` breaks. `trains`: also for those that only training must keep."""
+    return [problem for rules in (*_RULES, *([_training] if trains else [])) for problem in rules(config)]
 
 
 def impossible(arch: Architecture) -> Iterator[str]:
@@ -98,6 +100,13 @@ def _data(config: Config) -> Iterator[str]:
             f"data.mixture: only data.source = 'mixture' uses it, not {data.source!r}; set data.source = 'mixture', or leave out "
             "the mixture"
         )
+    for name in ("path", "held_out", "kind", "columns") if data.source == "mixture" else ():
+        given, default = getattr(data, name), getattr(DataConfig(), name)
+        if given != default:
+            yield (
+                f"data.{name} = {given!r}: data.source = 'mixture' does not use it, because each part of data.mixture has its "
+                f"own; set it there, and data.{name} to {default!r}"
+            )
 
 
 def _tools(config: Config) -> Iterator[str]:
@@ -112,7 +121,26 @@ def _tools(config: Config) -> Iterator[str]:
             f"tools.search.corpus = {search.corpus!r} and tools.search.url = {search.url!r}: a search asks a local index or a "
             "server; give one"
         )
+    if search.cache_fill is not None and search.corpus is not None:
+        yield (
+            f"tools.search.cache_fill = {search.cache_fill!r}: tools.search.corpus = {search.corpus!r} answers every search, so "
+            "the answers in it would never be found; give one"
+        )
+    for name in ("provider", "max_per_second", "timeout", "max_retries") if search.url is None else ():
+        given, default = getattr(search, name), getattr(SearchToolConfig(), name)
+        if given != default:
+            yield (
+                f"tools.search.{name} = {given!r}: only a search at tools.search.url uses it, and no url is given; give one, or "
+                f"set it to {default!r}"
+            )
     python = config.tools.python
+    for name in ("memory_mb", "modules") if python.isolation == "remote" else ():
+        given, default = getattr(python, name), getattr(PythonToolConfig(), name)
+        if given != default:
+            yield (
+                f"tools.python.{name} = {given!r}: isolation = 'remote' does not use it, because the server decides; set it to "
+                f"{default!r}"
+            )
     if python.url is not None and python.isolation != "remote":
         yield (
             f"tools.python.url = {python.url!r}: only isolation = 'remote' uses it, not {python.isolation!r}; set "
@@ -140,6 +168,11 @@ def _branching(config: Config) -> Iterator[str]:
     b = config.branching
     if b.clip_low >= b.clip_high:
         yield f"branching.clip_low = {b.clip_low} must be below branching.clip_high = {b.clip_high}"
+    if b.score == "additive" and b.entropy_weight == b.future_weight == 0:
+        yield (
+            "branching.entropy_weight = 0 and branching.future_weight = 0: with branching.score = 'additive' every position would "
+            "have the score 0; raise one of them"
+        )
     for name in ("allocation", "include_token", "min_spacing", "skip_blank") if b.score in get_args(TurnRule) else ():
         given, default = getattr(b, name), getattr(BranchingConfig(), name)
         if given != default:
@@ -153,6 +186,16 @@ def _objective(config: Config) -> Iterator[str]:
     a, lo = config.advantage, config.loss
     if a.clip_low > a.clip_high:
         yield f"advantage.clip_low = {a.clip_low} exceeds advantage.clip_high = {a.clip_high}"
+    if a.scaling == "plain" and a.clip_high == 0:
+        yield (
+            "advantage.clip_high = 0: with advantage.scaling = 'plain' every advantage would be multiplied by 0 and nothing would "
+            "be learnt; raise it"
+        )
+    if a.base == "global" and config.prompts_per_minibatch * config.rollout.budget == 1:
+        yield (
+            "prompts_per_minibatch = 1 and rollout.budget = 1: with advantage.base = 'global' no mini-batch has two rollouts, so "
+            "every advantage would be 0 and nothing would be learnt; raise one of them"
+        )
     for name, value in {"loss.dual_clip": lo.dual_clip, "advantage.max_ratio": a.max_ratio}.items():
         if 0 < value <= 1:
             yield f"{name} = {value}: must be above 1, or 0 (off)"
@@ -191,6 +234,21 @@ def _batches(config: Config) -> Iterator[str]:
         )
     if sft.micro_batch and sft.batch_size % sft.micro_batch:
         yield f"sft.micro_batch = {sft.micro_batch} does not divide sft.batch_size = {sft.batch_size}"
+
+
+def _training(config: Config) -> Iterator[str]:
+    """Rules that only training must keep: `data describe`, for one, uses `data.evaluation` whatever `data.drop` is."""
+    data = config.data
+    if data.evaluation and "overlaps" not in data.drop:
+        yield (
+            f"data.evaluation = {list(data.evaluation)!r}: its questions would stay in training, because data.drop = "
+            f"{list(data.drop)!r} leaves out no overlaps; add 'overlaps' to data.drop, or leave data.evaluation out"
+        )
+    if config.rollout.top_k == 1 and config.advantage.base != "global":
+        yield (
+            "rollout.top_k = 1: every draw would be the likeliest token, so all rollouts of a prompt would be the same and nothing "
+            "would be learnt; raise it, or set it to 0 (off)"
+        )
 
 
 _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (

@@ -46,8 +46,9 @@ def search(
     """Move from `config` to a better neighbour, again and again, until no neighbour is better or `seconds` are over: no plan is
     begun that would end later if it took as long as the longest before it.
 
-    A config that fits is better than one that does not fit. Of two that fit, the one with the shorter step is better; of two
-    that do not fit, the one with the lower peak of memory. If `plan_of` raises ConfigError for a neighbour, because the
+    A config that fits is better than one that does not fit. Of two that fit, the one with the shorter step is better. Of two that
+    do not fit, one for which the compiler refused no program is better, because the peak of a refused one is not known; else the
+    one with the lower peak of memory. If `plan_of` raises ConfigError for a neighbour, because the
     devices cannot run it, the neighbour is skipped; if it raises PlanError, because the compiler fails, the neighbour is skipped
     and named in the result. For `config` itself the error is raised. `on_better` is called with every better config and its
     plan. The result is never worse than `config`.
@@ -124,8 +125,9 @@ def _options(start: Config, other: Config) -> str:
     return " ".join(f"--{name.replace('_', '-')} {fields[name]}" for name in diff_configs(start, other))
 
 
-def _rank(plan: Plan) -> tuple[bool, float]:
-    """The order of plans: (does not fit, seconds of a step or bytes of the peak). Smaller is better."""
+def _rank(plan: Plan) -> tuple[bool, bool, float]:
+    """The order of plans: (does not fit, has a refused program, seconds of a step or bytes of the peak). Smaller is better."""
+    refused = plan.step_s is None
     if plan.fits and plan.step_s is not None:
-        return False, plan.step_s
-    return True, plan.tightest.peak
+        return False, refused, plan.step_s
+    return True, refused, plan.tightest.peak

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from appo_jax.config import Config
 from appo_jax.config.effects import Affects, shared_by_runs
-from appo_jax.config_io import changed_effects, check, load_config, read_variable
+from appo_jax.config_io import at_home, changed_effects, check, load_config, read_variable
 from appo_jax.errors import ConfigError
 from appo_jax.metrics import read_summary
 
@@ -132,7 +132,7 @@ def load_study(path: str | Path, arms: Sequence[str] = (), seeds: tuple[int, ...
 
     Raises ConfigError if the file does not exist, has no study or not all of these arms, and for the reasons of `check_study`.
     """
-    study = read_variable(path, "study", Study)
+    study = at_home(read_variable(path, "study", Study))
     check_study(study)
     if unknown := [arm for arm in arms if arm not in study.arms]:
         raise ConfigError(f"--arms {unknown[0]}: not an arm of {path}; it has {', '.join(study.arms)}")
@@ -164,7 +164,7 @@ def check_study(study: Study) -> None:
                 "rename the arm"
             )
         try:
-            check(config)
+            check(config, trains=True)
         except ConfigError as error:
             raise ConfigError(f"arm {name!r}: {error}") from error
         effects = changed_effects(study.arms[study.baseline], config)
@@ -176,9 +176,9 @@ def check_study(study: Study) -> None:
     run_names = rf"({'|'.join(study.arms)})-\d+"
     check_cold_starts(study.cold_starts, study.arms[study.baseline], study.out, run_names)
     for seed in study.seeds:
-        check(study.cold_start(seed))
+        check(study.cold_start(seed), trains=True)
         for name in study.arms:
-            check(study.config(name, seed))
+            check(study.config(name, seed), trains=True)
 
 
 def check_kept_runs(study: Study) -> None:

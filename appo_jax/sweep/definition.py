@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from appo_jax.algorithms import overwritten
 from appo_jax.config import Config
 from appo_jax.config.effects import affects, shared_by_runs
-from appo_jax.config_io import check, flatten, read_variable, with_fields
+from appo_jax.config_io import at_home, check, flatten, read_variable, with_fields
 from appo_jax.errors import ConfigError
 from appo_jax.study.definition import MAX_STEPS, check_cold_starts, check_runs, shared_cold_start
 
@@ -73,7 +73,7 @@ class Sweep:
         """The base config with the fields of a point. Raises ConfigError if the point breaks a rule between fields, or if its
         algorithm sets one of the fields to another value, so that it would be the trial of that value."""
         config = with_fields(self.base, point)
-        check(config)
+        check(config, trains=True)
         for name, sets in overwritten(config).items():
             if name in point:
                 raise ConfigError(
@@ -160,7 +160,7 @@ def load_sweep(path: str | Path) -> Sweep:
 
     Raises ConfigError if the file does not exist or has no sweep, and for the reasons of `check_sweep`.
     """
-    sweep = read_variable(path, "sweep", Sweep)
+    sweep = at_home(read_variable(path, "sweep", Sweep))
     check_sweep(sweep)
     return sweep
 
@@ -194,7 +194,7 @@ def check_sweep(sweep: Sweep) -> None:
             "eval.every = 0: the objective is 'on_the_way', the accuracy averaged over a run, but nothing is evaluated on the way; "
             "set eval.every in `base`, such as 1, or objective='final'"
         )
-    check(sweep.base)
+    check(sweep.base, trains=True)
     if "algorithm" not in sweep.space:
         _check_used(sweep)
     check_cold_starts(sweep.cold_starts, sweep.base, sweep.out, r"trial-\d+|\d{4,}-\d+")
@@ -202,8 +202,8 @@ def check_sweep(sweep: Sweep) -> None:
         sweep.random_points()  # there are enough points
     sweep.queued_points()
     for seed in sweep.seeds:
-        check(sweep.cold_start(seed))
-        check(sweep.config(0, {}, seed))
+        check(sweep.cold_start(seed), trains=True)
+        check(sweep.config(0, {}, seed), trains=True)
 
 
 def _check_space(sweep: Sweep) -> None:

@@ -20,13 +20,14 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from appo_jax.config_io import flatten
-from appo_jax.errors import ConfigError, TrainingError
+from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.storage import write_atomically
 from appo_jax.sweep.definition import Point, Sweep
+from appo_jax.sweep.journal import Journal
 
 LEASE_S = 60.0  # seconds without renewal after which a lease is free
 RENEW_S = 5.0  # seconds between two renewals
@@ -38,7 +39,7 @@ class Store:
     """Access of one process to the storage of a sweep. The first process creates the storage."""
 
     def __init__(self, sweep: Sweep):
-        """Raises ConfigError if the folder of the sweep holds another sweep."""
+        """Raises ConfigError if the folder of the sweep holds another sweep, DataError if a file in it is damaged."""
         self.sweep = sweep
         self.folder = Path(sweep.out)
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -52,11 +53,9 @@ class Store:
         self._lock_file = str(self.folder / "claims")
         with self.lock():
             self._check_same_sweep()
-            journal = str(self.folder / "journal.log")
-            storage = JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal)))
             self.study = optuna.create_study(
-                storage=storage, study_name="sweep", direction="maximize" if sweep.maximize else "minimize",
-                load_if_exists=True, sampler=self._sampler(),
+                storage=JournalStorage(Journal(self.folder / "journal.log")), study_name="sweep",
+                direction="maximize" if sweep.maximize else "minimize", load_if_exists=True, sampler=self._sampler(),
             )  # fmt: skip
             self._queue_points()
 
@@ -195,13 +194,20 @@ class Store:
         return optuna.samplers.RandomSampler(seed=0)  # chooses no point, because all points wait in the queue
 
     def _check_same_sweep(self) -> None:
-        """Write the definition of the sweep into the folder. Raises ConfigError if it holds that of another sweep."""
+        """Write the definition of the sweep into the folder. Raises ConfigError if it holds that of another sweep, DataError if it
+        holds a damaged one."""
         file = self.folder / "definition.json"
         definition = _description(self.sweep)
         if not file.exists():
             write_atomically(file, json.dumps(definition), writer=self._writer)
             return
-        stored = json.loads(file.read_text())
+        try:
+            stored = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{file}: expected the definition of a sweep as JSON ({error}); put it back from a copy, or, if the runs in this "
+                "folder are of this sweep, delete it: the same command writes it again"
+            ) from error
         if different := _differences(stored, definition):
             raise ConfigError(f"{self.folder} holds another sweep: {', '.join(different)} differ; give another `out`")
 

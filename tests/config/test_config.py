@@ -155,6 +155,29 @@ def test_a_shape_whose_numbers_contradict_each_other_is_refused(fields, message)
         ({"data.mixture": (DataPart("world"),)}, "data.mixture: only data.source = 'mixture' uses it, not 'world'"),
         ({"tools.search.corpus": "c", "tools.search.url": "http://h:1"}, "give one"),
         ({"tools.python.url": "http://h:1"}, "only isolation = 'remote' uses it"),
+        (
+            {"tools.search.provider": "serper"},
+            r"tools\.search\.provider = 'serper': .* no url is given; .* to 'search_r1'",
+        ),
+        ({"tools.search.max_per_second": 5.0}, r"tools\.search\.max_per_second = 5\.0: .* no url is given"),
+        ({"tools.search.timeout": 5.0}, r"tools\.search\.timeout = 5\.0: .* no url is given"),
+        ({"tools.search.max_retries": 1}, r"tools\.search\.max_retries = 1: .* no url is given"),
+        (
+            {"tools.search.corpus": "c", "tools.search.cache": "a", "tools.search.cache_fill": "f"},
+            r"tools\.search\.cache_fill = 'f': tools\.search\.corpus = 'c' answers every search",
+        ),
+        (
+            {"tools.python.isolation": "remote", "tools.python.url": "http://h:1", "tools.python.memory_mb": 100},
+            r"tools\.python\.memory_mb = 100: isolation = 'remote' does not use it",
+        ),
+        (
+            {"tools.python.isolation": "remote", "tools.python.url": "http://h:1", "tools.python.modules": ("scipy",)},
+            r"tools\.python\.modules = \('scipy',\): isolation = 'remote' does not use it",
+        ),
+        (
+            {"data.source": "mixture", "data.mixture": (DataPart("world"),), "data.path": "d"},
+            r"data\.path = 'd': data\.source = 'mixture' does not use it, .* set it there, and data\.path to None",
+        ),
         ({"tools.enabled": ("python", "python")}, "a tool is given twice"),
         (
             {"policy.lora": LoRAConfig(targets=("q", "v", "q"))},
@@ -179,6 +202,52 @@ def test_what_would_have_no_effect_is_refused(fields, message):
         config = replaced(config, name, value)
     with pytest.raises(ConfigError, match=message):
         config_io.check(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"advantage.scaling": "plain", "advantage.clip_low": 0.0, "advantage.clip_high": 0.0},
+            "^advantage.clip_high = 0: with advantage.scaling = 'plain'",
+        ),
+        (
+            {"algorithm": "fipo", "advantage.clip_low": 0.0, "advantage.clip_high": 0.0},
+            r"^advantage.clip_high = 0: .*\(algorithm = 'fipo' sets .*advantage.scaling",
+        ),
+        ({"advantage.clip_low": 0.0, "advantage.clip_high": 0.0}, None),  # the factor is 1 + b·0
+        (
+            {"branching.score": "additive", "branching.entropy_weight": 0.0, "branching.future_weight": 0.0},
+            "^branching.entropy_weight = 0 and branching.future_weight = 0",
+        ),
+        ({"branching.score": "additive", "branching.entropy_weight": 0.0}, None),
+        (
+            {"algorithm": "reinforce_pp", "prompts_per_minibatch": 1, "rollout.budget": 1},
+            "^prompts_per_minibatch = 1 and rollout.budget = 1",
+        ),
+        ({"algorithm": "reinforce_pp", "prompts_per_minibatch": 2, "rollout.budget": 1}, None),
+        ({"rollout.top_k": 1}, "^rollout.top_k = 1: .* nothing would be learnt; raise it, or set it to 0"),
+        ({"rollout.top_k": 2}, None),
+    ],
+)
+def test_a_config_by_which_nothing_is_learnt_is_refused(fields, message):
+    config = QUICKSTART
+    for name, value in fields.items():
+        config = replaced(config, name, value)
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        config_io.check(config, trains=True)
+
+
+def test_questions_that_must_not_occur_in_training_need_to_be_left_out_of_it():
+    """Once, --data.evaluation alone had no effect, in silence. `data describe` counts the overlaps before any is left out."""
+    file = ["--config", str(ROOT / "configs/quickstart.py"), "--data.evaluation", "exam.jsonl"]
+    told = r"data\.evaluation = \['exam\.jsonl'\]: .* add 'overlaps' to data\.drop"
+    for drop in ([], ["--data.drop", "duplicates"]):
+        with pytest.raises(ConfigError, match=told):
+            cli.config_from("train", [*file, *drop], trains=True)
+        assert cli.config_from("data describe", [*file, *drop]).data.evaluation == ("exam.jsonl",)
+    cli.config_from("train", [*file, "--data.drop", "duplicates", "overlaps"], trains=True)
+    assert cli.main(["train", *file]) == cli.main(["sft", *file]) == 2
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -107,6 +107,21 @@ def test_from_a_config_that_does_not_fit_the_search_goes_where_it_does():
     assert search(large, landscape, 60, lambda *_: None).plan.fits
 
 
+def test_a_plan_that_the_compiler_refused_is_not_better_than_one_that_is_a_little_too_large():
+    """The peak of a refused program is a figure of the compiler's message, which may be only a part of what it needs."""
+
+    def refused_at(gib):
+        plan = plan_with(1.0, gib)
+        return dataclasses.replace(plan, needs=(dataclasses.replace(plan.needs[0], refused=True),))
+
+    too_large, refused = plan_with(1.0, 16.2), refused_at(9.0)  # a v5e has 16 GiB
+    assert not too_large.fits
+    assert search(CONFIG, lambda c: too_large if c == CONFIG else refused, 60, lambda *_: None).config == CONFIG
+    assert search(CONFIG, lambda c: refused if c == CONFIG else too_large, 60, lambda *_: None).plan is too_large
+    smaller = refused_at(8.0)
+    assert search(CONFIG, lambda c: refused if c == CONFIG else smaller, 60, lambda *_: None).plan is smaller
+
+
 @pytest.mark.parametrize(("minutes", "tried"), [(25, 4), (6, 1), (0, 1), (float("inf"), 8)])
 def test_the_search_ends_in_time_with_the_best_config_so_far(monkeypatch, minutes, tried):
     """The first plan takes 6 minutes, the others 5: no plan is begun that could end after the time is over."""

@@ -154,6 +154,16 @@ def test_what_cannot_be_a_study_is_named(base, tmp_path):
         ({"arms": {"a": {}}}, "arms = .*expected configs by name"),
         ({"arms": [1]}, "arms = .*expected configs by name"),
         ({"out": ""}, "out = ''"),
+        (
+            {
+                "arms": {
+                    "appo": with_fields(
+                        load_config(CONFIGS.parent / "quickstart.py"), {"data.evaluation": ["exam.jsonl"]}
+                    )
+                }
+            },
+            r"arm 'appo': data\.evaluation = \['exam\.jsonl'\]: .* add 'overlaps' to data\.drop",
+        ),
     ],
 )
 def test_a_study_of_impossible_values_is_refused_before_its_cold_start(base, tmp_path, fields, message):
@@ -195,6 +205,42 @@ def test_results_of_another_config_are_not_those_of_an_edited_arm(base, tmp_path
     edited = dataclasses.replace(s, arms={"appo": with_fields(base, {"data.path": "elsewhere"})})
     with pytest.raises(ConfigError, match=r"appo-0 was made with other values of data\.path"):
         check_kept_runs(edited)
+
+
+def test_a_study_may_be_moved_and_its_folder_written_in_another_way(base, tmp_path, monkeypatch):
+    """Once, "other values of init_from" were refused, which is a path in the folder and no field that a user sets."""
+    monkeypatch.chdir(tmp_path)
+    s = dataclasses.replace(study(base, tmp_path / "old"), seeds=(0,))
+    shared = dataclasses.replace(s, out=str(tmp_path / "shared"), cold_starts=(str(tmp_path / "cold"),))
+    for made in (s, shared):
+        write_run(made.run_dir("appo", 0), 0.5)
+        save_config(made.config("appo", 0), made.run_dir("appo", 0) / "config.json")
+    check_kept_runs(dataclasses.replace(s, out="old"))
+    check_kept_runs(dataclasses.replace(shared, cold_starts=("cold",)))
+    (tmp_path / "old").rename(tmp_path / "new")
+    check_kept_runs(dataclasses.replace(s, out=str(tmp_path / "new")))
+    (tmp_path / "shared").rename(tmp_path / "elsewhere")  # its cold start stays where it is
+    check_kept_runs(dataclasses.replace(shared, out="elsewhere"))
+    others = {
+        "a cold start of its own": dataclasses.replace(shared, out="elsewhere", cold_starts=()),
+        "another shared one": dataclasses.replace(shared, out="elsewhere", cold_starts=("cold-1",)),
+        "a shared one in place of its own": dataclasses.replace(s, out="new", cold_starts=("cold-0",)),
+    }
+    for other in others.values():
+        with pytest.raises(ConfigError, match="was made with other values of init_from"):
+            check_kept_runs(other)
+
+
+def test_a_tilde_in_the_folders_of_a_study_is_the_users_home(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    imports = "from appo_jax.config_io import *\nfrom appo_jax.study.definition import Study\n"
+    arm = f"with_fields(load_config({str(CONFIGS.parent / 'quickstart.py')!r}), {{'policy.tokenizer': '~/t.model'}})"
+    (tmp_path / "s.py").write_text(
+        f"{imports}study = Study('~/out', {{'appo': {arm}}}, seeds=(0,), max_sampled_tokens=9, cold_starts=('~/cold',))"
+    )
+    config = load_study(tmp_path / "s.py").config("appo", 0)
+    assert config.run_dir == f"{tmp_path}/out/runs/appo-0"
+    assert (config.init_from, config.policy.tokenizer) == (f"{tmp_path}/cold", f"{tmp_path}/t.model")
 
 
 def test_a_finished_run_must_say_with_which_config_it_was_made(base, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from appo_jax.config_io import load_config, save_config, with_fields
-from appo_jax.errors import ConfigError
+from appo_jax.errors import CheckpointError, ConfigError
+from appo_jax.run_dir import open_run
 from appo_jax.sweep.definition import Sweep, check_sweep, load_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -175,3 +176,35 @@ def test_a_file_without_a_sweep_is_named(tmp_path):
         load_sweep(tmp_path / "s.py")
     with pytest.raises(ConfigError, match="no such file"):
         load_sweep(tmp_path / "t.py")
+
+
+def test_a_run_in_progress_goes_on_when_its_sweep_was_moved(base, tmp_path, monkeypatch):
+    """Once, it was refused, because init_from, a path in the sweep's folder, was another one."""
+    monkeypatch.chdir(tmp_path)
+    space = {"branching.tau": (8.0, 32.0)}
+    old = sweep(base, space, out=str(tmp_path / "old"))
+    with open_run(old.config(0, {"branching.tau": 8.0}, 0)) as run:
+        run.metrics.write_text('{"step": 1}\n')
+        (run.checkpoints / "rl").mkdir()
+    (tmp_path / "old").rename(tmp_path / "new")
+    new = sweep(base, space, out="new")
+    config = new.config(0, {"branching.tau": 8.0}, 0)
+    with open_run(config) as run:
+        assert run.continued
+        run.keep(config)
+    assert load_config(tmp_path / "new/runs/0000-0") == config
+    others = sweep(base, space, out="new", cold_starts=("cold-0", "cold-1")).config(0, {"branching.tau": 8.0}, 0)
+    for wrong, field in ((others, "init_from"), (new.config(0, {"branching.tau": 32.0}, 0), r"branching\.tau")):
+        with pytest.raises(CheckpointError, match=rf"holds a run of another config:\n  {field}: "):
+            open_run(wrong)
+
+
+def test_a_tilde_in_the_folders_of_a_sweep_is_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    imports = "from appo_jax.config_io import *\nfrom appo_jax.sweep.definition import Sweep\n"
+    config = f"with_fields(load_config({str(CONFIGS / 'quickstart.py')!r}), {{'eval.every': 1, 'policy.tokenizer': '~/t.model'}})"
+    fields = "space={'branching.tau': (8.0, 32.0)}, seeds=(0,), max_sampled_tokens=9, cold_starts=('~/cold',)"
+    (tmp_path / "s.py").write_text(f"{imports}sweep = Sweep('~/out', {config}, {fields})")
+    found = load_sweep(tmp_path / "s.py").config(0, {"branching.tau": 8.0}, 0)
+    assert found.run_dir == f"{tmp_path}/out/runs/0000-0"
+    assert (found.init_from, found.policy.tokenizer) == (f"{tmp_path}/cold", f"{tmp_path}/t.model")

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import resource
 import shutil
 import subprocess
 import threading
@@ -13,7 +14,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 from test_claims import make_sweep
 
-from appo_jax.errors import TrainingError
+from appo_jax.errors import DataError, TrainingError
 from appo_jax.interrupt import stop_requests
 from appo_jax.storage import lock
 from appo_jax.sweep import worker
@@ -208,3 +209,56 @@ def test_a_run_that_another_sweep_has_begun_is_waited_for(tmp_path, monkeypatch)
         codes.extend([0, 1, 1])
         with pytest.raises(TrainingError, match="exit code 1"):
             worker._run(store, "sft", config, stop, [])
+
+
+@pytest.mark.parametrize("fits", [1, 20])
+def test_a_record_that_a_full_disk_has_cut_costs_nothing(tmp_path, fits):
+    """Once, the next record was appended to its part, and no worker could read the journal again."""
+    store, other, journal = Store(small(tmp_path)), Store(small(tmp_path)), tmp_path / "journal.log"
+    trial, before = store.claim_trial(), journal.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + fits, limit[1]))
+        with pytest.raises(OSError, match="File too large"):
+            trial.set_user_attr("seed-0", 0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert len(journal.read_bytes()) == len(before) + fits
+    assert other.values(other.trials()[0]) == {}
+    trial.set_user_attr("seed-0", 0.5)
+    assert journal.read_bytes()[: len(before)] == before
+    assert journal.read_bytes().count(b"\n") == before.count(b"\n") + 1
+    for reader in (store, other, Store(small(tmp_path))):
+        assert reader.values(reader.trials()[0]) == {0: 0.5}
+
+
+def test_a_journal_that_is_damaged_inside_is_named_with_the_line(tmp_path):
+    sweep, journal = small(tmp_path), tmp_path / "journal.log"
+    store = Store(sweep)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(
+        b"".join([*lines[:2], lines[2][:20] + lines[3], *lines[4:]])
+    )  # a part of a record, then the next one
+    with pytest.raises(
+        DataError, match=r"journal\.log, line 3: expected a JSON record .* put the file back from a copy"
+    ):
+        Store(sweep)
+    journal.write_bytes(b"".join(lines) + b"\xff\n" + lines[-1])
+    with pytest.raises(
+        DataError, match=rf"journal\.log, line {len(lines) + 1}: "
+    ):  # also of one who has read the lines before
+        store.all_done()
+    journal.write_bytes(b"".join(lines))
+    assert queued(Store(sweep)) == queued(store)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"base": {"ste', b"\0" * 64, b"\xff", b"3"])
+def test_a_damaged_definition_is_named_and_may_be_deleted(tmp_path, content):
+    sweep, file = small(tmp_path), tmp_path / "definition.json"
+    before, written = queued(Store(sweep)), file.read_bytes()
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"definition\.json: expected the definition of a sweep .* delete it"):
+        Store(sweep)
+    file.unlink()
+    assert queued(Store(sweep)) == before
+    assert file.read_bytes() == written
