@@ -63,7 +63,8 @@ _SHORT_WORDS = (
     "us",
     "we",
 )
-_APART = re.compile(r"(?<![\d._^])\d[\d.]* \.?\d")
+# Numbers side by side, and a decimal with an ellipsis and no visible period: neither has a value.
+_NO_VALUE = re.compile(r"(?<![\d._^])\d[\d.]* \.?\d|\.\d+\\ldots")
 
 
 def math_equal(answer: str, gold: str) -> bool | None:
@@ -199,7 +200,7 @@ class _Comparison:
         elif re.search(r"\dj(?![a-zA-Z])", gold) and not _has_letter(gold, "i") and not _has_letter(answer, "j"):
             gold = re.sub(r"(?<=\d)j(?![a-zA-Z])", "i", gold)
         answer, gold = _joined_digits(answer), _joined_digits(gold)
-        if _APART.search(answer) or _APART.search(gold):
+        if _NO_VALUE.search(answer) or _NO_VALUE.search(gold):
             return False  # 2 3 is neither 5 nor 6
         verdict = None
         if self._seconds_left > 0:

@@ -24,9 +24,10 @@ _MONTHS = [
     "november",
     "december",
 ]
-_DAY = r"\d{1,2}(?:st|nd|rd|th)?"
+_DAY = r"\d{1,2}(?: ?(?:\^ ?\{? ?)?(?:st|nd|rd|th)(?: ?\})?)?"
 _DATE = re.compile(
-    rf"(?:(?P<day>{_DAY}) (?:of )?)?(?P<month>[a-zA-Z]{{3,9}})\.?(?: (?P<day2>{_DAY}))?,? (?P<year>\d{{4}})"
+    rf"(?:the )?(?:(?P<day>{_DAY}) (?:of )?)?(?P<month>[a-zA-Z]{{3,9}})\.?(?: (?:the )?(?P<day2>{_DAY}))?"
+    r"(?:,? (?P<year>\d{4}))?"
 )
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*(?::|to)\s*\d+(?:\.\d+)?)+")
 _FRACTION = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}|(\d+)\s*/\s*(\d+)")
@@ -76,13 +77,13 @@ def _only_time(text: str) -> bool:
 
 
 def _date(text: str) -> tuple[int, int, str] | None:
-    """(month, day, year) of a date that names its month; the day 0 if it names none."""
+    """(month, day, year) of a date that names its month, and its day or its year or both; the day 0 if it names none."""
     match = _DATE.fullmatch(text)
-    if match is None:
+    if match is None or not (match["day"] or match["day2"] or match["year"]):
         return None
     month = next((i for i, name in enumerate(_MONTHS) if name.startswith(match["month"].lower())), None)
     day = int(re.sub(r"\D", "", match["day"] or match["day2"] or "0"))
-    return None if month is None else (month, day, match["year"])
+    return None if month is None else (month, day, match["year"] or "")
 
 
 def _ratio(text: str) -> tuple[Fraction, ...] | None:

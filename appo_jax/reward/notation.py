@@ -22,14 +22,15 @@ GREEK_NAMES = _SMALL_GREEK.split()
 _CAPITAL_GREEK = "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 _GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", f"{_SMALL_GREEK} {_CAPITAL_GREEK}".split(), strict=True))
 _GREEK |= {"\u00b5": "mu", "\u2126": "Omega"}  # the micro sign and the ohm sign of keyboards
-_DASHES = dict.fromkeys(map(ord, "−‐‑‒–—"), "-")
+DASHES = dict.fromkeys(map(ord, "−‐‑‒–—―"), "-")
+"""Signs that look like a minus, for `str.translate`."""
 _SYNONYMS = {
     "leq": "le", "leqslant": "le", "lt": "<", "geq": "ge", "geqslant": "ge", "gt": ">", "neq": "ne", "varnothing": "emptyset",
     "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "imath": "i", "dfrac": "frac", "tfrac": "frac",
     "cfrac": "frac", "tbinom": "binom", "dbinom": "binom", "left": "", "right": "", "displaystyle": "", "textstyle": "",
     "limits": "", "quad": " ", "qquad": " ", "thinspace": " ", "enspace": " ", "dots": "ldots", "degree": r"^\circ",
     "div": "/", "bmod": " mod ", "colon": ":", "therefore": "", "large": "", "Large": "", "LARGE": "", "huge": "", "Huge": "",
-    "small": "", "normalsize": "", "bf": "", "it": "",
+    "small": "", "normalsize": "", "bf": "", "it": "", "middle": "", "vert": "|", "lvert": "|", "rvert": "|",
 } | dict.fromkeys(("big", "Big", "bigl", "bigr", "Bigl", "Bigr", "bigg", "Bigg", "biggl", "biggr"), "")  # fmt: skip
 _COMMAND = re.compile(r"\\\\|\\([a-zA-Z]+)")
 _BRACED = r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
@@ -44,7 +45,7 @@ _CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}|(?:\{\})?[_^]\{?(\d
 _FACTOR = re.compile(r"(?<![\w.,^/)}\]])(\d+)/(\d+)(?=\s|\\(?:pi|sqrt)(?![a-zA-Z]))")
 # Functions in plain text, before their argument.
 _FUNCTION = re.compile(
-    r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt)"
+    r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|lg|log|exp|sqrt)"
     r"(?=\s*[({_^\\\d]|\s+[a-zA-Z](?![a-zA-Z]))"
 )
 _SENTENCE = re.compile(
@@ -55,6 +56,7 @@ _BELOW_20 = (
     "nineteen"
 )
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+NUMBER_WORDS = f"{_BELOW_20} {_TENS}".split()
 _SPELLED = _BELOW_20.split() + [
     f"{ten} {one}".removesuffix(" zero") for ten in _TENS.split() for one in _BELOW_20.split()[:10]
 ]
@@ -70,6 +72,17 @@ _TRIGONOMETRIC = re.compile(r"(?<![a-z])(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])
 _DEGREES = re.compile(
     r"(\d+(?:\.\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}|[a-zA-Z]|\\[a-zA-Z]+)\s*\^\s*\{?\s*\\circ(?![a-z])\s*\}?"
 )
+# A decimal that is not written to its end: 0.333..., 0.3 repeating, 0.16 (6 repeating).
+_POINTS = r" ?(?:\.(?: ?\.){2,}|\\[lc]dots(?![a-zA-Z]))(?! ?[\d.])"
+_REPEATS = r"(?:(?:with )?(?:the )?(\d+)s? (?:is |are )?)?(?:repeat(?:ing|ed|s)|recur(?:ring|s))(?![a-zA-Z])"
+_UNENDING = re.compile(
+    rf"(?<![\d.])(\d*\.\d+|0,\d+)({_POINTS})?(,? ?(?:\( ?{_REPEATS} ?\)|{_REPEATS}))?", re.IGNORECASE
+)
+# A marked period with an ellipsis or the word as well: 0.(3)...
+_CYCLE = r"(\.\d*(?: ?\\(?:overline|bar|dot) ?(?:\{ ?\d+ ?\}|\d)|\(\d+\)))"
+_MARKED_TWICE = re.compile(rf"{_CYCLE}(?:{_POINTS})?(?:,? ?(?:\( ?{_REPEATS} ?\)|{_REPEATS}))?", re.IGNORECASE)
+# A dot over the first and the last digit of a period.
+_FIRST_AND_LAST = re.compile(r"(?<=[\d.])\\dot ?\{?(\d)\}? ?(\d*) ?\\dot ?\{?(\d)\}?")
 _ROOT = re.compile(
     r"\\sqrt\s*(\[[^\[\]]*\])?(?:\s*(\d+)|\s*([a-zA-Z])(?![a-zA-Z])|\s*\(([^()]*)\)|\s*(\\frac\{\d+\}\{\d+\}))"
 )
@@ -88,7 +101,7 @@ def clean(text: str) -> str:
     text = _dollars(re.sub(r"(?<!\\)\\[()\[\]]", "", text))
     while (unwrapped := _UPRIGHT.sub(_set_apart, _TEXT.sub(r" \1 ", _BOLD.sub(r"\1", text)))) != text:
         text = unwrapped
-    text = re.sub(r"\\([%$&#_])", r"\1", text)
+    text = _repeating(re.sub(r"\\([%$&#_])", r"\1", text))
     text = re.sub(r"\\sqrt\s*\{\s*-\s*1\s*\}", "i", _functions(text))
     text = _ROOT.sub(lambda m: rf"\sqrt{m[1] or ''}{{{m[2] or m[3] or m[4] or m[5]}}}", text)
     text = re.sub(r"\\sqrt\s*\[(\d*[13579])\]\s*\{\s*-", r"-\\sqrt[\1]{", text)
@@ -110,7 +123,34 @@ def _functions(text: str) -> str:
     text = _FUNCTION.sub(r"\\\1", re.sub(r"(?<![a-zA-Z])cbrt(?=\s*[({])", r"\\sqrt[3]", text))
     text = re.sub(r"(?<![a-zA-Z])abs\(([^()]*)\)", r"|\1|", text)
     text = re.sub(r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 ", text)
+    text = re.sub(r"\\lg(?![a-zA-Z])(?!\s*_)", r"\\log_{10} ", text)
+    text = re.sub(r"\\log\s*_\s*10(?!\d)", r"\\log_{10} ", text)
+    text = re.sub(r"\\log\s*_\s*(?:e(?![a-zA-Z])|\{e\})", r"\\ln ", text)
     return re.sub(r"\\exp\s*(?:\(([^()]*)\)|\{([^{}]*)\})", lambda m: f"e^{{{m[1] or m[2]}}}", text)
+
+
+def _repeating(text: str) -> str:
+    """Repeating decimals such as 0.333... and 0.3 repeating, written out to so many places that they compare as equal to
+    their value. The period is the shortest text that ends the decimal twice; the word may name another, and falls back on the
+    last digit. A decimal without a period stays as it is from six places on; a shorter one keeps `\\ldots`, so that it is no
+    number."""
+    text = re.sub(r"(?:\d\u0305)+", lambda m: rf"\overline{{{m[0][::2]}}}", " ".join(text.split()))
+    text = _FIRST_AND_LAST.sub(r"\\overline{\1\2\3}", re.sub(r"(\d)\u0307", r"\\dot{\1}", text))
+    return _UNENDING.sub(_written_out, _MARKED_TWICE.sub(r"\1", text))
+
+
+def _written_out(match: re.Match[str]) -> str:
+    number, points, word, named = match[1].replace(",", "."), match[2], match[3], match[4] or match[5]
+    if not points and not word:
+        return match[0]
+    decimals = number.partition(".")[2]
+    ends = (decimals[-length:] for length in range(1, len(decimals) // 2 + 1))
+    cycle = named or next((end for end in ends if decimals.endswith(2 * end)), "")
+    if not cycle and word and len(decimals) < 6:
+        cycle = decimals[-1]
+    if cycle and decimals.endswith(cycle):
+        return number + cycle * (12 // len(cycle) + 1)
+    return number if len(decimals) >= 6 and not named else rf"{number}\ldots "
 
 
 def _rows(text: str) -> str:
@@ -180,7 +220,7 @@ def _ascii_signs(text: str) -> str:
     parts: list[str] = []
     raised = ""  # "^" or "_" while a run of small digits is open
     text = re.sub(r"(?<=\d)\s*\u00b5(?=[a-zA-Z])", " micro", text)  # of a unit; the letter \u03bc may be a factor
-    for ch in text.translate(_DASHES):
+    for ch in text.translate(DASHES):
         mark = "^" if ch in _SUPERSCRIPTS else "_" if ch in _SUBSCRIPTS else ""
         if raised and mark != raised:
             parts.append("}")
@@ -199,7 +239,7 @@ def _ascii_signs(text: str) -> str:
             )
         elif unicodedata.category(ch) != "Cf":
             parts.append(str(unicodedata.decimal(ch, ch)))
-    return unicodedata.normalize("NFKC", "".join(parts) + ("}" if raised else "")).translate(_DASHES)
+    return unicodedata.normalize("NFKC", "".join(parts) + ("}" if raised else "")).translate(DASHES)
 
 
 def _synonym(match: re.Match[str]) -> str:

@@ -1,12 +1,12 @@
 """Text answers: exact match and token F1 over the accepted aliases, as SQuAD and HotpotQA define them.
 
 Differences from their `normalize_answer`, which treats some different answers as equal and loses others: a number keeps
-its sign and its decimal point ("5" is not "-5", "25" is not "2.5") and drops its thousands separators; a sign between digits
-separates them ("3:00" is not "300"); amounts of two currencies differ; signs of names are kept ("C++", "F#"); an answer that has
-only articles keeps them ("A" can be right), and the last word is none ("Vitamin A"); symbols are an answer if there is nothing
-else; LaTeX text markup is removed; Unicode letters are normalised, and Latin letters lose their accents; "&" is "and"; and
-answers are equal if they differ only in spaces, except spaces between two digits ("J. K." and "J.K.", "well-known" and "well
-known").
+its sign and its decimal point ("5" is not "-5", "25" is not "2.5") and drops its thousands separators; any other sign between
+digits separates them ("3:00" is not "300", "10⁵" is "10^5" and not "105"); amounts of two currencies differ; signs of names are
+kept ("C++", "F#", the blood group "O-"); an answer that has only articles keeps them ("A" can be right), and the last word is
+none ("Vitamin A"); symbols are an answer if there is nothing else; LaTeX text markup is removed; Unicode letters are normalised,
+and Latin letters lose their accents; "&" is "and"; and answers are equal if they differ only in spaces, except spaces between two
+digits ("J. K." and "J.K.", "well-known" and "well known").
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ from collections import Counter
 from collections.abc import Sequence
 
 from appo_jax.reward.latex import plain
+from appo_jax.reward.notation import DASHES
 from appo_jax.text.letters import LATIN
 
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})++(?![\d,])")
-_SIGN = re.compile(r"(?<![^\s(\[$€£])[-−–](?=[$€£]?\.?\d)")  # a minus before a number, not a hyphen or a range
+_ONE_SPELLING = DASHES | str.maketrans("’‘٬٫", "'',.")
+# Small digits and fractions next to a digit, which Unicode's normal form would make one number with it: 10⁵, 1½.
+_SMALL = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉₊₋"
+_NEXT_TO_SMALL = re.compile(rf"(?<=\d)(?=[{_SMALL}¼½¾⅐-⅞])|(?<=[{_SMALL}])(?=\d)")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}([,'_])\d{3}(?:\1\d{3})*+(?![\d,])")
+_SIGN = re.compile(r"(?<![^\s(\[{$€£¥₹^,;:/*×=])-(?=[$€£¥₹]?\.?\d)")  # a minus before a number, not a hyphen or a range
 _POINT = re.compile(r"(?<=\d)\.(?=\d)|(?<!\w)\.(?=\d)")
-_BETWEEN_DIGITS = re.compile(r"(?<=\d)[-−–—/⁄:+×*=,](?=\d)")  # 3:00 is not 300
 _GROUPED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})++(?![\d,])")
 _AND = re.compile(r"(?<=\w)\s*&\s*(?=\w)")
 _NAME_SIGNS = re.compile(r"(?<=[a-z])[+#♯]+(?!\w)")  # of C++, F#, A+
+# The minus of AB-; the hyphen at the end of a longer word (anti-) is punctuation.
+_NAME_MINUS = re.compile(r"((?:^|\s)[^\w\s]*[a-z]{1,2})-(?=\W*$)")
 _PERCENT = re.compile(r"(?<=\d) ?per ?cent\b")  # "%" is dropped too
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b(?=\s+\S)")  # the last word is no article: Vitamin A
 _ONLY_ARTICLES = frozenset({"a", "an", "the"})
@@ -36,18 +42,21 @@ _LATIN = str.maketrans(LATIN)
 # punctuation that belongs to a number is mapped to private-use letters while the other punctuation is deleted
 _MINUS, _DOT = "\ue000", "\ue001"
 _SIGNS = dict(zip("+#♯", "\ue002\ue003\ue003", strict=True))
+_DELETED = "\ue004"  # a sign that is deleted, and between digits leaves a space
+_DELETED_BETWEEN_DIGITS = re.compile(rf"(?<=\d){_DELETED}+(?=[{_MINUS}{_DOT}]?\d)")
 
 
 def normalize(text: str) -> str:
     """Lower-case words and numbers with single spaces, without punctuation and articles (see the module's
     docstring)."""
-    given = _letters(plain(text))
-    text = _AND.sub(" and ", re.sub("[\ue000-\ue003]", "", given))
-    text = _THOUSANDS.sub(lambda m: m.group().replace(",", ""), _PERCENT.sub("", text))
+    given = _letters(_NEXT_TO_SMALL.sub("^", plain(text)))
+    text = _AND.sub(" and ", re.sub("[\ue000-\ue004]", "", given.translate(_ONE_SPELLING)))
+    text = _THOUSANDS.sub(lambda m: m.group().replace(m[1], ""), _PERCENT.sub("", text))
     text = _GROUPED.sub(lambda m: m.group().replace(" ", ""), text)
-    text = _BETWEEN_DIGITS.sub(" ", _POINT.sub(_DOT, _SIGN.sub(_MINUS, text)))
+    text = _NAME_MINUS.sub(rf"\1{_MINUS}", _POINT.sub(_DOT, _SIGN.sub(_MINUS, text)))
     text = _NAME_SIGNS.sub(lambda m: "".join(_SIGNS[sign] for sign in m.group()), text)
-    kept = "".join(ch for ch in text if unicodedata.category(ch)[0] not in "PS")
+    kept = "".join(_DELETED if unicodedata.category(ch)[0] in "PS" else ch for ch in text)
+    kept = _DELETED_BETWEEN_DIGITS.sub(" ", kept).replace(_DELETED, "")
     text = _letters(kept)  # an accent may have lost the colon between it and its letter
     text = text.replace(_MINUS, "-").replace(_DOT, ".").replace(_SIGNS["+"], "+").replace(_SIGNS["#"], "#")
     words = text.split()
@@ -65,6 +74,7 @@ def _letters(text: str) -> str:
         if unicodedata.category(ch) in ("Mn", "Cf") and (latin or unicodedata.category(ch) == "Cf"):
             continue
         if "\u02b0" <= ch <= "\u02ff":  # letters that modify: the apostrophe of Hawaiʻi
+            kept.append("'")
             continue
         latin = ch.translate(_LATIN).isascii()
         kept.append(str(unicodedata.decimal(ch, ch)))

@@ -18,11 +18,24 @@ _MATRIX = re.compile(
 )
 # Text that a computer algebra system may find equal to a group: x > 2 is (2, \infty).
 RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|mid|mathbb|cup|cap|setminus|begin)(?![a-z])")
-_LOW = r"(?P<x>[a-z])\s*(?P<low>>|\\ge)\s*(?P<least>[^<>,]+?)"
-_HIGH = r"(?P<high><|\\le)\s*(?P<most>[^<>,]+?)"
-_ABOVE_AND_BELOW = re.compile(rf"{_LOW}\s+and\s+(?P=x)\s*{_HIGH}")
-_BELOW_AND_ABOVE = re.compile(rf"(?P<x>[a-z])\s*{_HIGH}\s+and\s+{_LOW.replace('(?P<x>[a-z])', '(?P=x)')}")
-_SET_BUILDER = re.compile(r"\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid(?![a-z])|\||:)\s*([^,;]*)\\\}")
+_TURNED = {">": "<", "<": ">", r"\ge": r"\le", r"\le": r"\ge"}
+_SIGN = r"\s*([<>]|\\[gl]e(?![a-z]))\s*"
+_SIDE = r"((?:(?!\\[gl]e(?![a-z])|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z]))[^<>=,;])+?)"
+_CHAIN = re.compile(f"{_SIDE}{_SIGN}{_SIDE}{_SIGN}{_SIDE}")
+_BOUND = re.compile(f"([a-z]){_SIGN}{_SIDE}|{_SIDE}{_SIGN}([a-z])")
+_R = r"(?:\\mathbb\s*)?\{?R\}?\s*"
+_HALF_OF_R = re.compile(_R + r"[\^_]\s*\{?\s*(?:([+-])|([<>]|\\[gl]e)\s*0)\s*\}?")
+_REALS = re.compile(
+    r"(?:the )?(?:set of )?(?:all )?(?:the )?(positive |negative |non-?negative |non-?positive )?real(?:s| numbers)"
+)
+_HALVES = {
+    r"(0, \infty)": ("+", ">", "positive"), r"(-\infty, 0)": ("-", "<", "negative"),
+    r"[0, \infty)": (r"\ge", "nonnegative"), r"(-\infty, 0]": (r"\le", "nonpositive"), r"\mathbb{R}": ("",),
+}  # fmt: skip
+_REALS_BY_NAME = {name: interval for interval, names in _HALVES.items() for name in names}
+_SET_BUILDER = re.compile(
+    rf"\\?\{{\s*([a-z])\s*(?:\\in\s*{_R})?(?:\\mid(?![a-z])|\||:)\s*(?=[^,;]*\1)([^,;]*?)\s*\\?\}}"
+)
 _LETTER = r"(?:[(\[]\s*([A-Ja-j])\s*[)\]]|([A-J])|([a-j])(?=\s*[.):]))"
 _NAMED = rf"(?i:(?:the )?(?:(?:correct|final|best|right) )?(?:answer|option|choice)(?: is)?\s*:?\s*)?{_LETTER}"
 _CHOICE = re.compile(rf"{_NAMED}\s*(?:$|[.):]|(?<=[)\]]))(?P<rest>.*)", re.DOTALL)
@@ -35,6 +48,16 @@ _CHOSEN = re.compile(
 _GOES_ON = re.compile(r"\s*(?:and|or|[,;&+*/^=<>-])")
 # A second letter in what follows the choice: (E) but not (D). "I" may be a numeral or a pronoun, C and F may be degrees.
 _ANOTHER = re.compile(r"[(\[]\s*[A-Ja-j]\s*[)\]]|(?<!circ )(?<![a-zA-Z\\'])(?:[A-HJ](?![a-zA-Z'])|[a-jI](?=[.):]))")
+# A verdict against the letter behind it: (B) is incorrect, B: no. As the text of a choice, "No" and "Not enough
+# information" stand by themselves.
+_RIGHT = r"(?:(?:the|a|an|really) )*(?:correct|right|true|valid|answer|choice|option|it)"
+_WRONG = r"(?:incorrect|wrong|false|untrue|excluded|eliminated|ruled out)"
+_DENIED = re.compile(
+    rf"[)\]]?\s*(?::\s*(?:no(?=\W*$|[,;])|{_WRONG}|not {_RIGHT})|[.:)!]?\s*(?:"
+    rf"(?:is|was|seems|looks|(?:would|must|can|could) be)(?: (?!not )[a-z]+){{0,2}} {_WRONG}|"
+    rf"(?:is|was)(?:n't|(?: [a-z]+)? not)(?: {_RIGHT}|\W*$)|can(?:not|'t| not) (?:be(?: {_RIGHT}|\W*$)|hold)|"
+    r"does(?:n't| not) (?:hold|work|fit|apply)))(?![a-z])"
+)
 # The article of "E) A rectangle"; "E) A is right, too" names another letter.
 _ARTICLE = re.compile(r"^\s*A (?!(?:and|or|but|nor|is|was|too|also|as|may|might|could|would|with|if|then)\b)(?=[a-z])")
 # A column, written as a row: (1, 2)^T.
@@ -76,29 +99,43 @@ def read_group(text: str, thousands: bool = False) -> Group | None:
 
 
 def condition(text: str) -> str:
-    """`\\{x \\mid x > 2\\}` is x > 2, |x| < 1 is -1 < x < 1, and "all real numbers" are a set."""
-    if re.fullmatch(r"(?:the )?(?:set of )?(?:all )?(?:the )?real numbers", text.lower()):
-        return r"\mathbb{R}"
+    """`\\{x \\mid x > 2\\}` is x > 2, |x| < 1 is -1 < x < 1, "all real numbers" are a set, and `\\mathbb{R}^+` is an interval."""
+    if named := _REALS.fullmatch(text.lower()):
+        return _REALS_BY_NAME[(named[1] or "").replace("-", "").strip()]
+    if half := _HALF_OF_R.fullmatch(text):
+        return _REALS_BY_NAME[half[1] or half[2]]
     match = _SET_BUILDER.fullmatch(text)
-    text = match[1].strip() if match and RELATION.search(match[1]) else text
+    text = match[2] if match and RELATION.search(match[2]) else text
     return re.sub(r"^\|([a-z])\|\s*(<|\\le)\s*(\w+)$", r"-\3 \2 \1 \2 \3", text)
 
 
 def interval(text: str) -> str:
-    """`x > 1 and x < 2` is 1 < x < 2."""
-    above, below = _ABOVE_AND_BELOW.fullmatch(text), _BELOW_AND_ABOVE.fullmatch(text)
-    found = above or below
-    if found is None:
+    """`2 > x > 1`, `x > 1 and x < 2` and `2 > x and 1 < x` are 1 < x < 2."""
+    if (chain := _CHAIN.fullmatch(text)) and {chain[2], chain[4]} <= {">", r"\ge"}:
+        return " ".join((chain[5], _TURNED[chain[4]], chain[3], _TURNED[chain[2]], chain[1]))
+    bounds = [_bound(part) for part in text.split(" and ")]
+    lower = [bound for bound in bounds if bound and bound[1] in (">", r"\ge")]
+    upper = [bound for bound in bounds if bound and bound[1] in ("<", r"\le")]
+    if len(bounds) != 2 or not lower or not upper or lower[0][0] != upper[0][0]:
         return text
-    signs = {">": "<", r"\ge": r"\le"}
-    return f"{found['least']} {signs[found['low']]} {found['x']} {found['high']} {found['most']}"
+    (x, low, start), (_, high, end) = lower[0], upper[0]
+    return f"{start} {_TURNED[low]} {x} {high} {end}"
+
+
+def _bound(text: str) -> tuple[str, str, str] | None:
+    """(variable, sign, value) of an inequality, with its variable first: 2 < x is ("x", ">", "2")."""
+    match = _BOUND.fullmatch(text)
+    if match is None:
+        return None
+    return (match[1], match[2], match[3]) if match[1] else (match[6], _TURNED[match[5]], match[4])
 
 
 def unwrapped(text: str) -> str:
     """`text` without parentheses or braces around a single part: (5) becomes 5, while (1, 2) stays."""
     while True:
         opening, inside, closing = _outer_brackets(text)
-        if (opening, closing) not in (("(", ")"), ("{", "}")) or len(_split(inside, thousands=opening == "{")) != 1:
+        wraps = (opening, closing) in (("(", ")"), ("{", "}")) and _SET_BUILDER.fullmatch(text) is None
+        if not wraps or len(_split(inside, thousands=opening == "{")) != 1:
             return text
         text = inside.rstrip(", ")
 
@@ -116,6 +153,8 @@ def chosen(text: str) -> str | None:
     behind (E (24), E is correct). None for an answer that names several letters."""
     match = _CHOSEN.fullmatch(text)
     if match is None or _GOES_ON.match(match["rest"]) or _ANOTHER.search(_ARTICLE.sub("", match["rest"])):
+        return None
+    if _DENIED.match(text, max(match.end(1), match.end(2), match.end(3))):
         return None
     return (match[1] or match[2] or match[3]).upper()
 

@@ -39,7 +39,7 @@ _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _FILLERS = ("old", "us", "american", "sterling", "more", "fewer")  # "years old" is years, "US dollars" are dollars
 SCALES = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15,
-    "quintillion": 10**18, "lakh": 10**5, "crore": 10**7, "dozen": 12, "gross": 144, "score": 20,
+    "quintillion": 10**18, "lakh": 10**5, "crore": 10**7, "dozen": 12, "gross": 144, "score": 20, "tens": 10,
 }  # fmt: skip
 """Words after a number that multiply it."""
 # Words after a number that change its value or connect it to other text.
@@ -48,12 +48,15 @@ and or plus minus times over divided by mod modulo to if is not than less factor
 half halves third thirds quarter quarters percent percentage pct out below above under beyond fold micro
 twice thrice approximately about around mil mill bil tril
 sin cos tan cot csc log ln exp sqrt infinity pm mp cdot true false none yes no but when where for the a an i e
-one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety zero
 abc xyz
 """
-_NO_UNIT = frozenset(_NO_UNIT_WORDS.split())
+# 5 fives are 25; 5 ones are 5, and 5 zeros are counted.
+_MANY_OF_A_NUMBER = [re.sub("xs$", "xes", re.sub("y$", "ie", word) + "s") for word in notation.NUMBER_WORDS[2:]]
+_NO_UNIT = frozenset([*_NO_UNIT_WORDS.split(), *notation.NUMBER_WORDS, *_MANY_OF_A_NUMBER])
 # Words that change a value at the end (5 double, 5 theta), and describe what they stand before (5 double rooms).
-_ATTRIBUTE_WORDS = "negative positive double triple quadruple wrong incorrect unknown undefined"
+_ATTRIBUTE_WORDS = (
+    "negative positive double triple quadruple wrong incorrect unknown undefined repeating repeated recurring"
+)
 _ATTRIBUTES = frozenset([*_ATTRIBUTE_WORDS.split(), *notation.GREEK_NAMES]) - {"psi"}  # pounds per square inch
 # Two-digit numbers, ten-dollar bills: the hyphen joins a number to an attribute.
 _NUMBER_IN_ATTRIBUTE = re.compile(
@@ -63,6 +66,11 @@ _NUMBER_IN_ATTRIBUTE = re.compile(
 _NUMBER_WORD = re.compile(
     rf"(?:{'|'.join(SCALES)}|[a-z]*illion)s?|[a-z]*teen|(?:ln|log|exp|sin|cos|tan)[nxyz]|"
     r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand|[a-z]*illion)ths?"
+)
+# A number behind "of", which makes a product (12 sets of 3), and is no part of a name (20% milk, two-liter bottles, H2O).
+_COUNT = re.compile(
+    r"(?<![a-z\d.])\d[\d.]*+(?! ?%| percent|-[a-z])|"
+    rf"(?<![a-z])(?:{'|'.join([*notation.NUMBER_WORDS, *_MANY_OF_A_NUMBER])}|(?:{'|'.join(SCALES)})s?)(?!-?[a-z])"
 )
 _FRONT = re.compile(
     r"(-?)\s*((?:US|CA?|AU?)?\$|[€£¥₹₩₽]|(?:USD|EUR|GBP|CAD|AUD|CHF|JPY|CNY|INR|KRW|Rs)(?![a-zA-Z])\.?)\s*(?=[-.\d\\(])"
@@ -152,7 +160,9 @@ def read_unit(text: str, any_words: bool = True) -> Unit | None:
     """The unit that `text` names, or None. `any_words`: words of the table or any others from three letters on."""
     text = re.sub(r"(?<![a-zA-Z])k(?![a-zA-Z])", "thousand", text)  # kelvin is K
     text = re.sub(r"\\mu\s*(?=[a-zA-Z]$|[a-zA-Z]\W)", "micro", re.sub(r"\\Omega(?![a-zA-Z])\s*", "ohm ", text))
-    text = text.lower().replace("^{\\circ}", "°").replace("^\\circ", "°").partition(" of ")[0]
+    text, _, of_what = text.lower().replace("^{\\circ}", "°").replace("^\\circ", "°").partition(" of ")
+    if _COUNT.search(of_what):
+        return None
     text = _NUMBER_IN_ATTRIBUTE.sub(lambda m: m[1] + m[2] if _names(m[2], any_words) else m[0], text)
     text = re.sub(r"\\cdot|\\times|\*|(?<=[a-z])-(?=[a-z])|(?<=°)(?=[a-z])", " ", text)
     text = re.sub(r"(?<![a-z])in (?=(?!squared|cubed)[a-z]{3})", "", text)  # in total, in profit: no inches

@@ -12,6 +12,7 @@ from appo_jax.reward import verify
 from appo_jax.reward.math import MAX_ANSWER_CHARS, equals_one, math_equal
 from appo_jax.reward.notation import clean
 from appo_jax.reward.number import read_number
+from appo_jax.reward.structure import interval
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,54 @@ def test_decimals_and_thousands_separators_keep_the_value(digits, places):
     whole, fraction = divmod(abs(digits), 10**places)
     text = ("-" if digits < 0 else "") + f"{whole:,}" + (f".{fraction:0{places}d}" if places else "")
     assert read_number(clean(text)).value == value
+
+
+@given(st.integers(0, 99), st.text("0123456789", max_size=3), st.text("0123456789", min_size=1, max_size=3))
+def test_a_repeating_decimal_has_the_value_of_its_geometric_series(integer, fixed, cycle):
+    exact = integer + Fraction(int("0" + fixed), 10 ** len(fixed))
+    exact += Fraction(int(cycle), 10 ** len(fixed) * (10 ** len(cycle) - 1))
+    for end in ("...", r"\ldots", " repeating"):
+        number = read_number(clean(f"{integer}.{fixed}{3 * cycle}{end}"))
+        assert abs(number.value - exact) <= Fraction(1, 10**6) * exact
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0.12 repeating", Fraction(11, 90)),  # the last digit
+        ("0.12 (12 repeating)", Fraction(4, 33)),
+        ("0.1212 repeating", Fraction(4, 33)),  # what stands there twice
+        ("0.3...", None),
+        ("3.14159...", None),
+        ("0.12 (3 repeating)", None),
+        ("3.141592...", Fraction("3.141592")),  # six places are a decimal
+        ("12...", 12),
+    ],
+)
+def test_which_digits_repeat(text, value):
+    number = read_number(clean(text))
+    assert number is None if value is None else abs(number.value - value) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("0.1...0.9", "0.1...0.9"),  # from 0.1 to 0.9
+        ("0.1, 0.2, \\dots, 0.9", "0.1, 0.2, \\ldots , 0.9"),
+        ("It is 5...", "It is 5"),
+        ("1.2.3...", "1.2.3"),
+    ],
+)
+def test_an_ellipsis_that_continues_no_decimal_stays_as_it_is(text, cleaned):
+    assert clean(text) == cleaned
+
+
+def test_repeating_decimals_are_read_in_short_time():
+    start = time.monotonic()
+    for text in ("0." + "12" * 10_000 + "...", "0.3..." * 5_000, "0.3 (the 3 " * 2_000, "5 > x and " * 2_000):
+        clean(text)
+        interval(text)
+    assert time.monotonic() - start < 3
 
 
 SAME = [
