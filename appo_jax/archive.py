@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from appo_jax.checkpoint import OLD, TEMPORARY
-from appo_jax.checkpoint_read import REMOVED, verify
+from appo_jax.checkpoint import TEMPORARY
+from appo_jax.checkpoint_read import OLD, REFUSED, REMOVED, verify
 from appo_jax.errors import CheckpointError
 from appo_jax.storage import folder_size, lock, usable_path, write_atomically
 
@@ -118,7 +118,7 @@ def _copy_step(step: Path, target: Path) -> None:
         place = next(folder for folder in target.parents if folder.exists())
         raise CheckpointError(
             f"{target}: cannot be written ({reason}); it takes {folder_size(step) / 1e9:.2f} GB, and "
-            f"{shutil.disk_usage(place).free / 1e9:.2f} are free beside what was written of it"
+            f"{shutil.disk_usage(place).free / 1e9:.2f} are free besides what is written of it already"
         ) from error
     if (word := verify(target)) != "sound":
         raise CheckpointError(f"{target}: the copy differs from the original ({word}); the disk under it loses data")
@@ -136,8 +136,8 @@ def _entry(path: Path) -> Entry | None:
         "checkpoint" if path.name.isdecimal() and path.is_dir()
         else "stray" if path.is_symlink() or not path.is_dir()
         else "half-written" if TEMPORARY in path.name
-        else "refused" if path.name.startswith("refused_")
-        else "half-removed" if path.name.startswith(OLD)
+        else "refused" if REFUSED.fullmatch(path.name)
+        else "half-removed" if OLD.fullmatch(path.name)
         else "stray"
     )  # fmt: skip
     try:

@@ -29,6 +29,8 @@ from appo_jax import distributed, heartbeat
 from appo_jax.checkpoint_items import items, not_written
 from appo_jax.checkpoint_read import (
     NO_RECORD,
+    OLD,
+    REFUSED,
     REMOVED,
     Broken,
     check_arrays,
@@ -46,8 +48,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
-OLD = "removed_"  # beginning of the name of an old step that is being removed
-TOLD_WHEN_WRITTEN = ocp.AsyncOptions(post_finalization_callback=heartbeat.saved)
+REPORTED_WHEN_WRITTEN = ocp.AsyncOptions(post_finalization_callback=heartbeat.saved)
 MAX_LISTINGS = 20  # in a row that may fail because a step was removed meanwhile
 
 
@@ -73,7 +74,7 @@ class Checkpointer:
         options = (
             ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
             if read_only
-            else ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, async_options=TOLD_WHEN_WRITTEN)
+            else ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, async_options=REPORTED_WHEN_WRITTEN)
         )
         self._manager = _despite_removals(
             lambda: ocp.CheckpointManager(self._directory, options=options, item_handlers=items(self._directory))
@@ -195,14 +196,12 @@ class Checkpointer:
 
     def _settle_leftovers(self) -> None:
         """Log what the folder holds besides checkpoints, and remove the rest of old ones."""
-        for path in self._directory.glob(f"{OLD}*"):
-            _delete(path)
         names = sorted(path.name for path in self._directory.iterdir()) if self._directory.is_dir() else []
-        half = [name for name in names if TEMPORARY in name]
-        refused = [name for name in names if name.startswith("refused_")]
-        if half:
+        for name in filter(OLD.fullmatch, names):
+            _delete(self._directory / name)
+        if half := [name for name in names if TEMPORARY in name]:
             _log.info("%s: files of an interrupted save are removed: %s", self._directory, ", ".join(half))
-        if refused:
+        if refused := [name for name in names if REFUSED.fullmatch(name)]:
             _log.info(
                 "%s: broken checkpoints are kept: %s; `appo-jax checkpoints RUN --prune` removes them", self._directory,
                 ", ".join(refused),
@@ -237,7 +236,7 @@ class Checkpointer:
                 self._lasting.add(step)
                 continue
             try:  # at once for those who read: they never find a part of a step
-                folder = folder.rename(_new_name(folder.with_name(f"{OLD}{step}")))
+                folder = folder.rename(_new_name(folder.with_name(f"removed_{step}")))
             except OSError as error:
                 _log.warning("%s: is old, but cannot be removed (%s)", folder, error)
                 self._lasting.add(step)

@@ -33,6 +33,8 @@ T = TypeVar("T")
 # A step is verified in parts of at most this size, because the state in training leaves little memory free.
 MAX_BYTES_AT_ONCE = 1 << 28
 REMOVED = "removed in the meantime"  # the reason for a step that vanished while it was read
+# Names of old steps that are being removed, and of broken steps that are set aside. Other names are a user's.
+OLD, REFUSED = re.compile(r"removed_[0-9]+(_again)*"), re.compile(r"refused_[0-9]+(_again)*")
 
 # What orbax, tensorstore and json raise for damaged files. Tensorstore's text may hold an error of the system.
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -148,8 +150,9 @@ def sha256(value: Any) -> str:
 def _on_all_hosts(folder: Path, read: Callable[[], T]) -> T:
     """What `read` returns, if it returns on every host. It must not wait for other hosts.
 
-    Raises Broken on all hosts if it finds damage on one of them, or if a disk does not give the files after some seconds either.
-    Any other error is raised only where it happens; the supervisors end the other hosts.
+    Raises Broken on all hosts if it finds damage on one of them, or if a disk does not give the files after some seconds either;
+    CheckpointError on all hosts if the user of one of them may not read a file. Any other error is raised only where it happens;
+    the supervisors end the other hosts.
     """
     found, wrong = None, None
     for pause in (*READ_AGAIN_S, None):
@@ -157,33 +160,34 @@ def _on_all_hosts(folder: Path, read: Callable[[], T]) -> T:
             found, wrong = read(), None
         except Exception as error:
             wrong = _damage(folder, error)
-        if wrong is None or wrong.number is None or pause is None:
+        if wrong is None or wrong.number not in _DISK or pause is None:
             break
         time.sleep(pause)
-    told = distributed.exchange(None if wrong is None else [str(wrong), wrong.number])
-    if any(told):
-        failed = [(host, *said) for host, said in enumerate(told) if said]
+    reasons = distributed.exchange(None if wrong is None else [str(wrong), wrong.number])
+    if any(reasons):
+        failed = [(host, *said) for host, said in enumerate(reasons) if said]
         if any(reason == REMOVED for _, reason, _ in failed):
             raise Broken(REMOVED)
-        host, reason, number = next((one for one in failed if one[2] is None), failed[0])  # damage counts first
-        raise Broken(reason if len(told) == 1 else f"host {host}: {reason}", number)
+        host, reason, number = next((one for one in failed if one[2] not in _DISK), failed[0])  # damage counts first
+        text = reason if len(reasons) == 1 else f"host {host}: {reason}"
+        raise CheckpointError(text) if number == errno.EACCES else Broken(text, number)
     return found  # type: ignore[return-value]
 
 
 def _damage(folder: Path, error: Exception) -> Broken:
     """What is wrong with a step for which reading it raised `error`. Raises `error` again if it says nothing about the files."""
     first = failures.causes(error)[-1]  # orbax raises plain Exceptions from it
-    told = _SYSTEM_ERROR.search(str(first))
-    number = int(told[1]) if told else first.errno if isinstance(first, OSError) else None
+    named = _SYSTEM_ERROR.search(str(first))
+    number = int(named[1]) if named else first.errno if isinstance(first, OSError) else None
     if number is not None and number in _DISK:
         return Broken(f"cannot be read: {os.strerror(number)}", number)
     if not folder.exists():  # the process that writes here has removed it, because it was old
         return Broken(REMOVED)
     if (path := unreadable(folder)) is not None:
-        raise CheckpointError(
-            f"{path}: this user may not read it; grant the permission (chown -R, chmod -R u+rX)"
-        ) from error
-    if told and number is not None and number not in _MISSING:
+        return Broken(
+            f"{path}: this user may not read it; grant the permission (chown -R, chmod -R u+rX)", errno.EACCES
+        )
+    if named and number is not None and number not in _MISSING:
         raise OSError(number, os.strerror(number), str(folder)) from error
     if (
         not isinstance(first, _DAMAGE)

@@ -21,13 +21,18 @@ _NAME = re.compile(r"step_(\d{6,})\.jsonl(\.gz)?")
 MAX_CHECKED = 1000
 
 
-def dumped_steps(folder: Path) -> dict[int, Path]:
-    """Step -> its dump, in order. Files with other names are ignored."""
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
+def dump_files(folder: Path) -> dict[int, list[Path]]:
+    """Step -> its dump, and the same without gzip if a user has unpacked it; in order. Files with other names are ignored."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():  # .jsonl.gz comes before .jsonl
         if match := _NAME.fullmatch(path.name):
-            found[int(match[1])] = path
+            found.setdefault(int(match[1]), []).append(path)
     return dict(sorted(found.items()))
+
+
+def dumped_steps(folder: Path) -> dict[int, Path]:
+    """Step -> its dump, in order."""
+    return {step: paths[0] for step, paths in dump_files(folder).items()}
 
 
 def write_dump(folder: Path, step: int, trees: Sequence[Sequence[Rollout]], decode: Decode) -> Path:
@@ -60,23 +65,24 @@ def settle_dumps(folder: Path, step: int, keep: int = 0) -> list[str]:
     Dumps of later steps are removed, because these steps are done again. A damaged dump is renamed. `keep`: the number of
     newest dumps that are kept (0: all); older ones need not exist. A dump that the disk does not give now stays as it is.
     """
-    found = dumped_steps(folder)
+    found = dump_files(folder)
     for later in [s for s in found if s > step]:
-        found.pop(later).unlink()
+        for path in found.pop(later):
+            path.unlink()
     problems = []
-    for damaged in list(found)[-MAX_CHECKED:]:
-        try:
-            for _ in read_dump(found[damaged]):
-                pass
-        except DataError as error:
-            if isinstance(error.__cause__, OSError):  # of the disk, or of this user's rights: the file may be sound
-                problems.append(
-                    f"{found[damaged].name} cannot be read ({error.__cause__.strerror}), and is left as it is"
-                )
-                continue
-            problems.append(f"{found[damaged].name} is damaged and set aside as {set_aside(found.pop(damaged)).name}")
+    for checked in list(found)[-MAX_CHECKED:]:
+        for path in list(found[checked]):
+            try:
+                for _ in read_dump(path):
+                    pass
+            except DataError as error:
+                if isinstance(error.__cause__, OSError):  # of the disk, or of this user's rights: the file may be sound
+                    problems.append(f"{path.name} cannot be read ({error.__cause__.strerror}), and is left as it is")
+                    continue
+                found[checked].remove(path)
+                problems.append(f"{path.name} is damaged and set aside as {set_aside(path).name}")
     first = max(1, step - keep + 1) if keep else 1
-    if missing := sorted(set(range(first, step + 1)) - set(found)):
+    if missing := sorted(set(range(first, step + 1)) - {s for s, paths in found.items() if paths}):
         problems.append(f"the trees of {'steps' if len(missing) > 1 else 'step'} {spans(missing)} are lost")
     return problems
 

@@ -23,13 +23,14 @@ FAILED, BAD_CONFIG, START_AGAIN, INTERRUPTED = 1, 2, 75, 130
 # Parts of JAX's messages when another host disappeared while this one waited for it, and when memory ran out. Only JAX raises
 # JaxRuntimeError. Its collectives on CPUs raise ValueError, as any code may.
 _OTHER_HOST = re.compile(
-    r"gloo|coordination (service|agent)|barrier timed out|connection (reset|closed|refused)|^(UNAVAILABLE|CANCELLED|ABORTED):",
+    r"gloo|coordination (service|agent)|barrier timed out|connection (reset|closed|refused)"
+    r"|^(UNAVAILABLE|CANCELLED|ABORTED|DEADLINE_EXCEEDED):",
     re.I,
 )
 _GLOO = re.compile(r"^[A-Z_]+: Gloo ")
 _MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|failed to allocate|bad_alloc", re.I)
 _SIZE = re.compile(r"[\d.,]+ ?(?:[KMGT]i?B|bytes)|allocat\w* (?:of )?\d+", re.I)
-_TOLD = "_appo_jax_told"  # the attribute of a reported error that holds its explanation
+_EXPLAINED = "_appo_jax_explained"  # the attribute of a reported error that holds its explanation
 _THREADS = re.compile(r"can't start new thread|pthread_create|Resource temporarily unavailable", re.I)
 
 # Errors of a shared disk or of the network to it, which a later start may not meet again.
@@ -125,8 +126,8 @@ def explain(error: BaseException) -> str:
     """What went wrong, in which phase, and what to do. For this program's own errors, it is the error's message."""
     if isinstance(error, AppoError):
         return str(error)
-    if (told := getattr(error, _TOLD, None)) is not None:
-        return told
+    if (explained := getattr(error, _EXPLAINED, None)) is not None:
+        return explained
     phase, step = heartbeat.now()
     inside = "" if phase == "start" else f", phase {phase!r}"
     where = f" in step {step + 1}{inside}" if inside or step else ""  # few commands make steps
@@ -167,7 +168,7 @@ def _place(error: BaseException) -> str:
 def report(error: BaseException) -> None:
     """Report to the supervisor why this process fails; only the first report counts. `explain` says the same of `error` later,
     when the phases of the clean-up have hidden the one in which it was raised."""
-    setattr(error, _TOLD, explain(error))
+    setattr(error, _EXPLAINED, explain(error))
     heartbeat.send(failed=explain(error), code=exit_code(error), secondary=may_follow_from_another_host(error))
 
 

@@ -17,12 +17,16 @@ from typing import Any
 
 BEAT_S = 1.0  # seconds between two heartbeats
 
+ANSWER_S = 10.0  # seconds within which the supervisor must answer a question
+
 PAUSED_S = 30.0  # if a heartbeat is this late, the process was not running
 
 # A phase may go without progress for this multiple of its longest wait so far, and for at least `floor_s`.
 PATIENCE = 10
 # Before its first progress, a phase may go without progress for this multiple of `floor_s`, because it may be compiling.
 FIRST_PATIENCE = 3
+# Phases in which no step, and no update of the cold start, is being made.
+BETWEEN_STEPS = ("start", "evaluate", "checkpoint")
 
 
 class _Life:
@@ -48,7 +52,7 @@ class _Life:
 
     def unsaved(self) -> str:
         """What would be lost if the process ended now, in words: "steps 7 and 8". "": nothing."""
-        first, last = self.saved + 1, self.done + (self.phase != "checkpoint")  # the next one has begun
+        first, last = self.saved + 1, self.done + (self.phase not in BETWEEN_STEPS)
         if first > last:
             return ""
         if first == last:
@@ -87,10 +91,10 @@ def send(**message: Any) -> None:
 
 
 def ask(**message: Any) -> dict[str, Any]:
-    """Send a message to the supervisor and wait for the answer. Raises OSError if none comes within ten seconds."""
+    """Send a message to the supervisor and wait for the answer. Raises OSError if none comes within ANSWER_S."""
     assert _life.channel is not None
     send(**message)
-    readable, _, _ = select.select([_life.channel], [], [], 10.0)
+    readable, _, _ = select.select([_life.channel], [], [], ANSWER_S)
     if not readable:
         raise OSError("the supervising process does not answer")
     return json.loads(_life.channel.recv(1 << 16))

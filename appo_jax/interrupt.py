@@ -32,20 +32,18 @@ class Requests:
     """Requests to stop, heard as signals. `hear` is a handler of signals."""
 
     def __init__(self) -> None:
-        self.count, self._first = 0, 0.0
+        self.count = 0
         # When SIGTERM or Ctrl-C was heard first; infinity: not yet. The machine may end soon after it, but not after SIGHUP.
         self.pressing_since = math.inf
 
     def hear(self, signum: int, frame: Any) -> None:
-        """Count a request, but not a signal that belongs to the first one, nor a terminal that is closed after it."""
-        now = time.monotonic()
+        """Count a request. SIGHUP asks only once. SIGTERM or Ctrl-C after it (a shutdown while the run finishes its step) is the
+        same request, from which the time limit runs; only another one of these, later, is a second request."""
+        self.count = max(self.count, 1)
         if signum != signal.SIGHUP:
+            now = time.monotonic()
+            self.count += now - self.pressing_since >= ONE_REQUEST_S
             self.pressing_since = min(self.pressing_since, now)
-        if self.count == 0:
-            self._first = now
-        elif signum == signal.SIGHUP or now - self._first < ONE_REQUEST_S:
-            return
-        self.count += 1
 
 
 def leave(signum: int, frame: Any) -> None:

@@ -21,7 +21,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 
 from appo_jax import distributed
-from appo_jax.dumps import Decode, dumped_steps, settle_dumps, spans, write_dump
+from appo_jax.dumps import Decode, dump_files, dumped_steps, settle_dumps, spans, write_dump
 from appo_jax.errors import CheckpointError
 from appo_jax.storage import naming, set_aside, to_json, write_atomically
 from appo_jax.types import Rollout
@@ -40,7 +40,7 @@ class MetricsLogger:
     def __init__(self, run_dir: Path, name: str = "metrics", keep_rollouts: int = 0) -> None:
         """`name`: the name of the files, which differs for the cold start ("sft" -> sft.jsonl, tensorboard/sft).
 
-        `keep_rollouts`: the dumps of this many newest steps are kept; 0: all.
+        `keep_rollouts`: the dumps of this many steps up to the newest checkpoint, and of all later steps, are kept; 0: all.
         """
         self._run_dir = Path(run_dir)
         self._file = self._run_dir / f"{name}.jsonl"
@@ -138,8 +138,11 @@ class MetricsLogger:
             return
         write_dump(self._run_dir / "rollouts", step, trees, decode)
         if self._keep_rollouts:
-            for old, path in dumped_steps(self._run_dir / "rollouts").items():
-                if old <= step - self._keep_rollouts:
+            # A later start goes on from the newest checkpoint, and later steps are made again.
+            steps = (path.name for path in (self._run_dir / "checkpoints/rl").glob("*") if path.is_dir())
+            saved = max((int(name) for name in steps if name.isdecimal()), default=0)
+            for old, paths in dump_files(self._run_dir / "rollouts").items():
+                for path in paths if old <= saved - self._keep_rollouts else ():
                     path.unlink()
 
     def close(self) -> None:

@@ -173,7 +173,7 @@ def _open(config: Config, mark: str) -> RunDir:
         for folder in (run.checkpoints, run.rollouts, run.plots, run.tensorboard):
             folder.mkdir(exist_ok=True)
         with naming(path / "lock"):
-            os.pwrite(held, mark.encode(), 0)
+            os.ftruncate(held, os.pwrite(held, mark.encode(), 0))
             os.fsync(held)  # NFS sends what is written to an open file to its server after half a minute
     except BaseException:
         os.close(held)
@@ -213,7 +213,7 @@ def _require_ours(file: Path) -> None:
 
 def _lock(path: Path) -> int:
     """Lock a run. The lock of another machine, which may be lost, is waited for. Raises CheckpointError if it stays locked."""
-    before, until, told = _last_sign(path), time.monotonic() + LOST_LOCK_S, False
+    before, until, warned = _last_sign(path), time.monotonic() + LOST_LOCK_S, False
     while (held := lock(path / "lock")) is None:
         now = _last_sign(path)
         if now is None or now[1] == socket.gethostname() or now != before or time.monotonic() > until:
@@ -222,11 +222,11 @@ def _lock(path: Path) -> int:
                 f"{path}: another process is writing this run{sign}; wait for it, or give another --run-dir. NFS 3 keeps the "
                 f"lock of a machine that was cut off: if it will not come back, delete {path / 'lock'}"
             )
-        if not told:
+        if not warned:
             log.warning(
                 "%s: %s holds the run's lock; waiting up to %.0f s, in case it is lost", path, now[1], LOST_LOCK_S
             )
-        told = True
+        warned = True
         heartbeat.progress()
         time.sleep(0.2)
     return held

@@ -86,7 +86,7 @@ def _finished(components: Components, run: RunDir) -> ColdStart | None:
     config = components.config
     restored = _restore(run.checkpoints / "sft", components)
     if restored is not None and restored[2]["finished"]:
-        MetricsLogger(run.path, "sft").resume(restored[0])  # records that are lost are told, as those of training are
+        MetricsLogger(run.path, "sft").resume(restored[0])  # it names records that are lost
         return restored[1], _accuracies(restored[1], restored[2]["accuracy_base"], components, run)
     if config.init_from is not None:
         return _take_over(Path(config.init_from), components)
@@ -223,6 +223,7 @@ def _train(components: Components, run: RunDir, on_step: OnStep, stop: Stop) -> 
                 }
                 checkpointer.save(step, state, known, batches)
             if stopping:
+                checkpointer.wait()  # while an error is raised, several hosts read no checkpoint back
                 raise KeyboardInterrupt
         checkpointer.wait()
         heartbeat.stoppable(False)  # the last step is on disk; the next start measures its accuracy

@@ -48,7 +48,8 @@ def run(pristine, tmp_path):
     shutil.copytree(pristine, run)
     (run / "checkpoints/rl/refused_6").mkdir()
     (run / "checkpoints/rl/12.orbax-checkpoint-tmp-3").mkdir()
-    (run / "checkpoints/rl/removed_1").mkdir()
+    for name in ("removed_1", "removed_backup", "refused_by_me"):
+        (run / "checkpoints/rl" / name).mkdir()
     for stray in ("notes.txt", "refused_notes.txt", "²"):
         (run / "checkpoints/rl" / stray).write_text("mine")
     return run
@@ -58,7 +59,8 @@ def test_everything_is_listed_by_its_kind(run):
     assert [(entry.path.name, entry.kind) for entry in entries(run)] == [
         ("7", "checkpoint"), ("2", "checkpoint"), ("4", "checkpoint"), ("10", "checkpoint"),
         ("12.orbax-checkpoint-tmp-3", "half-written"), ("notes.txt", "stray"), ("refused_6", "refused"),
-        ("refused_notes.txt", "stray"), ("removed_1", "half-removed"), ("²", "stray"),
+        ("refused_by_me", "stray"), ("refused_notes.txt", "stray"), ("removed_1", "half-removed"), ("removed_backup", "stray"),
+        ("²", "stray"),
     ]  # fmt: skip
     assert "rl/10" in entries(run)[3].line()
     assert entries(run)[5].line().endswith("not written by a run, which leaves it alone")
@@ -97,7 +99,9 @@ def test_a_run_may_be_named_from_where_one_stands(run, tmp_path, monkeypatch):
 
 def test_pruning_keeps_what_is_good_and_what_is_not_ours(run):
     assert [entry.path.name for entry in prune(run)] == ["12.orbax-checkpoint-tmp-3", "refused_6", "removed_1"]
-    assert [entry.path.name for entry in entries(run)] == ["7", "2", "4", "10", "notes.txt", "refused_notes.txt", "²"]
+    assert [entry.path.name for entry in entries(run)] == [
+        "7", "2", "4", "10", "notes.txt", "refused_by_me", "refused_notes.txt", "removed_backup", "²",
+    ]  # fmt: skip
 
 
 def test_a_folder_without_a_run_is_left_as_it_is(tmp_path):
@@ -111,7 +115,7 @@ def test_a_run_that_is_being_written_is_not_pruned(run):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match="a process is writing this run"):
             prune(run)
-    assert len(entries(run)) == 10
+    assert len(entries(run)) == 12
 
 
 def test_the_newest_sound_checkpoint_is_copied(run, tmp_path):

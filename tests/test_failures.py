@@ -164,6 +164,7 @@ os._exit(0)
     [
         (ConfigError("x"), 2), (DataError("x"), 1), (ValueError("a reward's own"), 1), (KeyboardInterrupt(), 130),
         (JaxRuntimeError("UNAVAILABLE: connection to the coordinator"), 75),
+        (JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out with key: appo_jax/supervisor"), 75),
         (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), 75),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), 1),
         (ValueError("the barrier of language, said the heartbeat"), 1),

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ print(json.dumps([judged(nan), judged(lambda response: 1.0)]))
 """
 )
 
-CHECKPOINTS = (
+STATE = (
     JOIN
     + """
 import numpy as np
@@ -102,7 +103,12 @@ sharding = NamedSharding(jax.make_mesh((2,), ("x",)), PartitionSpec("x"))
 def state(step):
     values = np.random.default_rng(step).normal(size=(64, 32)).astype(np.float32)
     return {"w": jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])}
+"""
+)
 
+CHECKPOINTS = (
+    STATE
+    + """
 checkpointer = Checkpointer(sys.argv[1], 3)
 if (found := checkpointer.restore_latest(state(0), None)) is None:
     for step in (1, 2):
@@ -113,6 +119,24 @@ else:
     print("restored", step, bool((part == expected).all()))
     checkpointer.save(2, state(2), {}, None)
 checkpointer.close()
+"""
+)
+
+WITHOUT_RIGHTS = (
+    STATE
+    + """
+import grp, os, pwd  # orbax imports these late
+from appo_jax.distributed import exchange, host
+from appo_jax.errors import CheckpointError
+
+checkpointer = Checkpointer(sys.argv[1], 3, read_only=True)
+if host() == 1:
+    os.seteuid(65534)
+try:
+    checkpointer.restore_latest(state(0), None)
+except CheckpointError as error:
+    print("CheckpointError", error)
+print("next", exchange(f"from {host()}"))
 """
 )
 
@@ -234,6 +258,19 @@ def test_a_file_that_one_host_cannot_read_sends_all_to_the_step_before(tmp_path:
     for text in together(CHECKPOINTS, 2, [str(folder)], 1, tmp_path / "xla"):
         assert "restored 1 True" in text
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "refused_2"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user without rights")
+def test_a_file_that_one_host_may_not_read_is_an_error_of_all(tmp_path: Path) -> None:
+    """sft.cold_start goes on after it. Only the host without rights did, so its next message met another one of the others."""
+    with tempfile.TemporaryDirectory() as name:  # pytest keeps its folders to their user
+        Path(name).chmod(0o755)
+        folder = Path(name, "c")
+        together(CHECKPOINTS, 2, [str(folder)], 1, tmp_path / "xla")
+        (folder / "2/meta/metadata").chmod(0o000)
+        for text in together(WITHOUT_RIGHTS, 2, [str(folder)], 1, tmp_path / "xla"):
+            assert f"CheckpointError host 1: {folder}/2/meta/metadata: this user may not read it; grant the" in text
+            assert "next ['from 0', 'from 1']" in text
 
 
 @pytest.mark.long

@@ -42,7 +42,8 @@ INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     [
         ([TERM], 0), ([TERM, HUP], 0), ([HUP, HUP], 0), ([HUP, TERM], 0), ([TERM, TERM], 0),
         ([INT, None, HUP], 0),  # the terminal is closed while the step ends
-        ([INT, None, INT], 1), ([HUP, None, TERM], 1), ([TERM, HUP, None, INT], 1),
+        ([HUP, None, TERM], 0),  # the machine is shut down while the step ends
+        ([INT, None, INT], 1), ([HUP, None, TERM, None, TERM], 1), ([HUP, TERM, None, TERM], 1), ([TERM, HUP, None, INT], 1),
     ],
 )  # fmt: skip
 def test_signals_of_one_event_are_one_request(monkeypatch, signals, again):

@@ -244,12 +244,56 @@ def test_a_damaged_dump_is_set_aside_and_told(tmp_path, caplog, damage):
     assert (tmp_path / "rollouts" / "step_000002.damaged-1.jsonl.gz").exists() == (damage != "missing")
 
 
-def test_only_the_newest_dumps_are_kept_where_the_config_says_so(tmp_path):
-    logger = MetricsLogger(tmp_path, keep_rollouts=2)
+@pytest.mark.parametrize(
+    ("keep", "every", "kept"),
+    [(2, 1, [3, 4, 5]), (1, 2, [4, 5]), (2, 3, [2, 3, 4, 5]), (1, 10, [1, 2, 3, 4, 5])],
+)
+def test_old_dumps_are_removed_but_none_that_a_resumed_run_has(tmp_path, caplog, keep, every, kept):
+    """Killed after the dump of step 5. Every `every`th step was saved: the run goes on from there with its `keep` newest dumps."""
+    logger = MetricsLogger(tmp_path, keep_rollouts=keep)
     for step in range(1, 6):
         logger.dump_trees(step, [], str)
-    assert sorted(path.name[:11] for path in (tmp_path / "rollouts").iterdir()) == ["step_000004", "step_000005"]
-    logger.resume(5)
+        if step % every == 0 and step < 5:
+            (tmp_path / f"checkpoints/rl/{step}").mkdir(parents=True)
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [f"step_00000{n}.jsonl.gz" for n in kept]
+    saved = 4 // every * every
+    MetricsLogger(tmp_path, keep_rollouts=keep).resume(saved, {"value": 0.0})
+    assert "trees" not in caplog.text
+    left = len([n for n in kept if n <= saved])
+    assert left == len(list((tmp_path / "rollouts").iterdir())) == min(keep, saved)
+
+
+def unpack(path):
+    """As `gunzip -k`."""
+    path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+
+
+def test_a_dump_that_a_user_has_unpacked_is_removed_with_it(tmp_path):
+    logger = MetricsLogger(tmp_path, keep_rollouts=1)
+    for step in range(1, 5):
+        logger.dump_trees(step, [], str)
+        unpack(tmp_path / f"rollouts/step_00000{step}.jsonl.gz")
+    (tmp_path / "checkpoints/rl/3").mkdir(parents=True)
+    logger.dump_trees(5, [], str)
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [
+        "step_000003.jsonl", "step_000003.jsonl.gz", "step_000004.jsonl", "step_000004.jsonl.gz", "step_000005.jsonl.gz",
+    ]  # fmt: skip
+    logger.resume(3)
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [
+        "step_000003.jsonl",
+        "step_000003.jsonl.gz",
+    ]
+
+
+def test_a_damaged_dump_is_not_lost_if_a_user_has_unpacked_it(tmp_path, caplog):
+    logged(tmp_path, 2)
+    path = tmp_path / "rollouts/step_000001.jsonl.gz"
+    unpack(path)
+    path.write_bytes(b"")
+    MetricsLogger(tmp_path).resume(2)
+    assert "step_000001.jsonl.gz is damaged and set aside as step_000001.damaged-1.jsonl.gz" in caplog.text
+    assert "lost" not in caplog.text
+    assert (tmp_path / "rollouts/step_000001.jsonl").exists()
 
 
 def test_phases_keep_their_own_files(tmp_path):

@@ -12,13 +12,14 @@ import pytest
 
 from appo_jax import sft
 from appo_jax.cli import main
-from appo_jax.collect import right
+from appo_jax.collect import Collecting, collect, right
 from appo_jax.components import build
 from appo_jax.config import Config, EvalSetConfig, JudgeConfig
 from appo_jax.config_io import load_config, save_config
 from appo_jax.data.demonstrations import LeftOut
+from appo_jax.data.source import load_dataset
 from appo_jax.data.trace_files import read_traces
-from appo_jax.errors import ConfigError, DataError
+from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.evaluate import Sets, load_sets
 from appo_jax.metrics import read_metrics
 from appo_jax.tools.format import render_result
@@ -192,14 +193,102 @@ def test_collecting_goes_on_where_it_stopped(run: Path, tmp_path: Path, capsys: 
     assert "--questions -5: expected 0 or more" in capsys.readouterr().err
     assert main([*command, "--questions", "2"]) == 0
     first = out.read_bytes()
-    assert first.count(b"\n") == 2
+    assert first.count(b"\n") == 1 + 2
     # A separator that is no end of a line in JSON, and a kill in the middle of a line, in the middle of a character.
-    first += '{"id": "mine", "left_out": "a\u2028b"}\n'.encode()
+    first += '{"id": "mine", "question": "?", "left_out": "a\u2028b"}\n'.encode()
     out.write_bytes(first + '{"id": "ä'.encode()[:-1])
     assert main([*command, "--questions", "3"]) == 0
     assert out.read_bytes().startswith(first)
-    assert len({json.loads(line)["id"] for line in out.read_bytes().split(b"\n")[:-1]}) == 4
+    assert len({json.loads(line)["id"] for line in out.read_bytes().split(b"\n")[1:-1]}) == 4
     assert "of 1 questions" in capsys.readouterr().out
+
+
+def test_traces_of_two_settings_are_never_mixed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ids of questions may coincide: those of plain files are train-1, train-2, …"""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"question": f"{i}+{name}?", "answer": i}) + "\n" for i in range(2)]
+        (tmp_path / name / "train.jsonl").write_text("".join(lines))
+        (tmp_path / name / "test.jsonl").write_text(json.dumps({"question": "Who?", "answer": "x"}) + "\n")
+    out = tmp_path / "traces.jsonl"
+    command = ["sft", "--collect", str(out), "--run", str(run), "--config", str(run / "config.json")]
+    (tmp_path / "corpus.jsonl").write_text('{"title": "T", "text": "a page"}\n')
+    command += [
+        "--data.source",
+        "files",
+        "--data.system-prompt",
+        "",
+        "--tools.search.corpus",
+        str(tmp_path / "corpus.jsonl"),
+    ]
+
+    def collected(*more: str) -> str:
+        assert main([*command, *more]) == 0
+        return capsys.readouterr().out
+
+    def refused(*more: str) -> str:
+        assert main([*command, *more]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    first, second = (["--data.path", str(tmp_path / name)] for name in ("a", "b"))
+    assert "of 2 questions" in collected(*first, "--samples", "1")
+    kept = out.read_bytes()
+    assert "data.path = " in (told := refused(*second, "--samples", "1"))
+    assert "give another file to --collect" in told
+    assert "samples = 1 (now 2)" in refused(*first, "--samples", "2")
+    assert "rollout.temperature = 1.0 (now 0.5)" in refused(*first, "--samples", "1", "--rollout.temperature", "0.5")
+    assert "reward.function = 'robust' (now 'official')" in refused(
+        *first, "--samples", "1", "--reward.function", "official"
+    )
+    with (tmp_path / "a" / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "more?", "answer": 1}) + "\n")
+    assert "files = " in refused(*first, "--samples", "1")
+    assert out.read_bytes() == kept
+    out.write_bytes(kept[kept.index(b"\n") + 1 :])  # as an earlier version wrote it
+    assert main([*command, *first]) == 1
+    assert "it is not a file of traces that `sft --collect` of this version writes" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+NO_REWARD = """
+from appo_jax.types import RewardResult
+
+def reward(response):
+    if response.question in BAD and response.segments and response.stop_reason != "answered":
+        raise ValueError("not this one")
+    return RewardResult(0.0, False)
+
+def always(response):
+    if response.segments and response.stop_reason != "answered":
+        raise ValueError("not any")
+    return RewardResult(0.0, False)
+"""
+
+
+def test_a_question_without_a_reward_is_left_out_and_asked_again(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each chunk is one question, whose reward function fails for the second one."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    questions = [example.question for example in load_dataset(tiny.data).train[:3]]
+    (tmp_path / "no_reward.py").write_text(f"BAD = {questions[1:2]!r}\n{NO_REWARD}")
+
+    def collected(function: str, file: str) -> str:
+        reward = dataclasses.replace(tiny.reward, function=f"no_reward:{function}")
+        rollout = dataclasses.replace(tiny.rollout, decode_rows=1, max_response_tokens=2)
+        config = dataclasses.replace(tiny, reward=reward, rollout=rollout)
+        return collect(config, Collecting(tmp_path / file, samples=4, questions=3))
+
+    assert "0 traces of 3 questions" in (told := collected("reward", "some.jsonl"))
+    assert "8: its answer is wrong; 4: it has no reward" in told
+    for _ in range(2):
+        lines = (tmp_path / "some.jsonl").read_text().splitlines()[1:]
+        assert [json.loads(line)["question"] for line in lines] == [questions[0], questions[2]]
+        assert "0 traces of 1 questions" in (told := collected("reward", "some.jsonl"))
+        assert "left out: 4: it has no reward" in told
+    with pytest.raises(TrainingError, match=r"none of 4 rollouts has a reward: .*not any"):
+        collected("always", "none.jsonl")
 
 
 def test_traces_that_are_right_are_kept_once_and_read_back(tiny: Config, tmp_path: Path) -> None:
@@ -233,8 +322,10 @@ def test_traces_that_are_right_are_kept_once_and_read_back(tiny: Config, tmp_pat
         ]
         left_out = LeftOut()
         records = right(tree, components, left_out)
-        (tmp_path / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        traces = read_traces([tmp_path / "t.jsonl"], notation, "", LeftOut())
+        head = {"collected": {"samples": 7}}
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [head, *records]))
+        traces = read_traces([tmp_path / "t.jsonl"], notation, "", of_file := LeftOut())
+    assert of_file.total == 0
     assert {reason: told["count"] for reason, told in left_out.to_json().items()} == {
         "it makes the calls of another one": 1, "its answer is wrong": 1, "not exactly one <answer>…</answer>": 1,
         "a call of it failed": 1, "the policy writes nothing at its end": 1,

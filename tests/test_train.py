@@ -190,12 +190,18 @@ def test_an_interrupted_run_saves_and_leaves(config: Config, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("asked", [1, 2])
 def test_a_request_to_stop_loses_no_step_of_the_cold_start(
-    tiny: Config, tmp_path: Path, asked: int, caplog: pytest.LogCaptureFixture
+    tiny: Config, tmp_path: Path, asked: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither in the middle nor in the last step, after which the policy is measured. What was measured, and the records, may be
     damaged later."""
     config = dataclasses.replace(tiny, run_dir=str(tmp_path / "run"), sft=dataclasses.replace(tiny.sft, steps=2))
-    stop, steps = Stop(), []
+    stop, steps, raised, read_back = Stop(), [], [], Checkpointer._read_back
+
+    def watched(checkpointer: Checkpointer, *args: Any) -> None:
+        raised.append(sys.exc_info()[1])
+        read_back(checkpointer, *args)
+
+    monkeypatch.setattr(Checkpointer, "_read_back", watched)
 
     def on_step(step: int, record: dict[str, object]) -> None:
         steps.append(step)
@@ -204,6 +210,7 @@ def test_a_request_to_stop_loses_no_step_of_the_cold_start(
     with build(config) as components, open_run(config) as run:
         with pytest.raises(KeyboardInterrupt):
             sft.cold_start(components, run, on_step, stop)
+        assert raised == [None]  # before KeyboardInterrupt was raised: after it, several hosts read nothing back
         (run.checkpoints / "rl").mkdir()
         (run.checkpoints / "rl/5").write_text(
             "a stray file is no step of RL, with which the cold start could be left out"

@@ -16,7 +16,7 @@ from appo_jax.errors import DataError
 
 # The fields that may hold a prediction. `answer` is none of them: in most files of results it is the gold.
 TEXT = ("prediction", "response", "output", "text")
-# What `evaluate.draw_samples` says about a rollout, beside its text.
+# What `evaluate.draw_samples` says about a rollout besides its text.
 ROLLOUT = ("calls", "tokens", "stop_reason", "seconds", "decode_seconds")
 
 

@@ -115,7 +115,7 @@ class Config:
     """Checkpoints with the highest held-out accuracy that are kept as well. Needs an `eval.every` that is a multiple of
     `checkpoint_every`: a policy must be saved when it is evaluated."""
     keep_rollouts: NonNegativeInt = 0
-    """Steps, counted from the newest, whose rollout trees are kept on disk. 0: all."""
+    """Steps up to the newest checkpoint whose rollout trees are kept on disk; those of later steps are kept, too. 0: all."""
     max_silent_seconds: Seconds = 600.0
     """Seconds without progress after which the run prints the stacks of all threads and ends with exit code 75. systemd on a
     pod, a study and a sweep then start it again. The limit is at least ten times the longest wait of the phase so far, and

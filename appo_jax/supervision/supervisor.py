@@ -8,10 +8,7 @@ all its threads), ends it when another host is lost or fails, writes status.json
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import faulthandler
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -23,7 +20,9 @@ from typing import Any
 
 from appo_jax import distributed, failures, heartbeat, interrupt
 from appo_jax.config import Config
-from appo_jax.supervision.peers import Cause, Line, Peers
+from appo_jax.errors import JoinError
+from appo_jax.supervision.child import set_up_child
+from appo_jax.supervision.peers import CONNECT_S, Cause, Line, Peers
 from appo_jax.supervision.records import Records
 from appo_jax.supervision.status import WRITE_S
 
@@ -35,11 +34,12 @@ STOPPED_S = 10.0
 PAUSED_S = 5.0
 # SIGABRT makes a hanging run print its stacks and end; after this time it is killed.
 STACKS_S = 5.0
+# A killed process that waits in the kernel (for a disk that does not answer) ends only after that. It is not waited for longer.
+KILLED_S = 5.0
 # A failing run has this time to finish its writes.
 UNWIND_S = 120.0
 # If another host's failure may have caused a failure, the supervisor waits this long for news of it.
 SECONDARY_S = 15.0
-PR_SET_PDEATHSIG = 1
 
 
 def supervise(config: Config, body: Callable[[], None]) -> None:
@@ -56,28 +56,12 @@ def supervise(config: Config, body: Callable[[], None]) -> None:
         theirs.close()
         os._exit(Supervisor(config, pid, ours).run())
     ours.close()
-    _set_up_child(parent, theirs, config)
+    set_up_child(parent, theirs, config)
     try:
         body()
     except Exception as error:
         failures.report(error)
         raise
-
-
-def _set_up_child(parent: int, channel: socket.socket, config: Config) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent ended before the call of prctl
-        os._exit(failures.START_AGAIN)
-    stops = interrupt.stop_signals()
-    # A terminal sends the others to both processes; the parent passes them on as SIGTERM.
-    for number in stops - {signal.SIGTERM}:
-        signal.signal(number, lambda *_: None)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    faulthandler.enable()
-    heartbeat.expect_progress_within(config.max_silent_seconds)
-    heartbeat.connect(channel)
 
 
 class Supervisor:
@@ -190,8 +174,9 @@ class Supervisor:
         pid, status = os.waitpid(self._pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
 
-    def _end_child(self) -> int:
-        """End the child and return its exit status. A hanging child prints its stacks first; a failing one may finish writing."""
+    def _end_child(self) -> int | None:
+        """End the child and return its exit status; None if it cannot be ended. A hanging child prints its stacks first; a failing
+        one may finish writing."""
         cause = self._cause
         assert cause is not None
         if cause.dump_stacks:
@@ -200,14 +185,23 @@ class Supervisor:
         if cause is self._own_error and not cause.secondary:
             # Alone, it prints its error and releases its resources; with several hosts it may wait for the others.
             patience = UNWIND_S if self._peers.hosts == 1 else STACKS_S
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            if (status := self._ended()) is not None:
-                return status
-            time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
+        if (status := self._ended_within(patience)) is None:
             os.kill(self._pid, signal.SIGKILL)
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+            status = self._ended_within(KILLED_S)
+        if status is None:
+            print(
+                f"appo-jax: {self._name()} (pid {self._pid}) cannot be ended: the kernel holds it, as for a disk that does not "
+                "answer; until it is gone, it may hold the run's lock",
+                file=sys.stderr,
+            )
+        return status
+
+    def _ended_within(self, seconds: float) -> int | None:
+        """`_ended`, after at most this time."""
+        deadline = time.monotonic() + seconds
+        while (status := self._ended()) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return status
 
     # ---- causes
 
@@ -330,14 +324,19 @@ def _is_stopped(pid: int) -> bool:
 
 
 def connect_supervisors() -> None:
-    """Called in the child after the hosts have joined: connect their supervisors."""
+    """Called in the child after the hosts have joined: connect their supervisors. Raises JoinError if that fails."""
     hosts, host, coordinator, store = distributed.joined()
     if not heartbeat.supervised() or hosts == 1 or store is None:
         return
-    if host == 0:
-        hub = heartbeat.ask(hub=hosts)
-        store.key_value_set("appo_jax/supervisor", f"{hub['port']} {hub['token']}")
-    else:
-        port, token = store.blocking_key_value_get("appo_jax/supervisor", 60_000).split()
-        address = coordinator.rpartition(":")[0].strip("[]")
-        heartbeat.send(join={"host": host, "hosts": hosts, "address": address, "port": int(port), "token": token})
+    try:
+        if host == 0:
+            hub = heartbeat.ask(hub=hosts)
+            store.key_value_set("appo_jax/supervisor", f"{hub['port']} {hub['token']}")
+        else:
+            port, token = store.blocking_key_value_get("appo_jax/supervisor", int(1000 * CONNECT_S)).split()
+            address = coordinator.rpartition(":")[0].strip("[]")
+            heartbeat.send(join={"host": host, "hosts": hosts, "address": address, "port": int(port), "token": token})
+    except (RuntimeError, OSError) as error:  # JAX raises RuntimeErrors
+        raise JoinError(
+            f"the supervisors of the hosts cannot be connected now: {type(error).__name__}: {error}; start again"
+        ) from error

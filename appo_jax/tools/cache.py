@@ -98,8 +98,8 @@ def going_on_without(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if path not in _told:
-            _told.add(path)
+        if path not in _logged:
+            _logged.add(path)
             log.warning(
                 "%s: going on without this cache where it fails (%s); free the disk, or delete it and its -wal and -shm files",
                 path,
@@ -107,7 +107,7 @@ def going_on_without(path: Path) -> Iterator[None]:
             )
 
 
-_told: set[Path] = set()  # files of which an error was logged
+_logged: set[Path] = set()  # files of which an error was logged
 
 
 def open_shared(path: str | Path) -> sqlite3.Connection:

@@ -197,6 +197,8 @@ def one_case(
         return "BAD traceback", f"{type(error).__name__}: {error}"[:200]
     finally:
         logging.getLogger("appo_jax").removeHandler(handler)
+    if (size := (run / "lock").stat().st_size) != 16:
+        return "BAD lock", f"{size} bytes: the other hosts expect the mark of this start alone"
     if last_arrays(run) != truth:
         return "BAD parameters", "not those of an undisturbed run"
     if missing := records_complete(run, log.getvalue()):
@@ -208,7 +210,7 @@ def one_case(
 
 def cases(pristine: Path, rng: random.Random) -> list[tuple[str, Damage]]:
     """Every file and folder with every damage. The files from which a run goes on and its records come first."""
-    entries = sorted(path for path in pristine.rglob("*") if path.name != "lock")
+    entries = sorted(pristine.rglob("*"))
     every = [
         (str(path.relative_to(pristine)), damage)
         for path in entries

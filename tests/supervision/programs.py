@@ -80,8 +80,9 @@ def ignore() -> None:
     """Reports that it handles requests to stop, but ignores them."""
     heartbeat.stoppable(True)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    print("training", flush=True)
-    time.sleep(1000)
+    with heartbeat.phase("rollout"):
+        print("training", flush=True)
+        time.sleep(1000)
 
 
 def save() -> None:
@@ -96,7 +97,7 @@ def save() -> None:
 
 
 def write_in_the_background() -> None:
-    """Makes step 8 while step 7 is being written, or is on disk. Before, the cold start has made 30 updates."""
+    """Is $IN_PHASE after step 7, which is being written or is on disk. Before, the cold start has made 30 updates."""
     heartbeat.stoppable(True)
     heartbeat.at_update(25, on_disk=True)
     heartbeat.at_update(30)
@@ -107,18 +108,21 @@ def write_in_the_background() -> None:
     if os.environ["WRITTEN"] == "step 7":
         heartbeat.saved()
     signal.signal(signal.SIGTERM, lambda *_: None)
-    with heartbeat.phase("rollout"):
+    with heartbeat.phase(os.environ["IN_PHASE"]):
         print("training", flush=True)
         time.sleep(1000)
 
 
 def hosts() -> None:
-    """Steps with five exchanges between all hosts. $FAULT says what host $AT_HOST does in step $AT_STEP, or at the "end"."""
-    distributed.initialize()
-    supervisor.connect_supervisors()
-    open_run(config)
+    """Steps with five exchanges between all hosts. $FAULT says what host $AT_HOST does in step $AT_STEP, or at the "end", or before
+    the supervisors "connect"."""
     fault, host, step = os.environ.get("FAULT", ""), int(os.environ["AT_HOST"]), int(os.environ["AT_STEP"])
     at_phase = os.environ.get("AT_PHASE", "reward")
+    distributed.initialize()
+    if (at_phase, distributed.joined()[1]) == ("connect", host):
+        FAULTS[fault]()
+    supervisor.connect_supervisors()
+    open_run(config)
     with interrupt.stop_requests() as stop:
         for i in range(int(os.environ["STEPS"])):
             stop.agreed()
@@ -148,6 +152,11 @@ def wait_alone() -> None:
         time.sleep(1000)
 
 
+def pause_supervisor() -> None:
+    subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getppid()}"])
+    os.kill(os.getppid(), signal.SIGSTOP)
+
+
 def raise_error() -> None:
     raise ValueError("the reward fell over")
 
@@ -157,6 +166,7 @@ FAULTS = {
     "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "stop both": lambda: (os.kill(os.getppid(), signal.SIGSTOP), os.kill(os.getpid(), signal.SIGSTOP)),
+    "pause supervisor": pause_supervisor,
     "kill both": lambda: (os.kill(os.getppid(), signal.SIGKILL), time.sleep(1000)),
     "exception": raise_error,
     "error of ours": fail,
@@ -176,7 +186,7 @@ if __name__ == "__main__":
     for setting in sys.argv[3:]:
         name, value = setting.split("=")
         if name.isupper():
-            module = next(module for module in (supervisor, records, distributed) if hasattr(module, name))
+            module = next(module for module in (supervisor, records, distributed, heartbeat) if hasattr(module, name))
             setattr(module, name, type(getattr(module, name))(value))
         else:
             config = dataclasses.replace(config, **{name: float(value)})

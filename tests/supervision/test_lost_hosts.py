@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import socket
 import subprocess
@@ -22,7 +23,9 @@ PROGRAMS = str(Path(__file__).parent / "programs.py")
 Variables = Callable[[int, int], dict[str, str]]
 
 
-def together(run_dir: Path, count: int, one_of: Variables, fault: str, **more: str) -> list[subprocess.Popen[str]]:
+def together(
+    run_dir: Path, count: int, one_of: Variables, fault: str, *settings: str, **more: str
+) -> list[subprocess.Popen[str]]:
     """Start the hosts, each with a log run_dir.HOST.log."""
     processes = []
     for i in range(count):
@@ -33,7 +36,7 @@ def together(run_dir: Path, count: int, one_of: Variables, fault: str, **more: s
             | one_of(i, count)
         )
         with Path(f"{run_dir}.{i}.log").open("w") as log:
-            command = [sys.executable, PROGRAMS, "hosts", str(run_dir)]
+            command = [sys.executable, PROGRAMS, "hosts", str(run_dir), *settings]
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, text=True))
     return processes
 
@@ -98,6 +101,29 @@ def test_a_host_that_never_comes_is_told(tmp_path: Path, one_of: Variables) -> N
     assert last_line(done.stderr).startswith("appo-jax: not all hosts have joined within 2 s: one has not started"), (
         done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("fault", "host", "cause"),
+    [
+        ("hang", 1, "DEADLINE_EXCEEDED"),  # host 0 does not give its supervisor's address
+        ("pause supervisor", 0, "the supervising process does not answer"),
+    ],
+)
+def test_a_host_whose_supervisor_cannot_be_connected_is_started_again(
+    tmp_path: Path, one_of: Variables, fault: str, host: int, cause: str
+) -> None:
+    processes = together(
+        tmp_path / "run", 2, one_of, fault, "CONNECT_S=2", "ANSWER_S=1", AT_HOST="0", AT_PHASE="connect"
+    )
+    try:
+        code = processes[host].wait(60)
+    finally:
+        for process in processes:
+            process.kill()
+    log = Path(f"{tmp_path}/run.{host}.log").read_text()
+    assert re.search(f"the supervisors of the hosts cannot be connected now: .*{cause}.*; start again", log), log
+    assert code == 75
 
 
 @pytest.mark.parametrize(

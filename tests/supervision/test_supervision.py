@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from appo_jax.supervision.status import describe, read_status
 
 PROGRAMS = str(Path(__file__).parent / "programs.py")
 Start = Callable[..., subprocess.Popen[str]]
+PTRACE_SEIZE, WALL = 0x4206, 0x40000000  # from linux/ptrace.h and linux/wait.h
 
 
 @pytest.fixture
@@ -144,6 +146,27 @@ def test_a_process_that_is_killed_or_stopped_is_told(start: Start, number: signa
     assert gone(child)
 
 
+def test_a_process_that_cannot_be_ended_is_named_and_left(start: Start) -> None:
+    """Its tracer keeps a killed process from its parent, as the kernel does with one that waits for a disk."""
+    process = start("start_up", "KILLED_S=1")
+    assert process.stdout is not None
+    process.stdout.readline()
+    child = child_of(process)
+    if ctypes.CDLL(None).ptrace(PTRACE_SEIZE, child, None, None):
+        pytest.skip("this user may trace no process")
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    try:
+        code, _, err = end(process)
+    finally:
+        os.waitpid(child, WALL)
+    assert code == 130
+    assert 1 <= time.monotonic() - began < 10
+    first, last = err.splitlines()
+    assert first.startswith(f"appo-jax: the run's process (pid {child}) cannot be ended: the kernel holds it")
+    assert last == "appo-jax: interrupted"
+
+
 def test_a_run_that_was_paused_as_a_whole_goes_on(start: Start) -> None:
     """Ctrl-Z, and fg after more than the longest allowed silence."""
     process = start("train", "STOPPED_S=4", "LOCKED_S=6", "PAUSED_S=4")
@@ -241,19 +264,26 @@ def test_a_step_that_is_longer_than_the_grace_is_given_up(start: Start) -> None:
     assert "within stop_grace_seconds, step 1 could not be saved; a restart makes it again" in err
 
 
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
 @pytest.mark.parametrize(
-    ("numbers", "saved"),
-    [([signal.SIGHUP], True), ([signal.SIGINT], False), ([signal.SIGTERM], False), ([signal.SIGHUP, signal.SIGTERM], False)],
+    ("numbers", "grace", "saved"),  # None: a pause
+    [
+        ([HUP], 1, True), ([INT], 1, False), ([TERM], 1, False), ([HUP, TERM], 1, False),
+        ([HUP, None, INT], 1, False), ([HUP, None, INT], 20, True), ([HUP, None, INT, None, INT], 20, False),
+    ],
 )  # fmt: skip
 def test_the_grace_begins_with_the_signal_of_a_shutdown(
-    start: Start, numbers: list[signal.Signals], saved: bool
+    start: Start, numbers: list[signal.Signals | None], grace: int, saved: bool
 ) -> None:
-    """launch/stop.sh sends SIGHUP. A run of the paper's configs, whose steps take minutes, gave up its step after 20 s."""
-    process = start("long_step", "stop_grace_seconds=1")
+    """launch/stop.sh sends SIGHUP. A run of the paper's configs, whose steps take minutes, gave up its step after 20 s; and at once
+    if the machine was shut down meanwhile."""
+    process = start("long_step", f"stop_grace_seconds={grace}")
     assert process.stdout is not None
     process.stdout.readline()
     for number in numbers:
-        process.send_signal(number)
+        time.sleep(0.5) if number is None else process.send_signal(number)
     code, out, _ = end(process)
     assert code == 130
     assert ("saved" in out) == saved
@@ -270,18 +300,30 @@ def test_a_step_that_could_not_be_written_within_the_grace_is_named(start: Start
 
 
 @pytest.mark.parametrize(
-    ("written", "lost"), [("step 6", "steps 7 and 8"), ("step 7", "step 8"), ("update 25", "updates 26 to 31")]
+    ("written", "phase", "lost"),
+    [
+        ("step 6", "rollout", "steps 7 and 8 could not be saved; a restart makes "),
+        ("step 7", "rollout", "step 8 could not be saved; a restart makes "),
+        ("update 25", "cold start", "updates 26 to 31 could not be saved; a restart makes "),
+        # The next step has not begun.
+        ("step 6", "evaluate", "step 7 could not be saved; a restart makes "),
+        ("update 25", "checkpoint", "updates 26 to 30 could not be saved; a restart makes "),
+        ("step 7", "start", "but everything is saved"),  # the clean-up
+    ],
 )
-def test_all_that_is_lost_is_named(start: Start, monkeypatch: pytest.MonkeyPatch, written: str, lost: str) -> None:
+def test_all_that_is_lost_is_named(
+    start: Start, monkeypatch: pytest.MonkeyPatch, written: str, phase: str, lost: str
+) -> None:
     """The step before is lost, too, while it is being written; in the cold start, all updates since the last checkpoint."""
     monkeypatch.setenv("WRITTEN", written)
+    monkeypatch.setenv("IN_PHASE", phase)
     process = start("write_in_the_background", "stop_grace_seconds=1")
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     code, _, err = end(process)
     assert code == 130
-    assert f"within stop_grace_seconds, {lost} could not be saved; a restart makes " in err
+    assert f"within stop_grace_seconds, {lost}" in err
 
 
 def test_asked_again_it_ends_at_once(start: Start) -> None:
