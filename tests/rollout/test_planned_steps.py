@@ -72,7 +72,7 @@ class Seen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, others: int) -> None:
         self.calls: Counter = Counter()
-        self.beside: dict[tuple, int] = {}
+        self.resident: dict[tuple, int] = {}
         self.decode_steps, self.others = 0, others
         for name, (module, function, telling) in WATCHED.items():
             monkeypatch.setattr(module, function, self.watch(name, getattr(module, function), telling))
@@ -82,7 +82,7 @@ class Seen:
             key = name, shapes([args[i] for i in telling])
             self.calls[key] += 1
             beside = size(jax.live_arrays()) - self.others - size(args)
-            self.beside[key] = max(self.beside.get(key, 0), beside)
+            self.resident[key] = max(self.resident.get(key, 0), beside)
             out = function(*args, **kwargs)
             self.decode_steps += int(out[1]) if name == "decode" else 0
             return out
@@ -168,7 +168,7 @@ def test_a_real_step_runs_what_the_plan_says(name: str, arch, tokenizer, executo
             assert found[key] == expected[key], key[0]
     # No more lies beside a program than is planned, except small arrays, and on a CPU the transposed weights of decode steps.
     transposed = size(params) * dtype.itemsize // 4
-    for key in plan.keys() & seen.beside.keys():
+    for key in plan.keys() & seen.resident.keys():
         copy = transposed if key[0] in ("prefill", "decode", "append") else 0
-        assert seen.beside[key] <= plan[key].beside + copy + 4096, key[0]
+        assert seen.resident[key] <= plan[key].resident + copy + 4096, key[0]
     assert seen.decode_steps <= sum(times for (kind, _), times in expected.items() if kind == "decode")
