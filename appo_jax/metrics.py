@@ -23,7 +23,7 @@ from tensorboardX.summary import scalar
 from appo_jax import distributed
 from appo_jax.dumps import Decode, dump_files, dumped_steps, settle_dumps, spans, write_dump
 from appo_jax.errors import CheckpointError
-from appo_jax.storage import naming, set_aside, to_json, write_atomically
+from appo_jax.storage import naming, numbered_folders, set_aside, to_json, write_atomically
 from appo_jax.types import Rollout
 
 Value = float | int | str
@@ -139,8 +139,8 @@ class MetricsLogger:
         write_dump(self._run_dir / "rollouts", step, trees, decode)
         if self._keep_rollouts:
             # A later start goes on from the newest checkpoint, and later steps are made again.
-            steps = (path.name for path in (self._run_dir / "checkpoints/rl").glob("*") if path.is_dir())
-            saved = max((int(name) for name in steps if name.isdecimal()), default=0)
+            steps = numbered_folders(self._run_dir / "checkpoints/rl")
+            saved = int(steps[-1].name) if steps else 0
             for old, paths in dump_files(self._run_dir / "rollouts").items():
                 for path in paths if old <= saved - self._keep_rollouts else ():
                     path.unlink()

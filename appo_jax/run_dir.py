@@ -32,7 +32,7 @@ from appo_jax.config.effects import Affects
 from appo_jax.config_io import changed_effects, config_json, flatten, load_config, parse_config
 from appo_jax.dumps import dumped_steps
 from appo_jax.errors import CheckpointError, ConfigError
-from appo_jax.storage import SHARED_S, lock, naming, set_aside, usable_path, write_atomically
+from appo_jax.storage import SHARED_S, lock, naming, numbered_folders, set_aside, usable_path, write_atomically
 
 # An NFS 4 server frees the lock of a machine that it has lost after about 90 s.
 LOST_LOCK_S = 120.0
@@ -264,8 +264,7 @@ def _kept_config(run: RunDir) -> Config:
 def _config_in_a_checkpoint(run: RunDir) -> tuple[str, Path] | None:
     """The JSON of the config in the newest checkpoint that holds one, and that checkpoint's folder."""
     for phase in ("rl", "sft"):
-        steps = [folder for folder in (run.checkpoints / phase).glob("*") if folder.name.isdecimal()]
-        for folder in sorted(steps, key=lambda folder: int(folder.name), reverse=True):
+        for folder in reversed(numbered_folders(run.checkpoints / phase)):
             with contextlib.suppress(ConfigError, *NO_RECORD):
                 text = record_here(folder)["meta"]["config"]
                 parse_config(text)

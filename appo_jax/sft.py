@@ -39,7 +39,7 @@ from appo_jax.policy.score import Rows
 from appo_jax.policy.sharding import annotate, batch_shardings, param_shardings, place
 from appo_jax.rollout.tool_results import ToolResults
 from appo_jax.run_dir import RunDir, open_run
-from appo_jax.storage import to_json, write_atomically
+from appo_jax.storage import numbered_folders, to_json, write_atomically
 from appo_jax.text.tokenizer import vocabulary
 from appo_jax.types import Example, Segment, Trace
 from appo_jax.view.progress import Progress
@@ -66,7 +66,7 @@ def cold_start(components: Components, run: RunDir, on_step: OnStep, stop: Stop)
     initial parameters and no accuracies, because both are restored from the RL checkpoint.
     """
     config = components.config
-    has_rl = any(path.name.isdecimal() and path.is_dir() for path in (run.checkpoints / "rl").glob("*"))
+    has_rl = bool(numbered_folders(run.checkpoints / "rl"))
     if not has_rl or config.policy.lora is not None or make_algorithm(config).keeps_reference:
         return _cold_start(components, run, on_step, stop)
     try:

@@ -153,6 +153,12 @@ def cut_unfinished_line(path: Path) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
+def numbered_folders(folder: Path) -> list[Path]:
+    """The folders in `folder` whose name is a number, in order: the steps of checkpoints."""
+    found = [path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
 def set_aside(path: Path, copy: bool = False) -> Path:
     """Rename (or copy) a damaged file to a new name such as step_3.damaged-1.jsonl. Returns the new path."""
     stem, dot, ending = path.name.partition(".")

@@ -43,6 +43,12 @@ on_all() {
   return "$failed"
 }
 
+# For a worker's shell: leave with an error if the unit runs there. An argument is done before.
+refuse_running() {
+  echo "case \$(systemctl is-active appo) in active|activating|deactivating) ${1:+$1; }\
+echo \"\$(hostname): the unit appo runs; 'launch/stop.sh' ends it\" >&2; exit 1 ;; esac"
+}
+
 # The state of the pod's request, or MISSING. Asks again while gcloud fails, because a connection may be gone for some minutes.
 pod_state() {
   local errors state attempt

@@ -31,8 +31,7 @@ done
 environment="rm -f \$HOME/$home.env"
 [[ -z ${TPU_ENV:-} ]] || environment="chmod 600 \$HOME/$home.env.new; mv \$HOME/$home.env.new \$HOME/$home.env"
 # A unit that runs keeps its variables: it reads the file again at each restart.
-refuse="case \$(systemctl is-active appo) in active|activating|deactivating) rm -f \$HOME/$home.env.new; \
-echo \"\$(hostname): the unit appo runs; 'launch/stop.sh' ends it\" >&2; exit 1 ;; esac"
+refuse=$(refuse_running "rm -f \$HOME/$home.env.new")
 
 # systemd is the supervisor: it outlives the ssh connection, restarts the command after a crash, and gives up after TPU_RETRIES
 # restarts. A crash of one host ends the others too, so that all of them start again and go on from the last checkpoint.

@@ -6,8 +6,7 @@
 #   TPU_SHARED  NFS export (Filestore: 10.0.0.2:/share) that every worker mounts at /mnt/shared: weights, data, run directories
 source "$(dirname "$0")/common.sh"
 
-on_all "case \$(systemctl is-active appo) in active|activating|deactivating) \
-echo \"\$(hostname): the unit appo runs; 'launch/stop.sh' ends it\" >&2; exit 1 ;; esac"
+on_all "$(refuse_running)"
 archive=$(mktemp --suffix .tar.gz)
 trap 'rm -f "$archive"' EXIT
 git -C "$(dirname "$0")/.." archive --format tar.gz --output "$archive" HEAD

@@ -15,6 +15,7 @@ from typing import Any
 from appo_jax.benchmark.sets import Benchmark, Item, benchmark
 from appo_jax.data.golds import accepted_answers, plain
 from appo_jax.data.question_files import ANSWER, first_value, lower_case, published_records, question_of
+from appo_jax.data.records import problem_of
 from appo_jax.errors import DataError
 from appo_jax.reward.latex import boxed_gold
 
@@ -62,8 +63,7 @@ def load_questions(name: str, path: Path) -> Questions:
             if item.id == str(position) and files.setdefault((item.question, item.golds), file) != file:
                 raise ValueError("it is in another file, too")
         except (KeyError, TypeError, ValueError) as error:
-            reason = f"missing field {error}" if isinstance(error, KeyError) else str(error)
-            left_out.setdefault(reason, []).append(place)
+            left_out.setdefault(problem_of(error), []).append(place)
         else:
             items[item.id] = item
     if not items:

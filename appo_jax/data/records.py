@@ -66,11 +66,7 @@ def parse_each(
         try:
             record = parse(raw)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            problem = str(error)
-            if isinstance(error, KeyError):
-                problem = f"missing field {error}"
-            elif isinstance(error, json.JSONDecodeError):
-                problem = f"not valid JSON ({error})"
+            problem = problem_of(error)
             if malformed != "skip":
                 choice = ", or set data.malformed to skip" if malformed else ""
                 raise DataError(f"{where}: {problem}; correct it{choice}") from error
@@ -176,6 +172,13 @@ class MissingField(KeyError):
 
     def __str__(self) -> str:
         return f"{self.path!r} (it has {', '.join(map(repr, self.fields)) or 'none'}){self.advice}"
+
+
+def problem_of(error: Exception) -> str:
+    """What is wrong with a record for which `error` was raised."""
+    if isinstance(error, KeyError):
+        return f"missing field {error}"
+    return f"not valid JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def field(record: Any, path: str) -> Any:

@@ -36,6 +36,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import tiny
+from cluster import variables_of_host
 
 import appo_jax.train  # noqa: F401 - what hosts import, once for all of them: they are forked
 from appo_jax.config import MeshConfig
@@ -151,9 +152,7 @@ def start(case: Case, number: int, variables: dict[str, str], namespaces: list[s
 
 def variables(case: Case, number: int, address: str, router: str | None) -> dict[str, str]:
     """The environment of a host: how it finds the others (as Open MPI sets it), and its fault."""
-    return {
-        "APPO_DISTRIBUTED": "1", "JAX_COORDINATOR_ADDRESS": address, "OMPI_MCA_orte_hnp_uri": "0.0;tcp://127.0.0.1:1",
-        "OMPI_COMM_WORLD_SIZE": str(case.hosts), "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_RANK": str(number),
+    return variables_of_host(number, case.hosts, address) | {
         "FAULT": case.fault, "AT_HOST": str(case.host), "AT_STEP": str(case.step), "AT_PHASE": case.phase, "STEPS": str(STEPS),
         "CUT": f"ip -n {router} link set port{case.host} down",
     }  # fmt: skip

@@ -22,6 +22,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from cluster import variables_of_host
+
 ROOT = Path(__file__).parents[2]
 SIZE, STEPS = 4, 400
 COUNTS, WEIGHTS = {"a": 7, "b": 5}, {"a": 2.0, "b": 1.0}
@@ -57,15 +59,11 @@ checkpointer.close()
 
 
 def variables(hosts: int) -> list[dict[str, str]]:
-    """The environment of each host: how it finds the others, as Open MPI sets it."""
+    """The variables of each host, at a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    common = {
-        "APPO_DISTRIBUTED": "1", "JAX_COORDINATOR_ADDRESS": address, "OMPI_MCA_orte_hnp_uri": "0.0;tcp://127.0.0.1:1",
-        "OMPI_COMM_WORLD_SIZE": str(hosts), "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-    }  # fmt: skip
-    return [common | {"OMPI_COMM_WORLD_RANK": str(host)} for host in range(hosts)]
+    return [variables_of_host(number, hosts, address) for number in range(hosts)]
 
 
 def start(folder: Path, hosts: int, seed: int) -> list[subprocess.Popen[bytes]]:
