@@ -105,7 +105,7 @@ def build(config: Config) -> Components:
 
 def make_sampler(
     config: Config, arch: Architecture, tokenizer: Tokenizer, executor: ToolExecutor, dtype: Any, mesh: Mesh
-) -> TreeSampler:
+) -> Sampler:
     """The sampler of a run, for the rollouts and branches of its algorithm."""
     algorithm = make_algorithm(config)
     engine = Engine(arch, tokenizer, executor, algorithm.rollout, config.seed, dtype, mesh)

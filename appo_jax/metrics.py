@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import time
 import zlib
@@ -34,7 +35,7 @@ class MetricsLogger:
     """Writes the metrics of the run in directory `run_dir`; with several hosts, the first one does.
 
     A step's line is on disk when `log` returns, and ends with a checksum of the rest of the line. JSON has no NaN and
-    no infinities: metrics.jsonl has null instead, TensorBoard the value.
+    no infinities: metrics.jsonl has null instead, and TensorBoard has no point.
     """
 
     def __init__(self, run_dir: Path, name: str = "metrics", keep_rollouts: int = 0) -> None:
@@ -65,7 +66,9 @@ class MetricsLogger:
             file.flush()
             os.fsync(file.fileno())
         if self._draws:
-            self._draw(step, {name: float(value) for name, value in metrics.items() if not isinstance(value, str)})
+            numbers = {name: float(value) for name, value in metrics.items() if not isinstance(value, str)}
+            # tensorboardX warns of each NaN without its name; a metric is NaN where nothing was measured.
+            self._draw(step, {name: value for name, value in numbers.items() if math.isfinite(value)})
 
     def _draw(self, step: int, values: Mapping[str, float]) -> None:
         """Write TensorBoard's event of a step in this thread: the thread of tensorboardX's SummaryWriter ends at the first error,

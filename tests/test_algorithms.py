@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 import jax
@@ -164,7 +165,6 @@ def test_the_samplers_rounding_is_corrected_by_truncated_weights() -> None:
 # ---------------------------------------------------------------- every algorithm against the oracle
 
 PROMPTS, N, M, LENGTH = 2, 2, 6, 12
-TOKEN_MEAN = ("reinforce_pp", "dapo", "cispo")
 
 
 def random_tree(rng: np.random.Generator, algorithm: Algorithm) -> list[Rollout]:
@@ -190,28 +190,93 @@ def random_tree(rng: np.random.Generator, algorithm: Algorithm) -> list[Rollout]
     return tree
 
 
-def by_the_oracle(name: str, tree: list[Rollout]) -> list[np.ndarray]:
-    """A_base `[T]` of the rollouts of one prompt that the algorithm trains on, from §2 and §6 of the method."""
-    rewards = [r.reward for r in tree]
-    match name:
-        case "appo":
-            return [np.full(LENGTH, a) for a in oracle.a_base(rewards[:N], rewards[N:])]
-        case "appo_all":  # eq. 6 is the same in both groups
-            initial, branches = rewards[:N], rewards[N:]
-            values = [*oracle.a_base(initial, branches), *oracle.a_base(branches, initial)]
-            return [np.full(LENGTH, a) for a in values]
-        case "tree_grpo":
-            roots = [r.node if r.parent is None else r.parent for r in tree]
-            return [np.full(LENGTH, a) for a in oracle.a_tree(rewards, roots)]
-        case "gigpo":
-            states = [["the prompt", *[call.result for call in r.calls]] for r in tree]
-            out = [np.zeros(LENGTH) for _ in tree]
-            for a, r, values in zip(out, tree, oracle.a_turns(rewards, states), strict=True):
-                for turn, value in zip(oracle.turns(r.sampled), values, strict=True):
-                    a[turn] = value
-            return out
-        case _:
-            return [np.full(LENGTH, a) for a in oracle.a_base(rewards, [], "init_only")]
+Advantages = Callable[[list[list[Rollout]], list[np.ndarray], list[list[bool]]], list[np.ndarray]]
+
+
+def by_prompt(values: Callable[[list[Rollout]], Any]) -> Advantages:
+    """The advantages of an algorithm that looks at one prompt's rollouts at a time: `values(tree)` is a number or an array `[T]`
+    for each rollout that is trained on."""
+    return lambda trees, _, __: [np.broadcast_to(a, LENGTH) for tree in trees for a in values(tree)]
+
+
+def rewards(tree: list[Rollout]) -> list[float]:
+    return [r.reward for r in tree]
+
+
+def z_score(tree: list[Rollout]) -> Any:
+    """GRPO, §2: the z-score among all M rollouts."""
+    return oracle.a_base(rewards(tree), [], "init_only")
+
+
+def dual_groups(tree: list[Rollout]) -> Any:
+    """Eq. 6, for the initial rollouts."""
+    return oracle.a_base(rewards(tree)[:N], rewards(tree)[N:])
+
+
+def dual_groups_of_all(tree: list[Rollout]) -> Any:
+    """Eq. 6 for branches too: it is the same in both groups."""
+    initial, branches = rewards(tree)[:N], rewards(tree)[N:]
+    return [*oracle.a_base(initial, branches), *oracle.a_base(branches, initial)]
+
+
+def within_and_between_trees(tree: list[Rollout]) -> Any:
+    return oracle.a_tree(rewards(tree), [r.node if r.parent is None else r.parent for r in tree])
+
+
+def by_turns(tree: list[Rollout]) -> list[np.ndarray]:
+    states = [["the prompt", *[call.result for call in r.calls]] for r in tree]
+    out = [np.zeros(LENGTH) for _ in tree]
+    for a, r, values in zip(out, tree, oracle.a_turns(rewards(tree), states), strict=True):
+        for turn, value in zip(oracle.turns(r.sampled), values, strict=True):
+            a[turn] = value
+    return out
+
+
+def over_the_mini_batch(
+    trees: list[list[Rollout]], penalties: list[np.ndarray], masks: list[list[bool]]
+) -> list[np.ndarray]:
+    """Here every rollout is trained on."""
+    flat = [np.pad(row, (0, LENGTH - len(row))) for row in penalties]
+    return [np.array(row) for row in oracle.a_global([r for tree in trees for r in rewards(tree)], flat, masks)]
+
+
+GRPO = by_prompt(z_score)
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What an algorithm's paper says (§2 and §6 of the method), in the oracle's words. It is never read from appo_jax. The default
+    values are GRPO's, with the average and the ε that a config has if it gives none (eq. 8)."""
+
+    advantage: Advantages = GRPO
+    """A_base `[LENGTH]` of every rollout that is trained on, from the trees, the KL penalties of its tokens and the masks."""
+    scale: Callable[[float], float] = lambda omega: 1.0
+    """The factor of a token's advantage, from its clipped Ω."""
+    entropy_weight: float = 0.0
+    """α: advantages are multiplied by 1 + α·Z(H), Z over all tokens."""
+    low: float = 0.2
+    high: float = 0.2
+    """The ratio is clipped to [1 − low, 1 + high]."""
+    mode: str = "paper"
+    """How `oracle.aggregate` averages tokens."""
+    kind: str = "clip"
+    """The surrogate in `oracle.loss` and `oracle.surrogate_slope`."""
+
+
+TRUTHS = {
+    "appo": Truth(by_prompt(dual_groups), scale=lambda omega: 1 + 0.5 * omega),
+    "appo_all": Truth(by_prompt(dual_groups_of_all), scale=lambda omega: 1 + 0.5 * omega),
+    "grpo": Truth(),
+    "reinforce_pp": Truth(over_the_mini_batch, mode="token_mean"),
+    "dapo": Truth(high=0.28, mode="token_mean"),
+    "gppo": Truth(kind="gppo"),
+    "cispo": Truth(low=1.0, mode="token_mean", kind="cispo"),
+    "gigpo": Truth(by_prompt(by_turns)),
+    "arpo": Truth(),
+    "aepo": Truth(entropy_weight=0.2, kind="gppo_high"),
+    "tree_grpo": Truth(by_prompt(within_and_between_trees)),
+    "fipo": Truth(scale=lambda omega: omega),
+}
 
 
 def by_tree(trees: list[list[Rollout]], rows: np.ndarray) -> list[list[np.ndarray]]:
@@ -223,6 +288,11 @@ def by_tree(trees: list[list[Rollout]], rows: np.ndarray) -> list[list[np.ndarra
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_advantages_loss_and_gradient_of_every_algorithm_are_the_oracles(name: str, seed: int) -> None:
+    assert name in TRUTHS, (
+        f"{name!r} is new in ALGORITHMS: add a row to TRUTHS in tests/test_algorithms.py, with the advantage, clip, average and "
+        "surrogate that its paper gives (do not read them from the code)"
+    )
+    truth = TRUTHS[name]
     rng = np.random.default_rng(seed)
     config = dataclasses.replace(CONFIG, algorithm=name, rollout=RolloutConfig(num_initial=N, budget=M))
     algorithm = make_algorithm(config)
@@ -236,26 +306,16 @@ def test_advantages_loss_and_gradient_of_every_algorithm_are_the_oracles(name: s
     omegas = [oracle.omega(row, mask, 32.0) for row, mask in zip(log_ratio, masks, strict=True)]
     penalties = [[rng.uniform(0, 0.1, r.length) * r.sampled for r in tree] for tree in trees]
 
-    if name == "reinforce_pp":
-        flat = [np.pad(x, (0, LENGTH - len(x))) for tree in penalties for x in tree]
-        base = [np.array(row) for row in oracle.a_global([r.reward for r in rollouts], flat, masks)]
-    else:
-        base = [a for tree in trees for a in by_the_oracle(name, tree)]
-    ours = {"appo": lambda o: 1 + 0.5 * o, "appo_all": lambda o: 1 + 0.5 * o, "fipo": lambda o: o}
-    scale = ours.get(name, lambda o: 1.0)
+    base = truth.advantage(trees, [row for tree in penalties for row in tree], masks)
     advantages = [
-        [a * scale(oracle.clip(o, 1, 1.2)) if m else 0.0 for a, o, m in zip(*rows, strict=True)]
+        [a * truth.scale(oracle.clip(o, 1, 1.2)) if m else 0.0 for a, o, m in zip(*rows, strict=True)]
         for rows in zip(base, omegas, masks, strict=True)
     ]
     entropies = rng.uniform(0, 3, old.shape)
-    if name == "aepo":  # 1 + 0.2·Z(H), Z over all tokens
-        known = entropies[np.array(masks)]
-        factors = 1 + 0.2 * (entropies - known.mean()) / known.std()
-        advantages = (np.array(advantages) * factors).tolist()
-    low, high = (1.0 if name == "cispo" else 0.2), (0.28 if name == "dapo" else 0.2)
-    mode = "token_mean" if name in TOKEN_MEAN else "paper"
-    kind = {"gppo": "gppo", "cispo": "cispo", "aepo": "gppo_high"}.get(name, "clip")
-    budget = algorithm.budget
+    known = entropies[np.array(masks)]
+    factors = 1 + truth.entropy_weight * (entropies - known.mean()) / known.std()
+    advantages = (np.array(advantages) * factors).tolist()
+    low, high, mode, kind, budget = truth.low, truth.high, truth.mode, truth.kind, algorithm.budget
     expected = oracle.loss(
         new, old, advantages, masks, clip_low=low, clip_high=high, mode=mode, num_prompts=PROMPTS, budget=budget, kind=kind
     )  # fmt: skip

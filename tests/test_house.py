@@ -1,4 +1,5 @@
-"""Bounds on the size of modules, functions and signatures, so that each is easy to read; and declared dependencies."""
+"""Bounds on the size of modules, functions and signatures, so that each is easy to read; declared dependencies; and names that
+stand in two places."""
 
 import ast
 import re
@@ -7,6 +8,11 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import get_args
+
+from appo_jax.branching.rule import ByScore, ByTurns
+from appo_jax.branching.rules import RULES
+from appo_jax.config.method import Score, TurnRule
 
 PACKAGE = Path(__file__).parents[1] / "appo_jax"
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 7
@@ -76,3 +82,17 @@ def test_every_imported_package_is_declared():
         if not declared & {re.sub(r"[-_.]+", "-", package).lower() for package in of.get(name, ())}
     }
     assert not undeclared
+
+
+def test_the_choices_of_the_branching_score_are_the_files_of_the_rules():
+    """Else the only error for a rule that is missing in the config is a list of the others."""
+    for kind, choices, list_of_names in ((ByScore, Score, "Score"), (ByTurns, TurnRule, "TurnRule")):
+        names, files = set(get_args(choices)), {name for name, rule in RULES.items() if isinstance(rule, kind)}
+        assert files <= names, (
+            f"add {sorted(files - names)} of appo_jax/branching/rules/ to {list_of_names} in appo_jax/config/method.py, and say in "
+            "the docstring of `score` there what it does"
+        )
+        assert names <= files, (
+            f"{list_of_names} in appo_jax/config/method.py has {sorted(names - files)}: write a file of this name in "
+            f"appo_jax/branching/rules/ that ends in RULE = {kind.__name__}(…), or take the name out"
+        )

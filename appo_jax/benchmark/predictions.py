@@ -72,7 +72,8 @@ def read_predictions(path: Path, items: Sequence[Item], limit: int | None = None
             unknown.append(id)
     if len(unknown) == len(read):
         raise DataError(
-            f"{path}: none of its ids ({', '.join(unknown[:3])} …) is a question of the set ({items[0].id} …)"
+            f"{path}: none of its ids ({', '.join(unknown[:3])} …) is a question of the set ({items[0].id} …); give the ids of the "
+            "set's file (a question without one, or whose `prepare` leaves it out, has its position, from 0)"
         )
     samples = {item.id: samples[item.id] for item in items[:limit]}
     if not any(samples.values()):

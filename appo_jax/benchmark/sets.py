@@ -46,8 +46,8 @@ class Benchmark:
     levels: tuple[str, ...] = ()
     """The levels of the set; a question of another level is left out. Empty: any level."""
     prepare: Callable[[Record, Path], Record] = _unchanged
-    """A record of the file at the path, in the form that `questions.load_questions` reads. Raises ValueError for a record that is
-    no question of the set: it is left out, and counted under this reason."""
+    """A record of the file at the path, in the form that `questions.load_questions` reads, with its id. Raises ValueError for a
+    record that is no question of the set: it is left out, and counted under this reason."""
     number_rule: str = EXACT
     """What a language model as judge is told about answers that are numbers."""
 

@@ -83,8 +83,8 @@ class Architecture:
     """Tokens of prompt and response together for which the policy was trained (`max_position_embeddings`); yarn extends
     it. A config with longer rollouts is refused. None: no limit."""
     family: str = "llama"
-    """Which parameters a layer has and how it uses them: a name in policy/parameters.py. llama: Llama 3, SmolLM2.
-    qwen2: Qwen2 and Qwen2.5, with biases on queries, keys and values. qwen3: with a norm on queries and keys."""
+    """Which parameters a layer has and how it uses them: a name in the table FAMILIES of policy/parameters.py, which is
+    `model_type` in config.json (llama also for SmolLM2, qwen2 also for Qwen2.5)."""
 
 
 Adaptable = Literal["q", "k", "v", "o", "gate", "up", "down"]

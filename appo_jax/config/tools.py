@@ -75,7 +75,7 @@ class ToolsConfig:
     """Tools in general, and each built-in one."""
 
     enabled: tuple[str, ...] = ("python", "search")
-    """Tools a rollout may call: python, search, or your tool as `package.module:factory`."""
+    """Tools a rollout may call: the names of built-in ones (docs/tools.md), or your tool as `package.module:factory`."""
     call_format: Literal["tags", "json", "chat"] = "tags"
     """How calls are written (tools/format.py). tags: in tags of the tool's name, as in the paper. json: a JSON object with
     name and arguments, as Qwen and Hermes models write it. chat: the same calls; the model's chat template writes the tools into

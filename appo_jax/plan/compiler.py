@@ -91,6 +91,8 @@ def compiler_for(topology: str, slices: int = 1, **options: Any) -> Compiler:
     # libtpu takes a lock as if it used a TPU, which another `appo-jax plan` or a training may hold. This permits both.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     jax.config.update("jax_platforms", "cpu")
+    # A program for devices that do not exist can be written to the cache of compiled programs, but not read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     from jax.experimental import topologies
 
     bounds: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}

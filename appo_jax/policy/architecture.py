@@ -1,8 +1,8 @@
 """Conversion between a Hugging Face config.json and Architecture.
 
-The supported model classes (`parameters.FAMILIES`) read a fixed set of config fields (transformers'
-modeling_{llama,qwen2,qwen3}.py). Each field that could change what the model computes is either part of Architecture, or
-is refused here with an error that names it.
+The supported model classes (`parameters.FAMILIES`) read a fixed set of config fields (their configuration_*.py and modeling_*.py
+in transformers). Each field that could change what the model computes is either part of Architecture, or is refused here with
+an error that names it. A field that config.json lacks has transformers' value.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
         expected = ", ".join(known.hf for known in FAMILIES.values())
         raise WeightsError(f"config.json: architectures = {names}: expected one of {expected}")
 
-    problems = _unsupported(config, family)
+    given, config = config, {**FAMILIES[family].defaults, **config}
+    problems = _unsupported(config, family, given)
     problems += _numbers(config)
-    ropes = (config.get(name) for name in ("rope_parameters", "rope_scaling"))
+    ropes = (config.get(name) for name in ("rope_scaling", "rope_parameters"))  # if both are given, the first counts
     rope: Any = next((given for given in ropes if given not in (None, {})), {})
     scaling, rope_problems = _rope_scaling(rope, config.get("max_position_embeddings"))
     problems += rope_problems
@@ -40,7 +41,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
         raise _unloadable(problems)
 
     num_heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or FAMILIES[family].head_dim or config["hidden_size"] // num_heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
     arch = Architecture(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
@@ -222,15 +223,17 @@ def _is_above(value: Any, kind: Any, bound: float = 0) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and bound < value < math.inf
 
 
-def _unsupported(config: Mapping[str, Any], family: str) -> list[str]:
-    """One message for each field with an unsupported value, which would change what the model computes."""
+def _unsupported(config: Mapping[str, Any], family: str, given: Mapping[str, Any]) -> list[str]:
+    """One message for each field with an unsupported value, which would change what the model computes. `given`: config.json, which
+    may lack fields of `config`."""
     supported: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
         "quantization_config": (),
         "partial_rotary_factor": (1.0,),
     } | {key: (value,) for key, value in FAMILIES[family].config.items()}
     problems = [
-        f"{key} = {config[key]!r}: not supported" + (f", only {allowed[0]!r} is" if allowed else "")
+        f"{key} = {config[key]!r}{'' if key in given else ' (the default of a missing field)'}: not supported"
+        + (f", only {allowed[0]!r} is" if allowed else "")
         for key, allowed in supported.items()
         if config.get(key) is not None and config[key] not in allowed
     ]

@@ -35,14 +35,22 @@ class Family:
     """Its name in `architectures` of config.json."""
     config: dict[str, Any]
     """Fields of config.json that would change what the model computes, each with the only supported value."""
-    head_dim: int | None = None
-    """Head width if config.json gives none; None: hidden_size / num_attention_heads."""
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Values that transformers' config class gives fields that config.json lacks, where `from_hf` would take another one."""
 
 
+# By `model_type` of config.json, which exports write.
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}),  # Llama 3, SmolLM2
-    "qwen2": Family("Qwen2ForCausalLM", {"use_sliding_window": False}),  # Qwen2, Qwen2.5
-    "qwen3": Family("Qwen3ForCausalLM", {"attention_bias": False, "use_sliding_window": False}, head_dim=128),
+    # Llama 3, SmolLM2
+    "llama": Family("LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}),
+    # Qwen2, Qwen2.5: with biases on queries, keys and values
+    "qwen2": Family("Qwen2ForCausalLM", {"use_sliding_window": False}, {"num_key_value_heads": 32}),
+    # Qwen3: with a norm on queries and keys
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {"attention_bias": False, "use_sliding_window": False},
+        {"head_dim": 128, "num_key_value_heads": 32},
+    ),
 }
 
 
@@ -56,8 +64,9 @@ class Parameter:
     """Matrices and embeddings start as random numbers, biases at 0, norm scales at 1. Norm scales are always float32."""
     hf: str
     """Its module in Hugging Face files; a layer's name follows `model.layers.{i}.`."""
-    gguf: str
-    """Its name in GGUF files; a layer's name follows `blk.{i}.`."""
+    gguf: str = ""
+    """Its name in GGUF files, for the parameters of llama; a layer's name follows `blk.{i}.`. Only SmolLM2's conversion reads such
+    files, so parameters of other families have none."""
     inputs: int = 0
     """For a matrix: the number of its leading axes that are input axes. x `[..., *in]` times w `[*in, *out]`."""
     residual: bool = False
@@ -107,11 +116,11 @@ LAYER = {
     "k": Parameter("DKE", "matrix", "self_attn.k_proj", "attn_k", inputs=1),
     "v": Parameter("DKE", "matrix", "self_attn.v_proj", "attn_v", inputs=1),
     "o": Parameter("HED", "matrix", "self_attn.o_proj", "attn_output", inputs=2, residual=True),
-    "q_bias": Parameter("HE", "bias", "self_attn.q_proj", "attn_q", families=_QWEN2),
-    "k_bias": Parameter("KE", "bias", "self_attn.k_proj", "attn_k", families=_QWEN2),
-    "v_bias": Parameter("KE", "bias", "self_attn.v_proj", "attn_v", families=_QWEN2),
-    "q_norm": Parameter("E", "norm", "self_attn.q_norm", "attn_q_norm", families=_QWEN3),
-    "k_norm": Parameter("E", "norm", "self_attn.k_norm", "attn_k_norm", families=_QWEN3),
+    "q_bias": Parameter("HE", "bias", "self_attn.q_proj", families=_QWEN2),
+    "k_bias": Parameter("KE", "bias", "self_attn.k_proj", families=_QWEN2),
+    "v_bias": Parameter("KE", "bias", "self_attn.v_proj", families=_QWEN2),
+    "q_norm": Parameter("E", "norm", "self_attn.q_norm", families=_QWEN3),
+    "k_norm": Parameter("E", "norm", "self_attn.k_norm", families=_QWEN3),
     "mlp_norm": Parameter("D", "norm", "post_attention_layernorm", "ffn_norm"),
     "gate": Parameter("DF", "matrix", "mlp.gate_proj", "ffn_gate", inputs=1),
     "up": Parameter("DF", "matrix", "mlp.up_proj", "ffn_up", inputs=1),
@@ -128,8 +137,8 @@ def _adapter(row: Parameter) -> tuple[Parameter, Parameter]:
     """The rows of a matrix's adapter: A and B."""
     into, out = row.axes[: row.inputs], row.axes[row.inputs :]
     return (
-        Parameter(f"{into}r", "adapter", f"{row.hf}.lora_A", "", row.inputs, families=()),
-        Parameter(f"r{out}", "adapter", f"{row.hf}.lora_B", "", 1, families=()),
+        Parameter(f"{into}r", "adapter", f"{row.hf}.lora_A", inputs=row.inputs, families=()),
+        Parameter(f"r{out}", "adapter", f"{row.hf}.lora_B", inputs=1, families=()),
     )
 
 

@@ -205,7 +205,10 @@ def test_files_of_predictions_that_cannot_be_graded_are_named(data, tmp_path):
     for lines, message in [
         ("", "the file is empty; expected one JSON object a line"),
         ('{"prediction": "1"}', "line 1: expected fields id and prediction"),
-        ('{"id": 7, "prediction": "1"}', "none of its ids"),
+        (
+            '{"id": 7, "prediction": "1"}',
+            r"none of its ids \(7 …\) is a question of the set \(1 …\); .*whose `prepare` leaves it out",
+        ),
         ("{", "line 1: not valid JSON"),
         ('{"id": 1, "prediction": {"text": "1"}}', r"line 1: field prediction: expected a text, .*, got {'text': '1'}"),
         (

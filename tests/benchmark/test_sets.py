@@ -2,13 +2,14 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
 from appo_jax.benchmark.questions import load_questions
-from appo_jax.benchmark.sets import BENCHMARKS
+from appo_jax.benchmark.sets import BENCHMARKS, Item
 from appo_jax.errors import ConfigError, DataError
 
 
@@ -299,6 +300,15 @@ def test_a_set_of_ones_own(tmp_path, monkeypatch):
     for name in ("own_sets:other", "own_sets:missing", "aime"):
         with pytest.raises(ConfigError, match=rf"set = '{name}'.*expected aime24, .* or `package.module:set`"):
             load_questions(name, file)
+
+
+def test_the_set_of_the_page_on_evaluation_keeps_what_predictions_and_reports_need(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "eval.md").read_text()
+    (tmp_path / "my_sets.py").write_text("# my_sets.py" + page.partition("# my_sets.py")[2].partition("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    file = write(tmp_path / "x.jsonl", {"id": "q7", "text": "Who?", "answers": ["x", "y"], "round": 3})
+    [item] = load_items("my_sets:trivia", file)
+    assert item == Item("q7", "Who?", ("x", "y"), "3")
 
 
 def test_a_set_whose_function_returns_nothing_is_told(tmp_path, monkeypatch):

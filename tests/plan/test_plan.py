@@ -445,6 +445,30 @@ def test_a_config_that_does_not_fit_a_slice(tmp_path):
         assert "does not fit" in next(line for line in printed.splitlines() if "mini-batches" in line)
 
 
+TWICE = """
+import jax
+from appo_jax.plan.compiler import compiler_for
+
+device = compiler_for("v5e:1x1").devices[0]
+x = jax.ShapeDtypeStruct((8, 128), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
+for _ in range(2):
+    jax.clear_caches()
+    jax.jit(lambda x: x @ x.T).lower(x).compile()
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
+def test_a_program_for_a_slice_is_not_put_into_the_cache_from_which_it_could_not_be_read(tmp_path):
+    """With a cache, as `make` has one: a second plan warned of every program."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE], capture_output=True, text=True, env=os.environ | cache, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Error reading persistent compilation cache" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_topology_must_be_given(capsys):
     assert main(["plan", "--config", str(ROOT / "configs/qwen3_8b_deepsearch.py")]) == 2
     assert "--topology" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from appo_jax.config import Architecture, PolicyConfig, RopeScaling, YarnScaling
 from appo_jax.errors import ConfigError, WeightsError
 from appo_jax.policy import weights
 from appo_jax.policy.architecture import architecture_of, from_hf, read_architecture, to_hf
-from appo_jax.policy.parameters import init_params
+from appo_jax.policy.parameters import FAMILIES, Family, init_params
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 make = runpy.run_path(str(GOLDEN / "make_golden.py"))
@@ -294,7 +294,7 @@ LLAMA_ROPE = {
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
-        ("qwen3", {"architectures": ["MistralForCausalLM"]}, r"MistralForCausalLM.*expected one of LlamaForCausalLM"),
+        ("qwen3", {"architectures": ["NoSuchForCausalLM"]}, r"NoSuchForCausalLM.*expected one of LlamaForCausalLM"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds sliding_attention"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act = 'gelu'.*only 'silu'"),
@@ -369,8 +369,50 @@ def test_a_number_that_is_null_is_as_if_it_were_missing():
     assert from_hf(config | {"rms_norm_eps": None}) == from_hf(without)
 
 
+def test_a_field_that_config_json_lacks_has_the_value_that_transformers_gives_it():
+    """Values by hand from transformers 5.12: LlamaConfig, Qwen2Config, Qwen3Config. 64 query heads in a width of 512."""
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": 512,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 64,
+        "intermediate_size": 8,
+    }
+    for name, heads, width in (("Llama", 64, 8), ("Qwen2", 32, 8), ("Qwen3", 32, 128)):
+        arch = from_hf(sizes | {"architectures": [f"{name}ForCausalLM"]})
+        assert (arch.num_kv_heads, arch.head_dim) == (heads, width), name
+        assert (arch.rope_theta, arch.rope_scaling, arch.norm_eps, arch.tie_embeddings) == (1e4, None, 1e-6, False)
+        null = from_hf(sizes | {"architectures": [f"{name}ForCausalLM"], "num_key_value_heads": None})
+        assert null.num_kv_heads == 64  # as many as there are query heads, in all three
+
+
+def test_a_missing_field_whose_default_is_not_supported_is_refused(monkeypatch):
+    """As for MistralConfig, whose default is a window of 4096 tokens, if FAMILIES had it."""
+    family = Family("NoSuchForCausalLM", {"sliding_window": None}, {"sliding_window": 4096})
+    monkeypatch.setitem(FAMILIES, "no_such", family)
+    config = make["tiny_config"]("smollm2", 0) | {"architectures": ["NoSuchForCausalLM"]}
+    assert from_hf(config | {"sliding_window": None}).family == "no_such"
+    with pytest.raises(WeightsError, match=r"sliding_window = 4096 \(the default of a missing field\): not supported"):
+        from_hf(config)
+    with pytest.raises(WeightsError, match=r"sliding_window = 64: not supported, only None is"):
+        from_hf(config | {"sliding_window": 64})
+
+
+def test_of_two_sets_of_rope_parameters_the_one_that_transformers_takes_counts():
+    """`rope_scaling`, the older name, replaces `rope_parameters`: RotaryEmbeddingConfigMixin.convert_rope_params_to_dict."""
+    both = {
+        "rope_scaling": LLAMA_ROPE,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+        "rope_theta": 5e5,
+    }
+    arch = from_hf(make["tiny_config"]("smollm2", 0) | both)
+    assert (arch.rope_scaling, arch.rope_theta) == (LLAMA3, 5e5)
+
+
 def test_an_unknown_family_is_refused_by_name():
-    arch = Architecture(100, 32, 2, 4, 2, 8, 64, family="gemma")
+    arch = Architecture(100, 32, 2, 4, 2, 8, 64, family="no_such")
     for use in (lambda: architecture_of(PolicyConfig(architecture=arch)), lambda: init_params(arch, 0)):
-        with pytest.raises(ConfigError, match=r"policy\.architecture\.family = 'gemma': expected one of llama, qwen2"):
+        with pytest.raises(
+            ConfigError, match=r"policy\.architecture\.family = 'no_such': expected one of llama, qwen2"
+        ):
             use()
