@@ -2,7 +2,7 @@
 #   make demo      train the embedded world's policy, from nothing to its held-out accuracy
 #   make test      the tests                make lint     style, types, layers
 #   make test-long the tests that take minutes: two hosts, a sweep that is killed again and again, a
-#                  sweep on two slices, a run's start that is interrupted at 20 moments, learning in the tags format
+#                  sweep on two slices, a run's start that is interrupted at 20 moments, learning in both call formats, more meshes
 #   make docs      the documentation's site, in site/
 #   make bench     speed: the sampler, the tools and, with DATA=DIR_OF_GSM8K, whole steps; make parity: our policies against
 #                  transformers, live

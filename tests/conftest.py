@@ -13,10 +13,11 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far more than they compute. So programs are compiled quickly here and in the processes that tests start:
-# without LLVM's optimizations, by the older and faster of XLA's code generators, and once for all processes of these tests.
+# without LLVM's optimizations, by the older and faster of XLA's code generators, each in one piece, and once for all processes
+# of these tests.
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles them as users do; for one test the fixture `optimized` does.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
-    quick = "--xla_cpu_use_fusion_emitters=false"
+    quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     if quick not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

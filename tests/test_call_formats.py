@@ -20,15 +20,9 @@ from appo_jax.train import train
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # a cold start and six steps: a minute of an idle core, many of a busy machine
-@pytest.mark.parametrize(
-    "call_format",
-    [
-        "json",
-        # The format of `make demo`.
-        pytest.param("tags", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize("call_format", ["json", "tags"])
 def test_the_world_learns_in_either_format(tmp_path, monkeypatch, call_format):
     """This network cannot compute with three numbers, so it answers correctly only with the tool."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))

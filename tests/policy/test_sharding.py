@@ -25,15 +25,21 @@ ARCH = Architecture(96, 32, 2, 4, 2, 8, 48)
 # The bounds of decoding hold for programs as users compile them. The others need no optimizations.
 @pytest.mark.timeout(480)
 @pytest.mark.parametrize(
-    ("file", "optimized"), [("policy/train_on_eight_devices.py", False), ("rollout/decode_on_eight_devices.py", True)]
+    ("file", "optimized", "which"),
+    [
+        ("policy/train_on_eight_devices.py", False, "not long"),
+        ("rollout/decode_on_eight_devices.py", True, "not long"),
+        pytest.param("rollout/decode_on_eight_devices.py", True, "long", marks=pytest.mark.long),
+    ],
 )
-def test_on_eight_devices(file: str, optimized: bool) -> None:
+def test_on_eight_devices(file: str, optimized: bool, which: str) -> None:
     flags = os.environ.get("XLA_FLAGS", "") if not optimized else ""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}", "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if optimized else "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=8", str(TESTS / file)]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--durations=8", "-m", which]
+    command = [sys.executable, "-m", "pytest", *options, str(TESTS / file)]
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -33,7 +33,16 @@ def text() -> list[str]:
     return ["the quick brown fox jumps over the lazy dog ! . < / > 0 1 2 3 4 5 6 7 8 9"] * 20
 
 
-@pytest.mark.parametrize(("shape", "heads"), [((4, 2, 1), 4), ((2, 2, 2), 4), ((1, 2, 4), 4), ((1, 1, 8), 8)])
+# Compiling for eight devices takes half a minute for each mesh.
+@pytest.mark.parametrize(
+    ("shape", "heads"),
+    [
+        ((2, 2, 2), 4),
+        ((1, 1, 8), 8),
+        pytest.param((4, 2, 1), 4, marks=pytest.mark.long),
+        pytest.param((1, 2, 4), 4, marks=pytest.mark.long),
+    ],
+)
 def test_trees_are_those_of_one_device(
     shape: tuple[int, int, int], heads: int, arch: Architecture, tokenizer: SentencePieceTokenizer, executor: ToolExecutor,
     examples: list[Example], rollout_config: RolloutConfig,
