@@ -18,6 +18,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Programs compiled once are compiled for every later run of this checkout.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/artifacts/xla
 
+# One process more than there are cores, because many tests wait for processes that they start; at most 4, for memory.
+PYTEST = $(BIN)/pytest --numprocesses $$($(BIN)/python -c 'import os; print(min(os.cpu_count() + 1, 4))') --dist worksteal
+
 .PHONY: setup demo test test-long lint docs bench parity compare
 .DELETE_ON_ERROR:
 
@@ -49,10 +52,10 @@ demo: $(RUN)
 	$(BIN)/appo-jax train --config configs/quickstart.py $(ARGS)
 
 test: $(DEV)
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-long: $(DEV)
-	$(BIN)/pytest -m long $(ARGS)
+	$(PYTEST) -m long $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -51,10 +51,14 @@ from appo_jax.types import RewardResult
 def config(tmp_path_factory: pytest.TempPathFactory, short_quickstart: Callable[[Path], Config]) -> Config:
     folder = tmp_path_factory.mktemp("quickstart")
     c = short_quickstart(folder)
+    shape = dataclasses.replace(
+        c.policy.architecture, width=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=32
+    )
     config = dataclasses.replace(
         c,
         run_dir=str(folder / "run"),
         steps=3,
+        policy=dataclasses.replace(c.policy, architecture=shape),
         sft=dataclasses.replace(c.sft, steps=2),
         eval=dataclasses.replace(c.eval, num_prompts=4),
     )

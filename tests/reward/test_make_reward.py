@@ -47,7 +47,7 @@ def user_module(tmp_path, monkeypatch):
         def format(response): return 1.0
         CONSTANT = 3
     """
-    (tmp_path / "my_rewards.py").write_text("\n".join(line.strip() for line in source.splitlines()))
+    (tmp_path / "own_rewards.py").write_text("\n".join(line.strip() for line in source.splitlines()))
     (tmp_path / "my_broken.py").write_text("def f(response):\n    return\nNone.missing\n")
     (tmp_path / "my_syntax.py").write_text("def f(response:\n")
     (tmp_path / "my_script.py").write_text("raise SystemExit(2)\n")
@@ -75,7 +75,7 @@ def test_bonus_is_the_given_one(name):
 
 @pytest.mark.usefixtures("user_module")
 def test_user_function():
-    assert make_reward("my_rewards:length", 0.1, FORMAT)(RESPONSE).reward == len(TEXT)
+    assert make_reward("own_rewards:length", 0.1, FORMAT)(RESPONSE).reward == len(TEXT)
 
 
 @pytest.mark.usefixtures("user_module")
@@ -83,14 +83,14 @@ def test_user_function():
     ("name", "complaint"),
     [
         ("robst", "expected robust, official, judge or package.module:function"),
-        ("my_rewards:", "expected robust"),
+        ("own_rewards:", "expected robust"),
         (":length", "expected robust"),
         ("no_such_module:length", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("my_rewards:no_such_function", "module 'my_rewards' has no attribute 'no_such_function'"),
+        ("own_rewards:no_such_function", "module 'own_rewards' has no attribute 'no_such_function'"),
         ("my_broken:f", "'NoneType' object has no attribute 'missing'"),
         ("my_syntax:f", "SyntaxError: .*my_syntax.py, line 1"),
         ("my_script:f", "SystemExit: 2"),
-        ("my_rewards:CONSTANT", "is a int, not a function"),
+        ("own_rewards:CONSTANT", "is a int, not a function"),
     ],
 )
 def test_bad_names_are_config_errors(name, complaint):
@@ -101,11 +101,11 @@ def test_bad_names_are_config_errors(name, complaint):
 
 @pytest.mark.usefixtures("user_module")
 def test_terms_are_added_and_stand_among_the_parts():
-    judgement = make_reward("robust", 0.1, FORMAT, "my_rewards:tenth")(RESPONSE)
+    judgement = make_reward("robust", 0.1, FORMAT, "own_rewards:tenth")(RESPONSE)
     assert judgement.reward == judgement.detail["tenth"] == len(TEXT) / 10
     assert judgement.detail["format"] == 1
     for name, problem in TERMS.items():
-        found = make_reward("robust", 0.1, FORMAT, "my_rewards:tenth", f"my_rewards:{name}")(RESPONSE)
-        assert f"reward.terms = 'my_rewards:{name}' {problem}" in found.error
-    with pytest.raises(ConfigError, match=r"reward\.terms = 'my_rewards:absent' .* has no attribute 'absent'"):
-        make_reward("robust", 0.1, FORMAT, "my_rewards:absent")
+        found = make_reward("robust", 0.1, FORMAT, "own_rewards:tenth", f"own_rewards:{name}")(RESPONSE)
+        assert f"reward.terms = 'own_rewards:{name}' {problem}" in found.error
+    with pytest.raises(ConfigError, match=r"reward\.terms = 'own_rewards:absent' .* has no attribute 'absent'"):
+        make_reward("robust", 0.1, FORMAT, "own_rewards:absent")

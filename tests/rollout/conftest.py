@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax
 import pytest
 import sentencepiece
-from growing import make_trees
+from growing import make_trees, random_params
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig, ToolsConfig
-from appo_jax.policy.parameters import Params, init_params
+from appo_jax.policy.parameters import Params
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.growth import TreeGrower
 from appo_jax.rollout.tree_sampler import TreeSampler
@@ -65,8 +64,7 @@ def arch(tokenizer: SentencePieceTokenizer) -> Architecture:
 
 @pytest.fixture(scope="session")
 def params(arch: Architecture) -> Params:
-    # Larger weights than the initialisation's, so that entropies differ from token to token.
-    return jax.tree.map(lambda x: 1.4 * x, init_params(arch, seed=1))
+    return random_params(arch)
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from appo_jax.config import Architecture, BranchingConfig, RolloutConfig
-from appo_jax.policy.parameters import Params
+from appo_jax.policy.parameters import Params, init_params
 from appo_jax.rollout import scoring
 from appo_jax.rollout.engine import Engine
 from appo_jax.rollout.growth import Growth, TreeGrower
@@ -26,6 +27,11 @@ def make_trees(
     engine = Engine(arch, tokenizer, executor, rollout, seed=0, dtype=dtype, mesh=mesh)
     sampler = TreeSampler(engine, branching)
     return sampler, TreeGrower(sampler, tokenizer, rollout, branching, arch.vocab_size, seed=0)
+
+
+def random_params(arch: Architecture, seed: int = 1) -> Params:
+    """Larger weights than the initialisation's, so that entropies differ from token to token."""
+    return jax.tree.map(lambda x: 1.4 * x, init_params(arch, seed))
 
 
 def log_probs(sampler: TreeSampler, params: Params, rollouts: list[Rollout]) -> list[np.ndarray]:

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from growing import random_params
 
 from appo_jax.algorithms import ALGORITHMS, Algorithm, make_algorithm
 from appo_jax.components import Components
 from appo_jax.config import (
+    Architecture,
     BranchingConfig,
     Config,
     LossConfig,
@@ -27,6 +29,7 @@ from appo_jax.config import (
 )
 from appo_jax.plan.programs import Program, programs
 from appo_jax.policy import sharding
+from appo_jax.policy.parameters import Params
 from appo_jax.reward import Judge
 from appo_jax.rollout import engine as engine_module
 from appo_jax.rollout import prefixes, tree_sampler
@@ -88,6 +91,17 @@ class Seen:
             return out
 
         return watched
+
+
+@pytest.fixture(scope="module")
+def arch(arch: Architecture) -> Architecture:
+    """One layer, because compiling takes nearly all of the time of a step."""
+    return dataclasses.replace(arch, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def params(arch: Architecture) -> Params:
+    return random_params(arch)
 
 
 def planned(config: Config, arch: Any, mesh: Any) -> dict[tuple, Program]:

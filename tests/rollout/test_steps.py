@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from growing import draw_and_grow, log_probs, make_trees
+from growing import draw_and_grow, log_probs, make_trees, random_params
 
 from appo_jax.advantage.base import base_advantages
 from appo_jax.algorithms import ALGORITHMS, make_algorithm
@@ -58,6 +58,17 @@ def even_text(response: Response) -> RewardResult:
 
 def never(response: Response) -> RewardResult:
     return RewardResult(0.0, False)
+
+
+@pytest.fixture(scope="module")
+def arch(arch: Architecture) -> Architecture:
+    """One layer, because compiling takes nearly all of the time of a step."""
+    return dataclasses.replace(arch, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def params(arch: Architecture) -> Params:
+    return random_params(arch, seed=9)  # its rollouts call the tool in both mini-batches
 
 
 @pytest.fixture

@@ -349,6 +349,7 @@ def test_a_cold_start_that_a_sweep_has_begun_is_waited_for(base, tmp_path, monke
     assert codes == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two jobs need two cores")
 def test_an_interrupted_study_stops_all_its_runs_and_each_saves(base, tmp_path):
     """The world, then two cold starts at a time on a core each, until one signal ends both."""
