@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from appo_jax.algorithms import make_algorithm
 from appo_jax.branching.rule import ByScore
@@ -271,8 +272,9 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     if figures["chance"] is not None:
         panels.append(("precision at 3", lambda f: f["precision"][3], figures["chance"].value))
     names = list(figures["scores"])
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2), layout="constrained", sharey=True)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True)
         for ax, (title, get, reference) in zip(axes, panels, strict=True):
             found = [get(figures["scores"][name]) for name in names]
             errors = np.array([[x.value - x.low for x in found], [x.high - x.value for x in found]])
@@ -282,4 +284,3 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             ax.locator_params(axis="x", nbins=5)
         axes[0].invert_yaxis()
         figure.savefig(path)
-        plt.close(figure)

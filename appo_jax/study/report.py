@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from appo_jax.errors import DataError
 from appo_jax.metrics import read_metrics, read_summary
@@ -187,8 +188,9 @@ def mean_curve(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> tuple[np.nda
 
 def draw(outcomes: Mapping[str, Mapping[int, Outcome]], path: Path) -> None:
     """Draw the mean held-out accuracy of each arm over sampled tokens and over wall time, with a dot at the end of each run."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
         for number, (arm, runs) in enumerate((arm, list(runs.values())) for arm, runs in outcomes.items() if runs):
             for ax, name, scale in zip(axes, ("tokens", "seconds"), (1e3, 60), strict=True):
                 xs = [getattr(run, name) / scale for run in runs]
@@ -200,4 +202,3 @@ def draw(outcomes: Mapping[str, Mapping[int, Outcome]], path: Path) -> None:
         axes[1].set(xlabel="wall time (minutes)")
         axes[0].legend(ncols=2)
         figure.savefig(path)
-        plt.close(figure)

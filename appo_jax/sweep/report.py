@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from optuna.trial import TrialState
 from scipy import stats
 
@@ -186,11 +187,9 @@ def draw(sweep: Sweep, found: Sequence[Result], effects: Sequence[Effect], path:
     pairs = list(itertools.combinations([e.name for e in effects], 2))[:MAX_PAIRS]
     columns = max(2, min(4, len(effects)))
     rows = -(-len(effects) // columns) + -(-len(pairs) // columns)
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(3.2 * columns, 2.8 * rows), layout="constrained", squeeze=False
-        )
-        axes = grid.ravel()
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax, effect in zip(axes, effects, strict=False):
             _slice(ax, found, effect, sweep.objective)
         start = -(-len(effects) // columns) * columns
@@ -201,7 +200,6 @@ def draw(sweep: Sweep, found: Sequence[Result], effects: Sequence[Effect], path:
             if number not in used:
                 ax.set_axis_off()
         figure.savefig(path)
-        plt.close(figure)
 
 
 def _slice(ax: Axes, found: Sequence[Result], effect: Effect, objective: str) -> None:

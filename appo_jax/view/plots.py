@@ -9,13 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import matplotlib
-
-matplotlib.use("Agg")  # pictures go to files; no display is needed
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot: pictures go to files, and a display and its state are not needed
 from matplotlib.ticker import MaxNLocator
 
 from appo_jax.dumps import dumped_steps, read_dump
@@ -112,21 +109,19 @@ def draw_plots(run_dir: str | Path) -> list[Path]:
         raise DataError(f"{run_dir / 'metrics.jsonl'}: no metrics; give the directory of a run that has made a step")
     (run_dir / "plots").mkdir(exist_ok=True)
     written = []
-    with plt.rc_context(STYLE):
+    with rc_context(STYLE):
         for name, panels in FIGURES.items():
             drawn = [(panel, series) for panel in panels if (series := _series(records, panel.metrics))]
             if not drawn:
                 continue
-            figure, axes = plt.subplots(
-                1, len(drawn), figsize=(5.0 * len(drawn), 3.2), squeeze=False, layout="constrained"
-            )
-            for ax, (panel, series) in zip(axes[0], drawn, strict=True):
+            figure = Figure(figsize=(5.0 * len(drawn), 3.2), layout="constrained")
+            for ax, (panel, series) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
                 _draw(ax, panel, series)
             written.append(_save(figure, run_dir / "plots" / f"{name}.png"))
         points = _branch_points(run_dir / "rollouts")
         if points:
-            figure, ax = plt.subplots(figsize=(5.0, 3.2), layout="constrained")
-            _draw_branch_points(ax, points)
+            figure = Figure(figsize=(5.0, 3.2), layout="constrained")
+            _draw_branch_points(figure.subplots(), points)
             written.append(_save(figure, run_dir / "plots" / "branch_positions.png"))
     return written
 
@@ -205,7 +200,6 @@ def _draw_branch_points(ax: Axes, points: Sequence[tuple[int, float]]) -> None:
     ax.figure.colorbar(image, ax=ax, label="share of branches")
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path)
-    plt.close(figure)
     return path
