@@ -156,6 +156,7 @@ def final_state(config: Config, run_dir: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(restored[1])}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_killed_run_continues_to_the_same_parameters(config: Config, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
