@@ -40,7 +40,7 @@ install_import_hook(
 )
 
 from appo_jax import heartbeat
-from appo_jax.config import Config
+from appo_jax.config import Architecture, Config
 from appo_jax.config_io import check, load_config
 from appo_jax.prepare import prepare_world
 
@@ -103,19 +103,28 @@ def short_quickstart() -> Callable[[Path], Config]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, short_quickstart: Callable[[Path], Config]) -> Config:
+def smallest() -> Architecture:
+    """The quickstart's policy with one narrow layer."""
+    architecture = load_config(QUICKSTART).policy.architecture
+    assert architecture is not None
+    return dataclasses.replace(
+        architecture, width=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=32
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(
+    tmp_path_factory: pytest.TempPathFactory, short_quickstart: Callable[[Path], Config], smallest: Architecture
+) -> Config:
     """The smallest run there is, with its data: a cold start of a step and two steps of APPO, each saved."""
     folder = tmp_path_factory.mktemp("tiny")
     c = short_quickstart(folder)
-    shape = dataclasses.replace(
-        c.policy.architecture, width=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=32
-    )
     config = dataclasses.replace(
         c,
         run_dir=str(folder / "run"),
         steps=2,
         prompts_per_step=2,
-        policy=dataclasses.replace(c.policy, architecture=shape),
+        policy=dataclasses.replace(c.policy, architecture=smallest),
         rollout=dataclasses.replace(
             c.rollout, num_initial=2, budget=4, max_response_tokens=32, max_result_tokens=16, decode_rows=8
         ),

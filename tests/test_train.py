@@ -27,7 +27,7 @@ from appo_jax.algorithms import make_algorithm
 from appo_jax.checkpoint import Checkpointer
 from appo_jax.checkpoint_read import sha256
 from appo_jax.components import Components, build, initial_params, response_of
-from appo_jax.config import Config, EvalConfig, JudgeConfig
+from appo_jax.config import Architecture, Config, EvalConfig, JudgeConfig
 from appo_jax.config_io import check, save_config
 from appo_jax.errors import CheckpointError, ConfigError, TrainingError
 from appo_jax.evaluate import evaluate
@@ -48,17 +48,16 @@ from appo_jax.types import RewardResult
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, short_quickstart: Callable[[Path], Config]) -> Config:
+def config(
+    tmp_path_factory: pytest.TempPathFactory, short_quickstart: Callable[[Path], Config], smallest: Architecture
+) -> Config:
     folder = tmp_path_factory.mktemp("quickstart")
     c = short_quickstart(folder)
-    shape = dataclasses.replace(
-        c.policy.architecture, width=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=32
-    )
     config = dataclasses.replace(
         c,
         run_dir=str(folder / "run"),
         steps=3,
-        policy=dataclasses.replace(c.policy, architecture=shape),
+        policy=dataclasses.replace(c.policy, architecture=smallest),
         sft=dataclasses.replace(c.sft, steps=2),
         eval=dataclasses.replace(c.eval, num_prompts=4),
     )
