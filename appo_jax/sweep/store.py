@@ -20,7 +20,6 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from appo_jax.config_io import flatten
@@ -48,33 +47,25 @@ class Store:
             str, tuple[dict[str, Any], float]
         ] = {}  # task: its last lease, and the time at which it was new
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "pids": _pids(), "id": PROCESS}
-        # If the holder of the lock stalls for 30 s, another process gets the lock, and both may write.
-        self._writer = f".{PROCESS}"
-        self._lock_file = str(self.folder / "claims")
+        self._writer = f".{PROCESS}"  # two processes may believe that they have the lock
+        self._journal = Journal(self.folder / "journal.log")
         with self.lock():
             self._check_same_sweep()
             self.study = optuna.create_study(
-                storage=JournalStorage(Journal(self.folder / "journal.log")), study_name="sweep",
+                storage=JournalStorage(self._journal), study_name="sweep",
                 direction="maximize" if sweep.maximize else "minimize", load_if_exists=True, sampler=self._sampler(),
             )  # fmt: skip
             self._queue_points()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """The lock of all leases. It works over NFS and is held for milliseconds. If its holder dies, it is free after 30 s.
-
-        Raises OSError if the disk fails, or if another process has taken the lock over."""
-        lock = JournalFileOpenLock(self._lock_file)
-        lock.acquire()
+        """A context that holds the lock of the journal and of all leases. Threads other than the one that does the trials must not
+        use the journal in it. Raises OSError if the disk fails, or if another process has taken the lock over."""
+        self._journal.lock.acquire()
         try:
             yield
         finally:
-            try:
-                lock.release()
-            except RuntimeError as error:
-                raise OSError(
-                    f"{self._lock_file}.lock: cannot be removed, or another process has taken it over"
-                ) from error
+            self._journal.lock.release()
 
     def _queue_points(self) -> None:
         """Queue the points of a grid or of a random sweep that are not queued yet: all of them; the rest, if a process was killed

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -85,6 +86,17 @@ def test_workers_that_are_killed_lose_no_trial_and_none_is_done_twice(tmp_path):
     assert len(points) == 12
     ended = Counter(line.split()[1] for line in out.read_text().splitlines() if line.startswith("ended"))
     assert set(ended.values()) == {1}
+
+
+def test_a_worker_that_dies_leaves_one_lock(tmp_path):
+    """With two, one for leases and one for the journal, the others waited for 30 s twice. Once, that made the test above fail."""
+    dies = "import os, signal\nos.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\nstore.claim_trial()"
+    code = textwrap.dedent(WORKER.format(tests=str(Path(__file__).parent), out=str(tmp_path))).split("while")[0] + dies
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    (lock,) = tmp_path.glob("*.lock")
+    lock.unlink()  # as another worker does it after 30 s
+    store = Store(make_sweep(tmp_path))
+    assert len(run_all(store, lambda point: point["branching.tau"])) == 12
 
 
 @pytest.mark.parametrize("ahead", [-3600.0, 0.0, 3600.0])
