@@ -11,7 +11,6 @@ import numpy as np
 
 from appo_jax.policy.constraints import ROWS, constrain, merged, platform
 from appo_jax.policy.kernels import causal_attention, packed_attention
-from appo_jax.policy.seen_keys import seen_keys
 
 # (the layer's caches, q [..., H, E], k [..., K, E], v [..., K, E]) -> (output [..., H, E], the layer's new cache or None)
 Attend = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -137,6 +136,8 @@ Part = tuple[jax.Array, jax.Array, jax.Array]  # of a softmax: unnormalised outp
 
 def _seen_part(q: jax.Array, cache: LayerCache, seen: jax.Array, name: str, interpret: bool) -> Part:
     """`_part` by the TPU kernel. q `[N, K, …, E]`; seen `[N, 1, …, 1]`. Off the CPU, a prefix is one block."""
+    from appo_jax.policy.seen_keys import seen_keys  # only here: see kernels.py
+
     lead = q.shape[:-1]
     N, K, *queries = lead
     seen = jnp.broadcast_to(seen[:, 0], (N, *queries, 1)).reshape(N, -1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from appo_jax.policy.kernels import LANES
+from appo_jax.policy.splash import LANES
 
 SUBLANES = 16  # rows of a bfloat16 tile: queries are padded to a multiple of it, or of a block
 MAX_KEYS = 512  # in a block

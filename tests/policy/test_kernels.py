@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from appo_jax.policy.kernels import causal_attention, packed_attention, splash_attention
+from appo_jax.policy.kernels import causal_attention, packed_attention
+from appo_jax.policy.splash import splash_attention
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, ends: np.ndarray) -> np.ndarray:
