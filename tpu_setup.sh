@@ -20,8 +20,15 @@ fi
 sudo DEBIAN_FRONTEND=noninteractive "${apt[@]}" install --yes "${packages[@]}"
 
 if [[ -n "${TPU_SHARED:-}" ]]; then
-  sudo mkdir -p /mnt/shared
-  mountpoint -q /mnt/shared || sudo mount -t nfs "$TPU_SHARED" /mnt/shared
+  mounted=$(findmnt -nvo SOURCE /mnt/shared || true)
+  if [[ -z $mounted ]]; then
+    sudo mkdir -p /mnt/shared
+    sudo mount -t nfs "$TPU_SHARED" /mnt/shared
+  elif [[ ${mounted%/} != "${TPU_SHARED%/}" ]]; then
+    echo "tpu_setup.sh: $mounted is mounted at /mnt/shared, but TPU_SHARED is $TPU_SHARED; unmount it there (sudo umount" \
+      "/mnt/shared), or set TPU_SHARED to it" >&2
+    exit 1
+  fi
 fi
 
 rm -rf build ./*.egg-info # of an earlier version: pip would install its modules again, if they are newer or gone now

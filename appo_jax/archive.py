@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import time
@@ -15,7 +16,9 @@ from typing import Any
 from appo_jax.checkpoint import TEMPORARY
 from appo_jax.checkpoint_read import OLD, REFUSED, REMOVED, verify
 from appo_jax.errors import CheckpointError
-from appo_jax.storage import folder_size, lock, usable_path, write_atomically
+from appo_jax.storage import folder_size, lock, numbered_folders, usable_path, write_atomically
+
+log = logging.getLogger(__name__)
 
 # What the list says about an entry of a kind.
 KINDS = {
@@ -84,6 +87,11 @@ def copy(run: Path, out: Path) -> Path:
     copied = {phase: step for phase in ("rl", "sft") if (step := _newest_sound(run, phase)) is not None}
     if "rl" not in copied:
         raise CheckpointError(f"{run}: no sound checkpoint under checkpoints/rl; nothing can be copied")
+    if "sft" not in copied and numbered_folders(run / "checkpoints/sft"):
+        log.warning(
+            "%s: no checkpoint of the cold start is sound; the copy has none. If its loss has a KL term or it trains adapters, it "
+            "trains a new cold start", run,
+        )  # fmt: skip
     try:
         for phase, step in copied.items():
             _copy_step(step, out / "checkpoints" / phase / step.name)
@@ -125,9 +133,12 @@ def _copy_step(step: Path, target: Path) -> None:
 
 
 def _newest_sound(run: Path, phase: str) -> Path | None:
+    """The newest sound checkpoint of a phase. Newer ones are logged with what is wrong with them."""
     for entry in reversed(entries(run)):
-        if entry.kind == "checkpoint" and entry.path.parent.name == phase and verify(entry.path) == "sound":
-            return entry.path
+        if entry.kind == "checkpoint" and entry.path.parent.name == phase:
+            if (word := verify(entry.path)) == "sound":
+                return entry.path
+            log.warning("%s: is not copied: %s", entry.path, word)
     return None
 
 

@@ -41,7 +41,7 @@ from appo_jax.checkpoint_read import (
 )
 from appo_jax.digests import describe, named_leaves
 from appo_jax.errors import CheckpointError
-from appo_jax.storage import folder_size, usable_path
+from appo_jax.storage import folder_size, unused_name, usable_path
 
 PyTree = Any
 T = TypeVar("T")
@@ -79,6 +79,7 @@ class Checkpointer:
         self._manager = _despite_removals(
             lambda: ocp.CheckpointManager(self._directory, options=options, item_handlers=items(self._directory))
         )
+        self._begun = False  # whether a save was begun since the last `wait`
         # (step, abstract state, arrays) of a step that was not read back yet
         self._unread: tuple[int, PyTree, dict[str, Any]] | None = None
 
@@ -105,8 +106,10 @@ class Checkpointer:
             "state": ocp.args.PyTreeSave(state),
             "meta": ocp.args.JsonSave({"record": record, "sha256": sha256(record)}),
         }
-        self._warn_of_full_disk(step)
+        if jax.process_index() == 0:
+            self._warn_of_full_disk(step)
         heartbeat.saving(step)
+        self._begun = True
         try:
             saved = self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:
@@ -182,7 +185,7 @@ class Checkpointer:
         """Warn if this step or the next may not fit on the disk. A step is written before the oldest one is removed."""
         sizes = [folder_size(path) for path in self._directory.glob("[0-9]*") if path.name.isdigit()]
         free, needed = shutil.disk_usage(self._directory).free, max(sizes, default=0)
-        if needed and free < 2 * needed and jax.process_index() == 0:
+        if needed and free < 2 * needed:
             _log.warning(
                 "%s: %.1f GB are free and a checkpoint takes %.1f: step %d %s. Free some space, or lower keep_checkpoints",
                 self._directory, free / 1e9, needed / 1e9, step, "may not fit" if free < needed else "fits, the next one may not",
@@ -207,21 +210,24 @@ class Checkpointer:
                 ", ".join(refused),
             )  # fmt: skip
 
-    @heartbeat.phase("checkpoint")
     def wait(self) -> None:
         """Return when everything saved so far is on disk, and the newest step has been read back from it.
 
         Raises CheckpointError if a step could not be written (a full disk is noticed here) or does not read back equal.
         """
-        unread, self._unread = self._unread, None
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise not_written(self._directory, error) from error
-        if unread is not None:
-            self._read_back(*unread)
-            if jax.process_index() == 0:
-                self._remove_old()
+        if not self._begun:  # the time for nothing would count as the first progress of the phase
+            return
+        self._begun, unread, self._unread = False, self._unread, None
+        with heartbeat.phase("checkpoint"):
+            try:
+                with heartbeat.exchanging():  # orbax's barriers: a host that has written its part waits for the others
+                    self._manager.wait_until_finished()
+            except Exception as error:
+                raise not_written(self._directory, error) from error
+            if unread is not None:
+                self._read_back(*unread)
+                if jax.process_index() == 0:
+                    self._remove_old()
 
     def _remove_old(self) -> None:
         """Remove the steps that are neither among the newest nor among the best. One that cannot be removed is logged once."""
@@ -236,7 +242,7 @@ class Checkpointer:
                 self._lasting.add(step)
                 continue
             try:  # at once for those who read: they never find a part of a step
-                folder = folder.rename(_new_name(folder.with_name(f"removed_{step}")))
+                folder = folder.rename(unused_name(folder.with_name(f"removed_{step}")))
             except OSError as error:
                 _log.warning("%s: is old, but cannot be removed (%s)", folder, error)
                 self._lasting.add(step)
@@ -314,7 +320,7 @@ class Checkpointer:
             return
         if jax.process_index() == 0:
             for step in steps:
-                (self._directory / str(step)).rename(_new_name(self._directory / f"refused_{step}"))
+                (self._directory / str(step)).rename(unused_name(self._directory / f"refused_{step}"))
         multihost_utils.sync_global_devices("checkpoints set aside")
         self._manager.reload()
 
@@ -325,13 +331,6 @@ def _despite_removals(list_steps: Callable[[], T]) -> T:
         with contextlib.suppress(FileNotFoundError):
             return list_steps()
     return list_steps()
-
-
-def _new_name(path: Path) -> Path:
-    """`path`, with endings until nothing has this name."""
-    while os.path.lexists(path):
-        path = path.with_name(path.name + "_again")
-    return path
 
 
 def _delete(folder: Path) -> None:

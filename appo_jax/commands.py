@@ -110,7 +110,12 @@ def view_command(args: Sequence[str]) -> None:
         from appo_jax.view.plots import draw_plots
         from appo_jax.view.tree import show_tree
 
-        show_tree(run_dir, step, tree)
+        try:
+            show_tree(run_dir, step, tree)
+        except DataError as error:
+            if step is not None or tree or not (run_dir / "metrics.jsonl").exists():
+                raise
+            log.warning("%s", error)  # the plots of a run without a tree can still be drawn
         for path in draw_plots(run_dir):
             print(path)
 

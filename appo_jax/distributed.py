@@ -28,19 +28,19 @@ def initialize() -> None:
 
     It is an environment variable and not a config field, because a run can continue on another number of hosts. JAX finds the
     other hosts on Cloud TPU, Slurm and MPI. Raises ConfigError if it finds no cluster, and JoinError for any other error: the name
-    of a host may not be known yet, or the cloud's metadata server may not answer.
+    of a host may not be known yet, or the cloud's metadata server may not answer (on a TPU VM JAX then finds no cluster, too).
     """
     if os.environ.get("APPO_DISTRIBUTED") != "1":
         return
     try:
         with heartbeat.phase("join"):
             _jax().distributed.initialize(initialization_timeout=JOIN_S)
-    except ValueError as error:
-        raise ConfigError(
-            f"APPO_DISTRIBUTED = 1, but the other hosts cannot be joined: {error}. On one host leave it unset; on a pod "
-            "start the command on all hosts (launch/run.sh)"
-        ) from error
-    except (RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, ValueError) and not _on_tpu_vm():
+            raise ConfigError(
+                f"APPO_DISTRIBUTED = 1, but the other hosts cannot be joined: {error}. On one host leave it unset; on a pod "
+                "start the command on all hosts (launch/run.sh)"
+            ) from error
         raise JoinError(
             f"the other hosts cannot be joined now: {type(error).__name__}: {error}; start again"
         ) from error
@@ -66,6 +66,12 @@ def host() -> int:
 def num_hosts() -> int:
     """The number of hosts. It uses no device if this process has not joined others."""
     return _jax().process_count() if _jax().distributed.is_initialized() else 1
+
+
+def _on_tpu_vm() -> bool:
+    from jax._src import cloud_tpu_init
+
+    return cloud_tpu_init.running_in_cloud_tpu_vm
 
 
 def _jax() -> Any:

@@ -39,8 +39,9 @@ def export_adapters(run: Path, out: Path) -> str:
     """Write the adapters of the run's newest RL checkpoint to the new folder `out`, as peft does; see `export_run`.
 
     adapter_config.json names the folder of the frozen weights, without which the adapters mean nothing: `policy.path`, or, for a
-    run that began from a cold start or from random weights, `out`/base, where they are written. Raises ConfigError for a run
-    that trains no adapters, CheckpointError if the frozen weights are not those of its training.
+    run that began from a cold start or from random weights, or whose base_dtype has rounded the weights of `policy.path`,
+    `out`/base, where they are written. Raises ConfigError for a run that trains no adapters, CheckpointError if the frozen weights
+    are not those of its training.
     """
     config = load_config(run / "config.json")
     if config.policy.lora is None:
@@ -98,27 +99,37 @@ def _save(out: Path, params: Params, policy: PolicyConfig) -> None:
     weights.save(out, params, architecture_of(policy), policy.path, policy_tokenizer(policy).eos_ids, files)
 
 
+def starting_params(run: Path, config: Config, tokenizer: Tokenizer) -> tuple[str | None, Params]:
+    """The policy with which RL began in a run that has RL checkpoints, as float32 in host memory, and the folder from which it
+    comes (None: no folder): the cold start's, of the run or of `init_from`; else the weights of `policy.path`; else random ones."""
+    arch, path = architecture_of(config.policy), config.policy.path
+    for start in _cold_starts(run, config):
+        if (found := _newest(start, "sft", abstract_params(arch), tokenizer)) is not None:
+            return None, found[1]
+    host = _on_host(abstract_params(arch))
+    return path, init_params(arch, config.seed, host) if path is None else weights.load(path, host, jnp.float32)
+
+
+def _cold_starts(run: Path, config: Config) -> list[Path]:
+    """The runs whose cold start may be that of `run`, the first one before the second."""
+    return [run, *([Path(config.init_from)] if config.init_from is not None else [])]
+
+
 def _base(run: Path, config: Config, base_id: str, tokenizer: Tokenizer) -> tuple[str | None, Params]:
     """The frozen weights of a run with adapters, in host memory, and the folder from which they come (None: no folder).
 
     Raises CheckpointError if they are not those of its training.
     """
-    arch, path = architecture_of(config.policy), config.policy.path
-    starts = [run, *([Path(config.init_from)] if config.init_from is not None else [])]
-    for start in starts:
-        if (found := _newest(start, "sft", abstract_params(arch), tokenizer)) is not None:
-            path, params = None, found[1]
-            break
-    else:
-        host = _on_host(abstract_params(arch))
-        params = init_params(arch, config.seed, host) if path is None else weights.load(path, host, jnp.float32)
-    base = frozen(params, arch)
+    path, params = starting_params(run, config, tokenizer)
+    base = frozen(params, architecture_of(config.policy))
     if identity(base) != base_id:
         raise CheckpointError(
-            f"{run}: the frozen weights of its adapters are gone: those of {', '.join(map(str, starts))} "
+            f"{run}: the frozen weights of its adapters are gone: those of {', '.join(map(str, _cold_starts(run, config)))} "
             f"(checkpoints/sft) or of policy.path = {config.policy.path} are different; put the old ones back"
         )
-    return path, base
+    # Weights that `frozen` has rounded are in no folder.
+    pairs = zip(jax.tree.leaves(base), jax.tree.leaves(params), strict=True)
+    return None if path is None or any((a != b).any() for a, b in pairs) else path, base
 
 
 def _newest(

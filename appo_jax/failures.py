@@ -93,14 +93,19 @@ def _has_no_backend(error: BaseException) -> bool:
 def causes(error: BaseException) -> list[BaseException]:
     """The error, the one that it was raised from, and so on."""
     found = [error]
-    while (cause := found[-1].__cause__) is not None and cause not in found:
+    while (cause := _cause(found[-1])) is not None and cause not in found:
         found.append(cause)
     return found
 
 
+def _cause(error: BaseException) -> BaseException | None:
+    # If a platform does not start, JAX raises an error while it handles the reason, but not from the reason.
+    return error.__cause__ or (error.__context__ if _has_no_backend(error) else None)
+
+
 def may_follow_from_another_host(error: BaseException) -> bool:
     """Whether the error, or one that it was raised from, may be the consequence of another host's failure: JAX reports a broken
-    connection or barrier."""
+    connection or barrier, or devices that are not available now."""
     return any(
         (_is_of_jax(e) and _OTHER_HOST.search(str(e))) or (isinstance(e, ValueError) and _GLOO.search(str(e)))
         for e in causes(error)
@@ -145,6 +150,9 @@ def explain(error: BaseException) -> str:
             f"this process has {len(os.listdir('/proc/self/task'))}. Raise the limit (ulimit -u, pids.max of the "
             "container), or lower tools.max_concurrency and rollout.decode_rows"
         )
+    if _has_no_backend(error) and may_follow_from_another_host(error):
+        reason = " ".join(str(causes(error)[-1]).split())
+        return f"JAX cannot start on the devices of this machine now ({reason[:500]}); start again"
     if _has_no_backend(error):
         wanted = os.environ.get("JAX_PLATFORMS")
         how = f"JAX_PLATFORMS = {wanted!r} asks for it: unset it, or" if wanted else "Unset JAX_PLATFORMS, or"

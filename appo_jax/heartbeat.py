@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 BEAT_S = 1.0  # seconds between two heartbeats
@@ -25,6 +25,8 @@ PAUSED_S = 30.0  # if a heartbeat is this late, the process was not running
 PATIENCE = 10
 # Before its first progress, a phase may go without progress for this multiple of `floor_s`, because it may be compiling.
 FIRST_PATIENCE = 3
+# A checkpoint makes progress when this many bytes have been read or written. What else a process reads and writes is less.
+MOVED_BYTES = 1 << 20
 # Phases in which no step, and no update of the cold start, is being made.
 BETWEEN_STEPS = ("start", "evaluate", "checkpoint")
 
@@ -84,10 +86,19 @@ def supervised() -> bool:
 
 def send(**message: Any) -> None:
     """Send a message to the supervisor immediately, in addition to the heartbeats."""
+    _send(lambda: message)
+
+
+def _send_beat() -> None:
+    """Send the state. It is read while no other thread sends: an older one after a newer one would deceive the supervisor."""
+    _send(_life.beat)
+
+
+def _send(message: Callable[[], dict[str, Any]]) -> None:
     if _life.channel is None:
         return
     with _life.sending, contextlib.suppress(OSError):  # without a supervisor this process is about to end
-        _life.channel.sendall(json.dumps(message).encode() + b"\n")
+        _life.channel.sendall(json.dumps(message()).encode() + b"\n")
 
 
 def ask(**message: Any) -> dict[str, Any]:
@@ -133,7 +144,7 @@ def _count(counted: str, done: int, on_disk: bool) -> None:
     if on_disk:
         _life.saved = done
     progress()
-    send(**_life.beat())
+    _send_beat()
 
 
 def saving(step: int) -> None:
@@ -144,7 +155,7 @@ def saving(step: int) -> None:
 def saved() -> None:
     """Report that the step, or update, that was being written is on disk. Any thread may call it."""
     _life.saved = _life.writing
-    send(**_life.beat())
+    _send_beat()
 
 
 @contextlib.contextmanager
@@ -153,7 +164,7 @@ def phase(name: str) -> Iterator[None]:
     outer, outer_detail = _life.phase, _life.detail
     _life.phase, _life.detail, _life.progressed = name, "", time.monotonic()
     _life.failed_in = None  # an earlier failure has been handled
-    send(**_life.beat())
+    _send_beat()
     try:
         yield
     except Exception:
@@ -181,7 +192,7 @@ def stoppable(heard: bool) -> None:
     """Set whether requests to stop are handled from now on. If not, ending the process loses nothing."""
     if heard != _life.stoppable:
         _life.stoppable = heard
-        send(**_life.beat())
+        _send_beat()
 
 
 def expect_progress_within(seconds: float) -> None:
@@ -195,11 +206,21 @@ def now() -> tuple[str, int]:
 
 
 def _send_beats() -> None:
-    sent = time.monotonic()
+    sent, moved = time.monotonic(), bytes_moved()
     while True:
         now = time.monotonic()
         if now - sent > PAUSED_S:  # the process was stopped, for example by Ctrl-Z, and could make no progress
             _life.progressed = now
+        if _life.phase == "checkpoint" and (moved_now := bytes_moved()) - moved >= MOVED_BYTES:
+            moved, _life.progressed = moved_now, now
         sent = now
-        send(**_life.beat())
+        _send_beat()
         time.sleep(BEAT_S)
+
+
+def bytes_moved() -> int:
+    """The bytes that this process has read and written so far; 0 where the system does not count them."""
+    with contextlib.suppress(OSError), open("/proc/self/io") as file:
+        counted = dict(line.split(": ") for line in file.read().splitlines())
+        return int(counted["rchar"]) + int(counted["wchar"])
+    return 0

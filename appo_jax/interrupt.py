@@ -71,6 +71,7 @@ class Stop:
     """Whether the run was asked to end."""
 
     requested = False
+    pressing = False  # by SIGTERM or Ctrl-C: the machine may end soon
 
     def agreed(self) -> bool:
         """Whether the run was asked to end on any host. All hosts call this together and get the same answer."""
@@ -89,6 +90,7 @@ def stop_requests() -> Iterator[Stop]:
 
     def ask(signum: int, frame: Any) -> None:
         requests.hear(signum, frame)
+        stop.pressing = requests.pressing_since < math.inf
         if requests.count > 1 and not supervised:
             raise KeyboardInterrupt
         if not stop.requested:

@@ -52,9 +52,10 @@ def usable_path(path: str | Path) -> Path:
 def folder_size(folder: Path) -> int:
     """The bytes of all files under a folder. Files that are removed in the meantime count as 0."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
+    for place, _, files in os.walk(folder):  # unlike rglob, it passes over a folder that vanishes
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total
 
 
@@ -157,6 +158,13 @@ def numbered_folders(folder: Path) -> list[Path]:
     """The folders in `folder` whose name is a number, in order: the steps of checkpoints."""
     found = [path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name))
+
+
+def unused_name(path: Path) -> Path:
+    """`path`, with endings until nothing has this name."""
+    while os.path.lexists(path):
+        path = path.with_name(path.name + "_again")
+    return path
 
 
 def set_aside(path: Path, copy: bool = False) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 
@@ -64,10 +65,8 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
     outages = OutageWatch(config.tools, stop.agreed)
     try:
         reached, last = Reached(), None
-        if (restored := checkpointer.restore_latest(state, prompts)) is not None:
+        if (restored := restore(checkpointer, trainer, state, prompts, run.checkpoints)) is not None:
             step, state, meta = restored
-            require_vocabulary(meta, components.tokenizer, run.checkpoints / "rl")
-            _require_same_origin(meta, trainer.origin, run.checkpoints)
             reached, clock.before = Reached(step, meta["sampled_tokens"]), meta["wall_s"]
             last, accuracies = meta["record"], meta["accuracies"]
             log.info("going on from step %d", step)
@@ -76,7 +75,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         metrics.resume(reached.step, last, run.max_unsaved)
         run.keep(config)
 
-        stopping, down = stop.agreed(), None
+        stopping, down, final = stop.agreed(), None, dict[str, float]()
         while not (reached.end(config) or stopping or down):
             state, record, trees = train_step(trainer, reached.step, state, next(prompts), prompts)
             reached = reached.after(record)
@@ -84,10 +83,11 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             checkpointer.wait()  # until the checkpoint of the previous step is on disk and has been read back
             outages.see(reached.step, record)
             require_finite(record, "update", reached.step, "optimizer.learning_rate")
-            if config.eval.every and reached.step % config.eval.every == 0 and not reached.end(config):
+            final = {}
+            if config.eval.every and reached.step % config.eval.every == 0:
                 folder = run.evaluations(reached.step)
-                down = _evaluate_into(record, trainer.policy(state), components, sets, folder, stop.agreed)
-            record |= {"rollout/sampled_tokens_total": reached.sampled_tokens} | clock.metrics()
+                down = _evaluate_into(final, trainer.policy(state), components, sets, folder, stop.agreed)
+            record |= final | {"rollout/sampled_tokens_total": reached.sampled_tokens} | clock.metrics()
             metrics.dump_trees(reached.step, trees, components.tokenizer.decode)
             del trees  # otherwise they would live through the next step
             metrics.log(reached.step, record)
@@ -97,11 +97,11 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
                 meta = _meta(config, run, reached, record, accuracies) | trainer.origin
                 checkpointer.save(reached.step, state, meta, prompts, record.get("eval/accuracy"))
         checkpointer.wait()
-        if not reached.end(config):
+        if down or not reached.end(config):
             log.warning("stopped after step %d, which is saved; the same command goes on from there", reached.step)
             raise down if down and not stopping else KeyboardInterrupt
         heartbeat.stoppable(False)  # the last step is on disk
-        final = _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
+        final = final or _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
         summary = _summary(accuracies, final, config, reached) | {"wall_s": clock.wall_s()}
         metrics.write_summary(summary)
         if distributed.host() == 0:
@@ -153,6 +153,19 @@ def _summary(
         "sampled_tokens": reached.sampled_tokens, "seed": config.seed, "algorithm": config.algorithm,
         **{name: value for name, value in final.items() if name.count("/") == 2},
     }  # fmt: skip
+
+
+def restore(
+    checkpointer: Checkpointer, trainer: Trainer, state: TrainState, prompts: grain.DatasetIterator, checkpoints: Path
+) -> tuple[int, TrainState, dict[str, Any]] | None:
+    """The newest RL checkpoint of a run, as `Checkpointer.restore_latest` gives it; `trainer` and `state` are those of `begin`.
+
+    Raises CheckpointError if the run began with other weights, or was trained with another tokenizer."""
+    restored = checkpointer.restore_latest(state, prompts)
+    if restored is not None:
+        require_vocabulary(restored[2], trainer.components.tokenizer, checkpoints / "rl")
+        _require_same_origin(restored[2], trainer.origin, checkpoints)
+    return restored
 
 
 def _require_same_origin(saved: Mapping[str, Any], now: Mapping[str, str], checkpoints: Path) -> None:

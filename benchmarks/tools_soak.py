@@ -25,7 +25,7 @@ from appo_jax.config import PythonToolConfig, ToolsConfig
 from appo_jax.tools.build import build_executor
 from appo_jax.tools.executor import ToolExecutor
 from appo_jax.tools.python import PythonTool
-from appo_jax.tools.sandbox.system import descendants
+from appo_jax.tools.sandbox.system import descendants, parent_of
 from appo_jax.types import Outcome
 
 HOSTILE_SHARE = 0.05  # of the rollouts
@@ -163,9 +163,10 @@ class Soak:
     def counts(self) -> dict[str, float]:
         """The current numbers of processes, descriptors and threads, and the memory of the sandbox in MiB."""
         sandbox_pids = descendants(self.tool.pid)
+        supervisor = [pid for pid in sandbox_pids if parent_of(pid) == self.tool.pid]
         return {
             "processes": len(sandbox_pids),
-            "sandbox_descriptors": len(os.listdir(f"/proc/{min(sandbox_pids)}/fd")) if sandbox_pids else 0,
+            "sandbox_descriptors": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in supervisor),
             "descriptors": len(os.listdir("/proc/self/fd")),
             "threads": threading.active_count(),
             "memory_mb": round(sum(map(pss, sandbox_pids)) / 2**20, 1),

@@ -30,10 +30,11 @@ case $state in
     ;;
 esac
 # What each worker says: not-started, or how the unit has ended for good. A worker whose unit runs, or waits for a restart, says nothing.
-asked="if [[ \$(cat $boot) != \$(cat \$HOME/$home.started 2>/dev/null) ]]; then echo not-started; exit; fi; \
-case \$(systemctl is-active appo) in active|activating|deactivating) exit 0 ;; esac; \
+# The unit comes first: another user may have started it, or ssh may have failed before the command was noted in ~/appo_jax.started.
+asked="case \$(systemctl is-active appo) in active|activating|deactivating) exit 0 ;; esac; \
+if [[ \$(cat $boot) != \$(cat \$HOME/$home.started 2>/dev/null) ]]; then echo not-started; exit; fi; \
 echo \"ended: \$(hostname): \$(systemctl show --property Result,ExecMainStatus appo | tr '\n' ' ')\"; \
-journalctl --unit appo --lines 1 --output cat || true"
+journalctl _SYSTEMD_UNIT=appo.service --lines 1 --output cat || true" # --unit gives systemd's lines on the unit, too
 if ! told=$(on_all "$asked"); then
   echo "$TPU_NAME: a worker does not answer; call resume.sh again" >&2
   exit 1

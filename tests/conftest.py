@@ -42,6 +42,7 @@ install_import_hook(
 from appo_jax import heartbeat
 from appo_jax.config import Architecture, Config
 from appo_jax.config_io import check, load_config
+from appo_jax.data import world
 from appo_jax.prepare import prepare_world
 
 # The first example of a jitted function pays for its compilation: no deadline per example.
@@ -113,8 +114,24 @@ def smallest() -> Architecture:
 
 
 @pytest.fixture(scope="session")
+def prepare_small_world() -> Callable[[Config], None]:
+    """`prepare_world` with a tenth of the questions: every start of a run reads all, and a cold start answers all."""
+
+    def prepare(config: Config) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(world, "NUM_TRAIN", 300)
+            patch.setattr(world, "NUM_HELD_OUT", 30)
+            prepare_world(config)
+
+    return prepare
+
+
+@pytest.fixture(scope="session")
 def tiny(
-    tmp_path_factory: pytest.TempPathFactory, short_quickstart: Callable[[Path], Config], smallest: Architecture
+    tmp_path_factory: pytest.TempPathFactory,
+    short_quickstart: Callable[[Path], Config],
+    smallest: Architecture,
+    prepare_small_world: Callable[[Config], None],
 ) -> Config:
     """The smallest run there is, with its data: a cold start of a step and two steps of APPO, each saved."""
     folder = tmp_path_factory.mktemp("tiny")
@@ -133,7 +150,7 @@ def tiny(
         eval=dataclasses.replace(c.eval, num_prompts=2),
     )
     check(config)
-    prepare_world(config)
+    prepare_small_world(config)
     return config
 
 

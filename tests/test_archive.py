@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -64,6 +65,26 @@ def test_everything_is_listed_by_its_kind(run):
     ]  # fmt: skip
     assert "rl/10" in entries(run)[3].line()
     assert entries(run)[5].line().endswith("not written by a run, which leaves it alone")
+
+
+def test_a_run_that_is_being_written_can_be_listed(run):
+    """Folders vanish while their sizes are added up."""
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            for i in range(20):
+                (run / f"checkpoints/rl/2/new/{i}/d").mkdir(parents=True)
+            shutil.rmtree(run / "checkpoints/rl/2/new")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(100):
+            assert [entry.size > 1000 for entry in entries(run) if entry.kind == "checkpoint"] == [True] * 4
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_what_is_broken_is_found_by_reading(run, monkeypatch):
@@ -133,6 +154,17 @@ def test_the_newest_sound_checkpoint_is_copied(run, tmp_path):
     for out in (tmp_path / "out", run / "metrics.jsonl"):
         with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
             copy(run, out)
+
+
+def test_a_copy_without_its_cold_start_is_told(run, tmp_path, caplog):
+    shutil.rmtree(run / "checkpoints/sft/7/state")
+    copy(run, tmp_path / "out")
+    assert "sft/7: is not copied: FileNotFoundError" in caplog.text
+    assert f"{run}: no checkpoint of the cold start is sound; the copy has none." in caplog.text
+    caplog.clear()
+    shutil.rmtree(run / "checkpoints/sft")
+    copy(run, tmp_path / "another")
+    assert not caplog.text
 
 
 def test_nothing_is_left_of_a_copy_that_failed(run, tmp_path):

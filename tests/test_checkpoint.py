@@ -164,6 +164,32 @@ def test_a_step_is_reported_as_saved_when_it_is_on_disk(tmp_path):
     checkpointer.close()
 
 
+def test_what_a_checkpoint_writes_and_reads_is_counted(tmp_path):
+    """So a write or a read that takes long is progress."""
+    state = {"w": jax.random.bits(jax.random.key(0), (4 << 20,), jnp.uint8)}  # random bits are not compressed
+    before = heartbeat.bytes_moved()
+    checkpointer = Checkpointer(tmp_path / "c", 1)
+    checkpointer.save(1, state, {}, None)
+    checkpointer._manager.wait_until_finished()
+    written = heartbeat.bytes_moved()
+    checkpointer.wait()
+    read = heartbeat.bytes_moved()
+    checkpointer.close()
+    assert written - before > 4 << 20
+    assert read - written > 4 << 20
+
+
+def test_a_wait_for_nothing_is_not_the_first_progress_of_the_phase(tmp_path):
+    """The phase then lost the longer time that it has before its first progress."""
+    checkpointer = Checkpointer(tmp_path / "c", 1)
+    checkpointer.wait()
+    assert "checkpoint" not in heartbeat._life.longest
+    checkpointer.save(1, {"w": jnp.ones(3)}, {}, None)
+    checkpointer.wait()
+    assert heartbeat._life.longest["checkpoint"] > 0
+    checkpointer.close()
+
+
 def test_only_what_was_being_removed_is_removed_at_the_start(tmp_path, caplog):
     for name in ("removed_3", "removed_4_again", "removed_backup", "removed_5_mine", "refused_6", "refused_notes"):
         (tmp_path / name).mkdir()

@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -91,12 +92,16 @@ def test_the_newest_checkpoint_is_exported(tmp_path: Path) -> None:
     assert (out / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
 
 
-def test_adapters_of_a_policy_from_a_folder_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From any other folder, and only if its weights are those under which the adapters were trained."""
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
+def test_adapters_of_a_policy_from_a_folder_name_it(
+    base_dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From any other folder, and only if its weights are those under which the adapters were trained. Those are not the float32
+    weights of the folder if they were rounded to bfloat16: then the rounded ones are written."""
     policy, run = tmp_path / "policy", tmp_path / "run"
     write_policy(policy)
     monkeypatch.chdir(tmp_path)
-    config = Config(policy=PolicyConfig(path="policy", lora=LoRAConfig(rank=2)))
+    config = Config(policy=PolicyConfig(path="policy", lora=LoRAConfig(rank=2, base_dtype=base_dtype)))
     run.mkdir()
     save_config(config, run / "config.json")
     arch = architecture_of(config.policy)
@@ -107,10 +112,14 @@ def test_adapters_of_a_policy_from_a_folder_name_it(tmp_path: Path, monkeypatch:
     checkpointer.save(1, TrainState(own, rl_optimizer(OptimizerConfig()).init(own)), meta, None)
     checkpointer.close()
     export_adapters(run, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(policy)
+    rounded = base_dtype == "bfloat16"
+    base = tmp_path / "out" / "base" if rounded else policy
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", *(["base"] if rounded else []),
     ]  # fmt: skip
+    q, written = (weights.load(folder)["layers"][0]["q"] for folder in (policy, base))
+    np.testing.assert_array_equal(written, q.astype(base_dtype).astype(np.float32))
 
     changed = weights.load(policy)
     changed["embed"] += 1

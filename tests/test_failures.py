@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import http.server
+import json
+import os
 import re
 import resource
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -185,6 +189,88 @@ os._exit(0)
 )  # fmt: skip
 def test_exit_codes(error: BaseException, code: int) -> None:
     assert failures.exit_code(error) == code
+
+
+NO_TPU = """
+import json, sys
+import jax
+from jax._src import xla_bridge
+from appo_jax import failures
+
+reasons = json.loads(sys.argv[1])
+
+def start():
+    raise jax.errors.JaxRuntimeError(reason)
+
+xla_bridge.register_backend_factory("fake_tpu", start)
+jax.config.update("jax_platforms", "fake_tpu,cpu")  # as jax does on a TPU VM, with "tpu"
+said = []
+for reason in reasons:
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        said.append((failures.exit_code(error), failures.may_follow_from_another_host(error), failures.explain(error)))
+print(json.dumps(said))
+"""
+
+
+def test_a_device_that_does_not_start_for_the_moment_is_tried_again() -> None:
+    """JAX's own error names neither the type nor the cause of what the TPU's driver raised."""
+    for_now = [
+        "UNAVAILABLE: TPU initialization failed: Barrier timed out",
+        "ABORTED: The TPU is already in use by process with pid 4711",
+        "DEADLINE_EXCEEDED: the other hosts did not answer",
+    ]
+    for_good = "NOT_FOUND: No TPU platform available"
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TPU, json.dumps([*for_now, for_good])], capture_output=True, text=True, timeout=100,
+        env=env,
+    )  # fmt: skip
+    *found, last = json.loads(done.stdout)
+    for reason, (code, secondary, said) in zip(for_now, found, strict=True):
+        assert (code, secondary) == (75, True)
+        assert reason in said
+        assert "install" not in said
+    assert last[:2] == [1, False]
+    assert "JAX has no such device on this machine" in last[2]
+    assert "install JAX for it" in last[2]
+
+
+JOIN = """
+import os
+import jax  # takes this for a TPU VM, because JAX_FORCE_TPU_INIT is set
+os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # jax sets it where it sees no chip
+from appo_jax import distributed, failures
+try:
+    distributed.initialize()
+except Exception as error:
+    print(failures.exit_code(error), error)
+"""
+
+
+def test_a_metadata_server_that_does_not_answer_for_the_moment_is_asked_again() -> None:
+    """JAX then finds no cluster, as on a machine that is not part of one."""
+    pytest.importorskip("requests")  # with which jax asks
+    asked = []
+
+    class Unavailable(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unavailable) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"127.0.0.1:{server.server_port}"
+        variables = {"APPO_DISTRIBUTED": "1", "JAX_FORCE_TPU_INIT": "1", "GCE_METADATA_IP": address}
+        done = subprocess.run(
+            [sys.executable, "-c", JOIN], capture_output=True, text=True, timeout=100, env=os.environ | variables
+        )
+        server.shutdown()
+    assert any("agent-worker-number" in path for path in asked)
+    assert done.stdout.startswith("75 the other hosts cannot be joined now"), done
 
 
 @pytest.mark.parametrize(

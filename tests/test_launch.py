@@ -97,13 +97,20 @@ case $1 in
 esac
 """
 
+# The last line of the unit's processes, or with --unit that of systemd about the unit, which comes after it.
+JOURNALCTL = """#!/bin/sh
+case "$*" in
+  *_SYSTEMD_UNIT=appo.service*) tail -1 "$HOME/journal" ;;
+  *) echo 'appo.service: Consumed 7.123s CPU time.' ;;
+esac
+"""
+
 
 @pytest.fixture
 def launch(tmp_path):
     (tmp_path / "bin").mkdir()
-    command, journal = '#!/bin/sh\nexec env "$@"\n', '#!/bin/sh\ntail -1 "$HOME/journal"\n'
-    programs = {"gcloud": GCLOUD, "systemd-run": SYSTEMD_RUN, "systemctl": SYSTEMCTL, "sudo": command}
-    for name, text in (programs | {"journalctl": journal}).items():
+    programs = {"gcloud": GCLOUD, "systemd-run": SYSTEMD_RUN, "systemctl": SYSTEMCTL, "journalctl": JOURNALCTL}
+    for name, text in (programs | {"sudo": '#!/bin/sh\nexec env "$@"\n'}).items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     calls, states = tmp_path / "calls", tmp_path / "states"
@@ -217,6 +224,39 @@ def test_setup_goes_back_to_an_earlier_commit(launch, workers, tmp_path):
             assert (folder / str(i) / "appo_jax/runs").is_dir()
     asked = (folder / "0/appo_jax/pip.calls").read_text().splitlines()
     assert asked[-1] == "-m pip install --quiet --constraint requirements.txt .[tpu]"  # the tested versions
+
+
+@pytest.mark.parametrize(
+    ("mounted", "said"),
+    [
+        (None, ["mkdir -p /mnt/shared", "mount -t nfs 10.0.0.2:/share /mnt/shared"]),
+        ("10.0.0.2:/share", []),
+        ("10.0.0.2:/share/", []),
+        ("10.0.0.9:/wrong", None),
+    ],
+)
+def test_another_share_than_the_one_asked_for_is_not_kept(tmp_path, mounted, said):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "vm/.venv/bin").mkdir(parents=True)
+    shutil.copy(ROOT / "tpu_setup.sh", tmp_path / "vm")
+    found = f"echo {mounted}" if mounted else "exit 1"  # as findmnt, which cannot see a share here
+    programs = {"sudo": 'exec env "$@"', "apt-get": "", "findmnt": found}
+    programs |= {name: f'echo "{name} $*" >>{tmp_path}/said' for name in ("mkdir", "mount")}
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name in ("pip", "python", "appo-jax"):
+        (tmp_path / "vm/.venv/bin" / name).symlink_to("/bin/true")
+    variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TPU_SHARED": "10.0.0.2:/share", "PYTHON": "true"}
+    done = subprocess.run(
+        ["bash", str(tmp_path / "vm/tpu_setup.sh")], env=os.environ | variables, capture_output=True, text=True
+    )
+    if said is None:
+        assert done.returncode == 1
+        assert "10.0.0.9:/wrong is mounted at /mnt/shared, but TPU_SHARED is 10.0.0.2:/share" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert ((tmp_path / "said").read_text().splitlines() if (tmp_path / "said").exists() else []) == said
 
 
 def test_run_starts_the_same_command_on_all_workers_under_a_supervisor(launch):
@@ -439,6 +479,7 @@ def test_a_worker_is_given_the_command_once_a_boot(launch, workers):
     assert verbs(calls) == ["describe", "tpu-vm ssh"]
     assert "Result=exit-code ExecMainStatus=2" in done.stdout
     assert "gone.json: no such file" in done.stdout
+    assert "CPU time" not in done.stdout  # which systemd says
     assert "the run has ended" in done.stderr
     assert [told(folder, i)[0] for i in range(2)] == [["2"], ["2"]]
     for i in range(2):
@@ -450,6 +491,22 @@ def test_a_worker_is_given_the_command_once_a_boot(launch, workers):
     (folder / "1/appo_jax.started").write_text("another boot\n")
     _, calls = launch("resume.sh", "--config", "gone.json", **states)
     assert verbs(calls) == ["describe", *STARTED]
+
+
+@pytest.mark.parametrize("state", ["active", "activating", "deactivating"])
+@pytest.mark.parametrize("started", [None, "another boot\n"])
+def test_a_unit_that_runs_is_left_alone_whoever_started_it(launch, workers, state, started):
+    """~/appo_jax.started is missing for another user, or if ssh failed just after the start."""
+    folder, variables = workers
+    for i in range(2):
+        (folder / str(i) / "state").write_text(f"{state}\n")
+        if started:
+            (folder / str(i) / "appo_jax.started").write_text(started)
+    states = {"states_told": "ACTIVE\n", "NO_SETUP": "1", "TPU_POLL": "0"} | KIND | variables
+    done, calls = launch("resume.sh", "--config", "c.py", **states)
+    assert (done.returncode, "nothing to do" in done.stdout) == (0, True), done.stderr
+    assert verbs(calls) == ["describe", "tpu-vm ssh"]
+    assert not list(folder.glob("*/asked"))  # to stop
 
 
 @pytest.mark.parametrize("state", ["WAITING_FOR_RESOURCES", "ACCEPTED", "CREATING", "PROVISIONING"])

@@ -36,7 +36,6 @@ from appo_jax.interrupt import Stop
 from appo_jax.learner.optimizer import rl_optimizer
 from appo_jax.learner.step import StepSpec, TrainState, make_train_step
 from appo_jax.metrics import read_metrics
-from appo_jax.prepare import prepare_world
 from appo_jax.reward import Judge, Response
 from appo_jax.rollout.growth import TreeGrower
 from appo_jax.run_dir import open_run
@@ -49,7 +48,10 @@ from appo_jax.types import RewardResult
 
 @pytest.fixture(scope="module")
 def config(
-    tmp_path_factory: pytest.TempPathFactory, short_quickstart: Callable[[Path], Config], smallest: Architecture
+    tmp_path_factory: pytest.TempPathFactory,
+    short_quickstart: Callable[[Path], Config],
+    smallest: Architecture,
+    prepare_small_world: Callable[[Config], None],
 ) -> Config:
     folder = tmp_path_factory.mktemp("quickstart")
     c = short_quickstart(folder)
@@ -62,7 +64,7 @@ def config(
         eval=dataclasses.replace(c.eval, num_prompts=4),
     )
     check(config)
-    prepare_world(config)
+    prepare_small_world(config)
     return config
 
 
@@ -283,6 +285,40 @@ def test_a_tool_that_is_down_in_an_evaluation_loses_no_step(
     assert "eval/accuracy" not in records[0]
 
 
+def test_the_last_step_is_evaluated_once_and_on_record(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, the record of a step that ended the run had no accuracy: a run that went on with a larger budget had a gap there."""
+    run = tmp_path / "run"
+    config = dataclasses.replace(
+        tiny, run_dir=str(run), eval=dataclasses.replace(tiny.eval, every=1), steps=100, max_sampled_tokens=1
+    )
+    evaluated: list[int] = []
+
+    def count(params: object, components: Components, stopping: Any = None) -> Any:
+        evaluated.append(heartbeat.now()[1])
+        if len(evaluated) == 2:
+            raise ToolsDown("down")
+        return evaluate(params, components, stopping)
+
+    monkeypatch.setattr("appo_jax.train.evaluate", count)
+    train(config)
+    [first] = read_metrics(run / "metrics.jsonl")
+    summary = json.loads((run / "summary.json").read_text())
+    assert (first["step"], first["eval/accuracy"]) == (1, summary["accuracy_final"])
+    assert evaluated == [1]
+    longer = dataclasses.replace(config, max_sampled_tokens=first["rollout/sampled_tokens_total"] + 1)
+    with pytest.raises(ToolsDown):  # in the evaluation of the last step, which is saved
+        train(longer)
+    assert (run / "checkpoints/rl/2").is_dir()
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl") if "eval/accuracy" in r] == [1]
+    train(longer)
+    assert evaluated == [1, 2, 2]
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    train(longer)  # it was killed before it wrote its summary, or is started again
+    assert evaluated == [1, 2, 2, 2]
+
+
 def test_a_run_may_be_ended_at_once_only_when_its_last_step_is_on_disk(tiny: Config, tmp_path: Path) -> None:
     """What a supervisor hears: the first heartbeat after the last step by which it may kill the process."""
     supervisor, channel = socket.socketpair()
@@ -410,7 +446,9 @@ def test_a_policy_taken_over_is_judged_on_this_runs_questions(tiny: Config, tmp_
         sys.path.remove(str(folder))
 
 
-def test_a_policy_keeps_its_tokenizer(tiny: Config, tmp_path: Path) -> None:
+def test_a_policy_keeps_its_tokenizer(
+    tiny: Config, tmp_path: Path, prepare_small_world: Callable[[Config], None]
+) -> None:
     """`data world` does not replace it, and if something else has, no command reads the policy's ids as other text."""
     file = tmp_path / "tokenizer.model"
     shutil.copyfile(tiny.policy.tokenizer, file)
@@ -419,14 +457,14 @@ def test_a_policy_keeps_its_tokenizer(tiny: Config, tmp_path: Path) -> None:
     )
     other = dataclasses.replace(config, data=dataclasses.replace(tiny.data, seed=1, path=str(tmp_path / "other")))
     before = file.read_bytes()
-    prepare_world(config)  # it is the same again
+    prepare_small_world(config)  # it is the same again
     with pytest.raises(ConfigError, match=r"another tokenizer is there.* give another --policy\.tokenizer"):
-        prepare_world(other)
+        prepare_small_world(other)
     assert file.read_bytes() == before
     train(config)
     shutil.copytree(config.run_dir, tmp_path / "cold", ignore=shutil.ignore_patterns("rl", "metrics.jsonl", "rollouts"))
     file.unlink()
-    prepare_world(other)
+    prepare_small_world(other)
     assert load_tokenizer(file).vocab_size == load_tokenizer(tiny.policy.tokenizer).vocab_size
     for attempt in (
         lambda: train(dataclasses.replace(config, steps=2)),

@@ -63,6 +63,8 @@ _TABLE: dict[str, Affects] = {
     **dict.fromkeys(("optimizer.b1", "optimizer.b2", "optimizer.max_grad_norm"), Affects.STEP | Affects.COLD_START),
     "seed": Affects.STEP | Affects.COLD_START | Affects.SAMPLES,
     **dict.fromkeys(("rollout.top_p", "rollout.top_k"), Affects.STEP | Affects.SAMPLES),
+    # The cold start trains all parameters and is measured before there are adapters.
+    "policy.lora": Affects.STEP | Affects.SAMPLES,
     "eval.num_prompts": Affects.ACCURACY,
     "eval.every": Affects.CURVE,
     **dict.fromkeys(("reward.function", "reward.judge.model", "reward.judge.temperature"), Affects.STEP | Affects.ACCURACY),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -163,7 +164,19 @@ def demonstrations(
 
 
 def introduce(example: Example, instructions: str) -> Example:
-    """The example with the tools' instructions in place of `{tools}` in its system prompt."""
+    """The example with the tools' instructions in place of `{tools}` in its system prompt. Without instructions, the sentence
+    that announces them is left out, too."""
     if TOOLS_PLACE not in example.system:
         return example
-    return dataclasses.replace(example, system=example.system.replace(TOOLS_PLACE, instructions))
+    system = example.system if instructions else _without_announcement(example.system)
+    return dataclasses.replace(example, system=system.replace(TOOLS_PLACE, instructions))
+
+
+def _without_announcement(system: str) -> str:
+    """A system prompt without `{tools}` and the sentence before it, if that ends in a colon: "Your tools:"."""
+    before, _, after = system.partition(TOOLS_PLACE)
+    text = before.rstrip()
+    if not text.endswith(":"):
+        return system
+    starts = (end.end() for end in re.finditer(r"[.!?]\s+|\n\s*", text))
+    return text[: max(starts, default=0)] + after.lstrip()

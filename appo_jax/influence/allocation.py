@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from appo_jax.advantage.groups import dual_group
 from appo_jax.branching.select import select
 from appo_jax.config import BranchingConfig
-from appo_jax.influence.ranking import Interval, Ranked, over_rollouts
+from appo_jax.influence.ranking import Interval, Ranked, mean_over_questions
 from appo_jax.rollout.sampler import Branch
 from appo_jax.types import Rollout
 
@@ -27,7 +28,7 @@ class Scatter:
     """The results of both allocations on the same prompts."""
 
     variance: Mapping[str, Interval]
-    """By allocation: the variance of A_base over the draws, averaged over initial rollouts; intervals over prompts."""
+    """By allocation: the variance of A_base over the draws, averaged over a question's initial rollouts, then over questions."""
     difference: Interval
     """proportional minus per_rollout, paired by rollout."""
 
@@ -63,9 +64,10 @@ def advantage_scatter(
     pairs = [
         np.subtract(b, a).tolist() for a, b in zip(variances["per_rollout"], variances["proportional"], strict=True)
     ]
+    questions = [ranked[first].question for first in range(0, len(rollouts), num_initial)]
     return Scatter(
-        {name: over_rollouts(values, lambda rows: float(np.mean(rows))) for name, values in variances.items()},
-        over_rollouts(pairs, lambda rows: float(np.mean(rows))),
+        {name: mean_over_questions(values, questions, (0.0, inf)) for name, values in variances.items()},
+        mean_over_questions(pairs, questions),
     )
 
 

@@ -1,7 +1,7 @@
 """`appo-jax influence RUN`: measures whether the Branching Score finds influential positions (the paper's pilot study).
 
-The run's newest policy, π_old, draws rollouts. One training step on other prompts gives π_θ, so that Ω is as in training after
-a step's updates. Then every score ranks the positions, and Monte Carlo measures the influence of some of them.
+The run's newest policy, π_old, draws rollouts. The run's next training step, on other prompts, gives π_θ, so that Ω is as in
+training after a step's updates. Then every score ranks the positions, and Monte Carlo measures the influence of some of them.
 """
 
 from __future__ import annotations
@@ -12,43 +12,49 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from grain import DatasetIterator
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from appo_jax.algorithms import make_algorithm
 from appo_jax.branching.rule import ByScore
 from appo_jax.branching.rules import RULES
+from appo_jax.checkpoint import Checkpointer
 from appo_jax.components import Components, build, give_rewards
-from appo_jax.config import Config
 from appo_jax.config.bounds import require_at_least
-from appo_jax.config_io import load_config, with_fields
+from appo_jax.config_io import load_config
 from appo_jax.data.pipeline import prompt_batches
-from appo_jax.export import policy_params
+from appo_jax.errors import CheckpointError
+from appo_jax.export import policy_params, starting_params
 from appo_jax.influence.allocation import Scatter, advantage_scatter
 from appo_jax.influence.measure import Influence, measure
 from appo_jax.influence.ranking import (
     Interval,
+    Place,
     Ranked,
     chance,
     correlation,
-    over_rollouts,
+    mean_over_questions,
     precision,
     share_after_tools,
     top_words,
 )
+from appo_jax.learner.step import TrainState
 from appo_jax.output import cell
 from appo_jax.policy.parameters import Params
+from appo_jax.policy.sharding import param_shardings
 from appo_jax.reward import require_rewards
 from appo_jax.rollout.growth import blank_tokens, score_positions, valid_positions
 from appo_jax.rollout.sampler import Branch, Purpose, ScorePass
 from appo_jax.rollout.scoring import log_probs
-from appo_jax.storage import to_json
-from appo_jax.train import begin
-from appo_jax.train_step import train_step
-from appo_jax.types import Rollout, turn_starts
+from appo_jax.storage import numbered_folders, to_json
+from appo_jax.train import begin, restore
+from appo_jax.train_step import Trainer, train_step
+from appo_jax.types import Example, Rollout, turn_starts
 from appo_jax.view.plots import STYLE
 
 RANDOM, TURN_START = "random", "turn start"
@@ -77,25 +83,21 @@ class Asked:
 
 def study_influence(run: Path, out: Path, asked: Asked) -> str:
     """Measure, write influence.md, influence.json and influence.png into `out`, and return the text of influence.md."""
-    config = config_of(run)
+    config = load_config(run / "config.json")
     out.mkdir(parents=True, exist_ok=True)
     # A folder that cannot be written is an error before the measurement, not after it.
     with tempfile.TemporaryFile(dir=out):
         pass
     with build(config) as components:
-        where, params = policy_params(components, run)
-        trainer, state = begin(components, params)
-        del params
-        weights = components.dataset.weights
-        batches = prompt_batches(components.train, config.prompts_per_step, config.seed, weights=weights)
-        others = next(batches)
-        examples = list(itertools.islice(itertools.chain.from_iterable(batches), asked.questions))
+        where, step, trainer, state, prompts = _reached(components, run)
+        others = next(prompts)
+        examples = list(itertools.islice(itertools.chain.from_iterable(prompts), asked.questions))
         trees = components.sampler.initial(trainer.policy(state), examples, asked.rollouts, (Purpose.INFLUENCE, 0))
         rollouts = [rollout for tree in trees for rollout in tree]
         give_rewards(rollouts, components)
         require_rewards(rollouts)
         old = [values for tree in log_probs(components.sampler, trainer.policy(state), trees) for values in tree]
-        state, record, _ = train_step(trainer, 0, state, others, iter(()))
+        state, record, _ = train_step(trainer, step, state, others, prompts)
         policy = trainer.policy(state)
         scored = components.sampler.score(policy, rollouts, to_branch=True)
         ranked = rank(components, scored, old)
@@ -128,10 +130,43 @@ def study_influence(run: Path, out: Path, asked: Asked) -> str:
     return text
 
 
-def config_of(run: Path) -> Config:
-    """The config of a run, for its newest policy. Its adapters are merged into the weights, where bfloat16 would lose them."""
-    config = load_config(run / "config.json")
-    return config if config.policy.lora is None else with_fields(config, {"policy.lora.base_dtype": "float32"})
+class Reached(NamedTuple):
+    """What the next training step of a run begins with."""
+
+    policy: str  # a text that names it
+    step: int  # the number of earlier steps
+    trainer: Trainer
+    state: TrainState
+    prompts: DatasetIterator[list[Example]]
+
+
+def _reached(components: Components, run: Path) -> Reached:
+    """Where a run has arrived: its newest RL checkpoint, or its first step if it has none."""
+    config, checkpoints = components.config, run / "checkpoints"
+    trained = bool(numbered_folders(checkpoints / "rl"))
+    where = ""
+    if trained and (config.policy.lora is not None or make_algorithm(config).keeps_reference):
+        # The frozen weights and π_ref are those with which RL began.
+        params = jax.device_put(
+            starting_params(run, config, components.tokenizer)[1],
+            param_shardings(components.arch, components.mesh, "train"),
+        )
+    else:
+        where, params = policy_params(components, run)
+    trainer, state = begin(components, params)
+    del params
+    prompts = prompt_batches(components.train, config.prompts_per_step, config.seed, weights=components.dataset.weights)
+    if not trained:
+        return Reached(where, 0, trainer, state, prompts)
+    checkpointer = Checkpointer(checkpoints / "rl", keep=1, read_only=True)
+    try:
+        restored = restore(checkpointer, trainer, state, prompts, checkpoints)
+    finally:
+        checkpointer.close()
+    if restored is None:
+        raise CheckpointError(f"{checkpoints / 'rl'}: its checkpoints were removed while they were read; try again")
+    step, state, _ = restored
+    return Reached(f"step {step} of {checkpoints / 'rl'}", step, trainer, state, prompts)
 
 
 def _scatter(
@@ -178,7 +213,7 @@ def rank(components: Components, scored: ScorePass, old: Sequence[np.ndarray]) -
         known = components.dataset.decisions
         out.append(
             Ranked(
-                scores, preferred, results["future"][i].future_value, valid[i], r.sampled,
+                r.example.question, scores, preferred, results["future"][i].future_value, valid[i], r.sampled,
                 None if known is None else decision_tokens(r, words, known),
                 after_tool, [word.decode(errors="replace") for word in words],
             )
@@ -204,24 +239,27 @@ def summarize(ranked: Sequence[Ranked], measured: Sequence[Influence], random: d
     influence = {(m.rollout, m.position): m.influence for m in measured}
     random = {i: [t for t in chosen if (i, t) in influence] for i, chosen in random.items()}
 
-    def mean_of_top(name: str) -> Interval:
-        rows = [[influence[i, t] for t in ranked[i].top(name, 3) if (i, t) in influence] for i in random]
-        return over_rollouts(rows, lambda values: float(np.mean(values)))
+    questions = [ranked[i].question for i in random]
+
+    def mean_of(chosen: dict[int, list[int]]) -> Interval:
+        rows = [[influence[i, t] for t in chosen[i] if (i, t) in influence] for i in random]
+        return mean_over_questions(rows, questions)
 
     known = any(r.decisions is not None for r in ranked)
     figures: dict[str, Any] = {"scores": {}, "chance": chance(ranked) if known else None}
     for name in ranked[0].scores:
-        pairs = [[(float(ranked[i].scores[name][t]), influence[i, t]) for t in random[i]] for i in random]
+        places = [
+            [Place(bool(r.preferred[name][t]), float(r.scores[name][t]), influence[i, t]) for t in random[i]]
+            for i, r in ((i, ranked[i]) for i in random)
+        ]
         figures["scores"][name] = {
-            "correlation": correlation(pairs),
-            "influence_of_top_3": mean_of_top(name),
+            "correlation": correlation(places, questions),
+            "influence_of_top_3": mean_of({i: ranked[i].top(name, 3) for i in random}),
             "precision": {count: precision(ranked, name, count) for count in COUNTS} if known else None,
             "after_tools": share_after_tools(ranked, name, 3),
             "words": top_words(ranked, name, 3),
         }
-    figures["influence_of_random"] = over_rollouts(
-        [[influence[i, t] for t in random[i]] for i in random], lambda values: float(np.mean(values))
-    )
+    figures["influence_of_random"] = mean_of(random)
     return figures
 
 
@@ -229,7 +267,7 @@ def to_markdown(figures: dict[str, Any]) -> str:
     lines = [
         f"{figures['rollouts']} rollouts of {figures['policy']}, {figures['positions']} positions, "
         f"{figures['continuations']} continuations at each cut. Standard deviation of Ω after one step: "
-        f"{figures['future_std']:.3f}. Intervals: 95 %, over rollouts.",
+        f"{figures['future_std']:.3f}. Means and 95 % intervals are over questions.",
         "",
         "| score | rank correlation with influence | influence of its best 3 | precision at 1 | at 3 | at 5 | begin a turn "
         "after a tool | words on top |",
@@ -251,7 +289,7 @@ def to_markdown(figures: dict[str, Any]) -> str:
     means = ", ".join(f"{name} {_shown(value, 4)}" for name, value in scatter.variance.items())
     lines += [
         "",
-        f"Variance of A_base when the branches are drawn again (Theorem 1; intervals over prompts): {means}. proportional minus "
+        f"Variance of A_base when the branches are drawn again (Theorem 1): {means}. proportional minus "
         f"per_rollout: {_shown(scatter.difference, 4)}.",
     ]
     return "\n".join(lines)
@@ -278,6 +316,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         for ax, (title, get, reference) in zip(axes, panels, strict=True):
             found = [get(figures["scores"][name]) for name in names]
             errors = np.array([[x.value - x.low for x in found], [x.high - x.value for x in found]])
+            errors = np.where(np.isfinite(errors), errors, np.nan)  # an interval without ends is not drawn
             ax.barh(names, [x.value for x in found], xerr=np.maximum(errors, 0), color="C0", ecolor="0.3", capsize=2)
             ax.axvline(reference, color="C3", linewidth=1)
             ax.set_title(title)

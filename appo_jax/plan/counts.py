@@ -26,10 +26,14 @@ class PlannedGeneration:
     """Generations of one kind and shape."""
 
     name: str
-    """What is drawn, in the names of programs: "initial" (initial rollouts) or "branches"."""
+    """What is drawn, in the names of programs: "initial" (initial rollouts), "branches" or "evaluation"."""
     shapes: GenerationShapes
+    prefill_rows: int
+    """Prompts of one prefill pass. 0: the prefixes come from score passes."""
+    prefills: int
+    """Prefill passes of one generation."""
     times: int
-    """Number of these generations in a step."""
+    """Number of these generations in a step. 0: those of an evaluation, which is no part of a step."""
     drawn: int
     """Maximum number of rollouts of one generation."""
     lengths: Lengths
@@ -62,10 +66,8 @@ class Scoring:
 class Counts:
     """The numbers of everything that one training step runs."""
 
-    prefill_rows: int
-    """Prompts of one prefill pass."""
-    prefills: int
-    """Prefill passes in a step."""
+    evaluation: PlannedGeneration
+    """The generation that draws a greedy rollout of each held-out question."""
     initial: PlannedGeneration
     """The generations that draw initial rollouts."""
     branches: tuple[PlannedGeneration, ...]
@@ -86,7 +88,7 @@ class Counts:
 
     @property
     def generations(self) -> tuple[PlannedGeneration, ...]:
-        """All generations."""
+        """All generations of a step."""
         return (self.initial, *self.branches)
 
 
@@ -96,16 +98,22 @@ def count(config: Config, shapes: Shapes, lengths: RolloutLengths | None = None)
     `shapes`: of its rollouts, with the branching of its algorithm. `lengths`: of its rollouts; None: the longest allowed.
     """
     algorithm, lengths = make_algorithm(config), lengths or RolloutLengths.longest(config.rollout)
+    if not config.tools.enabled:
+        lengths = lengths.without_calls()
     packing = _Packing(config, algorithm, lengths)
     draws = 1 + algorithm.max_resamples  # each replacement of prompts is another generation
-    prompts, rows = config.prompts_per_step, shapes.prefill_rows(config.prompts_per_step)
-    initial_shapes = shapes.initial(prompts, algorithm.initial)
-    initial = PlannedGeneration("initial", initial_shapes, draws, prompts * algorithm.initial, lengths.initial)
+
+    def from_prompts(name: str, prompts: int, copies: int, times: int) -> PlannedGeneration:
+        rows, shape = shapes.prefill_rows(prompts), shapes.initial(prompts, copies)
+        return PlannedGeneration(name, shape, rows, -(-prompts // rows), times, prompts * copies, lengths.initial)
+
+    initial = from_prompts("initial", config.prompts_per_step, algorithm.initial, draws)
+    # How many held-out questions there are is not known: if all are asked, they are taken for more than one prefill pass.
+    questions = config.eval.num_prompts or 2 * shapes.rounded_up(config.rollout.decode_rows)
     branches = tuple(_branch_generations(config, algorithm, shapes, lengths.branches))
     minibatches = config.prompts_per_step // config.prompts_per_minibatch
     return Counts(
-        prefill_rows=rows,
-        prefills=draws * -(-prompts // rows),
+        evaluation=from_prompts("evaluation", questions, 1, times=0),
         initial=initial,
         branches=branches,
         scorings=_scorings(config, algorithm, shapes, packing),
@@ -160,7 +168,7 @@ def _branch_generations(
         by_shape.setdefault(shapes.branches(before), []).append(max(1, after - before))
     minibatches = config.prompts_per_step // prompts
     return [
-        PlannedGeneration("branches", shape, minibatches * len(drawn), max(drawn), lengths)
+        PlannedGeneration("branches", shape, 0, 0, minibatches * len(drawn), max(drawn), lengths)
         for shape, drawn in by_shape.items()
     ]
 

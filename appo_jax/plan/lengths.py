@@ -57,6 +57,10 @@ class RolloutLengths:
         longest = Lengths((response,), calls, config.max_prompt_tokens, response / 2)
         return cls(longest, dataclasses.replace(longest, prefix=config.max_prompt_tokens + response))
 
+    def without_calls(self) -> RolloutLengths:
+        """The same lengths, of rollouts that call no tool."""
+        return RolloutLengths(*(dataclasses.replace(x, calls=0) for x in (self.initial, self.branches)))
+
     @classmethod
     def of_run(cls, run: Path, config: RolloutConfig) -> RolloutLengths:
         """The lengths of the rollouts that a run dumped in its newest steps, at most those that `config` permits.

@@ -83,16 +83,26 @@ class _StepPrograms:
         self.in_place = sharding.generates_in_place(self.policy, mesh, self.arrays.dtype)
         # Programs of a generation take its copy of the parameters as an argument, or, without a copy, the parameters.
         self.resident_in_generation = self.optimizer_and_reference + (0 if self.in_place else on_chip(self.policy))
-        self.kept_generating = self.resident_in_generation + on_chip(self.generating_params)
+        # Before RL, an evaluation reads a copy of all parameters in float32, which with adapters are larger than those of RL.
+        self.resident_in_evaluation = self.resident_in_generation
+        if self.base is not None:
+            self.resident_in_evaluation = max(self.resident_in_evaluation, self._resident_before_rl())
         self.kept_training = self.optimizer_and_reference + on_chip(self.policy)
 
     def all(self) -> Iterator[Program]:
-        if self.config.sft.steps and self.config.init_from is None:
+        if self._has_cold_start:
             yield self.cold_start()
         if not self.in_place:
             yield self.reshard()
-        yield self.prefill()
-        yield self.decode(self.counts.initial)
+        evaluation, initial = self.counts.evaluation, self.counts.initial
+        # Two prefill passes need more memory than one, though they have the same shapes.
+        shapes = [(generation.shapes, generation.prefills > 1) for generation in (evaluation, initial)]
+        if shapes[0] != shapes[1] or self.resident_in_evaluation > self.resident_in_generation:
+            yield self.prefill(evaluation)
+            yield self.decode(evaluation)
+            yield self.append(evaluation)
+        yield self.prefill(initial)
+        yield self.decode(initial)
         for scoring in self.counts.scorings:
             yield self.score(scoring)
         for generation in self.counts.branches:
@@ -138,22 +148,21 @@ class _StepPrograms:
             _MESH,
         )
 
-    def prefill(self) -> Program:
+    def prefill(self, generation: PlannedGeneration) -> Program:
         """Computes the KV caches of the prompts. The caches of the generation exist already, and those of the pass before, if there
         was one, still do."""
-        rows, length = self.counts.prefill_rows, self.config.rollout.max_prompt_tokens
-        initial = self.counts.initial
-        before = self._source_bytes(initial) if self.config.prompts_per_step > rows else 0
+        rows, length = generation.prefill_rows, self.config.rollout.max_prompt_tokens
+        before = self._source_bytes(generation) if generation.prefills > 1 else 0
         tokens = self.arrays.rows((rows, length), jnp.int32)
         return Program(
-            "prefill",
+            "prefill" if generation is self.counts.initial else f"prefill, {generation.name}",
             lambda: prefill.trace(
                 self.generating_params, tokens, arch=self.arrays.generating_arch, dtype=self.arrays.dtype
             ),
-            self.counts.prefills,
+            generation.times * generation.prefills,
             f"passes of {rows} prompts",
-            self.resident_in_generation + on_chip(self.arrays.generation(initial.shapes)) + before,
-            self.kept_generating,
+            self._resident(generation) + on_chip(self.arrays.generation(generation.shapes)) + before,
+            self._kept(generation),
             "rollout.max_prompt_tokens, rollout.decode_rows",
             _ROWS,
         )
@@ -164,7 +173,8 @@ class _StepPrograms:
 
         def trace() -> Any:
             prefixes, rows = self.arrays.generation(shapes)
-            spec = DecodeSpec.of(rollout, self.arrays.generating_arch, self.arrays.dtype, rollout.temperature, (0,))
+            temperature = 0.0 if generation is self.counts.evaluation else rollout.temperature
+            spec = DecodeSpec.of(rollout, self.arrays.generating_arch, self.arrays.dtype, temperature, (0,))
             states = 1 + AUTOMATON_STATES * len(self.config.tools.enabled)
             stops = StopTables(
                 self.arrays.of((states, self.arch.vocab_size), np.min_scalar_type(states - 1)),
@@ -177,8 +187,8 @@ class _StepPrograms:
             trace,
             generation.times * generation.decode_steps,
             f"{generation.times} generations × {generation.decode_steps} steps of {shapes.rows} rows",
-            self.resident_in_generation + self._source_bytes(generation),
-            self.kept_generating,
+            self._resident(generation) + self._source_bytes(generation),
+            self._kept(generation),
             "rollout.decode_rows, rollout.max_response_tokens",
             _ROWS,
             SEGMENT_STEPS,
@@ -203,8 +213,8 @@ class _StepPrograms:
             trace,
             generation.appends,
             f"{generation.times * generation.drawn} rollouts × {generation.lengths.calls:g} calls / {width}",
-            self.resident_in_generation + self._source_bytes(generation),
-            self.kept_generating,
+            self._resident(generation) + self._source_bytes(generation),
+            self._kept(generation),
             "rollout.max_result_tokens, rollout.decode_rows",
             _ROWS,
             seen=self._reads(generation, 1, length),
@@ -279,6 +289,26 @@ class _StepPrograms:
 
     def _source_bytes(self, generation: PlannedGeneration) -> int:
         """Bytes per device of the KV caches from which a generation's prefixes are loaded."""
-        if generation is self.counts.initial:
-            return on_chip(self.arrays.caches(self.counts.prefill_rows, self.config.rollout.max_prompt_tokens))
+        if generation.prefill_rows:
+            return on_chip(self.arrays.caches(generation.prefill_rows, self.config.rollout.max_prompt_tokens))
         return max(s.kept * on_chip(self.arrays.caches(*s.shape)) for s in self.counts.scorings)
+
+    def _resident(self, generation: PlannedGeneration) -> int:
+        """Bytes per device of the parameters and optimizer state that a generation does not read."""
+        return self.resident_in_evaluation if generation is self.counts.evaluation else self.resident_in_generation
+
+    def _kept(self, generation: PlannedGeneration) -> int:
+        """Bytes per device of all weights and of the optimizer state during a generation."""
+        return self._resident(generation) + on_chip(self.generating_params)
+
+    def _resident_before_rl(self) -> int:
+        """`_resident` in an evaluation of the policy with which RL begins. After a cold start, the moments of its optimizer still
+        exist."""
+        state = self.arrays.cold_start_state()
+        optimizer = on_chip(state.opt_state) if self._has_cold_start else 0
+        in_place = sharding.generates_in_place(state.params, self.mesh, self.arrays.dtype)
+        return optimizer + (0 if in_place else on_chip(state.params))
+
+    @property
+    def _has_cold_start(self) -> bool:
+        return bool(self.config.sft.steps) and self.config.init_from is None

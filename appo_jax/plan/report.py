@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 HOST_LOOK_S = 2e-3
 # Bytes per second at which a host writes to the run's storage. An assumption; measure yours with `dd` on all hosts at once.
 STORAGE_RATE = 200e6
+# Columns of the narrowest table. A narrower terminal wraps its lines.
+MIN_WIDTH = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +114,15 @@ class Plan:
         # A refused program may need more than the figures of the compiler's message, of which there may be only one.
         return tuple(need for need in self.needs if need.refused or need.peak > self.chip.hbm)
 
+    @property
+    def unit(self) -> str:
+        """What the figures are of."""
+        return "chip" if self.chip.per_chip == 1 else "device"
+
     def verdict(self) -> str:
         """One line: whether the config fits, how much memory is left or lacking, and what makes it fit."""
         need, hbm = self.tightest, self.chip.hbm
-        figures = f"{need.peak / GIB:.2f} of {hbm / GIB:.2f} GiB per chip ({need.name})"
+        figures = f"{need.peak / GIB:.2f} of {hbm / GIB:.2f} GiB per {self.unit} ({need.name})"
         if self.fits:
             left = hbm - need.peak
             return f"fits {self.topology}: {figures}; {left / GIB:.2f} GiB left ({left / hbm:.0%})"
@@ -161,32 +169,51 @@ def _advice(need: Need, hbm: float) -> str:
     )
 
 
-def tables(plan: Plan) -> Sequence[Table]:
-    """The two tables for the terminal: memory in GiB, and work and time."""
-    memory = Table(title=f"memory per chip of {plan.topology}, {plan.chips} chips, GiB", title_justify="left")
-    for column in ("program", "arguments", "temporaries", "output", "resident", "peak", "left", "compile s"):
-        memory.add_column(column, justify="left" if column == "program" else "right")
+TEXTS = ("program", "collectives: MB, ms", "times a step")  # columns of text; the others hold numbers, or one word
+
+
+def tables(plan: Plan, width: int) -> Sequence[Table]:
+    """The two tables for a terminal of this width: memory in GiB, and work and time."""
+    names = ("program", "arguments", "temporaries", "output", "resident", "peak", "left", "compile s")
+    rows = []
     for n in plan.needs:
         sizes = (n.arguments, n.temporaries, n.output, n.resident, n.peak, plan.chip.hbm - n.peak)
         cells = [f"{size / GIB:.2f}" for size in sizes]
-        memory.add_row(n.name, *(["?"] * 3 if n.refused else cells[:3]), *cells[3:], f"{n.compile_s:.0f}")
+        rows.append([n.name, *(["?"] * 3 if n.refused else cells[:3]), *cells[3:], f"{n.compile_s:.0f}"])
+    memory = _table(f"memory per {plan.unit} of {plan.topology}, {plan.chips} chips, GiB", names, rows, width)
     total = "not known, a program does not fit" if plan.step_s is None else f"{plan.step_s:.0f} s"
-    work = Table(title=f"work per chip, and a step's roofline: {total}", title_justify="left")
-    for column in ("program", "TFLOP", "HBM GB", "collectives: MB, ms", "ms", "bound", "times a step", "s a step"):
-        work.add_column(
-            column, justify="left" if column in ("program", "collectives: MB, ms", "times a step") else "right"
-        )
+    names = ("program", "TFLOP", "HBM GB", "collectives: MB, ms", "ms", "bound", "times a step", "s a step")
+    rows = []
     for n in plan.needs:
         times = f"{n.times} = {n.counted}"
         if n.refused:
-            work.add_row(n.name, *["?"] * 4, "does not fit", times, "?")
+            rows.append([n.name, *["?"] * 4, "does not fit", times, "?"])
             continue
         seconds = n.seconds(plan.chip)
-        work.add_row(
+        rows.append([
             n.name, f"{n.flops / 1e12:.3f}", f"{n.traffic / 1e9:.2f}", _collectives(n), f"{1000 * seconds:.1f}",
             n.bound(plan.chip), times, f"{n.step_s(plan.chip):.1f}",
-        )  # fmt: skip
-    return memory, work
+        ])  # fmt: skip
+    return memory, _table(f"work per {plan.unit}, and a step's roofline: {total}", names, rows, width)
+
+
+def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    """A table for a terminal of this width. If it is too wide, it has no lines between columns and text is folded; in less than 80
+    columns the names of columns are, too. Numbers are never cut off."""
+    columns = list(zip(*rows, strict=True))
+    fits = 1 + sum(3 + max(map(len, (name, *cells))) for name, cells in zip(names, columns, strict=True)) <= width
+    table = Table(title=title, title_justify="left")
+    if not fits:
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    for name, cells in zip(names, columns, strict=True):
+        text = name in TEXTS
+        longest = max(len(word) for cell in (*cells, name if width >= 80 else "") for word in cell.split())
+        table.add_column(
+            name, justify="left" if text else "right", overflow="fold", width=None if text or fits else longest
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _collectives(need: Need) -> str:
@@ -215,9 +242,8 @@ def show(plan: Plan, console: Console, more: Mapping[str, Any]) -> None:
 
     On a terminal, wide tables are folded. In a file, no line is folded.
     """
-    if not console.is_terminal:
-        console.width = 1000  # wider than any table
-    for table in tables(plan):
+    console.width = max(console.width, MIN_WIDTH) if console.is_terminal else 1000  # wider than any table
+    for table in tables(plan, console.width):
         console.print(table)
     if plan.fits:
         console.print(plan.verdict(), soft_wrap=True, highlight=False)

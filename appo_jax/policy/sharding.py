@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from appo_jax.config import Architecture, MeshConfig
 from appo_jax.errors import ConfigError
@@ -77,8 +77,14 @@ def _mesh(devices: np.ndarray) -> Mesh:
 
 
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
-    """A context manager: programs traced in `with use_mesh(mesh):` are partitioned over the mesh."""
-    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+    """A context manager: programs traced in `with use_mesh(mesh):` are partitioned over the mesh, and are for its platform."""
+    if mesh.size > 1:
+        return jax.set_mesh(mesh)
+    device = mesh.abstract_mesh.abstract_device
+    if device.platform == jax.default_backend():
+        return contextlib.nullcontext()
+    # A plan for one device of another machine: a mesh without axes says for which platform programs are traced.
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def param_shardings(arch: Architecture, mesh: Mesh, layout: Layout, params: Params | None = None) -> Params:

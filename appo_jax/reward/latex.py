@@ -13,6 +13,7 @@ _BARE_BOX = re.compile(
 )
 _LAYOUT = r"\\(?:text[a-z]*|mbox|q?quad|boxed)\b|\\[,;: ()\[\]]|\*\*|[${}~]"
 _ITEM = r"(?:\n\s*[-*•]|\(?\d[.)])\s*"  # the mark of an item of a list
+_WORD_BETWEEN = re.compile(r"(?<![a-zA-Z])(?:and|or|as well as)(?![a-zA-Z])|&")
 _MAX_GAP = 60  # characters between two boxes of one answer
 _TEXT_OR_BRACE = re.compile(
     r"(?P<text>\\(?:text|mbox|mathrm|mathbf|mathit|operatorname|emph|underline)[a-z]*\s*\{)|[{}]"
@@ -40,22 +41,31 @@ def boxed_answer(text: str, repeats: bool = False) -> str | None:
     """The answer in boxes: the last box, and the boxes right before it that are joined to it by a comma, "and" or the
     like.
 
-    `\\boxed{3} and \\boxed{5}` answers `3, 5`, while `\\boxed{3}, so \\boxed{5}` answers `5`. Of nested boxes the inner
+    `\\boxed{3} and \\boxed{5}` answers `3, and 5`, while `\\boxed{3}, so \\boxed{5}` answers `5`. Of nested boxes the inner
     ones count. `repeats`: an answer that is boxed twice is written twice. None without a closed box.
     """
     boxes = _boxes(text)
     innermost = [box for i, box in enumerate(boxes) if i + 1 == len(boxes) or boxes[i + 1][0] > box[2]]
     if not innermost:
         return None
-    answers: list[str] = []
+    answers: list[tuple[str, str]] = []  # with the word that stands before
     following = None  # where the box after this one begins
     for start, begin, end in reversed(innermost):
         if following is not None and not _joined(text[max(0, start - _MAX_GAP) : start], text[end + 1 : following]):
             break
-        answers.append(text[begin:end])
+        if answers:
+            gap = _WORD_BETWEEN.search(text[end + 1 : following])
+            word = "" if gap is None else "or " if gap[0] == "or" else "and "
+            answers[-1] = (word, answers[-1][1])
+        answers.append(("", text[begin:end]))
         following = start
     answers.reverse()
-    return ", ".join(answers if repeats else dict.fromkeys(answers))
+    if not repeats:
+        first: dict[str, str] = {}  # of each answer, its word
+        for word, answer in answers:
+            first.setdefault(answer, word)
+        answers = [(word, answer) for answer, word in first.items()]
+    return ", ".join(word + answer for word, answer in answers)
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Sequence
 
-from appo_jax.reward import measures, qa, verify
+from appo_jax.reward import equations, measures, qa, verify
 from appo_jax.reward.notation import clean
 from appo_jax.reward.number import numbers_equal, read_number
 from appo_jax.reward.structure import (
@@ -23,6 +23,8 @@ from appo_jax.reward.structure import (
     interval,
     matrix_of,
     read_group,
+    same_choices,
+    text_of_choice,
     unwrapped,
 )
 from appo_jax.reward.units import Unit, read_unit, same_unit, split_unit
@@ -33,10 +35,6 @@ MAX_PARTS = 40
 """Answers of more parts, or nested deeper than `MAX_DEPTH`, are equal only as written."""
 MAX_DEPTH = 5
 
-_NAME = r"(?:\\[a-zA-Z]+|[a-zA-Z]{1,3})(?:_\{\w+\}|_\w+)?'?(?:\s*\([^()=]*\))?"
-_ASSIGNMENT = re.compile(
-    rf"(\(\s*[a-z]\s*(?:,\s*[a-z]\s*)+\)|m?\s*\\angle\s*[A-Z]{{1,3}}|{_NAME})\s*(?:=|\\in(?![a-z]))\s*([^=]+)"
-)
 _BASE = re.compile(r"_\s*\{?(\d+)\}?$")
 _AND_FRACTION = re.compile(r"^(\d+) and (?:(\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\})$")
 _COMMAS = re.compile(r"-?\d+(?:,\d+)+")
@@ -104,9 +102,14 @@ class _Comparison:
             return bool(answer) and bool(gold)
         if depth > MAX_DEPTH:
             return False
-        answer, gold = _without_assignment(answer, gold)
         if letter := choice(gold):
-            return (chosen(answer) or chosen(unwrapped(answer)) or answer.upper()) == letter
+            found = chosen(answer) or chosen(unwrapped(answer)) or chosen(equations.named_value(answer))
+            text = text_of_choice(gold) if found is None else ""
+            return (found or answer.upper()) == letter or bool(text and self.equal(answer, text, depth + 1))
+        if same_choices(answer, gold):
+            return True
+        if (values := self._values(answer, gold, depth)) != (answer, gold):
+            return values is not None and self.equal(*values, depth + 1)
         answer, gold = condition(unwrapped(answer)), condition(unwrapped(gold))
         if (verdict := _plain_numbers(answer, gold)) is not None:
             return verdict
@@ -127,6 +130,25 @@ class _Comparison:
             return True
         return not both_read and bool(RELATION.search(answer + gold)) and self._verify(answer, gold)
 
+    def _values(self, answer: str, gold: str, depth: int) -> tuple[str, str] | None:
+        """Both without what stands before the value of an equation: 5 of `x = 5` and of `2 + 3 = 5`, where the other answer
+        names no variable or the same one. None if the answer's equation does not have the gold's value."""
+        a, g = equations.read_equation(answer), equations.read_equation(gold)
+        if a is None and g is None:
+            return _elements(answer, gold)
+        known = False
+        if a and g and _as_written(a.first) == _as_written(g.first):
+            value, known = g.value, True
+        elif g and g.gives_value and (a is None or a.calculates or g.calculates):
+            if a is None:
+                return (answer, gold) if equations.has_equals_sign(answer) else (answer, g.value)
+            value = g.value
+        elif a is None or g or equations.has_equals_sign(gold):
+            return None if a and a.calculates else (answer, gold)
+        else:
+            value = gold
+        return (a.value, value) if all(self.equal(side, value, depth + 1) for side in a.to_check(known)) else None
+
     def _groups(self, answer: Group, gold: Group, depth: int) -> bool:
         """Lists and sets are compared in any order (lists with multiplicity), everything else part by part and with its
         brackets."""
@@ -137,9 +159,9 @@ class _Comparison:
             return self._matrices(answer, gold, depth)
         if {answer.word, gold.word} == {"and", "or"} and any(map(RELATION.search, answer.parts)):
             return False
-        named = [_names_variables(answer), _names_variables(gold)]
+        named = [equations.names_variables(answer), equations.names_variables(gold)]
         if any(named) and not all(named) and {"", "("}.issuperset(kinds):  # x = 1, y = 2 is (1, 2)
-            return self._in_order(_by_name(answer), _by_name(gold), depth)
+            return self._in_order(equations.by_name(answer), equations.by_name(gold), depth)
         if "\\cup" in kinds and {(group.opening, group.word) for group in (answer, gold)} == {
             ("\\cup", ""),
             ("", "or"),
@@ -192,6 +214,8 @@ class _Comparison:
         bases = [base[1] for text in (answer, gold) if (base := _BASE.search(text))]
         if len(set(bases)) > 1:
             return False  # math-verify drops the base of 43_5
+        if equations.has_equals_sign(answer) != equations.has_equals_sign(gold):
+            return False  # math-verify would take the last side of 2x = 5
         return self._verify(answer, gold)
 
     def _verify(self, answer: str, gold: str) -> bool:
@@ -254,27 +278,6 @@ def _read(text: str) -> Group | None:
     return dataclasses.replace(group, parts=tuple(parts))
 
 
-def _names_variables(group: Group) -> bool:
-    """Whether every part gives the value of another variable: `x = 1, y = 2`."""
-    names = {match[1] for part in group.parts if (match := _ASSIGNMENT.fullmatch(part))}
-    return len(names) == len(group.parts) > 1
-
-
-def _by_name(group: Group) -> Sequence[str]:
-    """The parts in the order of the variables that they name, if they do."""
-    return (
-        sorted(group.parts, key=_name_of)
-        if _names_variables(group) and all(map(_name_of, group.parts))
-        else group.parts
-    )
-
-
-def _name_of(part: str) -> str:
-    """The one letter that a part assigns a value; empty for another name."""
-    match = _ASSIGNMENT.fullmatch(part)
-    return match[1] if match and len(match[1]) == 1 else ""
-
-
 def _alone(text: str) -> Group:
     return Group("", "", (text,))
 
@@ -297,12 +300,14 @@ def _same_brackets(answer: Group, gold: Group) -> bool:
     return kind(answer) == kind(gold) or {kind(answer), kind(gold)} == {("", ""), ("(", ")")}
 
 
-def _without_assignment(answer: str, gold: str) -> tuple[str, str]:
-    """`x = 5` is read as 5 if the other answer names no variable or the same one."""
-    a, g = _ASSIGNMENT.fullmatch(answer), _ASSIGNMENT.fullmatch(gold)
+def _elements(answer: str, gold: str) -> tuple[str, str]:
+    """`x \\in A` is A if the other answer names no variable or the same one."""
+    a, g = equations.element(answer), equations.element(gold)
     if a and g:
-        return (a[2], g[2]) if a[1].replace(" ", "") == g[1].replace(" ", "") else (answer, gold)
-    return (a[2] if a and "=" not in gold else answer), (g[2] if g and "=" not in answer else gold)
+        return (a[1], g[1]) if a[0] == g[0] else (answer, gold)
+    return (a[1] if a and not equations.has_equals_sign(gold) else answer), (
+        g[1] if g and not equations.has_equals_sign(answer) else gold
+    )
 
 
 def _as_written(text: str) -> str:

@@ -8,7 +8,7 @@ from math import gcd
 
 from appo_jax.reward.units import Unit, read_unit, same_unit
 
-_CLOCK = re.compile(r"(\d{1,2})(?:\s*:\s*([0-5]\d))?\s*([ap]m)?", re.IGNORECASE)
+_CLOCK = re.compile(r"(\d{1,2})(?:\s*:\s*([0-5]\d)(?:\s*:\s*([0-5]\d))?)?\s*([ap]m)?", re.IGNORECASE)
 _HALF = re.compile(r"[ap]m", re.IGNORECASE)
 _MONTHS = [
     "january",
@@ -44,9 +44,10 @@ def same(answer: str, gold: str) -> bool | None:
         return len(a_parts) == len(g_parts) and all(
             a == g and same_unit(x, y) for (a, x), (g, y) in zip(a_parts, g_parts, strict=True)
         )
-    a_time, g_time = _clock(answer), _clock(gold)
+    has_half = _HALF.search(answer + gold) is not None
+    a_time, g_time = _clock(answer, has_half), _clock(gold, has_half)
     if a_time is not None and g_time is not None:
-        return bool(a_time & g_time) if _HALF.search(answer + gold) else a_time == g_time
+        return bool(a_time & g_time) if has_half else a_time == g_time
     a_ratio, g_ratio = _ratio(answer), _ratio(gold)
     if a_ratio is None and g_ratio is None:
         return None
@@ -56,16 +57,19 @@ def same(answer: str, gold: str) -> bool | None:
     return a_ratio is not None and a_ratio == g_ratio
 
 
-def _clock(text: str) -> set[int] | None:
-    """The minutes since midnight that a time with minutes or am or pm may be: 2:30 is in the morning or the afternoon."""
+def _clock(text: str, seconds: bool = False) -> set[int] | None:
+    """The seconds since midnight that a time with minutes or am or pm may be: 2:30 is in the morning or the afternoon.
+    `seconds`: 4:51:06 is a time, too, and not a ratio of three numbers."""
     match = _CLOCK.fullmatch(text)
-    if match is None or (match[2] is None and match[3] is None) or (hour := int(match[1])) > 24:
+    if match is None or (match[2] is None and match[4] is None) or (hour := int(match[1])) > 24:
         return None
-    if match[3] is not None:
-        hours = {hour % 12 + 12 * (match[3].lower() == "pm")}
+    if match[3] is not None and not seconds and match[4] is None:
+        return None
+    if match[4] is not None:
+        hours = {hour % 12 + 12 * (match[4].lower() == "pm")}
     else:
         hours = {hour % 12, hour % 12 + 12} if 1 <= hour <= 12 else {hour % 24}
-    return {60 * hour + int(match[2] or 0) for hour in hours}
+    return {3600 * hour + 60 * int(match[2] or 0) + int(match[3] or 0) for hour in hours}
 
 
 def _only_time(text: str) -> bool:

@@ -48,6 +48,13 @@ _FUNCTION = re.compile(
     r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|lg|log|exp|sqrt)"
     r"(?=\s*[({_^\\\d]|\s+[a-zA-Z](?![a-zA-Z]))"
 )
+# Greek letters as sympy has them, in a text without other words. Shorter ones may be products (xi), and psi is a unit.
+_GREEK_WORD = re.compile(
+    r"(?<![a-zA-Z\\])(alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|rho|sigma|tau|upsilon|phi|chi|omega)"
+    r"(?![a-zA-Z])"
+)
+_SYMBOLIC = re.compile(rf"(?:{_GREEK_WORD.pattern}|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])|\\[a-zA-Z]+|[^a-zA-Z])*")
+_CIRCLED = re.compile(r"(?<=[①-⑳])\s*(?=[①-⑳\d])|(?<=\d)\s*(?=[①-⑳])")
 _SENTENCE = re.compile(
     r"(?:the )?(?:(?:correct|final|right) )?(?:answer|result|solution) ?(?:is|=|:) ?:? ?|=\s*", re.IGNORECASE
 )
@@ -120,8 +127,14 @@ def clean(text: str) -> str:
 
 def _functions(text: str) -> str:
     """Functions in plain text as LaTeX has them: `sin(x)`, `exp(x)`, `abs(x)`, `cbrt(2)`."""
+    text = re.sub(
+        r"(?<![a-zA-Z\\])Matrix\((\[.*\])\)", r"\1", re.sub(r"(?<![a-zA-Z\\])oo(?![a-zA-Z])", r"\\infty ", text)
+    )
+    text = re.sub(r"(?<![a-zA-Z\\])a(sin|cos|tan)(?=\()", r"arc\1", text)
     text = _FUNCTION.sub(r"\\\1", re.sub(r"(?<![a-zA-Z])cbrt(?=\s*[({])", r"\\sqrt[3]", text))
-    text = re.sub(r"(?<![a-zA-Z])abs\(([^()]*)\)", r"|\1|", text)
+    text = re.sub(r"(?<![a-zA-Z])[aA]bs\(((?:[^()]|\([^()]*\))*)\)", r"|\1|", text)
+    if _SYMBOLIC.fullmatch(text) and re.search(r"[^a-zA-Z]", text):
+        text = _GREEK_WORD.sub(r"\\\1 ", text)
     text = re.sub(r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 ", text)
     text = re.sub(r"\\lg(?![a-zA-Z])(?!\s*_)", r"\\log_{10} ", text)
     text = re.sub(r"\\log\s*_\s*10(?!\d)", r"\\log_{10} ", text)
@@ -219,6 +232,7 @@ def _ascii_signs(text: str) -> str:
     """Letters, digits and signs of Unicode in plain spelling; invisible characters are dropped."""
     parts: list[str] = []
     raised = ""  # "^" or "_" while a run of small digits is open
+    text = _CIRCLED.sub(", ", text)  # ①③ are two items, and not 13
     text = re.sub(r"(?<=\d)\s*\u00b5(?=[a-zA-Z])", " micro", text)  # of a unit; the letter \u03bc may be a factor
     for ch in text.translate(DASHES):
         mark = "^" if ch in _SUPERSCRIPTS else "_" if ch in _SUBSCRIPTS else ""

@@ -18,6 +18,7 @@ _MATRIX = re.compile(
 )
 # Text that a computer algebra system may find equal to a group: x > 2 is (2, \infty).
 RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|mid|mathbb|cup|cap|setminus|begin)(?![a-z])")
+_OTHER_RELATION = re.compile(r"[<>]|\\(?:[lg]e|ne|in|mid|approx|equiv|sim|to|[a-zA-Z]*arrow|implies|iff)(?![a-z])")
 _TURNED = {">": "<", "<": ">", r"\ge": r"\le", r"\le": r"\ge"}
 _SIGN = r"\s*([<>]|\\[gl]e(?![a-z]))\s*"
 _SIDE = r"((?:(?!\\[gl]e(?![a-z])|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z]))[^<>=,;])+?)"
@@ -39,6 +40,9 @@ _SET_BUILDER = re.compile(
 _LETTER = r"(?:[(\[]\s*([A-Ja-j])\s*[)\]]|([A-J])|([a-j])(?=\s*[.):]))"
 _NAMED = rf"(?i:(?:the )?(?:(?:correct|final|best|right) )?(?:answer|option|choice)(?: is)?\s*:?\s*)?{_LETTER}"
 _CHOICE = re.compile(rf"{_NAMED}\s*(?:$|[.):]|(?<=[)\]]))(?P<rest>.*)", re.DOTALL)
+# B (61) as a gold; the point B (1, 2) and the function F (x) are no choices.
+_CHOICE_OF_NUMBER = re.compile(r"([A-J]) (?P<rest>\((?:\\[a-zA-Z]+|[^a-zA-Z(),]|\([^a-zA-Z(),]*\))+\))")
+_SEPARATED = re.compile(r"\(?[A-J]\)?(?:(?:\s*,\s*(?:and\s+)?|\s+and\s+)\(?[A-J]\)?)+")
 _CHOSEN = re.compile(
     rf"{_NAMED}\s*(?:$|[.):!]|(?<=[)\]])| (?=\()| is (?:the )?(?:correct|right|answer)(?: answer| choice| option)?$)"
     r"(?P<rest>.*)",
@@ -141,11 +145,37 @@ def unwrapped(text: str) -> str:
 
 
 def choice(text: str) -> str | None:
-    """The letter, in capitals, that an answer in clean notation chooses: E, (E), E., option E, (e), (E) 24; else None."""
+    """The letter, in capitals, that a gold in clean notation chooses: E, (E), E., option E, (e), (E) 24, E (24); else None."""
+    found = _choice_and_text(text)
+    return found[0] if found else None
+
+
+def text_of_choice(text: str) -> str:
+    """The text that a gold has behind its letter: 24 of (E) 24, E: 24 and E (24); empty if it has none, or another letter."""
+    found = _choice_and_text(text)
+    rest = found[1].lstrip(" .):") if found else ""
+    return rest if re.search(r"\w", rest) and _choice_and_text(rest) is None else ""
+
+
+def _choice_and_text(text: str) -> tuple[str, str] | None:
+    if match := _CHOICE_OF_NUMBER.fullmatch(text):
+        return match[1], match["rest"]
     match = _CHOICE.fullmatch(text)
     if match is None or _GOES_ON.match(match["rest"]):
         return None
-    return (match[1] or match[2] or match[3]).upper()
+    return (match[1] or match[2] or match[3]).upper(), match["rest"]
+
+
+def same_choices(answer: str, gold: str) -> bool:
+    """Whether the gold is several letters of a choice, ABD, and the answer has the same ones, separated: `A, B, and D`. An answer
+    that is not separated may be the name of a segment or a triangle."""
+    letters = sorted(re.findall("[A-J]", answer))
+    return (
+        bool(_SEPARATED.fullmatch(answer))
+        and len(gold) <= 6
+        and "".join(letters) == gold
+        and len({*letters}) == len(letters)
+    )
 
 
 def chosen(text: str) -> str | None:
@@ -157,6 +187,12 @@ def chosen(text: str) -> str | None:
     if _DENIED.match(text, max(match.end(1), match.end(2), match.end(3))):
         return None
     return (match[1] or match[2] or match[3]).upper()
+
+
+def sides(text: str) -> list[str]:
+    """The sides of an equation or of a chain of equations; the text alone if it is none: a list, or another relation."""
+    parts = _split(text, "=")
+    return parts if not any(_OTHER_RELATION.search(part) or len(_split(part)) > 1 for part in parts[:-1]) else [text]
 
 
 def matrix_of(group: Group) -> list[list[str]] | None:

@@ -52,12 +52,12 @@ abc xyz
 """
 # 5 fives are 25; 5 ones are 5, and 5 zeros are counted.
 _MANY_OF_A_NUMBER = [re.sub("xs$", "xes", re.sub("y$", "ie", word) + "s") for word in notation.NUMBER_WORDS[2:]]
-_NO_UNIT = frozenset([*_NO_UNIT_WORDS.split(), *notation.NUMBER_WORDS, *_MANY_OF_A_NUMBER])
+NO_UNIT = frozenset([*_NO_UNIT_WORDS.split(), *notation.NUMBER_WORDS, *_MANY_OF_A_NUMBER])
 # Words that change a value at the end (5 double, 5 theta), and describe what they stand before (5 double rooms).
 _ATTRIBUTE_WORDS = (
     "negative positive double triple quadruple wrong incorrect unknown undefined repeating repeated recurring"
 )
-_ATTRIBUTES = frozenset([*_ATTRIBUTE_WORDS.split(), *notation.GREEK_NAMES]) - {"psi"}  # pounds per square inch
+ATTRIBUTES = frozenset([*_ATTRIBUTE_WORDS.split(), *notation.GREEK_NAMES]) - {"psi"}  # pounds per square inch
 # Two-digit numbers, ten-dollar bills: the hyphen joins a number to an attribute.
 _NUMBER_IN_ATTRIBUTE = re.compile(
     r"(?<![a-z-])(one|two|three|four|five|six|seven|eight|nine|ten)-([a-z]+)(?= [a-z]{3})"
@@ -75,6 +75,11 @@ _COUNT = re.compile(
 _FRONT = re.compile(
     r"(-?)\s*((?:US|CA?|AU?)?\$|[€£¥₹₩₽]|(?:USD|EUR|GBP|CAD|AUD|CHF|JPY|CNY|INR|KRW|Rs)(?![a-zA-Z])\.?)\s*(?=[-.\d\\(])"
 )
+# Where, when and for what: at the market, during the week, to download the file. Each word must say nothing about the value.
+_CIRCUMSTANCE = re.compile(r"(?:(.*?[a-z°)}]) )?(?:at|on|in|for|over|during|from|to) ([a-z' -]+)", re.IGNORECASE)
+_SMALL_WORDS = frozenset(["a", "an", "the", "to", "by", "for", "on", "at", "of", "in", "its", "my", "his", "her"])
+_IN_BRACKETS = re.compile(r"(?<=[\w}°$%]) \(([a-z]+(?: [a-z]+)*)\)$", re.IGNORECASE)
+_TIMES_OF_DAY = frozenset({"noon", "midnight"})
 _START = re.compile(
     r"(?<![a-zA-Z\\])[a-zA-Z]|\^\s*\{?\s*\\circ|\\Omega(?![a-zA-Z])|(?<=\s)\\mu\s*[msL](?![a-zA-Z])|[$€£¥₹₩₽¢%Åå円元]"
 )
@@ -95,7 +100,8 @@ def split_unit(text: str) -> tuple[str, Unit | None] | None:
     currency = read_unit(front[2]) if front else None
     if front:
         text = front[1] + text[front.end() :]
-    value, back = _split_end(_OVER.sub(lambda m: f" {m[1]}/{m[2]}", text), money=front is not None)
+    text = _with_brackets_read(_OVER.sub(lambda m: f" {m[1]}/{m[2]}", text), money=front is not None)
+    value, back = _split_end(text, money=front is not None)
     if back is None:
         return value.strip(), currency
     if currency is None:
@@ -133,12 +139,45 @@ def _split_end(text: str, money: bool) -> tuple[str, Unit | None]:
             value, tail, apart = value.rstrip()[:-1], f"/{tail}", money
         if not _is_value(value.strip()) or value.rstrip().endswith("\\mu"):  # 2\mu g has no gram
             continue
+        if money and apart and _says_nothing(tail):
+            return value.strip(), None
         if _says_of_what(tail):
             return value.strip(), read_unit(re.sub(r"^of (?:(?:an?|the) )?", "", tail), any_words=False)
-        unit = read_unit(tail, any_words=apart)
+        unit = read_unit(_without_circumstance(tail) or tail, any_words=apart)
         if unit is not None and (apart or len(letters) > 1):
             return value.strip(), unit
     return text, None
+
+
+def _says_nothing(tail: str) -> bool:
+    """Whether the words behind an amount of money only say where, when or for what it is, or that it is added or left."""
+    return tail.strip().lower() in ("more", "left over", "leftover") or _without_circumstance(tail) == ""
+
+
+def _without_circumstance(tail: str) -> str:
+    """The words of a unit without those that say where, when or for what: dollars at the market. They stay if one of them may
+    change the value or name another (15 minutes to noon, 18 dollars at the market or the shop)."""
+    match = _CIRCUMSTANCE.fullmatch(tail)
+    words = re.findall("[a-z]+", match[2].lower().replace("'", "")) if match else []
+    plain = all(word in _SMALL_WORDS or _is_plain(word) for word in words)
+    plain = plain and not {*words} <= _SMALL_WORDS and not re.search("times$", (match and match[1]) or "")
+    return (match[1] or "") if match and plain else tail
+
+
+def _is_plain(word: str) -> bool:
+    """Whether a word has no part in a value: no number, and no word as minus or double."""
+    changes = NO_UNIT | ATTRIBUTES | _TIMES_OF_DAY
+    return len(word) > 1 and word not in changes and not is_number_word(word)
+
+
+def _with_brackets_read(text: str, money: bool) -> str:
+    """`12 cm (remaining)` without its words in brackets; in `12 (remaining)` and `12 (cm)` they name the unit."""
+    match = _IN_BRACKETS.search(text)
+    if match is None or not all(map(_is_plain, match[1].lower().split())) or read_unit(match[1]) is None:
+        return text
+    before = text[: match.start()]
+    has_unit = money or _split_end(before, money)[1] is not None
+    return before if has_unit else f"{before} {match[1]}" if re.search(r"[\d}]$", before) else text
 
 
 def _says_of_what(tail: str) -> bool:
@@ -146,7 +185,11 @@ def _says_of_what(tail: str) -> bool:
     first, *words = tail.lower().replace("'", "").split()
     named = [len(word) > 2 and bool(_names(word, any_words=True)) for word in words]
     small = [word in ("of", "a", "an", "the") for word in words]
-    return first == "of" and all(map(max, named, small)) and named[-1:] == [True] and words[-1] not in _ATTRIBUTES
+    return first == "of" and all(map(max, named, small)) and named[-1:] == [True] and words[-1] not in ATTRIBUTES
+
+
+def is_number_word(word: str) -> bool:
+    return _NUMBER_WORD.fullmatch(word) is not None
 
 
 def _is_value(text: str) -> bool:
@@ -165,8 +208,9 @@ def read_unit(text: str, any_words: bool = True) -> Unit | None:
         return None
     text = _NUMBER_IN_ATTRIBUTE.sub(lambda m: m[1] + m[2] if _names(m[2], any_words) else m[0], text)
     text = re.sub(r"\\cdot|\\times|\*|(?<=[a-z])-(?=[a-z])|(?<=°)(?=[a-z])", " ", text)
+    text = re.sub(r"(?<![a-z])left[ -]over(?![a-z])", "leftover", text)
     text = re.sub(r"(?<![a-z])in (?=(?!squared|cubed)[a-z]{3})", "", text)  # in total, in profit: no inches
-    text = re.sub(r"(?<![a-z])(?:per|an?(?= [a-z]{3}))(?![a-z])", "/", re.sub(r"[{}.,']", "", text))
+    text = re.sub(r"(?<![a-z])(?:per|(?:an?|every|each)(?= [a-z]{3}))(?![a-z])", "/", re.sub(r"[{}.,']", "", text))
     text = re.sub(r"(?<![a-z])times(?=\s*(?:$|/))", "time", text)  # how often; 5 times x is a product
     powers: Counter[str] = Counter()
     sign, power, last, word = 1, 1, "", ""
@@ -178,7 +222,7 @@ def read_unit(text: str, any_words: bool = True) -> Unit | None:
             power = _POWERS[word]
         elif word in ("squared", "cubed") and last:
             powers[last] *= 2 if word == "squared" else 3
-        elif word not in _FILLERS:
+        elif word not in _FILLERS and not (word == "leftover" and last):
             names = _names(word, any_words)
             if not names or not re.fullmatch(r"|-?\d", exponent):
                 return None
@@ -187,7 +231,7 @@ def read_unit(text: str, any_words: bool = True) -> Unit | None:
             power, last = 1, names[-1][0]
     if "celsius" in powers or "fahrenheit" in powers:
         del powers["degree"]
-    return tuple(sorted(powers.items())) if last and word not in _ATTRIBUTES else None
+    return tuple(sorted(powers.items())) if last and word not in ATTRIBUTES else None
 
 
 def _names(word: str, any_words: bool) -> list[tuple[str, int]]:
@@ -199,6 +243,6 @@ def _names(word: str, any_words: bool) -> list[tuple[str, int]]:
             return [(_NAMES[spelling], 1)]
     if any_words and word in ("am", "pm"):
         return [(word, 1)]
-    if any_words and len(word) > 2 and word.isalpha() and word not in _NO_UNIT and not _NUMBER_WORD.fullmatch(word):
+    if any_words and len(word) > 2 and word.isalpha() and word not in NO_UNIT and not is_number_word(word):
         return [(Stemmer.Stemmer("english").stemWord(word), 1)]
     return []

@@ -66,7 +66,14 @@ def read(text: str) -> Any:
         return expression
     exact = {number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)}
     imaginary = {symbol: sympy.I for symbol in expression.free_symbols if symbol.name == "i"}
-    return expression.xreplace(exact | imaginary)
+    return replaced(expression, exact | imaginary)
+
+
+def replaced(expression: Any, values: dict[Any, Any]) -> Any:
+    """`expression` with other numbers and letters. An equation stays one: sympy would make 13/2 = 6.5 the value true."""
+    if isinstance(expression, sympy.core.relational.Relational | sympy.And):
+        return expression.func(*(replaced(part, values) for part in expression.args), evaluate=False)
+    return expression.xreplace(values)
 
 
 def is_number(expression: Any) -> bool:

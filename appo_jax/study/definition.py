@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from appo_jax.config import Config
 from appo_jax.config.effects import Affects, shared_by_runs
-from appo_jax.config_io import at_home, changed_effects, check, load_config, read_variable
+from appo_jax.config_io import at_home, changed_effects, check, flatten, load_config, read_variable, with_fields
 from appo_jax.errors import ConfigError
 from appo_jax.metrics import read_summary
 
@@ -64,24 +65,34 @@ def shared_cold_start(first: Config, folders: tuple[str, ...], out: str, seed: i
     """The config of the cold start with which the runs of `seed` begin.
 
     Without `folders`, it is a cold start in `out` with this seed. Otherwise it is the cold start in the folder at index
-    `seed` modulo their number, whose seed is this index. If another study has begun a cold start there, its config is used.
+    `seed` modulo their number, whose seed is this index. A cold start that was begun with another arm, or by another study, goes
+    on with that one's fields of the training steps, on which it does not depend.
 
-    Raises ConfigError if the cold start in the folder differs from the config `first` in a field on which it depends.
+    Raises ConfigError if a given folder holds a cold start that differs from the config `first` in a field on which it depends.
     """
     if not folders:
-        return dataclasses.replace(first, seed=seed, run_dir=str(Path(out) / "runs" / f"cold-{seed}"))
+        wanted = dataclasses.replace(first, seed=seed, run_dir=str(Path(out) / "runs" / f"cold-{seed}"))
+        with contextlib.suppress(ConfigError):  # `sft` says what is wrong, unless it can begin again
+            return _as_begun(wanted)
+        return wanted
     index = seed % len(folders)
-    wanted = dataclasses.replace(first, seed=index, run_dir=folders[index])
+    return _as_begun(dataclasses.replace(first, seed=index, run_dir=folders[index]))
+
+
+def _as_begun(wanted: Config) -> Config:
+    """`wanted` with the fields that a cold start in its `run_dir` may not change and does not depend on. Raises ConfigError if its
+    config cannot be read, or differs in a field on which a cold start depends."""
     file = Path(wanted.run_dir) / "config.json"
     if not file.exists():
         return wanted
-    existing = dataclasses.replace(load_config(file), run_dir=wanted.run_dir)
+    existing = load_config(file)
     effects = changed_effects(existing, wanted)
     if different := [name for name, effect in effects.items() if effect & (Affects.COLD_START | Affects.ACCURACY)]:
         raise ConfigError(
             f"cold_starts: the run in {wanted.run_dir} differs in {', '.join(different)}; give another folder, or delete the run"
         )
-    return existing
+    fixed = [name for name, effect in effects.items() if effect & Affects.STEP or name == "eval.sets"]
+    return with_fields(wanted, {name: flatten(existing)[name] for name in fixed})
 
 
 def check_runs(out: str, seeds: tuple[int, ...], max_sampled_tokens: int, cold_starts: tuple[str, ...]) -> None:

@@ -168,8 +168,9 @@ def differences(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str, ru
         p_t, p_signs = holm([test.p_t for test in tests.values()]), holm([t.p_permutation for t in tests.values()])
         for (arm, test), t, signs in zip(tests.items(), p_t, p_signs, strict=True):
             n = len(gains[arm])
-            standard_error = float(np.std(gains[arm], ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-            smallest = (detectable(standard_error, n - 1, level) for level in (0.05, 0.05 / len(others)))
+            known = not math.isnan(test.difference.low)  # whether there is noise to measure
+            standard_error = float(np.std(gains[arm], ddof=1)) / math.sqrt(n) if known else math.nan
+            smallest = [detectable(standard_error, n - 1, level) for level in (0.05, 0.05 / len(others)) if known]
             cells = [arm, name, str(n), _interval(test.difference, sign=True), format_p(t), format_p(signs)]
             lines.append(f"| {' | '.join([*cells, ', '.join(f'{x:.1f}' for x in smallest)])} |")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ EQUAL = 1e-9  # accuracies that differ by less are equal
 
 
 class Interval(NamedTuple):
-    """A mean and its 95% confidence interval. The limits are NaN for a single value."""
+    """A mean and its 95% confidence interval. The limits are NaN for a single value, and for values that are all equal."""
 
     mean: float
     low: float
@@ -31,9 +31,12 @@ class Paired(NamedTuple):
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """The mean with its 95 % interval by Student's t, which holds for few values too if they are about normal."""
+    """The mean with its 95 % interval by Student's t, which holds for few values too if they are about normal.
+
+    Equal values say nothing of the noise: a held-out set of n questions has steps of 1/n.
+    """
     values = np.asarray(values, float)
-    if len(values) < 2:
+    if np.ptp(values) <= EQUAL:
         return Interval(float(values.mean()), float("nan"), float("nan"))
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
@@ -43,7 +46,7 @@ def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> 
     """Tests of `a − b`, paired by position: `a[i]` and `b[i]` belong to the same seed.
 
     p-values are NaN for fewer than two seeds, and 1 if all differences are 0. That of the t-test is NaN if all differences are
-    the same number: a held-out set of n questions has steps of 1/n, so equal differences do not mean that there is no noise.
+    the same number, because then the noise is not known.
     """
     difference = np.asarray(a, float) - np.asarray(b, float)
     interval = mean_interval(difference)

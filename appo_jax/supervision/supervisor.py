@@ -232,7 +232,9 @@ class Supervisor:
         """Find the cause after the child has ended by itself. For a secondary cause, wait for news of other hosts."""
         while any(key.fileobj is self._child.connection for key, _ in self._selector.select(0)):
             self._fail(self._hear_child())  # its last messages
-        if status < 0:
+        if status == -signal.SIGTERM and self._passed_on:  # it had stopped already, as another host was asked before
+            self._fail(Cause(self._peers.host, "interrupted", failures.INTERRUPTED))
+        elif status < 0:
             self._fail(Cause(self._peers.host, self._ended_by(signal.Signals(-status)), failures.START_AGAIN))
         elif self._cause is None and status not in (0, failures.INTERRUPTED):
             self._fail(Cause(self._peers.host, f"{self._name()} ended with exit code {status}", status))

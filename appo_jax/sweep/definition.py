@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,10 +17,12 @@ from appo_jax.config.effects import affects, shared_by_runs
 from appo_jax.config_io import at_home, check, flatten, read_variable, with_fields
 from appo_jax.errors import ConfigError
 from appo_jax.study.definition import MAX_STEPS, check_cold_starts, check_runs, shared_cold_start
+from appo_jax.sweep.unused import unused
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 Search = Literal["grid", "random", "tpe"]
+OBJECTIVES = ("on_the_way", "final")  # other objectives are names of metrics
 Point = dict[str, Any]  # a value for every field of the space
 
 # At most this many random points are drawn per trial. A sweep is refused if too few different ones keep the rules between fields.
@@ -46,12 +48,12 @@ class Sweep:
     and other sweeps may share the folders. (): every seed makes its own cold start in `out`."""
     search: Search = "grid"
     """grid: every point of the space. random: `trials` points, drawn with a fixed seed. tpe: `trials` points that Optuna's TPE
-    sampler chooses from the results so far. No point has two trials: the second would be the same runs again."""
+    sampler chooses from the results so far. No two trials have the same runs (`form`)."""
     trials: int = 0
     """Number of trials. A grid ignores it: it has one trial per point."""
     objective: str = "on_the_way"
     """on_the_way: held-out accuracy averaged over the tokens of the budget. final: held-out accuracy at the end. Otherwise the
-    name of a metric in metrics.jsonl, of which the last value counts."""
+    name of a metric in metrics.jsonl, such as reward/initial, of which the last value counts."""
     maximize: bool = True
     """Whether higher values of the objective are better."""
     prune: bool = True
@@ -101,44 +103,63 @@ class Sweep:
             return False
         return True
 
+    def form(self, point: Point) -> frozenset[tuple[str, Any]]:
+        """The values of a point without those that have no effect there. Points of one form have the same runs."""
+        without = unused(with_fields(self.base, point))
+        return frozenset((name, value) for name, value in point.items() if name not in without)
+
     def queued_points(self) -> list[Point]:
-        """The points of a grid or of a random sweep, in their order. Points that break a rule between fields are left out.
+        """The points of a grid or of a random sweep, in their order: the first of each form, without points that break a rule.
 
         Empty for TPE, which chooses points during the sweep. Raises ConfigError if no point of a grid keeps the rules, if a grid
-        has a field without a tuple of values, or for the reason of `random_points`.
+        has a field without a tuple of values or without any effect, or for the reason of `random_points`.
         """
         if self.search == "tpe":
             return []
-        if self.search == "grid":
-            values = [distribution.choices for distribution in self._categorical().values()]
-            points = [dict(zip(self.space, choice, strict=True)) for choice in itertools.product(*values)]
-            points = [point for point in points if self.possible(point)]
-            if not points:
-                raise ConfigError(
-                    "space: every point of the grid breaks a rule between fields (appo_jax/config/rules.py); give other values"
-                )
-            return points
-        return self.random_points()
+        if self.search == "random":
+            return self.random_points()
+        values = [distribution.choices for distribution in self._categorical().values()]
+        points = list(
+            self._different(dict(zip(self.space, choice, strict=True)) for choice in itertools.product(*values))
+        )
+        if not points:
+            raise ConfigError(
+                "space: every point of the grid breaks a rule between fields (appo_jax/config/rules.py); give other values"
+            )
+        effective = {name for point in points for name, _ in self.form(point)}
+        if idle := [name for name in self.space if name not in effective]:
+            raise ConfigError(
+                f"space: {', '.join(idle)}: without effect at every point of the grid, because of the algorithm or of other fields "
+                "(appo_jax/sweep/unused.py); remove it from `space`"
+            )
+        return points
 
     def random_points(self) -> list[Point]:
-        """`trials` different points that keep the rules between fields, the same for every call; for more trials, these come first.
+        """`trials` points of different forms that keep the rules between fields, the same for every call; for more trials, these
+        come first.
 
         Raises ConfigError if there are fewer.
         """
-        points: list[Point] = []
-        seen = set[tuple[Any, ...]]()
-        for point in itertools.islice(self._draws(), MAX_DRAWS * self.trials):
-            if len(points) == self.trials:
-                break
-            if (values := tuple(point.values())) not in seen:
-                seen.add(values)
-                points += [point] if self.possible(point) else []
+        draws = itertools.islice(self._draws(), MAX_DRAWS * self.trials)
+        points = list(itertools.islice(self._different(draws), self.trials))
         if len(points) < self.trials:
             raise ConfigError(
                 f"trials = {self.trials}: only {len(points)} different points that keep the rules between fields were found in "
-                f"{MAX_DRAWS * self.trials} random ones; lower `trials`, or widen the space"
+                f"{MAX_DRAWS * self.trials} random ones (those that differ only in fields without effect there are one); lower "
+                "`trials`, or widen the space"
             )
         return points
+
+    def _different(self, points: Iterable[Point]) -> Iterator[Point]:
+        """The first point of each form, without points that break a rule."""
+        seen, forms = set[tuple[Any, ...]](), set[frozenset[tuple[str, Any]]]()
+        for point in points:
+            if (values := tuple(point.values())) in seen:
+                continue
+            seen.add(values)
+            if self.possible(point) and (form := self.form(point)) not in forms:
+                forms.add(form)
+                yield point
 
     def _categorical(self) -> dict[str, CategoricalDistribution]:
         found = {n: d for n, d in self.distributions.items() if isinstance(d, CategoricalDistribution)}
@@ -149,10 +170,12 @@ class Sweep:
         return found
 
     def _draws(self) -> Iterator[Point]:
-        """An endless sequence of random points, the same for every call. Points may come again."""
+        """An endless sequence of random points, the same for every call and every order of the fields. Points may come again."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        distributions = dict(sorted(self.distributions.items()))
         while True:
-            yield study.ask(self.distributions).params
+            params = study.ask(distributions).params
+            yield {name: params[name] for name in self.space}
 
 
 def load_sweep(path: str | Path) -> Sweep:
@@ -168,10 +191,10 @@ def load_sweep(path: str | Path) -> Sweep:
 def check_sweep(sweep: Sweep) -> None:
     """Raise ConfigError if a sweep cannot be run, or if its trials cannot be compared.
 
-    That is: it has no field, no seed, the same seed twice, no budget or no number of trials; its objective is the accuracy on the
-    way, and nothing is evaluated there; the space has an unknown field, a
-    field of the cold start or of the evaluation, a value of the wrong type or too few points that keep the rules between fields;
-    the base config breaks a rule; or `check_cold_starts` refuses the cold starts.
+    That is: it has no field, no seed, the same seed twice, no budget or no number of trials; its objective is no metric, or the
+    accuracy on the way, and nothing is evaluated there; the space has an unknown field, a field of the cold start or of the
+    evaluation, a field without effect, a value of the wrong type or too few points that keep the rules between fields; the base
+    config breaks a rule; or `check_cold_starts` refuses the cold starts.
     """
     if not isinstance(sweep.space, Mapping):
         raise ConfigError(
@@ -189,6 +212,7 @@ def check_sweep(sweep: Sweep) -> None:
             f"trials = {sweep.trials!r}: search = {sweep.search!r} needs the number of trials, at least 1"
         )
     _check_space(sweep)
+    _check_objective(sweep)
     if sweep.objective == "on_the_way" and sweep.base.eval.every == 0:
         raise ConfigError(
             "eval.every = 0: the objective is 'on_the_way', the accuracy averaged over a run, but nothing is evaluated on the way; "
@@ -204,6 +228,18 @@ def check_sweep(sweep: Sweep) -> None:
     for seed in sweep.seeds:
         check(sweep.cold_start(seed), trains=True)
         check(sweep.config(0, {}, seed), trains=True)
+
+
+def _check_objective(sweep: Sweep) -> None:
+    """Raise ConfigError for an objective that no run has, and for another value than True or False in `maximize` and `prune`."""
+    if not isinstance(sweep.objective, str) or ("/" not in sweep.objective and sweep.objective not in OBJECTIVES):
+        raise ConfigError(
+            f"objective = {sweep.objective!r}: expected {', '.join(map(repr, OBJECTIVES))} or the name of a metric in "
+            "metrics.jsonl, which has a '/', such as 'reward/initial'"
+        )
+    for name in ("maximize", "prune"):
+        if not isinstance(value := getattr(sweep, name), bool):
+            raise ConfigError(f"{name} = {value!r}: expected True or False")
 
 
 def _check_space(sweep: Sweep) -> None:

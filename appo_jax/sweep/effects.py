@@ -6,6 +6,9 @@ effects of the levels of its fields + rest. The F test compares the rests of the
 trial are not separate observations there: they share what the model of the fields leaves out. A field with few values has one
 level per value; a field with many numbers has three levels, the thirds of its values by rank. The p-values are adjusted by
 Holm's method over the fields.
+
+Accuracies on n questions are multiples of 1/n, so differences may be equal by chance, without being exact: a standard deviation
+between runs is at least half of the smallest difference between two runs.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 from scipy import stats
 
 from appo_jax.study.statistics import holm
+from appo_jax.sweep.racing import smallest_step
 
 NUM_BINS = 3  # levels of a field with many numbers
 
@@ -27,9 +31,7 @@ class Effect:
     """The effect of one field."""
 
     name: str
-    share: (
-        float  # partial η², 0 to 1: the field's share of the variance between trials that other fields do not explain
-    )
+    share: float  # of the variance between trials (η², 0 to 1): what the model loses without the field
     p: float  # of the F test, adjusted by Holm's method
     levels: tuple[str, ...]
     means: tuple[float, ...]  # mean objective of the trials at each level, without the differences between seeds
@@ -51,20 +53,21 @@ class Effects:
     """The effects of all fields, the largest share first, and the rest of the model: what it leaves out of a trial's value."""
 
     fields: list[Effect]
-    deviation: float  # standard deviation of the rest; NaN without degrees of freedom
+    deviation: float  # standard deviation of the rest; NaN without degrees of freedom, or if all runs are equal
     freedom: int  # degrees of freedom of the rest
 
 
 def field_effects(runs: Runs, names: Sequence[str]) -> Effects:
     """The effects of the fields `names`. Share and p are NaN if there are too few trials."""
-    points, values = _trial_values(runs)
+    points, values = trial_values(runs)
     labels = {name: levels_of([point[name] for point in points]) for name in names}
     columns = {name: _dummies(labels[name]) for name in names}
     constant = np.ones((len(values), 1))
     # The fit leaves rounding errors of about this size; what is smaller counts as 0.
     rounding = 1e-20 * float(np.square(values).sum())
     full_residual, full_rank = _residual(np.hstack([constant, *columns.values()]), values)
-    freedom = len(values) - full_rank
+    freedom, total = len(values) - full_rank, float(np.square(values - values.mean()).sum())
+    deviation = _deviation(runs, full_residual, freedom, len(set(runs.seeds)))
     tests = []
     for name in names:
         others = [columns[other] for other in names if other != name]
@@ -74,8 +77,8 @@ def field_effects(runs: Runs, names: Sequence[str]) -> Effects:
             explained = reduced_residual - full_residual
             share, p = 0.0, 1.0
             if explained > rounding:
-                share = explained / reduced_residual
-                ratio = explained / (full_rank - reduced_rank) / max(full_residual / freedom, rounding)
+                share = explained / total
+                ratio = explained / (full_rank - reduced_rank) / deviation**2
                 p = float(stats.f.sf(ratio, full_rank - reduced_rank, freedom))
         tests.append((name, share, p))
     adjusted = holm([p for *_, p in tests])
@@ -83,7 +86,6 @@ def field_effects(runs: Runs, names: Sequence[str]) -> Effects:
         Effect(name, share, p, *_level_means(labels[name], values))
         for (name, share, _), p in zip(tests, adjusted, strict=True)
     ]
-    deviation = float(np.sqrt(full_residual / freedom)) if freedom > 0 else float("nan")
     return Effects(sorted(fields, key=lambda e: -np.nan_to_num(e.share, nan=-1.0)), deviation, freedom)
 
 
@@ -91,11 +93,18 @@ def noise(runs: Runs) -> tuple[float, int]:
     """The standard deviation of the noise between runs of a trial, and its degrees of freedom.
 
     The noise is the residual of the linear model: effect of the trial + effect of the seed. The standard deviation is NaN
-    without degrees of freedom.
+    without degrees of freedom, or if all runs are equal.
     """
     residual, rank = _residual(_design(runs), runs.values)
     freedom = len(runs.values) - rank
-    return (float(np.sqrt(residual / freedom)) if freedom > 0 else float("nan")), freedom
+    return _deviation(runs, residual, freedom, num_seeds=1), freedom
+
+
+def _deviation(runs: Runs, residual: float, freedom: int, num_seeds: int) -> float:
+    """The standard deviation of a residual of means over `num_seeds` runs, but at least that of the steps between runs. NaN
+    without degrees of freedom, or if all runs are equal."""
+    least = smallest_step(runs.values.tolist()) / 2 / num_seeds**0.5
+    return max(float(np.sqrt(residual / freedom)), least) if freedom > 0 and least > 0 else float("nan")
 
 
 def levels_of(values: Sequence[Any]) -> list[str]:
@@ -130,8 +139,8 @@ def _sort_key(label: str) -> tuple[float, str]:
         return float("inf"), label
 
 
-def _trial_values(runs: Runs) -> tuple[list[Mapping[str, Any]], np.ndarray]:
-    """The point of each trial, and its objective as if it had run all seeds, `[trials]`."""
+def trial_values(runs: Runs) -> tuple[list[Mapping[str, Any]], np.ndarray]:
+    """The point of each trial, and its objective as if it had run all seeds, `[trials]`; in the order of their numbers."""
     trials = sorted(set(runs.trials))
     design = _design(runs)
     coefficients, *_ = np.linalg.lstsq(design, runs.values, rcond=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from appo_jax.errors import DataError
 from appo_jax.storage import to_json
 from appo_jax.study.statistics import detectable, format_p
 from appo_jax.sweep.definition import Sweep
-from appo_jax.sweep.effects import Effect, Effects, Runs, field_effects, in_order, levels_of, noise
+from appo_jax.sweep.effects import Effect, Effects, Runs, field_effects, in_order, levels_of, noise, trial_values
 from appo_jax.sweep.store import Store
 from appo_jax.view.plots import STYLE
 
@@ -78,7 +78,7 @@ def write_report(sweep: Sweep) -> str:
     }  # fmt: skip
     (folder / "sweep.json").write_text(to_json(record, indent=2))
     save_config(dataclasses.replace(sweep.point_config(found[0].params), run_dir="runs/best"), folder / "best.json")
-    draw(sweep, found, effects.fields, folder / "sweep.png")
+    draw(sweep, runs, effects.fields, folder / "sweep.png")
     return text
 
 
@@ -131,16 +131,16 @@ def _resolution(runs: Runs, effects: Effects) -> str:
     seeds = len(set(runs.seeds))
     lines = [
         "Detectable differences between two trials: not known yet, because the trials have too few seeds to measure the noise "
-        "between runs."
+        "between runs, or because all runs are equal."
     ]
-    if freedom > 0:
+    if not math.isnan(deviation):
         smallest = detectable(deviation * math.sqrt(2 / seeds), freedom)
         lines = [
             f"Detectable differences: the noise between runs of a trial has a standard deviation of {deviation:.4f} ({freedom} "
             f"degrees of freedom). A true difference of {smallest:.4f} between two trials of {seeds} seeds would be significant "
             "(5 %, two-sided) with 95 % probability."
         ]
-    if effects.freedom > 0:
+    if not math.isnan(effects.deviation):
         lines[0] += (
             f" What the fields leave out of a trial's mean has a standard deviation of {effects.deviation:.4f} "
             f"({effects.freedom} degrees of freedom). So the detectable difference between two values of a field is:"
@@ -164,11 +164,11 @@ def _trials_table(sweep: Sweep, found: Sequence[Result], runs: Runs) -> str:
     ]
     best = found[0]
     for r in found[:MAX_ROWS]:
-        half = stats.t.ppf(0.975, freedom) * deviation / math.sqrt(len(r.values)) if freedom > 0 else math.nan
+        half = stats.t.ppf(0.975, freedom) * deviation / math.sqrt(len(r.values))
         objective = f"{r.mean:.4f}" + ("" if math.isnan(half) else f" [{r.mean - half:.4f}, {r.mean + half:.4f}]")
         shared = [seed for seed in r.values if seed in best.values]
         against, p = "", ""
-        if r is not best and shared and freedom > 0 and deviation > 0:
+        if r is not best and shared and not math.isnan(deviation):
             mean = float(np.mean([r.values[seed] - best.values[seed] for seed in shared]))
             error = deviation * math.sqrt(2 / len(shared))
             half = stats.t.ppf(0.975, freedom) * error
@@ -182,8 +182,9 @@ def _trials_table(sweep: Sweep, found: Sequence[Result], runs: Runs) -> str:
     return "\n".join(lines)
 
 
-def draw(sweep: Sweep, found: Sequence[Result], effects: Sequence[Effect], path: Path) -> None:
+def draw(sweep: Sweep, runs: Runs, effects: Sequence[Effect], path: Path) -> None:
     """Draw the objective over each field, the fields that explain most first, and heat maps of pairs of these fields."""
+    points, values = trial_values(runs)
     pairs = list(itertools.combinations([e.name for e in effects], 2))[:MAX_PAIRS]
     columns = max(2, min(4, len(effects)))
     rows = -(-len(effects) // columns) + -(-len(pairs) // columns)
@@ -191,10 +192,11 @@ def draw(sweep: Sweep, found: Sequence[Result], effects: Sequence[Effect], path:
         figure = Figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax, effect in zip(axes, effects, strict=False):
-            _slice(ax, found, effect, sweep.objective)
+            labels = levels_of([point[effect.name] for point in points])
+            _slice(ax, labels, values, effect, sweep.objective)
         start = -(-len(effects) // columns) * columns
         for ax, pair in zip(axes[start:], pairs, strict=False):
-            _heat_map(ax, found, pair)
+            _heat_map(ax, points, values, pair)
         used = {*range(len(effects)), *range(start, start + len(pairs))}
         for number, ax in enumerate(axes):
             if number not in used:
@@ -202,24 +204,23 @@ def draw(sweep: Sweep, found: Sequence[Result], effects: Sequence[Effect], path:
         figure.savefig(path)
 
 
-def _slice(ax: Axes, found: Sequence[Result], effect: Effect, objective: str) -> None:
+def _slice(ax: Axes, labels: Sequence[str], values: np.ndarray, effect: Effect, objective: str) -> None:
     """Draw the objective over the levels of a field: a dot per trial, and the mean at each level."""
-    labels = levels_of([r.params[effect.name] for r in found])
     x_of = {level: i for i, level in enumerate(effect.levels)}
-    ax.plot([x_of[label] for label in labels], [r.mean for r in found], ".", alpha=0.5, color="C0")
+    ax.plot([x_of[label] for label in labels], values, ".", alpha=0.5, color="C0")
     ax.plot(range(len(effect.levels)), effect.means, "o-", color="C1")
     ax.set(xticks=range(len(effect.levels)), xticklabels=effect.levels, xlabel=effect.name, ylabel=objective)
 
 
-def _heat_map(ax: Axes, found: Sequence[Result], pair: tuple[str, str]) -> None:
+def _heat_map(ax: Axes, points: Sequence[Mapping[str, Any]], values: np.ndarray, pair: tuple[str, str]) -> None:
     """Draw the mean objective of the trials at each pair of levels of two fields."""
-    x, y = (levels_of([r.params[name] for r in found]) for name in pair)
+    x, y = (levels_of([point[name] for point in points]) for name in pair)
     xs, ys = in_order(x), in_order(y)
     cells = np.full((len(ys), len(xs)), np.nan)
     for i, j in itertools.product(range(len(ys)), range(len(xs))):
-        values = [r.mean for r, a, b in zip(found, x, y, strict=True) if (a, b) == (xs[j], ys[i])]
-        if values:
-            cells[i, j] = np.mean(values)
+        here = [(a, b) == (xs[j], ys[i]) for a, b in zip(x, y, strict=True)]
+        if any(here):
+            cells[i, j] = values[here].mean()
     image = ax.imshow(cells, aspect="auto", origin="lower", cmap="viridis")
     ax.grid(False)
     ax.set(xticks=range(len(xs)), xticklabels=xs, yticks=range(len(ys)), yticklabels=ys, xlabel=pair[0], ylabel=pair[1])

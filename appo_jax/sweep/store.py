@@ -14,12 +14,13 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from appo_jax.config_io import flatten
@@ -48,13 +49,15 @@ class Store:
         ] = {}  # task: its last lease, and the time at which it was new
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "pids": _pids(), "id": PROCESS}
         self._writer = f".{PROCESS}"  # two processes may believe that they have the lock
+        self._forms: dict[tuple[tuple[str, Any], ...], frozenset[tuple[str, Any]]] = {}  # by point
         self._journal = Journal(self.folder / "journal.log")
         with self.lock():
-            self._check_same_sweep()
+            stored = self._stored_definition()
             self.study = optuna.create_study(
                 storage=JournalStorage(self._journal), study_name="sweep",
                 direction="maximize" if sweep.maximize else "minimize", load_if_exists=True, sampler=self._sampler(),
             )  # fmt: skip
+            self._keep_definition(stored)
             self._queue_points()
 
     @contextlib.contextmanager
@@ -70,10 +73,19 @@ class Store:
     def _queue_points(self) -> None:
         """Queue the points of a grid or of a random sweep that are not queued yet: all of them; the rest, if a process was killed
         before it had queued all; or those of a number of `trials` that was raised."""
-        queued = [self.point(trial) for trial in self.trials() if "retry_of" not in trial.user_attrs]
-        for point in self.sweep.queued_points():
-            if point not in queued:
-                self.study.enqueue_trial(point)
+        queued = [self._form(self.point(trial)) for trial in self.standing()]
+        new = [point for point in self.sweep.queued_points() if self._form(point) not in queued]
+        if self.sweep.search == "random":  # an earlier version has drawn others
+            new = new[: max(0, self.sweep.trials - len(queued))]
+        for point in new:
+            self.study.enqueue_trial(point)
+
+    def _form(self, point: Point) -> frozenset[tuple[str, Any]]:
+        """`Sweep.form`, which is slow, once for each point."""
+        key = tuple(point.items())
+        if key not in self._forms:
+            self._forms[key] = self.sweep.form(point)
+        return self._forms[key]
 
     # ---- trials
     def trials(self) -> list[FrozenTrial]:
@@ -108,6 +120,15 @@ class Store:
         finished runs stay, and the run that failed continues from its last checkpoint."""
         return trial.user_attrs.get("runs_of", trial.number)
 
+    def tell(self, trial: Trial, values: Collection[float], state: TrialState) -> None:
+        """End a trial. `values`: the objective of its runs; Optuna gets the mean, negated if `maximize` has changed since the
+        storage was made."""
+        sign = 1 if self.sweep.maximize == (self.study.direction == StudyDirection.MAXIMIZE) else -1
+        mean = sign * sum(values) / len(values) if values else 0.0
+        if state == TrialState.PRUNED:
+            trial.report(mean, len(values))  # Optuna takes the last reported value as that of a pruned trial
+        self.study.tell(trial, mean if state == TrialState.COMPLETE else None, state=state)
+
     def values(self, trial: FrozenTrial) -> dict[int, float]:
         """The objective of a trial by seed, for the seeds that it has run."""
         return {int(name[5:]): value for name, value in trial.user_attrs.items() if name.startswith("seed-")}
@@ -128,8 +149,9 @@ class Store:
             new, unusable = None, list[Trial]()
             while new is None and self._needs_new_trial(self.trials()):
                 if self.sweep.search == "tpe" and len(unusable) == MAX_ASKS:
-                    tried = [self.point(trial) for trial in self.standing()]
-                    self.study.enqueue_trial(next(p for p in self.sweep.random_points() if p not in tried))
+                    tried = [self._form(self.point(trial)) for trial in self.standing()]
+                    points = self.sweep.random_points()
+                    self.study.enqueue_trial(next(p for p in points if self._form(p) not in tried))
                 asked = self.study.ask()
                 if self._has_point(asked):
                     new = asked
@@ -144,13 +166,13 @@ class Store:
 
     def _has_point(self, trial: Trial) -> bool:
         """Give a trial its point: the one that it was queued with, or one that the sampler chooses. A worker that was killed here
-        has left a part of it. A point that breaks a rule, or has a trial already, is marked, and the result is False."""
+        has left a part of it. A point that breaks a rule, or whose runs a trial has already, is marked, and the result is False."""
         for name, distribution in self.sweep.distributions.items():
             trial._suggest(name, distribution)  # as `Study.ask` does it; a field that has its value keeps it
         earlier = [other for other in self.standing() if other.number < trial.number]
         if not self.sweep.possible(trial.params):
             trial.set_user_attr("impossible", True)
-        elif any(self.point(other) == trial.params for other in earlier):
+        elif self._form(trial.params) in [self._form(self.point(other)) for other in earlier]:
             trial.set_user_attr("repeated", True)
         else:
             return True
@@ -184,29 +206,40 @@ class Store:
             return optuna.samplers.TPESampler(constant_liar=True, multivariate=True)
         return optuna.samplers.RandomSampler(seed=0)  # chooses no point, because all points wait in the queue
 
-    def _check_same_sweep(self) -> None:
-        """Write the definition of the sweep into the folder. Raises ConfigError if it holds that of another sweep, DataError if it
-        holds a damaged one."""
+    def _stored_definition(self) -> dict[str, Any] | None:
+        """The definition of the sweep that the folder holds; None if it holds none. Raises DataError for a damaged one."""
         file = self.folder / "definition.json"
-        definition = _description(self.sweep)
         if not file.exists():
-            write_atomically(file, json.dumps(definition), writer=self._writer)
-            return
+            return None
         try:
-            stored = dict(json.loads(file.read_text()))
+            return dict(json.loads(file.read_text()))
         except (ValueError, TypeError) as error:
             raise DataError(
                 f"{file}: expected the definition of a sweep as JSON ({error}); put it back from a copy, or, if the runs in this "
                 "folder are of this sweep, delete it: the same command writes it again"
             ) from error
-        if different := _differences(stored, definition):
-            raise ConfigError(f"{self.folder} holds another sweep: {', '.join(different)} differ; give another `out`")
+
+    def _keep_definition(self, stored: dict[str, Any] | None) -> None:
+        """Write the definition of the sweep into the folder. Raises ConfigError if it holds that of another sweep. While no trial
+        has a value or is under way, another objective may be given: the finished runs have its value, too."""
+        definition = _description(self.sweep)
+        different = [] if stored is None else _differences(stored, definition)
+        free = {"objective", "maximize"} if not any(map(self._has_begun, self.trials())) else set()
+        if refused := [name for name in different if name not in free]:
+            raise ConfigError(f"{self.folder} holds another sweep: {', '.join(refused)} differ; give another `out`")
+        if stored is None or different:
+            write_atomically(self.folder / "definition.json", json.dumps(definition), writer=self._writer)
+
+    def _has_begun(self, trial: FrozenTrial) -> bool:
+        """Whether a trial has a value, or a worker that would give it one."""
+        task = f"trial-{trial.number}"
+        under_way = trial.state == TrialState.RUNNING and self._held_by_another(task, self._lease(task))
+        return bool(self.values(trial)) or under_way
 
     # ---- leases
     def _take(self, task: str) -> bool:
         """`take`, for callers that hold the lock."""
-        lease = self._lease(task)
-        if lease and self._held_by_another(task, lease):
+        if self._held_by_another(task, self._lease(task)):
             return False
         self._write_lease(task)
         return True
@@ -248,6 +281,8 @@ class Store:
         The clocks of machines differ. So the time of a renewal only tells one from the next, and LEASE_S is counted from when this
         process first saw the last one. Containers may have one host name, and each may have a process of this number.
         """
+        if not lease:
+            return False
         if self._seen.get(task, ({}, 0.0))[0] != lease:
             self._seen[task] = lease, time.monotonic()
         if lease.get("id") == PROCESS or time.monotonic() - self._seen[task][1] > LEASE_S:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import signal
 import subprocess
 import threading
 import time
@@ -89,10 +90,7 @@ def _run_trial(store: Store, trial: Trial, stop: Stop) -> None:
         if reason is not None:
             log.error("trial %d failed: %s", trial.number, reason)
             trial.set_user_attr("error", reason)
-        mean = sum(values.values()) / len(values) if values else None
-        if state == TrialState.PRUNED:
-            trial.report(mean or 0.0, len(values))  # Optuna takes the last reported value as that of a pruned trial
-        store.study.tell(trial, mean if state == TrialState.COMPLETE else None, state=state)
+        store.tell(trial, values.values(), state)
 
 
 def _run_seed(store: Store, trial: Trial, seed: int, stop: Stop, lost: Sequence[threading.Event]) -> float:
@@ -146,7 +144,7 @@ def _run(store: Store, command: str, config: Config, stop: Stop, lost: Sequence[
             while (code := process.poll()) is None:
                 _wait(POLL_S, stop, lost)
         finally:
-            _stop_process(process)
+            _stop_process(process, stop)
         if code == 0:
             return
         if in_use(run_dir):
@@ -159,11 +157,17 @@ def _run(store: Store, command: str, config: Config, stop: Stop, lost: Sequence[
     raise TrainingError(f"exit code {code}, see {log_file(folder, run_dir.name)}")
 
 
-def _stop_process(process: subprocess.Popen[bytes]) -> None:
-    """If a process still runs, ask it to save its run, and wait until it has ended."""
-    if process.poll() is None:
-        process.terminate()
-        process.wait()
+def _stop_process(process: subprocess.Popen[bytes], stop: Stop) -> None:
+    """If a process still runs, ask it to save its run, and wait until it has ended. SIGHUP gives it all the time that it needs;
+    if a pressing request follows, SIGTERM begins its `stop_grace_seconds`."""
+    sent = None
+    while process.poll() is None:
+        number = signal.SIGHUP if stop.requested and not stop.pressing else signal.SIGTERM
+        if sent not in (number, signal.SIGTERM):  # a second SIGTERM would end it at once
+            process.send_signal(number)
+            sent = number
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(POLL_S)
 
 
 def _wait(seconds: float, stop: Stop, lost: Sequence[threading.Event]) -> None:

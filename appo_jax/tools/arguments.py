@@ -29,9 +29,13 @@ def read_argument(tool: ToolSpec, arguments: Any, depth: int = 4) -> str | Probl
             arguments = decoded
     if isinstance(arguments, str):
         return arguments
+    if tool.parameters is None and _is_number(arguments):
+        return json.dumps(arguments)
     if not isinstance(arguments, dict):
         return Problem(f"arguments must be an object or a string, not {type(arguments).__name__}")
     only = next(iter(arguments.values())) if len(arguments) == 1 else None
+    if tool.parameters is None and _is_number(only):
+        only = json.dumps(only)  # a tool without a schema reads text
     if tool.several_arguments or (tool.argument_name is None and tool.parameters is None):
         declared = tool.parameters is not None
         return only if isinstance(only, str) and not declared else json.dumps(arguments, ensure_ascii=False)
@@ -43,12 +47,18 @@ def read_argument(tool: ToolSpec, arguments: Any, depth: int = 4) -> str | Probl
     if not arguments:
         return ""
     if isinstance(only, str):
-        # A tool with a schema reads a JSON object as its arguments, so a text that looks like one is given by its name.
+        # A tool with a schema reads a JSON object as its arguments, so a text that looks like one is given by its name. So is
+        # a blank text, where a call without an argument means another value, the default.
         by_name = tool.parameters is not None and isinstance(decode(only), dict)
+        by_name |= tool.no_argument_needed and not only.strip()
         return json.dumps({tool.key: only}, ensure_ascii=False) if by_name else only
     if tool.parameters is not None:
         return json.dumps(arguments, ensure_ascii=False)
     return Problem(f'"{tool.key}" of {tool.name} must be a string, not {type(only).__name__}')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _arguments_inside(tool: ToolSpec, value: Any) -> Any:

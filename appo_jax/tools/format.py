@@ -184,9 +184,11 @@ class TagFormat:
         if len(openings) > 1:  # it is ambiguous which tag begins the call and which belongs to its argument
             return f"Malformed call: {' and '.join(openings[:4])} stand before {closing}. Write one tag, where the call begins."
         argument = body.partition(opening)[2]
-        if not argument.strip():
-            return f"Empty call: nothing stands between {opening} and {closing}."
-        return Call(name, argument)
+        if argument.strip():
+            return Call(name, argument)
+        if any(tool.name == name and tool.no_argument_needed for tool in self.tools):
+            return Call(name, "{}")
+        return f"Empty call: nothing stands between {opening} and {closing}."
 
     def render_call(self, name: str, argument: str, closed: bool = True) -> str:
         text = f"<{name}>{argument}</{name}>"
@@ -260,13 +262,15 @@ class JsonFormat:
         argument = read_argument(tool, arguments)
         if isinstance(argument, Problem):
             return f"Malformed call: {argument}."
-        if not argument.strip() or (argument == "{}" and not tool.several_arguments):
+        empty = not argument.strip() or (argument == "{}" and not tool.several_arguments)
+        if empty and not tool.no_argument_needed:
             return f"Empty call: {name} was given no argument."
-        return Call(name, argument)
+        return Call(name, "{}" if empty else argument)
 
     def render_call(self, name: str, argument: str, closed: bool = True) -> str:
         tool = next((tool for tool in self.tools if tool.name == name), ToolSpec(name))
-        as_object = tool.several_arguments and isinstance(decode(argument), dict)
+        value = decode(argument)
+        as_object = isinstance(value, dict) and (tool.several_arguments or (tool.no_argument_needed and not value))
         opening, closing = self._around(name, as_object)
         text = argument if as_object else json.dumps(argument, ensure_ascii=False)[1:-1]
         for tag in ("<tool_call>", "</tool_call>"):  # JSON's escape for any character

@@ -93,6 +93,11 @@ class ToolSpec:
         """Whether the tool reads a JSON object of arguments."""
         return self.parameters is not None and len(self.parameters.get("properties", ())) != 1
 
+    @property
+    def no_argument_needed(self) -> bool:
+        """Whether a call may leave out all arguments: by the tool's schema, none is required."""
+        return self.parameters is not None and not self.parameters.get("required")
+
     def schema(self) -> dict[str, Any]:
         """The tool as an OpenAI-style function, as chat templates expect it."""
         only = {"type": "object", "properties": {self.key: {"type": "string"}}, "required": [self.key]}

@@ -24,6 +24,8 @@ def show_tree(run_dir: str | Path, step: int | None = None, index: int = 0, cons
     dumps = dumped_steps(folder)
     steps = list(dumps)
     if not steps:
+        if (Path(run_dir) / "metrics.jsonl").exists():
+            raise DataError(f"{folder}: no rollout dumps, so there is no tree to show, although the run has made steps")
         raise DataError(f"{folder}: no rollout dumps; give the directory of a run that has made a step")
     step = steps[-1] if step is None else step
     if step not in steps:

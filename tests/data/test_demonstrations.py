@@ -11,9 +11,11 @@ import pytest
 
 from appo_jax.config import PythonToolConfig, SearchToolConfig, ToolsConfig
 from appo_jax.data import traces
-from appo_jax.data.demonstrations import CannotDemonstrate, ToolKit
+from appo_jax.data.demonstrations import CannotDemonstrate, ToolKit, introduce
 from appo_jax.data.demonstrations import demonstrate as data_demonstrate
+from appo_jax.data.examples import SYSTEM_PROMPT
 from appo_jax.data.source import Dataset
+from appo_jax.data.sources import gsm8k
 from appo_jax.data.world import generate
 from appo_jax.errors import DataError
 from appo_jax.text.tokenizer import load_tokenizer
@@ -25,6 +27,7 @@ from appo_jax.tools.protocol import ToolExample
 from appo_jax.tools.python import PythonTool
 from appo_jax.tools.search import LocalSearch
 from appo_jax.tools.wrap import FunctionTool
+from appo_jax.types import Example
 
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 CALL_PIECES = make_format("tags", [LocalSearch, PythonTool]).pieces
@@ -259,6 +262,53 @@ def test_a_tool_brings_demonstrations_of_its_own(world, pages, call_format):
         (told,) = data_demonstrate(dataset_of(world), executor, limit=1)
         assert told.segments == first.segments
         assert told.example.system == f"Use {executor.call_format.instructions()}"
+
+
+@pytest.mark.parametrize(
+    ("system", "alone"),
+    [
+        (
+            SYSTEM_PROMPT,
+            "Answer the question step by step. Put your reasoning between <think> and </think>. When you are done, write "
+            "<answer> \\boxed{answer} </answer>.",
+        ),
+        (
+            gsm8k.SYSTEM_PROMPT,
+            "Solve the problem step by step. Put your reasoning between <think> and </think>. For every calculation write "
+            "Python code that prints the result. When you are done, write <answer> \\boxed{number} </answer>.",
+        ),
+        ("Be brief.\n\nYour tools:\n{tools}\n\nAnswer in one word.", "Be brief.\n\nAnswer in one word."),
+        ("Your tools:\n{tools}", ""),
+        ("Mind the gap. {tools}", "Mind the gap. "),
+        ("Be brief.", "Be brief."),
+    ],
+)
+@pytest.mark.parametrize(("call_format", "tools"), [("chat", [str]), ("tags", []), ("json", []), ("chat", [])])
+def test_a_prompt_without_instructions_does_not_announce_tools(system, alone, call_format, tools):
+    notation = make_format(call_format, [tool(function, "echo") for function in tools])
+    assert introduce(Example("a", "b?", ("c",), "qa", system), notation.instructions()).system == alone
+
+
+@pytest.mark.parametrize("call_format", ["tags", "json"])
+def test_a_prompt_with_instructions_is_as_it_always_was(call_format):
+    """Policies were trained with these prompts."""
+    instructions = make_format(call_format, [tool(str, "echo")]).instructions()
+    assert instructions
+    for system, before, after in (
+        (
+            SYSTEM_PROMPT,
+            "Answer the question step by step. Put your reasoning between <think> and </think>. Your tools:\n",
+            "\nWhen you are done, write <answer> \\boxed{answer} </answer>.",
+        ),
+        (
+            gsm8k.SYSTEM_PROMPT,
+            "Solve the problem step by step. Put your reasoning between <think> and </think>. For every calculation write "
+            "Python code that prints the result. Your tools:\n",
+            "\nWhen you are done, write <answer> \\boxed{number} </answer>.",
+        ),
+    ):
+        example = introduce(Example("a", "b?", ("c",), "qa", system), instructions)
+        assert example.system == before + instructions + after
 
 
 def test_a_skill_of_ones_own_finds_its_tool_or_leaves_the_demonstration_out():

@@ -14,6 +14,7 @@ def ranked(r, score):
     valid = r.sampled
     nothing = np.zeros(r.length, bool)
     return Ranked(
+        "?",
         {"product": np.array(score, float)},
         {"product": valid},
         np.ones(r.length),
@@ -71,6 +72,13 @@ def test_the_variance_is_that_of_the_rewards_by_enumeration():
 def test_with_include_token_a_branch_keeps_the_scored_token():
     _, cuts = play([0, 0, 3, 0, 1, 0, 0, 0], draws=3, include_token=True)
     assert set(cuts) == {3, 5}
+
+
+def test_one_question_gives_no_end_to_the_interval():
+    found, _ = play([0, 0, 1, 0, 0, 0, 0, 0], draws=50)
+    for interval in found.variance.values():
+        assert (interval.low, interval.high) == pytest.approx((0.025 * interval.value, np.inf))
+    assert (found.difference.low, found.difference.high) == (-np.inf, np.inf)
 
 
 def test_rollouts_without_a_reward_have_no_variance():

@@ -252,6 +252,7 @@ def training(folder: Path, hosts: int) -> Path:
         config = tiny.tiny_config(home)
         config = dataclasses.replace(
             config, checkpoint_every=1, mesh=MeshConfig(fsdp=hosts), sft=dataclasses.replace(config.sft, batch_size=hosts),
+            prompts_per_step=hosts, prompts_per_minibatch=hosts,  # so that every host judges rollouts
             data=dataclasses.replace(config.data, source="faults:load"),
             tools=dataclasses.replace(config.tools, enabled=("search", "faults:tool")),
             reward=dataclasses.replace(config.reward, function="faults:reward"),

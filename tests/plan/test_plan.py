@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import pytest
 from jax.experimental import pallas as pl
 from rich.console import Console
 
+from appo_jax.algorithms import make_algorithm
 from appo_jax.cli import main
 from appo_jax.config import LoRAConfig, MeshConfig, OptimizerConfig
 from appo_jax.config_io import load_config, with_fields
@@ -25,11 +27,15 @@ from appo_jax.data.pipeline import TraceBatch
 from appo_jax.errors import ConfigError, PlanError
 from appo_jax.plan import compiler, hlo, programs, report
 from appo_jax.plan.abstract import Arrays, in_all
+from appo_jax.plan.counts import count
+from appo_jax.plan.lengths import Lengths, RolloutLengths
 from appo_jax.plan.network import Network
 from appo_jax.plan.topology import CHIPS, GIB, Chip, parse_slice
+from appo_jax.policy.adapters import abstract_adapters
 from appo_jax.policy.architecture import architecture_of
 from appo_jax.policy.parameters import abstract_params
 from appo_jax.policy.sharding import make_mesh, use_mesh
+from appo_jax.rollout.shapes import Shapes
 from appo_jax.sft import to_train_batch
 
 ROOT = Path(__file__).parents[2]
@@ -294,6 +300,10 @@ def test_the_verdict_names_what_is_left_or_what_to_lower():
         "train: lower a.b, or raise mesh.fsdp or mesh.tensor"
     )
     assert json.loads(json.dumps(over.to_json()))["fits"] is False
+    half = report.Plan("tpu7x:2x2x1", 4, CHIPS["tpu7x"], (need("train", GIB),))  # a chip is two devices
+    assert "1.00 of 94.74 GiB per device (train)" in half.verdict()
+    assert "memory per device of tpu7x:2x2x1, 4 chips" in printed(half, 200, True)
+    assert "chip (" not in half.verdict()
 
 
 @pytest.mark.parametrize(
@@ -360,7 +370,13 @@ def test_what_a_checkpoint_takes(tiny):
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_tables_fold_to_a_terminal_and_are_whole_in_a_file(width):
-    plan = report.Plan("v5e:2x2", 4, CHIP, (need("decode, branches", GIB, counted="3 × 64 rows × 4096 tokens"),))
+    numbers = {"flops": 1348.147e12, "traffic": 22.11e9, "arguments": 15.25 * GIB, "temporaries": 3.5 * GIB}
+    needs = (need("decode, branches", 18.75 * GIB, counted="3 × 64 rows × 4096 tokens", **numbers),)
+    plan = report.Plan("v5e:2x2", 4, CHIPS["v5e"], needs)
+    lines = printed(plan, width, True)
+    for number in ("1348.147", "22.11", "15.25", "3.50", "18.75", "-3.00"):
+        assert number in lines, lines
+    assert "…" not in lines
     assert max(map(len, printed(plan, width, True).splitlines())) <= max(width, len(plan.verdict()))
     whole = printed(plan, width, False)
     assert any("decode, branches" in line and "3 × 64 rows × 4096 tokens" in line for line in whole.splitlines())
@@ -509,8 +525,8 @@ def test_programs_of_a_small_config_compile_and_are_counted():
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     found = {p.name: p for p in programs.programs(config, arch, mesh)}
     assert list(found) == [
-        "cold start", "reshard", "prefill", "decode, initial", "score", "decode, branches", "append, initial", "append, branches",
-        "train",
+        "cold start", "reshard", "prefill, evaluation", "decode, evaluation", "append, evaluation", "prefill", "decode, initial",
+        "score", "decode, branches", "append, initial", "append, branches", "train",
     ]  # fmt: skip
     # 16 prompts, 8 a mini-batch, N = 4, M = 16, B = 3, 112 tokens, 64 rows: 64 initial rollouts at once; 96 branches of
     # each of 2 mini-batches take 2 fills of 64 rows; 32 parents, the longest, go through the score in passes of a row of 408
@@ -536,6 +552,52 @@ def test_programs_of_a_small_config_compile_and_are_counted():
     caches = 2 * 2 * tokens * arch.num_kv_heads * arch.head_dim
     assert found["prefill"].resident == pytest.approx(12 * params + caches, abs=64 * 1024 * 2)
     assert caches > 2**20
+    # An evaluation of 192 questions fills 64 rows, each with a prefix of its own, from passes of 64 prompts, of which two exist at
+    # the same time. It is no part of a step.
+    one = 2 * 2 * arch.num_kv_heads * arch.head_dim  # bytes of a token's keys and values
+    prompts, responses = 64 * config.rollout.max_prompt_tokens, 64 * (config.rollout.max_response_tokens + 1)
+    of_evaluation = 12 * params + one * (2 * prompts + responses)
+    assert found["prefill, evaluation"].resident == pytest.approx(of_evaluation, abs=64 * 1024 * 2)
+    assert found["decode, evaluation"].resident == pytest.approx(12 * params + one * prompts, abs=64)
+    assert {program.times for name, program in found.items() if "evaluation" in name} == {0}
+
+
+def test_a_config_without_tools_has_no_calls():
+    config = load_config(ROOT / "configs/quickstart.py")
+    without = dataclasses.replace(config, mesh=MeshConfig(), tools=dataclasses.replace(config.tools, enabled=()))
+    counts = count(without, Shapes.of(make_algorithm(without)))
+    assert [generation.appends for generation in counts.generations] == [0, 0]
+    of_run = RolloutLengths(*[Lengths((20,), 3.0, 100.0, 50.0)] * 2)  # of a run with tools
+    counts = count(without, Shapes.of(make_algorithm(without)), of_run)
+    assert [generation.appends for generation in counts.generations] == [0, 0]
+    assert sum(g.appends for g in count(config, Shapes.of(make_algorithm(config))).generations) == 40 + 120
+
+
+class Device(SimpleNamespace):
+    """A TPU that is not there, as the TPU compiler describes it."""
+
+    def __hash__(self):
+        return id(self)
+
+
+def test_a_plan_for_one_chip_is_of_the_programs_of_a_tpu():
+    """As on a mesh of several devices: with the kernels for TPUs, and with a loop over layers."""
+    chip = Device(
+        platform="tpu", device_kind="TPU v5 lite", num_cores=1, id=0, coords=(0, 0, 0), core_on_chip=0, slice_index=0,
+        process_index=0, client=SimpleNamespace(process_index=lambda: 0),
+    )  # fmt: skip
+    config = load_config(ROOT / "configs/quickstart.py")
+    arch = dataclasses.replace(config.policy.architecture, vocab_size=64, width=32, mlp_width=32)
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    mesh = make_mesh(config.mesh, [chip])
+    with use_mesh(mesh):
+        found = {p.name: str(p.trace().jaxpr) for p in programs.programs(config, arch, mesh)}
+    assert {name for name, text in found.items() if "pallas_call" not in text} == {"reshard"}
+    assert found["prefill"].count("pallas_call") == 1  # of all layers
+    here = make_mesh(config.mesh, jax.devices()[:1])
+    with use_mesh(here):
+        prefill = next(p for p in programs.programs(config, arch, here) if p.name == "prefill")
+        assert "pallas_call" not in str(prefill.trace().jaxpr)
 
 
 def test_a_program_changes_only_with_the_fields_that_it_names():
@@ -575,16 +637,21 @@ def test_the_cold_start_is_planned_and_trains_all_parameters(tmp_path):
     config = dataclasses.replace(config, policy=policy, sft=sft, mesh=MeshConfig())
     arch, mesh = architecture_of(policy), make_mesh(config.mesh, jax.devices()[:1])
     found = {p.name: p for p in programs.programs(config, arch, mesh)}
-    params = sum(x.size for x in jax.tree.leaves(abstract_params(arch)))
+    params, adapters = (sum(x.size for x in jax.tree.leaves(of(arch))) for of in (abstract_params, abstract_adapters))
     assert found["cold start"].kept == pytest.approx(12 * params, abs=64)
     assert found["train"].kept < 3 * params
     assert found["cold start"].times == 0
+    # Evaluations before RL read a bfloat16 copy of all parameters (and adapters), beside float32 weights and moments.
+    assert found["decode, evaluation"].kept == pytest.approx(14 * params + 2 * adapters, rel=0.01)
+    assert found["decode, initial"].kept < 3 * params
     (_, batch), _ = found["cold start"].trace().args_info
     row = np.zeros((4, 6), np.int32)
     real = to_train_batch(TraceBatch(row, row, row, row), at_once=2)
     assert [x.shape for x in jax.tree.leaves(batch)] == [np.shape(x) for x in jax.tree.leaves(real)]
     other = dataclasses.replace(config, init_from=str(tmp_path))
-    assert "cold start" not in {p.name for p in programs.programs(other, arch, mesh)}
+    found = {p.name: p for p in programs.programs(other, arch, mesh)}
+    assert "cold start" not in found
+    assert found["decode, evaluation"].kept == pytest.approx(6 * params + 2 * adapters, rel=0.01)  # without moments
 
 
 def test_generations_that_differ_have_names_that_differ():

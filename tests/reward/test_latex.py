@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appo_jax.reward.latex import boxed_gold, last_boxed, plain
+from appo_jax.reward.latex import boxed_answer, boxed_gold, last_boxed, plain
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,21 @@ from appo_jax.reward.latex import boxed_gold, last_boxed, plain
 )
 def test_last_boxed(text, content):
     assert last_boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "repeated"),
+    [
+        (r"\boxed{a} and \boxed{b}", "a, and b", "a, and b"),
+        (r"\boxed{a}, \boxed{b} or \boxed{c}", "a, b, or c", "a, b, or c"),
+        (r"\boxed{a} as well as $\boxed{b}$", "a, and b", "a, and b"),
+        (r"\boxed{a}, \boxed{b} and \boxed{a}", "a, b", "a, b, and a"),
+        (r"\boxed{a} and so \boxed{b}", "b", "b"),
+    ],
+)
+def test_joined_boxes_keep_the_word_between_them(text, answer, repeated):
+    assert boxed_answer(text) == answer
+    assert boxed_answer(text, repeats=True) == repeated
 
 
 @pytest.mark.parametrize(

@@ -186,3 +186,17 @@ def test_works_from_many_threads():
     for thread in threads:
         thread.join()
     assert verdicts == {i: i < 4 for i in range(8)}
+
+
+def test_long_texts_with_relations_and_words_are_read_in_short_time():
+    start = time.monotonic()
+    for text in (
+        "= 5 " * 99,
+        "5 cups in " * 39,
+        "total " * 60 + ": 5",
+        "theta + " * 49,
+        "\\alpha" * 60 + "x",
+        "A, " * 120,
+    ):
+        math_equal(text, "5")
+    assert time.monotonic() - start < 5 * verify.VERIFY_SECONDS

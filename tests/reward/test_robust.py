@@ -165,7 +165,7 @@ def test_a_thought_that_the_prompt_opened_counts(opening, text, reason):
         ((r"<think>\boxed{1}</think> <answer> 2 </answer>",), "2"),  # whatever stands in a thought
         ((r"\boxed{1} <answer> </answer>",), "1"),  # an empty block is no answer
         ((r"first \boxed{1}, so \boxed{7}",), "7"),
-        ((r"so \boxed{1} and \boxed{7}",), "1, 7"),
+        ((r"so \boxed{1} and \boxed{7}",), "1, and 7"),
         (("<answer> 2 </answer>",), "2"),
         ((r"no answer", r"R:<answer>\boxed{5}</answer>"), None),  # a tool cannot answer
         (("5",), None),

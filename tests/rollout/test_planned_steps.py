@@ -21,12 +21,14 @@ from appo_jax.config import (
     Architecture,
     BranchingConfig,
     Config,
+    EvalConfig,
     LossConfig,
     MeshConfig,
     OptimizerConfig,
     PolicyConfig,
     RolloutConfig,
 )
+from appo_jax.evaluate import evaluate
 from appo_jax.plan.programs import Program, programs
 from appo_jax.policy import sharding
 from appo_jax.policy.parameters import Params
@@ -130,14 +132,14 @@ CASES = {name: Config(algorithm=name) for name in ALGORITHMS} | {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_real_step_runs_what_the_plan_says(name: str, arch, tokenizer, executor, params, monkeypatch) -> None:
-    case = CASES[name]
-    monkeypatch.setitem(ALGORITHMS, "other trees", other_trees)
+EXAMPLES = [Example(f"q{i}", text, ("x",), "qa", "") for i, text in enumerate(("the fox", "dog", "7", "lazy"))]
+
+
+def components_of(case: Config, arch: Architecture, tokenizer: Any, executor: Any, budget: int = 6) -> Components:
     config = dataclasses.replace(
         case,
         prompts_per_step=4, prompts_per_minibatch=2, optimizer=OptimizerConfig(learning_rate=1e-3),
-        rollout=dataclasses.replace(ROLLOUT, budget=max(6, min(12, case.rollout.budget if "loops" in name else 6))),
+        rollout=dataclasses.replace(ROLLOUT, budget=budget), eval=EvalConfig(num_prompts=3),
         branching=dataclasses.replace(case.branching, num_branch_points=1),
         policy=dataclasses.replace(case.policy, architecture=arch, tokenizer="x"),
     )  # fmt: skip
@@ -149,13 +151,22 @@ def test_a_real_step_runs_what_the_plan_says(name: str, arch, tokenizer, executo
     engine = engine_module.Engine(arch, tokenizer, executor, algorithm.rollout, config.seed, dtype, mesh)
     sampler = tree_sampler.TreeSampler(engine, algorithm.branching)
     dataset: Any = None
-    components = Components(
-        config, dataset, (), (), tokenizer, executor, arch, dtype, mesh, sampler,
+    return Components(
+        config, dataset, (), EXAMPLES, tokenizer, executor, arch, dtype, mesh, sampler,
         Judge("none", lambda response: RewardResult(0.0, False)), ExitStack(),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_real_step_runs_what_the_plan_says(name: str, arch, tokenizer, executor, params, monkeypatch) -> None:
+    case = CASES[name]
+    monkeypatch.setitem(ALGORITHMS, "other trees", other_trees)
+    budget = max(6, min(12, case.rollout.budget if "loops" in name else 6))
+    components = components_of(case, arch, tokenizer, executor, budget)
+    config, mesh, dtype = components.config, components.mesh, components.dtype
+    algorithm = make_algorithm(config)
     gc.collect()
     others = size(jax.live_arrays())
-    examples = [Example(f"q{i}", text, ("x",), "qa", "") for i, text in enumerate(("the fox", "dog", "7", "lazy"))]
     trainer, state = begin(components, jax.tree.map(jnp.copy, params))
     updates: Counter = Counter()
 
@@ -163,11 +174,11 @@ def test_a_real_step_runs_what_the_plan_says(name: str, arch, tokenizer, executo
         updates["train", shapes(batch)] += int(batch.used)
         return trainer.update(state, batch)
 
-    plan = planned(config, arch, mesh)
+    plan = {key: program for key, program in planned(config, arch, mesh).items() if "evaluation" not in program.name}
     expected = {key: program.times for key, program in plan.items()}
     seen = Seen(monkeypatch, others)
     watched = dataclasses.replace(trainer, update=update)
-    train_step(watched, 0, state, examples, itertools.repeat(examples))
+    train_step(watched, 0, state, EXAMPLES, itertools.repeat(EXAMPLES))
     found = dict(seen.calls + updates)
 
     # Appends of shorter results have programs of their own, which the plan leaves out.
@@ -189,3 +200,20 @@ def test_a_real_step_runs_what_the_plan_says(name: str, arch, tokenizer, executo
         copy = transposed if key[0] in ("prefill", "decode", "append") else 0
         assert seen.resident[key] <= plan[key].resident + copy + 4096, key[0]
     assert seen.decode_steps <= sum(times for (kind, _), times in expected.items() if kind == "decode")
+
+
+def test_an_evaluation_runs_what_the_plan_says(arch, tokenizer, executor, params, monkeypatch) -> None:
+    """A row and a prefix for each of three questions; a step has four prompts, with three rollouts each."""
+    components = components_of(CASES["appo"], arch, tokenizer, executor)
+    gc.collect()
+    others = size(jax.live_arrays())
+    plan = planned(components.config, arch, components.mesh)
+    plan = {key: program for key, program in plan.items() if "evaluation" in program.name}
+    assert {program.times for program in plan.values()} == {0}
+    seen = Seen(monkeypatch, others)
+    evaluate(params, components)
+    assert {key for key in seen.calls if key[0] != "append"} == {key for key in plan if key[0] != "append"}
+    assert {key for key in plan if key[0] == "append"} <= seen.calls.keys()
+    transposed = size(params) * components.dtype.itemsize // 4
+    for key, program in plan.items():
+        assert seen.resident[key] <= program.resident + transposed + 4096, key[0]

@@ -16,9 +16,11 @@ from matplotlib import image
 from scipy import stats
 
 from appo_jax.cli import main
+from appo_jax.config import LoRAConfig
 from appo_jax.config_io import check, load_config, save_config, with_fields
-from appo_jax.errors import ConfigError, DataError, TrainingError
+from appo_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from appo_jax.metrics import read_metrics
+from appo_jax.run_dir import open_run
 from appo_jax.storage import lock
 from appo_jax.study import report
 from appo_jax.study import run as run_module
@@ -127,6 +129,8 @@ def test_what_cannot_be_a_study_is_named(base, tmp_path):
     check_study(
         study(base, tmp_path, other=with_fields(base, {"optimizer.max_grad_norm": 0.1}))
     )  # after the cold start
+    adapted = with_fields(base, {"policy.lora": LoRAConfig(rank=4)})
+    check_study(study(base, tmp_path, one=adapted, two=with_fields(adapted, {"policy.lora.rank": 8})))
     with pytest.raises(ConfigError, match=r"arm 'bad': steps = 0"):
         check_study(study(base, tmp_path, bad=dataclasses.replace(base, steps=0)))
     with pytest.raises(ConfigError, match="max_sampled_tokens = 0"):
@@ -293,13 +297,39 @@ def test_a_cold_start_that_another_study_has_begun_goes_on_with_its_config(base,
     other = dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, learning_rate=0.5), steps=3)
     save_config(other, folder / "config.json")
     s = dataclasses.replace(study(base, tmp_path / "out"), cold_starts=(str(folder),))
-    assert s.cold_start(5) == dataclasses.replace(other, run_dir=str(folder))
+    assert s.cold_start(5) == dataclasses.replace(base, optimizer=other.optimizer, run_dir=str(folder))
     save_config(dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=7)), folder / "config.json")
     with pytest.raises(ConfigError, match=r"the run in .*cold differs in sft.steps; give another folder"):
         s.cold_start(5)
     save_config(with_fields(base, {"optimizer.b2": 0.9, "optimizer.max_grad_norm": 0.1}), folder / "config.json")
     with pytest.raises(ConfigError, match=r"differs in optimizer.max_grad_norm, optimizer.b2; give another folder"):
         s.cold_start(5)
+
+
+def test_the_cold_start_of_another_first_arm_serves_all_arms(base, tmp_path):
+    """Once, a study that was begun with `--arms fipo` could not go on without it: "holds a run of another config: algorithm"."""
+    fipo = dataclasses.replace(base, algorithm="fipo")
+    begun = Study(str(tmp_path), {"fipo": fipo}, seeds=(0,), max_sampled_tokens=100)
+    with open_run(begun.cold_start(0)) as run:
+        (run.path / "sft.jsonl").write_text('{"step": 1}\n')
+    # the machine is another as well
+    s = study(with_fields(base, {"rollout.decode_rows": 3, "eval.every": 7}), tmp_path, fipo=fipo)
+    found = s.cold_start(0)
+    assert (found.algorithm, found.rollout.decode_rows, found.eval.every) == ("fipo", 3, 7)
+    with open_run(found) as run:
+        assert run.continued
+    assert s.cold_start(1).algorithm == "appo"
+    assert s.config("appo", 0).init_from == begun.config("fipo", 0).init_from
+    # a cold start of another kind is named by `sft`, unless it has no result yet
+    other = study(with_fields(base, {"sft.steps": 7}), tmp_path).cold_start(0)
+    assert (other.algorithm, other.sft.steps) == ("appo", 7)
+    with pytest.raises(CheckpointError, match=r"sft\.steps: \d+ in the run, 7 given"):
+        open_run(other)
+    (tmp_path / "runs/cold-0/sft.jsonl").unlink()
+    with open_run(other) as run:
+        assert not run.continued
+    (tmp_path / "runs/cold-0/config.json").write_text("{")
+    assert other == study(with_fields(base, {"sft.steps": 7}), tmp_path).cold_start(0)
 
 
 def test_runs_that_fail_are_named_and_do_not_stop_the_report(base, tmp_path):
@@ -415,6 +445,17 @@ def test_the_table_by_hand(base, tmp_path):
     assert image.imread(tmp_path / "study.png")[..., :3].std() > 0.01
     kept = json.loads((tmp_path / "study.json").read_text())
     assert kept["grpo"]["1"]["final"] == 0.9
+
+
+def test_equal_differences_are_not_called_exact(base, tmp_path):
+    """64 questions: both seeds lose two. Once, the interval was [-3.1, -3.1], and a difference of 0.0 points was detectable."""
+    s = study(base, tmp_path, grpo=base)
+    for seed, (appo, grpo) in enumerate([(47, 45), (32, 30)]):
+        write_run(s.run_dir("appo", seed), appo / 64, tokens=100)
+        write_run(s.run_dir("grpo", seed), grpo / 64, tokens=100)
+    lines = report.write_report(s).splitlines()
+    assert "| grpo | at 100 tokens | 2 | -3.1 |  | 0.500 |  |" in lines
+    assert lines[2].startswith("| appo | 2 | 40.0 | 61.7 [-87.2, 210.6] |")  # 39.5/64 ± 12.706 · 7.5/64
 
 
 @pytest.mark.parametrize(("seeds", "words"), [(16, "(signs): exact sign-flip"), (17, "test, exact up to 16 seeds;")])

@@ -85,6 +85,36 @@ def ignore() -> None:
         time.sleep(1000)
 
 
+def leave_late() -> None:
+    """Has stopped, but has not ended yet."""
+    with interrupt.stop_requests() as stop:
+        stop.agreed()
+    print("left", flush=True)
+    time.sleep(1000)
+
+
+def write_slowly() -> None:
+    """Writes a checkpoint for eight seconds, then reads it for eight seconds."""
+    with heartbeat.phase("checkpoint"), (RUN_DIR / "step").open("wb", buffering=0) as file:
+        for _ in range(16):
+            time.sleep(0.5)
+            file.write(bytes(2 << 20))
+        print("written", flush=True)
+    with heartbeat.phase("checkpoint"), (RUN_DIR / "step").open("rb", buffering=0) as file:
+        while file.read(2 << 20):
+            time.sleep(0.5)
+        print("read", flush=True)
+
+
+def stop_writing() -> None:
+    """Writes a part of a checkpoint; then only lines of a log."""
+    with heartbeat.phase("checkpoint"):
+        (RUN_DIR / "step").write_bytes(bytes(4 << 20))
+        while True:
+            time.sleep(0.1)
+            print("waiting", file=sys.stderr, flush=True)
+
+
 def save() -> None:
     """Writes step 7 and does not end."""
     heartbeat.stoppable(True)

@@ -73,6 +73,11 @@ def test_a_run_that_ends_well(start: Start, tmp_path: Path) -> None:
             ["max_silent_seconds=2"],
             ["has made no progress for", "phase 'reward'", "its limit is 2 s", "in hang"],
         ),
+        (
+            "stop_writing",
+            ["max_silent_seconds=1"],
+            ["has made no progress for", "phase 'checkpoint'", "in stop_writing"],
+        ),
         ("hold_the_lock", ["LOCKED_S=3"], ["has run no Python", "phase 'rollout'", "in hold_the_lock"]),
         ("crash", [], ["SIGSEGV", "in crash"]),
     ],
@@ -91,6 +96,12 @@ def test_a_run_that_hangs_or_crashes_ends_with_its_stacks_and_is_started_again(
     assert status is not None
     assert status.state == "failed"
     assert f"last error: {status.error}" in describe(tmp_path / "run")
+
+
+def test_a_slow_disk_is_not_a_hang(start: Start) -> None:
+    """A checkpoint that takes longer to write or to read than the limit, 3 s at first and 1 s later."""
+    code, out, err = end(start("write_slowly", "max_silent_seconds=1"))
+    assert (code, out, err) == (0, "written\nread\n", "")
 
 
 def test_the_last_error_is_shown_while_the_next_start_runs(start: Start, tmp_path: Path) -> None:
@@ -232,6 +243,19 @@ def test_a_request_lets_the_step_end(start: Start, numbers: list[signal.Signals]
     assert "Traceback" not in err
     assert "interrupted" not in err
     assert len(out.splitlines()) <= 3  # the step it was in
+
+
+def test_a_request_that_comes_after_the_run_has_stopped_is_no_failure(start: Start, tmp_path: Path) -> None:
+    """On several hosts, one hears a request, and all stop; then it reaches the next host."""
+    process = start("leave_late")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    code, _, err = end(process)
+    assert (code, err) == (130, "appo-jax: interrupted\n")
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert (status.state, status.error) == ("stopped", None)
 
 
 def test_a_run_outlives_the_readers_of_its_output(start: Start, tmp_path: Path) -> None:

@@ -342,6 +342,25 @@ def test_tpe_chooses_different_possible_points_and_as_many_as_asked(tmp_path, mo
     assert [store.point(trial) for trial in store.standing()] == points
 
 
+@pytest.mark.parametrize("search", ["grid", "tpe"])
+def test_chance_alone_seldom_makes_a_field_matter_where_others_have_no_effect(tmp_path, search):
+    """grpo and dapo have neither τ nor a clip of Ω: with a trial for each combination, a field was found in two of three sweeps."""
+    space = {
+        "algorithm": ("appo", "grpo", "dapo"),
+        "branching.tau": (8.0, 32.0, 128.0),
+        "branching.clip_high": (1.1, 1.2),
+    }
+    sweep = make_sweep(tmp_path, search=search, trials=8, space=space)
+    points = run_all(Store(sweep), lambda point: 0.5) if search == "tpe" else sweep.queued_points()
+    assert sorted(p["algorithm"] for p in points) == ["appo"] * 6 + ["dapo", "grpo"]
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(200):
+        effects = field_effects(Runs(points, range(8), [0] * 8, rng.normal(size=8)), list(space))
+        found += any(field.p < 0.05 for field in effects.fields)
+    assert found <= 0.08 * 200
+
+
 @pytest.mark.parametrize("search", ["random", "tpe"])
 def test_chance_alone_seldom_makes_a_field_matter(tmp_path, search):
     """The runs of a point give the same values again, so a copy would be no observation of its own: with copies, about half of

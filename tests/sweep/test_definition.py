@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from appo_jax.config import LoRAConfig
 from appo_jax.config_io import load_config, save_config, with_fields
 from appo_jax.errors import CheckpointError, ConfigError
 from appo_jax.run_dir import open_run
@@ -29,6 +30,14 @@ def test_the_sweeps_of_configs_hold_together(file):
     found = load_sweep(file)
     for point in found.queued_points():
         found.point_config(point)
+
+
+def test_adapters_can_vary(base):
+    """The cold start trains all parameters, and is measured before there are adapters."""
+    adapted = with_fields(base, {"policy.lora": LoRAConfig()})
+    space = {"policy.lora.rank": (4, 8), "policy.lora.alpha": (8.0, 16.0), "policy.lora.base_dtype": ("float32",)}
+    check_sweep(sweep(adapted, space))
+    assert len(sweep(adapted, space).queued_points()) == 4
 
 
 def test_a_grid_has_every_possible_point_once(base):
@@ -65,6 +74,47 @@ def test_random_points_are_all_different(base):
     assert set(every) == set(itertools.product(*space.values()))
 
 
+def test_random_points_do_not_depend_on_the_order_of_the_fields(base):
+    """Once, other points were drawn, and the sweep got them in addition."""
+    space = {"optimizer.learning_rate": FloatDistribution(1e-5, 1e-3), "branching.tau": FloatDistribution(4.0, 256.0)}
+    points = sweep(base, space, search="random", trials=4).queued_points()
+    turned = sweep(base, dict(reversed(space.items())), search="random", trials=4).queued_points()
+    assert turned == points
+    assert list(turned[0]) == ["branching.tau", "optimizer.learning_rate"]
+
+
+SAME_RUNS = {
+    "grpo does not branch": (
+        {"algorithm": ("appo", "grpo"), "branching.tau": (8.0, 32.0, 128.0)},
+        [("appo", 8.0), ("appo", 32.0), ("appo", 128.0), ("grpo", 8.0)],
+    ),
+    "b = 0 has no clip": (
+        {"advantage.future_weight": (0.0, 0.5), "advantage.clip_high": (1.1, 1.2, 1.5)},
+        [(0.0, 1.1), (0.5, 1.1), (0.5, 1.2), (0.5, 1.5)],
+    ),
+    "the entropy has no clip": (
+        {"branching.score": ("product", "entropy"), "branching.clip_high": (1.1, 1.2)},
+        [("product", 1.1), ("product", 1.2), ("entropy", 1.1)],
+    ),
+    "the first value may break a rule": (
+        {"branching.clip_low": (1.3, 1.0), "branching.clip_high": (1.2, 1.5), "branching.score": ("entropy", "product")},
+        [(1.3, 1.5, "entropy"), (1.3, 1.5, "product"), (1.0, 1.2, "product"), (1.0, 1.5, "product")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("space", "points"), SAME_RUNS.values(), ids=SAME_RUNS)
+def test_the_same_runs_are_one_trial(base, space, points):
+    """Once, each combination was a trial, and the analysis of variance took the copies for observations."""
+    grid = [tuple(p.values()) for p in sweep(base, space).queued_points()]
+    assert sorted(grid) == sorted(points)
+    s = sweep(base, space, search="random", trials=len(points))
+    drawn = s.queued_points()
+    assert {s.form(p) for p in drawn} == {s.form(dict(zip(space, point, strict=True))) for point in points}
+    with pytest.raises(ConfigError, match=f"only {len(points)} different points"):
+        sweep(base, space, search="random", trials=len(points) + 1).queued_points()
+
+
 @pytest.mark.parametrize(
     ("space", "others", "message"),
     [
@@ -97,6 +147,16 @@ def test_random_points_are_all_different(base):
         ({"branching.tau": [16.0, -1.0]}, {}, r"branching\.tau = -1\.0"),
         ({"branching.tau": (8.0,)}, {"search": "tpe"}, "trials = 0"),
         ({"branching.tau": FloatDistribution(1.0, 2.0)}, {}, "a grid needs a tuple"),
+        (
+            {"branching.tau": (8.0, 32.0), "loss.kl_in": ("inside", "outside")},
+            {},
+            r"loss\.kl_in: without effect at every point of the grid",
+        ),
+        ({"branching.tau": (8.0,)}, {"objective": "finall"}, "objective = 'finall': expected 'on_the_way', 'final' or"),
+        ({"branching.tau": (8.0,)}, {"objective": ""}, "objective = '': expected 'on_the_way', 'final' or"),
+        ({"branching.tau": (8.0,)}, {"objective": None}, "objective = None: expected"),
+        ({"branching.tau": (8.0,)}, {"maximize": "no"}, "maximize = 'no': expected True or False"),
+        ({"branching.tau": (8.0,)}, {"prune": 1}, "prune = 1: expected True or False"),
         ({"rollout.num_initial": (16,)}, {}, "every point of the grid breaks a rule"),
         ({"rollout.num_initial": (16,)}, {"search": "random", "trials": 2}, "trials = 2: only 0 different points"),
         ({"branching.tau": (8.0, 16.0)}, {"search": "random", "trials": 3}, "trials = 3: only 2 different points"),
@@ -163,6 +223,7 @@ def test_an_average_on_the_way_needs_evaluations_there(base):
     with pytest.raises(ConfigError, match=r"eval\.every = 0: the objective is 'on_the_way'.*or objective='final'"):
         check_sweep(sweep(ends, {"branching.tau": (8.0,)}))
     check_sweep(sweep(ends, {"branching.tau": (8.0,)}, objective="final"))
+    check_sweep(sweep(ends, {"branching.tau": (8.0,)}, objective="reward/initial", maximize=False))
 
 
 def test_an_unknown_search_is_named(base):

@@ -57,6 +57,32 @@ def test_noise_is_what_is_left_of_trials_and_seeds():
     assert deviation == pytest.approx(0.02, rel=0.1)
 
 
+def test_equal_differences_count_as_half_a_step_of_noise():
+    """Two trials of 64 questions, of which both seeds answer two more in one. Once, p was below 0.001."""
+    values = np.array([45, 30, 47, 32]) / 64
+    runs = Runs([{"x": x} for x in (1, 1, 2, 2)], [0, 0, 1, 1], [0, 1, 0, 1], values)
+    assert noise(runs) == pytest.approx((1 / 64, 1))
+    # a step of 1/8 between trials of two seeds: the rest has at least (1/16) / √2
+    seeds = [0, 1] * 4
+    points = [{"x": x, "y": y} for x in (1, 2) for y in (1, 2) for _ in range(2)]
+    both = Runs(points, np.repeat(range(4), 2), seeds, np.repeat([0.5, 0.625, 0.75, 0.875], 2))
+    found = field_effects(both, ["x", "y"])
+    assert (found.deviation, found.freedom) == pytest.approx((1 / 16 / np.sqrt(2), 1))
+    x, y = found.fields
+    assert (x.name, y.name) == ("x", "y")
+    # sums of squares 4 · (1/8)² and 4 · (1/16)², each over the square of that: F = 32 and 8, with 1 and 1 degrees of freedom
+    assert (x.p, y.p) == pytest.approx(holm([stats.f.sf(32, 1, 1), stats.f.sf(8, 1, 1)]))
+
+
+def test_the_shares_of_the_variance_add_up():
+    """Once, both fields explained 100 % here."""
+    values = np.array([0.50, 0.53, 0.56, 0.59])
+    points = [{"a": a, "b": b} for a in (1, 2) for b in (1, 2)]
+    a, b = field_effects(Runs(points, range(4), [0] * 4, values), ["a", "b"]).fields
+    # of 4 · (0.03² + 0.015²)
+    assert (a.name, a.share, b.name, b.share) == ("a", pytest.approx(0.8), "b", pytest.approx(0.2))
+
+
 def test_too_few_runs_say_nothing_instead_of_something_wrong():
     effects = field_effects(Runs([{"x": 1}, {"x": 2}], [0, 1], [0, 0], np.array([0.1, 0.2])), ["x"])
     assert np.isnan(effects.fields[0].p)
@@ -68,7 +94,9 @@ def test_too_few_runs_say_nothing_instead_of_something_wrong():
 def test_where_all_runs_are_equal_no_field_matters(value):
     runs = grid({"x": (1, 2, 3), "y": (1, 2)}, 2, lambda point: 0.0, np.random.default_rng(0))
     runs = dataclasses.replace(runs, values=np.full(12, value))
-    assert [(e.share, e.p) for e in field_effects(runs, ["x", "y"]).fields] == [(0.0, 1.0)] * 2
+    effects = field_effects(runs, ["x", "y"])
+    assert [(e.share, e.p) for e in effects.fields] == [(0.0, 1.0)] * 2
+    assert np.isnan([effects.deviation, noise(runs)[0]]).all()  # it is not known, and not 0
 
 
 @pytest.mark.parametrize("truth", [lambda p: p["x"], lambda p: (p["x"] - 0.5) ** 2, lambda p: p["x"] * p["z"]])

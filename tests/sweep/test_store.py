@@ -5,16 +5,18 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import optuna
 import pytest
+from matplotlib.figure import Figure
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 from test_claims import make_sweep
 
-from appo_jax.errors import DataError, TrainingError
+from appo_jax.errors import ConfigError, DataError, TrainingError
 from appo_jax.interrupt import stop_requests
 from appo_jax.storage import lock
 from appo_jax.sweep import worker
@@ -80,6 +82,20 @@ def test_a_random_sweep_gets_the_further_points_of_more_trials(tmp_path):
     assert len(Store(more).trials()) == 7
     points = [t.system_attrs["fixed_params"] for t in Store(more).trials() if "retry_of" not in t.user_attrs]
     assert points == more.queued_points()
+
+
+def test_a_random_sweep_keeps_its_number_of_trials_when_others_would_be_drawn(tmp_path):
+    """In another order of the fields, or after points that another version has drawn. Once, it doubled."""
+    distribution = optuna.distributions.FloatDistribution(1.0, 100.0)
+    space = {"branching.tau": distribution, "advantage.future_weight": distribution}
+    sweep = small(tmp_path, search="random", trials=3, space=space)
+    store = Store(sweep)
+    assert len(Store(small(tmp_path, search="random", trials=3, space=dict(reversed(space.items())))).trials()) == 3
+    shutil.rmtree(tmp_path)
+    store = Store(small(tmp_path, search="random", trials=1, space=space))
+    store.study.enqueue_trial({"branching.tau": 50.0, "advantage.future_weight": 50.0})
+    assert len(Store(sweep).trials()) == 3
+    assert Store(sweep).point(store.trials()[2]) == sweep.queued_points()[1]
 
 
 @pytest.mark.parametrize("search", ["grid", "random", "tpe"])
@@ -164,6 +180,84 @@ def test_a_run_without_an_objective_fails_its_trial_and_the_others_go_on(
             worker._run_trial(store, trial, stop)
     assert store.failed() == [0, 1, 2]
     assert len(results(store)) == 6
+
+
+@pytest.mark.parametrize("search", ["grid", "tpe"])
+def test_a_mistyped_objective_may_be_mended_and_costs_no_run(tmp_path, monkeypatch, search):
+    """Once, the advice was to give another objective, and then the folder held "another sweep"."""
+    monkeypatch.setattr(worker, "_cold_start", lambda *_: None)
+    ran = []
+
+    def run(store, command, config, stop, lost):
+        folder = Path(config.run_dir)
+        ran.append(folder.name)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(f'{{"step": 1, "time/wall_s": {config.branching.tau}}}\n')
+        (folder / "summary.json").write_text(
+            '{"accuracy_sft": 0, "accuracy_final": 0.5, "sampled_tokens": 9, "wall_s": 1}'
+        )
+
+    monkeypatch.setattr(worker, "_run", run)
+    fields = {"search": search, "trials": 2, "space": {"branching.tau": (8.0, 32.0)}}
+
+    def work(sweep):
+        store = Store(sweep)
+        store.retry_failed()
+        with stop_requests() as stop:
+            while (trial := store.claim_trial()) is not None:
+                worker._run_trial(store, trial, stop)
+                store.release(f"trial-{trial.number}")
+        return store
+
+    assert len(work(small(tmp_path, objective="time/wal_s", **fields)).failed()) == 2
+    mended = small(tmp_path, objective="time/wall_s", maximize=False, **fields)
+    store = work(mended)
+    assert store.failed() == []
+    assert sorted(ran) == ["0000-0", "0001-0"]
+    assert results(store)[0].values == {0: 8.0}
+    # the storage still maximizes, so Optuna's best trial is that of the lowest value
+    assert store.point(store.study.best_trial) == {"branching.tau": 8.0}
+    Store(mended)
+    with pytest.raises(ConfigError, match="holds another sweep: objective, maximize differ; give another `out`"):
+        Store(small(tmp_path, objective="time/wal_s", **fields))
+
+
+def test_the_objective_stays_while_another_worker_has_a_trial(tmp_path):
+    """It would give the trial its value of the old one."""
+    other = (
+        "import sys, time; sys.path.insert(0, {!r}); from test_store import *; "
+        "Store(small({!r})).claim_trial(); print(flush=True); time.sleep(600)"
+    )
+    code = other.format(str(Path(__file__).parent), str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        with pytest.raises(ConfigError, match="holds another sweep: objective differ"):
+            Store(small(tmp_path, objective="final"))
+    finally:
+        process.kill()
+        process.wait()
+    assert Store(small(tmp_path, objective="final")).sweep.objective == "final"
+
+
+def test_the_figure_shows_trials_as_if_they_had_run_all_seeds(tmp_path, monkeypatch):
+    """Trial 0 skipped the seed that is easy, and is the better one in the other. Once, the figure showed it as the worse one."""
+    sweep = small(tmp_path, seeds=(0, 1), space={"branching.tau": (8.0, 32.0), "branching.clip_high": (1.2,)})
+    store = Store(sweep)
+    for values in ({0: 0.5}, {0: 0.4, 1: 0.8}):
+        trial = store.claim_trial()
+        for seed, value in values.items():
+            trial.set_user_attr(f"seed-{seed}", value)
+        store.tell(trial, values.values(), TrialState.COMPLETE)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    write_report(sweep)
+    axes = {(ax.get_xlabel(), ax.get_ylabel()): ax for ax in figures[0].axes}
+    # the mean of both seeds: 0.6 in trial 1, and 0.1 more in trial 0
+    dots = axes["branching.tau", "on_the_way"].lines[0].get_ydata()
+    assert dots.tolist() == pytest.approx([0.7, 0.6])
+    [pair] = [ax for names, ax in axes.items() if set(names) == set(sweep.space)]
+    assert sorted(pair.images[0].get_array().ravel()) == pytest.approx([0.6, 0.7])
 
 
 def test_a_worker_names_the_trials_that_failed_anywhere(tmp_path):

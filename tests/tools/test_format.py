@@ -26,6 +26,8 @@ TOOLS = (
     ToolSpec("weather", parameters=WEATHER),
     ToolSpec("save", parameters=SAVE),
     ToolSpec("now", parameters={"type": "object", "properties": {}}),
+    ToolSpec("list_files", parameters={"type": "object", "properties": {"path": {"type": "string"}}}),
+    ToolSpec("inches_to_cm"),
 )
 TAGS, JSON = TagFormat(TOOLS), JsonFormat(TOOLS)
 
@@ -45,6 +47,11 @@ def test_an_unknown_format_is_refused():
         ("<think>then <python> helps</think><python>y</python>", Call("python", "y")),
         ("<search>a</search><search>b</search>", Call("search", "b")),
         ("<python>if a < b > c: print('<b>')</python>", Call("python", "if a < b > c: print('<b>')")),
+        # a tool whose schema requires no argument
+        ("<list_files></list_files>", Call("list_files", "{}")),
+        ("<list_files> \n</list_files>", Call("list_files", "{}")),
+        ("<list_files>/data</list_files>", Call("list_files", "/data")),
+        ("<now></now>", Call("now", "{}")),
     ],
 )
 def test_tags(text, call):
@@ -67,6 +74,7 @@ def test_tags(text, call):
         ("<python>print('</search>", "has no <search> before it"),
         ("<python></python>", "Empty call"),
         ("<python> \n </python>", "Empty call"),
+        ("<save></save>", "Empty call"),
         ("<python>1", "must end in"),
         ("", "must end in"),
     ],
@@ -82,7 +90,14 @@ def test_tags_explain_what_is_malformed(text, words):
         ('{"name": "search", "arguments": "who?"}', Call("search", "who?")),
         ('\n{"name": "python", "arguments": {"code": "a\nb"}}\n', Call("python", "a\nb")),
         ('{"name": "f", "arguments": {"a": 1, "b": "x"}}', Call("f", '{"a": 1, "b": "x"}')),
-        ('{"name": "f", "arguments": {"a": 1}}', Call("f", '{"a": 1}')),
+        ('{"name": "f", "arguments": {"a": [1]}}', Call("f", '{"a": [1]}')),
+        # a number for a tool without a schema, which reads text
+        ('{"name": "inches_to_cm", "arguments": {"input": 3}}', Call("inches_to_cm", "3")),
+        ('{"name": "inches_to_cm", "arguments": {"inches": -2.5}}', Call("inches_to_cm", "-2.5")),
+        ('{"name": "inches_to_cm", "arguments": 3}', Call("inches_to_cm", "3")),
+        ('{"name": "search", "arguments": {"query": 1984}}', Call("search", "1984")),
+        ('{"name": "inches_to_cm", "arguments": {"input": true}}', Call("inches_to_cm", '{"input": true}')),
+        ('{"name": "save", "arguments": {"text": 3}}', Call("save", '{"text": 3}')),  # its schema says what is wrong
         # arguments encoded once more than they should be: as a string, as OpenAI's interface has them; inside themselves
         (r'{"name": "python", "arguments": "{\"code\": \"1+1\"}"}', Call("python", "1+1")),
         (r'{"name": "python", "arguments": {"code": "{\"code\": \"1+1\"}"}}', Call("python", "1+1")),
@@ -114,6 +129,10 @@ def test_tags_explain_what_is_malformed(text, words):
         (r'{"name": "save", "arguments": {"text": "{\"a\": \"b\"}"}}', Call("save", r'{"text": "{\"a\": \"b\"}"}')),
         ('{"name": "save", "arguments": {"text": "plain"}}', Call("save", "plain")),
         ('{"name": "now", "arguments": {}}', Call("now", "{}")),  # it has no arguments
+        ('{"name": "list_files", "arguments": {}}', Call("list_files", "{}")),  # its schema requires none
+        ('{"name": "list_files", "arguments": ""}', Call("list_files", "{}")),
+        ('{"name": "list_files", "arguments": {"path": ""}}', Call("list_files", '{"path": ""}')),
+        ('{"name": "list_files", "arguments": {"path": "/data"}}', Call("list_files", "/data")),
         (r'{"name": "search", "arguments": {"query": "\"New York\""}}', Call("search", '"New York"')),
         # the doubled braces of a template
         (r'{"name": "search", "arguments": "{{\"query\": \"x\"}}"}', Call("search", '{{"query": "x"}}')),
@@ -148,7 +167,9 @@ def test_json(body, call):
         ('<tool_call>{"name": "f"}</tool_call>', "expected"),
         ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', "expected"),
         ('<tool_call>{"name": "f", "arguments": {}}</tool_call>', "no argument"),
+        ('<tool_call>{"name": "save", "arguments": {}}</tool_call>', "no argument"),
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "must be an object or a string"),
+        ('<tool_call>{"name": "weather", "arguments": 3}</tool_call>', "must be an object or a string"),
         (
             '<tool_call>{"name": "python", "arguments": {"code": "1", "timeout": 5}}</tool_call>',
             'takes one argument, "code"',
@@ -234,6 +255,14 @@ def test_calls_of_several_arguments_are_rendered_as_an_object():
     assert JSON.parse(call) == Call("weather", argument)
 
 
+@pytest.mark.parametrize("name", ["list_files", "now"])
+def test_a_call_without_an_argument_is_rendered_as_an_empty_object(name):
+    call = JSON.render_call(name, "{}")
+    assert json.loads(call.split("\n")[1]) == {"name": name, "arguments": {}}
+    for call_format in (TAGS, JSON):
+        assert call_format.parse(call_format.render_call(name, "{}")) == Call(name, "{}")
+
+
 @given(st.text())
 def test_parsing_never_raises(text):
     for call_format in (TAGS, JSON):
@@ -242,7 +271,7 @@ def test_parsing_never_raises(text):
 
 
 def test_stop_strings():
-    assert TAGS.stop_strings == ("</python>", "</search>", "</weather>", "</save>", "</now>")
+    assert TAGS.stop_strings == tuple(f"</{tool.name}>" for tool in TOOLS)
     assert JSON.stop_strings == ("</tool_call>",)
 
 
@@ -301,12 +330,14 @@ def test_instructions_name_every_tool_and_show_a_call():
 
 def test_a_description_names_every_argument_of_a_tool():
     """A call that fills it in reaches the tool. The descriptions of tools with one argument are as they always were."""
-    assert TAGS.instructions().split("\n")[:5] == [
+    assert TAGS.instructions().split("\n")[:-1] == [
         "python. To call it, write <python>code</python>",
         "search. To call it, write <search>query</search>",
         'weather. To call it, write <weather>{"city": "…", "day": …}</weather>',
         "save. To call it, write <save>text</save>",
         "now. To call it, write <now>{}</now>",
+        "list_files. To call it, write <list_files>path</list_files>",
+        "inches_to_cm. To call it, write <inches_to_cm>input</inches_to_cm>",
     ]
     ways = JSON.instructions().split(". To call it, write ")[1:]
     shown = [way.partition("\n</tool_call>")[0].removeprefix("<tool_call>\n") for way in ways]
@@ -316,6 +347,8 @@ def test_a_description_names_every_argument_of_a_tool():
         '{"name": "weather", "arguments": {"city": "…", "day": …}}',
         '{"name": "save", "arguments": {"text": "…"}}',
         '{"name": "now", "arguments": {}}',
+        '{"name": "list_files", "arguments": {"path": "…"}}',
+        '{"name": "inches_to_cm", "arguments": {"input": "…"}}',
     ]
     functions = {
         "weather": FunctionTool(lambda city, day=0: f"{city} {day}", name="weather", parameters=WEATHER),

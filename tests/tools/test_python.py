@@ -67,6 +67,22 @@ def run(tool, *cells):
         (["from dataclasses import dataclass\n@dataclass\nclass A:\n    n: int", "A(3)"], "A(n=3)"),
         (["    x = 1\n    print(x)"], "1"),
         (["```python\nprint(7)\n```"], "7"),
+        # as published system prompts show a call: <python> import math … </python>
+        ([" import math\nprint(math.factorial(5)) "], "120"),
+        (["\timport math\nprint(math.factorial(5))\n"], "120"),
+        ([" \n import math\nprint(math.factorial(5))"], "120"),
+        ([" for i in range(2):\n    print(i)\n    print('-')"], "0\n-\n1\n-"),
+        (["\tfor i in range(2):\n        print(i)"], "0\n1"),
+        (["    for i in range(2):\n        print(i)\n    print('end')"], "0\n1\nend"),
+        ([" print('''a\n  b''')"], "a\n  b"),
+        ([" s = '''a\n b\nc'''\nprint(s)"], "a\n b\nc"),
+        (["print('''a\n  \nb''')"], "a\n  \nb"),
+        (["```python3\nprint(7)\n```"], "7"),
+        (["```Python\nprint(7)\n```"], "7"),
+        ([" ```PY\nprint(7)\n```"], "7"),
+        (["```python\nx = 3\n```\n\n```py3\nprint(x * 2)\n```"], "6"),
+        (["```\nx = 3\n```\n```\nx * 2\n```"], "6"),
+        (["```python\nprint(\'\'\'a\n```\n```py\nb\'\'\')\n```"], "a\n```\n```py\nb"),  # fences in a string
         (["if __name__ == '__main__': print('main')"], "main"),
         (["x = 1; x"], "1"),
         (["import sys; sys.exit()"], "(no output)"),
@@ -151,8 +167,8 @@ def test_a_long_output_keeps_its_beginning_and_its_end(tool, code, first, last):
     assert len(result.text) < 12_000
 
 
-def test_clean_leaves_ordinary_code_alone():
-    code = "s = '''\n  two\n'''\nprint(s)"
+@pytest.mark.parametrize("code", ["s = '''\n  two\n'''\nprint(s)", "if x:\n    s = '''\n  \n'''", "", "x"])
+def test_clean_leaves_ordinary_code_alone(code):
     assert clean(code) == code
 
 

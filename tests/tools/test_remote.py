@@ -81,7 +81,7 @@ def config(server):
         ["import random; a = random.random()", "a, random.random()"], ["open('f', 'w').write('x')", "open('f').read()"],
         ["print('never again')", "print('ä€')"], ["def f(x):\n    return 1 / x", "f(0)"], ["hash('a')"],
         ["```python\nprint(7)\n```"], ["import os\nos.write(1, b'raw')"], ["raise SystemExit(3)"], ["y = ="],
-        ['"print(1)"'],
+        ['"print(1)"'], [" x = 2\nprint(x)"], ["```Python\nx = 2\n```\n```py\nprint(x)\n```"],
     ],
 )  # fmt: skip
 def test_it_answers_as_the_local_tool_does(config, cells):

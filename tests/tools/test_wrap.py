@@ -67,6 +67,37 @@ def test_an_openai_style_function():
     assert tool.call(None, "6")[0].outcome is Outcome.MALFORMED
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        '<tool_call>{"name": "inches_to_cm", "arguments": {"input": 3}}</tool_call>',
+        '<tool_call>{"name": "inches_to_cm", "arguments": 3}</tool_call>',
+        '<tool_call>{"name": "inches_to_cm", "arguments": {"input": "3"}}</tool_call>',
+    ],
+)
+def test_a_function_of_text_reads_a_number_in_a_json_call(call):
+    """The tool `unit` of docs/tools.md: 3 inches are 7.62 cm."""
+    unit = FunctionTool(lambda text: str(float(text) * 2.54), name="inches_to_cm")
+    with ToolExecutor([unit], ToolsConfig(call_format="json")) as executor:
+        assert executor.submit(executor.start(), call).result(10).result == "7.62"
+
+
+@pytest.mark.parametrize(
+    ("call_format", "call", "shown"),
+    [
+        ("tags", "<list_files></list_files>", "files of ."), ("tags", "<list_files>/data</list_files>", "files of /data"),
+        ("json", '<tool_call>{"name": "list_files", "arguments": {}}</tool_call>', "files of ."),
+        ("json", '<tool_call>{"name": "list_files", "arguments": {"path": ""}}</tool_call>', "files of "),
+    ],
+)  # fmt: skip
+def test_an_optional_only_argument_has_its_default(call_format, call, shown):
+    schema = {"type": "object", "properties": {"path": {"type": "string"}}}
+    files = FunctionTool(lambda path=".": f"files of {path}", name="list_files", parameters=schema)
+    with ToolExecutor([files], ToolsConfig(call_format=call_format)) as executor:
+        record = executor.submit(executor.start(), call).result(10)
+    assert (record.result, record.outcome) == (shown, Outcome.OK)
+
+
 def test_a_single_property_takes_the_bare_text():
     assert read_arguments("who is it", {"properties": {"query": {"type": "string"}}}) == {"query": "who is it"}
     assert read_arguments("12", {"properties": {"query": {"type": "string"}}}) == {"query": "12"}

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from appo_jax import heartbeat
 from appo_jax.ask import show_turns
+from appo_jax.cli import main
 from appo_jax.config import Config, PolicyConfig, SFTConfig
 from appo_jax.config_io import save_config
 from appo_jax.errors import DataError
@@ -90,6 +92,21 @@ def test_nothing_in_a_record_steers_the_terminal():
 def test_what_is_not_there_is_told(tmp_path, arguments, message):
     with pytest.raises(DataError, match=message):
         shown(write_run(tmp_path / "run"), **arguments)
+
+
+def test_a_run_without_its_rollouts_is_drawn(tmp_path, capsys, caplog):
+    """As `checkpoints --copy-to` copies it. A tree that was asked for is still missed."""
+    run = write_run(tmp_path / "run")
+    shutil.rmtree(run / "rollouts")
+    assert main(["view", str(run)]) == 0
+    drawn = {file.stem for file in (run / "plots").iterdir()}
+    assert drawn == {"accuracy", "reward", "tools", "updates", "timings"}
+    assert "no tree to show, although the run has made steps" in caplog.text + capsys.readouterr().err
+    for option in ("--step", "--tree"):
+        assert main(["view", str(run), option, "1"]) == 1
+    (run / "metrics.jsonl").unlink()
+    assert main(["view", str(run)]) == 1
+    assert "give the directory of a run that has made a step" in capsys.readouterr().err
 
 
 def test_plots_of_what_the_run_has_numbers_for(tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 
 TRACE_FRAMES = 8
 END = 2000  # characters that are kept of the end of an overlong output, and of each end of a long traceback
+_FENCE = r"```(?i:python\d?|py\d?)?[ \t]*\n"  # the first line of a Markdown fence
 DONE, FAILED, OUT_OF_MEMORY = b"d", b"f", b"m"  # the reports on a call
 
 
@@ -54,10 +55,34 @@ def run(code: str, filename: str, max_output: int) -> bytes:
 
 
 def clean(code: str) -> str:
-    """The code without common indentation and without the Markdown fence that models sometimes write around it."""
-    code = textwrap.dedent(code.strip("\n").rstrip())
-    fenced = re.fullmatch(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", code, re.DOTALL)
-    return textwrap.dedent(fenced[1]) if fenced else code
+    """The code without indentation, and without the Markdown fences that models sometimes write around it. The code of
+    consecutive fences is joined."""
+    code = _without_indent(code)
+    fenced = re.fullmatch(rf"{_FENCE}(.*?)\n?[ \t]*```", code, re.DOTALL)
+    if fenced is None:
+        return code
+    code = _without_indent(fenced[1])
+    parts = re.split(rf"\n[ \t]*```[ \t]*\n\s*{_FENCE}", code)
+    return code if len(parts) == 1 or _is_python(code) else "\n".join(map(_without_indent, parts))
+
+
+def _is_python(code: str) -> bool:
+    """Whether the code can be compiled. (Then fences in it are parts of strings.)"""
+    try:
+        ast.parse(code)
+    except Exception:  # also MemoryError and RecursionError, for deep nesting
+        return False
+    return True
+
+
+def _without_indent(code: str) -> str:
+    """The code with its first line at the left margin. The other lines move with it only if the code is an indented block.
+    Otherwise the space before the first line is that between the tag and the code: the other lines are correct as they are, and
+    may be lines of a string."""
+    code = re.sub(r"\A\s*\n", "", code.rstrip())
+    indent, *others = re.findall(r"^([ \t]*)(?=\S)", code, re.MULTILINE) or [""]
+    block = indent != "" and indent in others and all(other.startswith(indent) for other in others)
+    return textwrap.dedent(code) if block else code[len(indent) :]
 
 
 class _Output(io.TextIOBase):
