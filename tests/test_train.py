@@ -379,8 +379,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(config: Config, tmp_pat
 
 
 def test_a_reward_that_fails_is_counted_and_one_that_always_fails_ends_the_run(config: Config) -> None:
+    def fails(response: Response) -> bool:
+        return len(response.text) % 2 == 0
+
     def flaky(response: Response) -> RewardResult:
-        return RewardResult(float("nan") if len(response.text) % 3 == 0 else 1.0 + len(response.text), True)
+        return RewardResult(float("nan") if fails(response) else 1.0 + len(response.text), True)
 
     def broken(response: Response) -> float:
         return 1.0
@@ -390,14 +393,14 @@ def test_a_reward_that_fails_is_counted_and_one_that_always_fails_ends_the_run(c
         state, update = learner(config, components)
         trainer = Trainer(components, make_algorithm(config), make_grower(config, components), update, None)
         state, record, trees = train_step(trainer, 0, state, components.train[:4], iter(()))
-        failed = [r for tree in trees for r in tree if len(response_of(r, components.tokenizer).text) % 3 == 0]
+        failed = [r for tree in trees for r in tree if fails(response_of(r, components.tokenizer))]
         assert 0 < record["reward/failed"] == len(failed)
         assert {r.reward_error for r in failed} == {"reward.function = 'mine:flaky' returned the reward nan"}
         for name in ("reward/initial", "update/loss", "advantage/abs_mean"):
             assert np.isfinite(record[name])
         assert record["accuracy/initial"] == 1.0  # of those with a verdict, like the reward beside it
         evaluation = evaluate(state.params, components)
-        without = sum(len(response_of(r, components.tokenizer).text) % 3 == 0 for r in evaluation.rollouts)
+        without = sum(fails(response_of(r, components.tokenizer)) for r in evaluation.rollouts)
         assert 0 < without == evaluation.metrics["eval/failed"]
         assert evaluation.metrics["eval/accuracy"] == 1.0
         with pytest.raises(TrainingError, match=r"'mine:broken' returned 1.0, a float"):

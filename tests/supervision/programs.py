@@ -94,9 +94,9 @@ def leave_late() -> None:
 
 
 def write_slowly() -> None:
-    """Writes a checkpoint for eight seconds, then reads it for eight seconds."""
+    """Writes a checkpoint for ten seconds, then reads it for ten seconds."""
     with heartbeat.phase("checkpoint"), (RUN_DIR / "step").open("wb", buffering=0) as file:
-        for _ in range(16):
+        for _ in range(20):
             time.sleep(0.5)
             file.write(bytes(2 << 20))
         print("written", flush=True)

@@ -99,8 +99,8 @@ def test_a_run_that_hangs_or_crashes_ends_with_its_stacks_and_is_started_again(
 
 
 def test_a_slow_disk_is_not_a_hang(start: Start) -> None:
-    """A checkpoint that takes longer to write or to read than the limit, 3 s at first and 1 s later."""
-    code, out, err = end(start("write_slowly", "max_silent_seconds=1"))
+    """A checkpoint that takes longer to write or to read than the limit, 9 s at first and 3 s later."""
+    code, out, err = end(start("write_slowly", "max_silent_seconds=3"))
     assert (code, out, err) == (0, "written\nread\n", "")
 
 
