@@ -75,7 +75,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
         metrics.resume(reached.step, last, run.max_unsaved)
         run.keep(config)
 
-        stopping, down, final = stop.agreed(), None, dict[str, float]()
+        stopping, down, evaluated = stop.agreed(), None, dict[str, float]()
         while not (reached.end(config) or stopping or down):
             state, record, trees = train_step(trainer, reached.step, state, next(prompts), prompts)
             reached = reached.after(record)
@@ -83,11 +83,11 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             checkpointer.wait()  # until the checkpoint of the previous step is on disk and has been read back
             outages.see(reached.step, record)
             require_finite(record, "update", reached.step, "optimizer.learning_rate")
-            final = {}
+            evaluated = {}
             if config.eval.every and reached.step % config.eval.every == 0:
                 folder = run.evaluations(reached.step)
-                down = _evaluate_into(final, trainer.policy(state), components, sets, folder, stop.agreed)
-            record |= final | {"rollout/sampled_tokens_total": reached.sampled_tokens} | clock.metrics()
+                down = _evaluate_into(evaluated, trainer.policy(state), components, sets, folder, stop.agreed)
+            record |= evaluated | {"rollout/sampled_tokens_total": reached.sampled_tokens} | clock.metrics()
             metrics.dump_trees(reached.step, trees, components.tokenizer.decode)
             del trees  # otherwise they would live through the next step
             metrics.log(reached.step, record)
@@ -101,7 +101,7 @@ def _train(config: Config, run: RunDir, components: Components, progress: Progre
             log.warning("stopped after step %d, which is saved; the same command goes on from there", reached.step)
             raise down if down and not stopping else KeyboardInterrupt
         heartbeat.stoppable(False)  # the last step is on disk
-        final = final or _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
+        final = evaluated or _evaluated(trainer.policy(state), components, sets, run.evaluations(reached.step))
         summary = _summary(accuracies, final, config, reached) | {"wall_s": clock.wall_s()}
         metrics.write_summary(summary)
         if distributed.host() == 0:

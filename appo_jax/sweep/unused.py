@@ -36,4 +36,7 @@ def unused(config: Config) -> set[str]:
     if not algorithm.keeps_reference:
         names |= {"loss.kl_estimator", "loss.kl_in", "loss.max_k3"}
     # Both values Ω, that of the score and that of the advantage, have this half-life.
-    return names - {"branching.tau"} | (set() if scores_future or algorithm.uses_future else {"branching.tau"})
+    names.discard("branching.tau")
+    if not (scores_future or algorithm.uses_future):
+        names.add("branching.tau")
+    return names
